@@ -1,0 +1,3 @@
+"""One language model grown out of many small experts."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,293 @@
+"""The nouns of the house: frozen records, each named by the digest of its content, each naming its inputs by digest.
+
+A bare 64-digit hex string in a record is the digest of another record; `sha256:…` is the digest of a blob. So lineage
+is a Merkle DAG that can be walked without knowing the kinds.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from elmwood.errors import BadRecord, NewerRecord
+
+FORMAT = 1  # raised when a change of the records would be misread by an older elmwood
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # of a record
+Blob = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]  # of bytes in the store
+Files = dict[str, Blob]  # relative path -> bytes: a folder, as other tools read it
+
+
+class Frozen(BaseModel):
+    """A value: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def canonical(value: Frozen) -> bytes:
+    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def fingerprint(*values: Any) -> str:
+    """sha256 (hex) of JSON values and records: the name of a task is the fingerprint of its inputs."""
+    plain = [json.loads(canonical(value)) if isinstance(value, Frozen) else value for value in values]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+class Record(Frozen):
+    """A value with a kind and a digest. `format` is the record format it was written in."""
+
+    kind: str
+    format: int = FORMAT
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(canonical(self)).hexdigest()
+
+
+# ---- text -------------------------------------------------------------------------------------------------------
+
+
+class Shard(Frozen):
+    """Documents in one Parquet file (zstd; columns id, text, meta)."""
+
+    blob: Blob
+    documents: int
+    bytes: int  # of UTF-8 text
+
+
+class Corpus(Record):
+    """Documents read, cleaned of duplicates and split by content hash. Nobody trains on the holdout."""
+
+    kind: Literal["corpus"] = "corpus"
+    train: tuple[Shard, ...]
+    holdout: tuple[Shard, ...]
+    documents: int
+    bytes: int
+    holdout_share: float
+    rejected: dict[str, int] = {}  # reason -> documents (or lines) left out
+    licences: tuple[str, ...] = ()
+
+
+class Embedder(Frozen):
+    """A fitted embedder: a row of the table of embedders, its settings and its files (safetensors + JSON)."""
+
+    name: str
+    dimension: int
+    files: Files
+
+
+class Domain(Frozen):
+    """One discovered cluster. Its place in the partition is the row of its centroid."""
+
+    name: str
+    terms: tuple[str, ...] = ()
+    train: tuple[Shard, ...] = ()
+    holdout: tuple[Shard, ...] = ()
+    examples: tuple[str, ...] = ()  # ids of the documents nearest the centroid
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.train)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.train)
+
+
+class Partition(Record):
+    """All domains of a corpus, with the embedder and the centroids (c-BTM, arXiv:2303.14177)."""
+
+    kind: Literal["partition"] = "partition"
+    corpus: Digest
+    embedder: Embedder
+    centroids: Blob  # safetensors: "centroids" [K, D] float32
+    domains: tuple[Domain, ...]
+    method: str = "balanced"  # balanced | plain | random
+    rng_seed: int = 0
+    fit_sizes: tuple[int, ...] = ()  # documents per domain at the fit, where balance holds
+    extra: dict[str, float] = {}  # measured facts, e.g. objective
+
+
+# ---- models -----------------------------------------------------------------------------------------------------
+
+
+class Recipe(Frozen):
+    """How a model is trained: everything that decides the bytes that come out, and nothing else."""
+
+    method: Literal["full", "lora"] = "full"
+    steps: int = Field(gt=0)
+    batch: int = Field(8, gt=0)  # sequences per optimiser step
+    length: int = Field(256, gt=1)  # tokens per sequence
+    learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
+    final: float = Field(0.1, ge=0, le=1)  # learning rate at the end, as a share of the peak
+    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0  # gradient norm
+    rank: int = Field(16, gt=0)  # LoRA only
+    alpha: float | None = None  # LoRA only; None: rank-stabilised, scale = sqrt-rank rule of arXiv:2312.03732
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # LoRA only: module name endings
+    rng_seed: int = 0
+    threads: int = 1  # CPU threads: part of the recipe because the order of float sums depends on it
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch * self.length
+
+
+class Point(Frozen):
+    """One point of a training curve."""
+
+    step: int
+    tokens: int
+    loss: float  # nats per token, mean over the steps since the last point
+
+
+class Seed(Record):
+    """The shared starting LM: a transformers checkpoint folder with a tokenizer.json."""
+
+    kind: Literal["seed"] = "seed"
+    name: str
+    architecture: str  # transformers class name
+    parameters: int
+    vocabulary: int
+    context: int  # positions the model was built for
+    separator: int  # token id that stands before each document
+    files: Files
+    hub: str | None = None  # "id@revision" where the weights stay in the hub's own cache instead of the store
+    licence: str | None = None
+    corpus: Digest | None = None  # trained from scratch on it
+    recipe: Recipe | None = None
+    curve: tuple[Point, ...] = ()
+
+
+class Expert(Record):
+    """A model branched from the seed (an ELM, arXiv:2208.03306), or a control trained on all domains (domain None)."""
+
+    kind: Literal["expert"] = "expert"
+    seed: Digest
+    partition: Digest | None = None
+    domain: int | None = None
+    data: tuple[Blob, ...]  # the shards it was trained on
+    recipe: Recipe
+    files: Files  # full: a transformers checkpoint folder; lora: a PEFT adapter folder
+    curve: tuple[Point, ...] = ()
+    contributor: str | None = None
+
+
+class Forest(Record):
+    """A seed, a partition and a set of experts, sorted by digest so that order never changes a sum."""
+
+    kind: Literal["forest"] = "forest"
+    seed: Digest
+    partition: Digest
+    experts: tuple[Digest, ...]
+
+    @field_validator("experts")
+    @classmethod
+    def _sorted(cls, experts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(experts)))
+
+
+class Ensemble(Record):
+    """A sparse mixture of a forest's next-token probabilities."""
+
+    kind: Literal["ensemble"] = "ensemble"
+    forest: Digest
+    router: str = "centroid"
+    top_k: int = Field(2, gt=0)
+    temperature: float = Field(0.1, gt=0)
+    seed_distance: float | None = None  # the seed as a candidate at this squared distance; None: not a candidate
+
+
+class Score(Record):
+    """Log-likelihoods of held-out tokens under one model: scored once, by anyone, for everyone."""
+
+    kind: Literal["score"] = "score"
+    model: Digest
+    holdout: str  # "holdout-" + fingerprint of its tokens and windows
+    protocol: str
+    loglik: Blob  # safetensors: "loglik" [N] float32, nats
+    tokens: int
+    nats: float  # minus the sum
+
+
+class Row(Frozen):
+    """One line of a comparison. Losses are bits per byte on the test half of the holdout."""
+
+    name: str
+    bits_per_byte: float
+    standard_error: float
+    perplexity: float  # per token
+    gain: float | None = None  # bits per byte better than the strongest dense control, paired
+    gain_error: float | None = None  # its standard error
+    domains: tuple[float, ...] = ()  # bits per byte per domain
+    batch: int | None = None  # sequences per step
+    steps: int | None = None
+    tokens: int | None = None  # further training tokens, all machines together
+    machine_seconds: float | None = None  # summed over machines
+    wall_seconds: float | None = None  # if every machine works at once
+    role: Literal["seed", "control", "result", "bound"] = "result"
+
+
+class Comparison(Record):
+    """A table of models on one holdout: the result and every control beside it."""
+
+    kind: Literal["comparison"] = "comparison"
+    forest: Digest
+    holdout: str
+    rows: tuple[Row, ...]
+    routing: tuple[tuple[float, ...], ...] = ()  # [domain of the document][expert] mean weight; the last column is the seed
+    fitted: dict[str, float] = {}  # temperature, seed distance, ... chosen on the tune half
+
+
+KINDS: dict[str, type[Record]] = {
+    cls.model_fields["kind"].default: cls for cls in (Corpus, Partition, Seed, Expert, Forest, Ensemble, Score, Comparison)
+}
+
+
+def parse(data: bytes) -> Record:
+    """Bytes -> record. Raises BadRecord, NewerRecord."""
+    try:
+        fields = json.loads(data)
+        kind, version = fields["kind"], fields["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadRecord(f"not a record ({error}): expected a JSON object with 'kind' and 'format'") from error
+    if isinstance(version, int) and version > FORMAT:
+        raise NewerRecord(f"record format {version}, this elmwood reads up to {FORMAT}: upgrade elmwood")
+    if kind not in KINDS:
+        raise BadRecord(f"unknown record kind {kind!r}; have {', '.join(sorted(KINDS))}")
+    try:
+        return KINDS[kind].model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or kind
+        raise BadRecord(f"{kind} record: {where}: {first['msg']}") from error
+
+
+_DIGEST = re.compile(r"^(sha256:)?[0-9a-f]{64}$")
+
+
+def references(record: Record) -> Iterator[str]:
+    """Every digest a record names, each once: bare hex for records, `sha256:…` for blobs."""
+
+    def walk(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            if _DIGEST.match(value):
+                yield value
+        elif isinstance(value, dict):
+            for item in value.values():
+                yield from walk(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                yield from walk(item)
+
+    yield from dict.fromkeys(walk(record.model_dump(mode="json")))

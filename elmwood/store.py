@@ -1,0 +1,261 @@
+"""Bytes by digest: the only place that touches blobs. Written once, atomically; nothing is ever pickled.
+
+    blobs/sha256/ab/cdef…   content
+    records/<digest>.json   records
+    refs/<name>             the names people type, and refs/done/<key>: which record a finished task made
+    work/<key>/             unfinished tasks, and logs/<key>.jsonl: what tasks measured of themselves (not content-addressed)
+    views/<digest>/         folders of links to blobs, for libraries that want a folder; derived, may be deleted
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from elmwood.errors import Damaged, DoesNotFit, UnknownName
+from elmwood.records import Files, Record, canonical, fingerprint, parse, references
+
+R = TypeVar("R", bound=Record)
+CHUNK = 1 << 20
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+
+
+class Damage(NamedTuple):
+    """One thing `verify` found."""
+
+    where: str  # path below the store
+    problem: str
+
+
+class Store:
+    """A folder of blobs, records and refs."""
+
+    def __init__(self, root: Path | str):
+        self.root = Path(root)
+
+    # ---- blobs
+
+    def path(self, digest: str) -> Path:
+        """Where a blob or record stands (or would stand)."""
+        if digest.startswith("sha256:"):
+            return self.root / "blobs" / "sha256" / digest[7:9] / digest[9:]
+        return self.root / "records" / f"{digest}.json"
+
+    def has(self, digest: str) -> bool:
+        return self.path(digest).exists()
+
+    def get(self, digest: str) -> Path:
+        """The file of a blob. Raises Damaged when it is missing."""
+        path = self.path(digest)
+        if not path.exists():
+            raise Damaged(f"{digest[:19]}… is not in {self.root}; copy it from another store, or remake what needs it")
+        return path
+
+    def put(self, content: bytes | Path) -> str:
+        """Store bytes or a file's content; return its digest. The same content is stored once. Raises DoesNotFit."""
+        if isinstance(content, bytes):
+            digest = "sha256:" + hashlib.sha256(content).hexdigest()
+        else:
+            digest = "sha256:" + hash_file(content)
+        if not self.has(digest):
+            self._write(self.path(digest), content)
+        return digest
+
+    def put_folder(self, folder: Path) -> Files:
+        """Store every file below a folder."""
+        return {path.relative_to(folder).as_posix(): self.put(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    def folder(self, files: Mapping[str, str]) -> Path:
+        """A folder with these files, for libraries that open folders: links to the blobs."""
+        view = self.root / "views" / fingerprint(dict(files))
+        if view.exists():
+            if all((view / name).exists() for name in files):
+                return view
+            shutil.rmtree(view)  # links to blobs that were moved
+        view.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=view.parent))
+        for name, digest in files.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                shutil.rmtree(building)
+                raise Damaged(f"a record names the file {name!r}; files stay inside their folder: do not use this record")
+            target = building / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(os.path.relpath(self.get(digest).resolve(), target.parent.resolve()))
+        try:
+            building.rename(view)
+        except OSError:  # another process made it first
+            shutil.rmtree(building)
+        return view
+
+    # ---- records
+
+    def add(self, record: Record) -> str:
+        """Store a record; return its digest."""
+        if not self.has(record.digest):
+            self._write(self.path(record.digest), canonical(record))
+        return record.digest
+
+    def load(self, name: str, kind: type[R] = Record) -> R:  # type: ignore[assignment]
+        """The record a ref, a digest or the beginning of one names. Raises UnknownName, Damaged, BadRecord."""
+        digest = self.resolve(name)
+        data = self.get(digest).read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise Damaged(f"records/{digest}.json does not match its digest: restore it from another store, or delete it and remake it")
+        record = parse(data)
+        if not isinstance(record, kind):
+            raise UnknownName(f"{name!r} is a {record.kind}, a {kind.__name__.lower()} is needed here; `elmwood show` lists what there is")
+        return record
+
+    def resolve(self, name: str) -> str:
+        """A ref, a digest or the unambiguous beginning (4 digits or more) of one -> digest. Raises UnknownName."""
+        if _NAME.match(name) and (ref := self.root / "refs" / name).is_file():
+            return ref.read_text().strip()
+        if re.fullmatch(r"[0-9a-f]{4,64}", name):
+            found = [path.stem for path in (self.root / "records").glob(f"{name}*.json")]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise UnknownName(f"{name!r} begins {len(found)} digests; type more of it")
+        raise UnknownName(f"nothing here is called {name!r}; `elmwood show` lists names and digests")
+
+    def records(self) -> Iterator[str]:
+        """Digests of all records, sorted."""
+        return iter(sorted(path.stem for path in (self.root / "records").glob("*.json")))
+
+    # ---- refs
+
+    def name(self, name: str, digest: str) -> None:
+        """Let a name point to a record."""
+        if not _NAME.match(name):
+            raise UnknownName(f"{name!r} cannot be a name: letters, digits, '.', '_' and '-', in parts joined by '/'")
+        self._write(self.root / "refs" / name, f"{digest}\n".encode())
+
+    def names(self) -> dict[str, str]:
+        """All refs but those of finished tasks: name -> digest."""
+        refs = self.root / "refs"
+        found = {path.relative_to(refs).as_posix(): path for path in sorted(refs.rglob("*")) if path.is_file() and path.suffix != ".tmp"}
+        return {name: path.read_text().strip() for name, path in found.items() if not name.startswith("done/")}
+
+    # ---- tasks
+
+    def done(self, key: str) -> str | None:
+        """The digest of the record a task made, if it has finished and the record is here."""
+        ref = self.root / "refs" / "done" / key
+        digest = ref.read_text().strip() if ref.exists() else ""
+        return digest if digest and self.has(digest) else None
+
+    def finish(self, key: str, record: Record) -> None:
+        """Store what a task made and mark it done; its unfinished work is deleted."""
+        self.name(f"done/{key}", self.add(record))
+        shutil.rmtree(self.root / "work" / key, ignore_errors=True)
+
+    def work(self, key: str) -> Path:
+        """The folder of an unfinished task."""
+        path = self.root / "work" / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def log(self, key: str, **measured: float | str) -> None:
+        """Append what a task measured of itself (seconds, say): facts of this machine, so not part of any record."""
+        path = self.root / "logs" / f"{key}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(measured) + "\n")
+
+    def logged(self, key: str) -> list[dict]:
+        """The lines of a task's log; a line cut short by a crash is left out."""
+        path = self.root / "logs" / f"{key}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    # ---- writing
+
+    def _write(self, path: Path, content: bytes | Path) -> None:
+        """Temporary file, fsync, rename: a reader sees all of it or nothing."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    if isinstance(content, bytes):
+                        file.write(content)
+                    else:
+                        with content.open("rb") as source:
+                            shutil.copyfileobj(source, file, CHUNK)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, path)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+            sync_folder(path.parent)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DoesNotFit(f"no space left to write {path}; free some, or move the store with --store") from error
+            raise
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
+    """A record and the records it names, depth first, with their depth. A record met twice is yielded each time."""
+
+    def walk(digest: str, depth: int) -> Iterator[tuple[int, Record]]:
+        record = store.load(digest)
+        yield depth, record
+        for reference in references(record):
+            if not reference.startswith("sha256:"):
+                yield from walk(reference, depth + 1)
+
+    return walk(digest, 0)
+
+
+def verify(store: Store, progress=lambda done, total: None) -> Iterator[Damage]:
+    """Re-hash every blob and record, follow every reference and ref; yield what is damaged."""
+    blobs = [path for path in (store.root / "blobs" / "sha256").glob("??/*") if path.suffix != ".tmp"]
+    needed: dict[str, str] = {}
+    for digest in store.records():
+        data = store.path(digest).read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            yield Damage(f"records/{digest}.json", "content does not match its name")
+            continue
+        needed |= dict.fromkeys(references(parse(data)), digest)
+    total = sum(path.stat().st_size for path in blobs) or 1
+    done = 0
+    for path in blobs:
+        if hash_file(path) != path.parent.name + path.name:
+            user = needed.get(f"sha256:{path.parent.name}{path.name}")
+            yield Damage(f"blobs/sha256/{path.parent.name}/{path.name}", "content does not match its name" + (f"; record {user[:12]} needs it" if user else ""))
+        done += path.stat().st_size
+        progress(done, total)
+    for digest, user in needed.items():
+        if not store.has(digest) and not _in_hub(store, user, digest):
+            yield Damage(store.path(digest).relative_to(store.root).as_posix(), f"missing; record {user[:12]} needs it")
+    for name, digest in store.names().items():
+        if not store.has(digest):
+            yield Damage(f"refs/{name}", f"points to {digest[:12]}, which is not here")
+
+
+def _in_hub(store: Store, record: str, digest: str) -> bool:
+    """Whether the bytes stay in a model hub's own cache by the record's word."""
+    return digest.startswith("sha256:") and bool(getattr(store.load(record), "hub", None))
