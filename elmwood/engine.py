@@ -6,7 +6,6 @@ done, so a retry is free; the engine knows nothing of that.
 
 import multiprocessing
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,21 +35,19 @@ def run(task: Callable[[In, Progress], Out], inputs: Sequence[In], *, workers: i
         return [task(item, progress) for item in inputs]
     context = multiprocessing.get_context("spawn")
     events: Any = context.Queue()
-    stop = threading.Event()
-    relay = threading.Thread(target=_relay, args=(events, progress, stop), daemon=True)
+    relay = threading.Thread(target=_relay, args=(events, progress), daemon=True)
     relay.start()
     pool = ProcessPoolExecutor(min(workers, len(inputs)), mp_context=context, initializer=_initialise, initargs=(events,))
     try:
         return list(pool.map(_call, [task] * len(inputs), inputs))
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
+        for process in multiprocessing.active_children():  # tasks are idempotent: what they had saved is found again
             process.terminate()
         raise
     finally:
-        stop.set()
-        relay.join(timeout=1)
         pool.shutdown(wait=True, cancel_futures=True)
+        events.put(None)  # after everything the workers put there
+        relay.join(timeout=1)  # a worker that was terminated may have left the queue locked
 
 
 _events: Any = None  # in a worker process: the way back to the parent's progress bar
@@ -65,12 +62,9 @@ def _call(task: Callable[[In, Progress], Out], item: In) -> Out:
     return task(item, lambda *event: _events.put(event))
 
 
-def _relay(events: Any, progress: Progress, stop: threading.Event) -> None:
-    while not stop.is_set():
-        try:
-            progress(*events.get(timeout=0.1))
-        except queue.Empty:
-            continue
+def _relay(events: Any, progress: Progress) -> None:
+    while (event := events.get()) is not None:
+        progress(*event)
 
 
 def each(items: Iterable[In], what: str, total: float, unit: str, progress: Progress) -> Iterable[In]:

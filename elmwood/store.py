@@ -1,10 +1,10 @@
 """Bytes by digest: the only place that touches blobs. Written once, atomically; nothing is ever pickled.
 
-    blobs/sha256/ab/cdef…   content
-    records/<digest>.json   records
-    refs/<name>             the names people type, and refs/done/<key>: which record a finished task made
-    work/<key>/             unfinished tasks, and logs/<key>.jsonl: what tasks measured of themselves (not content-addressed)
-    views/<digest>/         folders of links to blobs, for libraries that want a folder; derived, may be deleted
+blobs/sha256/ab/cdef…   content
+records/<digest>.json   records
+refs/<name>             the names people type, and refs/done/<key>: which record a finished task made
+work/<key>/             unfinished tasks, and logs/<key>.jsonl: what tasks measured of themselves (not content-addressed)
+views/<digest>/         folders of links to blobs, for libraries that want a folder; derived, may be deleted
 """
 
 import errno
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -59,10 +59,7 @@ class Store:
 
     def put(self, content: bytes | Path) -> str:
         """Store bytes or a file's content; return its digest. The same content is stored once. Raises DoesNotFit."""
-        if isinstance(content, bytes):
-            digest = "sha256:" + hashlib.sha256(content).hexdigest()
-        else:
-            digest = "sha256:" + hash_file(content)
+        digest = "sha256:" + (hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else hash_file(content))
         if not self.has(digest):
             self._write(self.path(digest), content)
         return digest
@@ -101,7 +98,7 @@ class Store:
             self._write(self.path(record.digest), canonical(record))
         return record.digest
 
-    def load(self, name: str, kind: type[R] = Record) -> R:  # type: ignore[assignment]
+    def load(self, name: str, kind: type[R] = Record) -> R:  # type: ignore[assignment]  # mypy #3737: a default for a type variable
         """The record a ref, a digest or the beginning of one names. Raises UnknownName, Damaged, BadRecord."""
         digest = self.resolve(name)
         data = self.get(digest).read_bytes()
@@ -221,7 +218,7 @@ def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
     """A record and the records it names, depth first, with their depth. A record met twice is yielded each time."""
 
     def walk(digest: str, depth: int) -> Iterator[tuple[int, Record]]:
-        record = store.load(digest)
+        record: Record = store.load(digest)
         yield depth, record
         for reference in references(record):
             if not reference.startswith("sha256:"):
@@ -230,32 +227,31 @@ def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
     return walk(digest, 0)
 
 
-def verify(store: Store, progress=lambda done, total: None) -> Iterator[Damage]:
-    """Re-hash every blob and record, follow every reference and ref; yield what is damaged."""
-    blobs = [path for path in (store.root / "blobs" / "sha256").glob("??/*") if path.suffix != ".tmp"]
-    needed: dict[str, str] = {}
+def verify(store: Store, progress: Callable[[float, float], None] = lambda done, total: None) -> Iterator[Damage]:
+    """Re-hash every blob and record, follow every reference and ref; yield what is damaged. Progress is in bytes."""
+    users: dict[str, str] = {}  # digest -> a record that needs it
     for digest in store.records():
         data = store.path(digest).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             yield Damage(f"records/{digest}.json", "content does not match its name")
             continue
-        needed |= dict.fromkeys(references(parse(data)), digest)
-    total = sum(path.stat().st_size for path in blobs) or 1
+        record = parse(data)
+        elsewhere = bool(getattr(record, "hub", None))  # its blobs stay in a model hub's own cache
+        users |= {name: digest for name in references(record) if not (elsewhere and name.startswith("sha256:"))}
+    blobs = [path for path in sorted((store.root / "blobs" / "sha256").glob("??/*")) if path.suffix != ".tmp"]
+    total = sum(path.stat().st_size for path in blobs)
     done = 0
     for path in blobs:
-        if hash_file(path) != path.parent.name + path.name:
-            user = needed.get(f"sha256:{path.parent.name}{path.name}")
-            yield Damage(f"blobs/sha256/{path.parent.name}/{path.name}", "content does not match its name" + (f"; record {user[:12]} needs it" if user else ""))
+        name = path.parent.name + path.name
+        if hash_file(path) != name:
+            user = users.get(f"sha256:{name}")
+            needed = f"; record {user[:12]} needs it" if user else ""
+            yield Damage(path.relative_to(store.root).as_posix(), "content does not match its name" + needed)
         done += path.stat().st_size
         progress(done, total)
-    for digest, user in needed.items():
-        if not store.has(digest) and not _in_hub(store, user, digest):
-            yield Damage(store.path(digest).relative_to(store.root).as_posix(), f"missing; record {user[:12]} needs it")
-    for name, digest in store.names().items():
+    for digest, user in users.items():
         if not store.has(digest):
-            yield Damage(f"refs/{name}", f"points to {digest[:12]}, which is not here")
-
-
-def _in_hub(store: Store, record: str, digest: str) -> bool:
-    """Whether the bytes stay in a model hub's own cache by the record's word."""
-    return digest.startswith("sha256:") and bool(getattr(store.load(record), "hub", None))
+            yield Damage(store.path(digest).relative_to(store.root).as_posix(), f"missing; record {user[:12]} needs it")
+    for ref, digest in store.names().items():
+        if not store.has(digest):
+            yield Damage(f"refs/{ref}", f"points to {digest[:12]}, which is not here")

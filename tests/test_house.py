@@ -1,0 +1,69 @@
+"""The house stands: imports point down, and the torch-free half stays free of torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parent.parent / "elmwood"
+FLOORS = {
+    "errors": 1, "records": 1, "registry": 1,
+    "store": 2, "engine": 2,
+    "corpus": 3, "domains": 3, "lm": 3, "hub": 3,
+    "train": 4, "merge": 4, "ensemble": 4, "evaluate": 4, "serve": 4, "report": 4,
+    "cli": 5,
+}  # fmt: skip
+# Within a floor: rooms of the first three may use the ones below; here are the neighbours they may use beside that.
+NEIGHBOURS = {("records", "errors"), ("registry", "errors"), ("store", "engine"), ("domains", "corpus"), ("lm", "corpus")}
+TORCH_FREE = {"errors", "records", "registry", "store", "engine", "corpus", "domains", "hub", "evaluate", "report", "cli"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(HOUSE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of ours that a file imports, anywhere in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; name the room"
+            names += [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "elmwood" else [node.module or ""]
+    return {name.split(".")[1] for name in names if name.startswith("elmwood.") and name != "elmwood.__version__"}
+
+
+def files() -> list[Path]:
+    return [path for path in sorted(HOUSE.rglob("*.py")) if path != HOUSE / "__init__.py"]
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in files()} <= set(FLOORS)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(HOUSE).as_posix())
+def test_imports_point_down(path):
+    here = room(path)
+    for there in imports(path) - {here}:
+        assert FLOORS[there] < FLOORS[here] or (here, there) in NEIGHBOURS, f"{path.name} on floor {FLOORS[here]} imports {there}"
+
+
+@pytest.mark.parametrize("name", sorted(TORCH_FREE & {room(path) for path in files()}))
+def test_torch_free_half(name):
+    modules = [".".join(("elmwood", *path.relative_to(HOUSE).with_suffix("").parts)) for path in files() if room(path) == name]
+    if name == "cli":
+        modules = ["elmwood.cli"]
+    modules = [module.removesuffix(".__init__") for module in modules]
+    script = "import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_nothing_is_pickled():
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in {"torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dump", "joblib.load", "np.load"}, path

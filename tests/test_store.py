@@ -1,0 +1,214 @@
+"""Floors one and two: records, registry, store, engine."""
+
+import errno
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elmwood import engine
+from elmwood.errors import BadRecord, Damaged, DoesNotFit, NewerRecord, UnknownName
+from elmwood.records import FORMAT, Corpus, Forest, Recipe, Seed, Shard, canonical, fingerprint, parse, references
+from elmwood.registry import lookup
+from elmwood.store import Store, lineage, verify
+
+BLOB = "sha256:" + "a" * 64
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def corpus(store, text=b"text") -> Corpus:
+    shard = Shard(blob=store.put(text), documents=1, bytes=len(text))
+    return Corpus(train=(shard,), holdout=(), documents=1, bytes=len(text), holdout_share=0.1)
+
+
+# ---- records
+
+
+@given(st.lists(st.text("0123456789abcdef", min_size=64, max_size=64), max_size=5))
+def test_a_forest_does_not_depend_on_the_order_of_its_experts(experts):
+    forests = [Forest(seed="0" * 64, partition="1" * 64, experts=tuple(order)) for order in (experts, experts[::-1])]
+    assert forests[0].digest == forests[1].digest
+    assert parse(canonical(forests[0])) == forests[1]
+
+
+def test_a_digest_is_of_the_content(store):
+    one, two = corpus(store), corpus(store, b"other")
+    assert one.digest == parse(canonical(one)).digest != two.digest
+
+
+def test_references_are_found_at_any_depth(store):
+    record = corpus(store)
+    assert list(references(record)) == [record.train[0].blob]
+    forest = Forest(seed="0" * 64, partition="1" * 64, experts=("2" * 64,))
+    assert list(references(forest)) == ["0" * 64, "1" * 64, "2" * 64]
+
+
+def test_unknown_keys_kinds_and_formats_are_refused(store):
+    fields = json.loads(canonical(corpus(store)))
+    with pytest.raises(BadRecord, match="surprise"):
+        parse(json.dumps(fields | {"surprise": 1}).encode())
+    with pytest.raises(BadRecord, match="unknown record kind"):
+        parse(json.dumps(fields | {"kind": "shrub"}).encode())
+    with pytest.raises(NewerRecord, match="upgrade"):
+        parse(json.dumps(fields | {"format": FORMAT + 1, "new_field": 1}).encode())
+    with pytest.raises(BadRecord, match="not a record"):
+        parse(b"{")
+
+
+def test_fingerprints_tell_inputs_apart():
+    recipe = Recipe(steps=1)
+    assert fingerprint("train", recipe) == fingerprint("train", Recipe(steps=1)) != fingerprint("train", Recipe(steps=2))
+
+
+# ---- registry
+
+
+def test_lookup_opens_rows_and_strangers():
+    assert lookup({"a": 1}, "a") == 1
+    assert lookup({}, "os:getpid") is os.getpid
+    with pytest.raises(UnknownName, match="have a"):
+        lookup({"a": 1}, "b", "router")
+    with pytest.raises(UnknownName, match="Python path"):
+        lookup({"a": 1}, "no_such_module:x")
+
+
+# ---- store
+
+
+def test_content_is_stored_once_and_comes_back(store, tmp_path):
+    (tmp_path / "file").write_bytes(b"hello")
+    assert store.put(b"hello") == store.put(tmp_path / "file")
+    assert store.get(store.put(b"hello")).read_bytes() == b"hello"
+    with pytest.raises(Damaged, match="not in"):
+        store.get(BLOB)
+
+
+def test_folders_come_back_as_folders(store, tmp_path):
+    source = tmp_path / "in"
+    (source / "sub").mkdir(parents=True)
+    (source / "a.txt").write_text("a")
+    (source / "sub" / "b.txt").write_text("b")
+    files = store.put_folder(source)
+    view = store.folder(files)
+    assert (view / "sub" / "b.txt").read_text() == "b"
+    assert store.folder(files) == view
+    with pytest.raises(Damaged, match="stay inside"):
+        store.folder({"../escape": files["a.txt"]})
+
+
+def test_names_and_digests_resolve(store):
+    record = corpus(store)
+    store.name("demo/corpus", store.add(record))
+    for name in ("demo/corpus", record.digest, record.digest[:8]):
+        assert store.load(name) == record
+    assert store.names() == {"demo/corpus": record.digest}
+    with pytest.raises(UnknownName, match="nothing here"):
+        store.load("absent")
+    with pytest.raises(UnknownName, match="is a corpus"):
+        store.load("demo/corpus", Seed)
+    for bad in ("../up", "/etc/passwd", "a//b", ""):
+        with pytest.raises(UnknownName):
+            store.name(bad, record.digest)
+
+
+def test_a_finished_task_is_found_again_and_its_work_is_gone(store):
+    key, record = fingerprint("task", 1), corpus(store)
+    (store.work(key) / "half").write_text("x")
+    assert store.done(key) is None
+    store.finish(key, record)
+    assert store.done(key) == record.digest
+    assert not (store.root / "work" / key).exists()
+    store.path(record.digest).unlink()
+    assert store.done(key) is None
+
+
+def test_logs_survive_a_torn_line(store):
+    store.log("k", seconds=1.5)
+    with (store.root / "logs" / "k.jsonl").open("a") as file:
+        file.write('{"seconds": 2')
+    assert store.logged("k") == [{"seconds": 1.5}]
+
+
+def test_a_full_disk_leaves_nothing_half_written(store, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DoesNotFit, match="--store"):
+        store.put(b"x" * 1000)
+    assert not [path for path in store.root.rglob("*") if path.is_file()]
+
+
+def test_verify_says_exactly_what_is_damaged(store):
+    record = corpus(store)
+    other = corpus(store, b"other")
+    store.add(record), store.add(other)
+    store.name("good", record.digest)
+    assert list(verify(store)) == []
+
+    blob = store.path(record.train[0].blob)
+    blob.chmod(0o644)
+    blob.write_bytes(b"tampered")
+    store.path(other.train[0].blob).unlink()
+    store.name("gone", "f" * 64)
+    found = {damage.where: damage.problem for damage in verify(store)}
+    assert set(found) == {
+        f"blobs/sha256/{blob.parent.name}/{blob.name}",
+        str(store.path(other.train[0].blob).relative_to(store.root)),
+        "refs/gone",
+    }
+    assert record.digest[:12] in found[f"blobs/sha256/{blob.parent.name}/{blob.name}"]
+
+    store.path(record.digest).write_bytes(b"{}")
+    with pytest.raises(Damaged):
+        store.load(record.digest)
+    assert f"records/{record.digest}.json" in {damage.where for damage in verify(store)}
+
+
+def test_lineage_walks_to_the_roots(store):
+    record = corpus(store)
+    store.add(record)
+    seed = Seed(
+        name="s", architecture="LlamaForCausalLM", parameters=1, vocabulary=2, context=3, separator=0, files={}, corpus=record.digest
+    )
+    store.add(seed)
+    assert [(depth, found.kind) for depth, found in lineage(store, seed.digest)] == [(0, "seed"), (1, "corpus")]
+
+
+# ---- engine
+
+
+def double(item, progress):
+    progress("double", item, 3, "items")
+    return 2 * item, os.getpid()
+
+
+def fail(item, progress):
+    raise BadRecord(f"item {item} is bad")
+
+
+def test_tasks_run_in_order_here_and_elsewhere():
+    here = engine.run(double, [1, 2, 3])
+    assert [value for value, _ in here] == [2, 4, 6]
+    assert {pid for _, pid in here} == {os.getpid()}
+    there = engine.run(double, [1, 2, 3], workers=2)
+    assert [value for value, _ in there] == [2, 4, 6]
+    assert os.getpid() not in {pid for _, pid in there}
+
+
+def test_the_first_error_is_raised_as_itself():
+    for workers in (1, 2):
+        with pytest.raises(BadRecord, match="is bad"):
+            engine.run(fail, [1, 2, 3], workers=workers)
+
+
+def test_progress_of_other_processes_arrives():
+    seen = []
+    engine.run(double, [1, 2, 3], workers=2, progress=lambda *event: seen.append(event))
+    assert set(seen) == {("double", 1, 3, "items"), ("double", 2, 3, "items"), ("double", 3, 3, "items")}
