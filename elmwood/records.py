@@ -74,6 +74,19 @@ class Corpus(Record):
     licences: tuple[str, ...] = ()
 
 
+class Packing(Record):
+    """The tokens of shards under one tokenizer: little-endian memory maps, made once and found again."""
+
+    kind: Literal["packing"] = "packing"
+    shards: tuple[Blob, ...]
+    tokenizer: Blob  # tokenizer.json
+    separator: int  # token id that stands before each document
+    tokens: tuple[Blob, ...]  # uint16 or uint32 [T]; none where there are no documents
+    starts: tuple[Blob, ...]  # int64 [documents], where each begins
+    dtype: Literal["<u2", "<u4"]
+    count: int  # T
+
+
 class Embedder(Frozen):
     """A fitted embedder: a row of the table of embedders, its settings and its files (safetensors + JSON)."""
 
@@ -149,6 +162,17 @@ class Point(Frozen):
     step: int
     tokens: int
     loss: float  # nats per token, mean over the steps since the last point
+
+
+class Shape(Frozen):
+    """The size of a model made from scratch (a Llama with tied embeddings)."""
+
+    layers: int = Field(gt=0)
+    width: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    feed_forward: int = Field(gt=0)
+    vocabulary: int = Field(gt=0)
+    context: int = Field(gt=1)  # positions
 
 
 class Seed(Record):
@@ -250,7 +274,7 @@ class Comparison(Record):
 
 
 KINDS: dict[str, type[Record]] = {
-    cls.model_fields["kind"].default: cls for cls in (Corpus, Partition, Seed, Expert, Forest, Ensemble, Score, Comparison)
+    cls.model_fields["kind"].default: cls for cls in (Corpus, Packing, Partition, Seed, Expert, Forest, Ensemble, Score, Comparison)
 }
 
 

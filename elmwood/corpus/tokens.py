@@ -1,0 +1,203 @@
+"""Tokens: train or load a tokenizer, pack documents into one memory map, cut windows for evaluation.
+
+T tokens of all documents together, D documents; W windows of at most L tokens
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from elmwood.corpus.build import alone, documents
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput, BadSeed
+from elmwood.records import Packing, Shard, fingerprint
+from elmwood.store import Store
+
+END = "<|endoftext|>"
+SMALLEST = 257  # the separator and every byte
+BATCH = 1_000_000  # characters encoded at once
+
+
+class Packed(NamedTuple):
+    """Documents as tokens, one after another: each is the separator and then its text."""
+
+    tokens: np.ndarray  # [T] uint16 or uint32, memory-mapped
+    starts: np.ndarray  # [D] int64: document d is tokens[starts[d] : starts[d + 1]], the last one ends at T
+    separator: int
+
+
+class Windows(NamedTuple):
+    """Documents cut into rows for evaluation. Row w scores its tokens score_from_W[w] <= l < length_W[w], given those before."""
+
+    rows_WL: np.ndarray  # int32, padded with the separator
+    length_W: np.ndarray  # int64, tokens that are no padding
+    score_from_W: np.ndarray  # int64
+    document_W: np.ndarray  # int64, place of the document in the packing
+
+
+# ---- tokenizers -------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer.json of a checkpoint folder, without truncation or padding. Raises BadSeed."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise BadSeed(f"{folder} has no tokenizer.json: save the tokenizer there with transformers' AutoTokenizer(...).save_pretrained")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise BadSeed(f"{path} is not a tokenizer ({error}): save it again with transformers' save_pretrained") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Byte-level BPE: any text can be written with it. Token 0 is the separator `<|endoftext|>`. Raises BadInput."""
+    if vocabulary < SMALLEST:
+        raise BadInput(f"a byte-level vocabulary needs {SMALLEST} tokens, and {vocabulary} were asked for: ask for 1024 or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes each id stands for: b"" for special tokens and for ids nobody uses.
+
+    For byte-level BPE (GPT-2, OPT, Llama 3, Qwen) they join to the text; for sentencepiece-like vocabularies (▁, <0xAB>) to the text
+    as its normaliser sees it, with a space before it where the model adds one. Raises BadSeed for other kinds.
+    """
+    spec = json.loads(tokenizer.to_str())
+    kinds = {name for part in ("pre_tokenizer", "decoder") for name in _types(spec[part])}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    byte_level = "ByteLevel" in kinds
+    if not byte_level and not any("▁" in token for token in vocabulary):
+        raise BadSeed(
+            "only byte-level and sentencepiece-like tokenizers spell bytes, and this is neither: choose a GPT, Llama or Qwen-like seed"
+        )
+    spelled = [b""] * (max(vocabulary.values()) + 1)
+    for token, number in vocabulary.items():
+        spelled[number] = _byte_level(token) if byte_level else _sentencepiece(token)
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        spelled[number] = b"" if added.special else added.content.encode()
+    return spelled
+
+
+def _types(part: dict | None) -> Iterator[str]:
+    """The kinds of a pre-tokenizer or decoder, and of those in a sequence of them."""
+    if part:
+        yield part["type"]
+        for inner in (*part.get("pretokenizers", ()), *part.get("decoders", ())):
+            yield from _types(inner)
+
+
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as themselves, the others from U+0100 on
+_BYTE = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
+
+
+def _byte_level(token: str) -> bytes:
+    return bytes(_BYTE[letter] for letter in token) if all(letter in _BYTE for letter in token) else token.encode()
+
+
+def _sentencepiece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+# ---- packing ----------------------------------------------------------------------------------------------------
+
+
+def pack(shards: Sequence[Shard], tokenizer: Tokenizer, separator: int, store: Store, progress: Progress = silent) -> Packed:
+    """The documents of shards as tokens, streamed into the store; the same shards and tokenizer are packed once."""
+    spec = tokenizer.to_str().encode()
+    key = fingerprint("pack", [shard.blob for shard in shards], spec.decode(), separator)
+    if not (done := store.done(key)):
+        with alone(store, key) as work:
+            if not (done := store.done(key)):
+                packing = _pack(shards, tokenizer, separator, work, store, progress)
+                store.finish(key, packing)
+                done = packing.digest
+    return _open(store.load(done, Packing), store)
+
+
+def _pack(shards: Sequence[Shard], tokenizer: Tokenizer, separator: int, work: Path, store: Store, progress: Progress) -> Packing:
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    dtype = np.dtype("<u2" if max(*ids, separator) < 1 << 16 else "<u4")
+    starts: list[int] = []
+    count = done = 0
+    total = sum(shard.bytes for shard in shards)
+    with (work / "tokens").open("wb") as file:
+        for texts in _batches(document.text for document in documents(shards, store)):
+            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                tokens = np.array([separator, *encoding.ids], dtype)
+                starts.append(count)
+                count += len(tokens)
+                file.write(tokens.tobytes())
+            done += sum(len(text.encode()) for text in texts)
+            progress("tokenise", done, total, "bytes")
+    return Packing(
+        shards=tuple(shard.blob for shard in shards),
+        tokenizer=store.put(tokenizer.to_str().encode()),
+        separator=separator,
+        tokens=(store.put(work / "tokens"),) if count else (),
+        starts=(store.put(np.array(starts, "<i8").tobytes()),) if count else (),
+        dtype=dtype.str,
+        count=count,
+    )
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of about BATCH characters."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _open(packing: Packing, store: Store) -> Packed:
+    if not packing.count:
+        return Packed(np.empty(0, packing.dtype), np.empty(0, "<i8"), packing.separator)
+    tokens = np.memmap(store.get(packing.tokens[0]), packing.dtype, "r")
+    return Packed(tokens, np.fromfile(store.get(packing.starts[0]), "<i8"), packing.separator)
+
+
+# ---- windows ----------------------------------------------------------------------------------------------------
+
+
+def windows(packed: Packed, length: int, carry: int = 0) -> Windows:
+    """Cut documents into windows of `length` tokens for scoring: every token but the separators is scored exactly once.
+
+    The first token of a row is given, not scored. Windows of one document overlap by max(1, carry) tokens, so that after
+    the first one every scored token sees at least that many before it. Raises BadInput.
+    """
+    overlap = max(1, carry)
+    if not overlap < length:
+        raise BadInput(f"a window must be longer than the {overlap} tokens it shares with the one before, and is {length}: carry less")
+    size_D = np.diff(packed.starts, append=len(packed.tokens))
+    stride = length - overlap
+    count_D = np.where(size_D > 1, 1 + np.maximum(0, -(-(size_D - length) // stride)), 0)
+    document_W = np.repeat(np.arange(len(size_D)), count_D)
+    nth_W = np.arange(len(document_W)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
+    start_W = packed.starts[document_W] + nth_W * stride
+    length_W = np.minimum(length, (packed.starts + size_D)[document_W] - start_W)
+    rows_WL = np.full((len(document_W), length), packed.separator, np.int32)
+    for row, start, size in zip(rows_WL, start_W, length_W, strict=True):
+        row[:size] = packed.tokens[start : start + size]
+    return Windows(rows_WL, length_W, np.where(nth_W == 0, 1, overlap), document_W)
