@@ -1,0 +1,1 @@
+"""Language models: seeds, adapters, and many experts over one base."""

@@ -1,0 +1,168 @@
+"""Seeds and experts as transformers models: made from scratch, saved, opened. Seeds from elsewhere: `elmwood.lm.bring`."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from elmwood.errors import BadSeed, Damaged, ForeignExpert
+from elmwood.records import Expert, Files, Point, Recipe, Seed, Shape
+from elmwood.store import Store, hash_file
+
+transformers.logging.disable_progress_bar()  # only cli prints
+
+# the files of a transformers folder that belong to a seed
+KEPT: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab.*")
+KEPT += ("special_tokens_map.json", "merges.txt", "added_tokens.json", "*.model", "*.jinja", "LICENSE*")
+
+
+def new_model(shape: Shape, rng_seed: int = 0) -> PreTrainedModel:
+    """A Llama with tied embeddings and random weights, float32 on the CPU. The same rng_seed gives the same bytes. Raises BadSeed."""
+    if shape.width % (2 * shape.heads):
+        raise BadSeed(f"width {shape.width} is no multiple of twice the heads ({shape.heads}), as rotary positions need: change one")
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng_seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def save_seed(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    store: Store,
+    *,
+    name: str,
+    separator: int,
+    corpus: str | None = None,
+    recipe: Recipe | None = None,
+    curve: Sequence[Point] = (),
+    licence: str | None = None,
+) -> Seed:
+    """Store a model with its tokenizer as a transformers folder, and the record of both. Raises BadSeed."""
+    check_tokenizer(tokenizer, model.config, separator, name)
+    if model.config.eos_token_id is None:
+        model.config.bos_token_id = model.config.eos_token_id = separator
+    with tempfile.TemporaryDirectory() as scratch:
+        save_folder(model, tokenizer, Path(scratch))
+        files = store.put_folder(Path(scratch))
+    fields = {"corpus": corpus, "recipe": recipe, "curve": tuple(curve), "licence": licence}
+    return add_seed(store, files, model.config, model.num_parameters(), name=name, separator=separator, **fields)
+
+
+def save_folder(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """A transformers checkpoint folder (safetensors) with a tokenizer that AutoTokenizer opens too."""
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = model.config.eos_token_id
+    special = {} if end is None else {"eos_token": tokenizer.id_to_token(end[0] if isinstance(end, list) else end)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: Any, separator: int, where: str) -> None:
+    """Every token id must have a row in the embedding. Raises BadSeed."""
+    rows, largest = config.get_text_config().vocab_size, max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= rows:
+        raise BadSeed(
+            f"{where}: the tokenizer has ids up to {largest}, the embedding only {rows} rows: "
+            "take the tokenizer of this checkpoint, or resize its embedding first"
+        )
+    if not 0 <= separator < rows:
+        raise BadSeed(f"{where}: the separator {separator} is not a token id below {rows}: choose one that is")
+
+
+def add_seed(store: Store, files: Files, config: Any, parameters: int, **fields: Any) -> Seed:
+    """The record of a checkpoint folder, from its config. Raises BadSeed."""
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    if not context:
+        raise BadSeed(f"{fields['name']}: the config names no number of positions: add max_position_embeddings to config.json")
+    architecture = config.architectures[0]
+    seed = Seed(architecture=architecture, parameters=parameters, vocabulary=text.vocab_size, context=context, files=files, **fields)
+    store.add(seed)
+    return seed
+
+
+def download(identifier: str, revision: str) -> tuple[Path, str]:
+    """A model hub's snapshot of a commit: its folder in the hub's own cache, and the commit. Raises BadSeed."""
+    from huggingface_hub import snapshot_download  # here alone, and only for a hub id the user named
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(identifier, revision=revision or None, allow_patterns=list(KEPT)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BadSeed(f"{identifier!r} is not a folder here, and the model hub did not give it ({error}): check the spelling") from error
+    return folder, folder.name  # …/snapshots/<commit>
+
+
+def seed_folder(seed: Seed, store: Store) -> Path:
+    """The seed's transformers folder. A hub seed is fetched into the hub's cache where it is absent, and checked. Raises Damaged."""
+    if seed.hub is None:
+        return store.folder(seed.files)
+    folder, _ = download(*seed.hub.partition("@")[::2])
+    for name, digest in seed.files.items():
+        path, wanted = (folder / name).resolve(), digest.removeprefix("sha256:")
+        # the hub's cache names large files by their sha256, so only the small ones are read again
+        if not path.exists() or (path.name != wanted and hash_file(path) != wanted):
+            raise Damaged(f"{name} of {seed.hub} is missing or not what it was at import: delete it from the hub's cache and try again")
+    return folder
+
+
+def tokenizer(seed: Seed, store: Store) -> Tokenizer:
+    """The seed's tokenizer, without truncation or padding."""
+    loaded = Tokenizer.from_file(str(seed_folder(seed, store) / "tokenizer.json"))
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    seed: Seed, store: Store, expert: Expert | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The seed, or one expert of it, in eval mode on `device` (default: a GPU where there is one).
+
+    `dtype` is by default float32 on a CPU (bf16 is slower there), elsewhere as stored. An adapter expert comes as PEFT's
+    model over its own copy of the seed; many adapters over one copy are `elmwood.lm.lora`. Raises ForeignExpert, Damaged.
+    """
+    place = torch.device(device) if device is not None else best_device()
+    wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
+    if expert is not None:
+        check_kin(seed, expert)
+    full = expert is not None and expert.recipe.method == "full"
+    folder = store.folder(expert.files) if full and expert is not None else seed_folder(seed, store)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True, use_safetensors=True)
+    if expert is not None and not full:
+        model = PeftModel.from_pretrained(model, store.folder(expert.files), low_cpu_mem_usage=True)
+    return model.to(place).eval()
+
+
+def check_kin(seed: Seed, expert: Expert) -> None:
+    """An expert is of use with its own seed only. Raises ForeignExpert."""
+    if expert.seed != seed.digest:
+        raise ForeignExpert(
+            f"expert {expert.digest[:8]} grew from seed {expert.seed[:8]}, not from {seed.digest[:8]} ({seed.name}): "
+            "use it with its own seed, or retrain it on this one"
+        )
