@@ -6,40 +6,45 @@ content alone, and shards hold their documents in order of id (which is to say, 
 N documents, H hashes
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import shutil
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from elmwood.corpus.near import HASHES, near_duplicates, signatures
 from elmwood.corpus.read import Document, files, read
-from elmwood.engine import Progress, silent
-from elmwood.errors import BadCorpus
+from elmwood.engine import Progress, each, silent
+from elmwood.errors import BadCorpus, DoesNotFit
 from elmwood.records import Corpus, Shard, fingerprint
 from elmwood.store import Store, hash_file
 
 SHARD = 64_000_000  # bytes of text in one shard, at most (a longer document stands alone)
-GROUP = 8_000_000  # bytes of text held at once while shards are written
+GROUP = 8_000_000  # bytes of text held at once while a shard is written
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("meta", pa.string())])
 RULES = 1  # raised when the same sources would make another corpus
 
 
 class Staged(NamedTuple):
-    """Documents as they came, in one file: at 1 kB of text each, memory is a thirtieth of it."""
+    """Documents as they came, texts in one file and 44 bytes of memory for each."""
 
-    path: Path
-    id_N: np.ndarray  # 16 bytes each
-    start_N: np.ndarray  # int64, where the text begins in the file
+    text: np.ndarray  # uint8, memory-mapped: text and meta of each document
+    id_N: np.ndarray  # [N, 2] uint64, the first 16 bytes of sha256
+    start_N: np.ndarray  # int64, where the text begins
     bytes_N: np.ndarray  # int64, of the text
     meta_N: np.ndarray  # int64, bytes of the meta that follows the text
+    mark_N: np.ndarray  # uint32, crc of the meta
     licences: tuple[str, ...]
 
 
@@ -47,25 +52,27 @@ def build(sources: Sequence[str], store: Store, *, holdout: float = 0.1, field: 
     """Read, drop duplicates, split, store. `holdout` is the share of documents that nobody trains on.
 
     Sources that are files are named by their content, so building the same corpus again costs one hash of them.
-    Raises BadCorpus.
+    Raises BadCorpus, DoesNotFit.
     """
     if not 0 < holdout < 1:
-        raise BadCorpus(f"holdout must be between 0 and 1, and is {holdout}: 0.1 holds back every tenth document")
+        raise BadCorpus(f"the holdout is a share between 0 and 1, and {holdout} was asked for: 0.1 holds back every tenth document")
     if not sources:
-        raise BadCorpus("a corpus needs a source: a file, a folder, 'sample' or 'datasets:NAME'")
-    key = fingerprint("corpus", RULES, sorted(_content(source) for source in sources), holdout, field)
-    local = not any(source.startswith("datasets:") for source in sources)
+        raise BadCorpus("a corpus needs a source, and none was given: name a file, a folder, 'sample' or 'datasets:NAME'")
+    key = fingerprint("corpus", RULES, _contents(sources, progress), holdout, field)
     with alone(store, key) as work:
+        local = not any(source.startswith("datasets:") for source in sources)
         if local and (done := store.done(key)):
             return store.load(done, Corpus)
         rejected: Counter[str] = Counter()
         staged = _stage(sources, work / "text", rejected, field, progress)
         order = _unique(staged, rejected)
+        order = _distinct(staged, order, work / "signatures", rejected, progress)
         if len(order) < 2:
             raise BadCorpus(
-                f"a corpus needs 2 documents, one to train on and one to hold out, and this has {len(order)}: add text, or split it"
+                f"a corpus needs 2 different documents, one to train on and one to hold out, and this has {len(order)}: "
+                "add text, or cut it into documents (one JSON line each)"
             )
-        held_N = split([staged.id_N[i].tobytes() for i in order], holdout)
+        held_N = split([_id(staged, n) for n in order], holdout)
         corpus = Corpus(
             train=_shards(staged, order[~held_N], "write training shards", work, store, progress),
             holdout=_shards(staged, order[held_N], "write holdout shards", work, store, progress),
@@ -88,12 +95,12 @@ def documents(shards: Sequence[Shard], store: Store) -> Iterator[Document]:
                     yield Document(text, json.loads(meta))
 
 
-def split(ids: Sequence[bytes], share: float) -> np.ndarray:
+def split(ids: Sequence[str], share: float) -> np.ndarray:
     """Which documents are held out: bool [N]. Decided by each id alone, so a document keeps its side as a corpus grows.
 
     The one exception: where a side would be empty, the document nearest the line crosses it.
     """
-    salted = (hashlib.sha256(b"holdout" + name).digest()[:8] for name in ids)  # salted: order of id says nothing about the side
+    salted = (hashlib.sha256(f"holdout {id}".encode()).digest()[:8] for id in ids)  # salted: the order of ids says nothing of the side
     value_N = np.array([int.from_bytes(digest, "big") / 2**64 for digest in salted])
     held_N = value_N < share
     if not held_N.any():
@@ -105,28 +112,49 @@ def split(ids: Sequence[bytes], share: float) -> np.ndarray:
 
 @contextmanager
 def alone(store: Store, key: str) -> Iterator[Path]:
-    """The work folder of a task, empty, held by one process at a time: the next one waits and finds the task done."""
+    """The work folder of a task, empty, held by one process at a time: the next one waits, and finds the task done.
+
+    Raises DoesNotFit when the disk is full.
+    """
     work = store.work(key)
     with work.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
         try:
             shutil.rmtree(work, ignore_errors=True)
             yield store.work(key)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DoesNotFit(f"no space left in {work}; free some, or move the store with --store") from error
+            raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _content(source: str) -> list[str]:
-    """What names a source in a task: its content, for files; its name, for a data set."""
-    return [hash_file(path) + path.name for path in files(source)] or [source]
+def _contents(sources: Sequence[str], progress: Progress) -> list[str]:
+    """What names sources in a task: content and place of each file, the name of each data set; sorted."""
+    roots = [(Path(source), file) for source in sources for file in files(source)]
+    hashed = each(roots, "hash sources", len(roots), "files", progress)
+    names = [f"{hash_file(file)} {file.relative_to(root) if root.is_dir() else file.name}" for root, file in hashed]
+    return sorted(names + [source for source in sources if source.startswith("datasets:")])
+
+
+def _id(staged: Staged, n: int) -> str:
+    return f"{staged.id_N[n, 0]:016x}{staged.id_N[n, 1]:016x}"
+
+
+def _text(staged: Staged, n: int) -> str:
+    return staged.text[staged.start_N[n] : staged.start_N[n] + staged.bytes_N[n]].tobytes().decode()
+
+
+def _meta(staged: Staged, n: int) -> str:
+    start = staged.start_N[n] + staged.bytes_N[n]
+    return staged.text[start : start + staged.meta_N[n]].tobytes().decode()
 
 
 def _stage(sources: Sequence[str], path: Path, rejected: Counter[str], field: str, progress: Progress) -> Staged:
-    """Copy every document, as it comes, to one file."""
+    """Copy every document, as it comes, to one file. The number to come is unknown, so progress has no total."""
     ids = bytearray()
-    starts: list[int] = []
-    sizes: list[int] = []
-    metas: list[int] = []
+    starts, sizes, metas, marks = array("q"), array("q"), array("q"), array("I")
     licences: set[str] = set()
     place = 0
     with path.open("wb") as file:
@@ -139,18 +167,20 @@ def _stage(sources: Sequence[str], path: Path, rejected: Counter[str], field: st
                 starts.append(place)
                 sizes.append(len(text))
                 metas.append(len(meta))
-                licences |= {document.meta["licence"]} if "licence" in document.meta else set()
+                marks.append(crc32(meta))
+                licences.add(document.meta.get("licence", ""))
                 place += len(text) + len(meta)
                 if len(starts) % 100 == 0:
                     progress("read", len(starts), 0, "documents")
     progress("read", len(starts), len(starts), "documents")
-    id_N = np.frombuffer(bytes(ids), dtype=">u8").reshape(-1, 2)
-    return Staged(path, id_N, np.array(starts), np.array(sizes), np.array(metas), tuple(sorted(licences)))
+    id_N = np.frombuffer(bytes(ids), ">u8").astype(np.uint64).reshape(-1, 2)
+    text_map = np.memmap(path, np.uint8, "r")
+    return Staged(text_map, id_N, np.array(starts), np.array(sizes), np.array(metas), np.array(marks), tuple(sorted(licences - {""})))
 
 
 def _unique(staged: Staged, rejected: Counter[str]) -> np.ndarray:
-    """One place of each text, in order of id."""
-    order = np.lexsort((staged.id_N[:, 1], staged.id_N[:, 0]))
+    """One place of each text, in order of id. Where its copies differ in meta, their order must not decide: the crc does."""
+    order = np.lexsort((staged.mark_N, staged.id_N[:, 1], staged.id_N[:, 0]))
     first = np.ones(len(order), bool)
     first[1:] = (staged.id_N[order][1:] != staged.id_N[order][:-1]).any(1)
     if dropped := int((~first).sum()):
@@ -158,35 +188,41 @@ def _unique(staged: Staged, rejected: Counter[str]) -> np.ndarray:
     return order[first]
 
 
+def _distinct(staged: Staged, order: np.ndarray, path: Path, rejected: Counter[str], progress: Progress) -> np.ndarray:
+    """Without near-duplicates: of two, the one with the smaller id is kept."""
+    texts = each((_text(staged, n) for n in order), "find near-duplicates", len(order), "documents", progress)
+    with path.open("wb") as file:
+        for signature_H in signatures(texts):
+            file.write(signature_H.astype("<u4").tobytes())
+    drop_N = near_duplicates(np.memmap(path, "<u4", "r").reshape(-1, HASHES))
+    if drop_N.any():
+        rejected["near-duplicate"] += int(drop_N.sum())
+    return order[~drop_N]
+
+
 def _shards(staged: Staged, order: np.ndarray, what: str, work: Path, store: Store, progress: Progress) -> tuple[Shard, ...]:
     """Write documents, in this order, to Parquet shards."""
     shards = []
-    number_N = np.cumsum(staged.bytes_N[order]) // SHARD
     total, done = int(staged.bytes_N[order].sum()), 0
-    text = np.memmap(staged.path, np.uint8, "r")
-    for number in np.unique(number_N):
-        mine = order[number_N == number]
+    for shard in _runs(order, staged.bytes_N, SHARD):
         path = work / "shard.parquet"
+        size = int(staged.bytes_N[shard].sum())
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-            for group in _groups(mine, staged.bytes_N[mine]):
-                writer.write_table(_table(staged, group, text))
+            for group in _runs(shard, staged.bytes_N, GROUP):
+                columns = {"id": [_id(staged, n) for n in group], "text": [_text(staged, n) for n in group]}
+                writer.write_table(pa.table(columns | {"meta": [_meta(staged, n) for n in group]}, schema=SCHEMA))
                 done += int(staged.bytes_N[group].sum())
                 progress(what, done, total, "bytes")
-        shards.append(Shard(blob=store.put(path), documents=len(mine), bytes=int(staged.bytes_N[mine].sum())))
+        shards.append(Shard(blob=store.put(path), documents=len(shard), bytes=size))
     return tuple(shards)
 
 
-def _groups(order: np.ndarray, bytes_N: np.ndarray) -> list[np.ndarray]:
-    """Cut into runs of about GROUP bytes."""
-    number_N = np.cumsum(bytes_N) // GROUP
-    return np.split(order, np.flatnonzero(np.diff(number_N)) + 1)
-
-
-def _table(staged: Staged, group: np.ndarray, text: np.ndarray) -> pa.Table:
-    columns: dict[str, list[str]] = {"id": [], "text": [], "meta": []}
-    for i in group:
-        start, middle = staged.start_N[i], staged.start_N[i] + staged.bytes_N[i]
-        columns["id"].append(staged.id_N[i].tobytes().hex())
-        columns["text"].append(text[start:middle].tobytes().decode())
-        columns["meta"].append(text[middle : middle + staged.meta_N[i]].tobytes().decode())
-    return pa.table(columns, schema=SCHEMA)
+def _runs(order: np.ndarray, bytes_N: np.ndarray, limit: int) -> Iterator[np.ndarray]:
+    """Cut into runs of at most `limit` bytes, or of one document."""
+    first = size = 0
+    for place, n in enumerate(order):
+        if size and size + bytes_N[n] > limit:
+            yield order[first:place]
+            first, size = place, 0
+        size += bytes_N[n]
+    yield order[first:]

@@ -181,9 +181,10 @@ def _whole(path: Path, root: Path, field: str) -> Any:
 def _dataset(source: str, field: str) -> Iterator[Any]:
     """Rows of a data set, streamed."""
     datasets = require("datasets", "datasets")
-    name, config, split, *rest = [*source.split(":")[1:], "", ""][: max(3, source.count(":"))]
-    if not name or any(rest):
+    parts = source.split(":")[1:]
+    if not parts[0] or len(parts) > 3:
         raise BadCorpus(f"{source!r} is not a data set: write datasets:NAME, datasets:NAME:CONFIG or datasets:NAME:CONFIG:SPLIT")
+    name, config, split = [*parts, "", ""][:3]
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         columns = [column for column in (field, *KEPT) if column in (rows.column_names or ())]
