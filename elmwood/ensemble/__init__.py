@@ -1,0 +1,1 @@
+"""Ensembles of experts, as language models, and text from any of them."""

@@ -1,0 +1,119 @@
+"""Key-value caches of several experts reading one text: a row per expert, in preallocated tensors of one model.
+
+Shapes: S rows, H key-value heads, C capacity (tokens), D numbers per head, T new tokens.
+
+The rows in use stand first, so that a batch of them is a view. A row that was left aside keeps its state; when its expert
+is wanted again it reads only what it has missed.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+ROWS = 16  # states kept per model, unless more experts than that are active at once
+CAPACITY = 128  # tokens of room at first; doubled when full
+
+
+class Window:
+    """The rows and positions of the pass that is running."""
+
+    first = last = past = 0
+    rows = capacity = 0  # what the tensors must hold
+
+
+class Rows(DynamicLayer):
+    """Keys and values of one attention layer, for transformers: an update writes at the window, into room that is there already."""
+
+    def __init__(self, window: Window):
+        super().__init__()
+        self.window = window
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        window = self.window
+        if self.keys is None or self.values is None or self.keys.shape[0] < window.rows or self.keys.shape[2] < window.capacity:
+            self.keys, self.values = (_grown(old, new, window) for old, new in ((self.keys, key_states), (self.values, value_states)))
+            self.is_initialized = True
+        end = window.past + key_states.shape[2]
+        keys, values = self.keys[window.first : window.last, :, :end], self.values[window.first : window.last, :, :end]
+        keys[:, :, window.past :] = key_states
+        values[:, :, window.past :] = value_states
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.window.past
+
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Exchange two rows, up to `length` tokens."""
+        for states in (self.keys, self.values):
+            if states is not None and max(a, b) < len(states):
+                kept = states[a, :, :length].clone()
+                states[a, :, :length] = states[b, :, :length]
+                states[b, :, :length] = kept
+
+
+def _grown(old: Tensor | None, new: Tensor, window: Window) -> Tensor:
+    """Room for the window's rows and capacity, with what was there."""
+    room = new.new_empty(window.rows, new.shape[1], window.capacity, new.shape[3])
+    if old is not None:
+        room[: old.shape[0], :, : old.shape[2]] = old
+    return room
+
+
+class States:
+    """The states of the experts of one model. `owner[s]` is the expert of row s, which has read `length[s]` tokens."""
+
+    def __init__(self, layers: int):
+        self.window = Window()
+        self.layers = [Rows(self.window) for _ in range(layers)]
+        self.cache = Cache(layers=list(self.layers))
+        self.owner: list[int] = []
+        self.length: list[int] = []
+
+    def arrange(self, experts: Sequence[int], total: int) -> list[tuple[int, int]]:
+        """Bring the rows of these experts to the front, the furthest read first; make room for `total` tokens.
+
+        Returns runs (first row, last row + 1) of rows that have read equally far: each run needs one pass.
+        """
+        for expert in experts:
+            if expert not in self.owner:
+                self._admit(expert, experts)
+        wanted = sorted(experts, key=lambda expert: -self.length[self.owner.index(expert)])
+        front = self.owner[: len(experts)]
+        if set(front) != set(experts) or any(a < b for a, b in zip(self.length, self.length[1 : len(experts)], strict=False)):
+            for place, expert in enumerate(wanted):
+                self._swap(place, self.owner.index(expert))
+        self.window.rows = max(self.window.rows, len(self.owner))
+        while self.window.capacity < total:
+            self.window.capacity = max(CAPACITY, 2 * self.window.capacity)
+        runs = [list(run) for _, run in groupby(range(len(experts)), key=lambda row: self.length[row])]
+        return [(run[0], run[-1] + 1) for run in runs]
+
+    def _admit(self, expert: int, active: Sequence[int]) -> None:
+        """A row for a new expert: a fresh one, or that of the idle expert which fell silent first."""
+        idle = [row for row, owner in enumerate(self.owner) if owner not in active]
+        if len(self.owner) < ROWS or not idle:
+            self.owner.append(expert)
+            self.length.append(0)
+        else:
+            row = min(idle, key=lambda row: self.length[row])
+            self.owner[row], self.length[row] = expert, 0
+
+    def _swap(self, a: int, b: int) -> None:
+        if a == b:
+            return
+        if longest := max(self.length[a], self.length[b]):
+            for layer in self.layers:
+                layer.swap(a, b, longest)
+        self.owner[a], self.owner[b] = self.owner[b], self.owner[a]
+        self.length[a], self.length[b] = self.length[b], self.length[a]
+
+    def open(self, first: int, last: int) -> Cache:
+        """The cache for a pass over a run of rows."""
+        self.window.first, self.window.last, self.window.past = first, last, self.length[first]
+        return self.cache
+
+    def close(self, first: int, last: int, total: int) -> None:
+        """The run has read all `total` tokens."""
+        self.length[first:last] = [total] * (last - first)

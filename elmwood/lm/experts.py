@@ -1,0 +1,177 @@
+"""Many experts of one seed: adapters over one shared base, full experts as models of their own.
+
+Shapes: E experts (the seed is the last), A of them active, B rows, T tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from elmwood.errors import BadInput, BadSeed
+from elmwood.lm.cache import States
+from elmwood.lm.load import best_device, check_kin, load_model
+from elmwood.lm.lora import Bank, adapter_of
+from elmwood.records import Expert, Seed
+from elmwood.store import Store
+
+LOGITS = 1 << 26  # logits in memory at once while scoring, unless one row needs more
+BASE = -1  # the key of the shared base among the bodies
+
+
+class Body(NamedTuple):
+    """A model in memory, with the adapters over it if it is the shared base."""
+
+    model: PreTrainedModel
+    bank: Bank | None
+
+
+class Text:
+    """One growing text, and what each expert that has read some of it remembers."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.states: dict[int, States] = {}
+
+
+class Experts:
+    """Experts of one seed, sorted by digest, and the seed itself as the last: index len(experts).
+
+    Models are opened when they are first used. Raises ForeignExpert.
+    """
+
+    def __init__(self, seed: Seed, experts: Sequence[Expert], store: Store, device: torch.device | str | None = None):
+        for expert in experts:
+            check_kin(seed, expert)
+        self.seed, self.store = seed, store
+        self.experts = tuple(sorted(experts, key=lambda expert: expert.digest))
+        self.device = torch.device(device) if device is not None else best_device()
+        self.adapters = [e for e, expert in enumerate(self.experts) if expert.recipe.method != "full"]
+        # candidate -> the key of its body, and its number in that body's bank
+        self._places = {e: (e, 0) for e in range(len(self.experts))} | {e: (BASE, number) for number, e in enumerate(self.adapters)}
+        self._places[len(self.experts)] = (BASE, len(self.adapters))
+        self._bodies: dict[int, Body] = {}
+
+    def __len__(self) -> int:
+        """The number of candidates, the seed included."""
+        return len(self.experts) + 1
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """The separator, and what the checkpoint says ends a text."""
+        ends = self._body(BASE).model.generation_config.eos_token_id
+        return frozenset([self.seed.separator, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
+
+    def _body(self, key: int) -> Body:
+        if key not in self._bodies:
+            model = load_model(self.seed, self.store, None if key == BASE else self.experts[key], self.device)
+            adapters = [adapter_of(self.experts[e], self.store) for e in self.adapters] if key == BASE else []
+            self._bodies[key] = Body(model, Bank(model, adapters) if adapters else None)
+        return self._bodies[key]
+
+    @torch.inference_mode()
+    def score(self, e: int, tokens_BT: Any) -> Tensor:
+        """log p(x_t | x_<t) [B, T] of candidate e, float32 on the CPU; column 0 is 0. Raises BadInput."""
+        tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
+        rows, length = tokens_BT.shape
+        self._check(tokens_BT.flatten(), length)
+        key, number = self._places[e]
+        model, bank = self._body(key)
+        if bank:
+            bank.select([number])
+        at_once = max(1, LOGITS // (length * self.seed.vocabulary))
+        loglik_BT = torch.zeros(rows, length)
+        for start in range(0, rows, at_once):
+            part_BT = tokens_BT[start : start + at_once].to(self.device)
+            logits_BTV = model(input_ids=part_BT, use_cache=False).logits[:, :-1]
+            nll_N = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), part_BT[:, 1:].flatten(), reduction="none")
+            loglik_BT[start : start + at_once, 1:] = -nll_N.view(len(part_BT), -1).cpu()
+        return loglik_BT
+
+    def start(self) -> Text:
+        """An empty text."""
+        return Text()
+
+    @torch.inference_mode()
+    def extend(self, active: Sequence[int], tokens_T: Sequence[int], text: Text) -> tuple[Tensor, Text]:
+        """Add tokens to a text, read by the active candidates: log-probabilities [A, V] of the token after them, float32.
+
+        Adapters that have read equally far share one pass; one that was idle reads what it missed in a pass of its own.
+        The text is changed in place. Raises BadInput when it outgrows the context.
+        """
+        total = len(text.tokens) + len(tokens_T)
+        self._check(torch.as_tensor(tokens_T, dtype=torch.long), total)
+        text.tokens.extend(tokens_T)
+        by_body: dict[int, dict[int, int]] = {}  # body -> number in its bank -> place in `active`
+        for place, e in enumerate(active):
+            key, number = self._places[e]
+            by_body.setdefault(key, {})[number] = place
+        logits_AV: list[Tensor] = [torch.empty(0)] * len(active)
+        for key, places in by_body.items():
+            states = text.states.get(key) or text.states.setdefault(key, States(_layers(self._body(key).model)))
+            for number, logits_V in self._read(self._body(key), states, list(places), text.tokens):
+                logits_AV[places[number]] = logits_V
+        return torch.log_softmax(torch.stack(logits_AV).float(), -1), text
+
+    def _read(self, body: Body, states: States, numbers: list[int], tokens: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """(number, logits [V] after the last token) for experts of one body."""
+        found = []
+        for first, last in states.arrange(numbers, len(tokens)):
+            if body.bank:
+                body.bank.select(states.owner[first:last])
+            unread = torch.tensor(tokens[states.length[first] :], device=self.device).expand(last - first, -1)
+            output = body.model(input_ids=unread, past_key_values=states.open(first, last), use_cache=True, logits_to_keep=1)
+            states.close(first, last, len(tokens))
+            found += list(zip(states.owner[first:last], output.logits[:, -1], strict=True))
+        return found
+
+    def _check(self, tokens_N: Tensor, length: int) -> None:
+        if length > self.seed.context:
+            raise BadInput(f"{length} tokens, and {self.seed.name} reads {self.seed.context} at most: shorten the text")
+        if not len(tokens_N):
+            raise BadInput("no tokens: a text begins with the separator")
+        if int(tokens_N.min()) < 0 or int(tokens_N.max()) >= self.seed.vocabulary:
+            raise BadInput(
+                f"a token id outside 0 … {self.seed.vocabulary - 1}: the text was made with another tokenizer than {self.seed.name}'s"
+            )
+
+
+def _layers(model: PreTrainedModel) -> int:
+    """How many attention layers a cache must hold. Raises BadSeed where a layer keeps something else than keys and values."""
+    layers = DynamicCache(config=model.config).layers
+    other = [type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)]
+    if other:
+        raise BadSeed(
+            f"{type(model).__name__} keeps a recurrent state ({other[0]}); only attention models can generate here: choose another seed"
+        )
+    return len(layers) or model.config.get_text_config().num_hidden_layers
+
+
+class OneLM:
+    """One expert, or the seed alone, as an LM (see interface.py)."""
+
+    def __init__(self, experts: Experts, e: int, name: str):
+        self.experts, self.e, self.name = experts, e, name
+        self.context, self.vocabulary, self.separator = experts.seed.context, experts.seed.vocabulary, experts.seed.separator
+        self.stops = experts.stops
+
+    def score(self, tokens_BT: Any) -> Tensor:
+        return self.experts.score(self.e, tokens_BT)
+
+    def start(self) -> "OneText":
+        return OneText(self.name)
+
+    def extend(self, tokens_T: Sequence[int], cache: "OneText") -> tuple[Tensor, "OneText"]:
+        logp_AV, _ = self.experts.extend([self.e], tokens_T, cache)
+        return logp_AV[0].cpu(), cache
+
+
+class OneText(Text):
+    """A text that one expert reads."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.spoke = {name: 1.0}

@@ -1,0 +1,37 @@
+"""What evaluate, serve and generation see of any model or combination of models.
+
+B rows, T tokens, V vocabulary
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Cache(Protocol):
+    """The state of one text while it grows."""
+
+    tokens: list[int]  # so far
+    spoke: Mapping[str, float]  # who predicted the next token, with what weight: name -> share, summing to one
+
+
+class LM(Protocol):
+    """A language model. All log-probabilities are natural logarithms, float32."""
+
+    context: int  # tokens at most
+    vocabulary: int
+    separator: int  # the token before each document; a text begins with it
+    stops: frozenset[int]  # tokens that end a text
+
+    def score(self, tokens_BT: Any) -> Tensor:
+        """log p(x_t | x_<t) for rows of token ids [B, T] (a tensor or an array), on the CPU; column 0, which is given, is 0."""
+        ...
+
+    def start(self) -> Any:
+        """The cache of an empty text."""
+        ...
+
+    def extend(self, tokens_T: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
+        """Add tokens to a text: log-probabilities [V] of the token after them, on the CPU, and the cache (changed in place)."""
+        ...

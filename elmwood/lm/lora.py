@@ -1,0 +1,218 @@
+"""A bank of LoRA adapters over one base model: any row of a batch may use any adapter, in one pass over the base weights.
+
+Shapes: N adapters, S slots (rows of a batch, or groups of them), P numbers in one adapter; per layer I inputs, O outputs, R rank;
+T tokens.
+
+An adapter is one flat row of numbers: for each layer A transposed [I, R], then B transposed and scaled [R, O]. So adding
+one is filling a row, and giving a slot another adapter is one copy, whatever the number of layers. Adapters of smaller
+rank, or without some layer, have zeros there. (PEFT loops over the adapters of a mixed batch, and adding its n-th costs
+time in proportion to n.)
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from elmwood.errors import BadInput
+from elmwood.records import Expert
+from elmwood.store import Store
+
+_KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight$")
+# settings of PEFT's LoRA that change more than W + scale * B A; each must be absent or off
+_UNSUPPORTED: tuple[str, ...] = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save")
+_UNSUPPORTED += ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "velora_config")
+_UNSUPPORTED += ("monteclora_config", "arrow_config", "kasa_config", "megatron_config")
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # other starting values of A and B change the base weights too
+
+
+class Adapter(NamedTuple):
+    """The two files of a PEFT adapter folder."""
+
+    config: Path
+    weights: Path
+
+
+class Layer(NamedTuple):
+    """A linear layer that some adapter changes, and where its numbers stand in a flat adapter."""
+
+    name: str
+    inputs: int
+    outputs: int
+    rank: int
+    start: int
+
+    @property
+    def numbers(self) -> int:
+        return (self.inputs + self.outputs) * self.rank
+
+
+def adapter_of(expert: Expert, store: Store) -> Adapter:
+    """The files of a LoRA expert. Raises BadInput."""
+    try:
+        return Adapter(store.get(expert.files["adapter_config.json"]), store.get(expert.files["adapter_model.safetensors"]))
+    except KeyError as error:
+        raise BadInput(f"expert {expert.digest[:8]} has no {error}: an adapter is a folder that PEFT's save_pretrained wrote") from error
+
+
+class Adapted(nn.Module):
+    """A linear layer with an adapter for each slot: W x + B A x. Rows of a batch are divided evenly among the slots."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.a_SIR: Tensor | None = None
+        self.b_SRO: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.a_SIR is None or self.b_SRO is None:
+            return y
+        slots, inputs, _ = self.a_SIR.shape
+        h_STR = torch.bmm(x.reshape(slots, -1, inputs), self.a_SIR)
+        return torch.baddbmm(y.view(slots, -1, y.shape[-1]), h_STR, self.b_SRO).view(y.shape)
+
+
+class Bank:
+    """Adapters over `model`, whose linear layers it wraps. Row N of `stack_NP` is zeros: the base itself.
+
+    The stack stays in main memory; on a GPU the slots hold the adapters in use.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter]):
+        """Read all adapters. Raises BadInput when one is of another base model or of a kind that is not supported."""
+        weight = next(model.parameters())
+        self.device = weight.device
+        self.layers = _layout(model, adapters)
+        self.stack_NP = torch.zeros(len(adapters) + 1, sum(layer.numbers for layer in self.layers), dtype=weight.dtype)
+        for number, adapter in enumerate(adapters):
+            _read(adapter, self.layers, self.stack_NP[number])
+        self.adapted = [_wrap(model, layer.name) for layer in self.layers]
+        self.slots_SP = self.stack_NP[:0].to(self.device)
+        self.held: list[int | None] = []  # adapter in each slot
+        self.selected: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.stack_NP) - 1
+
+    def select(self, slots: Sequence[int]) -> None:
+        """Let the slots of the next batches use these adapters; len(self) is the base alone. One slot serves a whole batch."""
+        if tuple(slots) == self.selected:
+            return
+        self.selected = tuple(slots)
+        if all(number == len(self) for number in slots):
+            for module in self.adapted:
+                module.a_SIR = module.b_SRO = None
+        elif len(slots) == 1 and self.device == self.stack_NP.device:
+            self._bind(self.stack_NP[slots[0]].unsqueeze(0))
+        else:
+            self._bind(self._fill(slots))
+
+    def _fill(self, slots: Sequence[int]) -> Tensor:
+        """Copy adapters into their slots, but for those that are there already."""
+        if len(slots) > len(self.held):
+            self.slots_SP = self.stack_NP.new_empty(len(slots), self.stack_NP.shape[1], device=self.device)
+            self.held = [None] * len(slots)
+        for slot, number in enumerate(slots):
+            if self.held[slot] != number:
+                self.slots_SP[slot].copy_(self.stack_NP[number])
+                self.held[slot] = number
+        return self.slots_SP[: len(slots)]
+
+    def _bind(self, flat_SP: Tensor) -> None:
+        """Point the layers to their numbers. Views: nothing is copied."""
+        for layer, module in zip(self.layers, self.adapted, strict=True):
+            module.a_SIR, module.b_SRO = _halves(flat_SP, layer)
+
+
+def _halves(flat_SP: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """A [S, I, R] and B [S, R, O] of one layer, as views of flat adapters."""
+    middle = layer.start + layer.inputs * layer.rank
+    a_SIR = flat_SP[:, layer.start : middle].unflatten(1, (layer.inputs, layer.rank))
+    return a_SIR, flat_SP[:, middle : layer.start + layer.numbers].unflatten(1, (layer.rank, layer.outputs))
+
+
+def _wrap(model: nn.Module, name: str) -> Adapted:
+    parent, _, leaf = name.rpartition(".")
+    adapted = Adapted(model.get_submodule(name))  # type: ignore[arg-type]  # _layout has looked
+    setattr(model.get_submodule(parent), leaf, adapted)
+    return adapted
+
+
+def _layout(model: nn.Module, adapters: Sequence[Adapter]) -> list[Layer]:
+    """The layers that some adapter changes, in the model's order, each at the largest rank that any adapter has there."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ranks: dict[str, int] = {}
+    for adapter in adapters:
+        for name, (rank, inputs, outputs) in _shapes(adapter).items():
+            if name not in linear:
+                raise BadInput(f"{adapter.weights}: an adapter for {name!r}, which is no linear layer of the base: it grew on another one")
+            if (inputs, outputs) != (linear[name].in_features, linear[name].out_features):
+                wanted = f"{linear[name].in_features} -> {linear[name].out_features}"
+                raise BadInput(f"{adapter.weights}: {name} maps {inputs} -> {outputs}, the base {wanted}: the adapter grew on another base")
+            ranks[name] = max(ranks.get(name, 0), rank)
+    sizes = [(name, module.in_features, module.out_features, ranks[name]) for name, module in linear.items() if name in ranks]
+    starts = accumulate(((inputs + outputs) * rank for _, inputs, outputs, rank in sizes), initial=0)
+    return [Layer(*size, start) for size, start in zip(sizes, starts, strict=False)]
+
+
+def _shapes(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
+    """Layer name -> (rank, inputs, outputs), from the header alone."""
+    found: dict[str, dict[str, list[int]]] = {}
+    with safe_open(adapter.weights, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  (not a dict)
+            match = _KEY.match(key)
+            if not match:
+                raise BadInput(f"{adapter.weights}: {key!r} is no lora_A or lora_B weight: only plain LoRA of linear layers is supported")
+            found.setdefault(match["layer"], {})[match["half"]] = file.get_slice(key).get_shape()
+    if torn := [name for name, halves in found.items() if len(halves) != 2 or halves["A"][0] != halves["B"][1]]:
+        raise BadInput(f"{adapter.weights}: A and B of {torn[0]} do not fit each other: the file is not whole; fetch it again")
+    return {name: (halves["A"][0], halves["A"][1], halves["B"][0]) for name, halves in found.items()}
+
+
+def _read(adapter: Adapter, layers: Sequence[Layer], flat_P: Tensor) -> None:
+    """Fill one row of the stack."""
+    settings = read_settings(adapter.config)
+    with safe_open(adapter.weights, "pt") as file:
+        present = set(file.keys())
+        for layer in layers:
+            key = f"base_model.model.{layer.name}.lora_"
+            if f"{key}A.weight" not in present:
+                continue
+            a_RI, b_OR = file.get_tensor(f"{key}A.weight"), file.get_tensor(f"{key}B.weight")
+            a_SIR, b_SRO = _halves(flat_P.unsqueeze(0), layer)
+            a_SIR[0, :, : len(a_RI)] = a_RI.T
+            torch.mul(b_OR.T, scale(settings, layer.name, len(a_RI)), out=b_SRO[0, : len(a_RI)])
+    if not torch.isfinite(flat_P.sum()):
+        raise BadInput(f"{adapter.weights} holds numbers that are not finite: its training went astray; train it again at a lower rate")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """An adapter_config.json of plain LoRA. Raises BadInput for other kinds of adapter."""
+    settings = json.loads(path.read_bytes())
+    if settings.get("peft_type") != "LORA":
+        raise BadInput(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be experts: train one with LoRA")
+    if used := [key for key in _UNSUPPORTED if settings.get(key)]:
+        raise BadInput(f"{path} uses {', '.join(used)}; only W + scale * B A is supported here: train without it")
+    if settings.get("bias", "none") != "none":
+        raise BadInput(f"{path} trains biases ({settings['bias']!r}); adapters of one base share them: train with bias='none'")
+    if settings.get("init_lora_weights") not in _PLAIN_STARTS:
+        raise BadInput(
+            f"{path}: init_lora_weights={settings['init_lora_weights']!r} changes the base weights: convert it to plain LoRA with PEFT"
+        )
+    return settings
+
+
+def scale(settings: dict[str, Any], layer: str, rank: int) -> float:
+    """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) if rank-stabilised (arXiv:2312.03732)."""
+    patterns = settings.get("alpha_pattern") or {}
+    matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    alpha = next(matching, settings["lora_alpha"])
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
