@@ -2,19 +2,19 @@
 
 Shapes: N documents, W words of all of them together, V rows of the term table, D dimensions.
 
-The embedding of a text is normalise(sum over its words of weight_V[w] * vector_VD[w]): the tf-idf norm cancels, so a
-prefix costs one more addition per word (see route.py).
+The embedding of a text is normalise(sum over its words of tf**power * weight_V[w] * vector_VD[w]): the tf-idf norm
+cancels, so each further word of a prefix is one addition (route.py). Rare words weigh more by the logarithm of how rare
+they are, and words that stand in every document weigh nothing: stop words of any language fade without a list.
 """
 
 import hashlib
 import heapq
 import json
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
-from elmwood.domains.words import words
+from elmwood.domains.words import Lexicon
 from elmwood.engine import Progress, silent
-from elmwood.errors import BadCorpus
+from elmwood.errors import BadCorpus, BadRecord, UnknownName
 from elmwood.records import Embedder
-from elmwood.registry import lookup
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
@@ -34,76 +33,122 @@ Ints = NDArray[np.integer]
 
 VOCABULARY = 1 << 16  # terms kept, or buckets hashed into
 SAMPLE = 20_000  # documents the SVD is fitted on
-LONGEST = 100_000  # characters of a document that the fit looks at
-COUNTED = 1 << 21  # terms counted at once before rare ones are forgotten
-REMEMBERED = 1 << 20  # spellings remembered by an index
-BATCH = 256  # documents embedded at once
+LOOKED_AT = 100_000  # characters of a document that the fit looks at
+COUNTED = 1 << 21  # terms counted at once before the rarest are forgotten
+DOCUMENTS, CHARACTERS = 256, 1 << 22  # embedded at once, at most
 
 
-class Index(dict[str, int]):
-    """Spelling -> row of the term table; -1 where there is none. Remembers what it has worked out."""
+class Kind(NamedTuple):
+    """A row of the table of embedders."""
 
-    def __init__(self, row: Callable[[str], int]):
-        super().__init__()
-        self.row = row
-
-    def __missing__(self, word: str) -> int:
-        if len(self) >= REMEMBERED:
-            self.clear()
-        self[word] = row = self.row(word.lower())
-        return row
-
-    def rows(self, found: Sequence[str]) -> Ints:
-        """Rows of words [W]."""
-        return np.fromiter(map(self.__getitem__, found), np.int64, len(found))
+    hashed: bool  # terms are buckets of a hash: no list of words leaves the machine
+    power: float  # of the term frequency
+    smooth: float  # added to the inverse document frequency
+    source: str
 
 
-def bucket(word: str, buckets: int) -> int:
-    """The bucket a word is hashed to; the same on every machine."""
-    return zlib.crc32(word.encode("utf-8", "surrogatepass")) % buckets
+EMBEDDERS: dict[str, Kind] = {
+    "tfidf": Kind(False, 0.5, 0.0, "square roots of counts as in Hellinger PCA, arXiv:1312.5542"),
+    "hashing": Kind(True, 0.5, 0.0, "the same without a vocabulary, arXiv:0902.2206"),
+    "cbtm": Kind(False, 1.0, 1.0, "the weights of the published code of arXiv:2303.14177"),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """A fitted tf-idf embedder: a weight and a vector for each term, or for each bucket of hashed terms."""
+    """A fitted embedder: a weight and a vector for each term, or for each bucket of hashed terms."""
 
     name: str
     terms: tuple[str, ...]  # empty where terms are hashed
     weight_V: Floats  # inverse document frequency
-    vector_VD: Floats  # right singular vectors; the last row is zero, for words that are not known
-    index: Index
+    vector_VD: Floats  # right singular vectors, up to one scale
 
     @property
     def dimension(self) -> int:
         return self.vector_VD.shape[1]
 
-    def rows(self, text: str) -> Ints:
-        """Rows of a text's words [W]; -1 for words that are not known."""
-        return self.index.rows(words(text))
-
-    def embed(self, texts: Sequence[str]) -> Floats:
-        """Unit rows [N, D] float32; a zero row for a text without a known word."""
-        parts = [self._embed(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
-        return np.concatenate(parts) if parts else np.zeros((0, self.dimension), np.float32)
-
-    def _embed(self, texts: Sequence[str]) -> Floats:
-        rows = [self.rows(text) for text in texts]
-        start_N = np.cumsum([0, *map(len, rows)])
-        row_W = np.concatenate(rows)
-        matrix_NV = sparse.csr_matrix((np.ones(len(row_W)), row_W % len(self.vector_VD), start_N), shape=(len(texts), len(self.vector_VD)))
-        return unit(matrix_NV @ self.table_VD).astype(np.float32)
+    @cached_property
+    def lexicon(self) -> Lexicon:
+        """Words -> rows."""
+        return Lexicon(_bucket if EMBEDDERS[self.name].hashed else _rows_of(self.terms))
 
     @cached_property
     def table_VD(self) -> Floats:
-        """What each word adds, float64 [V, D]."""
+        """What the first occurrence of each term adds [V, D]; float64, so that long sums agree on every machine."""
         return self.weight_V.astype(np.float64)[:, None] * self.vector_VD
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """Unit rows [N, D] float32; a zero row for a text without a known word."""
+        parts = [np.zeros((0, self.dimension), np.float32)]
+        parts += [unit(_counts(self, group) @ self.table_VD).astype(np.float32) for group in _groups(texts)]
+        return np.concatenate(parts)
+
+    def steps(self, text: str) -> tuple[Floats, Ints]:
+        """What each known word adds to the sum [W, D], and the length of the shortest prefix in which it counts [W]."""
+        row_W, count_W = self.lexicon.steps(text)
+        known_W = row_W >= 0
+        row_W, count_W = row_W[known_W], count_W[known_W]
+        before_W = occurrences(row_W)
+        power = EMBEDDERS[self.name].power
+        return self.table_VD[row_W] * ((before_W + 1.0) ** power - before_W**power)[:, None], count_W
+
+    def tfidf(self, texts: Sequence[str]) -> sparse.csr_matrix:
+        """Unit tf-idf rows [N, V] float64; a zero row for a text without a known word."""
+        x_NV = sparse.vstack([_counts(self, group) for group in _groups(texts)], format="csr")
+        x_NV.data *= self.weight_V[x_NV.indices]
+        norm_N = sparse.linalg.norm(x_NV, axis=1)
+        x_NV.data /= np.repeat(np.where(norm_N > 0, norm_N, 1), np.diff(x_NV.indptr))
+        return x_NV
 
     def save(self, store: Store) -> Embedder:
         """Write the files; what `load` reads back embeds the same."""
-        tensors = safetensors.numpy.save({"weight": self.weight_V, "vectors": self.vector_VD})
+        tensors = {"weight": self.weight_V, "vectors": self.vector_VD}
         about = json.dumps({"name": self.name, "terms": self.terms}, ensure_ascii=False).encode()
-        files = {"embedder.safetensors": store.put(tensors), "embedder.json": store.put(about)}
+        files = {"embedder.safetensors": store.put(safetensors.numpy.save(tensors)), "embedder.json": store.put(about)}
         return Embedder(name=self.name, dimension=self.dimension, files=files)
+
+
+def load(embedder: Embedder, store: Store) -> Terms:
+    """Open a saved embedder. Raises UnknownName, BadRecord, Damaged."""
+    if embedder.name not in EMBEDDERS:  # never looked up as module:function: the record may be a stranger's
+        raise UnknownName(f"no embedder {embedder.name!r}; have {', '.join(EMBEDDERS)}: a newer elmwood may know it")
+    about = json.loads(store.get(embedder.files["embedder.json"]).read_bytes())
+    tensors = safetensors.numpy.load_file(store.get(embedder.files["embedder.safetensors"]))
+    fitted = Terms(embedder.name, tuple(about["terms"]), tensors["weight"], tensors["vectors"])
+    rows = VOCABULARY if EMBEDDERS[embedder.name].hashed else len(fitted.terms)
+    if fitted.weight_V.shape != (rows,) or fitted.vector_VD.shape != (rows, embedder.dimension) or not np.isfinite(fitted.table_VD).all():
+        raise BadRecord(f"embedder {embedder.name}: {rows} terms need {rows} finite weights and vectors; get it again from its source")
+    return fitted
+
+
+def fit(name: str, texts: Iterable[str], *, dimension: int = 100, rng_seed: int = 0, progress: Progress = silent) -> Terms:
+    """Fit an embedder in one pass over texts, whatever their order. Memory is bounded.
+
+    Terms of `tfidf` stand in at least two documents; the most widespread are kept. The SVD sees a sample of documents.
+    Raises UnknownName, BadCorpus when no text has a word.
+    """
+    if name not in EMBEDDERS:
+        raise UnknownName(f"no embedder {name!r}; have {', '.join(EMBEDDERS)}")
+    kind = EMBEDDERS[name]
+    counted = _Counted(kind.hashed)
+    sample = _Sample()
+    for done, text in enumerate(texts, 1):
+        counted.add(text[:LOOKED_AT])
+        sample.add(text[:LOOKED_AT])
+        if done % 500 == 0:
+            progress("fit embedder", done, 0, "documents")
+    terms, df_V = counted.terms()
+    if not df_V.any():
+        raise BadCorpus(f"no words in {counted.documents} documents: an embedder needs text; check the corpus and its field")
+    weight_V = np.where(df_V > 0, np.log((1 + counted.documents) / np.maximum(df_V, 1)) + kind.smooth, 0).astype(np.float32)
+    bare = Terms(name, terms, weight_V, np.zeros((len(weight_V), 1), np.float16))
+    x_NV = bare.tfidf(sample.texts())
+    dimension = min(dimension, *x_NV.shape)
+    progress("fit embedder: SVD", 0, 1, "")
+    _, _, vector_DV = randomized_svd(x_NV, dimension, n_iter=5, random_state=rng_seed)
+    progress("fit embedder: SVD", 1, 1, "")
+    vector_VD = np.ascontiguousarray(vector_DV.T) / np.abs(vector_DV).max()  # the scale cancels, and float16 wants a large one
+    return Terms(name, terms, weight_V, vector_VD.astype(np.float16))
 
 
 def unit(x_ND: Floats) -> Floats:
@@ -112,80 +157,96 @@ def unit(x_ND: Floats) -> Floats:
     return x_ND / np.where(norm_N > 0, norm_N, 1)[:, None]
 
 
-def load(embedder: Embedder, store: Store) -> Terms:
-    """Open a saved embedder."""
-    lookup(EMBEDDERS, embedder.name, "embedder")
-    about = json.loads(store.get(embedder.files["embedder.json"]).read_bytes())
-    tensors = safetensors.numpy.load_file(store.get(embedder.files["embedder.safetensors"]))
-    return _terms(embedder.name, tuple(about["terms"]), tensors["weight"], tensors["vectors"])
+def occurrences(row_W: Ints) -> Floats:
+    """How often each word stood before its place [W], as floats."""
+    order = np.argsort(row_W, kind="stable")
+    sorted_W = row_W[order]
+    first_W = np.flatnonzero(np.diff(sorted_W, prepend=-1))
+    before_W = np.empty(len(row_W))
+    before_W[order] = np.arange(len(row_W)) - np.repeat(first_W, np.diff(first_W, append=len(row_W)))
+    return before_W
 
 
-def fit(name: str, texts: Iterable[str], *, dimension: int = 100, rng_seed: int = 0, progress: Progress = silent) -> Terms:
-    """Fit an embedder of the table in one pass over texts. Raises BadCorpus when no text has a word."""
-    return lookup(EMBEDDERS, name, "embedder")(texts, dimension, rng_seed, progress)
+def _bucket(word: str) -> int:
+    """The bucket a word is hashed to; the same on every machine."""
+    return zlib.crc32(word.encode("utf-8", "surrogatepass")) % VOCABULARY
 
 
-def _terms(name: str, terms: tuple[str, ...], weight_V: Floats, vector_VD: Floats) -> Terms:
-    buckets = len(weight_V) - 1
-    if name == "hashing":
-        return Terms(name, terms, weight_V, vector_VD, Index(lambda word: bucket(word, buckets)))
+def _rows_of(terms: Iterable[str]) -> Callable[[str], int]:
     row = {term: place for place, term in enumerate(terms)}
-    return Terms(name, terms, weight_V, vector_VD, Index(lambda word: row.get(word, -1)))
+    return lambda word: row.get(word, -1)
 
 
-def fit_tfidf(texts: Iterable[str], dimension: int, rng_seed: int, progress: Progress) -> Terms:
-    """Terms in at least two documents, the most widespread first, up to VOCABULARY of them."""
-    count: Counter[str] = Counter()
-    documents = 0
-    sample = Sample()
-    for text in _each(texts, progress):
-        documents += 1
-        sample.add(text)
-        count.update({word.lower() for word in words(text[:LONGEST])})
-        if len(count) > COUNTED:
-            count = Counter({word: n for word, n in count.items() if n > 1})
-    least = 2 if any(n > 1 for n in count.values()) else 1
-    kept = sorted((-n, word) for word, n in count.items() if n >= least)[:VOCABULARY]
-    if not kept:
-        raise BadCorpus(f"no words in {documents} documents: an embedder needs text; check the corpus and its field")
-    terms = tuple(sorted(word for _, word in kept))
-    df_V = np.array([count[term] for term in terms], np.float64)
-    return _finish("tfidf", terms, df_V, documents, sample, dimension, rng_seed)
+def _counts(fitted: Terms, texts: Sequence[str]) -> sparse.csr_matrix:
+    """tf**power of the known terms of each text [N, V] float64."""
+    rows = [fitted.lexicon.rows(text) for text in texts]
+    key_W = np.concatenate(rows)
+    key_W += np.repeat(np.arange(len(texts)) * len(fitted.weight_V), [len(row_W) for row_W in rows])
+    key_W = np.sort(key_W[np.concatenate(rows) >= 0])  # one sort counts the terms of all the texts
+    first = np.flatnonzero(np.diff(key_W, prepend=-1))
+    document, term = np.divmod(key_W[first], len(fitted.weight_V))
+    tf = np.diff(first, append=len(key_W)).astype(np.float64) ** EMBEDDERS[fitted.name].power
+    start_N = np.searchsorted(document, np.arange(len(texts) + 1))
+    return sparse.csr_matrix((tf, term, start_N), shape=(len(texts), len(fitted.weight_V)))
 
 
-def fit_hashing(texts: Iterable[str], dimension: int, rng_seed: int, progress: Progress) -> Terms:
-    """The same with terms hashed to VOCABULARY buckets: no list of words leaves the machine."""
-    index = Index(lambda word: bucket(word, VOCABULARY))
-    df_V = np.zeros(VOCABULARY)
-    documents = 0
-    sample = Sample()
-    for text in _each(texts, progress):
-        documents += 1
-        sample.add(text)
-        df_V[np.unique(index.rows(words(text[:LONGEST])))] += 1
-    if not df_V.any():
-        raise BadCorpus(f"no words in {documents} documents: an embedder needs text; check the corpus and its field")
-    return _finish("hashing", (), df_V, documents, sample, dimension, rng_seed)
+def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cut into runs that are embedded at once."""
+    first, size = 0, 0
+    for place, text in enumerate(texts):
+        if place - first == DOCUMENTS or (size and size + len(text) > CHARACTERS):
+            yield texts[first:place]
+            first, size = place, 0
+        size += len(text)
+    if first < len(texts):
+        yield texts[first:]
 
 
-def _each(texts: Iterable[str], progress: Progress) -> Iterator[str]:
-    for done, text in enumerate(texts, 1):
-        yield text
-        if done % 500 == 0:
-            progress("fit embedder", done, 0, "documents")
+class _Counted:
+    """Document frequencies of a stream. Past COUNTED terms the rarest are forgotten (Manku and Motwani 2002)."""
 
-
-class Sample:
-    """The texts with the smallest hashes: a sample that does not depend on their order."""
-
-    def __init__(self) -> None:
-        self.heap: list[tuple[bytes, str]] = []
+    def __init__(self, hashed: bool):
+        self.documents = 0
+        self.hashed = hashed
+        self.row: dict[str, int] = {}
+        self.df_V = np.zeros(VOCABULARY if hashed else 1024, np.int64)
+        self.lexicon = Lexicon(_bucket if hashed else lambda word: self.row.setdefault(word, len(self.row)))
 
     def add(self, text: str) -> None:
-        item = (
-            bytes(255 - byte for byte in hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()),
-            text[:LONGEST],
-        )
+        self.documents += 1
+        found = np.unique(self.lexicon.rows(text))
+        found = found[found >= 0]
+        if len(self.row) > len(self.df_V):
+            self.df_V = np.append(self.df_V, np.zeros(len(self.row), np.int64))
+        self.df_V[found] += 1
+        if len(self.row) > COUNTED:
+            self._forget(int(np.sort(self.df_V[: len(self.row)])[len(self.row) // 2]))
+
+    def _forget(self, most: int) -> None:
+        kept = [(word, self.df_V[row]) for word, row in self.row.items() if self.df_V[row] > most]
+        self.row.clear()
+        self.row.update((word, place) for place, (word, _) in enumerate(kept))
+        self.df_V = np.append([count for _, count in kept], np.zeros(1024, np.int64)).astype(np.int64)
+        self.lexicon = Lexicon(lambda word: self.row.setdefault(word, len(self.row)))
+
+    def terms(self) -> tuple[tuple[str, ...], Ints]:
+        """The terms kept, sorted, and their document frequencies [V]."""
+        if self.hashed:
+            return (), self.df_V
+        least = 2 if self.df_V.max(initial=0) > 1 else 1
+        found = sorted((-self.df_V[row], word) for word, row in self.row.items() if self.df_V[row] >= least)[:VOCABULARY]
+        terms = tuple(sorted(word for _, word in found))
+        return terms, np.array([self.df_V[self.row[term]] for term in terms], np.int64)
+
+
+class _Sample:
+    """The SAMPLE texts with the smallest hashes: the same in whatever order they come."""
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[int, str]] = []
+
+    def add(self, text: str) -> None:
+        item = (-int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()), text)
         if len(self.heap) < SAMPLE:
             heapq.heappush(self.heap, item)
         elif item > self.heap[0]:
@@ -193,31 +254,3 @@ class Sample:
 
     def texts(self) -> list[str]:
         return [text for _, text in sorted(self.heap)]
-
-
-def _finish(name: str, terms: tuple[str, ...], df_V: Floats, documents: int, sample: Sample, dimension: int, rng_seed: int) -> Terms:
-    """Weights from document frequencies, vectors from the SVD of the sample's unit tf-idf rows."""
-    weight_V = np.where(df_V > 0, np.log((1 + documents) / (1 + df_V)) + 1, 0)
-    weight_V = np.append(weight_V, 0).astype(np.float32)
-    bare = _terms(name, terms, weight_V, np.zeros((len(weight_V), 1), np.float32))
-    x_NV = tfidf(bare, sample.texts())
-    dimension = min(dimension, *x_NV.shape)
-    _, _, vector_DV = randomized_svd(x_NV, dimension, random_state=rng_seed)
-    return _terms(name, terms, weight_V, np.ascontiguousarray(vector_DV.T, np.float32))
-
-
-def tfidf(fitted: Terms, texts: Iterable[str]) -> sparse.csr_matrix:
-    """Unit tf-idf rows [N, V]; zero rows for texts without a known word."""
-    rows = [fitted.rows(text) for text in texts]
-    start_N = np.cumsum([0, *map(len, rows)])
-    row_W = np.concatenate(rows) % len(fitted.weight_V)
-    x_NV = sparse.csr_matrix((fitted.weight_V[row_W].astype(np.float64), row_W, start_N), shape=(len(rows), len(fitted.weight_V)))
-    x_NV.sum_duplicates()
-    norm_N = sparse.linalg.norm(x_NV, axis=1)
-    return sparse.csr_matrix(sparse.diags(1 / np.where(norm_N > 0, norm_N, 1)) @ x_NV)
-
-
-EMBEDDERS: dict[str, Callable[[Iterable[str], int, int, Progress], Any]] = {
-    "tfidf": fit_tfidf,  # arXiv:2303.14177
-    "hashing": fit_hashing,  # the same without a vocabulary
-}

@@ -23,7 +23,7 @@ from elmwood.store import Store
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
-RULES = 1  # raised when the same inputs would make another partition
+RULES = 2  # raised when the same inputs would make another partition
 FIT = 200_000  # documents clustered; the others are assigned to the nearest centroid
 EXAMPLES = 3
 METHODS = ("balanced", "plain", "random")

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.domains.cluster import squared_distances
-from elmwood.domains.embed import Terms
-from elmwood.domains.words import spans
+from elmwood.domains.embed import Terms, unit
 from elmwood.errors import BadInput
 
 Floats = NDArray[np.floating]
@@ -32,19 +31,11 @@ def prefix_distances(fitted: Terms, centroid_KD: Floats, text: str, cut_P: Seque
 
     One addition per word: the embedding of a prefix is the normalised sum of its words' vectors.
     """
-    found, counts_from = spans(text)
-    row_W = fitted.index.rows(found)
-    known_W = row_W >= 0
-    sum_WD = np.zeros((int(known_W.sum()) + 1, fitted.dimension))
-    np.cumsum(fitted.table_VD[row_W[known_W]], axis=0, out=sum_WD[1:])
-    words_P = np.searchsorted(np.array(counts_from, np.int64)[known_W], cut_P, side="right")
-    centroid_KD = np.asarray(centroid_KD, np.float64)
-    norm2_W = np.einsum("wd,wd->w", sum_WD, sum_WD)
-    some_W = norm2_W > 0
-    dist2_WK = sum_WD @ centroid_KD.T
-    dist2_WK *= -2 / np.sqrt(np.where(some_W, norm2_W, 1))[:, None]
-    dist2_WK += some_W[:, None] + np.einsum("kd,kd->k", centroid_KD, centroid_KD)
-    return np.maximum(dist2_WK, 0).astype(np.float32)[words_P]
+    step_WD, count_W = fitted.steps(text)
+    sum_WD = np.zeros((len(step_WD) + 1, fitted.dimension))
+    np.cumsum(step_WD, axis=0, out=sum_WD[1:])
+    sum_PD = sum_WD[np.searchsorted(count_W, cut_P, side="right")]
+    return squared_distances(unit(sum_PD).astype(np.float32), centroid_KD)
 
 
 def token_distances(fitted: Terms, centroid_KD: Floats, tokens_T: Sequence[int] | Ints, token_bytes: Sequence[bytes]) -> Floats:
