@@ -47,6 +47,10 @@ class Document(NamedTuple):
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
 
+class Reason(str):
+    """Why there is no document where one should be."""
+
+
 def read(source: str, rejected: Counter[str], *, field: str = "text") -> Iterator[Document]:
     """The documents of one source, streamed; `field` holds the text in JSON lines, Parquet and data sets.
 
@@ -81,7 +85,7 @@ def files(source: str) -> list[Path]:
 
 
 def _texts(source: str, rejected: Counter[str], field: str) -> Iterator[Any]:
-    """Objects that should hold a text, before any check: a dict of fields, or a reason for which there is none (a string)."""
+    """Objects that should hold a text, before any check: fields, or a Reason."""
     if source.startswith("datasets:"):
         yield from _dataset(source, field)
         return
@@ -103,8 +107,8 @@ def _texts(source: str, rejected: Counter[str], field: str) -> Iterator[Any]:
 def _document(item: Any, rejected: Counter[str], field: str) -> Document | None:
     """A document, or None with its reason counted."""
     reason = ""
-    if isinstance(item, str):
-        reason = item
+    if isinstance(item, Reason):
+        reason = str(item)
     elif not isinstance(item, dict) or item.get(field) is None:
         reason = f"no field {field!r}"
     elif not isinstance(item[field], str):
@@ -149,9 +153,9 @@ def _lines(path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line.removeprefix(b"\xef\xbb\xbf").decode() if number == 0 else line.decode())
             except UnicodeDecodeError:
-                yield "not UTF-8"
+                yield Reason("not UTF-8")
             except (ValueError, RecursionError):
-                yield "not JSON"
+                yield Reason("not JSON")
 
 
 def _rows(path: Path, field: str) -> Iterator[Any]:
@@ -170,11 +174,11 @@ def _whole(path: Path, root: Path, field: str) -> Any:
     """A file as one document, named by its place in the folder."""
     with path.open("rb") as file:
         if b"\0" in (head := file.read(8192)):
-            return "not text"
+            return Reason("not text")
         try:
             text = (head + file.read()).decode("utf-8-sig")
         except UnicodeDecodeError:
-            return "not UTF-8"
+            return Reason("not UTF-8")
     return {field: text, "source": path.relative_to(root).as_posix() if root.is_dir() else path.name}
 
 
