@@ -253,7 +253,7 @@ class Row(Frozen):
     perplexity: float  # per token
     gain: float | None = None  # bits per byte better than the strongest dense control, paired
     gain_error: float | None = None  # its standard error
-    domains: tuple[float, ...] = ()  # bits per byte per domain
+    domains: tuple[float | None, ...] = ()  # bits per byte per domain; None where the test half has no document of it
     batch: int | None = None  # sequences per step
     steps: int | None = None
     tokens: int | None = None  # further training tokens, all machines together
@@ -266,7 +266,8 @@ class Comparison(Record):
     """A table of models on one holdout: the result and every control beside it."""
 
     kind: Literal["comparison"] = "comparison"
-    forest: Digest
+    forest: Digest | None = None
+    controls: tuple[Digest, ...] = ()  # the other models of the table, for the lineage
     holdout: str
     rows: tuple[Row, ...]
     routing: tuple[tuple[float, ...], ...] = ()  # [domain of the document][expert] mean weight; the last column is the seed

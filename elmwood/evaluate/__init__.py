@@ -1,0 +1,36 @@
+"""Models -> numbers. Every held-out token is scored once per model; everything else is arithmetic on those columns.
+
+holdout   the held-out text as windows of tokens, with bytes, domains and the two halves
+columns   run a model over it, once: the only function here that needs one
+table     columns -> bits per byte, mixtures, differences, each with its standard error
+fit       temperature and seed distance, on the tune half
+compare   the result and every control beside it, on the test half
+"""
+
+from elmwood.evaluate.columns import column, score
+from elmwood.evaluate.compare import Compared, Control, Cost, Side, compare
+from elmwood.evaluate.fit import Fit, fit
+from elmwood.evaluate.holdout import Holdout, HoldoutSpec, distances, holdout
+from elmwood.evaluate.table import Estimate, bits_per_byte, difference, mix, perplexity, row
+
+__all__ = [
+    "Compared",
+    "Control",
+    "Cost",
+    "Estimate",
+    "Fit",
+    "Holdout",
+    "HoldoutSpec",
+    "Side",
+    "bits_per_byte",
+    "column",
+    "compare",
+    "difference",
+    "distances",
+    "fit",
+    "holdout",
+    "mix",
+    "perplexity",
+    "row",
+    "score",
+]

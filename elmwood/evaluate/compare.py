@@ -1,0 +1,128 @@
+"""The result and every control beside it, from columns alone. Settings come from the tune half, every number from the test half.
+
+N scored tokens, K experts (one for each domain, in the domains' order), E = K + 1 candidates (the seed last)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.errors import BadInput
+from elmwood.evaluate.fit import Fit, fit, weights
+from elmwood.evaluate.holdout import Holdout
+from elmwood.evaluate.table import mix, nats, row
+from elmwood.records import Frozen, Row
+
+Floats = NDArray[np.floating]
+
+TOP_K = (1, 2, 4)  # and all
+
+
+class Cost(Frozen):
+    """What further training took, beyond the seed. None: not known."""
+
+    batch: int | None = None  # sequences per step
+    steps: int | None = None  # one after another, on one machine
+    tokens: int | None = None  # all machines together
+    machine_seconds: float | None = None  # summed over machines
+    wall_seconds: float | None = None  # if every machine works at once
+
+
+class Control(NamedTuple):
+    """One dense model trained further."""
+
+    name: str
+    loglik_N: Floats
+    cost: Cost = Cost()
+
+
+class Side(NamedTuple):
+    """Experts with the distances their router goes by: of discovered domains, or of random ones."""
+
+    loglik_NK: Floats
+    dist2_NK: Floats
+    cost: Cost = Cost()
+
+
+class Compared(NamedTuple):
+    """Rows in the order of reading, the settings found, and who spoke where."""
+
+    rows: tuple[Row, ...]
+    fits: tuple[Fit, ...]  # one for each top-k of the discovered domains
+    best: Fit  # the one with the least loss on the tune half
+    routing: tuple[tuple[float, ...], ...]  # [domain of the document][expert, the seed last] mean weight under `best`, test half
+    fitted: dict[str, float]  # the settings by name, for the record
+
+
+def compare(holdout: Holdout, seed_N: Floats, experts: Side, dense: Sequence[Control] = (), random: Side | None = None) -> Compared:
+    """The honest table. Gains are over the dense control with the least loss on the test half (so chosen against the result),
+    or over the seed where there is no control. Raises BadInput when columns do not match the holdout.
+    """
+    sides = [experts] + ([random] if random else [])
+    for column in (seed_N, *(control.loglik_N for control in dense), *(columns for side in sides for columns in side[:2])):
+        if len(column) != len(holdout.document_N):
+            raise BadInput(f"a column has {len(column)} tokens, the holdout {len(holdout.document_N)}: score the model on this holdout")
+    domains = experts.loglik_NK.shape[1]
+    fits = [_fit(holdout, seed_N, experts, top_k) for top_k in top_ks(domains)]
+    lines = [("seed", "seed", seed_N, Cost())]
+    lines += [(control.name, "control", control.loglik_N, control.cost) for control in dense]
+    if random:
+        chosen = min((_fit(holdout, seed_N, random, top_k) for top_k in top_ks(random.loglik_NK.shape[1])), key=lambda one: one.nats)
+        lines += [(f"random clusters, {_top(chosen, random)}", "control", _mixed(seed_N, random, chosen), random.cost)]
+        lines += [("random clusters, uniform", "control", _uniform(random), random.cost)]
+    lines += [("uniform routing", "control", _uniform(experts), experts.cost)]
+    lines += [(f"c-BTM {_top(one, experts)}", "result", _mixed(seed_N, experts, one), experts.cost) for one in fits]
+    own_N = np.take_along_axis(experts.loglik_NK, holdout.domain_D[holdout.document_N][:, None], 1)[:, 0]
+    lines += [("oracle routing", "bound", own_N, experts.cost)]
+
+    test_D = ~holdout.tune_D
+    strongest = min((control.loglik_N for control in dense), key=lambda one_N: nats(one_N, holdout)[test_D].sum(), default=seed_N)
+    rows = tuple(
+        row(name, one_N, holdout, domains=domains, against_N=None if one_N is strongest else strongest, role=role, **cost.model_dump())
+        for name, role, one_N, cost in lines
+    )
+    best = min(fits, key=lambda one: one.nats)
+    return Compared(rows, tuple(fits), best, routing(holdout, experts, best), _fitted(fits, best, experts))
+
+
+def top_ks(experts: int) -> list[int]:
+    """1, 2, 4 where there are so many experts, and all of them with the seed."""
+    return [k for k in TOP_K if k < experts] + [experts + 1]
+
+
+def routing(holdout: Holdout, side: Side, chosen: Fit) -> tuple[tuple[float, ...], ...]:
+    """Mean weight of each expert, the seed last, over each domain's tokens of the test half [K][E]; zeros where there are none."""
+    weight_NE = weights(side.dist2_NK, *chosen[:4])
+    domain_N = holdout.domain_D[holdout.document_N]
+    rows = [weight_NE[(domain_N == k) & ~holdout.tune_N] for k in range(side.loglik_NK.shape[1])]
+    return tuple(tuple(part.mean(0).tolist()) if len(part) else (0.0,) * weight_NE.shape[1] for part in rows)
+
+
+def _fit(holdout: Holdout, seed_N: Floats, side: Side, top_k: int) -> Fit:
+    tune_N = holdout.tune_N
+    return fit(np.column_stack([side.loglik_NK[tune_N], seed_N[tune_N]]), side.dist2_NK[tune_N], top_k)
+
+
+def _mixed(seed_N: Floats, side: Side, chosen: Fit) -> Floats:
+    return mix(np.column_stack([side.loglik_NK, seed_N]), weights(side.dist2_NK, *chosen[:4]))
+
+
+def _uniform(side: Side) -> Floats:
+    return mix(side.loglik_NK, np.full(side.loglik_NK.shape, 1 / side.loglik_NK.shape[1]))
+
+
+def _top(chosen: Fit, side: Side) -> str:
+    return f"top-{chosen.top_k}" if chosen.top_k <= side.loglik_NK.shape[1] else "all"
+
+
+def _fitted(fits: Sequence[Fit], best: Fit, side: Side) -> dict[str, float]:
+    """Settings by name: those of the best, then those of each top-k."""
+    named = {"": best} | {f"{_top(one, side)} ": one for one in fits}
+    found: dict[str, float] = {"top_k": best.top_k}
+    for prefix, one in named.items():
+        found[f"{prefix}temperature"] = one.temperature
+        if one.seed_distance is not None:
+            found[f"{prefix}seed_distance"] = one.seed_distance
+    return found

@@ -1,0 +1,140 @@
+"""Held-out documents as the models see them: windows of tokens, each token scored once.
+
+D documents, W windows of at most L tokens, N scored tokens, K domains
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from elmwood.corpus.build import documents
+from elmwood.corpus.tokens import Packed, Windows, pack, token_bytes, windows
+from elmwood.domains import embed
+from elmwood.domains.partition import centroids
+from elmwood.domains.route import token_distances
+from elmwood.engine import Progress, each, silent
+from elmwood.errors import BadInput
+from elmwood.records import Corpus, Digest, Frozen, Partition, Seed, fingerprint
+from elmwood.store import Store
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+Bools = NDArray[np.bool_]
+
+FEWEST = 4  # documents: two on each half, so that each has a standard error
+
+
+class HoldoutSpec(Frozen):
+    """Which held-out text, and how it is cut."""
+
+    partition: Digest
+    seed: Digest  # whose tokenizer
+    length: int = Field(256, gt=1)  # tokens per window
+    carry: int | None = Field(None, ge=0)  # context given again at the start of a later window; None: a quarter of the length
+    documents: int | None = Field(None, ge=FEWEST)  # at most so many, chosen by hash; None: all
+
+    @property
+    def carried(self) -> int:
+        return self.length // 4 if self.carry is None else self.carry
+
+    @property
+    def protocol(self) -> str:
+        """What another scorer must do alike: documents begin with the separator, which is given and not scored."""
+        return f"windows-v1:length={self.length},carry={self.carried}"
+
+
+class Holdout(NamedTuple):
+    """Documents in order of id, so that all partitions of a corpus share their columns. Scored tokens in order of reading."""
+
+    name: str  # "holdout-" + fingerprint of tokens and windows
+    protocol: str
+    windows: Windows
+    tokenizer: Tokenizer
+    document_N: Ints  # which document each scored token belongs to
+    bytes_D: Ints  # of the document's UTF-8 text
+    domain_D: Ints  # where the partition put the whole document
+    tune_D: Bools  # the half that settings are chosen on; the other is for reporting
+
+    @property
+    def scored_WL(self) -> Bools:
+        """Which tokens of each window are scored; read row by row they are the N of every column."""
+        place_L = np.arange(self.windows.rows_WL.shape[1])
+        return (place_L >= self.windows.score_from_W[:, None]) & (place_L < self.windows.length_W[:, None])
+
+    @property
+    def tune_N(self) -> Bools:
+        return self.tune_D[self.document_N]
+
+
+def holdout(spec: HoldoutSpec, tokenizer: Tokenizer, store: Store, progress: Progress = silent) -> Holdout:
+    """Open the holdout of a partition for models with this tokenizer. Raises BadInput when it is too small to halve."""
+    partition, seed = store.load(spec.partition, Partition), store.load(spec.seed, Seed)
+    corpus = store.load(partition.corpus, Corpus)
+    packed = pack(corpus.holdout, tokenizer, seed.separator, store, progress)
+    read = [(document.id, len(document.text.encode())) for document in documents(corpus.holdout, store)]
+    home = {document.id: k for k, domain in enumerate(partition.domains) for document in documents(domain.holdout, store)}
+    size_D = np.diff(packed.starts, append=len(packed.tokens))
+    order = [place for place in np.argsort([name for name, _ in read], kind="stable") if size_D[place] > 1 and read[place][0] in home]
+    if len(order) < FEWEST:
+        raise BadInput(
+            f"a comparison needs {FEWEST} held-out documents, two to tune on and two to report on, and there are {len(order)}: "
+            "add documents, or hold out a larger share"
+        )
+    if spec.documents is not None and len(order) > spec.documents:
+        cut = sorted(chance(read[place][0], "sample") for place in order)[spec.documents - 1]
+        order = [place for place in order if chance(read[place][0], "sample") <= cut]
+    ids = [read[place][0] for place in order]
+    packed = _choose(packed, order)
+    cut_W = windows(packed, spec.length, spec.carried)
+    return Holdout(
+        name="holdout-" + _fingerprint(packed, spec),
+        protocol=spec.protocol,
+        windows=cut_W,
+        tokenizer=tokenizer,
+        document_N=np.repeat(cut_W.document_W, cut_W.length_W - cut_W.score_from_W),
+        bytes_D=np.array([read[place][1] for place in order]),
+        domain_D=np.array([home[name] for name in ids]),
+        tune_D=halve(np.array([chance(name, "half") for name in ids])),
+    )
+
+
+def chance(name: str, salt: str) -> float:
+    """A number in [0, 1) decided by a document's id alone."""
+    return int.from_bytes(hashlib.sha256(f"{salt}:{name}".encode()).digest()[:8], "big") / 2**64
+
+
+def halve(chance_D: Floats) -> Bools:
+    """The tune half: documents whose chance is below one half, but at least two on each side."""
+    count = int(np.clip((chance_D < 0.5).sum(), 2, len(chance_D) - 2))
+    tune_D = np.zeros(len(chance_D), bool)
+    tune_D[np.argsort(chance_D, kind="stable")[:count]] = True
+    return tune_D
+
+
+def distances(holdout: Holdout, partition: Partition, store: Store, progress: Progress = silent) -> Floats:
+    """Squared distances to the partition's centroids as the live router sees them: from the window's own tokens before [N, K] float32."""
+    fitted, centroid_KD, spelled = embed.load(partition.embedder, store), centroids(partition, store), token_bytes(holdout.tokenizer)
+    cut = holdout.windows
+    parts = [np.zeros((0, len(centroid_KD)), np.float32)]
+    rows = zip(cut.rows_WL, cut.length_W, cut.score_from_W, strict=True)
+    for row_L, size, first in each(rows, "route", len(cut.rows_WL), "windows", progress):
+        parts.append(token_distances(fitted, centroid_KD, row_L[:size], spelled)[first:])
+    return np.concatenate(parts)
+
+
+def _choose(packed: Packed, order: list[int]) -> Packed:
+    """Some documents of a packing, in this order."""
+    end_D = np.append(packed.starts[1:], len(packed.tokens))
+    parts = [packed.tokens[packed.starts[place] : end_D[place]] for place in order]
+    starts = np.cumsum([0, *map(len, parts)])[:-1]
+    return Packed(np.concatenate(parts), starts, packed.separator)
+
+
+def _fingerprint(packed: Packed, spec: HoldoutSpec) -> str:
+    tokens = hashlib.sha256(packed.tokens.astype("<u4").tobytes()).hexdigest()
+    starts = hashlib.sha256(packed.starts.astype("<i8").tobytes()).hexdigest()
+    return fingerprint(tokens, starts, packed.separator, spec.protocol)
