@@ -1,0 +1,146 @@
+"""The two tasks of this room: a seed from a corpus, an expert from a seed. Named by their inputs, so done once and resumed."""
+
+import fcntl
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+
+from elmwood.corpus.build import documents
+from elmwood.corpus.tokens import pack, train_tokenizer
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput
+from elmwood.lm.load import load_model, new_model, save_folder, save_seed, tokenizer
+from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Seed, Shape, Shard, fingerprint
+from elmwood.store import Store
+from elmwood.train.loop import Trained, run
+
+END = 0  # token id of a trained tokenizer's <|endoftext|>
+ALPHA = 8  # of a rank-stabilised adapter: at rank 16 its scale is 2, that of the usual alpha = 2 rank
+SAMPLE = 50_000_000  # bytes of text a tokenizer is trained on
+
+
+def train_seed(corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, name: str = "seed", progress: Progress = silent) -> Seed:
+    """A Llama and its tokenizer from nothing but text. Done once per inputs; a run cut short goes on. Raises BadInput, BadCorpus."""
+    if recipe.method != "full":
+        raise BadInput(f"a seed is trained with method 'full', not {recipe.method!r}: adapters need a seed to stand on")
+    _check_length(recipe, shape.context)
+    key = fingerprint("train-seed", corpus.digest, shape, recipe, name)
+    with held(store, key) as work:
+        if done := store.done(key):
+            return store.load(done, Seed)
+        words = _tokenizer(corpus, shape.vocabulary, store, work / "tokenizer.json", progress)
+        packed = pack(corpus.train, words, END, store, progress)
+        model = new_model(shape, recipe.rng_seed)
+        trained = run(model, packed, recipe, work, partial(store.log, key), progress)
+        facts: dict[str, Any] = {"corpus": corpus.digest, "recipe": recipe, "curve": trained.curve}
+        seed = save_seed(model, words, store, name=name, separator=END, **facts)
+        _finish(store, key, seed, recipe, trained)
+        return seed
+
+
+def train_key(seed: Seed, data: Sequence[Shard], recipe: Recipe, partition: Digest | None = None, domain: int | None = None) -> str:
+    """The name of the task that makes this expert: where the store logs what it took."""
+    return fingerprint("train", seed.digest, [shard.blob for shard in data], recipe, partition, domain)
+
+
+def train(
+    seed: Seed, data: Sequence[Shard], recipe: Recipe, store: Store, *, partition: Digest | None = None, domain: int | None = None,
+    device: torch.device | str | None = None, progress: Progress = silent,
+) -> Expert:  # fmt: skip
+    """Branch the seed and train it on shards. Done once per inputs; a run cut short goes on. Raises BadInput, BadCorpus."""
+    _check_length(recipe, seed.context)
+    key = train_key(seed, data, recipe, partition, domain)
+    with held(store, key) as work:
+        if done := store.done(key):
+            return store.load(done, Expert)
+        words = tokenizer(seed, store)
+        packed = pack(data, words, seed.separator, store, progress)
+        model: Any = load_model(seed, store, device=device)
+        if recipe.method == "lora":
+            model = adapter(model, recipe, seed.digest)
+        trained = run(model, packed, recipe, work, partial(store.log, key), progress)
+        expert = Expert(
+            seed=seed.digest, partition=partition, domain=domain, data=tuple(shard.blob for shard in data), recipe=recipe,
+            files=_save(model, words, recipe, store), curve=trained.curve,
+        )  # fmt: skip
+        _finish(store, key, expert, recipe, trained)
+        return expert
+
+
+def adapter(model: Any, recipe: Recipe, base: str) -> Any:
+    """PEFT's LoRA over a frozen model; the same recipe gives the same bytes. `base` is written where PEFT keeps the base's name."""
+    targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
+    alpha: Any = ALPHA if recipe.alpha is None else recipe.alpha  # PEFT takes any number, its annotation whole ones
+    config = LoraConfig(r=recipe.rank, lora_alpha=alpha, use_rslora=recipe.alpha is None, target_modules=targets, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.rng_seed)
+        adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
+
+
+def _save(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
+    """A transformers checkpoint folder, or a PEFT adapter folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if recipe.method == "full":
+            save_folder(model, words, folder)
+        else:
+            model.save_pretrained(folder, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            settings = json.loads((folder / "adapter_config.json").read_text())
+            settings["target_modules"].sort()  # a set in PEFT, whose order changes from process to process
+            (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True))
+        return store.put_folder(folder)
+
+
+def _finish(store: Store, key: str, record: Seed | Expert, recipe: Recipe, trained: Trained) -> None:
+    able = {what: str(has).lower() for what, has in trained.able._asdict().items()}
+    store.log(key, event="done", seconds=round(trained.seconds, 3), tokens=recipe.tokens, threads=recipe.threads, **able)
+    store.finish(key, record)
+
+
+def _check_length(recipe: Recipe, context: int) -> None:
+    if recipe.length > context:
+        raise BadInput(f"rows of {recipe.length} tokens are longer than the {context} positions of the model: ask for a length within them")
+
+
+def _tokenizer(corpus: Corpus, vocabulary: int, store: Store, path: Path, progress: Progress) -> Tokenizer:
+    """Trained once, kept while the seed is unfinished."""
+    if not path.exists():
+        texts = _sample((document.text for document in documents(corpus.train, store)), min(SAMPLE, corpus.bytes), progress)
+        train_tokenizer(texts, vocabulary).save(f"{path}.tmp")
+        path.with_name(f"{path.name}.tmp").replace(path)
+    return Tokenizer.from_file(str(path))
+
+
+def _sample(texts: Iterable[str], size: int, progress: Progress) -> Iterator[str]:
+    """The first texts, up to so many bytes together: a corpus is stored in the order of its content hashes."""
+    done = 0
+    for text in texts:
+        if done >= size:
+            return
+        yield text
+        done += len(text.encode())
+        progress("train the tokenizer", done, size, "bytes")
+
+
+@contextmanager
+def held(store: Store, key: str) -> Iterator[Path]:
+    """The work folder of a task with what is in it, held by one process at a time: the next one waits and finds the task done."""
+    path = store.root / "work" / f"{key}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
+        yield store.work(key)
+        if store.done(key):
+            shutil.rmtree(store.root / "work" / key, ignore_errors=True)
