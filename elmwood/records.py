@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
@@ -48,6 +48,12 @@ class Record(Frozen):
     @cached_property
     def digest(self) -> str:
         return hashlib.sha256(canonical(self)).hexdigest()
+
+    def model_copy(self, **changes: Any) -> Self:
+        """As pydantic's, but the copy works out its own digest."""
+        copy = super().model_copy(**changes)
+        copy.__dict__.pop("digest", None)
+        return copy
 
 
 # ---- text -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -19,6 +20,7 @@ from elmwood.store import Store, hash_file
 
 UNREADABLE = (
     OSError,
+    SafetensorError,
     ValueError,
     KeyError,
     TypeError,

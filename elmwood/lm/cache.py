@@ -32,8 +32,8 @@ class Rows(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         window = self.window
-        if self.keys is None or self.values is None or self.keys.shape[0] < window.rows or self.keys.shape[2] < window.capacity:
-            self.keys, self.values = (_grown(old, new, window) for old, new in ((self.keys, key_states), (self.values, value_states)))
+        if self.keys is None or self.values is None:
+            self.keys, self.values = _room(key_states, window), _room(value_states, window)
             self.is_initialized = True
         end = window.past + key_states.shape[2]
         keys, values = self.keys[window.first : window.last, :, :end], self.values[window.first : window.last, :, :end]
@@ -41,24 +41,28 @@ class Rows(DynamicLayer):
         values[:, :, window.past :] = value_states
         return keys, values
 
+    def grow(self) -> None:
+        """Take the room that the window asks for."""
+        if self.keys is not None and self.values is not None:
+            old = self.keys, self.values
+            self.keys, self.values = _room(self.keys, self.window), _room(self.values, self.window)
+            for new, states in zip((self.keys, self.values), old, strict=True):
+                new[: states.shape[0], :, : states.shape[2]] = states
+
     def get_seq_length(self) -> int:
         return self.window.past
 
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange two rows, up to `length` tokens."""
         for states in (self.keys, self.values):
-            if states is not None and max(a, b) < len(states):
+            if states is not None:
                 kept = states[a, :, :length].clone()
                 states[a, :, :length] = states[b, :, :length]
                 states[b, :, :length] = kept
 
 
-def _grown(old: Tensor | None, new: Tensor, window: Window) -> Tensor:
-    """Room for the window's rows and capacity, with what was there."""
-    room = new.new_empty(window.rows, new.shape[1], window.capacity, new.shape[3])
-    if old is not None:
-        room[: old.shape[0], :, : old.shape[2]] = old
-    return room
+def _room(like: Tensor, window: Window) -> Tensor:
+    return like.new_empty(window.rows, like.shape[1], window.capacity, like.shape[3])
 
 
 class States:
@@ -79,14 +83,12 @@ class States:
         for expert in experts:
             if expert not in self.owner:
                 self._admit(expert, experts)
+        self._grow(total)
         wanted = sorted(experts, key=lambda expert: -self.length[self.owner.index(expert)])
         front = self.owner[: len(experts)]
         if set(front) != set(experts) or any(a < b for a, b in zip(self.length, self.length[1 : len(experts)], strict=False)):
             for place, expert in enumerate(wanted):
                 self._swap(place, self.owner.index(expert))
-        self.window.rows = max(self.window.rows, len(self.owner))
-        while self.window.capacity < total:
-            self.window.capacity = max(CAPACITY, 2 * self.window.capacity)
         runs = [list(run) for _, run in groupby(range(len(experts)), key=lambda row: self.length[row])]
         return [(run[0], run[-1] + 1) for run in runs]
 
@@ -99,6 +101,15 @@ class States:
         else:
             row = min(idle, key=lambda row: self.length[row])
             self.owner[row], self.length[row] = expert, 0
+
+    def _grow(self, total: int) -> None:
+        if len(self.owner) <= self.window.rows and total <= self.window.capacity:
+            return
+        self.window.rows = len(self.owner)
+        while self.window.capacity < total:
+            self.window.capacity = max(CAPACITY, 2 * self.window.capacity)
+        for layer in self.layers:
+            layer.grow()
 
     def _swap(self, a: int, b: int) -> None:
         if a == b:

@@ -1,0 +1,236 @@
+"""Ensembles: the laws of mixing, the door to every model, and text."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import SHAPE, full_expert, lora_expert, tiny_seed
+
+from elmwood.corpus.build import build
+from elmwood.domains.partition import partition
+from elmwood.ensemble.generate import generate
+from elmwood.ensemble.mixture import EnsembleLM, open_model
+from elmwood.errors import BadInput, ForeignExpert, UnknownName
+from elmwood.lm.load import load_model, tokenizer
+from elmwood.records import Ensemble, Forest
+from elmwood.store import Store
+
+TOPICS = (
+    "the {0} sailed over the sea with its captain and crew toward the harbour",
+    "def read_{0}(path): return open(path).read() if path else None",
+    "le {0} mange une pomme dans le jardin de la maison avec plaisir",
+)
+TEXT = "the captain sailed. def path(open): return read. le jardin, la pomme — naïve 海 猫 the sea"
+
+
+class House:
+    """A store with a partition of three topics, a seed, and experts: two adapters and a full one."""
+
+    def __init__(self, folder):
+        text = folder / "text"
+        text.mkdir()
+        rng = np.random.default_rng(0)
+        for n in range(60):
+            some = ["".join(rng.choice(list("abcdefghij"), 4)) for _ in range(6)]
+            (text / f"{n}.txt").write_text(" ".join(TOPICS[n % 3].format(word) for word in some))
+        self.store = Store(folder / "store")
+        self.partition = partition(build([str(text)], self.store), self.store, domains=3)
+        self.seed = tiny_seed(self.store)
+        place = {"partition": self.partition.digest}
+        self.experts = [lora_expert(self.seed, self.store, n, domain=n, **place) for n in range(2)]
+        self.experts.append(full_expert(self.seed, self.store, 2, domain=2, **place))
+        self.tokenizer = tokenizer(self.seed, self.store)
+        self.tokens = [0, *self.tokenizer.encode(TEXT).ids]
+
+    def forest(self, experts) -> Forest:
+        return self.add(Forest(seed=self.seed.digest, partition=self.partition.digest, experts=[expert.digest for expert in experts]))
+
+    def add(self, record):
+        self.store.add(record)
+        return record
+
+    def ensemble(self, experts=None, **fields) -> Ensemble:
+        return self.add(Ensemble(forest=self.forest(experts or self.experts).digest, **fields))
+
+    def copies(self, expert, count=3):
+        """The same weights under other digests, one in each domain."""
+        return [self.add(expert.model_copy(update={"domain": n, "contributor": str(n)})) for n in range(count)]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    return House(tmp_path_factory.mktemp("house"))
+
+
+SETTINGS = [
+    {"top_k": 1},
+    {"top_k": 2},
+    {"top_k": 2, "seed_distance": 0.4},
+    {"top_k": 4, "seed_distance": 0.9, "router": "cbtm"},
+    {"top_k": 3, "temperature": 1.0},
+]
+
+
+@pytest.mark.parametrize("fields", SETTINGS)
+def test_reading_on_equals_scoring(fields, house):
+    lm = open_model(house.ensemble(**fields), house.store)
+    tokens_T, text, met = house.tokens, lm.start(), set()
+    loglik_T = lm.score([tokens_T])[0]
+    for t, token in enumerate(tokens_T[:-1]):
+        logp_V, text = lm.extend([token], text)
+        torch.testing.assert_close(logp_V[tokens_T[t + 1]], loglik_T[t + 1], atol=1e-5, rtol=1e-5)
+        assert len(text.spoke) <= fields["top_k"]
+        assert sum(text.spoke.values()) == pytest.approx(1)
+        met.add(frozenset(text.spoke))
+    if fields["top_k"] < 3:
+        assert len(met) > 1, "the active experts should have changed on the way"
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(1, 7), min_size=3, max_size=8))
+def test_reading_in_pieces_changes_nothing(sizes, house, lm2):
+    lm, loglik_T = lm2
+    text, read = lm.start(), 0
+    for size in sizes:
+        logp_V, text = lm.extend(house.tokens[read : read + size], text)
+        read += size
+        if read >= len(house.tokens):
+            break
+        torch.testing.assert_close(logp_V[house.tokens[read]], loglik_T[read], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def lm2(house):
+    lm = open_model(house.ensemble(top_k=2), house.store)
+    return lm, lm.score([house.tokens])[0]
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_copies_of_one_expert_are_that_expert(which, house):
+    alone = open_model(house.experts[which], house.store)
+    tokens_BT = torch.tensor([house.tokens])
+    for fields in ({"top_k": 3}, {"top_k": 2, "router": "uniform"}):
+        assert len({expert.digest for expert in house.copies(house.experts[which])}) == 3
+        lm = open_model(house.ensemble(house.copies(house.experts[which]), **fields), house.store)
+        torch.testing.assert_close(lm.score(tokens_BT), alone.score(tokens_BT), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            lm.extend(house.tokens, lm.start())[0], alone.extend(house.tokens, alone.start())[0], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_the_order_of_experts_changes_no_bit(house):
+    one, other = (open_model(house.ensemble(experts, top_k=3), house.store) for experts in (house.experts, house.experts[::-1]))
+    assert torch.equal(one.score([house.tokens]), other.score([house.tokens]))
+    assert torch.equal(one.extend(house.tokens, one.start())[0], other.extend(house.tokens, other.start())[0])
+
+
+@torch.inference_mode()
+def test_uniform_weights_are_the_plain_average(house):
+    lm = open_model(house.ensemble(router="uniform", top_k=4, seed_distance=1.0), house.store)
+    models = [load_model(house.seed, house.store, expert) for expert in (*house.experts, None)]
+    p_EV = torch.stack([model(torch.tensor([house.tokens])).logits[0, -1].softmax(-1) for model in models])
+    logp_V, text = lm.extend(house.tokens, lm.start())
+    torch.testing.assert_close(logp_V.exp(), p_EV.mean(0), atol=1e-6, rtol=1e-4)
+    assert set(text.spoke.values()) == {0.25}
+    assert text.spoke.keys() == {*(domain.name for domain in house.partition.domains), "seed"}
+
+
+def test_only_experts_with_weight_are_run(house, monkeypatch):
+    lm = open_model(house.ensemble(top_k=1), house.store)
+    asked = []
+    score = lm.experts.score
+    monkeypatch.setattr(lm.experts, "score", lambda e, tokens_BT: asked.append((e, len(tokens_BT))) or score(e, tokens_BT))
+    row = [0, *house.tokenizer.encode("sea sailed captain crew harbour " * 5).ids][:30]
+    lm.score([row, row])
+    assert sum(count for _, count in asked) <= 4  # one expert for empty prefixes, one for the topic
+
+
+def test_text_far_from_every_domain_is_left_to_the_seed(house):
+    lm, seed = open_model(house.ensemble(top_k=1, seed_distance=0.0), house.store), open_model(house.seed, house.store)
+    torch.testing.assert_close(lm.score([house.tokens]), seed.score([house.tokens]))
+    assert lm.extend(house.tokens, lm.start())[1].spoke == {"seed": 1.0}
+
+
+def test_every_kind_of_model_opens_as_an_lm(house):
+    for record in (house.seed, *house.experts, house.ensemble()):
+        lm = open_model(record, house.store)
+        assert (lm.context, lm.vocabulary, lm.separator, lm.stops) == (SHAPE.context, SHAPE.vocabulary, 0, {0})
+        assert lm.score(np.array([house.tokens])).shape == (1, len(house.tokens))
+    with pytest.raises(UnknownName, match="partition is not a model"):
+        open_model(house.partition, house.store)
+
+
+def test_experts_without_a_place_and_strange_routers_are_refused(house):
+    pooled = house.add(house.experts[0].model_copy(update={"domain": None}))
+    moved = house.add(house.experts[0].model_copy(update={"partition": "0" * 64}))
+    for expert, complaint in ((pooled, "no domain"), (moved, "partition 00000000")):
+        with pytest.raises(ForeignExpert, match=complaint):
+            EnsembleLM(house.ensemble([expert]), house.store)
+    with pytest.raises(UnknownName, match="os:system"):
+        EnsembleLM(house.ensemble(router="os:system"), house.store)
+
+
+# ---- text
+
+
+def test_the_same_settings_write_the_same_text(house):
+    lm = open_model(house.ensemble(top_k=2), house.store)
+
+    def write(**fields):
+        return list(generate(lm, house.tokenizer, "the sea", max_tokens=12, **fields))
+
+    assert write(rng_seed=1) == write(rng_seed=1)
+    assert write(rng_seed=1) != write(rng_seed=2)
+    assert write(temperature=0) == write(temperature=0, rng_seed=5) == write(top_p=1e-9)
+    assert all(sum(step.weights.values()) == pytest.approx(1) for step in write())
+
+
+def test_greedy_text_is_what_scoring_likes_best(house):
+    lm = open_model(house.ensemble(top_k=2), house.store)
+    prompt = [0, *house.tokenizer.encode("la pomme").ids]
+    steps = list(generate(lm, house.tokenizer, "la pomme", max_tokens=6, temperature=0))
+    loglik_T = lm.score([[*prompt, *(step.token for step in steps)]])[0, len(prompt) :]
+    torch.testing.assert_close(loglik_T, torch.tensor([step.logprob for step in steps]), atol=1e-5, rtol=1e-5)
+
+
+class Parrot:
+    """An LM that says given tokens, whatever it has read."""
+
+    context, vocabulary, separator, stops = 64, SHAPE.vocabulary, 0, frozenset([0])
+
+    def __init__(self, says):
+        self.says = says
+
+    def score(self, tokens_BT):
+        raise NotImplementedError
+
+    def start(self):
+        return self
+
+    def extend(self, tokens_T, cache):
+        self.spoke = {"parrot": 1.0}
+        logp_V = torch.full((SHAPE.vocabulary,), -50.0)
+        logp_V[self.says.pop(0)] = 0
+        return logp_V, self
+
+
+def test_pieces_are_whole_characters_and_join_to_the_text(house):
+    said = "naïve — 海猫 ok"
+    ids = house.tokenizer.encode(said).ids
+    assert any(len(house.tokenizer.encode(letter).ids) > 1 for letter in said)
+    steps = list(generate(Parrot([*ids, 0, 5]), house.tokenizer, "", max_tokens=99))
+    assert "".join(step.text for step in steps) == said
+    assert [step.token for step in steps] == [*ids, 0]
+    assert not any("\ufffd" in step.text for step in steps)
+    unfinished = house.tokenizer.encode("€").ids[:1]
+    assert [step.text for step in generate(Parrot(unfinished), house.tokenizer, "", max_tokens=1)] == ["\ufffd"]
+    assert next(generate(Parrot([SHAPE.vocabulary - 1]), house.tokenizer, "", max_tokens=1)).text == ""  # a row no token uses
+
+
+def test_text_ends_where_the_context_does(house):
+    prompt = "".join(house.tokenizer.id_to_token(5) for _ in range(60))
+    assert len(list(generate(Parrot([7] * 99), house.tokenizer, prompt, max_tokens=99))) == 64 - 61
+    for wrong, complaint in (({"prompt": prompt * 2}, "reads 64"), ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p")):
+        with pytest.raises(BadInput, match=complaint):
+            next(generate(Parrot([7]), house.tokenizer, **({"prompt": ""} | wrong)))
