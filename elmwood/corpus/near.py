@@ -36,7 +36,7 @@ def shingles(text: str) -> np.ndarray:
 
 def signatures(texts: Iterable[str]) -> Iterator[np.ndarray]:
     """MinHash of each text: uint32 [H]. Two of them agree in a share of places that estimates the texts' similarity."""
-    hashed = (shingles(text) for text in texts)
+    hashed = (shingles(text).tolist() for text in texts)
     for sketch in MinHash.generator(hashed, num_perm=HASHES, seed=1, hashfunc=int, scheme="affine32"):
         yield sketch.hashvalues
 
