@@ -24,9 +24,8 @@ from transformers import (
 
 from elmwood.errors import BadInput, BadSeed, Damaged, ForeignExpert
 from elmwood.lm import cache
-from elmwood.lm.bring import import_seed
 from elmwood.lm.experts import Experts, OneLM
-from elmwood.lm.load import check_kin, load_model, new_model, save_folder, seed_folder, tokenizer
+from elmwood.lm.load import check_kin, import_seed, load_model, new_model, save_folder, seed_folder, tokenizer
 from elmwood.lm.lora import Adapter, Bank
 from elmwood.store import Store
 
