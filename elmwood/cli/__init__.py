@@ -1,0 +1,237 @@
+"""The command line: verbs are the words of the pipeline. stdout is the thing made, stderr is the talk.
+
+Only signatures stand here, so that `elmwood --help` needs neither torch nor any library of ours; each verb calls its
+namesake in `verbs` or `study`.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from elmwood import __version__
+from elmwood.errors import ElmwoodError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+seed_app = typer.Typer(no_args_is_help=True, help="Make the shared starting model: train one from scratch, or import one.")
+app.add_typer(seed_app, name="seed")
+
+StoreOption = Annotated[Path, typer.Option("--store", envvar="ELMWOOD_STORE", help="Folder of blobs, records and refs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Call the result this.")]
+WorkersOption = Annotated[int | None, typer.Option(help="Processes side by side; default: one per core for small models, else 1.")]
+STORE = Path(".elmwood")
+
+
+def _verb(module: str, verb: str, **arguments: Any) -> None:
+    getattr(import_module(f"elmwood.cli.{module}"), verb)(**arguments)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Grow one language model out of many small experts."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute: too short to show a gain.")] = False,
+    corpus: Annotated[list[str] | None, typer.Option(help="Your own text instead of the bundled sample (repeatable).")] = None,
+    seed: Annotated[str | None, typer.Option(help="A seed you have (name or digest) instead of one trained here.")] = None,
+    domains: Annotated[int | None, typer.Option(help="How many domains and experts.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Training tokens shared by the experts, e.g. 2M.")] = None,
+    method: Annotated[str, typer.Option(help="How experts are trained: full or lora.")] = "full",
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of experts and controls.")] = None,
+    report: Annotated[Path, typer.Option(help="Where the report is written.")] = Path("report.html"),
+    workers: WorkersOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Grow a forest from text and hold it against every control. Stop and re-run it as you like: it goes on."""
+    _verb("study", "demo", quick=quick, corpus=corpus or [], seed=seed, domains=domains, tokens=tokens, method=method,
+          learning_rate=learning_rate, report=report, workers=workers, store=store, as_json=as_json)  # fmt: skip
+
+
+@app.command()
+def cluster(
+    corpus: Annotated[list[str], typer.Argument(help="JSONL, Parquet, folders of text, datasets:NAME, or 'sample'.")],
+    domains: Annotated[int, typer.Option(help="How many.")] = 8,
+    embedder: Annotated[str, typer.Option(help="A row of the table of embedders, or module:function.")] = "tfidf",
+    method: Annotated[str, typer.Option(help="balanced, plain or random.")] = "balanced",
+    holdout: Annotated[float, typer.Option(help="Share of documents nobody trains on.")] = 0.1,
+    field: Annotated[str, typer.Option(help="The text column of JSONL and Parquet.")] = "text",
+    rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a corpus and discover its domains: makes a Partition."""
+    _verb("verbs", "cluster", corpus=corpus, domains=domains, embedder=embedder, method=method, holdout=holdout, field=field,
+          rng_seed=rng_seed, name=name, store=store, as_json=as_json)  # fmt: skip
+
+
+@seed_app.command("import")
+def seed_import(
+    model: Annotated[str, typer.Argument(help="A transformers checkpoint folder, a GGUF file, or a hub id (downloads it).")],
+    separator: Annotated[str | None, typer.Option(help="The token that stands before each document.")] = None,
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Take any causal language model of transformers as a seed."""
+    _verb("verbs", "seed_import", model=model, separator=separator, name=name, store=store, as_json=as_json)
+
+
+@seed_app.command("train")
+def seed_train(
+    corpus: Annotated[list[str], typer.Argument(help="JSONL, Parquet, folders of text, datasets:NAME, or 'sample'.")],
+    tokens: Annotated[str, typer.Option(help="Training tokens, e.g. 10M.")] = "3M",
+    layers: Annotated[int, typer.Option(help="Transformer layers.")] = 3,
+    width: Annotated[int, typer.Option(help="Model width; heads and feed-forward follow from it.")] = 128,
+    vocabulary: Annotated[int, typer.Option(help="Size of the byte-level BPE vocabulary trained on the corpus.")] = 2048,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small Llama from scratch, with its own tokenizer."""
+    _verb("verbs", "seed_train", corpus=corpus, tokens=tokens, layers=layers, width=width, vocabulary=vocabulary, length=length,
+          batch=batch, learning_rate=learning_rate, rng_seed=rng_seed, name=name, store=store, as_json=as_json)  # fmt: skip
+
+
+@app.command()
+def train(
+    partition: Annotated[str, typer.Argument(help="Name or digest.")],
+    seed: Annotated[str, typer.Option(help="Name or digest.")],
+    domains: Annotated[str, typer.Option(help="'all', or numbers: 0,3-5. 'pooled' trains one control on everything.")] = "all",
+    method: Annotated[str, typer.Option(help="full or lora.")] = "lora",
+    tokens: Annotated[str, typer.Option(help="Training tokens per expert, e.g. 2M.")] = "1M",
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
+    length: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the seed's context, at most 1024.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; default: by method and size of the seed.")] = None,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
+    name: Annotated[str | None, typer.Option("--name", help="Call the experts NAME/0, NAME/1, ...")] = None,
+    workers: WorkersOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Branch experts from the seed, one per domain, with no communication."""
+    _verb("verbs", "train", partition=partition, seed=seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length,
+          learning_rate=learning_rate, rank=rank, rng_seed=rng_seed, name=name, workers=workers, store=store, as_json=as_json)  # fmt: skip
+
+
+@app.command()
+def fit(
+    seed: Annotated[str, typer.Argument(help="A seed here, a folder with config.json, or a hub id (downloads its config).")],
+    method: Annotated[str, typer.Option(help="full or lora.")] = "lora",
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    memory: Annotated[str | None, typer.Option(help="What there is, e.g. 24GB; default: this machine's.")] = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Say before a run what memory and time it will take, and what would fit."""
+    _verb("verbs", "fit", seed=seed, method=method, batch=batch, length=length, rank=rank, memory=memory, store=store, as_json=as_json)
+
+
+@app.command()
+def forest(
+    partition: Annotated[str, typer.Argument(help="Name or digest.")],
+    experts: Annotated[list[str], typer.Argument(help="Names or digests; NAME/ stands for all experts so named.")],
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Gather a seed, a partition and its experts."""
+    _verb("verbs", "forest", partition=partition, experts=experts, name=name, store=store, as_json=as_json)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Seeds, experts, ensembles or forests: names or digests.")],
+    partition: Annotated[str | None, typer.Option(help="Whose holdout; default: the first forest's or expert's.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window; default: the seed's context, at most 1024.")] = None,
+    documents: Annotated[int | None, typer.Option(help="At most so many held-out documents.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Call the fitted ensemble of a forest this.")] = None,
+    workers: WorkersOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Bits per byte on held-out documents. A forest is shown as its seed, its ensembles and their bounds."""
+    _verb("verbs", "evaluate", models=models, partition=partition, length=length, documents=documents, name=name, workers=workers,
+          store=store, as_json=as_json)  # fmt: skip
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A seed, expert, ensemble or forest: name or digest.")],
+    prompt: Annotated[str | None, typer.Option(help="Continue this and stop; default: read prompts from the terminal.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95,
+    rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue text, and say which experts spoke."""
+    _verb("verbs", "chat", model=model, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, rng_seed=rng_seed,
+          store=store, as_json=as_json)  # fmt: skip
+
+
+@app.command()
+def show(
+    name: Annotated[str | None, typer.Argument(help="A name or digest; default: list all names.")] = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """List what there is, or draw what a thing was made from."""
+    _verb("verbs", "show", name=name, store=store, as_json=as_json)
+
+
+@app.command()
+def verify(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Check every digest and every reference; say exactly what is damaged."""
+    _verb("verbs", "verify", store=store, as_json=as_json)
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="A seed, an expert or a partition: name or digest.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a folder other tools read: a transformers checkpoint, a PEFT adapter, or a partition without its text."""
+    _verb("verbs", "export", name=name, folder=folder, store=store, as_json=as_json)
+
+
+@app.command()
+def report(
+    comparison: Annotated[str, typer.Argument(help="A comparison (made by demo or eval) or its forest: name or digest.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """One self-contained HTML page: domain map, curves, routing, results, lineage."""
+    _verb("verbs", "report", comparison=comparison, output=output, store=store, as_json=as_json)
+
+
+def main() -> None:
+    """The entry point: errors of ours become one line and a non-zero exit."""
+    try:
+        app()
+    except ElmwoodError as error:
+        sys.stderr.write(f"elmwood: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nelmwood: stopped; the same command goes on from here\n")
+        sys.exit(130)

@@ -1,0 +1,60 @@
+"""The tasks the engine runs, each wiring a few rooms. Inputs are small records, results are digests."""
+
+from pathlib import Path
+
+import torch
+
+from elmwood import evaluate, train
+from elmwood.engine import Progress
+from elmwood.ensemble.mixture import open_model
+from elmwood.lm.load import tokenizer
+from elmwood.records import Digest, Frozen, Recipe, Seed, Shard
+from elmwood.store import Store
+
+
+class TrainJob(Frozen):
+    """Train one expert (or a control, domain None) from a seed on shards of text."""
+
+    store: Path
+    label: str
+    seed: Digest
+    data: tuple[Shard, ...]
+    recipe: Recipe
+    partition: Digest | None = None
+    domain: int | None = None
+
+
+class ScoreJob(Frozen):
+    """Score every held-out token under one model."""
+
+    store: Path
+    label: str
+    model: Digest
+    holdout: evaluate.HoldoutSpec
+    threads: int
+
+
+def train_job(job: TrainJob, progress: Progress) -> Digest:
+    """The digest of the Expert."""
+    store = Store(job.store)
+    seed = store.load(job.seed, Seed)
+    where = {"partition": job.partition, "domain": job.domain}
+    return train.train(seed, job.data, job.recipe, store, **where, progress=_named(job.label, progress)).digest
+
+
+def score_job(job: ScoreJob, progress: Progress) -> Digest:
+    """The digest of the Score."""
+    torch.set_num_threads(job.threads)
+    store = Store(job.store)
+    model, held = store.load(job.model), open_holdout(job.holdout, store)
+    return evaluate.score(model, lambda: open_model(model, store), held, store, _named(job.label, progress)).digest
+
+
+def open_holdout(spec: evaluate.HoldoutSpec, store: Store) -> evaluate.Holdout:
+    """The held-out text in the tokens of a seed."""
+    return evaluate.holdout(spec, tokenizer(store.load(spec.seed, Seed), store), store)
+
+
+def _named(label: str, progress: Progress) -> Progress:
+    """One bar per task, whatever its parts are called."""
+    return lambda _, done, total, unit: progress(label, done, total, unit)

@@ -1,0 +1,95 @@
+"""What people see: progress bars on stderr, tables and digests on stdout, numbers a person can read."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from elmwood.engine import Progress as Report
+from elmwood.errors import BadInput
+
+talk = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+_SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+
+
+def count(text: str) -> int:
+    """'1.5M' -> 1_500_000; '24GB' -> 24_000_000_000. Raises BadInput."""
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmgbt]?)(?:i?b)?\s*", text.lower())
+    if not match:
+        raise BadInput(f"{text!r} is not a number: write 250000, 250k, 1.5M or 24GB")
+    return int(float(match[1].replace("_", "")) * _SCALES[match[2]])
+
+
+def short(number: float) -> str:
+    """1_234_567 -> '1.23M': three digits at most."""
+    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * scale:
+            return f"{number / scale:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds -> '45 s', '3.4 min' or '2.1 h'."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
+
+
+class _Rate(ProgressColumn):
+    """Done of total, and how fast."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        speed = task.finished_speed or task.speed
+        rate = f" {short(speed)} {unit}/s" if speed else ""
+        return Text(f"{short(task.completed)}/{short(task.total or 0)}{rate or ' ' + unit}", style="dim", no_wrap=True)
+
+
+@contextmanager
+def bars() -> Iterator[Report]:
+    """Progress bars on stderr: one per task, with rate and time left; finished ones stay."""
+    left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    columns = (TextColumn("{task.description:<28}", table_column=Column(no_wrap=True)), BarColumn(16), _Rate(), left)
+    with Progress(*columns, console=talk) as display:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: float, total: float, unit: str) -> None:
+            if what not in tasks:
+                tasks[what] = display.add_task(what, total=total, unit=unit)
+            display.update(tasks[what], completed=done, total=total, unit=unit)
+
+        yield progress
+
+
+def made(record: Any, name: str | None, as_json: bool) -> None:
+    """Print what a command made: its name and digest, or the record as JSON."""
+    if as_json:
+        emit({"name": name, "digest": record.digest, "record": record.model_dump(mode="json")})
+    else:
+        out.print(f"{record.digest}  {name or ''}".rstrip(), soft_wrap=True)
+
+
+def emit(value: Any) -> None:
+    """One JSON value on stdout."""
+    json.dump(value, sys.stdout, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    grid = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for place, column in enumerate(head):
+        grid.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+    for place, row in enumerate(rows):
+        grid.add_row(*row, style=styles[place] if styles else "")
+    console = out if out.is_terminal else Console(width=200, highlight=False)
+    console.print(grid)

@@ -1,0 +1,290 @@
+"""The whole experiment: text -> seed -> domains -> experts and every control -> table -> page.
+
+Everything here only wires rooms together; each step is found again when it was done before.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood import evaluate
+from elmwood.cli.jobs import ScoreJob, TrainJob, open_holdout, score_job, train_job
+from elmwood.cli.page import page
+from elmwood.cli.screen import bars, count, duration, emit, out, talk
+from elmwood.cli.verbs import default_rate, default_workers, label, llama, print_comparison, say_read, seed_of, shards
+from elmwood.corpus.build import build
+from elmwood.domains.partition import partition as divide
+from elmwood.engine import Progress, cores, run
+from elmwood.errors import BadInput
+from elmwood.records import Comparison, Corpus, Digest, Ensemble, Expert, Forest, Frozen, Partition, Recipe, Record, Score, Seed, Shard
+from elmwood.store import Store
+from elmwood.train import train_key, train_seed
+
+DENSE = "dense, the experts' batch"
+LARGE = "dense, k times the batch"
+SHORT = "dense, equal wall clock"
+
+
+class Study(Frozen):
+    """The numbers of a demo. Where specialisation pays and how the learning rates were tuned, each side alike: docs/log.md."""
+
+    domains: int = 6  # k
+    vocabulary: int = 2048
+    layers: int = 3
+    width: int = 128
+    length: int = 256  # tokens per sequence, and per window of evaluation
+    seed_tokens: int = 3_500_000
+    seed_rate: float = 3e-3
+    tokens: int = 1_000_000  # of further training, shared by the experts; each dense control gets as many
+    batch: int = 4  # sequences per step of an expert
+    method: str = "full"
+    expert_rate: float = 1e-3
+    dense_rate: float = 1e-3
+    large_rate: float = 2e-3
+    documents: int | None = None  # held-out documents scored; None: all
+    rng_seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Of one expert."""
+        return max(1, self.tokens // (self.domains * self.batch * self.length))
+
+
+QUICK = Study(
+    domains=4, vocabulary=1024, layers=2, width=64, length=128, batch=8, seed_tokens=400_000, tokens=200_000, documents=80,
+    seed_rate=4e-3, expert_rate=2e-3, dense_rate=2e-3, large_rate=4e-3,
+)  # fmt: skip
+
+
+class Grown(NamedTuple):
+    """What a study makes."""
+
+    comparison: Comparison
+    ensemble: Ensemble  # with the settings that were best on the tune half
+    forest: Forest
+    partition: Partition
+    seed: Seed
+
+
+def demo(*, quick, corpus, seed, domains, tokens, method, learning_rate, report, workers, store, as_json) -> None:
+    home, started = Store(store), time.perf_counter()
+    start = home.load(seed, Seed) if seed else None
+    study = QUICK if quick else Study()
+    if start:
+        study = study.model_copy(update={"length": min(start.context, study.length)})
+        learning_rate = learning_rate or default_rate(start, method)
+    elif method != "full":
+        learning_rate = learning_rate or 2 * study.expert_rate
+    rates = {"expert_rate": learning_rate, "dense_rate": learning_rate, "large_rate": learning_rate and 2 * learning_rate}
+    asked = {"domains": domains, "tokens": tokens and count(tokens), "method": method, **rates}
+    study = Study.model_validate(study.model_dump() | {key: value for key, value in asked.items() if value is not None})
+    with bars() as progress:
+        read = build(corpus or ["sample"], home, progress=progress)
+        grown = grow(study, read, start, home, workers=workers, progress=progress)
+    say_read(read)
+    for name, record in zip(Grown._fields, grown, strict=True):
+        home.name(f"demo/{name}", record.digest)
+    report.write_text(page(grown.comparison, home))
+    if as_json:
+        emit(grown.comparison.model_dump(mode="json") | {"digest": grown.comparison.digest, "report": str(report)})
+        return
+    print_comparison(grown.comparison)
+    out.print(verdict(grown.comparison))
+    talk.print(
+        f"{duration(time.perf_counter() - started)}; report: {report}; go on with: elmwood chat demo/ensemble, elmwood show demo/forest"
+    )
+
+
+def grow(study: Study, corpus: Corpus, seed: Seed | None, store: Store, *, workers: int | None, progress: Progress) -> Grown:
+    """Run a study. Every part is done once for the same inputs."""
+    seed = seed or scratch(study, corpus, store, progress)
+    divisions = {
+        name: divide(corpus, store, domains=study.domains, method=method, rng_seed=study.rng_seed, progress=progress)
+        for name, method in (("expert", "balanced"), ("random", "random"))
+    }
+    sides = arms(study, seed, corpus, divisions, store)
+    workers = workers or default_workers(seed, 2 * study.domains)
+    sides = {name: [_threaded(job, max(1, cores() // workers)) for job in jobs] for name, jobs in sides.items()}
+    jobs = [job for side in sides.values() for job in side]
+    digests = run(train_job, jobs, workers=workers, progress=progress)
+    experts = dict(zip([(name, place) for name, side in sides.items() for place in range(len(side))], digests, strict=True))
+    models = [("seed", seed.digest), *((job.label, digest) for job, digest in zip(jobs, digests, strict=True))]
+    spec = evaluate.HoldoutSpec(partition=divisions["expert"].digest, seed=seed.digest, length=study.length, documents=study.documents)
+    columns = score(models, spec, store, workers=workers, progress=progress)
+
+    held = open_holdout(spec, store)
+
+    def side(name: str) -> evaluate.Side:
+        loglik_NK = np.column_stack([columns[experts[name, place]] for place in range(study.domains)])
+        return evaluate.Side(loglik_NK, evaluate.distances(held, divisions[name], store, progress), costs(sides[name], store))
+
+    dense = [
+        evaluate.Control(name, columns[experts[name, 0]], costs(sides[name], store, machines=study.domains if name == LARGE else 1))
+        for name in (DENSE, LARGE, SHORT)
+    ]
+    compared = evaluate.compare(held, columns[seed.digest], side("expert"), dense, side("random"))
+    forest = Forest(seed=seed.digest, partition=spec.partition, experts=tuple(experts["expert", place] for place in range(study.domains)))
+    controls = tuple(experts[name, 0] for name in (DENSE, LARGE, SHORT))
+    return Grown(*_keep(compared, held, forest, controls, store), forest, divisions["expert"], seed)
+
+
+def scratch(study: Study, corpus: Corpus, store: Store, progress: Progress) -> Seed:
+    """The study's own seed, trained with all cores."""
+    recipe = Recipe(
+        steps=max(1, study.seed_tokens // (study.batch * study.length)), batch=study.batch, length=study.length,
+        learning_rate=study.seed_rate, rng_seed=study.rng_seed, threads=cores(),
+    )  # fmt: skip
+    shape = llama(study.layers, study.width, study.vocabulary, study.length)
+    return train_seed(corpus, shape, recipe, store, progress=lambda what, *event: progress("seed" if what == "train" else what, *event))
+
+
+def arms(study: Study, seed: Seed, corpus: Corpus, divisions: dict[str, Partition], store: Store) -> dict[str, list[TrainJob]]:
+    """Every model to train, by row of the table: the dense controls, then the experts of each division."""
+    k, steps = study.domains, study.steps
+    base = Recipe(
+        method=study.method, steps=steps, batch=study.batch, length=study.length, learning_rate=study.expert_rate, rng_seed=study.rng_seed,
+    )  # fmt: skip
+
+    def job(name: str, data: tuple[Shard, ...], recipe: Recipe, **place: Any) -> TrainJob:
+        return TrainJob(store=store.root, label=name, seed=seed.digest, data=data, recipe=recipe, **place)
+
+    dense = {
+        DENSE: {"steps": k * steps, "learning_rate": study.dense_rate},
+        LARGE: {"batch": k * study.batch, "learning_rate": study.large_rate},
+        SHORT: {"learning_rate": study.dense_rate},
+    }
+    made = {name: [job(name, corpus.train, base.model_copy(update=change))] for name, change in dense.items()}
+    for name, division in divisions.items():
+        titles = [f"{name} {place}" if name == "random" else label(division, place) for place in range(k)]
+        made[name] = [
+            job(title, shards(division, place), base, partition=division.digest, domain=place) for place, title in enumerate(titles)
+        ]
+    return made
+
+
+def _threaded(job: TrainJob, threads: int) -> TrainJob:
+    return job.model_copy(update={"recipe": job.recipe.model_copy(update={"threads": threads})})
+
+
+def costs(jobs: Sequence[TrainJob], store: Store, machines: int = 1) -> evaluate.Cost:
+    """What the models of one row took, by what their tasks logged. `machines`: how many would share one model's batch."""
+    keys = [train_key(store.load(job.seed, Seed), job.data, job.recipe, job.partition, job.domain) for job in jobs]
+    ends = [[line["seconds"] for line in store.logged(key) if line.get("event") == "done"] for key in keys]
+    seconds = [end[-1] for end in ends if end]  # a store copied from elsewhere may have come without its logs
+    recipe = jobs[0].recipe
+    return evaluate.Cost(
+        batch=recipe.batch, steps=recipe.steps, tokens=sum(job.recipe.tokens for job in jobs),
+        machine_seconds=sum(seconds) if len(seconds) == len(jobs) else None,
+        wall_seconds=max(seconds) / machines if len(seconds) == len(jobs) else None,
+    )  # fmt: skip
+
+
+def score(
+    models: Sequence[tuple[str, Digest]], spec: evaluate.HoldoutSpec, store: Store, *, workers: int, progress: Progress
+) -> dict[Digest, NDArray[np.floating]]:
+    """The column of each model, run only where nobody has scored it yet: by digest."""
+    held = open_holdout(spec, store)
+    threads = max(1, cores() // workers)
+    jobs = [ScoreJob(store=store.root, label=f"score {name}", model=model, holdout=spec, threads=threads) for name, model in models]
+    scores = run(score_job, jobs, workers=workers, progress=progress)
+    return {model: evaluate.column(store.load(digest, Score), held, store) for (_, model), digest in zip(models, scores, strict=True)}
+
+
+def _keep(
+    compared: evaluate.Compared, held: evaluate.Holdout, forest: Forest, controls: tuple[Digest, ...], store: Store
+) -> tuple[Comparison, Ensemble]:
+    """Store what was found: the table, and the ensemble with the settings that were best on the tune half."""
+    best = compared.best
+    ensemble = Ensemble(
+        forest=forest.digest, router=best.router, top_k=best.top_k, temperature=best.temperature, seed_distance=best.seed_distance
+    )
+    comparison = Comparison(
+        forest=forest.digest, controls=controls, holdout=held.name, rows=compared.rows, routing=compared.routing, fitted=compared.fitted
+    )
+    for record in (forest, ensemble, comparison):
+        store.add(record)
+    return comparison, ensemble
+
+
+def verdict(comparison: Comparison) -> str:
+    """The result in one sentence, whichever way it went."""
+    best = min((row for row in comparison.rows if row.role == "result"), key=lambda row: row.bits_per_byte)
+    dense = f"{best.gain:+.4f} ± {best.gain_error:.4f} bits per byte against the strongest dense control" if best.gain is not None else ""
+    ahead = [row.name for row in comparison.rows if row.role in ("seed", "control") and row.bits_per_byte <= best.bits_per_byte]
+    if ahead:
+        return f"{best.name} is the best ensemble ({dense}), and does not beat: {'; '.join(ahead)}."
+    sure = best.gain is None or best.gain > 2 * (best.gain_error or 0)
+    return f"{best.name} is better than every control: {dense}." if sure else f"{best.name} is level with the best control: {dense}."
+
+
+def compare_models(
+    models: Sequence[Record], names: Sequence[str], store: Store, *, partition: str | None, length: int | None, documents: int | None,
+    workers: int | None,
+) -> tuple[Comparison, Ensemble | None]:  # fmt: skip
+    """`elmwood eval`: one forest against its seed with every routing, or any models side by side."""
+    forests = [model for model in models if isinstance(model, Forest)]
+    division = _division(models, partition, store)
+    seed = _common_seed(models, store)
+    length = length or min(seed.context, 1024)
+    spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length, documents=documents)
+    if forests and len(models) > 1:
+        raise BadInput("a forest is compared with its seed and its own routings: name one forest, or only models")
+    workers = workers or default_workers(seed, len(models))
+    with bars() as progress:
+        if not forests:
+            return _side_by_side(models, names, seed, spec, store, workers, progress), None
+        forest = forests[0]
+        experts = [store.load(digest, Expert) for digest in forest.experts]
+        columns = score(
+            [("seed", seed.digest), *((label(division, expert.domain), expert.digest) for expert in experts)],
+            spec, store, workers=workers, progress=progress,
+        )  # fmt: skip
+        held = open_holdout(spec, store)
+        dist2_NK = evaluate.distances(held, division, store, progress)
+    order = sorted(experts, key=lambda expert: expert.domain or 0)
+    if [expert.domain for expert in order] != list(range(len(division.domains))):
+        raise BadInput(
+            f"this forest has experts for domains {sorted({expert.domain or 0 for expert in experts})} of {len(division.domains)}; "
+            "the table needs one for each: train the others, or evaluate an ensemble of these"
+        )
+    side = evaluate.Side(np.column_stack([columns[expert.digest] for expert in order]), dist2_NK)
+    return _keep(evaluate.compare(held, columns[seed.digest], side), held, forest, (), store)
+
+
+def _side_by_side(
+    models: Sequence[Record], names: Sequence[str], seed: Seed, spec: evaluate.HoldoutSpec, store: Store, workers: int, progress: Progress
+) -> Comparison:
+    columns = score(
+        [(name, model.digest) for name, model in zip(names, models, strict=True)], spec, store, workers=workers, progress=progress
+    )
+    held = open_holdout(spec, store)
+    domains = len(store.load(spec.partition, Partition).domains)
+    rows = tuple(
+        evaluate.row(name, columns[model.digest], held, domains=domains, role="seed" if model.digest == seed.digest else "result")
+        for name, model in zip(names, models, strict=True)
+    )
+    comparison = Comparison(forest=None, controls=tuple(model.digest for model in models), holdout=held.name, rows=rows)
+    store.add(comparison)
+    return comparison
+
+
+def _common_seed(models: Sequence[Record], store: Store) -> Seed:
+    """The seed whose tokenizer cuts the holdout. Raises BadInput where models do not share one."""
+    seeds = {seed_of(model, store).digest for model in models}
+    if len(seeds) > 1:
+        raise BadInput(f"these models grew from {len(seeds)} seeds; a comparison per token needs one: evaluate them one seed at a time")
+    return store.load(seeds.pop(), Seed)
+
+
+def _division(models: Sequence[Record], named: str | None, store: Store) -> Partition:
+    """The partition whose holdout is scored. Raises BadInput where neither the user nor a model names one."""
+    if named:
+        return store.load(named, Partition)
+    for model in models:
+        source = store.load(model.forest) if isinstance(model, Ensemble) else model
+        if found := getattr(source, "partition", None):
+            return store.load(found, Partition)
+    raise BadInput("none of these models names a partition: say whose held-out text to score with --partition")
