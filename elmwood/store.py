@@ -16,9 +16,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, overload
 
-from elmwood.errors import Damaged, DoesNotFit, UnknownName
+from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
 from elmwood.records import Files, Record, canonical, fingerprint, parse, references
 
 R = TypeVar("R", bound=Record)
@@ -98,7 +98,13 @@ class Store:
             self._write(self.path(record.digest), canonical(record))
         return record.digest
 
-    def load(self, name: str, kind: type[R] = Record) -> R:  # type: ignore[assignment]  # mypy #3737: a default for a type variable
+    @overload
+    def load(self, name: str) -> Record: ...
+
+    @overload
+    def load(self, name: str, kind: type[R]) -> R: ...
+
+    def load(self, name: str, kind: type[Record] = Record) -> Record:
         """The record a ref, a digest or the beginning of one names. Raises UnknownName, Damaged, BadRecord."""
         digest = self.resolve(name)
         data = self.get(digest).read_bytes()
@@ -218,7 +224,7 @@ def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
     """A record and the records it names, depth first, with their depth. A record met twice is yielded each time."""
 
     def walk(digest: str, depth: int) -> Iterator[tuple[int, Record]]:
-        record: Record = store.load(digest)
+        record = store.load(digest)
         yield depth, record
         for reference in references(record):
             if not reference.startswith("sha256:"):
@@ -235,7 +241,11 @@ def verify(store: Store, progress: Callable[[float, float], None] = lambda done,
         if hashlib.sha256(data).hexdigest() != digest:
             yield Damage(f"records/{digest}.json", "content does not match its name")
             continue
-        record = parse(data)
+        try:
+            record = parse(data)
+        except BadRecord as error:
+            yield Damage(f"records/{digest}.json", str(error))
+            continue
         elsewhere = bool(getattr(record, "hub", None))  # its blobs stay in a model hub's own cache
         users |= {name: digest for name in references(record) if not (elsewhere and name.startswith("sha256:"))}
     blobs = [path for path in sorted((store.root / "blobs" / "sha256").glob("??/*")) if path.suffix != ".tmp"]

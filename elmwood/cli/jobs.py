@@ -38,8 +38,8 @@ def train_job(job: TrainJob, progress: Progress) -> Digest:
     """The digest of the Expert."""
     store = Store(job.store)
     seed = store.load(job.seed, Seed)
-    where = {"partition": job.partition, "domain": job.domain}
-    return train.train(seed, job.data, job.recipe, store, **where, progress=_named(job.label, progress)).digest
+    told = _named(job.label, progress)
+    return train.train(seed, job.data, job.recipe, store, partition=job.partition, domain=job.domain, progress=told).digest
 
 
 def score_job(job: ScoreJob, progress: Progress) -> Digest:

@@ -84,12 +84,11 @@ def emit(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:
-    """A table on stdout; the first column is text, the others are numbers."""
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = (), to: Console = out) -> None:
+    """A table; the first column is text, the others are numbers."""
     grid = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for place, column in enumerate(head):
         grid.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
     for place, row in enumerate(rows):
         grid.add_row(*row, style=styles[place] if styles else "")
-    console = out if out.is_terminal else Console(width=200, highlight=False)
-    console.print(grid)
+    to.print(grid, width=None if to.is_terminal else 200)

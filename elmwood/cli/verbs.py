@@ -5,11 +5,10 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from elmwood.cli.screen import bars, count, duration, emit, made, out, short, table, talk
-from elmwood.corpus.build import build, documents
+from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores, run
 from elmwood.errors import BadInput, ForeignExpert
@@ -33,8 +32,7 @@ def cluster(*, corpus, domains, embedder, method, holdout, field, rng_seed, name
             (domain.name, str(domain.documents), short(domain.bytes), str(sizes[place]), str(sum(s.documents for s in domain.holdout)))
             for place, domain in enumerate(partition.domains)
         ]
-        with _to_stderr():
-            table("domains", ("terms", "documents", "bytes", "at the fit", "held out"), rows)
+        table("domains", ("terms", "documents", "bytes", "at the fit", "held out"), rows, to=talk)
     _made(home, partition, name, as_json)
 
 
