@@ -17,6 +17,7 @@ Floats = NDArray[np.floating]
 
 COLDEST, WARMEST = 1e-3, 10.0  # temperatures searched; squared distances of unit vectors lie in [0, 4]
 GRID = 9  # values tried before the search narrows down
+SAMPLE = 40_000  # tokens the search looks at, evenly spread; what it finds is weighed on all
 STEPS = 8  # golden sections: each leaves 0.62 of the interval
 ANY = 0.1  # top-1 is the same at every temperature
 
@@ -43,9 +44,10 @@ def fit(loglik_NE: Floats, dist2_NK: Floats, top_k: int, router: str = "centroid
 
     Coordinate search: temperature without the seed, then the seed's distance at that temperature, then temperature again.
     """
+    every = -(-len(loglik_NE) // SAMPLE)
 
-    def loss(temperature: float, seed_distance: float | None) -> float:
-        return -float(mix(loglik_NE, weights(dist2_NK, router, top_k, temperature, seed_distance)).mean())
+    def loss(temperature: float, seed_distance: float | None, step: int = every) -> float:
+        return -float(mix(loglik_NE[::step], weights(dist2_NK[::step], router, top_k, temperature, seed_distance)).mean())
 
     def temper(seed_distance: float | None) -> float:
         if top_k == 1:
@@ -54,10 +56,10 @@ def fit(loglik_NE: Floats, dist2_NK: Floats, top_k: int, router: str = "centroid
         return float(np.exp(minimise(lambda log: loss(float(np.exp(log)), seed_distance), grid)))
 
     bare = temper(None)
-    levels = np.quantile(dist2_NK.min(1), np.linspace(0.02, 0.98, GRID)) if len(dist2_NK) else np.zeros(1)
+    levels = np.quantile(dist2_NK.min(1), np.linspace(0.02, 0.98, GRID))
     level = minimise(lambda distance: loss(bare, distance), np.unique(levels))
     settings = ((bare, None), (temper(level), level))
-    fits = [Fit(router, top_k, temperature, distance, loss(temperature, distance)) for temperature, distance in settings]
+    fits = [Fit(router, top_k, temperature, distance, loss(temperature, distance, 1)) for temperature, distance in settings]
     return min(fits, key=lambda one: one.nats)
 
 
