@@ -7,6 +7,7 @@ help:
 	@echo "make demo    set up, then grow a forest from the bundled corpus (about 10 minutes on two cores)"
 	@echo "make quick   the same in about one minute, too short to show a gain"
 	@echo "make test    set up, then lint, types and tests"
+	@echo "make docs    write docs/commands.md from the code"
 	@echo "make format  rewrite the code in the house style"
 
 demo: $(READY)
@@ -23,6 +24,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy elmwood
 
+docs: $(READY)
+	$(BIN)/python -m typer elmwood.cli utils docs --name elmwood --output docs/commands.md
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -35,4 +39,4 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
-.PHONY: help demo quick test lint format
+.PHONY: help demo quick test lint docs format

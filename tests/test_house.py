@@ -13,7 +13,7 @@ FLOORS = {
     "store": 2, "engine": 2,
     "corpus": 3, "domains": 3, "lm": 3, "hub": 3,
     "train": 4, "merge": 4, "ensemble": 4, "evaluate": 4, "serve": 4, "report": 4,
-    "cli": 5,
+    "cli": 5, "__main__": 6,
 }  # fmt: skip
 # Within a floor: rooms of the first three may use the ones below; here are the neighbours they may use beside that.
 NEIGHBOURS = {("records", "errors"), ("registry", "errors"), ("store", "engine"), ("domains", "corpus"), ("lm", "corpus")}

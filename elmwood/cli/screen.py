@@ -51,7 +51,8 @@ class _Rate(ProgressColumn):
         unit = task.fields["unit"]
         speed = task.finished_speed or task.speed
         rate = f" {short(speed)} {unit}/s" if speed else ""
-        return Text(f"{short(task.completed)}/{short(task.total or 0)}{rate or ' ' + unit}", style="dim", no_wrap=True)
+        of = f"/{short(task.total)}" if task.total else ""
+        return Text(f"{short(task.completed)}{of}{rate or ' ' + unit}", style="dim", no_wrap=True)
 
 
 @contextmanager
@@ -64,8 +65,8 @@ def bars() -> Iterator[Report]:
 
         def progress(what: str, done: float, total: float, unit: str) -> None:
             if what not in tasks:
-                tasks[what] = display.add_task(what, total=total, unit=unit)
-            display.update(tasks[what], completed=done, total=total, unit=unit)
+                tasks[what] = display.add_task(what, total=None, unit=unit)
+            display.update(tasks[what], completed=done, total=total or None, unit=unit)  # 0: not known
 
         yield progress
 

@@ -98,37 +98,62 @@ def demo(*, quick, corpus, seed, domains, tokens, method, learning_rate, report,
     )
 
 
+class Arms(NamedTuple):
+    """Columns of every model of a study, ready to be compared."""
+
+    held: evaluate.Holdout
+    seed_N: NDArray[np.floating]
+    experts: evaluate.Side
+    dense: tuple[evaluate.Control, ...]
+    random: evaluate.Side
+    forest: Forest
+    controls: tuple[Digest, ...]
+
+
 def grow(study: Study, corpus: Corpus, seed: Seed | None, store: Store, *, workers: int | None, progress: Progress) -> Grown:
     """Run a study. Every part is done once for the same inputs."""
     seed = seed or scratch(study, corpus, store, progress)
+    arms = branch(study, corpus, seed, store, workers=workers, progress=progress)
+    compared = evaluate.compare(arms.held, arms.seed_N, arms.experts, arms.dense, arms.random)
+    partition = store.load(arms.forest.partition, Partition)
+    return Grown(*_keep(compared, arms.held, arms.forest, arms.controls, store), arms.forest, partition, seed)
+
+
+def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: int | None, progress: Progress) -> Arms:
+    """Train the experts and every control from the seed, and score them all."""
     divisions = {
         name: divide(corpus, store, domains=study.domains, method=method, rng_seed=study.rng_seed, progress=progress)
         for name, method in (("expert", "balanced"), ("random", "random"))
     }
-    sides = arms(study, seed, corpus, divisions, store)
     workers = workers or default_workers(seed, 2 * study.domains)
-    sides = {name: [_threaded(job, max(1, cores() // workers)) for job in jobs] for name, jobs in sides.items()}
+    sides = plan(study, seed, corpus, divisions, store, threads=max(1, cores() // workers))
     jobs = [job for side in sides.values() for job in side]
     digests = run(train_job, jobs, workers=workers, progress=progress)
-    experts = dict(zip([(name, place) for name, side in sides.items() for place in range(len(side))], digests, strict=True))
-    models = [("seed", seed.digest), *((job.label, digest) for job, digest in zip(jobs, digests, strict=True))]
+    trained = dict(zip([(name, place) for name, side in sides.items() for place in range(len(side))], digests, strict=True))
     spec = evaluate.HoldoutSpec(partition=divisions["expert"].digest, seed=seed.digest, length=study.length, documents=study.documents)
+    models = [("seed", seed.digest), *((job.label, digest) for job, digest in zip(jobs, digests, strict=True))]
     columns = score(models, spec, store, workers=workers, progress=progress)
-
     held = open_holdout(spec, store)
 
     def side(name: str) -> evaluate.Side:
-        loglik_NK = np.column_stack([columns[experts[name, place]] for place in range(study.domains)])
+        loglik_NK = np.column_stack([columns[trained[name, place]] for place in range(study.domains)])
         return evaluate.Side(loglik_NK, evaluate.distances(held, divisions[name], store, progress), costs(sides[name], store))
 
-    dense = [
-        evaluate.Control(name, columns[experts[name, 0]], costs(sides[name], store, machines=study.domains if name == LARGE else 1))
-        for name in (DENSE, LARGE, SHORT)
-    ]
-    compared = evaluate.compare(held, columns[seed.digest], side("expert"), dense, side("random"))
-    forest = Forest(seed=seed.digest, partition=spec.partition, experts=tuple(experts["expert", place] for place in range(study.domains)))
-    controls = tuple(experts[name, 0] for name in (DENSE, LARGE, SHORT))
-    return Grown(*_keep(compared, held, forest, controls, store), forest, divisions["expert"], seed)
+    controls = (DENSE, LARGE, SHORT)
+    return Arms(
+        held=held,
+        seed_N=columns[seed.digest],
+        experts=side("expert"),
+        dense=tuple(
+            evaluate.Control(name, columns[trained[name, 0]], costs(sides[name], store, machines=study.domains if name == LARGE else 1))
+            for name in controls
+        ),
+        random=side("random"),
+        forest=Forest(
+            seed=seed.digest, partition=spec.partition, experts=tuple(trained["expert", place] for place in range(study.domains))
+        ),
+        controls=tuple(trained[name, 0] for name in controls),
+    )
 
 
 def scratch(study: Study, corpus: Corpus, store: Store, progress: Progress) -> Seed:
@@ -141,21 +166,24 @@ def scratch(study: Study, corpus: Corpus, store: Store, progress: Progress) -> S
     return train_seed(corpus, shape, recipe, store, progress=lambda what, *event: progress("seed" if what == "train" else what, *event))
 
 
-def arms(study: Study, seed: Seed, corpus: Corpus, divisions: dict[str, Partition], store: Store) -> dict[str, list[TrainJob]]:
+def plan(
+    study: Study, seed: Seed, corpus: Corpus, divisions: dict[str, Partition], store: Store, *, threads: int
+) -> dict[str, list[TrainJob]]:
     """Every model to train, by row of the table: the dense controls, then the experts of each division."""
     k, steps = study.domains, study.steps
     base = Recipe(
         method=study.method, steps=steps, batch=study.batch, length=study.length, learning_rate=study.expert_rate, rng_seed=study.rng_seed,
+        threads=threads,
     )  # fmt: skip
-
-    def job(name: str, data: tuple[Shard, ...], recipe: Recipe, **place: Any) -> TrainJob:
-        return TrainJob(store=store.root, label=name, seed=seed.digest, data=data, recipe=recipe, **place)
-
     dense = {
         DENSE: {"steps": k * steps, "learning_rate": study.dense_rate},
         LARGE: {"batch": k * study.batch, "learning_rate": study.large_rate},
         SHORT: {"learning_rate": study.dense_rate},
     }
+
+    def job(name: str, data: tuple[Shard, ...], recipe: Recipe, **place: Any) -> TrainJob:
+        return TrainJob(store=store.root, label=name, seed=seed.digest, data=data, recipe=recipe, **place)
+
     made = {name: [job(name, corpus.train, base.model_copy(update=change))] for name, change in dense.items()}
     for name, division in divisions.items():
         titles = [f"{name} {place}" if name == "random" else label(division, place) for place in range(k)]
@@ -163,10 +191,6 @@ def arms(study: Study, seed: Seed, corpus: Corpus, divisions: dict[str, Partitio
             job(title, shards(division, place), base, partition=division.digest, domain=place) for place, title in enumerate(titles)
         ]
     return made
-
-
-def _threaded(job: TrainJob, threads: int) -> TrainJob:
-    return job.model_copy(update={"recipe": job.recipe.model_copy(update={"threads": threads})})
 
 
 def costs(jobs: Sequence[TrainJob], store: Store, machines: int = 1) -> evaluate.Cost:

@@ -1,0 +1,80 @@
+"""Where does specialisation pay? Gain of c-BTM over its controls against the seed's share of all tokens, and against k.
+
+    python benches/seed_share.py FOLDER [--seed-tokens 0.4M,1.25M,3M,6M] [--domains 6] [--tokens 0.75M] [--rates 1e-3,2e-3]
+
+For each seed every side (experts, random clusters, both dense controls) is trained at every learning rate, and each side takes
+the rate with the least loss on the tune half; all numbers are of the test half. One JSON line per setting. About ten minutes
+per setting on two cores; what was done in FOLDER is found again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from elmwood import evaluate
+from elmwood.cli.screen import bars, count
+from elmwood.cli.study import Arms, Study, branch, scratch
+from elmwood.corpus.build import build
+from elmwood.records import Row
+from elmwood.store import Store
+
+
+def tune(arms: list[Arms], rates: list[float]) -> tuple[Arms, dict[str, float]]:
+    """Each side at its own best rate on the tune half."""
+    held = arms[0].held
+
+    def loss(loglik_N: np.ndarray) -> float:
+        return -float(loglik_N[held.tune_N].mean())
+
+    def mixed(one: Arms, side: evaluate.Side) -> float:
+        return evaluate.compare(held, one.seed_N, side).best.nats
+
+    places = range(len(arms))
+    experts = min(places, key=lambda i: mixed(arms[i], arms[i].experts))
+    random = min(places, key=lambda i: mixed(arms[i], arms[i].random))
+    dense = [min(places, key=lambda i: loss(arms[i].dense[j].loglik_N)) for j in range(len(arms[0].dense))]
+    best = arms[experts]._replace(random=arms[random].random, dense=tuple(arms[i].dense[j] for j, i in enumerate(dense)))
+    names = [control.name for control in best.dense]
+    factor = {name: 2 if "k times" in name else 1 for name in names}
+    chosen = {name: rates[i] * factor[name] for name, i in zip(names, dense, strict=True)}
+    return best, {"experts": rates[experts], "random clusters": rates[random]} | chosen
+
+
+def cell(row: Row) -> list[float | None]:
+    """Bits per byte, gain over the strongest dense control, its standard error."""
+    return [value and round(value, 4) for value in (row.bits_per_byte, row.gain, row.gain_error)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed-tokens", default="0.4M,1.25M,3M,6M")
+    parser.add_argument("--domains", default="6")
+    parser.add_argument("--tokens", default="0.75M")
+    parser.add_argument("--rates", default="1e-3,2e-3")
+    parser.add_argument("--documents", type=int, default=None)
+    asked = parser.parse_args()
+    store = Store(asked.folder)
+    rates = [float(rate) for rate in asked.rates.split(",")]
+    with bars() as progress:
+        corpus = build(["sample"], store, progress=progress)
+        for seed_tokens in map(count, asked.seed_tokens.split(",")):
+            for domains in map(int, asked.domains.split(",")):
+                base = Study(seed_tokens=seed_tokens, domains=domains, tokens=count(asked.tokens), documents=asked.documents)
+                seed = scratch(base, corpus, store, progress)
+                studies = [base.model_copy(update={"expert_rate": rate, "dense_rate": rate, "large_rate": 2 * rate}) for rate in rates]
+                arms = [branch(study, corpus, seed, store, workers=None, progress=progress) for study in studies]
+                best, chosen = tune(arms, rates)
+                compared = evaluate.compare(best.held, best.seed_N, best.experts, best.dense, best.random)
+                line = {
+                    "bench": "seed_share", "seed_tokens": seed_tokens, "tokens": base.tokens, "domains": domains,
+                    "share": round(seed_tokens / (seed_tokens + base.tokens), 3), "rates": chosen, "fitted": compared.fitted,
+                    "rows": {row.name: cell(row) for row in compared.rows},
+                }  # fmt: skip
+                print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Documentation that can rot is generated or looked at here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from elmwood import records
+from elmwood.cli import app
+from elmwood.domains.embed import EMBEDDERS
+from elmwood.domains.route import ROUTERS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+FORMATS = (ROOT / "docs" / "formats.md").read_text()
+
+
+def test_the_command_reference_is_as_generated():
+    """`make docs` writes it."""
+    command = [sys.executable, "-m", "typer", "elmwood.cli", "utils", "docs", "--name", "elmwood"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (ROOT / "docs" / "commands.md").read_text().strip() == made.stdout.strip()
+
+
+@pytest.mark.parametrize("kind", sorted(records.KINDS))
+def test_every_record_and_field_is_documented(kind):
+    section = re.search(rf"^## {records.KINDS[kind].__name__}\n(.*?)(?=^## |\Z)", FORMATS, re.M | re.S)
+    assert section, f"docs/formats.md has no section on {kind}"
+    for field in set(records.KINDS[kind].model_fields) - {"kind", "format"}:
+        assert f"`{field}`" in section[1], f"docs/formats.md does not name {kind}.{field}"
+
+
+@pytest.mark.parametrize("value", [records.Shard, records.Embedder, records.Domain, records.Recipe, records.Point, records.Row])
+def test_every_inner_value_and_field_is_documented(value):
+    for field in value.model_fields:
+        assert f"`{field}`" in FORMATS, f"docs/formats.md does not name {value.__name__}.{field}"
+
+
+@pytest.mark.parametrize("row", [*EMBEDDERS, *ROUTERS])
+def test_every_table_row_is_documented(row):
+    assert f"`{row}`" in (ROOT / "docs" / "domains.md").read_text()
+
+
+def commands(text: str) -> list[str]:
+    """The elmwood commands of a document's shell blocks, continued lines joined."""
+    blocks = re.findall(r"```(?:sh|console|bash)\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+#.*", "", line) for line in lines if line.startswith("elmwood ")]
+
+
+DOCUMENTS = [ROOT / "README.md", *(path for path in sorted(ROOT.glob("docs/*.md")) if path.name != "commands.md")]
+
+
+@pytest.mark.parametrize("command", sorted({command for path in DOCUMENTS for command in commands(path.read_text())}))
+def test_every_command_in_the_docs_parses(command):
+    """Its verb and options exist. Running them is the story's task."""
+    words = command.split()[1:]
+    depth = 2 if words[0] == "seed" else 1
+    asked = CliRunner().invoke(app, [*words[:depth], "--help"])
+    assert asked.exit_code == 0, command
+    for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", command):
+        assert re.search(rf"(?<!\S){option}\b", asked.stdout), f"{option} in: {command}"
+
+
+def test_readme_names_every_room():
+    rooms = [path.name for path in (ROOT / "elmwood").iterdir() if path.is_dir() or path.suffix == ".py"]
+    for name in set(rooms) - {"__pycache__", "__init__.py"}:
+        assert name in README, f"README's file tree does not name {name}"

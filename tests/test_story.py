@@ -1,0 +1,159 @@
+"""The story, end to end, as a newcomer runs it: real processes, real files, nothing but the command line."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def elmwood(*words: str, cwd: Path, fails: bool = False) -> str:
+    """Run one command; its stdout, or its stderr where it is meant to fail."""
+    done = subprocess.run([sys.executable, "-m", "elmwood", *words], cwd=cwd, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, f"elmwood {' '.join(words)}:\n{done.stdout}\n{done.stderr}"
+    return done.stderr if fails else done.stdout
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """A folder in which the demo has run."""
+    folder = tmp_path_factory.mktemp("story")
+    elmwood("demo", "--quick", cwd=folder)
+    return folder
+
+
+def test_the_demo_shows_every_control(here):
+    table = json.loads(elmwood("demo", "--quick", "--json", cwd=here))
+    rows = {row["name"]: row for row in table["rows"]}
+    for part in ("seed", "experts' batch", "k times the batch", "equal wall clock", "random clusters", "uniform routing", "oracle",
+                 "top-1", "top-2", "all"):  # fmt: skip
+        assert any(part in name for name in rows), part
+    k = len(table["routing"])
+    tokens = {row["tokens"] for name, row in rows.items() if row["tokens"] and "equal wall clock" not in name}
+    assert len(tokens) == 1, "every side trains on as many tokens"
+    assert next(row for name, row in rows.items() if "equal wall clock" in name)["tokens"] * k == tokens.pop()
+    assert all(row["standard_error"] > 0 and len(row["domains"]) == k for row in rows.values())
+    assert all(row["machine_seconds"] >= row["wall_seconds"] > 0 for row in rows.values() if row["tokens"])
+    # what a minute is enough for: everything learned something beyond the seed, and the oracle bounds the uniform
+    assert rows["oracle routing"]["bits_per_byte"] < rows["uniform routing"]["bits_per_byte"] < rows["seed"]["bits_per_byte"]
+
+
+def test_running_it_again_reuses_everything(here):
+    files = {path: path.stat().st_mtime_ns for path in (here / ".elmwood" / "blobs").rglob("*") if path.is_file()}
+    started = time.monotonic()
+    elmwood("demo", "--quick", cwd=here)
+    assert time.monotonic() - started < 60
+    assert files == {path: path.stat().st_mtime_ns for path in (here / ".elmwood" / "blobs").rglob("*") if path.is_file()}
+
+
+def test_the_report_stands_alone(here):
+    page = (here / "report.html").read_text()
+    assert "oracle routing" in page
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert "https://" not in page
+
+
+def test_show_verify_and_damage(here, tmp_path):
+    assert "demo/forest" in elmwood("show", cwd=here)
+    lineage = elmwood("show", "demo/forest", cwd=here)
+    assert lineage.count("expert") >= 4
+    assert "corpus" in lineage
+    assert elmwood("verify", cwd=here) == ""
+    tokenizer = next(path for path in (here / ".elmwood" / "blobs").rglob("*") if path.is_file() and path.read_bytes()[:1] == b"{")
+    original = tokenizer.read_bytes()
+    tokenizer.write_bytes(original + b" ")
+    assert tokenizer.name in subprocess.run([sys.executable, "-m", "elmwood", "verify"], cwd=here, capture_output=True, text=True).stdout
+    tokenizer.write_bytes(original)
+    elmwood("verify", cwd=here)
+
+
+def test_chat_says_who_spoke(here):
+    said = json.loads(elmwood("chat", "demo/ensemble", "--prompt", "func main() {", "--max-tokens", "12", "--json", cwd=here))
+    assert said["text"]
+    assert sum(said["experts"].values()) == pytest.approx(1, abs=1e-3)
+    again = json.loads(elmwood("chat", "demo/ensemble", "--prompt", "func main() {", "--max-tokens", "12", "--json", cwd=here))
+    assert said == again
+
+
+def test_eval_agrees_with_the_demo(here):
+    table = json.loads(elmwood("demo", "--quick", "--json", cwd=here))
+    rows = {row["name"]: row["bits_per_byte"] for row in table["rows"]}
+    forest = json.loads(elmwood("eval", "demo/forest", "--length", "128", "--documents", "80", "--json", cwd=here))
+    again = {row["name"]: row["bits_per_byte"] for row in forest["rows"]}
+    assert {name: rows[name] for name in again} == again
+    live = json.loads(elmwood("eval", "demo/ensemble", "demo/seed", "--length", "128", "--documents", "80", "--json", cwd=here))
+    best = min(row["bits_per_byte"] for row in table["rows"] if row["role"] == "result")
+    assert live["rows"][0]["bits_per_byte"] == pytest.approx(best, abs=2e-3)  # fitted on the other half, so near and not equal
+    assert live["rows"][1]["bits_per_byte"] == pytest.approx(rows["seed"], abs=1e-6)
+
+
+def test_your_own_text_your_own_seed_lora(here, tmp_path):
+    """The verbs one by one: cluster, import, train, forest, eval, chat, export, fit."""
+    text = here / "notes"
+    text.mkdir()
+    for number in range(40):
+        words = ("the river and the boat", "int main returns value")[number % 2]
+        (text / f"{number}.txt").write_text(f"{words} {number} " * 30 + f"unlike note {number * 7919}")
+    elmwood("export", "demo/seed", "seed-folder", cwd=here)
+    model = AutoModelForCausalLM.from_pretrained(here / "seed-folder")
+    tokenizer = AutoTokenizer.from_pretrained(here / "seed-folder")
+    assert model(torch.tensor([tokenizer.encode("the river")])).logits.isfinite().all()
+
+    elmwood("seed", "import", "seed-folder", "--name", "mine/seed", cwd=here)
+    elmwood("cluster", "notes", "--domains", "2", "--holdout", "0.3", "--name", "mine/domains", cwd=here)
+    elmwood("train", "mine/domains", "--seed", "mine/seed", "--tokens", "8k", "--length", "64", "--name", "mine/expert", cwd=here)
+    elmwood("forest", "mine/domains", "mine/expert/", "--name", "mine/forest", cwd=here)
+    table = json.loads(elmwood("eval", "mine/forest", "--name", "mine/ensemble", "--json", cwd=here))
+    rows = {row["name"]: row["bits_per_byte"] for row in table["rows"]}
+    assert rows["oracle routing"] < rows["seed"]
+    assert "river" in elmwood("chat", "mine/ensemble", "--prompt", "the river and", "--max-tokens", "16", "--temperature", "0", cwd=here)
+    elmwood("export", "mine/expert/0", "adapter", cwd=here)
+    assert (here / "adapter" / "adapter_model.safetensors").is_file()
+    answer = json.loads(elmwood("fit", "mine/seed", "--memory", "24GB", "--json", cwd=here))
+    assert answer["fits"] is True
+
+
+def test_errors_are_one_line_with_the_cure(here):
+    for words, part in (
+        (["show", "absent"], "elmwood show"),
+        (["cluster", "no-such-file.jsonl"], "no-such-file.jsonl"),
+        (["cluster", "sample", "--domains", "5000"], "fewer"),
+        (["export", "demo/seed", ".elmwood"], "never overwrites"),
+        (["train", "demo/partition", "--seed", "demo/seed", "--domains", "9"], "numbered from 0"),
+        (["seed", "import", ".elmwood"], "config.json"),
+    ):
+        said = elmwood(*words, cwd=here, fails=True)
+        assert part in said, said
+        assert "Traceback" not in said
+
+
+def test_killed_and_run_again(tmp_path):
+    """A demo that is killed goes on, and ends in the same forest as one that was not."""
+    command = [
+        sys.executable,
+        "-m",
+        "elmwood",
+        "seed",
+        "train",
+        "sample",
+        "--tokens",
+        "60k",
+        "--width",
+        "64",
+        "--layers",
+        "2",
+        "--length",
+        "128",
+    ]
+    whole = subprocess.run([*command, "--store", "whole"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    running = subprocess.Popen([*command, "--store", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "killed" / "logs").glob("*.jsonl")) and running.poll() is None:
+        pass
+    running.kill()
+    running.wait()
+    again = subprocess.run([*command, "--store", "killed"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert whole == again
