@@ -14,7 +14,7 @@ from elmwood import evaluate
 from elmwood.cli.jobs import ScoreJob, TrainJob, open_holdout, score_job, train_job
 from elmwood.cli.page import page
 from elmwood.cli.screen import bars, count, duration, emit, out, talk
-from elmwood.cli.verbs import default_rate, default_workers, label, llama, print_comparison, say_read, seed_of, shards
+from elmwood.cli.verbs import default_rate, default_workers, label, llama, print_comparison, say_read, seed_of, shards, verdict
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import Progress, cores, run
@@ -231,17 +231,6 @@ def _keep(
     for record in (forest, ensemble, comparison):
         store.add(record)
     return comparison, ensemble
-
-
-def verdict(comparison: Comparison) -> str:
-    """The result in one sentence, whichever way it went."""
-    best = min((row for row in comparison.rows if row.role == "result"), key=lambda row: row.bits_per_byte)
-    dense = f"{best.gain:+.4f} ± {best.gain_error:.4f} bits per byte against the strongest dense control" if best.gain is not None else ""
-    ahead = [row.name for row in comparison.rows if row.role in ("seed", "control") and row.bits_per_byte <= best.bits_per_byte]
-    if ahead:
-        return f"{best.name} is the best ensemble ({dense}), and does not beat: {'; '.join(ahead)}."
-    sure = best.gain is None or best.gain > 2 * (best.gain_error or 0)
-    return f"{best.name} is better than every control: {dense}." if sure else f"{best.name} is level with the best control: {dense}."
 
 
 def compare_models(

@@ -1,7 +1,6 @@
 """What each verb does: open what the user named, call one room after another, print what was made."""
 
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Sequence
@@ -214,6 +213,17 @@ def print_comparison(comparison: Comparison) -> None:
     table("bits per byte on held-out documents (test half); gain over the strongest dense control, paired", head, rows, styles)
 
 
+def verdict(comparison: Comparison) -> str:
+    """The result in one sentence, whichever way it went."""
+    best = min((row for row in comparison.rows if row.role == "result"), key=lambda row: row.bits_per_byte)
+    dense = f"{best.gain:+.4f} ± {best.gain_error:.4f} bits per byte against the strongest dense control" if best.gain is not None else ""
+    ahead = [row.name for row in comparison.rows if row.role in ("seed", "control") and row.bits_per_byte <= best.bits_per_byte]
+    if ahead:
+        return f"{best.name} is the best ensemble ({dense}), and does not beat: {'; '.join(ahead)}."
+    sure = best.gain is None or best.gain > 2 * (best.gain_error or 0)
+    return f"{best.name} is better than every control: {dense}." if sure else f"{best.name} is level with the best control: {dense}."
+
+
 def chat(*, model, prompt, max_tokens, temperature, top_p, rng_seed, store, as_json) -> None:
     from elmwood.ensemble.generate import generate  # torch
     from elmwood.ensemble.mixture import open_model
@@ -378,11 +388,6 @@ def report(*, comparison, output, store, as_json) -> None:
         emit({"report": str(output)})
     else:
         out.print(str(output), soft_wrap=True)
-
-
-def machine() -> str:
-    """The machine in a few words."""
-    return f"{cores()} cores, {platform.machine()}, Python {platform.python_version()}"
 
 
 def say_read(corpus: Corpus) -> None:
