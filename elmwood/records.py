@@ -109,6 +109,7 @@ class Domain(Frozen):
     train: tuple[Shard, ...] = ()
     holdout: tuple[Shard, ...] = ()
     examples: tuple[str, ...] = ()  # ids of the documents nearest the centroid
+    origin: int | None = None  # its place in the partition's parent, if it was there or came out of one that was
 
     @property
     def documents(self) -> int:
@@ -130,7 +131,9 @@ class Partition(Record):
     method: str = "balanced"  # balanced | plain | random
     rng_seed: int = 0
     fit_sizes: tuple[int, ...] = ()  # documents per domain at the fit, where balance holds
+    greedy_sizes: tuple[int, ...] = ()  # the same training documents, had each gone to its nearest centroid
     extra: dict[str, float] = {}  # measured facts, e.g. objective
+    parent: Digest | None = None  # the partition this one revises: a domain was split, or domains were added
 
 
 # ---- models -----------------------------------------------------------------------------------------------------

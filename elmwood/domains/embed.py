@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
+from elmwood.domains.dense import DENSE, Dense, Model, fit_dense, load_dense
 from elmwood.domains.words import Lexicon
 from elmwood.engine import Progress, silent
-from elmwood.errors import BadCorpus, BadRecord, UnknownName
+from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
 from elmwood.records import Embedder
 from elmwood.store import Store
 
@@ -67,6 +68,10 @@ class Terms:
     def dimension(self) -> int:
         return self.vector_VD.shape[1]
 
+    @property
+    def power(self) -> float:
+        return EMBEDDERS[self.name].power
+
     @cached_property
     def lexicon(self) -> Lexicon:
         """Words -> rows."""
@@ -83,14 +88,20 @@ class Terms:
         parts += [unit(_counts(self, group) @ self.table_VD).astype(np.float32) for group in _groups(texts)]
         return np.concatenate(parts)
 
-    def steps(self, text: str) -> tuple[Floats, Ints]:
-        """What each known word adds to the sum [W, D], and the length of the shortest prefix in which it counts [W]."""
+    def known(self, text: str) -> tuple[Ints, Floats, Ints]:
+        """Of each known word of a text: its row [W], how often it stood before [W], the shortest prefix in which it counts [W]."""
         row_W, count_W = self.lexicon.steps(text)
         known_W = row_W >= 0
-        row_W, count_W = row_W[known_W], count_W[known_W]
-        before_W = occurrences(row_W)
-        power = EMBEDDERS[self.name].power
-        return self.table_VD[row_W] * ((before_W + 1.0) ** power - before_W**power)[:, None], count_W
+        return row_W[known_W], occurrences(row_W[known_W]), count_W[known_W]
+
+    def rise(self, before_W: Floats) -> Floats:
+        """By how much tf**power rises with one more of a word that stood there `before` times [W]."""
+        return (before_W + 1) ** self.power - before_W**self.power
+
+    def steps(self, text: str) -> tuple[Floats, Ints]:
+        """What each known word adds to the sum [W, D], and the length of the shortest prefix in which it counts [W]."""
+        row_W, before_W, count_W = self.known(text)
+        return self.table_VD[row_W] * self.rise(before_W)[:, None], count_W
 
     def tfidf(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Unit tf-idf rows [N, V] float64; a zero row for a text without a known word."""
@@ -108,8 +119,13 @@ class Terms:
         return Embedder(name=self.name, dimension=self.dimension, files=files)
 
 
-def load(embedder: Embedder, store: Store) -> Terms:
-    """Open a saved embedder. Raises UnknownName, BadRecord, Damaged."""
+Fitted = Terms | Dense
+
+
+def load(embedder: Embedder, store: Store, model: Model | None = None) -> Fitted:
+    """Open a saved embedder; neural ones (dense.py) need their model. Raises UnknownName, BadInput, BadRecord, Damaged."""
+    if embedder.name in DENSE:
+        return load_dense(embedder, store, model)
     if embedder.name not in EMBEDDERS:  # never looked up as module:function: the record may be a stranger's
         raise UnknownName(f"no embedder {embedder.name!r}; have {', '.join(EMBEDDERS)}: a newer elmwood may know it")
     about = json.loads(store.get(embedder.files["embedder.json"]).read_bytes())
@@ -121,14 +137,31 @@ def load(embedder: Embedder, store: Store) -> Terms:
     return fitted
 
 
-def fit(name: str, texts: Iterable[str], *, dimension: int = 100, rng_seed: int = 0, progress: Progress = silent) -> Terms:
-    """Fit an embedder in one pass over texts, whatever their order. Memory is bounded.
+def fit(
+    name: str,
+    texts: Iterable[str],
+    *,
+    model: Model | None = None,
+    dimension: int = 100,
+    rng_seed: int = 0,
+    progress: Progress = silent,
+) -> Fitted:
+    """Fit an embedder of either table; neural ones need their model. Raises UnknownName, BadInput, BadCorpus."""
+    if name not in DENSE:
+        return fit_terms(name, texts, dimension=dimension, rng_seed=rng_seed, progress=progress)
+    if model is None:
+        raise BadInput(f"embedder {name!r} needs a model, and got none: pass one, or take 'tfidf'")
+    return fit_dense(name, texts, model, dimension=dimension, rng_seed=rng_seed, progress=progress)
+
+
+def fit_terms(name: str, texts: Iterable[str], *, dimension: int = 100, rng_seed: int = 0, progress: Progress = silent) -> Terms:
+    """Fit a tf-idf embedder in one pass over texts, whatever their order. Memory is bounded.
 
     Terms of `tfidf` stand in at least two documents; the most widespread are kept. The SVD sees a sample of documents.
     Raises UnknownName, BadCorpus when no text has a word.
     """
     if name not in EMBEDDERS:
-        raise UnknownName(f"no embedder {name!r}; have {', '.join(EMBEDDERS)}")
+        raise UnknownName(f"no embedder {name!r}; have {', '.join((*EMBEDDERS, *DENSE))}")
     kind = EMBEDDERS[name]
     counted = _Counted(kind.hashed)
     sample = _Sample()
@@ -185,7 +218,7 @@ def _counts(fitted: Terms, texts: Sequence[str]) -> sparse.csr_matrix:
     key_W = np.sort(key_W[np.concatenate(rows) >= 0])  # one sort counts the terms of all the texts
     first = np.flatnonzero(np.diff(key_W, prepend=-1))
     document, term = np.divmod(key_W[first], len(fitted.weight_V))
-    tf = np.diff(first, append=len(key_W)).astype(np.float64) ** EMBEDDERS[fitted.name].power
+    tf = np.diff(first, append=len(key_W)).astype(np.float64) ** fitted.power
     start_N = np.searchsorted(document, np.arange(len(texts) + 1))
     return sparse.csr_matrix((tf, term, start_N), shape=(len(texts), len(fitted.weight_V)))
 

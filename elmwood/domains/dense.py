@@ -1,0 +1,143 @@
+"""Text -> unit vectors, by a neural model that the caller brings: the seed's hidden states, or a sentence embedder.
+
+Shapes: N documents, H numbers of the model, D dimensions, W steps of one text (tokens, or runs of words).
+
+Hidden states of a language model point mostly one way, so their mean over a sample is taken off and the rest is turned
+to its D main directions. Torch stays outside: what embeds is a function.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from sklearn.utils.extmath import randomized_svd
+
+from elmwood.domains.words import spans
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadCorpus, BadInput, BadRecord
+from elmwood.records import Embedder
+from elmwood.store import Store
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+# "sentence": texts -> x_NH, one row a text.
+# "seed": texts -> for each, (state_WH, end_W): a vector for each token, and the characters of the text up to its end.
+Encode = Callable[[Sequence[str]], Any]
+
+
+class Model(NamedTuple):
+    """The neural model of an embedder: a name to know it again by, such as a seed's digest, and the function."""
+
+    name: str
+    encode: Encode
+
+
+DENSE = {
+    "seed": "mean hidden state of the seed LM",
+    "sentence": "any sentence embedder, such as arXiv:1908.10084",
+}
+SAMPLE = 4096  # documents the directions are fitted on: the first of a corpus, which stand in no special order
+BATCH = 64  # texts given to the model at once
+STRIDE = 32  # words after which a sentence model looks again at a text that grows
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A fitted neural embedder."""
+
+    name: str
+    model: Model
+    mean_H: Floats
+    map_HD: Floats
+
+    @property
+    def dimension(self) -> int:
+        return self.map_HD.shape[1]
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """Unit rows [N, D] float32; a zero row for a text the model says nothing of."""
+        parts: list[Floats] = [np.zeros((0, self.dimension))]
+        for first in range(0, len(texts), BATCH):
+            parts.append(self._project(_whole(self.name, self.model.encode, texts[first : first + BATCH])))
+        return np.concatenate(parts).astype(np.float32)
+
+    def steps(self, text: str) -> tuple[Floats, Ints]:
+        """What each step adds to the sum [W, D], and the length of the shortest prefix in which it counts [W].
+
+        A token's state looks back only, so the mean over a prefix is a running sum. A sentence model must look again: it
+        does so every STRIDE words, and between them the text counts as it was.
+        """
+        if self.name == "seed":
+            ((state_WH, end_W),) = self.model.encode([text])
+            return (np.asarray(state_WH, np.float64) - self.mean_H) @ self.map_HD, np.asarray(end_W, np.int64)
+        count_W = np.array([end for _, end in spans(text)][STRIDE - 1 :: STRIDE], np.int64)
+        x_WD = self.embed([text[:count] for count in count_W]).astype(np.float64)
+        return np.diff(x_WD, axis=0, prepend=0), count_W
+
+    def save(self, store: Store) -> Embedder:
+        """Write the files; the model itself stays where it is, named by `model`."""
+        tensors = {"mean": self.mean_H, "map": self.map_HD}
+        about = json.dumps({"name": self.name, "model": self.model.name}).encode()
+        files = {"embedder.safetensors": store.put(safetensors.numpy.save(tensors)), "embedder.json": store.put(about)}
+        return Embedder(name=self.name, dimension=self.dimension, files=files)
+
+    def _project(self, x_NH: Floats) -> Floats:
+        said_N1 = _said(x_NH)[:, None]
+        x_ND = np.where(said_N1, (np.where(said_N1, x_NH, 0) - self.mean_H) @ self.map_HD, 0)
+        norm_N = np.sqrt(np.square(x_ND).sum(1))
+        return x_ND / np.where(norm_N > 0, norm_N, 1)[:, None]
+
+
+def fit_dense(
+    name: str, texts: Iterable[str], model: Model, *, dimension: int = 100, rng_seed: int = 0, progress: Progress = silent
+) -> Dense:
+    """Find the mean and the main directions of a model's vectors. Raises BadCorpus, BadInput."""
+    sample = list(islice(texts, SAMPLE))
+    rows = []
+    for first in range(0, len(sample), BATCH):
+        rows.append(_whole(name, model.encode, sample[first : first + BATCH]))
+        progress("fit embedder", min(first + BATCH, len(sample)), len(sample), "documents")
+    x_NH = np.concatenate(rows) if rows else np.zeros((0, 1))
+    x_NH = x_NH[_said(x_NH)]
+    if not len(x_NH):
+        raise BadCorpus(f"the model says nothing of {len(sample)} documents: an embedder needs text; check the corpus and its field")
+    mean_H = x_NH.mean(0) if len(x_NH) > 1 else np.zeros(x_NH.shape[1])
+    dimension = min(dimension, *x_NH.shape)
+    _, _, map_DH = randomized_svd(x_NH - mean_H, dimension, random_state=rng_seed)
+    return Dense(name, model, mean_H.astype(np.float32), np.ascontiguousarray(map_DH.T, np.float32))
+
+
+def load_dense(embedder: Embedder, store: Store, model: Model | None) -> Dense:
+    """Open a saved embedder with the model that embeds. Raises BadInput, BadRecord, Damaged."""
+    name = json.loads(store.get(embedder.files["embedder.json"]).read_bytes())["model"]
+    if model is None or model.name != name:
+        raise BadInput(f"this partition embeds with {name!r}, not {model.name if model else 'nothing'!r}: load that model and pass it")
+    tensors = safetensors.numpy.load_file(store.get(embedder.files["embedder.safetensors"]))
+    fitted = Dense(embedder.name, model, tensors["mean"], tensors["map"])
+    if fitted.map_HD.shape != (len(fitted.mean_H), embedder.dimension):
+        raise BadRecord(f"embedder {embedder.name}: a map of {fitted.map_HD.shape} does not fit {len(fitted.mean_H)} numbers; get it again")
+    return fitted
+
+
+def _whole(name: str, encode: Encode, texts: Sequence[str]) -> Floats:
+    """One vector a text [N, H] float64: the mean over tokens, or the model's own."""
+    encoded = encode(texts)
+    if name == "seed":
+        encoded = [
+            np.asarray(state_WH, np.float64).mean(0) if len(state_WH) else np.zeros(np.shape(state_WH)[1]) for state_WH, _ in encoded
+        ]
+    x_NH = np.asarray(encoded, np.float64)
+    if x_NH.ndim != 2 or len(x_NH) != len(texts):
+        raise BadInput(f"the embedding function gave an array of {x_NH.shape} for {len(texts)} texts: one row a text is needed")
+    return x_NH
+
+
+def _said(x_NH: Floats) -> NDArray[np.bool_]:
+    """Which rows are finite and not zero [N]."""
+    return np.all(np.isfinite(x_NH), axis=1) & np.any(x_NH, axis=1)
