@@ -36,20 +36,18 @@ class Trained(NamedTuple):
     able: Abilities
 
 
-def run(
-    model: Any, packed: Packed, recipe: Recipe, work: Path, log: Callable[..., None], progress: Progress = silent, every: float = EVERY
-) -> Trained:
+def run(model: Any, packed: Packed, recipe: Recipe, work: Path, log: Callable[..., None], progress: Progress = silent) -> Trained:
     """Train what requires a gradient, in place, from where the last run in folder `work` stood. Raises BadInput, BadCorpus, Damaged.
 
     On a CPU the result is the same bytes however often the run was cut short.
     """
     with threads(recipe.threads), torch.random.fork_rng():
-        able = abilities(model.eval())
+        able = abilities(model.eval(), min(8, recipe.length // 2))
         weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         optimizer = adamw(weights, recipe)
         stand = load(work, weights, optimizer)
         model.train()
-        clock, saved, pause = time.monotonic() - stand.seconds, time.monotonic(), every
+        clock, saved, pause = time.monotonic() - stand.seconds, time.monotonic(), EVERY
         device = next(iter(weights.values())).device
         running = torch.tensor(stand.loss, dtype=torch.float64, device=device)
         for step, batch in zip(range(stand.step, recipe.steps), batches(packed, recipe, stand.step)):  # noqa: B905  # one has no end
@@ -60,7 +58,7 @@ def run(
             if (now := time.monotonic()) - saved >= pause and step + 1 < recipe.steps:
                 save(work, stand._replace(loss=running.item(), seconds=now - clock), weights, optimizer)
                 saved = time.monotonic()
-                pause = max(every, (saved - now) / SHARE)
+                pause = max(EVERY, (saved - now) / SHARE)
         model.eval()
         return Trained(stand.curve, time.monotonic() - clock, able)
 

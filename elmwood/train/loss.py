@@ -4,8 +4,7 @@ N positions, C of them at a time, D width, V vocabulary, L tokens of a row
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,13 @@ CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at once: a few MB, so that t
 ROWS = 128  # at least, so that the head's weights are not read for nothing
 
 
+Way = Literal["mask", "positions", "no"]  # one mask for all layers; position_ids that restart; documents see one another
+
+
 class Abilities(NamedTuple):
     """What a model allows. Where something is missing the plain way is taken, which is slower or sees across documents."""
 
-    packed: bool  # restarting position_ids keep a row's documents from seeing one another
+    packed: Way  # what keeps the documents of a row from seeing one another
     chunked: bool  # the logits are a bias-free linear head on the last hidden states, and nothing else
 
 
@@ -71,39 +73,72 @@ def _chunks(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, wanted: tuple[
     return loss, grad_ND, grad_VD
 
 
-def parts(model: Any) -> tuple[Callable[..., Any], Any]:
-    """The trunk (token ids -> last hidden states) and the head of a causal LM, with adapters or without."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.base_model, inner.get_output_embeddings()
+def bare(model: Any) -> Any:
+    """The transformers model, which adapters were put into in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.no_grad()
-def abilities(model: Any) -> Abilities:
-    """Three small forward passes: would another first document change what the second sees, and are the logits head(trunk)?"""
-    place = next(model.parameters()).device
-    first_L, other_L, second_L = (torch.arange(start, start + 8, device=place) % model.config.vocab_size for start in (0, 8, 16))
-    row_2L = torch.stack([torch.cat([first_L, second_L]), torch.cat([other_L, second_L])])
-    packed = False
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        position_2L = torch.arange(8, device=place).repeat(2, 2)
-        logit_2LV = model(input_ids=row_2L, position_ids=position_2L, use_cache=False).logits
-        packed = torch.equal(logit_2LV[0, 8:], logit_2LV[1, 8:])
-    trunk, head = parts(model)
-    chunked = False
+def abilities(model: Any, size: int = 8) -> Abilities:
+    """Try it with documents of `size` tokens: do two in a row keep apart, and are the logits head(trunk)?"""
+    model = bare(model)
+    document_3L = (
+        torch.arange(3 * size, device=next(model.parameters()).device).reshape(3, size) % model.config.get_text_config().vocab_size
+    )
+    tokens_2L = torch.stack([document_3L[[0, 2]].flatten(), document_3L[[1, 2]].flatten()])
+    ways: tuple[Way, ...] = ("positions",) if _windowed(model.config) else ("mask", "positions")
+    packed: Way = next((way for way in ways if _apart(model, way, tokens_2L)), "no")
+    head, chunked = model.get_output_embeddings(), False
     if type(head) is nn.Linear and head.bias is None:
-        hidden_2LD = trunk(input_ids=row_2L, use_cache=False)[0]
+        hidden_2LD = model.base_model(input_ids=tokens_2L, use_cache=False)[0]
         if hidden_2LD.shape[-1] == head.in_features:
-            logit_2LV = model(input_ids=row_2L, use_cache=False).logits
+            logit_2LV = model(input_ids=tokens_2L, use_cache=False).logits
             chunked = torch.equal(nn.functional.linear(hidden_2LD, head.weight), logit_2LV)
     return Abilities(packed, chunked)
 
 
-def loss(model: nn.Module, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None) -> Tensor:
+def _windowed(config: Any) -> bool:
+    """Some layers see less than everything before: one mask for all of them would be wrong."""
+    text = config.get_text_config()
+    return bool(getattr(text, "sliding_window", None)) or set(getattr(text, "layer_types", None) or ()) > {"full_attention"}
+
+
+def _apart(model: Any, way: Way, tokens_2L: Tensor) -> bool:
+    """Whether another first half changes no bit of what the model says of the second, and no more than rounding if there is none."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    half = tokens_2L.shape[1] // 2
+    positions_2L = torch.arange(half, device=tokens_2L.device).repeat(2, 2)
+    try:
+        logit_2LV = model(**_inputs(way, tokens_2L, positions_2L, model.dtype)).logits[:, half:]
+    except (TypeError, ValueError, RuntimeError, IndexError):  # how a model refuses a mask of its rows' own
+        return False
+    alone_LV = model(input_ids=tokens_2L[:1, half:], use_cache=False).logits[0]
+    near = 0.1 if model.dtype.itemsize < 4 else 1e-3
+    return torch.equal(logit_2LV[0], logit_2LV[1]) and torch.allclose(logit_2LV[0], alone_LV, near, near * alone_LV.std().item())
+
+
+def _inputs(way: Way, tokens_BL: Tensor, positions_BL: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What the model is given. One mask made here serves all layers; from positions each layer makes its own again."""
+    inputs: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": False}
+    if way == "no" or positions_BL is None:
+        return inputs
+    inputs["position_ids"] = positions_BL
+    if way == "mask":
+        place_L = torch.arange(positions_BL.shape[1], device=positions_BL.device)
+        begun_BL = place_L - positions_BL
+        hidden_BLL = (begun_BL[:, :, None] != begun_BL[:, None, :]) | (place_L[:, None] < place_L)
+        mask_B1LL = torch.zeros(hidden_BLL.shape, dtype=dtype, device=place_L.device).masked_fill_(hidden_BLL, -torch.inf)[:, None]
+        inputs["attention_mask"] = mask_B1LL
+    return inputs
+
+
+def loss(model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None) -> Tensor:
     """Mean cross-entropy in nats over the scored targets. positions_BL None: every row is of one document."""
-    inputs = {"input_ids": tokens_BL, "use_cache": False}
-    if able.packed and positions_BL is not None:
-        inputs["position_ids"] = positions_BL
+    model, kind = bare(model), tokens_BL.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    inputs = _inputs(able.packed, tokens_BL, positions_BL, dtype)
     if not able.chunked:
         return cross_entropy(model(**inputs).logits.float().flatten(0, 1), targets_BL.flatten(), ignore_index=UNSCORED)
-    trunk, head = parts(model)
-    return ChunkedLoss.apply(trunk(**inputs)[0].flatten(0, 1), head.weight, targets_BL.flatten())
+    hidden_BLD = model.base_model(**inputs)[0]
+    return ChunkedLoss.apply(hidden_BLD.flatten(0, 1), model.get_output_embeddings().weight, targets_BL.flatten())

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 
 from elmwood.corpus.build import documents
@@ -21,10 +20,10 @@ from elmwood.errors import BadInput
 from elmwood.lm.load import load_model, new_model, save_folder, save_seed, tokenizer
 from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Seed, Shape, Shard, fingerprint
 from elmwood.store import Store
+from elmwood.train.adapter import adapter
 from elmwood.train.loop import Trained, run
 
 END = 0  # token id of a trained tokenizer's <|endoftext|>
-ALPHA = 8  # of a rank-stabilised adapter: at rank 16 its scale is 2, that of the usual alpha = 2 rank
 SAMPLE = 50_000_000  # bytes of text a tokenizer is trained on
 
 
@@ -64,7 +63,8 @@ def train(
             return store.load(done, Expert)
         words = tokenizer(seed, store)
         packed = pack(data, words, seed.separator, store, progress)
-        model: Any = load_model(seed, store, device=device)
+        # full tuning keeps float32 weights everywhere: in bf16 small updates would be rounded away
+        model: Any = load_model(seed, store, device=device, dtype=torch.float32 if recipe.method == "full" else None)
         if recipe.method == "lora":
             model = adapter(model, recipe, seed.digest)
         trained = run(model, packed, recipe, work, partial(store.log, key), progress)
@@ -74,18 +74,6 @@ def train(
         )  # fmt: skip
         _finish(store, key, expert, recipe, trained)
         return expert
-
-
-def adapter(model: Any, recipe: Recipe, base: str) -> Any:
-    """PEFT's LoRA over a frozen model; the same recipe gives the same bytes. `base` is written where PEFT keeps the base's name."""
-    targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
-    alpha: Any = ALPHA if recipe.alpha is None else recipe.alpha  # PEFT takes any number, its annotation whole ones
-    config = LoraConfig(r=recipe.rank, lora_alpha=alpha, use_rslora=recipe.alpha is None, target_modules=targets, task_type="CAUSAL_LM")
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.rng_seed)
-        adapted = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = base
-    return adapted
 
 
 def _save(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
