@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from elmwood.errors import BadInput
 from elmwood.records import Expert
@@ -72,12 +73,25 @@ class Adapted(nn.Module):
         self.b_SRO: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        y = product(self.base, x)
         if self.a_SIR is None or self.b_SRO is None:
             return y
         slots, inputs, _ = self.a_SIR.shape
         h_STR = torch.bmm(x.reshape(slots, -1, inputs), self.a_SIR)
         return torch.baddbmm(y.view(slots, -1, y.shape[-1]), h_STR, self.b_SRO).view(y.shape)
+
+
+def product(base: nn.Linear, x: Tensor) -> Tensor:
+    """base(x). On a CPU a few rows go the other way round, W times x transposed, which is up to four times faster there.
+
+    Measured on one kind of CPU with torch 2.13: two or three rows gained at every size, four only in narrow layers.
+    """
+    rows = x.numel() // x.shape[-1]
+    few = 1 < rows < 4 or (rows == 4 and base.in_features < 1024)
+    if not few or x.device.type != "cpu" or type(base) is not nn.Linear:
+        return base(x)
+    y_OB = torch.mm(base.weight, x.reshape(rows, -1).T)
+    return (y_OB.T if base.bias is None else y_OB.T + base.bias).reshape(*x.shape[:-1], -1)
 
 
 class Bank:
@@ -95,6 +109,8 @@ class Bank:
         for number, adapter in enumerate(adapters):
             _read(adapter, self.layers, self.stack_NP[number])
         self.adapted = [_wrap(model, layer.name) for layer in self.layers]
+        if (head := _head(model)) and len(adapters) > 1:
+            _wrap(model, head)  # for `product`: the widest layer of all
         self.slots_SP = self.stack_NP[:0].to(self.device)
         self.held: list[int | None] = []  # adapter in each slot
         self.selected: tuple[int, ...] = ()
@@ -144,6 +160,12 @@ def _wrap(model: nn.Module, name: str) -> Adapted:
     adapted = Adapted(model.get_submodule(name))  # type: ignore[arg-type]  # _layout has looked
     setattr(model.get_submodule(parent), leaf, adapted)
     return adapted
+
+
+def _head(model: nn.Module) -> str | None:
+    """The name of the layer that makes logits, unless it is wrapped already or something else."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return next((name for name, module in model.named_modules() if module is head), None) if type(head) is nn.Linear else None
 
 
 def _layout(model: nn.Module, adapters: Sequence[Adapter]) -> list[Layer]:

@@ -1,0 +1,69 @@
+"""Seconds to load many LoRA adapters over one base: the bank's stacked tensors against PEFT's load_adapter, from the same files.
+
+    python benches/bench_adapters.py [--shape 17M] [--rank 8] [--count 100] [--peft 20] [--rounds 3]
+
+PEFT's time grows with the square of their number, so it loads fewer; the ratio is at that number. Also the time to give a
+slot another adapter. The files have been read before: this is a warm page cache.
+"""
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+from statistics import median
+
+import torch
+from models import SHAPES, adapter_folders, emit, model, ratio, rounds, seconds
+from peft import PeftModel
+
+from elmwood.lm.lora import Adapter, Bank
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT 0.21 with transformers 5.23
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="17M", choices=SHAPES)
+    for name, value in (("rank", 8), ("count", 100), ("peft", 20), ("rounds", 3), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        folders = adapter_folders(model(options.shape), options.count, options.rank, Path(folder))
+        found = rounds({"bank": lambda: bank(options.shape, folders)}, options.rounds)
+        few = folders[: options.peft]
+        if few:
+            found |= rounds({"bank, few": lambda: bank(options.shape, few), "peft, few": lambda: peft(options.shape, few)}, 1)
+        emit(bench="adapters", way="bank", seconds=round(median(found["bank"]), 3), **vars(options))
+        for name in ("bank, few", "peft, few") if few else ():
+            line = {"seconds": round(median(found[name]), 3), "of_bank": ratio(found[name], found["bank, few"])}
+            emit(bench="adapters", way=name, **line, **vars(options))
+        made = Bank(model(options.shape), [files(path) for path in folders])
+        made.select(range(4))
+        turns = [list(range(n, n + 4)) for n in range(4, options.count - 4, 4)]
+        change = seconds(lambda: [made.select(slots) for slots in turns]) / max(1, len(turns))
+        emit(bench="adapters", way="four slots change", seconds=round(change, 5), **vars(options))
+
+
+def files(folder: Path) -> Adapter:
+    return Adapter(folder / "adapter_config.json", folder / "adapter_model.safetensors")
+
+
+def bank(shape: str, folders: list[Path]) -> float:
+    base = model(shape)
+    return seconds(lambda: Bank(base, [files(path) for path in folders]))
+
+
+def peft(shape: str, folders: list[Path]) -> float:
+    base = model(shape)
+
+    def load() -> None:
+        wrapped = PeftModel.from_pretrained(base, folders[0], adapter_name="0", low_cpu_mem_usage=True)
+        for number, path in enumerate(folders[1:], 1):
+            wrapped.load_adapter(path, adapter_name=str(number), low_cpu_mem_usage=True)
+
+    return seconds(load)
+
+
+if __name__ == "__main__":
+    main()

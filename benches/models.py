@@ -1,0 +1,107 @@
+"""Models and adapters of known shapes with random weights, for the benches."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from elmwood.corpus.tokens import train_tokenizer
+from elmwood.lm.load import save_seed
+from elmwood.records import Expert, Recipe, Seed
+from elmwood.store import Store
+
+SHAPES = {  # hidden size, feed-forward, layers, heads, key-value heads, vocabulary
+    "17M": (384, 1024, 8, 6, 6, 4096),
+    "135M": (576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
+}
+
+
+def model(shape: str) -> PreTrainedModel:
+    width, feed_forward, layers, heads, groups, vocabulary = SHAPES[shape]
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=width,
+            intermediate_size=feed_forward,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            vocab_size=vocabulary,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+
+
+def seed(shape: str, store: Store) -> Seed:
+    words = train_tokenizer(["the cat sat on the mat"], 300)
+    return save_seed(model(shape), words, store, name=shape, separator=0)
+
+
+def adapter_folders(base: PreTrainedModel, count: int, rank: int, folder: Path) -> list[Path]:
+    """PEFT adapter folders for all linear layers, with random numbers. Unloads what PEFT added to the base."""
+    wrapped = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=16, target_modules="all-linear"))
+    wrapped.save_pretrained(folder / "0")
+    wrapped.unload()
+    (weights,) = (folder / "0").glob("*.safetensors")
+    like = _shapes(weights)
+    for number in range(count):
+        made = folder / str(number)
+        made.mkdir(exist_ok=True)
+        generator = torch.Generator().manual_seed(number)
+        save_file(
+            {name: 0.02 * torch.randn(size, generator=generator) for name, size in like.items()}, made / weights.name, {"format": "pt"}
+        )
+        (made / "adapter_config.json").write_bytes((folder / "0" / "adapter_config.json").read_bytes())
+    return [folder / str(number) for number in range(count)]
+
+
+def _shapes(weights: Path) -> dict[str, list[int]]:
+    with safe_open(weights, "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (not a dict)
+
+
+def experts(seed: Seed, base: PreTrainedModel, count: int, rank: int, store: Store, **fields) -> list[Expert]:
+    """LoRA experts; expert n is of domain n where a partition is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = []
+        for number, path in enumerate(adapter_folders(base, count, rank, Path(folder))):
+            place = {"domain": number} if fields else {}
+            recipe = Recipe(method="lora", steps=1, rank=rank)
+            made.append(Expert(seed=seed.digest, data=(), recipe=recipe, files=store.put_folder(path), **fields, **place))
+            store.add(made[-1])
+        return made
+
+
+def rounds(tasks: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
+    """What each task returns, `count` times, in turn, after a round to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in range(count + 1):
+        for name, task in tasks.items():
+            value = task()
+            if number:
+                found[name].append(value)
+    return found
+
+
+def seconds(task: Callable[[], object]) -> float:
+    started = perf_counter()
+    task()
+    return perf_counter() - started
+
+
+def emit(**line: object) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def ratio(values: list[float], peer: list[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return round(median(a / b for a, b in zip(values, peer, strict=True)), 3)
