@@ -52,6 +52,7 @@ class Compared(NamedTuple):
     rows: tuple[Row, ...]
     fits: tuple[Fit, ...]  # one for each top-k of the discovered domains
     best: Fit  # the one with the least loss on the tune half
+    chosen: str  # the name of its row
     routing: tuple[tuple[float, ...], ...]  # [domain of the document][expert, the seed last] mean weight under `best`, test half
     fitted: dict[str, float]  # the settings by name, for the record
 
@@ -84,7 +85,7 @@ def compare(holdout: Holdout, seed_N: Floats, experts: Side, dense: Sequence[Con
         for name, role, one_N, cost in lines
     )
     best = min(fits, key=lambda one: one.nats)
-    return Compared(rows, tuple(fits), best, routing(holdout, experts, best), _fitted(fits, best, experts))
+    return Compared(rows, tuple(fits), best, f"c-BTM {_top(best, experts)}", routing(holdout, experts, best), _fitted(fits, best, experts))
 
 
 def top_ks(experts: int) -> list[int]:

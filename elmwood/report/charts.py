@@ -1,0 +1,130 @@
+"""Small drawings, each a pure function to SVG. Places are in per cent of the width, so text keeps its size on any screen.
+
+Colours, type and dark mode are the style sheet's.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from elmwood.report.data import Curve
+from elmwood.report.domains import COLOURS
+from elmwood.report.numbers import shared, short, ticks
+
+TALL = 30  # pixels of one row
+LIKELY = 1.96  # standard errors on each side that hold 95 % of a normal distribution
+
+
+class Scale(NamedTuple):
+    """Values -> per cent of a drawing's width or height."""
+
+    low: float
+    high: float
+
+    def __call__(self, value: float) -> float:
+        """Rounded to a hundredth."""
+        return round(100 * (value - self.low) / (self.high - self.low), 2) if self.high > self.low else 50.0
+
+
+def spanning(values: Sequence[float], margin: float = 0.05) -> Scale:
+    """A scale with all of these values, and some air around them."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    air = margin * (high - low) or 0.01
+    return Scale(low - air, high + air)
+
+
+def axis(scale: Scale) -> Markup:
+    """Numbers over a column of rows."""
+    chosen = [value for value in ticks(scale.low, scale.high, 3) if 4 < scale(value) < 96]
+    words = (
+        Markup('<text x="{}%" y="15">{}</text>').format(scale(value), text) for value, text in zip(chosen, shared(chosen), strict=True)
+    )
+    return Markup('<svg class="axis" width="100%" height="20" aria-hidden="true">{}</svg>').format(Markup("").join(words))
+
+
+def whisker(value: float, error: float | None, scale: Scale, *, role: str, mark: float | None = None, label: str = "") -> Markup:
+    """A dot on a row; the thick line is one standard error on each side, the thin one holds 95 %. `mark` is a line to compare with."""
+    lines = _grid([value for value in ticks(scale.low, scale.high, 3) if 4 < scale(value) < 96], scale)
+    if mark is not None:
+        lines += Markup('<line class="mark" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(scale(mark))
+    if error:
+        for name, wide in (("thin", LIKELY * error), ("thick", error)):
+            lines += Markup('<line class="{}" x1="{}%" x2="{}%" y1="50%" y2="50%"/>').format(name, scale(value - wide), scale(value + wide))
+    dot = Markup('<circle cx="{}%" cy="50%" r="4"/>').format(scale(value))
+    return Markup('<svg class="row {}" width="100%" height="{}" role="img" aria-label="{}">{}{}</svg>').format(
+        role, TALL, label, lines, dot
+    )
+
+
+def ring(scale: Scale, role: str) -> Markup:
+    """The row that others are compared with: an empty dot at zero."""
+    return Markup(
+        '<svg class="row {} ring" width="100%" height="{}" role="img" aria-label="the reference">{}<line class="mark" x1="{x}%" x2="{x}%" '
+        'y1="0" y2="100%"/><circle cx="{x}%" cy="50%" r="4"/></svg>'
+    ).format(role, TALL, _grid([value for value in ticks(scale.low, scale.high, 3) if 4 < scale(value) < 96], scale), x=scale(0))
+
+
+def bar(value: float, most: float, *, domain: int, mark: float | None = None, label: str = "") -> Markup:
+    """A bar in a domain's colour, with a tick where something else stands."""
+    scale = Scale(0, most or 1)
+    tick = (
+        ""
+        if mark is None
+        else Markup(
+            '<line class="halo" x1="{0}%" x2="{0}%" y1="5" y2="17"/><line class="mark" x1="{0}%" x2="{0}%" y1="3" y2="19"/>'
+        ).format(scale(mark))
+    )
+    return Markup(
+        '<svg class="bar c{}" width="100%" height="22" role="img" aria-label="{}"><rect y="5" height="12" width="{}%" rx="1.5"/>{}</svg>'
+    ).format(domain % COLOURS, label, scale(value), tick)
+
+
+def heat(weight: float, *, digits: bool = True, own: bool = False, label: str = "") -> Markup:
+    """One cell of the routing matrix: the more weight, the more ink."""
+    share = round(min(1.0, max(0.0, weight)), 3)
+    words = f"{round(100 * share)}" if digits and share >= 0.005 else ""
+    return Markup(
+        '<svg class="heat{}{}" width="100%" height="30" role="img" aria-label="{}"><title>{}</title>'
+        '<rect width="100%" height="100%" fill-opacity="{}"/><text x="50%" y="19.5">{}</text></svg>'
+    ).format(" own" if own else "", " full" if share > 0.55 else "", label, label, share, words)
+
+
+def curves(found: Sequence[Curve], about: str) -> Markup:
+    """Loss against tokens, one panel. Loss is cut off above where nearly all points lie, for early training dwarfs the rest."""
+    points = [point for curve in found for point in curve.points]
+    losses = sorted(loss for _, loss in points)
+    top = losses[-1] if len(losses) < 20 else min(losses[-1], losses[0] + 1.6 * (losses[int(0.9 * len(losses))] - losses[0]))
+    x_scale, y_scale = Scale(0, max((tokens for tokens, _ in points), default=1) or 1), spanning([losses[0], top] if losses else [0, 1])
+    lines = Markup("").join(_line(curve, dress, x_scale, y_scale) for curve, dress in zip(found, dresses(found), strict=True))
+    levels, steps = ticks(y_scale.low, y_scale.high, 4), [value for value in ticks(0, x_scale.high, 4) if value]
+    across = Markup("").join(
+        Markup('<line class="grid" x1="0" x2="100%" y1="{0}%" y2="{0}%"/><text class="level" x="-8" y="{0}%" dy="4">{1}</text>').format(
+            round(100 - y_scale(value), 2), text
+        )
+        for value, text in zip(levels, shared(levels), strict=True)
+    )
+    along = Markup("").join(
+        Markup('<text class="{}" x="{}%" y="100%" dy="16">{}</text>').format(
+            "last" if x_scale(value) > 93 else "step", x_scale(value), short(value)
+        )
+        for value in steps
+    )
+    return Markup(
+        '<svg class="curves" width="100%" height="240" role="img" aria-label="{}">{}<svg viewBox="0 0 100 100" preserveAspectRatio="none" '
+        'width="100%" height="100%">{}</svg>{}</svg>'
+    ).format(about, across, lines, along)
+
+
+def dresses(found: Sequence[Curve]) -> list[str]:
+    """The class of each line: a domain's colour, or a dash pattern."""
+    return [f"line-{place % 4}" if curve.domain is None else f"c{curve.domain % COLOURS}" for place, curve in enumerate(found)]
+
+
+def _line(curve: Curve, dress: str, x_scale: Scale, y_scale: Scale) -> Markup:
+    spots = " ".join(f"{x_scale(tokens):g},{round(100 - y_scale(loss), 2):g}" for tokens, loss in curve.points)
+    return Markup('<polyline class="{}" points="{}"><title>{}</title></polyline>').format(dress, spots, curve.name)
+
+
+def _grid(values: Sequence[float], scale: Scale) -> Markup:
+    return Markup("").join(Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(scale(value)) for value in values)

@@ -1,0 +1,69 @@
+"""The lineage as a tree: a record met again is pointed to where it is used, not drawn again."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from elmwood.report.data import Ancestor
+
+SHOWN = 6  # of many records of one kind side by side; the others unfold
+
+
+class Node(NamedTuple):
+    """A record, what it was made from, and those of them that stand elsewhere in the tree."""
+
+    record: Ancestor
+    below: list["Node"]
+    again: list[Ancestor]
+
+
+def tree(lineage: Sequence[Ancestor]) -> list[Node]:
+    """Depth-first lines -> roots. What stands below a record met again is left out."""
+    roots: list[Node] = []
+    path: list[Node] = []
+    seen: set[str] = set()
+    skipped: int | None = None
+    for record in lineage:
+        if skipped is not None and record.depth > skipped:
+            continue
+        skipped = None
+        del path[record.depth :]
+        if record.digest in seen and path:
+            path[-1].again.append(record)
+            skipped = record.depth
+            continue
+        seen.add(record.digest)
+        node = Node(record, [], [])
+        (path[-1].below if path else roots).append(node)
+        path.append(node)
+    return roots
+
+
+def draw(nodes: Sequence[Node]) -> Markup:
+    """Nested lists; the style sheet draws the branches."""
+    if not nodes:
+        return Markup()
+    kinds = [node.record.kind for node in nodes]
+    shown = [node for place, node in enumerate(nodes) if kinds[:place].count(node.record.kind) < SHOWN]
+    hidden = [node for place, node in enumerate(nodes) if kinds[:place].count(node.record.kind) >= SHOWN]
+    more = Markup()
+    if hidden:
+        more = Markup("<li><details><summary>{} more</summary><ul>{}</ul></details></li>").format(len(hidden), _items(hidden))
+    return Markup("<ul>{}{}</ul>").format(_items(shown), more)
+
+
+def _items(nodes: Sequence[Node]) -> Markup:
+    return Markup("").join(
+        Markup('<li><span class="kind">{}</span> <code>{}</code> <span class="about">{}</span>{}{}</li>').format(
+            node.record.kind, node.record.digest[:10], node.record.summary, _again(node.again), draw(node.below)
+        )
+        for node in nodes
+    )
+
+
+def _again(records: Sequence[Ancestor]) -> Markup:
+    if not records:
+        return Markup()
+    words = ", ".join(f"{record.kind} {record.digest[:6]}" for record in records)
+    return Markup(' <span class="again">from {}</span>').format(words)

@@ -1,0 +1,140 @@
+"""Report -> HTML: one file that holds everything it needs, and asks no one for more."""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from elmwood import __version__
+from elmwood.records import Row
+from elmwood.report import charts, lineage
+from elmwood.report.data import Curve, Report
+from elmwood.report.domains import COLOURS, DARK, LIGHT, caption, domain_map, style, swatch
+from elmwood.report.numbers import digits, duration, short, signed
+
+PANELS = {"seed": "The seed", "control": "Dense controls", "expert": "Experts"}
+GROUPS = {"seed": "", "control": "Controls", "result": "Sparse ensembles of the experts", "bound": "Bound"}
+
+
+class Line(NamedTuple):
+    """A row of the result, drawn."""
+
+    row: Row
+    first: str  # the heading of its group, on the first row of it
+    loss: Markup
+    loss_text: str
+    gain: Markup
+    gain_text: str
+
+
+class Panel(NamedTuple):
+    """Training curves that share their axes."""
+
+    title: str
+    svg: Markup
+    key: tuple[tuple[str, str], ...]  # (class, name) of each line, for the legend
+
+
+def html(report: Report) -> str:
+    """The page. All text is escaped; there is no script and no address in it, and a policy that forbids both."""
+    totals = {"documents": sum(area.documents for area in report.domains), "bytes": sum(area.bytes for area in report.domains)}
+    return _template().render(
+        report=report,
+        version=__version__,
+        css=Markup(_css()) + Markup(_hover(len(report.domains))),
+        headline=_headline(report),
+        totals=totals,
+        map=domain_map(report.domains, report.places) if report.places else Markup(),
+        most=max((area.documents for area in report.domains), default=1),
+        lines=_lines(report.rows),
+        loss_axis=charts.axis(_loss_scale(report.rows)),
+        gain_axis=charts.axis(_gain_scale(report.rows)),
+        reference=next((row.name for row in report.rows if row.gain is None), ""),
+        gained=any(row.gain is not None for row in report.rows),
+        costed=[row for row in report.rows if row.tokens or row.steps or row.wall_seconds],
+        parted=[row for row in report.rows if any(loss is not None for loss in row.domains)],
+        panels=_panels(report.curves),
+        tree=lineage.draw(lineage.tree(report.lineage)),
+        bar=charts.bar,
+        heat=charts.heat,
+        caption=caption,
+        short=short,
+        duration=duration,
+        best=_best,
+        swatch=swatch,
+        colours=COLOURS,
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("elmwood.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.jinja")
+
+
+def _css() -> str:
+    sheet = files("elmwood.report").joinpath("page.css").read_text()
+    return f"{style(LIGHT)}@media (prefers-color-scheme:dark){{{style(DARK)}}}{sheet}"
+
+
+def _hover(domains: int) -> str:
+    """Pointing at a domain's row or label leaves only its dots."""
+    return "".join(f'.atlas:has([data-domain="{n}"]:hover) .dots>g:not(.d{n}){{opacity:.07}}' for n in range(domains))
+
+
+def _headline(report: Report) -> Row | None:
+    """The row that stands for the result: the chosen one, or else the best of its kind."""
+    results = [row for row in report.rows if row.role == "result"]
+    return next((row for row in results if row.name == report.chosen), min(results, key=lambda row: row.bits_per_byte, default=None))
+
+
+def _loss_scale(rows: Sequence[Row]) -> charts.Scale:
+    return charts.spanning([row.bits_per_byte + sign * charts.LIKELY * row.standard_error for row in rows for sign in (-1, 1)])
+
+
+def _gain_scale(rows: Sequence[Row]) -> charts.Scale:
+    ends = [row.gain + sign * charts.LIKELY * (row.gain_error or 0) for row in rows if row.gain is not None for sign in (-1, 1)]
+    return charts.spanning([0.0, *ends])
+
+
+def _lines(rows: Sequence[Row]) -> list[Line]:
+    loss_scale, gain_scale = _loss_scale(rows), _gain_scale(rows)
+    loss_digits, gain_digits = digits(row.standard_error for row in rows), digits(row.gain_error for row in rows)
+    strongest = next((row.bits_per_byte for row in rows if row.gain is None), None)
+    found: list[Line] = []
+    for row in rows:
+        loss = f"{row.bits_per_byte:.{max(3, loss_digits)}f}"
+        text = f"{row.name}: {loss} ± {row.standard_error:.{loss_digits}f} bits per byte"
+        gain = "" if row.gain is None else f"{signed(row.gain, gain_digits)} ± {row.gain_error or 0:.{gain_digits}f}"
+        drawn = (
+            charts.ring(gain_scale, row.role)
+            if row.gain is None
+            else charts.whisker(row.gain, row.gain_error, gain_scale, role=row.role, mark=0, label=f"{row.name}: gain {gain}")
+        )
+        first = GROUPS[row.role] if not found or found[-1].row.role != row.role else ""
+        whisker = charts.whisker(row.bits_per_byte, row.standard_error, loss_scale, role=row.role, mark=strongest, label=text)
+        found.append(Line(row, first, whisker, f"{loss} ± {row.standard_error:.{loss_digits}f}", drawn, gain or "reference"))
+    return found
+
+
+def _panels(curves: Sequence[Curve]) -> list[Panel]:
+    roles = list(dict.fromkeys(curve.role for curve in curves if curve.points))
+    panels = []
+    for role in sorted(roles, key=lambda role: list(PANELS).index(role) if role in PANELS else len(PANELS)):
+        mine = [curve for curve in curves if curve.role == role and curve.points]
+        title = PANELS.get(role, role)
+        about = f"{title}: training loss against tokens, " + "; ".join(f"{c.name} ends at {c.points[-1][1]:.3f}" for c in mine)
+        key = tuple(zip(charts.dresses(mine), (curve.name for curve in mine), strict=True))
+        panels.append(Panel(title, charts.curves(mine, about), key if len(mine) > 1 else ()))
+    return panels
+
+
+def _best(rows: Sequence[Row], domain: int) -> float | None:
+    """The least loss in a column, bounds left out."""
+    losses = [row.domains[domain] for row in rows if row.role != "bound"]
+    return min((loss for loss in losses if loss is not None), default=None)
