@@ -53,6 +53,9 @@ class Sparse:
     def __len__(self) -> int:
         return self.term_VK.shape[1]
 
+    def __getitem__(self, places: Sequence[int]) -> "Sparse":
+        return Sparse(sparse.csr_matrix(self.term_VK[:, places]))
+
 
 Centroids = Floats | Sparse
 

@@ -1,0 +1,218 @@
+"""Documents -> domains: cluster, assign, write each domain's shards one shard at a time, name them.
+
+Shapes: N documents, K domains, D dimensions, V terms, S shards.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.numpy
+from numpy.typing import NDArray
+from scipy import sparse
+
+from elmwood.corpus.build import documents
+from elmwood.domains import embed, names
+from elmwood.domains.cluster import Clusters, fill_empty, kmeans, members, squared_distances
+from elmwood.domains.dense import Model
+from elmwood.domains.embed import Fitted, Terms
+from elmwood.domains.route import distances
+from elmwood.engine import Progress, silent
+from elmwood.records import Domain, Embedder, Shard, fingerprint
+from elmwood.store import Store
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+FIT = 200_000  # documents clustered, at most; the others are assigned to the nearest centroid
+SAMPLE = 20_000  # of them, those that sparse centroids and names are made from
+EXAMPLES = 3
+BATCH = 4096  # documents embedded at once
+
+
+class Ground(NamedTuple):
+    """Where domains are grown: the store, the folder of the task, and what embeds."""
+
+    store: Store
+    work: Path
+    embedder: Embedder
+    model: Model | None
+
+
+class Grown(NamedTuple):
+    """Domains out of documents."""
+
+    domains: tuple[Domain, ...]
+    clusters: Clusters  # of the documents of the fit
+    sparse_KV: sparse.csr_matrix | None
+    greedy_sizes: tuple[int, ...]
+
+
+def grow(
+    ground: Ground,
+    train: Sequence[Shard],
+    holdout: Sequence[Shard],
+    k: int,
+    method: str,
+    rng_seed: int,
+    others: Sequence[Domain] = (),
+    progress: Progress = silent,
+) -> Grown:
+    """Divide documents into k domains, named so as to tell them from each other and from other domains.
+
+    Documents of the fit keep the domain they got there; the others, and the holdout, go to the nearest centroid.
+    """
+    fitted = embed.load(ground.embedder, ground.store, ground.model)
+    clusters, greedy_N, examples = _fit(ground, fitted, train, k, method, rng_seed, progress)
+    random_seed = rng_seed if method == "random" else None
+    parts, greedy_K = part_all(ground, "train", train, clusters, random_seed, progress)
+    held, _ = part_all(ground, "holdout", holdout, clusters._replace(label_N=clusters.label_N[:0]), None, progress)
+    sparse_KV, terms = _describe(ground.store, fitted, train, clusters.label_N[:SAMPLE], k, others)
+    made = tuple(
+        Domain(name=name, terms=terms[place], train=parts[place], holdout=held[place], examples=examples[place])
+        for place, name in enumerate(names.names(terms, [domain.name for domain in others]))
+    )
+    return Grown(made, clusters, sparse_KV, tuple((greedy_K + np.bincount(greedy_N, minlength=k)).tolist()))
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------------
+
+
+def _fit(
+    ground: Ground, fitted: Fitted, train: Sequence[Shard], k: int, method: str, rng_seed: int, progress: Progress
+) -> tuple[Clusters, Ints, list[tuple[str, ...]]]:
+    """Cluster the first FIT documents (shards are shuffled); their greedy labels, and the ids nearest each centroid.
+
+    For "random", the rest of the documents follow the same rule by id, and the centroids are the means of these.
+    """
+    total = min(FIT, sum(shard.documents for shard in train))
+    stream = islice(documents(train, ground.store), total)
+    ids: list[str] = []
+    x_ND = np.zeros((total, fitted.dimension), np.float32)
+    while batch := list(islice(stream, BATCH)):
+        x_ND[len(ids) : len(ids) + len(batch)] = fitted.embed([document.text for document in batch])
+        ids += [document.id for document in batch]
+        progress("embed", len(ids), total, "documents")
+    saved = ground.work / "fit.safetensors"
+    if saved.exists():
+        tensors = safetensors.numpy.load_file(saved)
+        clusters = Clusters(tensors["centroids"], tensors["labels"], float(tensors["objective"][0]))
+    elif method == "random":
+        label_N = fill_empty(1.0 - np.eye(k)[:, random_labels(ids, k, rng_seed)])
+        centroid_KD = (members(label_N, k) @ x_ND / np.bincount(label_N, minlength=k)[:, None]).astype(np.float32)
+        clusters = Clusters(centroid_KD, label_N, float(np.square(x_ND - centroid_KD[label_N]).sum(1).mean()))
+    else:
+        clusters = kmeans(x_ND, k, balanced=method == "balanced", rng_seed=rng_seed, progress=progress)
+    if not saved.exists():
+        tensors = {"centroids": clusters.centroid_KD, "labels": clusters.label_N, "objective": np.array([clusters.objective])}
+        write(saved, safetensors.numpy.save(tensors))
+    dist2_NK = squared_distances(x_ND, clusters.centroid_KD)
+    examples = []
+    for domain in range(k):
+        mine = np.flatnonzero(clusters.label_N == domain)
+        examples.append(tuple(ids[n] for n in mine[np.argsort(dist2_NK[mine, domain], kind="stable")[:EXAMPLES]]))
+    return clusters, dist2_NK.argmin(1), examples
+
+
+# ---- part -----------------------------------------------------------------------------------------------------------
+
+
+def part_all(
+    ground: Ground, role: str, shards: Sequence[Shard], clusters: Clusters, random_seed: int | None, progress: Progress
+) -> tuple[list[tuple[Shard, ...]], Ints]:
+    """Shards of each domain [K], and how many of the documents outside the fit lie nearest to each domain [K].
+
+    The first documents are those of the fit; the others go to the nearest centroid, or at random by their id.
+    """
+    first_S = np.cumsum([0, *(shard.documents for shard in shards)])
+    found = []
+    for number, shard in enumerate(shards):
+        known_N = clusters.label_N[first_S[number] : first_S[number + 1]]
+        task = PartTask(ground, clusters.centroid_KD, ground.work / f"{role}-{number}.json", shard, known_N, random_seed)
+        found.append(part(task))
+        progress(f"part {role} documents", number + 1, len(shards), "shards")
+    k = len(clusters.centroid_KD)
+    made = [tuple(Shard(**one[str(domain)]) for one, _ in found if str(domain) in one) for domain in range(k)]
+    return made, sum((np.array(greedy) for _, greedy in found), np.zeros(k, np.int64))
+
+
+class PartTask(NamedTuple):
+    """One shard of documents to part by domain, named by where its result is noted."""
+
+    ground: Ground
+    centroid_KD: Floats
+    marker: Path
+    shard: Shard
+    known_N: Ints
+    random_seed: int | None
+
+
+def part(task: PartTask, progress: Progress = silent) -> tuple[dict[str, dict], list[int]]:
+    """Write one shard's documents as a shard a domain: fields of these by domain, and greedy counts [K]. Done once."""
+    ground, store = task.ground, task.ground.store
+    if not task.marker.exists():
+        k = len(task.centroid_KD)
+        table = pq.read_table(store.get(task.shard.blob))
+        rest = table.slice(len(task.known_N))
+        texts = rest["text"].to_pylist()
+        near_N: Ints = np.zeros(0, np.int64)
+        if texts:
+            near_N = nearest(embed.load(ground.embedder, store, ground.model), task.centroid_KD, texts)
+        rest_N = near_N if task.random_seed is None else random_labels(rest["id"].to_pylist(), k, task.random_seed)
+        label_N = np.concatenate([task.known_N, rest_N])
+        made = {}
+        for domain in np.unique(label_N).tolist():
+            chosen = table.take(pa.array(np.flatnonzero(label_N == domain)))
+            path = task.marker.with_suffix(".parquet")
+            pq.write_table(chosen, path, compression="zstd")
+            size = sum(len(text.encode()) for text in chosen["text"].to_pylist())
+            made[str(domain)] = Shard(blob=store.put(path), documents=len(chosen), bytes=size).model_dump()
+        write(task.marker, json.dumps([made, np.bincount(near_N, minlength=k).tolist()]).encode())
+    made, greedy = json.loads(task.marker.read_bytes())
+    return made, greedy
+
+
+def nearest(fitted: Fitted, centroid_KD: Floats, texts: Sequence[str]) -> Ints:
+    """The nearest domain of each text [N]."""
+    batches = [texts[first : first + BATCH] for first in range(0, len(texts), BATCH)]
+    return np.concatenate([np.zeros(0, np.int64), *(distances(fitted, centroid_KD, batch).argmin(1) for batch in batches)])
+
+
+def random_labels(ids: Sequence[str], k: int, rng_seed: int) -> Ints:
+    """A domain for each document by its id alone [N]."""
+    return np.array([int(fingerprint("random", rng_seed, name)[:16], 16) % k for name in ids], np.int64)
+
+
+# ---- describe -------------------------------------------------------------------------------------------------------
+
+
+def _describe(
+    store: Store, fitted: Fitted, train: Sequence[Shard], label_N: Ints, k: int, others: Sequence[Domain]
+) -> tuple[sparse.csr_matrix | None, list[tuple[str, ...]]]:
+    """Of labelled documents: the mean tf-idf row of each domain [K, V], for embedders that have one, and its telling terms."""
+    found = [text[: embed.LOOKED_AT] for text in islice(_texts(train, store), len(label_N))]
+    each = SAMPLE // max(len(others), 1)
+    aside = list(chain.from_iterable(islice(_texts(domain.train, store), each) for domain in others))
+    all_N = np.concatenate([label_N, np.full(len(aside), k)])
+    words, count_KV = names.count_documents(chain(found, (text[: embed.LOOKED_AT] for text in aside)), all_N, k + 1)
+    terms = names.top_terms(words, count_KV, np.bincount(all_N, minlength=k + 1))[:k]
+    if not isinstance(fitted, Terms):
+        return None, terms
+    return sparse.csr_matrix(members(label_N, k) @ fitted.tfidf(found)), terms
+
+
+def _texts(shards: Sequence[Shard], store: Store) -> Iterator[str]:
+    return (document.text for document in documents(shards, store))
+
+
+def write(path: Path, data: bytes) -> None:
+    """All of a file, or nothing."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
