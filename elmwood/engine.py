@@ -9,7 +9,10 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
+
+from elmwood.errors import DoesNotFit
 
 # (what, done, total, unit): called often; cheap to ignore
 Progress = Callable[[str, float, float, str], None]
@@ -29,7 +32,7 @@ def cores() -> int:
 def run(task: Callable[[In, Progress], Out], inputs: Sequence[In], *, workers: int = 1, progress: Progress = silent) -> list[Out]:
     """[task(x) for x in inputs], by `workers` processes; results in the order of the inputs.
 
-    The first error stops the rest and is raised.
+    The first error stops the rest and is raised; DoesNotFit where a worker was killed.
     """
     if workers <= 1 or len(inputs) <= 1:
         return [task(item, progress) for item in inputs]
@@ -40,6 +43,11 @@ def run(task: Callable[[In, Progress], Out], inputs: Sequence[In], *, workers: i
     pool = ProcessPoolExecutor(min(workers, len(inputs)), mp_context=context, initializer=_initialise, initargs=(events,))
     try:
         return list(pool.map(_call, [task] * len(inputs), inputs))
+    except BrokenProcessPool as error:
+        raise DoesNotFit(
+            f"one of {workers} worker processes was killed, most likely for want of memory; run the same command again with fewer "
+            "--workers: what is done is kept"
+        ) from error
     except BaseException:
         for process in multiprocessing.active_children():  # tasks are idempotent: what they had saved is found again
             process.terminate()

@@ -193,6 +193,15 @@ def fail(item, progress):
     raise BadRecord(f"item {item} is bad")
 
 
+def die(item, progress):
+    os._exit(9)
+
+
+def test_a_killed_worker_is_an_error_with_a_cure():
+    with pytest.raises(DoesNotFit, match="--workers"):
+        engine.run(die, [1, 2, 3], workers=2)
+
+
 def test_tasks_run_in_order_here_and_elsewhere():
     here = engine.run(double, [1, 2, 3])
     assert [value for value, _ in here] == [2, 4, 6]

@@ -4,6 +4,7 @@ Only signatures stand here, so that `elmwood --help` needs neither torch nor any
 namesake in `verbs` or `study`.
 """
 
+import errno
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -231,6 +232,13 @@ def main() -> None:
         app()
     except ElmwoodError as error:
         sys.stderr.write(f"elmwood: {error}\n")
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(
+            f"elmwood: no space left on the disk ({error.filename or 'while writing'}): free some and run the same command again\n"
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("\nelmwood: stopped; the same command goes on from here\n")
