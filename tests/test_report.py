@@ -81,7 +81,7 @@ def full(text: str = "") -> Report:
             seed,
             *(record for expert in experts for record in (expert, again)),
         ),
-        facts=(("machine", f"2 cores{text}"),),
+        facts={"machine": f"2 cores{text}"},
     )
 
 

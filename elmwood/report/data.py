@@ -55,4 +55,4 @@ class Report(Frozen):
     chosen: str = ""  # the row that stands for the result
     routing: tuple[tuple[float, ...], ...] = ()  # [domain of the document][expert, the seed last] mean weight
     lineage: tuple[Ancestor, ...] = ()
-    facts: tuple[tuple[str, str], ...] = ()  # (name, value): what else one must know: versions, machine, time, settings
+    facts: dict[str, str] = Field(default_factory=dict)  # what else one must know: versions, machine, time, settings
