@@ -52,8 +52,8 @@ def html(report: Report) -> str:
         lines=_lines(report.rows),
         loss_axis=charts.axis(_loss_scale(report.rows)),
         gain_axis=charts.axis(_gain_scale(report.rows)),
-        reference=next((row.name for row in report.rows if row.gain is None), ""),
-        gained=any(row.gain is not None for row in report.rows),
+        reference=next((row for row in report.rows if row.gain is None), None),
+        gained=len({row.gain is None for row in report.rows}) == 2,  # some over one that has none, the reference
         costed=[row for row in report.rows if row.tokens or row.steps or row.wall_seconds],
         parted=[row for row in report.rows if any(loss is not None for loss in row.domains)],
         panels=_panels(report.curves),
