@@ -1,65 +1,527 @@
-"""Domains: words, embedders, clustering, routing, partitions."""
+"""Domains: words, embedders, clustering, routing, partitions and their revisions."""
+
+import json
+import shutil
+from collections import Counter
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
 
 from elmwood.corpus.build import build, documents
-from elmwood.domains import cluster, embed, route
-from elmwood.domains.partition import assign, centroids, partition
-from elmwood.domains.words import finished
+from elmwood.domains import cluster, dense, embed, grow, names, route
+from elmwood.domains.partition import add, assign, centroids, heirs, partition, public_files, split, survey
+from elmwood.domains.words import Lexicon, finished, spans, words
+from elmwood.errors import BadCorpus, BadInput, BadRecord, ForeignExpert, UnknownName
+from elmwood.records import Partition
 from elmwood.store import Store
 
 TOPICS = (
     "the {0} sailed over the sea with its captain and crew toward the harbour",
     "def read_{0}(path): return open(path).read() if path else None",
     "le {0} mange une pomme dans le jardin de la maison avec plaisir",
+    "船长{0}今天带着船员在大海上航行",
+    "капитан {0} и его команда плывут по морю домой",
 )
+# what people write: words of several scripts, code, quotation marks, digits, broken pieces
+PIECES = (
+    "the",
+    "sea",
+    "café",
+    "read_file2",
+    "“quoted”",
+    "don’t",
+    "漢字かな交じり",
+    "데이터",
+    "हिन्दी",
+    "ΑΣ",
+    "x",
+    "12",
+    "\n",
+    "—",
+    ".",
+    "İ",
+    "e\u0301",
+    "\ud800",
+)
+texts = st.one_of(st.text(max_size=60), st.lists(st.one_of(st.sampled_from(PIECES), st.just(" ")), max_size=30).map("".join))
+
+
+def some_texts(topics, each, rng):
+    """Texts on each topic, with words made up."""
+    made = []
+    for n in range(each * len(topics)):
+        new = ["".join(rng.choice(list("abcdefghij"), 4)) for _ in range(6)]
+        made.append(" ".join(topics[n % len(topics)].format(word) for word in new))
+    return made
+
+
+def build_corpus(folder, store, found):
+    folder.mkdir()
+    for n, text in enumerate(found):
+        (folder / f"{n}.txt").write_text(text)
+    return build([str(folder)], store)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A corpus of three topics, and its partition."""
+    """A store, a corpus of three topics, and its partition."""
     folder = tmp_path_factory.mktemp("domains")
-    text = folder / "text"
-    text.mkdir()
-    rng = np.random.default_rng(0)
-    for n in range(90):
-        some = ["".join(rng.choice(list("abcdefghij"), 4)) for _ in range(6)]
-        (text / f"{n}.txt").write_text(" ".join(TOPICS[n % 3].format(word) for word in some))
     store = Store(folder / "store")
-    corpus = build([str(text)], store)
+    corpus = build_corpus(folder / "text", store, some_texts(TOPICS[:3], 30, np.random.default_rng(0)))
     return store, corpus, partition(corpus, store, domains=3)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """tf-idf of texts of five topics."""
+    return embed.fit("tfidf", [*some_texts(TOPICS, 20, np.random.default_rng(1)), *PIECES, *PIECES])
+
+
+def topic_of(text):
+    return next(place for place, topic in enumerate(TOPICS) if topic[-6:] in text)
+
+
+# ---- words
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Read_file2(x) = 7", ["read", "file"]),
+        ("don’t “Stop”", ["don", "stop"]),
+        ("船长今天", ["船长", "长今", "今天"]),
+        ("データ GPT模型", ["デー", "ータ", "gpt", "模型"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("Ёлка, ДОМ", ["ёлка", "дом"]),
+        ("", []),
+    ],
+)
+def test_words_of_many_scripts(text, expected):
+    assert words(text) == expected
+
+
+@given(texts)
+def test_the_quick_way_to_words_finds_the_same(text):
+    known = {word: place for place, word in enumerate(dict.fromkeys(words(text)))}
+    lexicon = Lexicon(lambda word: known[word])
+    row_W, count_W = lexicon.steps(text)
+    expected = spans(text)
+    assert sorted(row for row in lexicon.rows(text).tolist() if row >= 0) == sorted(known[word] for word, _ in expected)
+    found = [(int(row), int(count)) for row, count in zip(row_W, count_W, strict=True) if row >= 0]
+    assert found == [(known[word], count) for word, count in expected]
+
+
+@given(texts, st.integers(0, 60))
+def test_a_prefix_has_the_words_that_are_finished_in_it(text, cut):
+    assert words(finished(text[:cut])) == [word for word, count in spans(text) if count <= min(cut, len(text))]
+
+
+# ---- embedders
+
+
+def test_an_embedder_read_back_embeds_the_same(fitted, tmp_path):
+    store = Store(tmp_path)
+    again = embed.load(fitted.save(store), store)
+    np.testing.assert_array_equal(again.embed(list(TOPICS)), fitted.embed(list(TOPICS)))
+
+
+def test_fitting_does_not_depend_on_the_order_of_texts(fitted, tmp_path):
+    store = Store(tmp_path)
+    found = some_texts(TOPICS, 20, np.random.default_rng(1))
+    assert embed.fit("tfidf", [*PIECES, *PIECES, *found[::-1]]).save(store) == fitted.save(store)
+
+
+def test_embeddings_are_unit_or_zero(fitted):
+    norms = np.linalg.norm(fitted.embed(["the sea", "", "12 + 3", "zzzz"]), axis=1)
+    np.testing.assert_allclose(norms, [1, 0, 0, 0], atol=1e-6)
+    assert fitted.embed([]).shape == (0, fitted.dimension)
+
+
+def test_hashing_keeps_no_words(tmp_path):
+    store = Store(tmp_path)
+    record = embed.fit("hashing", ["the secret plans of the harbour", "the secret sea"]).save(store)
+    assert json.loads(store.get(record.files["embedder.json"]).read_bytes())["terms"] == []
+    assert embed.load(record, store).embed(["secret"]).any()
+
+
+@pytest.mark.parametrize("name", ["tfidf", "hashing", "cbtm"])
+def test_every_script_clusters_by_topic(name):
+    found = some_texts(TOPICS, 20, np.random.default_rng(2))
+    label_N = cluster.kmeans(embed.fit(name, found).embed(found), len(TOPICS)).label_N
+    assert len({(topic_of(text), int(label)) for text, label in zip(found, label_N, strict=True)}) == len(TOPICS)
+
+
+def test_memory_of_a_fit_is_bounded(monkeypatch):
+    monkeypatch.setattr(embed, "COUNTED", 60)
+    monkeypatch.setattr(embed, "VOCABULARY", 8)
+    found = some_texts(TOPICS[:1], 40, np.random.default_rng(3))
+    assert set(embed.fit("tfidf", found).terms) <= set(words(TOPICS[0]))
+
+
+def test_embedders_of_strangers(fitted, tmp_path):
+    store = Store(tmp_path)
+    record = fitted.save(store)
+    with pytest.raises(UnknownName, match="have tfidf"):
+        embed.load(record.model_copy(update={"name": "os:system"}), store)
+    with pytest.raises(BadRecord, match="get it again"):
+        embed.load(record.model_copy(update={"dimension": 7}), store)
+    with pytest.raises(BadCorpus, match="no words in 2 documents"):
+        embed.fit("tfidf", ["1 2", "-"])
+    with pytest.raises(UnknownName, match="have tfidf"):
+        embed.fit("no-such", ["text"])
+
+
+def letters(found):
+    """A little language model: the state after each character depends on it and on all before."""
+    states = []
+    for text in found:
+        one_hot = np.eye(64)[[ord(letter) % 64 for letter in text]].reshape(-1, 64)
+        states.append((one_hot + 1 + 0.1 * np.cumsum(one_hot, 0), np.arange(1, len(text) + 1)))
+    return states
+
+
+def whole(found):
+    return np.array([np.bincount([ord(letter) % 64 for letter in text], minlength=64) for text in found], np.float64)
+
+
+@pytest.mark.parametrize("name", ["seed", "sentence"])
+def test_neural_embedders(name, tmp_path):
+    store = Store(tmp_path)
+    found = some_texts(TOPICS, 12, np.random.default_rng(4))
+    model = dense.Model("letters", letters if name == "seed" else whole)
+    record = embed.fit(name, found, model=model, dimension=16).save(store)
+    fitted = embed.load(record, store, model)
+    x_ND = fitted.embed(found)
+    label_N = cluster.kmeans(x_ND, len(TOPICS)).label_N
+    assert len({(topic_of(text), int(label)) for text, label in zip(found, label_N, strict=True)}) == len(TOPICS)
+    text = found[0]
+    cut = len(text) if name == "seed" else spans(text)[dense.STRIDE - 1][1]
+    near = route.prefix_distances(fitted, x_ND[:3], text, [cut])
+    np.testing.assert_allclose(near, route.distances(fitted, x_ND[:3], [text[:cut]]), atol=1e-6)
+    with pytest.raises(BadInput, match="'letters'"):
+        embed.load(record, store)
+    with pytest.raises(BadInput, match="needs a model"):
+        embed.fit(name, found)
+
+
+# ---- clusters
+
+
+def cost_of(cost_KN, label_N):
+    return cost_KN[label_N, np.arange(len(label_N))].sum(dtype=np.float64)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(0, 2**32 - 1), st.sampled_from(["normal", "ties", "lopsided"]))
+def test_assignment_is_the_cheapest_of_equal_sizes(k, more, rng_seed, kind):
+    n = k + more
+    rng = np.random.default_rng(rng_seed)
+    cost_KN = rng.normal(size=(k, n)).astype(np.float32)
+    if kind == "ties":
+        cost_KN = np.round(cost_KN)
+    if kind == "lopsided":
+        cost_KN[0] -= 10
+    label_N, _ = cluster.assign_balanced(cost_KN)
+    low = n // k
+    slots = np.concatenate([np.repeat(np.arange(k), low), np.arange(k) if n % k else np.zeros(0, int)])
+    padded = cost_KN[slots].astype(np.float64)
+    padded[low * k :] += 1e4  # every domain first fills what it must have
+    rows, columns = linear_sum_assignment(padded)
+    best_N = np.empty(n, int)
+    best_N[columns] = slots[rows]
+    sizes = np.bincount(label_N, minlength=k)
+    assert sizes.max() - sizes.min() <= 1
+    assert cost_of(cost_KN, label_N) <= cost_of(cost_KN, best_N) + 1e-4
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 7), (103, 7), (500, 16), (511, 16)])
+def test_balanced_sizes_differ_by_at_most_one(n, k):
+    x_ND = np.random.default_rng(0).normal(size=(n, 4))
+    found = cluster.kmeans(x_ND, k)
+    assert max(found.sizes) - min(found.sizes) <= 1
+    again = cluster.kmeans(x_ND, k)
+    np.testing.assert_array_equal(found.centroid_KD, again.centroid_KD)
+    own = np.square(x_ND - np.array([x_ND[found.label_N == label].mean(0) for label in range(k)])[found.label_N]).sum(1).mean()
+    assert found.objective == pytest.approx(own, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_no_domain_is_empty(balanced):
+    x_ND = np.zeros((20, 3), np.float32)
+    x_ND[0] = 1
+    assert min(cluster.kmeans(x_ND, 5, balanced=balanced).sizes) >= 1
+    with pytest.raises(BadInput, match="21 domains of 20 documents"):
+        cluster.kmeans(x_ND, 21)
+
+
+def blobs(n, rng):
+    x_ND = rng.normal(size=(20, 8))[rng.integers(20, size=n)] + 0.4 * rng.normal(size=(n, 8))
+    return x_ND.astype(np.float32)
+
+
+def test_plain_clusters_are_as_good_as_scikit_learns():
+    x_ND = blobs(3000, np.random.default_rng(0))
+    theirs = KMeans(10, n_init=1, random_state=0).fit(x_ND).inertia_ / len(x_ND)
+    assert cluster.kmeans(x_ND, 10, balanced=False).objective < 1.02 * theirs
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_neither_blocks_nor_their_order_decide(balanced, monkeypatch, tmp_path):
+    x_ND = blobs(3000, np.random.default_rng(0))
+    whole = cluster.kmeans(x_ND, 6, balanced=balanced)
+    monkeypatch.setattr(cluster, "BLOCK", 1000)
+    start_KD = whole.centroid_KD
+    on_disk = np.memmap(tmp_path / "x", np.float32, "w+", shape=x_ND.shape)
+    on_disk[:] = x_ND
+    for x, rng_seed in ((on_disk, 0), (x_ND[::-1], 0), (x_ND, 1)):
+        found = cluster.kmeans(x, 6, balanced=balanced, rng_seed=rng_seed, start_KD=start_KD)
+        np.testing.assert_allclose(found.centroid_KD, start_KD, atol=0.1)
+        assert found.objective == pytest.approx(whole.objective, rel=0.01)
+        assert not balanced or max(found.sizes) - min(found.sizes) <= 1
+
+
+# ---- routing
+
+
+def rows(fitted, k):
+    """Centroids, dense and sparse."""
+    found = some_texts(TOPICS, 4, np.random.default_rng(5))[:k]
+    return fitted.embed(found), route.Sparse.of(fitted.tfidf(found))
+
+
+@settings(deadline=None)
+@given(texts)
+def test_prefix_routing_equals_embedding_every_prefix(fitted, text):
+    cut_P = np.arange(len(text) + 1)
+    for places in rows(fitted, 4):
+        expected = route.distances(fitted, places, [finished(text[:cut]) for cut in cut_P])
+        np.testing.assert_allclose(route.prefix_distances(fitted, places, text, cut_P), expected, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(texts, st.lists(st.integers(1, 5), min_size=40, max_size=40))
+def test_tokens_and_a_growing_text_route_alike(fitted, text, sizes):
+    data = text.encode("utf-8", "replace")
+    edges = np.minimum(np.cumsum([0, *sizes]), len(data))
+    pieces = [data[a:b] for a, b in pairwise(edges)]  # tokens that cut characters in two
+    for places in rows(fitted, 3):
+        at_tokens = route.token_distances(fitted, places, range(len(pieces)), pieces)
+        walk = route.Walk(fitted, places)
+        walked = [walk.push(b""), *(walk.push(piece) for piece in pieces)][:-1]
+        np.testing.assert_allclose(at_tokens, walked, atol=1e-6)
+
+
+def test_the_empty_prefix_is_the_zero_vector(fitted):
+    centroid_KD, _ = rows(fitted, 3)
+    centroid_KD = centroid_KD * np.array([[0.5], [0.6], [0.7]])
+    np.testing.assert_allclose(route.prefix_distances(fitted, centroid_KD, "12", [2]), [[0.25, 0.36, 0.49]], atol=1e-6)
+
+
+@given(arrays(np.float64, (3, 5), elements=st.floats(-5, 5)), st.floats(0.01, 10), st.integers(1, 6))
+def test_the_gate_keeps_the_best_and_sums_to_one(score_NE, temperature, top_k):
+    weight_NE = route.gate(score_NE, temperature, top_k)
+    np.testing.assert_allclose(weight_NE.sum(1), 1)
+    assert (np.count_nonzero(weight_NE, axis=1) <= top_k).all()
+    for weight_E, score_E in zip(weight_NE, score_NE, strict=True):
+        assert score_E[weight_E > 0].min() >= np.sort(score_E)[::-1][: min(top_k, 5)].min()
+
+
+def test_the_gate_refuses_what_makes_no_sense():
+    with pytest.raises(BadInput, match="temperature is 0"):
+        route.gate(np.zeros((1, 2)), 0, 1)
+
+
+def test_cbtm_is_what_the_published_code_computes():
+    dist2_NK = np.random.default_rng(0).uniform(0.2, 2, size=(6, 5))
+    weight_NK = np.exp(-(dist2_NK**2) / 0.1)  # there: softmax over all, then the top k, then scaled to sum to one
+    weight_NK /= weight_NK.sum(1, keepdims=True)
+    weight_NK[weight_NK < np.sort(weight_NK, axis=1)[:, [-2]]] = 0
+    weight_NK /= weight_NK.sum(1, keepdims=True)
+    np.testing.assert_allclose(route.gate(route.ROUTERS["cbtm"](dist2_NK), 0.1, 2), weight_NK, atol=1e-12)
+
+
+def test_text_far_from_every_domain_falls_back_to_the_seed():
+    dist2_NE = route.candidates(np.array([[0.2, 0.9], [1.5, 1.6]]), 1.0)
+    weight_NE = route.gate(route.ROUTERS["centroid"](dist2_NE), 0.1, 1)
+    np.testing.assert_array_equal(weight_NE, [[1, 0, 0], [0, 0, 1]])
+    assert route.candidates(dist2_NE, None) is dist2_NE
+
+
+def test_the_oracle_and_uniform_routers():
+    own = route.gate(route.ROUTERS["oracle"](route.oracle_distances(np.array([2, 0]), 3)), 0.1, 3)
+    np.testing.assert_array_equal(own, [[0, 0, 1], [1, 0, 0]])
+    np.testing.assert_allclose(route.gate(route.ROUTERS["uniform"](np.eye(4)), 0.1, 4), 0.25)
+
+
+def test_the_posterior_is_bayes():
+    loglik_TE = np.log([[0.5, 0.1], [0.2, 0.2], [0.9, 0.3]])
+    weight_TE = route.gate(route.ROUTERS["posterior"](route.posterior_scores(loglik_TE, np.array([0.25, 0.75]))), 1.0, 2)
+    joint = np.array([0.25, 0.75]) * np.array([[1, 1], [0.5, 0.1], [0.1, 0.02]])
+    np.testing.assert_allclose(weight_TE, joint / joint.sum(1, keepdims=True))
+    np.testing.assert_allclose(route.posterior_prior(np.array([[1.0, 0.0]])), [0.65, 0.35])
+
+
+# ---- names
+
+
+def test_names_are_distinctive_not_merely_frequent():
+    found = some_texts(TOPICS[:3], 10, np.random.default_rng(0))
+    found = [f"{text} and and and" for text in found]
+    label_N = np.array([topic_of(text) for text in found])
+    terms = names.top_terms(*names.count_documents(found, label_N, 3), np.bincount(label_N))
+    assert set(terms[0]) <= set(words(TOPICS[0])) - {"and"}
+    assert "pomme" in terms[2]
+
+
+def test_names_differ():
+    assert names.names([("a", "b", "c"), ("a", "b", "c"), ()], taken=["a-b-c"]) == ["a-b-c-2", "a-b-c-3", "domain-2"]
+
+
+# ---- partitions
 
 
 def test_a_partition_is_made_once_and_holds_every_document(made):
     store, corpus, first = made
     assert partition(corpus, store, domains=3) == first
-    assert sum(domain.documents for domain in first.domains) == sum(shard.documents for shard in corpus.train)
+    for role in ("train", "holdout"):
+        inside = [document.id for domain in first.domains for document in documents(getattr(domain, role), store)]
+        assert sorted(inside) == sorted(document.id for document in documents(getattr(corpus, role), store))
     assert max(first.fit_sizes) - min(first.fit_sizes) <= 1
+    assert sum(first.greedy_sizes) == sum(first.fit_sizes) == sum(domain.documents for domain in first.domains)
+    assert len({domain.name for domain in first.domains}) == 3
 
 
-def test_prefix_distances_equal_embedding_every_prefix(made):
-    store, corpus, first = made
-    fitted, centroid_KD = embed.load(first.embedder, store), centroids(first, store)
-    text = next(documents(corpus.train, store)).text
-    cut_P = np.arange(len(text) + 1)
-    expected = route.distances(fitted, centroid_KD, [finished(text[:cut]) for cut in cut_P])
-    np.testing.assert_allclose(route.prefix_distances(fitted, centroid_KD, text, cut_P), expected, atol=1e-6)
-
-
-def test_assign_finds_the_topics(made):
+def test_domains_are_the_topics_and_name_them(made):
     store, _, first = made
-    label_N, dist2_NK = assign(first, store, [topic.format("x") for topic in TOPICS])
+    found = [Counter(topic_of(document.text) for document in documents(domain.train, store)) for domain in first.domains]
+    assert sorted(count.most_common(1)[0][0] for count in found) == [0, 1, 2]
+    for domain, count in zip(first.domains, found, strict=True):
+        assert max(count.values()) > 0.9 * domain.documents  # topics are not quite of one size, and domains are
+        assert set(domain.name.split("-")) <= {word for topic in TOPICS[:3] for word in words(topic)}
+        assert set(domain.examples) <= {document.id for document in documents(domain.train, store)}
+
+
+def test_random_domains_are_the_control(made):
+    store, corpus, _ = made
+    control = partition(corpus, store, domains=3, method="random")
+    again = partition(corpus, store, domains=3, method="random", rng_seed=1)
+    assert control.digest != again.digest
+    for domain in control.domains:
+        assert len({topic_of(document.text) for document in documents(domain.train, store)}) == 3
+    x_ND = embed.load(control.embedder, store).embed([document.text for document in documents(control.domains[0].train, store)])
+    np.testing.assert_allclose(np.asarray(centroids(control, store))[0], x_ND.mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("stop_at", ["embed", "part train documents", "part holdout documents"])
+def test_what_was_cut_off_goes_on(made, stop_at, tmp_path):
+    store, corpus, first = made
+    shutil.copytree(store.root / "blobs", tmp_path / "blobs")
+    other = Store(tmp_path)
+
+    def stop(what, done, total, unit):
+        if what == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        partition(corpus, other, domains=3, progress=stop)
+    assert partition(corpus, other, domains=3) == first
+
+
+def test_documents_outside_the_fit_go_to_the_nearest(made, monkeypatch):
+    store, corpus, _ = made
+    monkeypatch.setattr(grow, "FIT", 40)
+    found = partition(corpus, store, domains=3, rng_seed=5)
+    assert sum(found.fit_sizes) == 40 < sum(domain.documents for domain in found.domains)
+    fit = {document.id for document in islice(documents(corpus.train, store), 40)}
+    for place, domain in enumerate(found.domains):
+        others = [document.text for document in documents(domain.train, store) if document.id not in fit]
+        assert (assign(found, store, others)[0] == place).all()
+
+
+def test_a_partition_is_used_offline_without_its_text(made, tmp_path):
+    store, _, first = made
+    theirs = Store(tmp_path)
+    for digest in public_files(first):
+        theirs.path(digest).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(store.path(digest), theirs.path(digest))
+    received = theirs.load(first.digest, Partition)
+    own = [topic.format("abba") for topic in TOPICS[:3]]
+    label_N, dist2_NK = assign(received, theirs, own)
     assert len(set(label_N.tolist())) == 3
-    assert dist2_NK.shape == (3, 3)
+    np.testing.assert_array_equal(dist2_NK, assign(first, store, own)[1])
+    found = survey(received, theirs, [*own, own[0] + "!", "12"])
+    assert found.wordless == 1
+    assert found.documents_K.sum() == found.near_KB.sum() == 4
+    assert found.bytes_K.sum() == sum(len(text.encode()) for text in [*own, own[0] + "!"])
 
 
-def test_gate_keeps_the_nearest():
-    weight = route.gate(route.ROUTERS["centroid"](np.array([[0.2, 0.5, 1.0]])), temperature=0.1, top_k=2)
-    np.testing.assert_allclose(weight, [[1 / (1 + np.exp(-3)), np.exp(-3) / (1 + np.exp(-3)), 0]])
+def test_sparse_centroids_route_too(made):
+    store, _, first = made
+    fitted = embed.load(first.embedder, store)
+    dist2_NK = route.distances(fitted, centroids(first, store, "sparse"), list(TOPICS[:3]))
+    np.testing.assert_array_equal(dist2_NK.argmin(1), assign(first, store, TOPICS[:3])[0])
+    assert centroids(first, store, "sparse")[[2, 0]].term_VK.shape[1] == 2
 
 
-def test_balanced_sizes_differ_by_at_most_one():
-    x_ND = np.random.default_rng(0).normal(size=(103, 4))
-    sizes = cluster.kmeans(x_ND, 7).sizes
-    assert max(sizes) - min(sizes) <= 1
+def test_splitting_leaves_the_others_as_they_were(made):
+    store, corpus, first = made
+    parted = split(first, 1, store)
+    assert split(first, 1, store) == parted
+    assert parted.parent == first.digest
+    for place in (0, 2):
+        assert parted.domains[place].model_copy(update={"origin": None}) == first.domains[place]
+    for signal in ("dense", "sparse"):
+        old, new = centroids(first, store, signal), centroids(parted, store, signal)
+        old, new = ((x.term_VK.toarray().T if isinstance(x, route.Sparse) else x)[[0, 2]] for x in (old, new))
+        np.testing.assert_array_equal(old, new)
+    for role in ("train", "holdout"):
+        parts = [document.id for place in (1, 3) for document in documents(getattr(parted.domains[place], role), store)]
+        assert sorted(parts) == sorted(document.id for document in documents(getattr(first.domains[1], role), store))
+    assert heirs(first, parted, store) == [(0,), (1, 3), (2,)]
+    twice = split(parted, 3, store)
+    assert heirs(first, twice, store) == [(0,), (1, 3, 4), (2,)]
+    with pytest.raises(ForeignExpert, match="does not come from"):
+        heirs(parted, first, store)
+    with pytest.raises(BadInput, match="cannot split domain 9"):
+        split(first, 9, store)
+    with pytest.raises(BadInput, match="random"):
+        split(partition(corpus, store, domains=3, method="random"), 0, store)
+
+
+def test_adding_domains_leaves_the_others_as_they_were(made, tmp_path):
+    store, _, first = made
+    new = "the {0} plays the violin in an orchestra of the harbour with captain and crew"
+    more = build_corpus(tmp_path / "more", store, some_texts([new], 12, np.random.default_rng(9)))
+    grown = add(first, more, store)
+    assert [domain.model_copy(update={"origin": None}) for domain in grown.domains[:3]] == list(first.domains)
+    assert grown.domains[3].origin is None
+    assert grown.corpus == more.digest
+    assert heirs(first, grown, store) == [(0,), (1,), (2,)]
+    assert assign(grown, store, [new])[0] == [3]
+    assert assign(grown, store, list(TOPICS[:3]))[0].tolist() == assign(first, store, list(TOPICS[:3]))[0].tolist()
+
+
+def test_partitions_refuse_what_cannot_be(made):
+    store, corpus, _ = made
+    with pytest.raises(BadCorpus, match="500 domains of"):
+        partition(corpus, store, domains=500)
+    with pytest.raises(BadInput, match="no clustering method 'best'"):
+        partition(corpus, store, method="best")
+    with pytest.raises(BadInput, match="needs a model"):
+        partition(corpus, store, embedder="sentence")
+
+
+def test_a_partition_by_a_neural_embedder(made):
+    store, corpus, _ = made
+    model = dense.Model("letters", letters)
+    found = partition(corpus, store, domains=3, embedder="seed", model=model)
+    label_N, _ = assign(found, store, some_texts(TOPICS[:3], 1, np.random.default_rng(8)), model)
+    assert len(set(label_N.tolist())) == 3
+    with pytest.raises(BadInput, match="no sparse centroids"):
+        centroids(found, store, "sparse")

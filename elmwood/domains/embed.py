@@ -176,12 +176,14 @@ def fit_terms(name: str, texts: Iterable[str], *, dimension: int = 100, rng_seed
     weight_V = np.where(df_V > 0, np.log((1 + counted.documents) / np.maximum(df_V, 1)) + kind.smooth, 0).astype(np.float32)
     bare = Terms(name, terms, weight_V, np.zeros((len(weight_V), 1), np.float16))
     x_NV = bare.tfidf(sample.texts())
-    dimension = min(dimension, *x_NV.shape)
+    used = np.flatnonzero(np.bincount(x_NV.indices, minlength=len(weight_V)))
+    dimension = min(dimension, len(used), x_NV.shape[0])
     progress("fit embedder: SVD", 0, 1, "")
-    _, _, vector_DV = randomized_svd(x_NV, dimension, n_iter=5, random_state=rng_seed)
+    _, _, vector_DU = randomized_svd(x_NV[:, used], dimension, n_iter=5, random_state=rng_seed)
     progress("fit embedder: SVD", 1, 1, "")
-    vector_VD = np.ascontiguousarray(vector_DV.T) / np.abs(vector_DV).max()  # the scale cancels, and float16 wants a large one
-    return Terms(name, terms, weight_V, vector_VD.astype(np.float16))
+    vector_VD = np.zeros((len(weight_V), dimension), np.float16)
+    vector_VD[used] = vector_DU.T / np.abs(vector_DU).max()  # the scale cancels, and float16 wants a large one
+    return Terms(name, terms, weight_V, vector_VD)
 
 
 def unit(x_ND: Floats) -> Floats:

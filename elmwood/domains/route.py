@@ -73,6 +73,7 @@ def prefix_distances(fitted: Embeds, centroids: Centroids, text: str, cut_P: Seq
 
     One addition per word: the embedding of a prefix is the normalised sum of what its words add.
     """
+    cut_P = np.minimum(cut_P, len(text))
     if isinstance(centroids, Sparse):
         terms = _terms(fitted)
         row_W, before_W, count_W = terms.known(text)
