@@ -281,6 +281,7 @@ class Comparison(Record):
     rows: tuple[Row, ...]
     routing: tuple[tuple[float, ...], ...] = ()  # [domain of the document][expert] mean weight; the last column is the seed
     fitted: dict[str, float] = {}  # temperature, seed distance, ... chosen on the tune half
+    chosen: str | None = None  # name of the row with the least loss on the tune half: the result, before the test half was seen
 
 
 KINDS: dict[str, type[Record]] = {

@@ -44,6 +44,7 @@ def page(comparison: Comparison, store: Store) -> str:
             places=places,
             curves=_curves(seed, forest, comparison, store),
             rows=comparison.rows,
+            chosen=comparison.chosen,
             routing=comparison.routing,
             lineage=_lineage(forest, store),
             facts=facts,

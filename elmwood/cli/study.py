@@ -226,8 +226,9 @@ def _keep(
         forest=forest.digest, router=best.router, top_k=best.top_k, temperature=best.temperature, seed_distance=best.seed_distance
     )
     comparison = Comparison(
-        forest=forest.digest, controls=controls, holdout=held.name, rows=compared.rows, routing=compared.routing, fitted=compared.fitted
-    )
+        forest=forest.digest, controls=controls, holdout=held.name, rows=compared.rows, routing=compared.routing,
+        fitted=compared.fitted, chosen=compared.chosen,
+    )  # fmt: skip
     for record in (forest, ensemble, comparison):
         store.add(record)
     return comparison, ensemble

@@ -214,14 +214,16 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def verdict(comparison: Comparison) -> str:
-    """The result in one sentence, whichever way it went."""
-    best = min((row for row in comparison.rows if row.role == "result"), key=lambda row: row.bits_per_byte)
-    dense = f"{best.gain:+.4f} ± {best.gain_error:.4f} bits per byte against the strongest dense control" if best.gain is not None else ""
+    """The result in one sentence, whichever way it went: the ensemble chosen on the tune half, held against every control."""
+    results = [row for row in comparison.rows if row.role == "result"]
+    best = next((row for row in results if row.name == comparison.chosen), min(results, key=lambda row: row.bits_per_byte))
+    margin = f" ({best.gain:+.4f} ± {best.gain_error:.4f} bits per byte against the strongest dense model)" if best.gain is not None else ""
     ahead = [row.name for row in comparison.rows if row.role in ("seed", "control") and row.bits_per_byte <= best.bits_per_byte]
     if ahead:
-        return f"{best.name} is the best ensemble ({dense}), and does not beat: {'; '.join(ahead)}."
-    sure = best.gain is None or best.gain > 2 * (best.gain_error or 0)
-    return f"{best.name} is better than every control: {dense}." if sure else f"{best.name} is level with the best control: {dense}."
+        return f"{best.name} was chosen on the tune half and does not beat: {'; '.join(ahead)}{margin}."
+    if best.gain is not None and best.gain < 2 * (best.gain_error or 0):
+        return f"{best.name} is level with the best control: the difference is within two standard errors{margin}."
+    return f"{best.name} is better than every control{margin}."
 
 
 def chat(*, model, prompt, max_tokens, temperature, top_p, rng_seed, store, as_json) -> None:
