@@ -10,10 +10,9 @@ import argparse
 import tempfile
 import warnings
 from pathlib import Path
-from statistics import median
 
 import torch
-from models import SHAPES, adapter_folders, emit, model, ratio, rounds, seconds
+from models import SHAPES, Spent, adapter_folders, emit, model, rounds, spent
 from peft import PeftModel
 
 from elmwood.lm.lora import Adapter, Bank
@@ -30,31 +29,34 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         folders = adapter_folders(model(options.shape), options.count, options.rank, Path(folder))
-        found = rounds({"bank": lambda: bank(options.shape, folders)}, options.rounds)
-        few = folders[: options.peft]
-        if few:
-            found |= rounds({"bank, few": lambda: bank(options.shape, few), "peft, few": lambda: peft(options.shape, few)}, 1)
-        emit(bench="adapters", way="bank", seconds=round(median(found["bank"]), 3), **vars(options))
-        for name in ("bank, few", "peft, few") if few else ():
-            line = {"seconds": round(median(found[name]), 3), "of_bank": ratio(found[name], found["bank, few"])}
-            emit(bench="adapters", way=name, **line, **vars(options))
+        tasks = {"bank": lambda: bank(options.shape, folders), "bank, opened only": lambda: bank(options.shape, folders, read=False)}
+        emit(rounds(tasks, options.rounds), bench="adapters", **vars(options))
+        if few := folders[: options.peft]:
+            found = rounds({"bank, few": lambda: bank(options.shape, few), "peft, few": lambda: peft(options.shape, few)}, 1)
+            emit(found, ("bank, few",), bench="adapters", **vars(options))
         made = Bank(model(options.shape), [files(path) for path in folders])
-        made.select(range(4))
-        turns = [list(range(n, n + 4)) for n in range(4, options.count - 4, 4)]
-        change = seconds(lambda: [made.select(slots) for slots in turns]) / max(1, len(turns))
-        emit(bench="adapters", way="four slots change", seconds=round(change, 5), **vars(options))
+        turns = [list(range(n, n + 4)) for n in range(0, options.count - 3, 4)]
+        change = rounds({"four slots change": lambda: spent(lambda: [made.select(slots) for slots in turns], len(turns))}, 1)
+        emit(change, bench="adapters", **vars(options))
 
 
 def files(folder: Path) -> Adapter:
     return Adapter(folder / "adapter_config.json", folder / "adapter_model.safetensors")
 
 
-def bank(shape: str, folders: list[Path]) -> float:
+def bank(shape: str, folders: list[Path], read: bool = True) -> Spent:
+    """Open a bank and, as a bank reads weights when they are first used, use every adapter once."""
     base = model(shape)
-    return seconds(lambda: Bank(base, [files(path) for path in folders]))
+
+    def load() -> None:
+        made = Bank(base, [files(path) for path in folders])
+        for number in range(len(folders) if read else 0):
+            made.select([number])
+
+    return spent(load)
 
 
-def peft(shape: str, folders: list[Path]) -> float:
+def peft(shape: str, folders: list[Path]) -> Spent:
     base = model(shape)
 
     def load() -> None:
@@ -62,7 +64,7 @@ def peft(shape: str, folders: list[Path]) -> float:
         for number, path in enumerate(folders[1:], 1):
             wrapped.load_adapter(path, adapter_name=str(number), low_cpu_mem_usage=True)
 
-    return seconds(load)
+    return spent(load)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benches/bench_decode.py [--shape 135M] [--experts 4] [--rank 16] [--tokens 24] [--rounds 5] [--threads 2]
 
-One JSON line per way of decoding: median over rounds, and median ratios within rounds. "ensemble" is the whole of it:
+One JSON line per way of decoding: seconds per token, and ratios. "ensemble" is the whole of it:
 routing by the text so far, one pass, mixing. "peft switching" runs one adapter after the other (top-k passes).
 """
 
@@ -10,10 +10,9 @@ import argparse
 import tempfile
 import warnings
 from pathlib import Path
-from statistics import median
 
 import torch
-from models import emit, experts, model, ratio, rounds, seconds
+from models import Spent, emit, experts, model, rounds, spent
 from models import seed as make_seed
 from peft import PeftModel
 from transformers import DynamicCache
@@ -37,15 +36,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         tasks = ways(options, Path(folder))
-        found = rounds(tasks, options.rounds)
-    for name, values in found.items():
-        line = {"bench": "decode", "way": name, "ms": round(1000 * median(values), 2), "of_plain": ratio(values, found["plain"])}
-        line |= {"of_one": ratio(values, found["one expert"])}
-        emit(**line, **vars(options))
+        emit(rounds(tasks, options.rounds), ("plain", "one expert"), bench="decode", **vars(options))
 
 
 def ways(options: argparse.Namespace, folder: Path) -> dict:
-    """Name -> a function that decodes `tokens` tokens after a prompt and returns the seconds of one."""
+    """Name -> a function that decodes `tokens` tokens after a prompt and returns the seconds of one token."""
     store = Store(folder / "store")
     seed, base = make_seed(options.shape, store), model(options.shape)
     parted = domains(options.experts, folder, store)
@@ -91,7 +86,7 @@ def domains(count: int, folder: Path, store: Store):
     return partition(build([str(folder / "text")], store), store, domains=count)
 
 
-def ours(lm, count: int) -> float:
+def ours(lm, count: int) -> Spent:
     _, cache = lm.extend(list(range(1, PROMPT + 1)), lm.start())
 
     def decode() -> None:
@@ -99,10 +94,10 @@ def ours(lm, count: int) -> float:
         for number in range(count):
             _, text = lm.extend([60 + number], text)
 
-    return seconds(decode) / count
+    return spent(decode, count)
 
 
-def hugging_face(model, batch: int, count: int, **names) -> float:
+def hugging_face(model, batch: int, count: int, **names) -> Spent:
     cache = DynamicCache(config=model.config)
     prompt = torch.arange(1, PROMPT + 1).expand(batch, -1)
     model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1, **names)
@@ -112,10 +107,10 @@ def hugging_face(model, batch: int, count: int, **names) -> float:
             token = torch.full((batch, 1), 60 + number)
             model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1, **names).logits.log_softmax(-1)
 
-    return seconds(decode) / count
+    return spent(decode, count)
 
 
-def switching(peft, names: list[str], count: int) -> float:
+def switching(peft, names: list[str], count: int) -> Spent:
     caches = [DynamicCache(config=peft.config) for _ in names]
 
     def read(tokens: torch.Tensor) -> None:
@@ -124,7 +119,7 @@ def switching(peft, names: list[str], count: int) -> float:
             peft(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.log_softmax(-1)
 
     read(torch.arange(1, PROMPT + 1)[None])
-    return seconds(lambda: [read(torch.tensor([[60 + number]])) for number in range(count)]) / count
+    return spent(lambda: [read(torch.tensor([[60 + number]])) for number in range(count)], count)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -81,9 +82,23 @@ def experts(seed: Seed, base: PreTrainedModel, count: int, rank: int, store: Sto
         return made
 
 
-def rounds(tasks: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
+class Spent(NamedTuple):
+    """Seconds: wall is what a user waits, cpu (of this process) is what can be compared on a busy machine."""
+
+    wall: float
+    cpu: float
+
+
+def spent(task: Callable[[], object], times: int = 1) -> Spent:
+    """Seconds of a task that does something `times` times, for one of them."""
+    wall, cpu = perf_counter(), process_time()
+    task()
+    return Spent((perf_counter() - wall) / times, (process_time() - cpu) / times)
+
+
+def rounds(tasks: dict[str, Callable[[], Spent]], count: int) -> dict[str, list[Spent]]:
     """What each task returns, `count` times, in turn, after a round to warm up."""
-    found: dict[str, list[float]] = {name: [] for name in tasks}
+    found: dict[str, list[Spent]] = {name: [] for name in tasks}
     for number in range(count + 1):
         for name, task in tasks.items():
             value = task()
@@ -92,16 +107,15 @@ def rounds(tasks: dict[str, Callable[[], float]], count: int) -> dict[str, list[
     return found
 
 
-def seconds(task: Callable[[], object]) -> float:
-    started = perf_counter()
-    task()
-    return perf_counter() - started
+def emit(found: dict[str, list[Spent]], peers: tuple[str, ...] = (), **about: object) -> None:
+    """A JSON line for each task: median seconds, and medians of the ratio to each peer within a round."""
+    for name, values in found.items():
+        line = {**about, "way": name, "seconds": _round(value.wall for value in values), "cpu": _round(value.cpu for value in values)}
+        for peer in peers:
+            line[f"of {peer}"] = _round(mine.wall / its.wall for mine, its in zip(values, found[peer], strict=True))
+            line[f"cpu of {peer}"] = _round(mine.cpu / its.cpu for mine, its in zip(values, found[peer], strict=True))
+        print(json.dumps(line), flush=True)
 
 
-def emit(**line: object) -> None:
-    print(json.dumps(line), flush=True)
-
-
-def ratio(values: list[float], peer: list[float]) -> float:
-    """Median over rounds of the ratio within a round."""
-    return round(median(a / b for a, b in zip(values, peer, strict=True)), 3)
+def _round(values: Iterable[float]) -> float:
+    return float(f"{median(values):.4g}")

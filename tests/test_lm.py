@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from elmwood.errors import BadInput, BadSeed, Damaged, ForeignExpert
-from elmwood.lm import cache
-from elmwood.lm.experts import Experts, OneLM
+from elmwood.lm import cache, lora
+from elmwood.lm.experts import LOGITS, Experts, OneLM
 from elmwood.lm.load import check_kin, import_seed, load_model, new_model, save_folder, seed_folder, tokenizer
 from elmwood.lm.lora import Adapter, Bank
 from elmwood.store import Store
@@ -238,8 +238,10 @@ def peft_case(request, tmp_path_factory, store):
     return seed, folders
 
 
+@pytest.mark.parametrize("memory", [0, 2 << 30])
 @torch.inference_mode()
-def test_any_row_may_use_any_adapter_as_in_peft(peft_case, store):
+def test_any_row_may_use_any_adapter_as_in_peft(memory, peft_case, store, monkeypatch):
+    monkeypatch.setattr(lora, "MEMORY", memory)
     seed, folders = peft_case
     model = load_model(seed, store)
     tokens_BT = some_tokens(5, 11)
@@ -285,7 +287,7 @@ def test_an_adapter_that_does_not_fit_the_base_is_refused(peft_case, tmp_path, s
     for complaint, tensors in spoilt.items():
         save_file(tensors, tmp_path / "spoilt.safetensors")
         with pytest.raises(BadInput, match=complaint):
-            Bank(load_model(seed, store), [Adapter(folders[0] / "adapter_config.json", tmp_path / "spoilt.safetensors")])
+            Bank(load_model(seed, store), [Adapter(folders[0] / "adapter_config.json", tmp_path / "spoilt.safetensors")]).select([0])
 
 
 # ---- experts
@@ -308,7 +310,7 @@ def test_every_candidate_scores_like_its_own_model(seed, forest, store):
 def test_scoring_in_parts_changes_nothing(seed, forest, store, monkeypatch):
     experts, tokens_BT = Experts(seed, forest, store), some_tokens(5, 12)
     whole = experts.score(0, tokens_BT)
-    monkeypatch.setattr("elmwood.lm.experts.LOGITS", 2 * 12 * SHAPE.vocabulary)
+    monkeypatch.setitem(LOGITS, "cpu", 2 * 12 * SHAPE.vocabulary)
     torch.testing.assert_close(experts.score(0, tokens_BT), whole, atol=1e-5, rtol=1e-5)
 
 

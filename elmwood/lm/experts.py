@@ -18,7 +18,7 @@ from elmwood.lm.lora import Bank, adapter_of
 from elmwood.records import Expert, Seed
 from elmwood.store import Store
 
-LOGITS = 1 << 26  # logits in memory at once while scoring, unless one row needs more
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # in memory at once while scoring: few enough for the cache; more where launches cost
 BASE = -1  # the key of the shared base among the bodies
 
 
@@ -82,7 +82,7 @@ class Experts:
         model, bank = self._body(key)
         if bank:
             bank.select([number])
-        at_once = max(1, LOGITS // (length * self.seed.vocabulary))
+        at_once = max(1, LOGITS[self.device.type] // (length * self.seed.vocabulary))
         loglik_BT = torch.zeros(rows, length)
         for start in range(0, rows, at_once):
             part_BT = tokens_BT[start : start + at_once].to(self.device)

@@ -1,9 +1,9 @@
 """A bank of LoRA adapters over one base model: any row of a batch may use any adapter, in one pass over the base weights.
 
-Shapes: N adapters, S slots (rows of a batch, or groups of them), P numbers in one adapter; per layer I inputs, O outputs, R rank;
+Shapes: S slots (rows of a batch, or groups of them), P numbers in one adapter; per layer I inputs, O outputs, R rank;
 T tokens.
 
-An adapter is one flat row of numbers: for each layer A transposed [I, R], then B transposed and scaled [R, O]. So adding
+An adapter is one flat row of numbers: for each layer A [R, I], then B [O, R] times its scale. So adding
 one is filling a row, and giving a slot another adapter is one copy, whatever the number of layers. Adapters of smaller
 rank, or without some layer, have zeros there. (PEFT loops over the adapters of a mixed batch, and adding its n-th costs
 time in proportion to n.)
@@ -31,6 +31,7 @@ _KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weig
 _UNSUPPORTED: tuple[str, ...] = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save")
 _UNSUPPORTED += ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "velora_config")
 _UNSUPPORTED += ("monteclora_config", "arrow_config", "kasa_config", "megatron_config")
+MEMORY = 2 << 30  # bytes of adapters that have been used and may be again
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # other starting values of A and B change the base weights too
 
 
@@ -69,16 +70,16 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Linear):
         super().__init__()
         self.base = base
-        self.a_SIR: Tensor | None = None
-        self.b_SRO: Tensor | None = None
+        self.a_SRI: Tensor | None = None
+        self.b_SOR: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = product(self.base, x)
-        if self.a_SIR is None or self.b_SRO is None:
+        if self.a_SRI is None or self.b_SOR is None:
             return y
-        slots, inputs, _ = self.a_SIR.shape
-        h_STR = torch.bmm(x.reshape(slots, -1, inputs), self.a_SIR)
-        return torch.baddbmm(y.view(slots, -1, y.shape[-1]), h_STR, self.b_SRO).view(y.shape)
+        slots, _, inputs = self.a_SRI.shape
+        h_STR = torch.bmm(x.reshape(slots, -1, inputs), self.a_SRI.mT)
+        return torch.baddbmm(y.view(slots, -1, y.shape[-1]), h_STR, self.b_SOR.mT).view(y.shape)
 
 
 def product(base: nn.Linear, x: Tensor) -> Tensor:
@@ -95,64 +96,79 @@ def product(base: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Bank:
-    """Adapters over `model`, whose linear layers it wraps. Row N of `stack_NP` is zeros: the base itself.
+    """Adapters over `model`, whose linear layers it wraps. Number len(bank) stands for the base alone.
 
-    The stack stays in main memory; on a GPU the slots hold the adapters in use.
+    Opening one reads the headers of all adapters and no weights. Those that have been used stay in main memory while
+    there is room; on a GPU the slots hold the ones in use.
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter]):
-        """Read all adapters. Raises BadInput when one is of another base model or of a kind that is not supported."""
+        """Raises BadInput when an adapter is of another base model or of a kind that is not supported."""
         weight = next(model.parameters())
-        self.device = weight.device
+        self.device, self.dtype = weight.device, weight.dtype
+        self.adapters = tuple(adapters)
+        self.settings = [read_settings(adapter.config) for adapter in adapters]
         self.layers = _layout(model, adapters)
-        self.stack_NP = torch.zeros(len(adapters) + 1, sum(layer.numbers for layer in self.layers), dtype=weight.dtype)
-        for number, adapter in enumerate(adapters):
-            _read(adapter, self.layers, self.stack_NP[number])
+        self.numbers = sum(layer.numbers for layer in self.layers)
         self.adapted = [_wrap(model, layer.name) for layer in self.layers]
         if (head := _head(model)) and len(adapters) > 1:
             _wrap(model, head)  # for `product`: the widest layer of all
-        self.slots_SP = self.stack_NP[:0].to(self.device)
+        self.rows: dict[int, Tensor] = {}  # adapter -> its numbers [P], the one used last at the end
+        self.slots_SP = torch.empty(0, self.numbers, dtype=self.dtype, device=self.device)
         self.held: list[int | None] = []  # adapter in each slot
         self.selected: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.stack_NP) - 1
+        return len(self.adapters)
 
     def select(self, slots: Sequence[int]) -> None:
-        """Let the slots of the next batches use these adapters; len(self) is the base alone. One slot serves a whole batch."""
+        """Let the slots of the next batches use these adapters. One slot serves a whole batch. Raises BadInput."""
         if tuple(slots) == self.selected:
             return
-        self.selected = tuple(slots)
+        self.selected = ()  # until all is in place
         if all(number == len(self) for number in slots):
             for module in self.adapted:
-                module.a_SIR = module.b_SRO = None
-        elif len(slots) == 1 and self.device == self.stack_NP.device:
-            self._bind(self.stack_NP[slots[0]].unsqueeze(0))
+                module.a_SRI = module.b_SOR = None
+        elif len(slots) == 1 and self.device.type == "cpu":
+            self._bind(self._row(slots[0]).unsqueeze(0))
         else:
             self._bind(self._fill(slots))
+        self.selected = tuple(slots)
 
     def _fill(self, slots: Sequence[int]) -> Tensor:
         """Copy adapters into their slots, but for those that are there already."""
         if len(slots) > len(self.held):
-            self.slots_SP = self.stack_NP.new_empty(len(slots), self.stack_NP.shape[1], device=self.device)
+            self.slots_SP = self.slots_SP.new_empty(len(slots), self.numbers)
             self.held = [None] * len(slots)
         for slot, number in enumerate(slots):
             if self.held[slot] != number:
-                self.slots_SP[slot].copy_(self.stack_NP[number])
+                self.held[slot] = None  # until it is whole
+                self.slots_SP[slot] = self._row(number) if number < len(self) else 0
                 self.held[slot] = number
         return self.slots_SP[: len(slots)]
+
+    def _row(self, number: int) -> Tensor:
+        """An adapter's numbers [P], from memory or from its files."""
+        flat_P = self.rows.pop(number, None)
+        if flat_P is None:
+            full = (len(self.rows) + 1) * self.numbers * self.dtype.itemsize > MEMORY
+            oldest = self.rows.pop(next(iter(self.rows))) if full and self.rows else None
+            flat_P = torch.empty(self.numbers, dtype=self.dtype) if oldest is None else oldest
+            _read(self.adapters[number], self.settings[number], self.layers, flat_P)
+        self.rows[number] = flat_P
+        return flat_P
 
     def _bind(self, flat_SP: Tensor) -> None:
         """Point the layers to their numbers. Views: nothing is copied."""
         for layer, module in zip(self.layers, self.adapted, strict=True):
-            module.a_SIR, module.b_SRO = _halves(flat_SP, layer)
+            module.a_SRI, module.b_SOR = _halves(flat_SP, layer)
 
 
 def _halves(flat_SP: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """A [S, I, R] and B [S, R, O] of one layer, as views of flat adapters."""
+    """A [S, R, I] and B [S, O, R] of one layer, as views of flat adapters."""
     middle = layer.start + layer.inputs * layer.rank
-    a_SIR = flat_SP[:, layer.start : middle].unflatten(1, (layer.inputs, layer.rank))
-    return a_SIR, flat_SP[:, middle : layer.start + layer.numbers].unflatten(1, (layer.rank, layer.outputs))
+    a_SRI = flat_SP[:, layer.start : middle].unflatten(1, (layer.rank, layer.inputs))
+    return a_SRI, flat_SP[:, middle : layer.start + layer.numbers].unflatten(1, (layer.outputs, layer.rank))
 
 
 def _wrap(model: nn.Module, name: str) -> Adapted:
@@ -199,19 +215,21 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
     return {name: (halves["A"][0], halves["A"][1], halves["B"][0]) for name, halves in found.items()}
 
 
-def _read(adapter: Adapter, layers: Sequence[Layer], flat_P: Tensor) -> None:
-    """Fill one row of the stack."""
-    settings = read_settings(adapter.config)
+def _read(adapter: Adapter, settings: dict[str, Any], layers: Sequence[Layer], flat_P: Tensor) -> None:
+    """Fill the numbers of one adapter."""
     with safe_open(adapter.weights, "pt") as file:
         present = set(file.keys())
         for layer in layers:
+            a_SRI, b_SOR = _halves(flat_P.unsqueeze(0), layer)
             key = f"base_model.model.{layer.name}.lora_"
-            if f"{key}A.weight" not in present:
-                continue
-            a_RI, b_OR = file.get_tensor(f"{key}A.weight"), file.get_tensor(f"{key}B.weight")
-            a_SIR, b_SRO = _halves(flat_P.unsqueeze(0), layer)
-            a_SIR[0, :, : len(a_RI)] = a_RI.T
-            torch.mul(b_OR.T, scale(settings, layer.name, len(a_RI)), out=b_SRO[0, : len(a_RI)])
+            rank = 0
+            if f"{key}A.weight" in present:
+                a_RI, b_OR = file.get_tensor(f"{key}A.weight"), file.get_tensor(f"{key}B.weight")
+                rank = a_RI.shape[0]
+                a_SRI[0, :rank] = a_RI
+                torch.mul(b_OR, scale(settings, layer.name, rank), out=b_SOR[0, :, :rank])
+            if rank < layer.rank:
+                a_SRI[:, rank:] = b_SOR[:, :, rank:] = 0
     if not torch.isfinite(flat_P.sum()):
         raise BadInput(f"{adapter.weights} holds numbers that are not finite: its training went astray; train it again at a lower rate")
 
