@@ -32,7 +32,7 @@ def page(comparison: Comparison, store: Store) -> str:
     areas, places = _map(partition, store)
     facts["corpus"] = f"{corpus.documents} documents, {short(corpus.bytes)}B, {corpus.holdout_share:.0%} held out"
     facts["seed"] = summary(seed)
-    facts["holdout"] = comparison.holdout
+    facts["holdout"] = comparison.holdout[:24]
     timed = [row.machine_seconds for row in comparison.rows if row.machine_seconds]
     if timed:
         facts["further training, all rows"] = duration(sum(timed))

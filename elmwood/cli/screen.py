@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -92,4 +93,5 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], styles
         grid.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
     for place, row in enumerate(rows):
         grid.add_row(*row, style=styles[place] if styles else "")
-    to.print(grid, width=None if to.is_terminal else 200)
+    width = max(to.width, Measurement.get(to, to.options.update(width=1000), grid).maximum)  # never cut: a narrow terminal wraps
+    Console(file=to.file, width=width, highlight=False).print(grid)
