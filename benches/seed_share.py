@@ -64,7 +64,10 @@ def main() -> None:
             for domains in map(int, asked.domains.split(",")):
                 base = Study(seed_tokens=seed_tokens, domains=domains, tokens=count(asked.tokens), documents=asked.documents)
                 seed = scratch(base, corpus, store, progress)
-                studies = [base.model_copy(update={"expert_rate": rate, "dense_rate": rate, "large_rate": 2 * rate}) for rate in rates]
+                studies = [
+                    base.model_copy(update={"expert_rate": rate, "random_rate": rate, "dense_rate": rate, "large_rate": 2 * rate})
+                    for rate in rates
+                ]
                 arms = [branch(study, corpus, seed, store, workers=None, progress=progress) for study in studies]
                 best, chosen = tune(arms, rates)
                 compared = evaluate.compare(best.held, best.seed_N, best.experts, best.dense, best.random)

@@ -36,15 +36,16 @@ class Study(Frozen):
     layers: int = 3
     width: int = 128
     length: int = 256  # tokens per sequence, and per window of evaluation
-    seed_tokens: int = 3_500_000
+    seed_tokens: int = 3_000_000
     seed_rate: float = 3e-3
-    tokens: int = 1_000_000  # of further training, shared by the experts; each dense control gets as many
+    tokens: int = 600_000  # of further training, shared by the experts; each dense control gets as many
     batch: int = 4  # sequences per step of an expert
     method: str = "full"
-    expert_rate: float = 1e-3
+    expert_rate: float = 2e-3
     dense_rate: float = 1e-3
+    random_rate: float = 1e-3
     large_rate: float = 2e-3
-    documents: int | None = None  # held-out documents scored; None: all
+    documents: int | None = 150  # held-out documents scored; None: all
     rng_seed: int = 0
 
     @property
@@ -55,7 +56,7 @@ class Study(Frozen):
 
 QUICK = Study(
     domains=4, vocabulary=1024, layers=2, width=64, length=128, batch=8, seed_tokens=400_000, tokens=200_000, documents=80,
-    seed_rate=4e-3, expert_rate=2e-3, dense_rate=2e-3, large_rate=4e-3,
+    seed_rate=4e-3, expert_rate=2e-3, dense_rate=2e-3, large_rate=4e-3, random_rate=2e-3,
 )  # fmt: skip
 
 
@@ -78,7 +79,12 @@ def demo(*, quick, corpus, seed, domains, tokens, method, learning_rate, report,
         learning_rate = learning_rate or default_rate(start, method)
     elif method != "full":
         learning_rate = learning_rate or 2 * study.expert_rate
-    rates = {"expert_rate": learning_rate, "dense_rate": learning_rate, "large_rate": learning_rate and 2 * learning_rate}
+    rates = {
+        "expert_rate": learning_rate,
+        "dense_rate": learning_rate,
+        "random_rate": learning_rate,
+        "large_rate": learning_rate and 2 * learning_rate,
+    }
     asked = {"domains": domains, "tokens": tokens and count(tokens), "method": method, **rates}
     study = Study.model_validate(study.model_dump() | {key: value for key, value in asked.items() if value is not None})
     with bars() as progress:
@@ -172,8 +178,7 @@ def plan(
     """Every model to train, by row of the table: the dense controls, then the experts of each division."""
     k, steps = study.domains, study.steps
     base = Recipe(
-        method=study.method, steps=steps, batch=study.batch, length=study.length, learning_rate=study.expert_rate, rng_seed=study.rng_seed,
-        threads=threads,
+        method=study.method, steps=steps, batch=study.batch, length=study.length, rng_seed=study.rng_seed, threads=threads,
     )  # fmt: skip
     dense = {
         DENSE: {"steps": k * steps, "learning_rate": study.dense_rate},
@@ -186,9 +191,10 @@ def plan(
 
     made = {name: [job(name, corpus.train, base.model_copy(update=change))] for name, change in dense.items()}
     for name, division in divisions.items():
+        recipe = base.model_copy(update={"learning_rate": study.random_rate if name == "random" else study.expert_rate})
         titles = [f"{name} {place}" if name == "random" else label(division, place) for place in range(k)]
         made[name] = [
-            job(title, shards(division, place), base, partition=division.digest, domain=place) for place, title in enumerate(titles)
+            job(title, shards(division, place), recipe, partition=division.digest, domain=place) for place, title in enumerate(titles)
         ]
     return made
 
