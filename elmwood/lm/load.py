@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -132,9 +131,9 @@ def import_seed(source: str, store: Store, *, name: str | None = None, separator
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise BadSeed(f"{source} is neither a folder with a config.json nor a .gguf file: give one of these, or a hub id")
     identifier, _, revision = source.partition("@")
-    folder, commit = download(identifier, revision)
+    folder = download(identifier, revision)
     # a tokenizer.json that must be made first cannot stay in the hub's cache: then the whole seed moves into the store
-    hub = f"{identifier}@{commit}" if (folder / "tokenizer.json").exists() else None
+    hub = f"{identifier}@{folder.name}" if (folder / "tokenizer.json").exists() else None
     return _import_folder(folder, store, name or identifier.split("/")[-1], separator, licence, hub)
 
 
@@ -222,16 +221,15 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def download(identifier: str, revision: str) -> tuple[Path, str]:
-    """A model hub's snapshot of a commit: its folder in the hub's own cache, and the commit. Raises BadSeed."""
+def download(identifier: str, revision: str, cached: bool = False) -> Path:
+    """A model hub's snapshot in the hub's own cache (…/snapshots/<commit>); `cached` asks nobody else. Raises BadSeed."""
     from huggingface_hub import snapshot_download  # here alone, and only for a hub id the user named
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(identifier, revision=revision or None, allow_patterns=list(KEPT)))
+        return Path(snapshot_download(identifier, revision=revision or None, allow_patterns=list(KEPT), local_files_only=cached))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadSeed(f"{identifier!r} is not a folder here, and the model hub did not give it ({error}): check the spelling") from error
-    return folder, folder.name  # …/snapshots/<commit>
 
 
 # ---- opened -----------------------------------------------------------------------------------------------------
@@ -241,7 +239,11 @@ def seed_folder(seed: Seed, store: Store) -> Path:
     """The seed's transformers folder. A hub seed is fetched into the hub's cache where it is absent, and checked. Raises Damaged."""
     if seed.hub is None:
         return store.folder(seed.files)
-    folder, _ = download(*seed.hub.partition("@")[::2])
+    identifier, _, commit = seed.hub.partition("@")
+    try:
+        folder = download(identifier, commit, cached=True)
+    except BadSeed:
+        folder = download(identifier, commit)
     for name, digest in seed.files.items():
         path, wanted = (folder / name).resolve(), digest.removeprefix("sha256:")
         # the hub's cache names large files by their sha256, so only the small ones are read again
@@ -278,6 +280,8 @@ def load_model(
     folder = store.folder(expert.files) if full and expert is not None else seed_folder(seed, store)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True, use_safetensors=True)
     if expert is not None and not full:
+        from peft import PeftModel  # takes as long to import as all else here, and few need it
+
         model = PeftModel.from_pretrained(model, store.folder(expert.files), low_cpu_mem_usage=True)
     return model.to(place).eval()
 
