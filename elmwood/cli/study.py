@@ -42,8 +42,8 @@ class Study(Frozen):
     batch: int = 4  # sequences per step of an expert
     method: str = "full"
     expert_rate: float = 2e-3
-    dense_rate: float = 1e-3
-    random_rate: float = 1e-3
+    dense_rate: float = 5e-4
+    random_rate: float = 5e-4
     large_rate: float = 2e-3
     documents: int | None = 150  # held-out documents scored; None: all
     rng_seed: int = 0
