@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from elmwood.domains.words import spans
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord
 from elmwood.records import Embedder
-from elmwood.store import Store
+from elmwood.registry import require
+from elmwood.store import Store, hash_file
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -92,6 +94,15 @@ class Dense:
         x_ND = np.where(said_N1, (np.where(said_N1, x_NH, 0) - self.mean_H) @ self.map_HD, 0)
         norm_N = np.sqrt(np.square(x_ND).sum(1))
         return x_ND / np.where(norm_N > 0, norm_N, 1)[:, None]
+
+
+def sentence_model(source: str) -> Model:
+    """A sentence-transformers model, from a folder or a hub id; text beyond its context is not seen. Raises MissingExtra."""
+    loaded = require("sentence_transformers", "sentence").SentenceTransformer(source)
+    weights = Path(source) / "model.safetensors"
+    return Model(
+        f"sha256:{hash_file(weights)}" if weights.exists() else source, lambda texts: loaded.encode(list(texts), show_progress_bar=False)
+    )
 
 
 def fit_dense(

@@ -82,7 +82,8 @@ def prefix_distances(fitted: Embeds, centroids: Centroids, text: str, cut_P: Seq
         norm_P = np.sqrt(_running(norm2_W[:, None])[words_P])
         return _sparse_distances(_running(dot_WK)[words_P] / np.where(norm_P > 0, norm_P, 1), words_P > 0)
     step_WD, count_W = fitted.steps(text)
-    return squared_distances(unit(_running(step_WD)[np.searchsorted(count_W, cut_P, side="right")]), centroids)
+    dist2_WK = squared_distances(unit(_running(step_WD)), centroids)  # after each word; prefixes between two words are alike
+    return dist2_WK[np.searchsorted(count_W, cut_P, side="right")]
 
 
 def token_distances(fitted: Embeds, centroids: Centroids, tokens_T: Sequence[int] | Ints, token_bytes: Sequence[bytes]) -> Floats:
