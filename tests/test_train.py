@@ -254,9 +254,12 @@ def documents_alone(model, tokens, targets, positions) -> torch.Tensor:
 # ---- adapters ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])  # without and with biases
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])  # without biases, with them, and with matrices that are no nn.Linear
 def test_our_forward_and_backward_of_lora_are_pefts(kind):
-    theirs = get_peft_model(tiny(kind, **MODELS[kind]), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))
+    theirs = get_peft_model(
+        tiny(kind, **MODELS[kind]),
+        LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=kind == "gpt2"),
+    )
     ours = adapter(tiny(kind, **MODELS[kind]), LORA.model_copy(update={"alpha": 6.0}), "base")
     with torch.no_grad():
         for (name, one), (other, two) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):

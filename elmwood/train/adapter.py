@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from elmwood.records import Recipe
 
@@ -23,7 +24,10 @@ def adapter(model: Any, recipe: Recipe, base: str) -> Any:
     """
     targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
     alpha: Any = ALPHA if recipe.alpha is None else recipe.alpha  # PEFT takes any number, its annotation whole ones
-    config = LoraConfig(r=recipe.rank, lora_alpha=alpha, use_rslora=recipe.alpha is None, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=alpha, use_rslora=recipe.alpha is None, target_modules=targets, task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps its matrices the other way round
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(recipe.rng_seed)
         adapted = get_peft_model(model, config)

@@ -25,7 +25,7 @@ FLOAT = 4  # bytes
 BESIDE = {"cpu": 45_000_000, "cuda": 600_000_000}
 # glibc keeps freed pieces that nothing fits into: how much of activations and gradients stands twice (measured, benches/bench_fit.py)
 KEPT = {"cpu": (0.45, 0.55), "cuda": (0.05, 0.05)}
-TRAFFIC = 12  # times each saved activation is read or written in a step, beside matrix products
+TRAFFIC = 20  # times each saved activation is read or written in a step, beside matrix products (measured with the same bench)
 
 
 class Anatomy(NamedTuple):
@@ -36,8 +36,9 @@ class Anatomy(NamedTuple):
     width: int  # D
     heads: int  # Q
     feed_forward: int  # F
-    gated: bool  # two matrices lead into the feed-forward layer, not one
+    branches: int  # numbers kept of a feed-forward layer for each of its F
     rms: bool  # norms without bias, which keep the normalised values
+    query_norms: bool  # queries and keys have norms too
     vocabulary: int
     context: int
     matrices: int  # weights of the linear layers of the trunk
@@ -117,11 +118,12 @@ def activations(body: Anatomy, recipe: Recipe) -> int:
     """Numbers kept for the backward pass, mask and loss aside.
 
     Of a layer: each norm's input and output (a trained RMS norm its normalised values too); queries, keys, values and what attention
-    gives; of the feed-forward layer gate, its activation, the other branch and their product (ungated: before and after activation).
+    gives; of the feed-forward layer what its activation needs.
     """
     full = recipe.method == "full"
     norm = (3 if body.rms and full else 2) * body.width
-    layer = 2 * norm + 4 * body.heads + (4 if body.gated else 2) * body.feed_forward
+    layer = 2 * norm + 4 * body.heads + body.branches * body.feed_forward
+    layer += (4 if full else 2) * body.heads if body.query_norms else 0
     low = 0 if full else recipe.rank * body.linears
     return recipe.batch * recipe.length * (body.layers * layer + norm + low + body.width)
 
@@ -146,8 +148,9 @@ def anatomy(config: Any) -> Anatomy:
         width=width,
         heads=text.num_attention_heads * (getattr(text, "head_dim", None) or width // text.num_attention_heads),
         feed_forward=forward,
-        gated=sum(forward in shape for shape in shapes) >= 3 * layers,
+        branches=_branches(text, sum(forward in shape for shape in shapes) >= 3 * layers),
         rms=not any(isinstance(module, nn.LayerNorm) for module in model.modules()),
+        query_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None) or 1 << 20,
         matrices=sum(rows * columns for rows, columns in shapes),
@@ -156,11 +159,17 @@ def anatomy(config: Any) -> Anatomy:
     )
 
 
+def _branches(text: Any, gated: bool) -> int:
+    """Gated: the gate, its activation, the other branch, their product. Else before and after the activation, which ReLU needs once."""
+    activation = str(getattr(text, "activation_function", None) or getattr(text, "hidden_act", ""))
+    return 4 if gated else {"relu": 1, "gelu_new": 5, "gelu_fast": 5}.get(activation, 2)  # the last two are made of several operations
+
+
 def speed(body: Anatomy, recipe: Recipe, device: str) -> float:
     """Tokens per second: the arithmetic by the speed of a matrix product, the rest by the speed of memory, both measured here briefly."""
     passes = 3 if recipe.method == "full" else 2  # forward, gradient of the inputs, gradient of the weights
     head = body.vocabulary * body.width
-    attention = 2 * body.layers * body.heads * recipe.length * 3.5  # a backward pass computes the scores once more
+    attention = 2 * body.layers * body.heads * recipe.length * 4.5  # the backward pass computes the scores again, and small heads are slow
     flops = 2 * passes * (body.matrices + head) + 6 * (trained(body, recipe) if recipe.method == "lora" else 0) + 2 * attention
     traffic = TRAFFIC * FLOAT * activations(body, recipe) / (recipe.batch * recipe.length) + 6 * FLOAT * body.vocabulary
     step = 7 * FLOAT * trained(body, recipe) / (recipe.batch * recipe.length)  # AdamW reads four numbers per weight and writes three
@@ -170,26 +179,29 @@ def speed(body: Anatomy, recipe: Recipe, device: str) -> float:
 
 
 def _probe(body: Anatomy, recipe: Recipe, device: str) -> tuple[float, float]:
-    """Floating-point operations and bytes per second, in a fifth of a second each."""
+    """Floating-point operations and bytes per second of tensors of this model's size, in some tenths of a second."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    tokens = min(recipe.batch * recipe.length, 4096)
-    x_ND, weight_FD = (torch.ones(rows, body.width, dtype=dtype, device=device) for rows in (tokens, body.feed_forward))
-    y_NF = x_ND @ weight_FD.t()
+    most = 1024 if device == "cpu" else 8192  # larger ones are no faster
+    tokens, width, forward = (min(most, one) for one in (recipe.batch * recipe.length, body.width, body.feed_forward))
+    x_ND, weight_FD = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (tokens, forward))
+    y_NF = torch.ones(tokens, forward, dtype=dtype, device=device)
     product = _rate(lambda: torch.mm(x_ND, weight_FD.t(), out=y_NF), device) * 2 * tokens * weight_FD.numel()
-    memory = _rate(lambda: y_NF.mul_(1.0), device) * 2 * y_NF.nbytes
+    memory = _rate(lambda: nn.functional.silu(y_NF) * y_NF, device) * 5 * y_NF.nbytes
     return product, memory
 
 
 def _rate(work: Callable[[], Any], device: str) -> float:
-    """Calls per second, after one to warm up."""
+    """Calls per second, by the fastest of some. On a CPU its own time is counted, so that others at work do not enter a prediction."""
+    clock = time.perf_counter if device == "cuda" else lambda: time.process_time() / torch.get_num_threads()
+    fastest, start = float("inf"), time.monotonic()
     work()
-    start, done = time.monotonic(), 0
-    while (spent := time.monotonic() - start) < 0.2 or done < 3:
+    while time.monotonic() - start < 0.2 or fastest == float("inf"):
+        before = clock()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        done += 1
-    return done / spent
+        fastest = min(fastest, clock() - before)
+    return 1 / fastest
 
 
 # ---- what would fit ---------------------------------------------------------------------------------------------

@@ -1,0 +1,146 @@
+"""Predictions of memory and time, against what a run really keeps and takes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elmwood.errors import BadSeed
+from elmwood.lm.load import new_model
+from elmwood.records import Recipe, Shape
+from elmwood.train.adapter import adapter
+from elmwood.train.fit import activations, anatomy, components, fit, trained
+from elmwood.train.loss import Abilities, loss
+
+LLAMA = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
+GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+OPT = {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 64, "dropout": 0.0}
+CONFIGS = {"llama": LLAMA, "qwen3": LLAMA | {"head_dim": 16}, "gpt2": GPT2, "opt": OPT}
+ENDS = {"vocab_size": 128, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+FULL = Recipe(steps=1, batch=4, length=32)
+LORA = FULL.model_copy(update={"method": "lora", "rank": 4})
+BODY = anatomy(transformers.AutoConfig.for_model("llama", **LLAMA | ENDS))
+
+
+def built(kind: str, recipe: Recipe):
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **CONFIGS[kind] | ENDS))
+    config = model.config
+    return config, adapter(model, recipe, "base") if recipe.method == "lora" else model
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+@pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
+def test_counts_and_activations_are_those_of_the_model(kind, recipe):
+    config, model = built(kind, recipe)
+    body = anatomy(config)
+    assert body.parameters + (trained(body, recipe) if recipe.method == "lora" else 0) == sum(one.numel() for one in model.parameters())
+    assert trained(body, recipe) == sum(one.numel() for one in model.parameters() if one.requires_grad)
+    kept: dict[int, int] = {}
+    own = {one.untyped_storage().data_ptr() for one in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(0, 128, (4, 32))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss(model, Abilities("no", True), tokens, tokens, None)
+    head = 4 * 128 * 64 if recipe.method == "full" else 0  # the head's gradient, a component of its own
+    assert 4 * activations(body, recipe) == pytest.approx(sum(kept.values()) - head, rel=0.1)
+
+
+@given(
+    memory=st.integers(10**8, 10**10), batch=st.integers(1, 64), length=st.integers(2, 2048), lora=st.booleans(), rank=st.integers(1, 64)
+)
+@settings(max_examples=30, deadline=None)
+def test_the_largest_that_fits_fits_and_one_more_does_not(memory, batch, length, lora, rank):
+    recipe = Recipe(steps=1, batch=batch, length=length, method="lora" if lora else "full", rank=rank)
+    answer = fit_quickly(recipe, memory)
+    limits = {"batch": 1 << 16, "length": BODY.context, "rank": BODY.width}
+    for what, most in answer.items():
+        if most:
+            assert size(recipe, what, most) <= memory * 1.001  # this process itself grows meanwhile
+        if 0 < most < limits[what]:
+            assert size(recipe, what, most + 1) > memory * 0.999
+
+
+def fit_quickly(recipe: Recipe, memory: int) -> dict[str, int]:
+    from elmwood.train.fit import _largest
+
+    return {what: _largest(BODY, recipe, "cpu", memory, what) for what in ("batch", "length", "rank")}
+
+
+def size(recipe: Recipe, what: str, value: int) -> int:
+    return sum(components(BODY, recipe.model_copy(update={what: value}), "cpu").values())
+
+
+@given(batch=st.integers(1, 64), length=st.integers(2, 512), rank=st.integers(1, 64))
+def test_more_never_takes_less(batch, length, rank):
+    recipe = Recipe(steps=1, batch=batch, length=length, rank=rank, method="lora")
+    for what, value in {"batch": batch, "length": length, "rank": rank}.items():
+        assert size(recipe, what, value + 1) > size(recipe, what, value) - 10**6
+
+
+def test_fit_needs_only_a_config(tmp_path):
+    transformers.AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"], **LLAMA | ENDS).save_pretrained(tmp_path)
+    answer = fit(str(tmp_path), FULL)
+    assert sum(answer.components.values()) == answer.total
+    assert answer.fits
+    assert answer.verdict.startswith("fits")
+    assert answer.tokens_per_second > 0
+    assert set(answer.largest) == {"batch", "length"}
+    small = fit(str(tmp_path), FULL.model_copy(update={"batch": 4096}), memory=answer.total * 2)
+    assert not small.fits
+    assert f"--batch {small.largest['batch']} would" in small.verdict
+    assert fit(str(tmp_path), FULL, memory=10**6).verdict.endswith("or a machine with more memory")
+
+
+def test_a_seven_billion_model_is_predicted_without_its_weights(tmp_path):
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
+    transformers.AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"], **shape).save_pretrained(tmp_path)
+    full, lora = (fit(str(tmp_path), Recipe(steps=1, batch=1, length=2048, method=method)) for method in ("full", "lora"))
+    assert full.parameters == pytest.approx(6.74e9, rel=0.01)
+    assert lora.trained == pytest.approx(40e6, rel=0.01)  # rank 16 on all linear layers
+    assert full.total > full.parameters * 16 > lora.total > lora.parameters * 2
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(BadSeed, match="config"):
+        fit(str(tmp_path), FULL)
+
+
+MEASURE = """
+import json, sys, tempfile
+from pathlib import Path
+import numpy as np
+from elmwood.corpus.tokens import Packed
+from elmwood.lm.load import new_model
+from elmwood.records import Recipe, Shape
+from elmwood.train import loop
+from elmwood.train.fit import anatomy, components
+shape, recipe = Shape.model_validate_json(sys.argv[1]), Recipe.model_validate_json(sys.argv[2])
+config = new_model(shape.model_copy(update={"layers": 1})).config
+config.num_hidden_layers = shape.layers
+predicted = components(anatomy(config), recipe, "cpu")
+tokens = np.random.default_rng(0).integers(1, shape.vocabulary, 50_000).astype("u2")
+packed = Packed(tokens, np.arange(0, 50_000, 100), 0)
+loop.run(new_model(shape), packed, recipe, Path(tempfile.mkdtemp()), lambda **_: None)
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss would be the parent's
+print(json.dumps([sum(predicted.values()), peak * 1024]))
+"""
+
+
+def test_the_peak_of_a_real_run():
+    shape = Shape(layers=3, width=128, heads=4, feed_forward=352, vocabulary=2048, context=256)
+    recipe = Recipe(steps=2, batch=12, length=256)
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, shape.model_dump_json(), recipe.model_dump_json()]
+    predicted, measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert predicted == pytest.approx(measured, rel=0.1)
+    assert new_model(shape).num_parameters() == anatomy(new_model(shape).config).parameters
