@@ -1,0 +1,220 @@
+"""Tokens per second of training: ours against transformers' Trainer (with PEFT for LoRA), same model, tokens and threads.
+
+    python benches/bench_train.py [--steps 40] [--rounds 5] [--batch 8] [--length 256] [--threads 1] [--only full,lora,mask,padding,processes]
+
+One JSON line per measurement: medians over interleaved rounds, wall and CPU seconds (the latter bear neighbours better), and ratios.
+"mask" is what keeping packed documents apart costs; "padding" is one document per row, as a plain Trainer is fed; "processes" is
+two experts side by side with one thread each against one with two.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from elmwood.corpus.build import build, documents
+from elmwood.corpus.tokens import Packed, pack, train_tokenizer
+from elmwood.lm.load import new_model
+from elmwood.records import Recipe, Shape
+from elmwood.store import Store
+from elmwood.train import loop
+from elmwood.train.adapter import adapter
+from elmwood.train.data import UNSCORED, batches
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT 0.21 with transformers 5.23
+SHAPE = Shape(layers=3, width=128, heads=4, feed_forward=352, vocabulary=2048, context=1024)
+WARM = 5  # steps not counted
+Times = tuple[float, float]  # wall and CPU seconds of one token
+
+
+class Clock:
+    """Wall and CPU time from the end of step WARM to the end of the last one."""
+
+    def __init__(self, steps: int):
+        self.steps, self.done, self.marks = steps, 0, []
+
+    def tick(self) -> None:
+        self.done += 1
+        if self.done in (WARM, self.steps):
+            self.marks.append((time.perf_counter(), time.process_time()))
+
+    def per_token(self, tokens_of_a_step: float) -> Times:
+        (wall, cpu), (wall_end, cpu_end) = self.marks
+        tokens = (self.steps - WARM) * tokens_of_a_step
+        return (wall_end - wall) / tokens, (cpu_end - cpu) / tokens
+
+
+def ours(packed: Packed, recipe: Recipe) -> Times:
+    model, clock = new_model(SHAPE), Clock(recipe.steps)
+    if recipe.method == "lora":
+        model = adapter(model, recipe, "bench")
+    with tempfile.TemporaryDirectory() as work:
+        loop.run(model, packed, recipe, Path(work), lambda **_: None, lambda *_: clock.tick())
+    return clock.per_token(recipe.batch * recipe.length)
+
+
+class Rows(Dataset):
+    def __init__(self, rows: list[dict[str, torch.Tensor]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
+        return self.rows[place]
+
+
+class Ticks(TrainerCallback):
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def on_step_end(self, *_, **__) -> None:
+        self.clock.tick()
+
+
+def trainers(rows: Rows, tokens_of_a_step: float, recipe: Recipe) -> Times:
+    """transformers' Trainer, its defaults but for what the recipe says, over PEFT's own modules."""
+    model, clock = new_model(SHAPE), Clock(recipe.steps)
+    if recipe.method == "lora":
+        model = adapter(model, recipe, "bench")
+        for module in model.modules():
+            module.__dict__.pop("forward", None)
+    with tempfile.TemporaryDirectory() as folder, loop.threads(recipe.threads):
+        settings = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=recipe.batch, max_steps=recipe.steps, learning_rate=recipe.learning_rate,
+            lr_scheduler_type="cosine", warmup_steps=2, weight_decay=recipe.weight_decay, max_grad_norm=recipe.clip,
+            adam_beta2=recipe.beta2, report_to="none", save_strategy="no", logging_steps=max(1, recipe.steps // loop.POINTS),
+            disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=settings, train_dataset=rows, callbacks=[Ticks(clock)])
+        trainer.log = lambda *_, **__: None  # it would print
+        trainer.train()
+    return clock.per_token(tokens_of_a_step)
+
+
+def blocks(packed: Packed, recipe: Recipe) -> Rows:
+    """The same rows as ours, as a Trainer takes packed text: labels equal inputs, documents see one another."""
+    tokens = [batch.tokens_BL for batch, _ in zip(batches(packed, recipe), range(recipe.steps))]  # noqa: B905  # one has no end
+    return Rows([{"input_ids": row, "labels": row} for batch in tokens for row in torch.from_numpy(batch)])
+
+
+def padded(packed: Packed, recipe: Recipe) -> tuple[Rows, float]:
+    """One document per row, cut and padded to `length`; and the tokens of a step that are no padding."""
+    ends = np.append(packed.starts[1:], len(packed.tokens))
+    order = np.random.default_rng(0).permutation(len(ends))
+    rows, real = [], 0
+    for place in range(recipe.steps * recipe.batch):
+        document = order[place % len(order)]
+        tokens = torch.from_numpy(packed.tokens[packed.starts[document] : ends[document]][: recipe.length].astype(np.int64))
+        row = torch.zeros(recipe.length, dtype=torch.int64)
+        row[: len(tokens)] = tokens
+        inside = torch.arange(recipe.length) < len(tokens)
+        rows.append({"input_ids": row, "labels": torch.where(inside, row, UNSCORED), "attention_mask": inside.long()})
+        real += len(tokens)
+    return Rows(rows), real / recipe.steps
+
+
+def texts(folder: Path) -> tuple[Packed, Packed]:
+    """The sample corpus packed, and the same cut into paragraphs, which are of very mixed length."""
+    store = Store(folder / "store")
+    corpus = build(["sample"], store)
+    words = train_tokenizer((document.text for document in documents(corpus.train, store)), SHAPE.vocabulary)
+    whole = pack(corpus.train, words, 0, store)
+    lines = (line for document in documents(corpus.train, store) for line in document.text.split("\n\n") if len(line) > 20)
+    encoded = [np.array([0, *one.ids], np.uint16) for one in words.encode_batch_fast(list(lines), add_special_tokens=False)]
+    starts = np.cumsum([0, *(len(one) for one in encoded[:-1])])
+    return whole, Packed(np.concatenate(encoded), starts, 0)
+
+
+def compare(what: str, ways: dict[str, Callable[[], Times]], rounds: int, **facts: object) -> None:
+    """Run the ways in turn, `rounds` times; print a line. Ratios are of speed, the first way over each other one, in the same round."""
+    times: dict[str, list[Times]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(way())
+    first, line = next(iter(ways)), {"bench": "train", "what": what, **facts}
+    for name in ways:
+        line[f"{name}: tokens/s"] = round(1 / median(wall for wall, _ in times[name]))
+        line[f"{name}: tokens/CPU s"] = round(1 / median(cpu for _, cpu in times[name]))
+    for name in list(ways)[1:]:
+        for place, clock in enumerate(("wall", "CPU")):
+            ratios = [theirs[place] / own[place] for own, theirs in zip(times[first], times[name], strict=True)]
+            line[f"{first} / {name} ({clock})"] = round(median(ratios), 3)
+    print(json.dumps(line), flush=True)
+
+
+def processes(recipe: Recipe) -> None:
+    """Two experts with one thread each at once, and one after the other with two threads: aggregate tokens per second."""
+
+    def run(count: int, threads: int) -> float:
+        command = [sys.executable, __file__, "--worker", recipe.model_copy(update={"threads": threads}).model_dump_json()]
+        workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+        return sum(1 / float(worker.communicate()[0]) for worker in workers)
+
+    pairs = [(run(2, 1), run(1, 2), run(1, 1)) for _ in range(3)]
+    apart, together, alone = (median(column) for column in zip(*pairs, strict=True))
+    facts = {"2 processes x 1 thread": apart, "1 process x 2 threads": together, "1 process x 1 thread": alone}
+    ratio = round(median(one / two for one, two, _ in pairs), 3)
+    print(json.dumps({"bench": "train", "what": "processes", **{k: round(v) for k, v in facts.items()}, "ratio": ratio}), flush=True)
+
+
+def worker(recipe: Recipe) -> None:
+    rng = np.random.default_rng(0)
+    packed = Packed(rng.integers(1, SHAPE.vocabulary, 400_000).astype(np.uint16), np.arange(0, 400_000, 1200), 0)
+    print(ours(packed, recipe)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in (("steps", 40), ("rounds", 5), ("batch", 8), ("length", 256), ("threads", 1), ("rank", 16)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--only", default="full,lora,mask,padding,processes")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return worker(Recipe.model_validate_json(options.worker))
+    names = ("steps", "batch", "length", "threads", "rank")
+    recipe = Recipe(**{name: getattr(options, name) for name in names})
+    facts = {name: getattr(options, name) for name in names}
+    chosen = options.only.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        whole, mixed = texts(Path(folder))
+        for method in ("full", "lora"):
+            if method in chosen:
+                given = recipe.model_copy(update={"method": method})
+                rows = blocks(whole, given)
+                ways = {"ours": lambda: ours(whole, given), "Trainer": lambda: trainers(rows, given.batch * given.length, given)}  # noqa: B023
+                compare(method, ways, options.rounds, **facts)
+        if "mask" in chosen:
+            ends = {"documents": whole, "paragraphs": mixed}
+            for name, packed in ends.items():
+                joined = packed._replace(starts=packed.starts[:1])  # the same tokens as one document: no mask
+                compare(
+                    f"mask, {name}",
+                    {"one document": lambda: ours(joined, recipe), "apart": lambda: ours(packed, recipe)},
+                    options.rounds,
+                    **facts,
+                )  # noqa: B023
+        if "padding" in chosen:
+            for name, packed in {"documents": whole, "paragraphs": mixed}.items():
+                rows, real = padded(packed, recipe)
+                share = {"real share of padded": round(real / (recipe.batch * recipe.length), 3)}
+                ways = {"ours, packed": lambda: ours(packed, recipe), "Trainer, padded": lambda: trainers(rows, real, recipe)}  # noqa: B023
+                compare(f"padding, {name}", ways, options.rounds, **facts, **share)
+    if "processes" in chosen:
+        processes(recipe)
+
+
+if __name__ == "__main__":
+    main()
