@@ -1,6 +1,7 @@
 """Tokens per second of training: ours against transformers' Trainer (with PEFT for LoRA), same model, tokens and threads.
 
-    python benches/bench_train.py [--steps 40] [--rounds 5] [--batch 8] [--length 256] [--threads 1] [--only full,lora,mask,padding,processes]
+    python benches/bench_train.py [--steps 40] [--rounds 5] [--batch 8] [--length 256] [--threads 1]
+                                  [--only full,lora,mask,padding,processes]
 
 One JSON line per measurement: medians over interleaved rounds, wall and CPU seconds (the latter bear neighbours better), and ratios.
 "mask" is what keeping packed documents apart costs; "padding" is one document per row, as a plain Trainer is fed; "processes" is
@@ -200,12 +201,8 @@ def main() -> None:
             ends = {"documents": whole, "paragraphs": mixed}
             for name, packed in ends.items():
                 joined = packed._replace(starts=packed.starts[:1])  # the same tokens as one document: no mask
-                compare(
-                    f"mask, {name}",
-                    {"one document": lambda: ours(joined, recipe), "apart": lambda: ours(packed, recipe)},
-                    options.rounds,
-                    **facts,
-                )  # noqa: B023
+                ways = {"one document": lambda: ours(joined, recipe), "apart": lambda: ours(packed, recipe)}  # noqa: B023
+                compare(f"mask, {name}", ways, options.rounds, **facts)
         if "padding" in chosen:
             for name, packed in {"documents": whole, "paragraphs": mixed}.items():
                 rows, real = padded(packed, recipe)
