@@ -77,32 +77,32 @@ def auction(score_KN: torch.Tensor) -> torch.Tensor:
     """Each domain bids for its n/k best documents, by how much they beat the next best; the highest bid holds a document."""
     k, n = score_KN.shape
     increment = max(float(score_KN.max() - score_KN.min()) / 50, 1e-4)
-    value_KN, cost_N = score_KN.clone(), torch.zeros(n)
-    winner_N, won_N = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
-    for rounds in range(1001):
-        best, index = torch.topk(value_KN, n // k + 1, dim=1)
-        bid_KN = torch.zeros(k, n).scatter_(1, index[:, :-1], best[:, :-1] - best[:, -1:] + increment)
-        held = won_N.nonzero()[:, 0]
-        if 0 < rounds < 100:
-            bid_KN[winner_N[held], held] = increment
-        top_N, winner_N = bid_KN.max(0)
-        won_N = top_N > 0
-        if bool(won_N.all()):
+    value_KN, bid_KN, cost_N = score_KN.clone(), torch.zeros(k, n), torch.zeros(n)
+    held = None
+    for done in range(1001):
+        best, places = value_KN.topk(n // k + 1, dim=1)
+        bid_KN.zero_().scatter_(1, places[:, :-1], best[:, :-1] - best[:, -1:] + increment)
+        if held is not None and done < 100:
+            bid_KN.view(-1)[held] = increment
+        wanted = (bid_KN > 0).any(0).nonzero()[:, 0]
+        bids, winners = bid_KN[:, wanted].max(0)
+        if len(wanted) == n:
             break
-        cost_N += top_N
+        cost_N[wanted] += bids
         value_KN = score_KN - cost_N
-        held = won_N.nonzero()[:, 0]
-        value_KN[winner_N[held], held] = score_KN[winner_N[held], held]
-    return torch.where(won_N, winner_N, 0)
+        held = winners * n + wanted
+        value_KN.view(-1)[held] = score_KN.view(-1)[held]
+    return torch.zeros(n, dtype=torch.long).index_copy_(0, wanted, winners)
 
 
 def auction_kmeans(x_ND: np.ndarray, k: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    """Labels and iterations. Distances by one product, which is kinder than the package's N x K x D differences."""
+    """Labels and iterations. As there, distances are sums over a tensor of all differences [N, K, D]."""
     x = torch.from_numpy(x_ND)
     centroid = x[torch.from_numpy(rng.choice(len(x), k, replace=False))]
     iterations, shift = 0, np.inf
     while iterations < 20 and shift**2 >= 1e-3:
-        label = auction(-(torch.cdist(centroid, x) ** 2))
+        dist2 = ((x[:, None] - centroid[None]) ** 2).sum(-1)
+        label = auction(-dist2.T.contiguous())
         new = torch.stack([x[label == domain].mean(0) for domain in range(k)])
         shift = float((new - centroid).norm(dim=1).sum())
         centroid, iterations = new, iterations + 1

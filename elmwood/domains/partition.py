@@ -3,6 +3,7 @@
 Shapes: N documents, K domains, D dimensions, V terms, B bins.
 """
 
+import errno
 import fcntl
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from elmwood.domains.dense import Model
 from elmwood.domains.grow import BATCH, Ground, Grown, grow, write
 from elmwood.domains.route import Centroids, Sparse, distances
 from elmwood.engine import Progress, silent
-from elmwood.errors import BadCorpus, BadInput, ForeignExpert
+from elmwood.errors import BadCorpus, BadInput, DoesNotFit, ForeignExpert
 from elmwood.records import Corpus, Embedder, Partition, fingerprint
 from elmwood.store import Store
 
@@ -281,8 +282,16 @@ def _fitted(corpus: Corpus, store: Store, name: str, rng_seed: int, model: Model
 
 @contextmanager
 def _alone(store: Store, key: str) -> Iterator[Path]:
-    """The work folder of a task, held by one process at a time: the next one waits, and finds the task done."""
+    """The work folder of a task, held by one process at a time: the next one waits, and finds the task done.
+
+    Raises DoesNotFit when the disk is full; what was finished stays, and the task goes on there.
+    """
     work = store.work(key)
     with work.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
-        yield store.work(key)
+        try:
+            yield store.work(key)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DoesNotFit(f"no space left in {work}; free some, or move the store with --store") from error
+            raise
