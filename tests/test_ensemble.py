@@ -69,6 +69,7 @@ SETTINGS = [
     {"top_k": 2, "seed_distance": 0.4},
     {"top_k": 4, "seed_distance": 0.9, "router": "cbtm"},
     {"top_k": 3, "temperature": 1.0},
+    {"top_k": 2, "router": "sparse", "seed_distance": 1.9},
 ]
 
 
@@ -169,6 +170,8 @@ def test_experts_without_a_place_and_strange_routers_are_refused(house):
             EnsembleLM(house.ensemble([expert]), house.store)
     with pytest.raises(UnknownName, match="os:system"):
         EnsembleLM(house.ensemble(router="os:system"), house.store)
+    with pytest.raises(BadInput, match="oracle"):
+        EnsembleLM(house.ensemble(router="oracle"), house.store)
 
 
 # ---- text

@@ -27,7 +27,7 @@ from transformers import (
 from elmwood.errors import BadInput, BadSeed, Damaged, ForeignExpert
 from elmwood.lm import cache, lora
 from elmwood.lm.experts import LOGITS, Experts, OneLM
-from elmwood.lm.load import check_kin, import_seed, load_model, new_model, save_folder, seed_folder, tokenizer
+from elmwood.lm.load import check_kin, ends, import_seed, load_model, new_model, save_folder, seed_folder, tokenizer
 from elmwood.lm.lora import Adapter, Bank
 from elmwood.store import Store
 
@@ -91,6 +91,9 @@ def test_a_saved_seed_opens_as_it_was(store):
     opened, tokens_BT = load_model(saved, store), some_tokens(2, 9)
     assert not opened.training
     torch.testing.assert_close(opened(tokens_BT).logits, model(tokens_BT).logits)
+    assert ends(saved, store) == [0]
+    (bare := dict(saved.files)).pop("generation_config.json")
+    assert ends(saved.model_copy(update={"files": bare}), store) == [0]
     assert tokenizer(saved, store).to_str() == tiny_tokenizer().to_str()
     elsewhere = AutoTokenizer.from_pretrained(seed_folder(saved, store))
     assert elsewhere.decode(elsewhere("the cat — 海")["input_ids"]) == "the cat — 海"
@@ -413,6 +416,14 @@ def test_one_expert_is_an_lm(seed, forest, store):
     torch.testing.assert_close(logp_V[tokens_BT[0, 4]], lm.score(tokens_BT)[0, 4], atol=1e-5, rtol=1e-5)
     assert text.spoke == {"first": 1.0}
     assert (lm.context, lm.vocabulary, lm.separator, lm.stops) == (64, 320, 0, {0})
+
+
+def test_what_is_not_used_is_not_opened(seed, forest, store):
+    experts = Experts(seed, forest, store)
+    full = next(e for e, expert in enumerate(experts.experts) if expert.recipe.method == "full")
+    lm = OneLM(experts, full, "full")
+    lm.extend([0], lm.start())
+    assert list(experts._bodies) == [full]
 
 
 def test_bad_texts_and_strangers_are_refused(seed, forest, store):

@@ -5,7 +5,6 @@ Shapes: E candidates (experts by digest, the seed last where it is one), A of th
 p(x_t | x_<t) = sum over e of w_e(x_<t) p_e(x_t | x_<t). Only candidates with weight are run.
 """
 
-import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch import Tensor
 from elmwood.corpus.tokens import token_bytes
 from elmwood.domains import embed
 from elmwood.domains.partition import centroids
-from elmwood.domains.route import ROUTERS, candidates, gate, prefix_distances, token_distances
-from elmwood.errors import ForeignExpert, UnknownName
+from elmwood.domains.route import ROUTERS, Walk, candidates, gate, token_distances
+from elmwood.errors import BadInput, ForeignExpert, UnknownName
 from elmwood.lm.experts import Experts, OneLM, Text
 from elmwood.lm.interface import LM
 from elmwood.lm.load import tokenizer
@@ -28,29 +27,36 @@ from elmwood.store import Store
 Floats = NDArray[np.floating]
 
 
-class Router:
+class Gate:
     """Text -> the weight of each candidate, by an ensemble's settings."""
 
     def __init__(self, ensemble: Ensemble, partition: Partition, experts: Sequence[Expert], seed: Seed, store: Store):
         if ensemble.router not in ROUTERS:  # a record may come from a stranger, so no 'module:function' here
             raise UnknownName(f"the ensemble asks for router {ensemble.router!r}; have {', '.join(sorted(ROUTERS))}")
-        self.ensemble, self.score = ensemble, ROUTERS[ensemble.router]
+        self.ensemble, self.router = ensemble, ROUTERS[ensemble.router]
+        if self.router.signal not in ("dense", "sparse"):
+            raise BadInput(
+                f"router {ensemble.router!r} goes by more than the text so far, so it cannot generate: choose 'centroid' or 'sparse'"
+            )
         self.embedder = embed.load(partition.embedder, store)
+        self.centroids_E = centroids(partition, store, self.router.signal)[[_domain(expert, partition) for expert in experts]]
         spelled = token_bytes(tokenizer(seed, store))
         self.spelled = spelled + [b""] * (seed.vocabulary - len(spelled))  # some embeddings are padded with rows nobody uses
-        self.centroid_ED = centroids(partition, store)[[_domain(expert, partition) for expert in experts]]
 
     def tokens(self, tokens_T: Sequence[int]) -> Floats:
         """Row t: weights for predicting token t [T, E]."""
-        return self._weights(token_distances(self.embedder, self.centroid_ED, tokens_T, self.spelled))
+        return self._weights(token_distances(self.embedder, self.centroids_E, tokens_T, self.spelled))
 
-    def text(self, text: str) -> Floats:
-        """Weights for predicting what comes after a text [E]."""
-        return self._weights(prefix_distances(self.embedder, self.centroid_ED, text, [len(text)]))[0]
+    def walk(self) -> Walk:
+        """The routing of an empty text."""
+        return Walk(self.embedder, self.centroids_E)
+
+    def push(self, walk: Walk, tokens_T: Sequence[int]) -> Floats:
+        """Let a text grow; weights for predicting what comes next [E]."""
+        return self._weights(walk.push(b"".join(self.spelled[token] for token in tokens_T))[None])[0]
 
     def _weights(self, dist2_NE: Floats) -> Floats:
-        score_NE = self.score(candidates(dist2_NE, self.ensemble.seed_distance))
-        return gate(score_NE, self.ensemble.temperature, self.ensemble.top_k)
+        return gate(self.router(candidates(dist2_NE, self.ensemble.seed_distance)), self.ensemble.temperature, self.ensemble.top_k)
 
 
 def _domain(expert: Expert, partition: Partition) -> int:
@@ -64,10 +70,10 @@ def _domain(expert: Expert, partition: Partition) -> int:
 class Mixed(Text):
     """A text that an ensemble reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, walk: Walk) -> None:
         super().__init__()
         self.spoke: dict[str, float] = {}
-        self.bytes = b""
+        self.walk = walk
 
 
 class EnsembleLM:
@@ -78,7 +84,7 @@ class EnsembleLM:
         forest = store.load(ensemble.forest, Forest)
         seed, partition = store.load(forest.seed, Seed), store.load(forest.partition, Partition)
         self.experts = Experts(seed, [store.load(digest, Expert) for digest in forest.experts], store, device)
-        self.router = Router(ensemble, partition, self.experts.experts, seed, store)
+        self.gate = Gate(ensemble, partition, self.experts.experts, seed, store)
         self.names = [*_names(self.experts.experts, partition), "seed"]
         self.context, self.vocabulary, self.separator = seed.context, seed.vocabulary, seed.separator
         self.stops = self.experts.stops
@@ -86,7 +92,7 @@ class EnsembleLM:
     def score(self, tokens_BT: Any) -> Tensor:
         """log p(x_t | x_<t) [B, T], float32 on the CPU; each row is routed by its own tokens."""
         tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
-        weight_BTE = torch.from_numpy(np.stack([self.router.tokens(row) for row in tokens_BT.tolist()]))
+        weight_BTE = torch.from_numpy(np.stack([self.gate.tokens(row) for row in tokens_BT.tolist()]))
         weight_BTE[:, 0] = 0  # the first token is given
         loglik_BT = torch.full(tokens_BT.shape, -torch.inf, dtype=torch.float64)
         for e in range(weight_BTE.shape[2]):
@@ -98,17 +104,16 @@ class EnsembleLM:
         return loglik_BT.float()
 
     def start(self) -> Mixed:
-        return Mixed()
+        return Mixed(self.gate.walk())
 
     def extend(self, tokens_T: Sequence[int], cache: Mixed) -> tuple[Tensor, Mixed]:
         """Log-probabilities [V] of the token after these, from the candidates that the text so far calls for."""
-        read = cache.bytes + b"".join(self.router.spelled[token] for token in tokens_T)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # leaves out a character whose last bytes have yet to come
-        weight_E = self.router.text(decoder.decode(read))
+        self.experts.check(tokens_T, len(cache.tokens) + len(tokens_T))
+        weight_E = self.gate.push(cache.walk, tokens_T)
         active = np.flatnonzero(weight_E)
         logp_AV, _ = self.experts.extend(active.tolist(), tokens_T, cache)
         weight_A = torch.from_numpy(weight_E[active]).to(logp_AV.device)
-        cache.bytes, cache.spoke = read, {self.names[e]: float(weight_E[e]) for e in active}
+        cache.spoke = {self.names[e]: float(weight_E[e]) for e in active}
         return torch.logsumexp(logp_AV + weight_A.log()[:, None], 0).float().cpu(), cache
 
 

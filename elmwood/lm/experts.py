@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.cache import States
-from elmwood.lm.load import best_device, check_kin, load_model
+from elmwood.lm.load import best_device, check_kin, ends, load_model
 from elmwood.lm.lora import Bank, adapter_of
 from elmwood.records import Expert, Seed
 from elmwood.store import Store
@@ -62,8 +62,7 @@ class Experts:
     @property
     def stops(self) -> frozenset[int]:
         """The separator, and what the checkpoint says ends a text."""
-        ends = self._body(BASE).model.generation_config.eos_token_id
-        return frozenset([self.seed.separator, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
+        return frozenset([self.seed.separator, *ends(self.seed, self.store)])
 
     def _body(self, key: int) -> Body:
         if key not in self._bodies:
@@ -77,7 +76,7 @@ class Experts:
         """log p(x_t | x_<t) [B, T] of candidate e, float32 on the CPU; column 0 is 0. Raises BadInput."""
         tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
         rows, length = tokens_BT.shape
-        self._check(tokens_BT.flatten(), length)
+        self.check(tokens_BT.flatten(), length)
         key, number = self._places[e]
         model, bank = self._body(key)
         if bank:
@@ -103,7 +102,7 @@ class Experts:
         The text is changed in place. Raises BadInput when it outgrows the context.
         """
         total = len(text.tokens) + len(tokens_T)
-        self._check(torch.as_tensor(tokens_T, dtype=torch.long), total)
+        self.check(tokens_T, total)
         text.tokens.extend(tokens_T)
         by_body: dict[int, dict[int, int]] = {}  # body -> number in its bank -> place in `active`
         for place, e in enumerate(active):
@@ -128,7 +127,9 @@ class Experts:
             found += list(zip(states.owner[first:last], output.logits[:, -1], strict=True))
         return found
 
-    def _check(self, tokens_N: Tensor, length: int) -> None:
+    def check(self, tokens_N: Any, length: int) -> None:
+        """Whether these tokens, in texts of `length` tokens, can be read. Raises BadInput."""
+        tokens_N = torch.as_tensor(tokens_N, dtype=torch.long)
         if length > self.seed.context:
             raise BadInput(f"{length} tokens, and {self.seed.name} reads {self.seed.context} at most: shorten the text")
         if not len(tokens_N):

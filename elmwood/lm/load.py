@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from elmwood.errors import BadSeed, Damaged, ForeignExpert
@@ -69,7 +69,8 @@ def save_seed(
     """Store a model with its tokenizer as a transformers folder, and the record of both. Raises BadSeed."""
     check_tokenizer(tokenizer, model.config, separator, name)
     if model.config.eos_token_id is None:
-        model.config.bos_token_id = model.config.eos_token_id = separator
+        for about in filter(None, (model.config, model.generation_config)):
+            about.bos_token_id = about.eos_token_id = separator
     with tempfile.TemporaryDirectory() as scratch:
         save_folder(model, tokenizer, Path(scratch))
         files = store.put_folder(Path(scratch))
@@ -258,6 +259,16 @@ def tokenizer(seed: Seed, store: Store) -> Tokenizer:
     loaded.no_truncation()
     loaded.no_padding()
     return loaded
+
+
+def ends(seed: Seed, store: Store) -> list[int]:
+    """The tokens that end a text by the word of the checkpoint; no weights are read."""
+    folder = seed_folder(seed, store)
+    if (folder / "generation_config.json").exists():
+        found = GenerationConfig.from_pretrained(folder).eos_token_id
+    else:
+        found = AutoConfig.from_pretrained(folder).get_text_config().eos_token_id
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def best_device() -> torch.device:
