@@ -69,8 +69,9 @@ def save_seed(
     """Store a model with its tokenizer as a transformers folder, and the record of both. Raises BadSeed."""
     check_tokenizer(tokenizer, model.config, separator, name)
     if model.config.eos_token_id is None:
-        for about in filter(None, (model.config, model.generation_config)):
-            about.bos_token_id = about.eos_token_id = separator
+        model.config.bos_token_id = model.config.eos_token_id = separator
+        if model.generation_config is not None:
+            model.generation_config.bos_token_id = model.generation_config.eos_token_id = separator
     with tempfile.TemporaryDirectory() as scratch:
         save_folder(model, tokenizer, Path(scratch))
         files = store.put_folder(Path(scratch))
