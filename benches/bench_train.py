@@ -1,11 +1,11 @@
 """Tokens per second of training: ours against transformers' Trainer (with PEFT for LoRA), same model, tokens and threads.
 
     python benches/bench_train.py [--steps 40] [--rounds 5] [--batch 8] [--length 256] [--threads 1]
-                                  [--only full,lora,mask,padding,processes]
+                                  [--only full,lora]
 
 One JSON line per measurement: medians over interleaved rounds, wall and CPU seconds (the latter bear neighbours better), and ratios.
-"mask" is what keeping packed documents apart costs; "padding" is one document per row, as a plain Trainer is fed; "processes" is
-two experts side by side with one thread each against one with two.
+Beside "full" and "lora": "mask" is what keeping packed documents apart costs; "padding" is one document per row, as a plain
+Trainer is fed; "processes" is two experts side by side with one thread each against one with two.
 """
 
 import argparse
@@ -16,11 +16,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -98,7 +100,7 @@ def trainers(rows: Rows, tokens_of_a_step: float, recipe: Recipe) -> Times:
             adam_beta2=recipe.beta2, report_to="none", save_strategy="no", logging_steps=max(1, recipe.steps // loop.POINTS),
             disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False,
         )  # fmt: skip
-        trainer = Trainer(model=model, args=settings, train_dataset=rows, callbacks=[Ticks(clock)])
+        trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[Ticks(clock)])
         trainer.log = lambda *_, **__: None  # it would print
         trainer.train()
     return clock.per_token(tokens_of_a_step)
@@ -107,23 +109,26 @@ def trainers(rows: Rows, tokens_of_a_step: float, recipe: Recipe) -> Times:
 def blocks(packed: Packed, recipe: Recipe) -> Rows:
     """The same rows as ours, as a Trainer takes packed text: labels equal inputs, documents see one another."""
     tokens = [batch.tokens_BL for batch, _ in zip(batches(packed, recipe), range(recipe.steps))]  # noqa: B905  # one has no end
-    return Rows([{"input_ids": row, "labels": row} for batch in tokens for row in torch.from_numpy(batch)])
+    return Rows([{"input_ids": row} for batch in tokens for row in torch.from_numpy(batch)])
 
 
-def padded(packed: Packed, recipe: Recipe) -> tuple[Rows, float]:
-    """One document per row, cut and padded to `length`; and the tokens of a step that are no padding."""
+def padded(packed: Packed, recipe: Recipe) -> tuple[Rows, float, float]:
+    """One document per row, cut at `length`; the tokens of a step, and how much of what is computed they are (see `collate`)."""
     ends = np.append(packed.starts[1:], len(packed.tokens))
-    order = np.random.default_rng(0).permutation(len(ends))
-    rows, real = [], 0
-    for place in range(recipe.steps * recipe.batch):
-        document = order[place % len(order)]
-        tokens = torch.from_numpy(packed.tokens[packed.starts[document] : ends[document]][: recipe.length].astype(np.int64))
-        row = torch.zeros(recipe.length, dtype=torch.int64)
-        row[: len(tokens)] = tokens
-        inside = torch.arange(recipe.length) < len(tokens)
-        rows.append({"input_ids": row, "labels": torch.where(inside, row, UNSCORED), "attention_mask": inside.long()})
-        real += len(tokens)
-    return Rows(rows), real / recipe.steps
+    order = np.random.default_rng(0).permutation(len(ends))[np.arange(recipe.steps * recipe.batch) % len(ends)]
+    rows = [torch.from_numpy(packed.tokens[packed.starts[one] : ends[one]][: recipe.length].astype(np.int64)) for one in order]
+    size_SB = np.array([len(row) for row in rows]).reshape(recipe.steps, recipe.batch)
+    share = size_SB.sum() / (size_SB.max(1) * recipe.batch).sum()
+    return Rows([{"input_ids": row} for row in rows]), size_SB.sum() / recipe.steps, share
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Pad to the longest row of the batch, as transformers' own collators do; rows of one length stay as they are."""
+    rows_L = [row["input_ids"] for row in rows]
+    tokens_BL = pad_sequence(rows_L, batch_first=True)
+    inside_BL = torch.arange(tokens_BL.shape[1]) < torch.tensor([len(row) for row in rows_L])[:, None]
+    inputs = {"input_ids": tokens_BL, "labels": torch.where(inside_BL, tokens_BL, UNSCORED)}
+    return inputs if inside_BL.all() else inputs | {"attention_mask": inside_BL.long()}
 
 
 def texts(folder: Path) -> tuple[Packed, Packed]:
@@ -191,24 +196,19 @@ def main() -> None:
     chosen = options.only.split(",")
     with tempfile.TemporaryDirectory() as folder:
         whole, mixed = texts(Path(folder))
-        for method in ("full", "lora"):
-            if method in chosen:
-                given = recipe.model_copy(update={"method": method})
-                rows = blocks(whole, given)
-                ways = {"ours": lambda: ours(whole, given), "Trainer": lambda: trainers(rows, given.batch * given.length, given)}  # noqa: B023
-                compare(method, ways, options.rounds, **facts)
-        if "mask" in chosen:
-            ends = {"documents": whole, "paragraphs": mixed}
-            for name, packed in ends.items():
+        for method in [name for name in ("full", "lora") if name in chosen]:
+            given = recipe.model_copy(update={"method": method})
+            peer = partial(trainers, blocks(whole, given), given.batch * given.length, given)
+            compare(method, {"ours": partial(ours, whole, given), "Trainer": peer}, options.rounds, **facts)
+        for name, packed in {"documents": whole, "paragraphs": mixed}.items():
+            mine = partial(ours, packed, recipe)
+            if "mask" in chosen:
                 joined = packed._replace(starts=packed.starts[:1])  # the same tokens as one document: no mask
-                ways = {"one document": lambda: ours(joined, recipe), "apart": lambda: ours(packed, recipe)}  # noqa: B023
-                compare(f"mask, {name}", ways, options.rounds, **facts)
-        if "padding" in chosen:
-            for name, packed in {"documents": whole, "paragraphs": mixed}.items():
-                rows, real = padded(packed, recipe)
-                share = {"real share of padded": round(real / (recipe.batch * recipe.length), 3)}
-                ways = {"ours, packed": lambda: ours(packed, recipe), "Trainer, padded": lambda: trainers(rows, real, recipe)}  # noqa: B023
-                compare(f"padding, {name}", ways, options.rounds, **facts, **share)
+                compare(f"mask, {name}", {"apart": mine, "one document": partial(ours, joined, recipe)}, options.rounds, **facts)
+            if "padding" in chosen:
+                rows, real, share = padded(packed, recipe)
+                ways = {"ours, packed": mine, "Trainer, padded": partial(trainers, rows, real, recipe)}
+                compare(f"padding, {name}", ways, options.rounds, **facts, **{"tokens that are no padding": round(share, 3)})
     if "processes" in chosen:
         processes(recipe)
 
