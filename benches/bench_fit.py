@@ -10,6 +10,18 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from elmwood.corpus.tokens import Packed
+from elmwood.records import Recipe
+from elmwood.train import loop
+from elmwood.train.adapter import adapter
+from elmwood.train.fit import anatomy, components, speed
 
 
 def like(kind: str, width: int, forward: int, layers: int, heads: int, vocabulary: int, **more: int) -> dict:
