@@ -111,7 +111,8 @@ def test_your_own_text_your_own_seed_lora(here, tmp_path):
     table = json.loads(elmwood("eval", "mine/forest", "--name", "mine/ensemble", "--json", cwd=here))
     rows = {row["name"]: row["bits_per_byte"] for row in table["rows"]}
     assert rows["oracle routing"] < rows["seed"]
-    assert "river" in elmwood("chat", "mine/ensemble", "--prompt", "the river and", "--max-tokens", "16", "--temperature", "0", cwd=here)
+    said = json.loads(elmwood("chat", "mine/ensemble", "--prompt", "the river and the boat", "--max-tokens", "8", "--json", cwd=here))
+    assert max(said["experts"].values()) > 0.5, "the text is near one of the two domains"
     elmwood("export", "mine/expert/0", "adapter", cwd=here)
     assert (here / "adapter" / "adapter_model.safetensors").is_file()
     answer = json.loads(elmwood("fit", "mine/seed", "--memory", "24GB", "--json", cwd=here))

@@ -134,7 +134,7 @@ def fit(
     seed: Annotated[str, typer.Argument(help="A seed here, a folder with config.json, or a hub id (downloads its config).")],
     method: Annotated[str, typer.Option(help="full or lora.")] = "lora",
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
+    length: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the seed's context, at most 1024.")] = None,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
     memory: Annotated[str | None, typer.Option(help="What there is, e.g. 24GB; default: this machine's.")] = None,
     store: StoreOption = STORE,

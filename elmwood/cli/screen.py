@@ -88,10 +88,11 @@ def emit(value: Any) -> None:
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] = (), to: Console = out) -> None:
     """A table; the first column is text, the others are numbers."""
-    grid = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    grid = Table(box=None, pad_edge=False, header_style="dim")
     for place, column in enumerate(head):
         grid.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
     for place, row in enumerate(rows):
         grid.add_row(*row, style=styles[place] if styles else "")
+    to.print(title, style="bold", soft_wrap=True)
     width = max(to.width, Measurement.get(to, to.options.update(width=1000), grid).maximum)  # never cut: a narrow terminal wraps
     Console(file=to.file, width=width, highlight=False).print(grid)

@@ -132,10 +132,11 @@ def shards(partition: Partition, domain: int | None) -> tuple[Shard, ...]:
 def fit(*, seed, method, batch, length, rank, memory, store, as_json) -> None:
     from elmwood.train.fit import fit as predict  # torch
 
-    recipe = Recipe(method=method, steps=1, batch=batch, length=length, rank=rank, threads=cores())
     home = Store(store)
-    known = seed in home.names() or len(seed) == 64
-    answer = predict(home.load(seed, Seed) if known else seed, recipe, home, memory=memory and count(memory))
+    known = home.load(seed, Seed) if seed in home.names() or len(seed) == 64 else None
+    length = length or min(known.context if known else 1024, 1024)
+    recipe = Recipe(method=method, steps=1, batch=batch, length=length, rank=rank, threads=cores())
+    answer = predict(known or seed, recipe, home, memory=memory and count(memory))
     if as_json:
         emit(answer.model_dump(mode="json"))
         return
