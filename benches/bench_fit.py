@@ -23,6 +23,8 @@ from elmwood.train import loop
 from elmwood.train.adapter import adapter
 from elmwood.train.fit import anatomy, components, speed
 
+WARM = 3  # steps not counted
+
 
 def like(kind: str, width: int, forward: int, layers: int, heads: int, vocabulary: int, **more: int) -> dict:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -74,7 +76,7 @@ def main() -> None:
 
 def one(name: str, batch: int, length: int, method: str) -> None:
     """A run of a few steps; its peak and its speed, predicted before it starts."""
-    recipe = Recipe(steps=4, batch=batch, length=length, method=method)
+    recipe = Recipe(steps=8, batch=batch, length=length, method=method)
     config = AutoConfig.for_model(**MODELS[name], bos_token_id=0, eos_token_id=0, pad_token_id=None)
     body = anatomy(config)
     parts = components(body, recipe, "cpu")
@@ -87,7 +89,7 @@ def one(name: str, batch: int, length: int, method: str) -> None:
         packed = Packed(tokens, np.arange(0, len(tokens), 700), 0)
         loop.run(model, packed, recipe, Path(work), lambda **_: None, lambda *_: marks.append(time.process_time()))
     peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    measured = batch * length * (len(marks) - 1) / (marks[-1] - marks[0]) * recipe.threads
+    measured = batch * length * (len(marks) - WARM) / (marks[-1] - marks[WARM - 1]) * recipe.threads
     predicted = speed(body, recipe, "cpu")
     found = {
         "predicted MB": round(sum(parts.values()) / 1e6),

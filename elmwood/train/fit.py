@@ -25,7 +25,8 @@ FLOAT = 4  # bytes
 BESIDE = {"cpu": 45_000_000, "cuda": 600_000_000}
 # glibc keeps freed pieces that nothing fits into: how much of activations and gradients stands twice (measured, benches/bench_fit.py)
 KEPT = {"cpu": (0.45, 0.55), "cuda": (0.05, 0.05)}
-TRAFFIC = 20  # times each saved activation is read or written in a step, beside matrix products (measured with the same bench)
+# times each kept activation is read or written in a step, beside matrix products (the same bench); adapters read them once more
+TRAFFIC = {"full": 22, "lora": 32}
 
 
 class Anatomy(NamedTuple):
@@ -171,7 +172,7 @@ def speed(body: Anatomy, recipe: Recipe, device: str) -> float:
     head = body.vocabulary * body.width
     attention = 2 * body.layers * body.heads * recipe.length * 4.5  # the backward pass computes the scores again, and small heads are slow
     flops = 2 * passes * (body.matrices + head) + 6 * (trained(body, recipe) if recipe.method == "lora" else 0) + 2 * attention
-    traffic = TRAFFIC * FLOAT * activations(body, recipe) / (recipe.batch * recipe.length) + 6 * FLOAT * body.vocabulary
+    traffic = TRAFFIC[recipe.method] * FLOAT * activations(body, recipe) / (recipe.batch * recipe.length) + 6 * FLOAT * body.vocabulary
     step = 7 * FLOAT * trained(body, recipe) / (recipe.batch * recipe.length)  # AdamW reads four numbers per weight and writes three
     with threads(recipe.threads):
         product, memory = _probe(body, recipe, device)
