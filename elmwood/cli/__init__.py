@@ -1,7 +1,7 @@
 """The command line: verbs are the words of the pipeline. stdout is the thing made, stderr is the talk.
 
 Only signatures stand here, so that `elmwood --help` needs neither torch nor any library of ours; each verb calls its
-namesake in `verbs` or `study`.
+namesake in the module of its family.
 """
 
 import errno
@@ -71,7 +71,7 @@ def cluster(
     as_json: JsonOption = False,
 ) -> None:
     """Read a corpus and discover its domains: makes a Partition."""
-    _verb("verbs", "cluster", corpus=corpus, domains=domains, embedder=embedder, method=method, holdout=holdout, field=field,
+    _verb("domains", "cluster", corpus=corpus, domains=domains, embedder=embedder, method=method, holdout=holdout, field=field,
           rng_seed=rng_seed, name=name, store=store, as_json=as_json)  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def seed_import(
     as_json: JsonOption = False,
 ) -> None:
     """Take any causal language model of transformers as a seed."""
-    _verb("verbs", "seed_import", model=model, separator=separator, name=name, store=store, as_json=as_json)
+    _verb("training", "seed_import", model=model, separator=separator, name=name, store=store, as_json=as_json)
 
 
 @seed_app.command("train")
@@ -103,7 +103,7 @@ def seed_train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a small Llama from scratch, with its own tokenizer."""
-    _verb("verbs", "seed_train", corpus=corpus, tokens=tokens, layers=layers, width=width, vocabulary=vocabulary, length=length,
+    _verb("training", "seed_train", corpus=corpus, tokens=tokens, layers=layers, width=width, vocabulary=vocabulary, length=length,
           batch=batch, learning_rate=learning_rate, rng_seed=rng_seed, name=name, store=store, as_json=as_json)  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Branch experts from the seed, one per domain, with no communication."""
-    _verb("verbs", "train", partition=partition, seed=seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length,
+    _verb("training", "train", partition=partition, seed=seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length,
           learning_rate=learning_rate, rank=rank, rng_seed=rng_seed, name=name, workers=workers, store=store, as_json=as_json)  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def fit(
     as_json: JsonOption = False,
 ) -> None:
     """Say before a run what memory and time it will take, and what would fit."""
-    _verb("verbs", "fit", seed=seed, method=method, batch=batch, length=length, rank=rank, memory=memory, store=store, as_json=as_json)
+    _verb("training", "fit", seed=seed, method=method, batch=batch, length=length, rank=rank, memory=memory, store=store, as_json=as_json)
 
 
 @app.command()
@@ -153,7 +153,7 @@ def forest(
     as_json: JsonOption = False,
 ) -> None:
     """Gather a seed, a partition and its experts."""
-    _verb("verbs", "forest", partition=partition, experts=experts, name=name, store=store, as_json=as_json)
+    _verb("models", "forest", partition=partition, experts=experts, name=name, store=store, as_json=as_json)
 
 
 @app.command("eval")
@@ -168,7 +168,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Bits per byte on held-out documents. A forest is shown as its seed, its ensembles and their bounds."""
-    _verb("verbs", "evaluate", models=models, partition=partition, length=length, documents=documents, name=name, workers=workers,
+    _verb("models", "evaluate", models=models, partition=partition, length=length, documents=documents, name=name, workers=workers,
           store=store, as_json=as_json)  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def chat(
     as_json: JsonOption = False,
 ) -> None:
     """Continue text, and say which experts spoke."""
-    _verb("verbs", "chat", model=model, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, rng_seed=rng_seed,
+    _verb("models", "chat", model=model, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, rng_seed=rng_seed,
           store=store, as_json=as_json)  # fmt: skip
 
 
@@ -195,13 +195,13 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """List what there is, or draw what a thing was made from."""
-    _verb("verbs", "show", name=name, store=store, as_json=as_json)
+    _verb("things", "show", name=name, store=store, as_json=as_json)
 
 
 @app.command()
 def verify(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
     """Check every digest and every reference; say exactly what is damaged."""
-    _verb("verbs", "verify", store=store, as_json=as_json)
+    _verb("things", "verify", store=store, as_json=as_json)
 
 
 @app.command()
@@ -212,7 +212,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a folder other tools read: a transformers checkpoint, a PEFT adapter, or a partition without its text."""
-    _verb("verbs", "export", name=name, folder=folder, store=store, as_json=as_json)
+    _verb("things", "export", name=name, folder=folder, store=store, as_json=as_json)
 
 
 @app.command()
@@ -223,7 +223,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """One self-contained HTML page: domain map, curves, routing, results, lineage."""
-    _verb("verbs", "report", comparison=comparison, output=output, store=store, as_json=as_json)
+    _verb("things", "report", comparison=comparison, output=output, store=store, as_json=as_json)
 
 
 def main() -> None:

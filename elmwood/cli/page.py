@@ -6,8 +6,9 @@ from importlib.metadata import version
 import numpy as np
 
 from elmwood import report
+from elmwood.cli.models import verdict
 from elmwood.cli.screen import duration, short
-from elmwood.cli.verbs import summary, verdict
+from elmwood.cli.things import summary
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.engine import cores

@@ -15,6 +15,8 @@ from rich.text import Text
 
 from elmwood.engine import Progress as Report
 from elmwood.errors import BadInput
+from elmwood.records import Record
+from elmwood.store import Store
 
 talk = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
@@ -72,12 +74,19 @@ def bars() -> Iterator[Report]:
         yield progress
 
 
-def made(record: Any, name: str | None, as_json: bool) -> None:
+def made(record: Record, name: str | None, as_json: bool) -> None:
     """Print what a command made: its name and digest, or the record as JSON."""
     if as_json:
         emit({"name": name, "digest": record.digest, "record": record.model_dump(mode="json")})
     else:
         out.print(f"{record.digest}  {name or ''}".rstrip(), soft_wrap=True)
+
+
+def keep(store: Store, record: Record, name: str | None, as_json: bool) -> None:
+    """Give the record its name, and print it."""
+    if name:
+        store.name(name, record.digest)
+    made(record, name, as_json)
 
 
 def emit(value: Any) -> None:

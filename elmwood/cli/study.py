@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
+from elmwood.cli.domains import say_read
 from elmwood.cli.jobs import ScoreJob, TrainJob, open_holdout, score_job, train_job
+from elmwood.cli.models import print_comparison, seed_of, verdict
 from elmwood.cli.page import page
 from elmwood.cli.screen import bars, count, duration, emit, out, talk
-from elmwood.cli.verbs import default_rate, default_workers, label, llama, print_comparison, say_read, seed_of, shards, verdict
+from elmwood.cli.training import default_rate, default_workers, label, llama, shards
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import Progress, cores, run

@@ -1,0 +1,139 @@
+"""What the verbs of finished models do: gather, evaluate, talk."""
+
+import sys
+from collections.abc import Sequence
+
+from elmwood.cli.screen import duration, emit, keep, short, table, talk
+from elmwood.errors import BadInput, ForeignExpert
+from elmwood.records import Comparison, Ensemble, Expert, Forest, Partition, Record, Seed
+from elmwood.store import Store
+
+
+def forest(*, partition, experts, name, store, as_json) -> None:
+    home = Store(store)
+    division = home.load(partition, Partition)
+    members = [home.load(one, Expert) for one in expand(home, experts)]
+    if not members:
+        raise BadInput("a forest needs at least one expert: train some, then name them here")
+    for expert in members:
+        if expert.seed != members[0].seed:
+            raise ForeignExpert(
+                f"expert {expert.digest[:8]} grew from seed {expert.seed[:8]}, {members[0].digest[:8]} from {members[0].seed[:8]}; "
+                "a forest has one seed: leave one of them out, or retrain it"
+            )
+        if expert.domain is None or expert.partition != division.digest:
+            raise ForeignExpert(
+                f"expert {expert.digest[:8]} was not trained on a domain of partition {division.digest[:8]}; "
+                "a router would not know when to ask it: leave it out, or retrain it"
+            )
+    made_of = Forest(seed=members[0].seed, partition=division.digest, experts=tuple(expert.digest for expert in members))
+    home.add(made_of)
+    keep(home, made_of, name, as_json)
+
+
+def expand(store: Store, names: Sequence[str]) -> list[str]:
+    """Names with those that end in '/' replaced by all names below them. Raises BadInput."""
+    found: list[str] = []
+    for name in names:
+        below = [known for known in store.names() if known.startswith(name)] if name.endswith("/") else [name]
+        if not below:
+            raise BadInput(f"no names begin with {name!r}; `elmwood show` lists them")
+        found += below
+    return found
+
+
+def evaluate(*, models, partition, length, documents, name, workers, store, as_json) -> None:
+    from elmwood.cli.study import compare_models  # torch
+
+    home = Store(store)
+    opened = [home.load(model) for model in expand(home, models)]
+    comparison, ensemble = compare_models(opened, models, home, partition=partition, length=length, documents=documents, workers=workers)
+    if ensemble and name:
+        home.name(name, ensemble.digest)
+        talk.print(f"{ensemble.digest}  {name}  (top-{ensemble.top_k}, temperature {ensemble.temperature:.3g})")
+    if as_json:
+        emit(comparison.model_dump(mode="json") | {"digest": comparison.digest})
+    else:
+        print_comparison(comparison)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """The table of results and controls, best last in each block as given."""
+    timed = any(row.steps for row in comparison.rows)
+    head = ["", "bits/byte", "±", "ppl", "gain", "±", *(["batch", "steps", "tokens", "machine time", "wall clock"] if timed else [])]
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rows, styles = [], []
+    for row in comparison.rows:
+        cells = [row.name, f"{row.bits_per_byte:.4f}", f"{row.standard_error:.4f}", f"{row.perplexity:.4g}"]
+        cells += [number(row.gain, "+.4f"), number(row.gain_error, ".4f")]
+        if timed:
+            cells += [number(row.batch, "d"), number(row.steps, "d"), "" if row.tokens is None else short(row.tokens)]
+            cells += ["" if seconds is None else duration(seconds) for seconds in (row.machine_seconds, row.wall_seconds)]
+        rows.append(cells)
+        styles.append({"seed": "", "control": "cyan", "result": "green", "bound": "dim"}[row.role])
+    table("bits per byte on held-out documents (test half); gain over the strongest dense control, paired", head, rows, styles)
+
+
+def verdict(comparison: Comparison) -> str:
+    """The result in one sentence, whichever way it went: the ensemble chosen on the tune half, held against every control."""
+    results = [row for row in comparison.rows if row.role == "result"]
+    best = next((row for row in results if row.name == comparison.chosen), min(results, key=lambda row: row.bits_per_byte))
+    margin = f" ({best.gain:+.4f} ± {best.gain_error:.4f} bits per byte against the strongest dense model)" if best.gain is not None else ""
+    ahead = [row.name for row in comparison.rows if row.role in ("seed", "control") and row.bits_per_byte <= best.bits_per_byte]
+    if ahead:
+        return f"{best.name} was chosen on the tune half and does not beat: {'; '.join(ahead)}{margin}."
+    if best.gain is not None and best.gain < 2 * (best.gain_error or 0):
+        return f"{best.name} is level with the best control: the difference is within two standard errors{margin}."
+    return f"{best.name} is better than every control{margin}."
+
+
+def chat(*, model, prompt, max_tokens, temperature, top_p, rng_seed, store, as_json) -> None:
+    from elmwood.ensemble.generate import generate  # torch
+    from elmwood.ensemble.mixture import open_model
+    from elmwood.lm.load import tokenizer
+
+    home = Store(store)
+    record = as_model(home.load(model), home)
+    lm = open_model(record, home)
+    words = tokenizer(seed_of(record, home), home)
+    asked = iter([prompt]) if prompt is not None else iter(lambda: input("> "), None)
+    try:
+        for text in asked:
+            share: dict[str, float] = {}
+            pieces: list[str] = []
+            for step in generate(lm, words, text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, rng_seed=rng_seed):
+                for speaker, weight in step.weights.items():
+                    share[speaker] = share.get(speaker, 0) + weight
+                pieces.append(step.text)
+                if not as_json:
+                    sys.stdout.write(step.text)
+                    sys.stdout.flush()
+            total = sum(share.values()) or 1
+            spoke = {who: round(weight / total, 4) for who, weight in sorted(share.items(), key=lambda item: -item[1])}
+            if as_json:
+                emit({"prompt": text, "text": "".join(pieces), "experts": spoke})
+            else:
+                sys.stdout.write("\n")
+                talk.print("spoke: " + ", ".join(f"{who} {weight:.0%}" for who, weight in spoke.items() if weight >= 0.005), style="dim")
+    except EOFError:
+        talk.print("")
+
+
+def as_model(record: Record, store: Store) -> Record:
+    """A forest stands for its ensemble with the default settings; other records for themselves."""
+    if isinstance(record, Forest):
+        record = Ensemble(forest=record.digest)
+        store.add(record)
+    return record
+
+
+def seed_of(record: Record, store: Store) -> Seed:
+    """The seed a model grew from. Raises UnknownName."""
+    if isinstance(record, Ensemble):
+        record = store.load(record.forest, Forest)
+    if isinstance(record, Expert | Forest):
+        return store.load(record.seed, Seed)
+    return store.load(record.digest, Seed)

@@ -1,0 +1,129 @@
+"""What the verbs of any record do: list, check, write out, draw."""
+
+import os
+import shutil
+import sys
+from typing import Any
+
+from elmwood.cli.screen import bars, emit, out, short, talk
+from elmwood.errors import BadInput
+from elmwood.records import Comparison, Corpus, Ensemble, Expert, Forest, Partition, Record, Seed
+from elmwood.store import Store, lineage
+from elmwood.store import verify as check
+
+
+def show(*, name, store, as_json) -> None:
+    home = Store(store)
+    if name is None:
+        rows = [(ref, home.load(digest).kind, digest[:12], summary(home.load(digest))) for ref, digest in home.names().items()]
+        if as_json:
+            emit([dict(zip(("name", "kind", "digest", "summary"), row, strict=True)) for row in rows])
+        elif rows:
+            for ref, kind, digest, words in rows:
+                out.print(f"{digest}  {kind:<10} {ref}  [dim]{words}[/dim]", soft_wrap=True)
+        else:
+            talk.print(f"{store} names nothing yet: begin with `elmwood demo` or `elmwood cluster`")
+        return
+    if as_json:
+        emit(made_json(home.load(name)))
+        return
+    names = {digest: ref for ref, digest in home.names().items()}
+    seen: set[str] = set()
+    for depth, record in lineage(home, home.resolve(name)):
+        again = record.digest in seen
+        seen.add(record.digest)
+        ref = names.get(record.digest, "")
+        words = "(above)" if again else summary(record)
+        out.print(f"{'   ' * depth}{record.kind} {record.digest[:12]} {ref}  [dim]{words}[/dim]".rstrip(), soft_wrap=True)
+
+
+def made_json(record: Record) -> dict[str, Any]:
+    return {"digest": record.digest, "record": record.model_dump(mode="json")}
+
+
+def summary(record: Record) -> str:
+    """One line on what a record holds."""
+    match record:
+        case Corpus():
+            left = sum(record.rejected.values())
+            return f"{record.documents} documents, {short(record.bytes)}B" + (f", {left} left out" if left else "")
+        case Partition():
+            return f"{len(record.domains)} domains, {record.embedder.name}, {record.method}"
+        case Seed():
+            return f"{record.name}: {record.architecture}, {short(record.parameters)} parameters, vocabulary {record.vocabulary}"
+        case Expert():
+            where = "all domains" if record.domain is None else f"domain {record.domain}"
+            return f"{record.recipe.method}, {where}, {short(record.recipe.tokens)} tokens"
+        case Forest():
+            return f"{len(record.experts)} experts"
+        case Ensemble():
+            return f"{record.router}, top-{record.top_k}, temperature {record.temperature:.3g}"
+        case Comparison():
+            best = min(record.rows, key=lambda row: row.bits_per_byte)
+            return f"{len(record.rows)} rows; lowest {best.bits_per_byte:.4f} bits/byte: {best.name}"
+    return ""
+
+
+def verify(*, store, as_json) -> None:
+    home = Store(store)
+    if not home.root.exists():
+        raise BadInput(f"there is no store at {store}: name one with --store, or begin with `elmwood demo`")
+    with bars() as progress:
+        damages = list(check(home, lambda done, total: progress("verify", done, total, "B")))
+    if as_json:
+        emit([damage._asdict() for damage in damages])
+    else:
+        for damage in damages:
+            out.print(f"{damage.where}: {damage.problem}", soft_wrap=True)
+        talk.print(f"{len(damages)} damaged" if damages else "every digest and reference holds")
+    if damages:
+        sys.exit(1)
+
+
+def export(*, name, folder, store, as_json) -> None:
+    home = Store(store)
+    record = home.load(name)
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder} is not empty: an export never overwrites; name a new folder")
+    match record:
+        case Seed():
+            from elmwood.lm.load import seed_folder  # torch
+
+            source = seed_folder(record, home)
+        case Expert():
+            source = home.folder(record.files)
+        case Partition():
+            source = home.folder({**record.embedder.files, "centroids.safetensors": record.centroids})
+        case _:
+            raise BadInput(
+                f"a {record.kind} is no folder of files: export its seed, partition or experts (`elmwood show {name}` lists them)"
+            )
+    building = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(source, building)  # follows the links: plain files come out
+    (building / "elmwood.json").write_bytes(home.get(record.digest).read_bytes())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(building, folder)
+    if as_json:
+        emit({"folder": str(folder), "files": sorted(path.name for path in folder.iterdir())})
+    else:
+        out.print(str(folder), soft_wrap=True)
+
+
+def report(*, comparison, output, store, as_json) -> None:
+    from elmwood.cli.page import page  # scikit-learn
+
+    home = Store(store)
+    record = home.load(comparison)
+    if isinstance(record, Forest):
+        found = [home.load(digest) for digest in home.records()]
+        mine = [one for one in found if isinstance(one, Comparison) and one.forest == record.digest]
+        if not mine:
+            raise BadInput(f"forest {record.digest[:8]} has not been compared yet: run `elmwood eval {comparison}` first")
+        record = max(mine, key=lambda one: len(one.rows))
+    record = home.load(record.digest, Comparison)
+    output.write_text(page(record, home))
+    if as_json:
+        emit({"report": str(output)})
+    else:
+        out.print(str(output), soft_wrap=True)
