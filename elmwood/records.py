@@ -142,7 +142,7 @@ class Partition(Record):
 class Recipe(Frozen):
     """How a model is trained: everything that decides the bytes that come out, and nothing else."""
 
-    method: Literal["full", "lora"] = "full"
+    method: Literal["full", "lora", "qlora", "dora"] = "full"
     steps: int = Field(gt=0)
     batch: int = Field(8, gt=0)  # sequences per optimiser step
     length: int = Field(256, gt=1)  # tokens per sequence
@@ -154,9 +154,15 @@ class Recipe(Frozen):
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0  # gradient norm
-    rank: int = Field(16, gt=0)  # LoRA only
-    alpha: float | None = None  # LoRA only; None: rank-stabilised, scale = sqrt-rank rule of arXiv:2312.03732
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # LoRA only: module name endings
+    optimiser: Literal["adamw", "adamw8bit"] = "adamw"
+    accumulate: int = Field(1, gt=0)  # passes the rows of a step are spread over; their gradients are added
+    checkpointing: bool = False  # activations are computed again in the backward pass instead of kept
+    patience: int | None = None  # checks of the validation loss without a better one before it stops; the best weights are kept
+    rank: int = Field(16, gt=0)  # adapters only
+    alpha: float | None = None  # adapters only; None: rank-stabilised, scale = sqrt-rank rule of arXiv:2312.03732
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # adapters only: module name endings
+    late: float = Field(1.0, gt=0, le=1)  # adapters only: the share of the layers, the last ones, that has them
+    together: int = Field(1, gt=0)  # adapters trained over one base at once: the order of float sums depends on it
     rng_seed: int = 0
     threads: int = 1  # CPU threads: part of the recipe because the order of float sums depends on it
 
