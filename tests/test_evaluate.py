@@ -14,7 +14,7 @@ from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, Damaged
 from elmwood.evaluate.compare import top_ks
 from elmwood.evaluate.fit import minimise, weights
-from elmwood.evaluate.holdout import halve
+from elmwood.evaluate.holdout import AUDITED, GATE, TUNE, blocks, halve
 from elmwood.evaluate.table import nats
 from elmwood.lm.load import tokenizer
 from elmwood.records import Ensemble, Forest
@@ -112,6 +112,42 @@ def test_each_half_has_two_documents(chance_D):
     assert 2 <= tune_D.sum() <= len(chance_D) - 2
     if 2 <= (chance_D < 0.5).sum() <= len(chance_D) - 2:
         assert (tune_D == (chance_D < 0.5)).all()
+
+
+def test_blocks_hold_every_byte_once_and_never_cross_a_split_or_a_domain(held):
+    assert held.block_N.dtype == np.int64
+    assert set(held.block_N) == set(range(len(held.split_B)))
+    assert held.block_bytes_B.sum() == held.bytes_D.sum()
+    domain_N, tune_N = held.domain_D[held.document_N], held.tune_N
+    assert (held.block_domain_B[held.block_N] == domain_N).all()
+    assert ((held.split_B == TUNE)[held.block_N] == tune_N).all()
+    assert {TUNE, GATE, AUDITED} == set(held.split_B)
+    for d in range(len(held.bytes_D)):
+        assert len(set(held.split_B[held.block_N[held.document_N == d]])) == 1
+    loglik_N = -np.random.default_rng(0).random(len(held.block_N))
+    assert evaluate.block_nats(loglik_N, held).sum() == pytest.approx(-loglik_N.sum())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40))
+def test_blocks_are_equal_up_to_a_token(rng_seed, documents):
+    rng = np.random.default_rng(rng_seed)
+    size_D = rng.integers(1, 400, documents)
+    document_N = np.repeat(np.arange(documents), size_D)
+    length_N = rng.integers(1, 12, len(document_N))
+    bytes_D = np.bincount(document_N, length_N).astype(np.int64)
+    end_N = np.cumsum(length_N) - np.repeat(np.cumsum(bytes_D) - bytes_D, size_D)
+    domain_D, split_D = rng.integers(0, 3, documents), rng.integers(0, 3, documents)
+    made = blocks(document_N, end_N, bytes_D, domain_D, split_D)
+    assert made.block_bytes_B.sum() == bytes_D.sum()
+    for split in range(3):
+        for domain in range(3):
+            mine = (made.split_B == split) & (made.block_domain_B == domain)
+            total = bytes_D[(split_D == split) & (domain_D == domain)].sum()
+            assert made.block_bytes_B[mine].sum() == total
+            if total:
+                wanted = total / max(1, round(total / 2048))
+                assert np.abs(made.block_bytes_B[mine] - wanted).max() <= 12
 
 
 # ---- columns

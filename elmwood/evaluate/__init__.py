@@ -1,6 +1,6 @@
 """Models -> numbers. Every held-out token is scored once per model; everything else is arithmetic on those columns.
 
-holdout   the held-out text as windows of tokens, with bytes, domains and the two halves
+holdout   the held-out text as windows of tokens, with bytes, domains, the two halves and blocks of 2 KiB
 columns   run a model over it, once: the only function here that needs one
 table     columns -> bits per byte, mixtures, differences, each with its standard error
 fit       temperature and seed distance, on the tune half
@@ -11,7 +11,7 @@ from elmwood.evaluate.columns import column, score
 from elmwood.evaluate.compare import Compared, Control, Cost, Side, compare
 from elmwood.evaluate.fit import Fit, fit
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec, distances, holdout
-from elmwood.evaluate.table import Estimate, bits_per_byte, difference, mix, perplexity, row
+from elmwood.evaluate.table import Estimate, bits_per_byte, block_nats, difference, mix, perplexity, row
 
 __all__ = [
     "Compared",
@@ -23,6 +23,7 @@ __all__ = [
     "HoldoutSpec",
     "Side",
     "bits_per_byte",
+    "block_nats",
     "column",
     "compare",
     "difference",

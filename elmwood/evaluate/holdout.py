@@ -1,6 +1,6 @@
 """Held-out documents as the models see them: windows of tokens, each token scored once.
 
-D documents, W windows of at most L tokens, N scored tokens, K domains
+D documents, W windows of at most L tokens, N scored tokens, K domains, B blocks of about 2 KiB
 """
 
 import hashlib
@@ -26,6 +26,9 @@ Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
 
 FEWEST = 4  # documents: two on each half, so that each has a standard error
+BLOCK = 2048  # bytes of UTF-8 text
+AUDIT = 0.2  # of the documents that report: they are looked at last, and seldom
+TUNE, GATE, AUDITED = 0, 1, 2  # splits
 
 
 class HoldoutSpec(Frozen):
@@ -58,6 +61,10 @@ class Holdout(NamedTuple):
     bytes_D: Ints  # of the document's UTF-8 text
     domain_D: Ints  # where the partition put the whole document
     tune_D: Bools  # the half that settings are chosen on; the other is for reporting
+    block_N: Ints  # which block each scored token belongs to, int64
+    block_bytes_B: Ints  # of the text of its tokens, int64; they sum to those of the documents
+    block_domain_B: Ints  # every block is text of one domain
+    split_B: Ints  # TUNE, or one of the two parts of the other half: GATE, for decisions, and AUDITED
 
     @property
     def scored_WL(self) -> Bools:
@@ -90,15 +97,21 @@ def holdout(spec: HoldoutSpec, tokenizer: Tokenizer, store: Store, progress: Pro
     ids = [read[place][0] for place in order]
     packed = _choose(packed, order)
     cut_W = windows(packed, spec.length, spec.carried)
+    document_N = np.repeat(cut_W.document_W, cut_W.length_W - cut_W.score_from_W)
+    bytes_D, domain_D = np.array([read[place][1] for place in order]), np.array([home[name] for name in ids])
+    tune_D = halve(np.array([chance(name, "half") for name in ids]))
+    split_D = np.where(tune_D, TUNE, audited(np.array([chance(name, "audit") for name in ids]), ~tune_D))
+    end_N = ends(packed, bytes_D, tokenizer)
     return Holdout(
         name="holdout-" + _fingerprint(packed, spec),
         protocol=spec.protocol,
         windows=cut_W,
         tokenizer=tokenizer,
-        document_N=np.repeat(cut_W.document_W, cut_W.length_W - cut_W.score_from_W),
-        bytes_D=np.array([read[place][1] for place in order]),
-        domain_D=np.array([home[name] for name in ids]),
-        tune_D=halve(np.array([chance(name, "half") for name in ids])),
+        document_N=document_N,
+        bytes_D=bytes_D,
+        domain_D=domain_D,
+        tune_D=tune_D,
+        **blocks(document_N, end_N, bytes_D, domain_D, split_D)._asdict(),
     )
 
 
@@ -113,6 +126,72 @@ def halve(chance_D: Floats) -> Bools:
     tune_D = np.zeros(len(chance_D), bool)
     tune_D[np.argsort(chance_D, kind="stable")[:count]] = True
     return tune_D
+
+
+def audited(chance_D: Floats, test_D: Bools) -> Ints:
+    """AUDITED for the documents outside the tune half whose chance is least, about AUDIT of them but at least one; GATE for the others."""
+    test = np.flatnonzero(test_D)
+    count = int(np.clip((chance_D[test] < AUDIT).sum(), 1, len(test) - 1))
+    split_D = np.full(len(chance_D), GATE)
+    split_D[test[np.argsort(chance_D[test], kind="stable")[:count]]] = AUDITED
+    return split_D
+
+
+def ends(packed: Packed, bytes_D: Ints, tokenizer: Tokenizer) -> Ints:
+    """Where each scored token ends in its document's UTF-8 text [N] int64: exactly for byte-level tokenizers, in proportion for
+    those that normalise the text first."""
+    spelled = token_bytes(tokenizer)
+    length_V = np.zeros(max(len(spelled), int(packed.tokens.max()) + 1), np.int64)
+    length_V[: len(spelled)] = [len(piece) for piece in spelled]
+    length_T = length_V[packed.tokens]
+    length_T[packed.starts] = 0  # separators are given
+    size_D = np.diff(packed.starts, append=len(packed.tokens))
+    sum_T = np.cumsum(length_T)
+    total_D = np.add.reduceat(length_T, packed.starts)
+    end_T = sum_T - np.repeat(sum_T[packed.starts], size_D)
+    end_T = np.rint(end_T * np.repeat(bytes_D / np.maximum(total_D, 1), size_D)).astype(np.int64)
+    last_D = packed.starts + size_D - 1
+    end_T[last_D] = bytes_D
+    return np.delete(end_T, packed.starts)
+
+
+class Blocks(NamedTuple):
+    """See Holdout."""
+
+    block_N: Ints
+    block_bytes_B: Ints
+    block_domain_B: Ints
+    split_B: Ints
+
+
+def blocks(document_N: Ints, end_N: Ints, bytes_D: Ints, domain_D: Ints, split_D: Ints) -> Blocks:
+    """Cut the text of each split and domain, documents one after another, into equal blocks as near BLOCK bytes as it divides.
+
+    A token belongs to the block it begins in. So a block has one split and one domain, and another domain's documents do not move it.
+    `end_N`: where each token ends in its document, bytes.
+    """
+    group_D = split_D * (domain_D.max() + 1) + domain_D
+    order_D = np.argsort(group_D, kind="stable")
+    _, place_D, group_D = np.unique(group_D, return_index=True, return_inverse=True)
+    total_G = np.bincount(group_D, bytes_D).astype(np.int64)
+    count_G = np.maximum(1, np.rint(total_G / BLOCK).astype(np.int64))
+    offset_D = np.empty(len(bytes_D), np.int64)  # where the document begins in its group
+    offset_D[order_D] = np.cumsum(bytes_D[order_D]) - bytes_D[order_D]
+    offset_D -= (np.cumsum(total_G) - total_G)[group_D]
+    first_N = np.diff(document_N, prepend=-1) > 0
+    size_N = np.where(first_N, end_N, np.diff(end_N, prepend=0))
+    begin_N = offset_D[document_N] + end_N - size_N
+    group_N = group_D[document_N]
+    nth_N = np.minimum(begin_N * count_G[group_N] // np.maximum(total_G[group_N], 1), count_G[group_N] - 1)
+    number_N = (np.cumsum(count_G) - count_G)[group_N] + nth_N
+    met, block_N = np.unique(number_N, return_inverse=True)  # a token longer than a block leaves one empty
+    group_B = np.repeat(np.arange(len(count_G)), count_G)[met]
+    return Blocks(
+        block_N.astype(np.int64),
+        np.bincount(block_N, size_N).astype(np.int64),
+        domain_D[place_D][group_B],
+        split_D[place_D][group_B],
+    )
 
 
 def distances(holdout: Holdout, partition: Partition, store: Store, progress: Progress = silent) -> Floats:

@@ -1,6 +1,6 @@
 """Columns -> losses. No model runs here.
 
-N scored tokens, E models (experts, perhaps the seed last), D documents, K domains
+N scored tokens, E models (experts, perhaps the seed last), D documents, B blocks, K domains
 """
 
 from typing import Any, NamedTuple
@@ -38,6 +38,11 @@ def mix(loglik_NE: Floats, weight_NE: Floats) -> Floats:
 def nats(loglik_N: Floats, holdout: Holdout) -> Floats:
     """Loss of each document [D], nats."""
     return np.bincount(holdout.document_N, -np.asarray(loglik_N, np.float64), len(holdout.bytes_D)).astype(np.float64)
+
+
+def block_nats(loglik_N: Floats, holdout: Holdout) -> Floats:
+    """Loss of each block [B], nats."""
+    return np.bincount(holdout.block_N, -np.asarray(loglik_N, np.float64), len(holdout.split_B)).astype(np.float64)
 
 
 def bits_per_byte(loglik_N: Floats, holdout: Holdout, among_D: Bools) -> Estimate:
