@@ -177,6 +177,7 @@ class Point(Frozen):
     step: int
     tokens: int
     loss: float  # nats per token, mean over the steps since the last point
+    validation: float | None = None  # on training documents set apart, where the recipe has patience
 
 
 class Shape(Frozen):

@@ -1,19 +1,22 @@
 """Packed tokens -> batches. The position in the data is the step: the batches are a pure function of packing, recipe and step.
 
-D documents, B rows of a batch, L tokens of a row
+D documents, N of them chosen, B rows of a batch, L tokens of a row
 """
 
+import hashlib
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from elmwood.corpus.build import split
 from elmwood.corpus.tokens import Packed
 from elmwood.errors import BadCorpus
 from elmwood.records import Recipe
 
 UNSCORED = -100
+VALIDATION = 0.05  # of the training documents, where training stops by a validation loss
 
 
 class Batch(NamedTuple):
@@ -24,43 +27,68 @@ class Batch(NamedTuple):
     positions_BL: np.ndarray  # int64, counted from the start of the document (or of the row, where it began before)
 
 
-def batches(packed: Packed, recipe: Recipe, start: int = 0) -> Iterator[Batch]:
-    """The batches of steps start, start + 1, … without end. Raises BadCorpus.
+def batches(packed: Packed, recipe: Recipe, start: int = 0, chosen_N: np.ndarray | None = None) -> Iterator[Batch]:
+    """The batches of steps start, start + 1, … without end, of all documents or of those chosen. Raises BadCorpus.
 
     Each epoch shuffles the documents, joins them, cuts the tokens into rows and shuffles the rows. Every token but the separators is
     a target once per epoch, save what is left over for less than a row.
     """
     if not len(packed.tokens):
         raise BadCorpus("there are no tokens to train on: give shards that hold documents")
-    rows = _rows(packed, recipe.length, recipe.rng_seed, start * recipe.batch)
+    chosen_N = np.arange(len(packed.starts)) if chosen_N is None else chosen_N
+    rows = _rows(packed, chosen_N, recipe.length, recipe.rng_seed, start * recipe.batch)
     while chosen := list(islice(rows, recipe.batch)):
         yield _batch(chosen)
 
 
-def _rows(packed: Packed, length: int, rng_seed: int, skip: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """A batch in so many parts of about as many rows each; no more parts than rows."""
+    ends = np.linspace(0, len(batch.tokens_BL), min(count, len(batch.tokens_BL)) + 1).round().astype(int)
+    return (Batch(*(array[first:last] for array in batch)) for first, last in pairwise(ends))
+
+
+def scored(batch: Batch) -> int:
+    """Targets that count."""
+    return int((batch.targets_BL != UNSCORED).sum())
+
+
+def apart(packed: Packed) -> tuple[np.ndarray, np.ndarray]:
+    """The documents to train on and those to validate on: [N] and [M], decided by what stands in each. Raises BadCorpus."""
+    if len(packed.starts) < 2:
+        raise BadCorpus(
+            "stopping by a validation loss takes at least two documents, one of them to validate on: give more text, or no patience"
+        )
+    ends_D = np.append(packed.starts[1:], len(packed.tokens))
+    tokens = (packed.tokens[first:last].astype("<u4").tobytes() for first, last in zip(packed.starts, ends_D, strict=True))
+    held_D = split([f"validation {hashlib.sha256(one).hexdigest()}" for one in tokens], VALIDATION)
+    return np.flatnonzero(~held_D), np.flatnonzero(held_D)
+
+
+def _rows(packed: Packed, chosen_N: np.ndarray, length: int, rng_seed: int, skip: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows of length + 1 tokens from row `skip` on, and where in them documents begin."""
-    size_D = np.diff(packed.starts, append=len(packed.tokens))
-    repeats = -(-(length + 1) // len(packed.tokens))  # a domain smaller than a row is read several times for one
-    per_epoch = (repeats * len(packed.tokens) - 1) // length
+    size_N = np.diff(packed.starts, append=len(packed.tokens))[chosen_N]
+    total = int(size_N.sum())
+    repeats = -(-(length + 1) // total)  # a domain smaller than a row is read several times for one
+    per_epoch = (repeats * total - 1) // length
     for epoch in count(skip // per_epoch):
         rng = np.random.default_rng((rng_seed, epoch))
-        order_D = np.tile(rng.permutation(len(size_D)), repeats)
-        end_D = np.cumsum(size_D[order_D])
+        order_N = np.tile(rng.permutation(len(size_N)), repeats)
+        end_N = np.cumsum(size_N[order_N])
         shuffled = rng.permutation(per_epoch)
         for row in shuffled[skip % per_epoch :] if epoch == skip // per_epoch else shuffled:
-            yield _cut(packed, order_D, end_D, int(row) * length, length + 1)
+            yield _cut(packed, chosen_N[order_N], end_N, int(row) * length, length + 1)
 
 
-def _cut(packed: Packed, order_D: np.ndarray, end_D: np.ndarray, at: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _cut(packed: Packed, order_N: np.ndarray, end_N: np.ndarray, at: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """`size` tokens from place `at` of the documents joined in this order."""
     tokens, begins = np.empty(size, np.int64), np.zeros(size, bool)
-    place, filled = int(np.searchsorted(end_D, at, "right")), 0
+    place, filled = int(np.searchsorted(end_N, at, "right")), 0
     ends = len(packed.tokens)
     while filled < size:
-        document = order_D[place]
+        document = order_N[place]
         first = packed.starts[document]
         last = packed.starts[document + 1] if document + 1 < len(packed.starts) else ends
-        inside = at + filled - (end_D[place] - (last - first))  # tokens of the document that stand before
+        inside = at + filled - (end_N[place] - (last - first))  # tokens of the document that stand before
         piece = packed.tokens[first + inside : min(last, first + inside + size - filled)]
         tokens[filled : filled + len(piece)] = piece
         begins[filled] = inside == 0
