@@ -1,4 +1,4 @@
-"""Many experts of one seed: adapters over one shared base, full experts as models of their own.
+"""Many experts of one seed: adapters over one shared base, full and weight-decomposed experts as models of their own.
 
 Shapes: E experts (the seed is the last), A of them active, B rows, T tokens, V vocabulary.
 """
@@ -19,6 +19,7 @@ from elmwood.records import Expert, Seed
 from elmwood.store import Store
 
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # in memory at once while scoring: few enough for the cache; more where launches cost
+BANKED = ("lora", "qlora")  # what these change is W + B A; DoRA (arXiv:2402.09353) rescales the base's rows besides
 BASE = -1  # the key of the shared base among the bodies
 
 
@@ -49,7 +50,7 @@ class Experts:
         self.seed, self.store = seed, store
         self.experts = tuple(sorted(experts, key=lambda expert: expert.digest))
         self.device = torch.device(device) if device is not None else best_device()
-        self.adapters = [e for e, expert in enumerate(self.experts) if expert.recipe.method != "full"]
+        self.adapters = [e for e, expert in enumerate(self.experts) if expert.recipe.method in BANKED]
         # candidate -> the key of its body, and its number in that body's bank
         self._places = {e: (e, 0) for e in range(len(self.experts))} | {e: (BASE, number) for number, e in enumerate(self.adapters)}
         self._places[len(self.experts)] = (BASE, len(self.adapters))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,16 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from elmwood.errors import BadSeed, Damaged, ForeignExpert
@@ -223,13 +233,13 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def download(identifier: str, revision: str, cached: bool = False) -> Path:
+def download(identifier: str, revision: str, cached: bool = False, files: Sequence[str] = KEPT) -> Path:
     """A model hub's snapshot in the hub's own cache (…/snapshots/<commit>); `cached` asks nobody else. Raises BadSeed."""
     from huggingface_hub import snapshot_download  # here alone, and only for a hub id the user named
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(identifier, revision=revision or None, allow_patterns=list(KEPT), local_files_only=cached))
+        return Path(snapshot_download(identifier, revision=revision or None, allow_patterns=list(files), local_files_only=cached))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadSeed(f"{identifier!r} is not a folder here, and the model hub did not give it ({error}): check the spelling") from error
 
@@ -296,6 +306,23 @@ def load_model(
 
         model = PeftModel.from_pretrained(model, store.folder(expert.files), low_cpu_mem_usage=True)
     return model.to(place).eval()
+
+
+def load_quantised(seed: Seed, store: Store, device: torch.device | str | None = None) -> PreTrainedModel:
+    """The seed with its linear layers, the head aside, in four bits: NF4, its constants quantised again (QLoRA, arXiv:2305.14314).
+
+    Embeddings, norms and head stay as they are, in bf16 on a GPU and in float32 on a CPU, and so is what is computed. Raises MissingExtra.
+    """
+    for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):  # it would name a faster kernel that must come over the network
+        logging.getLogger(name).setLevel(logging.ERROR)
+    require("bitsandbytes", "qlora")
+    place = torch.device(device) if device is not None else best_device()
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        seed_folder(seed, store), dtype=dtype, quantization_config=four, device_map={"": place}, local_files_only=True, use_safetensors=True
+    )
+    return model.eval()
 
 
 def check_kin(seed: Seed, expert: Expert) -> None:

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
 from elmwood.records import Expert
@@ -28,7 +29,7 @@ from elmwood.store import Store
 
 _KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight$")
 # settings of PEFT's LoRA that change more than W + scale * B A; each must be absent or off
-_UNSUPPORTED: tuple[str, ...] = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save")
+_UNSUPPORTED: tuple[str, ...] = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save")
 _UNSUPPORTED += ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "velora_config")
 _UNSUPPORTED += ("monteclora_config", "arrow_config", "kasa_config", "megatron_config")
 MEMORY = 2 << 30  # bytes of adapters that have been used and may be again
@@ -67,7 +68,7 @@ def adapter_of(expert: Expert, store: Store) -> Adapter:
 class Adapted(nn.Module):
     """A linear layer with an adapter for each slot: W x + B A x. Rows of a batch are divided evenly among the slots."""
 
-    def __init__(self, base: nn.Linear):
+    def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
         self.a_SRI: Tensor | None = None
@@ -82,13 +83,13 @@ class Adapted(nn.Module):
         return torch.baddbmm(y.view(slots, -1, y.shape[-1]), h_STR, self.b_SOR.mT).view(y.shape)
 
 
-def product(base: nn.Linear, x: Tensor) -> Tensor:
+def product(base: nn.Module, x: Tensor) -> Tensor:
     """base(x). On a CPU a few rows go the other way round, W times x transposed, which is up to four times faster there.
 
     Measured on one kind of CPU with torch 2.13: two or three rows gained at every size, four only in narrow layers.
     """
     rows = x.numel() // x.shape[-1]
-    few = 1 < rows < 4 or (rows == 4 and base.in_features < 1024)
+    few = 1 < rows < 4 or (rows == 4 and x.shape[-1] < 1024)
     if not few or x.device.type != "cpu" or type(base) is not nn.Linear:
         return base(x)
     y_OB = torch.mm(base.weight, x.reshape(rows, -1).T)
@@ -186,19 +187,24 @@ def _head(model: nn.Module) -> str | None:
 
 def _layout(model: nn.Module, adapters: Sequence[Adapter]) -> list[Layer]:
     """The layers that some adapter changes, in the model's order, each at the largest rank that any adapter has there."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: _size(module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     ranks: dict[str, int] = {}
     for adapter in adapters:
         for name, (rank, inputs, outputs) in _shapes(adapter).items():
             if name not in linear:
                 raise BadInput(f"{adapter.weights}: an adapter for {name!r}, which is no linear layer of the base: it grew on another one")
-            if (inputs, outputs) != (linear[name].in_features, linear[name].out_features):
-                wanted = f"{linear[name].in_features} -> {linear[name].out_features}"
+            if (inputs, outputs) != linear[name]:
+                wanted = "{} -> {}".format(*linear[name])
                 raise BadInput(f"{adapter.weights}: {name} maps {inputs} -> {outputs}, the base {wanted}: the adapter grew on another base")
             ranks[name] = max(ranks.get(name, 0), rank)
-    sizes = [(name, module.in_features, module.out_features, ranks[name]) for name, module in linear.items() if name in ranks]
+    sizes = [(name, *size, ranks[name]) for name, size in linear.items() if name in ranks]
     starts = accumulate(((inputs + outputs) * rank for _, inputs, outputs, rank in sizes), initial=0)
     return [Layer(*size, start) for size, start in zip(sizes, starts, strict=False)]
+
+
+def _size(module: Any) -> tuple[int, int]:
+    """Inputs and outputs. GPT-2's Conv1D keeps its matrix the other way round; an adapter over it does not."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
@@ -234,12 +240,12 @@ def _read(adapter: Adapter, settings: dict[str, Any], layers: Sequence[Layer], f
         raise BadInput(f"{adapter.weights} holds numbers that are not finite: its training went astray; train it again at a lower rate")
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """An adapter_config.json of plain LoRA. Raises BadInput for other kinds of adapter."""
+def read_settings(path: Path, dora: bool = False) -> dict[str, Any]:
+    """An adapter_config.json of plain LoRA (or weight-decomposed, if `dora`). Raises BadInput for other kinds of adapter."""
     settings = json.loads(path.read_bytes())
     if settings.get("peft_type") != "LORA":
         raise BadInput(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be experts: train one with LoRA")
-    if used := [key for key in _UNSUPPORTED if settings.get(key)]:
+    if used := [key for key in _UNSUPPORTED if settings.get(key) and not (dora and key == "use_dora")]:
         raise BadInput(f"{path} uses {', '.join(used)}; only W + scale * B A is supported here: train without it")
     if settings.get("bias", "none") != "none":
         raise BadInput(f"{path} trains biases ({settings['bias']!r}); adapters of one base share them: train with bias='none'")

@@ -1,5 +1,6 @@
-"""Training: seeds from scratch and experts, full or LoRA, by one loop that resumes exactly. `elmwood.train.fit` predicts what it takes."""
+"""Training: seeds from scratch and experts, full or adapters, by one loop that resumes exactly. `elmwood.train.fit` predicts what it takes."""
 
+from elmwood.train.adopt import import_adapter
 from elmwood.train.tasks import train, train_key, train_seed
 
-__all__ = ["train", "train_key", "train_seed"]
+__all__ = ["import_adapter", "train", "train_key", "train_seed"]
