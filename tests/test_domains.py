@@ -15,7 +15,7 @@ from sklearn.cluster import KMeans
 
 from elmwood.corpus.build import build, documents
 from elmwood.domains import cluster, dense, embed, grow, names, route
-from elmwood.domains.partition import add, assign, centroids, heirs, partition, public_files, split, survey
+from elmwood.domains.partition import add, assign, centroids, heirs, partition, public_files, serving, split, survey
 from elmwood.domains.words import Lexicon, finished, spans, words
 from elmwood.errors import BadCorpus, BadInput, BadRecord, ForeignExpert, UnknownName
 from elmwood.records import Partition
@@ -361,9 +361,12 @@ def test_the_oracle_and_uniform_routers():
 
 def test_the_posterior_is_bayes():
     loglik_TE = np.log([[0.5, 0.1], [0.2, 0.2], [0.9, 0.3]])
-    weight_TE = route.gate(route.ROUTERS["posterior"](route.posterior_scores(loglik_TE, np.array([0.25, 0.75]))), 1.0, 2)
+    weight_TE = route.gate(route.ROUTERS["posterior"](route.posterior_scores(loglik_TE, prior_E=np.array([0.25, 0.75]))), 1.0, 2)
     joint = np.array([0.25, 0.75]) * np.array([[1, 1], [0.5, 0.1], [0.1, 0.02]])
     np.testing.assert_allclose(weight_TE, joint / joint.sum(1, keepdims=True))
+    two = route.posterior_scores(np.concatenate([loglik_TE, loglik_TE]), np.array([4, 4, 4, 2, 2, 2]))
+    np.testing.assert_allclose(two, np.tile(route.posterior_scores(loglik_TE), (2, 1)), atol=1e-12)
+    assert route.posterior_scores(np.zeros((0, 2)), np.zeros(0, int)).shape == (0, 2)
     np.testing.assert_allclose(route.posterior_prior(np.array([[1.0, 0.0]])), [0.65, 0.35])
 
 
@@ -492,6 +495,26 @@ def test_splitting_leaves_the_others_as_they_were(made):
         split(first, 9, store)
     with pytest.raises(BadInput, match="random"):
         split(partition(corpus, store, domains=3, method="random"), 0, store)
+
+
+def test_experts_serve_until_their_parts_have_experts_of_their_own(made):
+    store, _, first = made
+    parted = split(first, 1, store)
+    twice = split(parted, 3, store)
+    old = [(first.digest, domain) for domain in range(3)]
+    assert serving(first, old, store) == [(0,), (1,), (2,)]
+    assert serving(twice, old, store) == [(0,), (1, 3, 4), (2,)] == heirs(first, twice, store)
+    assert serving(twice, [*old, (twice.digest, 4)], store) == [(0,), (1, 3), (2,), (4,)]
+    assert serving(twice, [*old, (parted.digest, 3)], store) == [(0,), (1,), (2,), (3, 4)]
+    assert serving(twice, [old[1], (parted.digest, 1), (parted.digest, 3)], store) == [(), (1,), (3, 4)]
+    assert serving(twice, [old[1], old[1]], store) == [(1, 3, 4), (1, 3, 4)]
+    for strange, complaint in (
+        ((first.digest, None), "no domain"),
+        (("0" * 64, 1), "partition 00000000"),
+        ((twice.digest, 1), "partition"),
+    ):
+        with pytest.raises(ForeignExpert, match=complaint):
+            serving(parted, [*old, strange], store)
 
 
 def test_adding_domains_leaves_the_others_as_they_were(made, tmp_path):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tiny_models import SHAPE, full_expert, lora_expert, tiny_seed
 
 from elmwood.corpus.build import build
-from elmwood.domains.partition import partition
+from elmwood.domains.partition import centroids, partition, split
+from elmwood.domains.route import gate, nearest_place, posterior_scores, token_distances
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import EnsembleLM, open_model
 from elmwood.errors import BadInput, ForeignExpert, UnknownName
@@ -70,6 +71,8 @@ SETTINGS = [
     {"top_k": 4, "seed_distance": 0.9, "router": "cbtm"},
     {"top_k": 3, "temperature": 1.0},
     {"top_k": 2, "router": "sparse", "seed_distance": 1.9},
+    {"top_k": 2, "router": "posterior", "temperature": 1.0},
+    {"top_k": 4, "router": "posterior", "temperature": 4.0, "seed_distance": 0.5},
 ]
 
 
@@ -84,7 +87,7 @@ def test_reading_on_equals_scoring(fields, house):
         assert len(text.spoke) <= fields["top_k"]
         assert sum(text.spoke.values()) == pytest.approx(1)
         met.add(frozenset(text.spoke))
-    if fields["top_k"] < 3:
+    if fields["top_k"] < 3 and fields.get("router") != "posterior":
         assert len(met) > 1, "the active experts should have changed on the way"
 
 
@@ -135,6 +138,47 @@ def test_uniform_weights_are_the_plain_average(house):
     torch.testing.assert_close(logp_V.exp(), p_EV.mean(0), atol=1e-6, rtol=1e-4)
     assert set(text.spoke.values()) == {0.25}
     assert text.spoke.keys() == {*(domain.name for domain in house.partition.domains), "seed"}
+
+
+@pytest.mark.parametrize("seed_distance", [None, 0.5])
+def test_the_posterior_weighs_by_what_each_said(seed_distance, house):
+    """The live ensemble, read at once or in pieces, is what its formula makes of the experts' own columns."""
+    lm = open_model(house.ensemble(router="posterior", top_k=4, temperature=1.0, seed_distance=seed_distance), house.store)
+    members = [*lm.experts.experts, *([] if seed_distance is None else [house.seed])]
+    loglik_TE = np.stack([open_model(member, house.store).score([house.tokens])[0].numpy() for member in members], 1)
+    prior_E = np.exp([0, 0, 0] if seed_distance is None else [0, 0, 0, -seed_distance])
+    weight_TE = gate(posterior_scores(loglik_TE, prior_E=prior_E), 1.0, 4)
+    expected_T = torch.from_numpy(np.log((weight_TE * np.exp(loglik_TE.astype(np.float64))).sum(1))).float()
+    expected_T[0] = 0
+    torch.testing.assert_close(lm.score([house.tokens])[0], expected_T, atol=1e-5, rtol=1e-5)
+    text, read = lm.start(), 0
+    for size in (1, 5, 1, 1, 3):
+        logp_V, text = lm.extend(house.tokens[read : read + size], text)
+        read += size
+        torch.testing.assert_close(logp_V[house.tokens[read]], expected_T[read], atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(list(text.spoke.values()), weight_TE[read][weight_TE[read] > 0], atol=1e-4)
+
+
+def test_old_experts_serve_a_revised_partition_until_new_ones_come(house):
+    revised = split(house.partition, 1, house.store)
+    old = house.add(Forest(seed=house.seed.digest, partition=revised.digest, experts=[expert.digest for expert in house.experts]))
+    lm = open_model(house.add(Ensemble(forest=old.digest, top_k=2)), house.store)
+    served = dict(zip((expert.domain for expert in lm.experts.experts), lm.gate.places_E, strict=True))
+    assert served == {0: (0,), 1: (1, 3), 2: (2,)}
+    dist2_TK = token_distances(lm.gate.embedder, centroids(revised, house.store), house.tokens, lm.gate.spelled)
+    weight_TE = gate(-nearest_place(dist2_TK, lm.gate.places_E), 0.1, 2)
+    np.testing.assert_allclose(lm.gate.tokens(house.tokens), weight_TE, atol=1e-6)
+    assert "".join(step.text for step in generate(lm, house.tokenizer, "the sea", max_tokens=4))
+    assert set(lm.names) == {*(domain.name for domain in house.partition.domains), "seed"}
+    part = lora_expert(house.seed, house.store, 7, domain=3, partition=revised.digest)
+    both = house.add(old.model_copy(update={"experts": tuple(sorted((*old.experts, part.digest)))}))
+    lm = open_model(house.add(Ensemble(forest=both.digest, top_k=1)), house.store)
+    assert dict(zip((expert.digest for expert in lm.experts.experts), lm.gate.places_E, strict=True))[part.digest] == (3,)
+    assert lm.score([house.tokens]).isfinite().all()
+    rest = lora_expert(house.seed, house.store, 8, domain=1, partition=revised.digest)
+    full = house.add(both.model_copy(update={"experts": tuple(sorted((*both.experts, rest.digest)))}))
+    with pytest.raises(ForeignExpert, match="experts of its own by now"):
+        open_model(house.add(Ensemble(forest=full.digest)), house.store)
 
 
 def test_only_experts_with_weight_are_run(house, monkeypatch):

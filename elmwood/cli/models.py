@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from elmwood.cli.screen import duration, emit, keep, short, table, talk
+from elmwood.domains.partition import serving
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.records import Comparison, Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store
@@ -21,11 +22,11 @@ def forest(*, partition, experts, name, store, as_json) -> None:
                 f"expert {expert.digest[:8]} grew from seed {expert.seed[:8]}, {members[0].digest[:8]} from {members[0].seed[:8]}; "
                 "a forest has one seed: leave one of them out, or retrain it"
             )
-        if expert.domain is None or expert.partition != division.digest:
-            raise ForeignExpert(
-                f"expert {expert.digest[:8]} was not trained on a domain of partition {division.digest[:8]}; "
-                "a router would not know when to ask it: leave it out, or retrain it"
-            )
+    served = serving(division, [(expert.partition, expert.domain) for expert in members], home)
+    for expert, places in zip(members, served, strict=True):
+        if not places:
+            talk.print(f"left out: expert {expert.digest[:8]}, since every part of its domain has an expert of its own", style="yellow")
+    members = [expert for expert, places in zip(members, served, strict=True) if places]
     made_of = Forest(seed=members[0].seed, partition=division.digest, experts=tuple(expert.digest for expert in members))
     home.add(made_of)
     keep(home, made_of, name, as_json)

@@ -216,6 +216,35 @@ def heirs(old: Partition, new: Partition, store: Store) -> list[tuple[int, ...]]
     return [tuple(place for place, origin in places if origin == domain) for domain in range(len(old.domains))]
 
 
+def serving(partition: Partition, trained: Sequence[tuple[str | None, int | None]], store: Store) -> list[tuple[int, ...]]:
+    """The domains that each expert serves, by the partition and the domain it was trained on.
+
+    A domain is served by experts of its own; while it has none, by those of the domain it came out of, and so on back. So an
+    expert of a domain that was split serves all parts, then those without experts, and none in the end.
+    Raises ForeignExpert for one of no domain, or of a partition that this one does not come from.
+    """
+    served: list[list[int]] = [[] for _ in trained]
+    vacant = {place: place for place in range(len(partition.domains))}  # here -> in the ancestor
+    strangers = {digest for digest, _ in trained}
+    step = partition
+    while True:
+        strangers.discard(step.digest)
+        for place, there in vacant.items():
+            for e, one in enumerate(trained):
+                if one == (step.digest, there):
+                    served[e].append(place)
+        taken = {place for places in served for place in places}
+        if step.parent is None or not strangers:
+            break
+        vacant = {p: origin for p, there in vacant.items() if p not in taken and (origin := step.domains[there].origin) is not None}
+        step = store.load(step.parent, Partition)
+    for digest, domain in trained:
+        if digest in strangers or domain is None:
+            where = "no domain" if domain is None else f"partition {(digest or 'none')[:8]}"
+            raise ForeignExpert(f"an expert is of {where}, the forest's partition is {partition.digest[:8]}: leave it out, or retrain it")
+    return [tuple(places) for places in served]
+
+
 # ---- inside ----------------------------------------------------------------------------------------------------------
 
 

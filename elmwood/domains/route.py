@@ -1,7 +1,7 @@
 """Text -> squared distances to the domains, at its end or after every prefix; distances -> weights.
 
-Shapes: N texts, P prefixes, T tokens, W known words, K domains, E candidates (domains, and the seed last where it is one),
-D dimensions, V terms.
+Shapes: N texts, P prefixes, T tokens (N of several documents), W known words, K domains, E candidates (domains or experts, and
+the seed last where it is one), D dimensions, V terms.
 
 A word counts once a character that cannot belong to it follows in the prefix (words.py): the word still being written
 says nothing yet. A prefix without a known word is the zero vector, so it prefers the centroid nearest the origin.
@@ -130,6 +130,12 @@ class Walk:
             self._sum_X += terms.table_VD[row] * terms.rise(before_1)
 
 
+def nearest_place(dist2_NK: Floats, places_E: Sequence[Sequence[int]]) -> Floats:
+    """Squared distances to experts that serve several domains: to the nearest of these [N, E]. Each serves one at least."""
+    starts_E = np.cumsum([0, *map(len, places_E)])[:-1]
+    return np.minimum.reduceat(dist2_NK[:, np.concatenate([np.asarray(places, np.int64) for places in places_E])], starts_E, axis=1)
+
+
 def candidates(dist2_NK: Floats, seed_distance: float | None) -> Floats:
     """The seed as one more candidate, in the last column, at a fixed squared distance: text far from every domain
     falls back to it. None: it is not a candidate."""
@@ -199,10 +205,19 @@ ROUTERS: dict[str, Router] = {
 }
 
 
-def posterior_scores(loglik_TE: Floats, prior_E: Floats | None = None) -> Floats:
-    """Row t: log prior plus the log-likelihood of tokens[:t] under each expert, in nats [T, E]."""
-    before_TE = np.cumsum(loglik_TE, axis=0, dtype=np.float64) - loglik_TE
-    return before_TE if prior_E is None else before_TE + np.log(np.maximum(prior_E, 1e-30))
+def posterior_scores(loglik_NE: Floats, document_N: Ints | None = None, prior_E: Floats | None = None) -> Floats:
+    """Row t: log prior plus the log-likelihood, in nats, of the tokens before t in the same document, under each expert [N, E].
+
+    The tokens of a document stand one after another. No document_N: all are of one; no prior_E: all are alike before the first token.
+    """
+    sum_NE = np.zeros((len(loglik_NE) + 1, loglik_NE.shape[1]))
+    np.cumsum(loglik_NE, axis=0, dtype=np.float64, out=sum_NE[1:])
+    first_N = np.zeros(len(loglik_NE), np.int64)
+    if document_N is not None and len(document_N):
+        begins_N = np.diff(document_N, prepend=document_N[0] - 1) != 0
+        first_N = np.maximum.accumulate(np.where(begins_N, np.arange(len(document_N)), 0))
+    before_NE = sum_NE[:-1] - sum_NE[first_N]
+    return before_NE if prior_E is None else before_NE + np.log(np.maximum(prior_E, 1e-30))
 
 
 def posterior_prior(posterior_NE: Floats, decay: float = 0.3) -> Floats:
