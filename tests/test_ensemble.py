@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import SHAPE, full_expert, lora_expert, tiny_seed
 
+from elmwood.cli.study import compare_models
 from elmwood.corpus.build import build
 from elmwood.domains.partition import centroids, partition, split
 from elmwood.domains.route import gate, nearest_place, posterior_scores, token_distances
@@ -170,6 +171,13 @@ def test_old_experts_serve_a_revised_partition_until_new_ones_come(house):
     np.testing.assert_allclose(lm.gate.tokens(house.tokens), weight_TE, atol=1e-6)
     assert "".join(step.text for step in generate(lm, house.tokenizer, "the sea", max_tokens=4))
     assert set(lm.names) == {*(domain.name for domain in house.partition.domains), "seed"}
+    comparison, found = compare_models([old], ["old"], house.store, partition=None, length=64, documents=None, workers=1)
+    rows = {row.name: row for row in comparison.rows}
+    assert {len(row) for row in comparison.routing} == {5}
+    assert len(rows["oracle routing"].domains) == 4
+    np.testing.assert_allclose(np.sum([row for row in comparison.routing if any(row)], 1), 1)
+    (live,) = compare_models([found], ["live"], house.store, partition=None, length=64, documents=None, workers=1)[0].rows
+    assert live.bits_per_byte == pytest.approx(rows[comparison.chosen].bits_per_byte, abs=1e-4)
     part = lora_expert(house.seed, house.store, 7, domain=3, partition=revised.digest)
     both = house.add(old.model_copy(update={"experts": tuple(sorted((*old.experts, part.digest)))}))
     lm = open_model(house.add(Ensemble(forest=both.digest, top_k=1)), house.store)

@@ -19,6 +19,8 @@ from elmwood.cli.screen import bars, count, duration, emit, out, talk
 from elmwood.cli.training import default_rate, default_workers, label, llama, shards
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
+from elmwood.domains.partition import serving
+from elmwood.domains.route import nearest_place
 from elmwood.engine import Progress, cores, run
 from elmwood.errors import BadInput
 from elmwood.records import Comparison, Corpus, Digest, Ensemble, Expert, Forest, Frozen, Partition, Recipe, Record, Score, Seed, Shard
@@ -266,13 +268,20 @@ def compare_models(
         )  # fmt: skip
         held = open_holdout(spec, store)
         dist2_NK = evaluate.distances(held, division, store, progress)
-    order = sorted(experts, key=lambda expert: expert.domain or 0)
-    if [expert.domain for expert in order] != list(range(len(division.domains))):
+    served = serving(division, [(expert.partition, expert.domain) for expert in experts], store)
+    owners = [[e for e, places in enumerate(served) if k in places] for k in range(len(division.domains))]
+    if any(len(mine) != 1 for mine in owners):
+        found = ", ".join(f"{k}: {len(mine)}" for k, mine in enumerate(owners) if len(mine) != 1)
         raise BadInput(
-            f"this forest has experts for domains {sorted({expert.domain or 0 for expert in experts})} of {len(division.domains)}; "
-            "the table needs one for each: train the others, or evaluate an ensemble of these"
+            f"the table needs one expert for each domain, and here domains have others ({found}): train or leave out some, or evaluate "
+            "an ensemble of these"
         )
-    side = evaluate.Side(np.column_stack([columns[expert.digest] for expert in order]), dist2_NK)
+    order = list(dict.fromkeys(mine[0] for mine in owners))  # in the order of the first domain each serves
+    side = evaluate.Side(
+        np.column_stack([columns[experts[e].digest] for e in order]),
+        nearest_place(dist2_NK, [served[e] for e in order]),
+        owners=tuple(order.index(mine[0]) for mine in owners),
+    )
     return _keep(evaluate.compare(held, columns[seed.digest], side), held, forest, (), store)
 
 

@@ -44,6 +44,11 @@ class Side(NamedTuple):
     loglik_NK: Floats
     dist2_NK: Floats
     cost: Cost = Cost()
+    owners: tuple[int, ...] | None = None  # the expert of each domain; None: one for each, in the domains' order
+
+    @property
+    def owner_K(self) -> tuple[int, ...]:
+        return tuple(range(self.loglik_NK.shape[1])) if self.owners is None else self.owners
 
 
 class Compared(NamedTuple):
@@ -65,8 +70,8 @@ def compare(holdout: Holdout, seed_N: Floats, experts: Side, dense: Sequence[Con
     for column in (seed_N, *(control.loglik_N for control in dense), *(columns for side in sides for columns in side[:2])):
         if len(column) != len(holdout.document_N):
             raise BadInput(f"a column has {len(column)} tokens, the holdout {len(holdout.document_N)}: score the model on this holdout")
-    domains = experts.loglik_NK.shape[1]
-    fits = [_fit(holdout, seed_N, experts, top_k) for top_k in top_ks(domains)]
+    domains = len(experts.owner_K)
+    fits = [_fit(holdout, seed_N, experts, top_k) for top_k in top_ks(experts.loglik_NK.shape[1])]
     lines = [("seed", "seed", seed_N, Cost())]
     lines += [(control.name, "control", control.loglik_N, control.cost) for control in dense]
     if random:
@@ -75,7 +80,7 @@ def compare(holdout: Holdout, seed_N: Floats, experts: Side, dense: Sequence[Con
         lines += [("random clusters, uniform", "control", _uniform(random), random.cost)]
     lines += [("uniform routing", "control", _uniform(experts), experts.cost)]
     lines += [(f"c-BTM {_top(one, experts)}", "result", _mixed(seed_N, experts, one), experts.cost) for one in fits]
-    own_N = np.take_along_axis(experts.loglik_NK, holdout.domain_D[holdout.document_N][:, None], 1)[:, 0]
+    own_N = np.take_along_axis(experts.loglik_NK, np.array(experts.owner_K)[holdout.domain_D[holdout.document_N], None], 1)[:, 0]
     lines += [("oracle routing", "bound", own_N, experts.cost)]
 
     test_D = ~holdout.tune_D
@@ -94,11 +99,20 @@ def top_ks(experts: int) -> list[int]:
 
 
 def routing(holdout: Holdout, side: Side, chosen: Fit) -> tuple[tuple[float, ...], ...]:
-    """Mean weight of each expert, the seed last, over each domain's tokens of the test half [K][E]; zeros where there are none."""
+    """Mean weight of each domain's expert, the seed last, over each domain's tokens of the test half [K][K + 1]; zeros where there
+    are none. An expert of several domains stands at the document's own, or else at its first."""
     weight_NE = weights(side.dist2_NK, *chosen[:4])
     domain_N = holdout.domain_D[holdout.document_N]
-    rows = [weight_NE[(domain_N == k) & ~holdout.tune_N] for k in range(side.loglik_NK.shape[1])]
-    return tuple(tuple(part.mean(0).tolist()) if len(part) else (0.0,) * weight_NE.shape[1] for part in rows)
+    owner_K = np.array(side.owner_K)
+    made = []
+    for k, own in enumerate(owner_K):
+        mine_NE = weight_NE[(domain_N == k) & ~holdout.tune_N]
+        mean_E = mine_NE.mean(0) if len(mine_NE) else np.zeros(weight_NE.shape[1])
+        column_E = [k if e == own else int(np.flatnonzero(owner_K == e)[0]) for e in range(len(mean_E) - 1)]
+        row = np.zeros(len(owner_K) + 1)
+        row[[*column_E, -1]] = mean_E
+        made.append(tuple(row.tolist()))
+    return tuple(made)
 
 
 def _fit(holdout: Holdout, seed_N: Floats, side: Side, top_k: int) -> Fit:
