@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
 
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
-from elmwood.records import Files, Record, canonical, fingerprint, parse, references
+from elmwood.records import Expert, Files, Partition, Record, Seed, canonical, fingerprint, parse, references
 
 R = TypeVar("R", bound=Record)
 CHUNK = 1 << 20
@@ -31,6 +31,7 @@ class Damage(NamedTuple):
 
     where: str  # path below the store
     problem: str
+    elsewhere: bool = False  # no damage: text that stayed with its owner
 
 
 class Store:
@@ -221,21 +222,38 @@ def sync_folder(folder: Path) -> None:
 
 
 def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
-    """A record and the records it names, depth first, with their depth. A record met twice is yielded each time."""
+    """A record and the records it names, depth first, with their depth. A record met twice is yielded each time; a corpus that
+    stayed with its owner is left out."""
 
     def walk(digest: str, depth: int) -> Iterator[tuple[int, Record]]:
         record = store.load(digest)
         yield depth, record
         for reference in references(record):
-            if not reference.startswith("sha256:"):
+            if not reference.startswith("sha256:") and (store.has(reference) or reference not in texts(record)):
                 yield from walk(reference, depth + 1)
 
     return walk(digest, 0)
 
 
+def texts(record: Record) -> set[str]:
+    """Digests a record names that are text, or lead to text. They stay with their owner when the record travels."""
+    match record:
+        case Partition():
+            return {record.corpus, *(shard.blob for domain in record.domains for shard in (*domain.train, *domain.holdout))}
+        case Expert():
+            return set(record.data)
+        case Seed():
+            return {record.corpus} if record.corpus else set()
+    return set()
+
+
 def verify(store: Store, progress: Callable[[float, float], None] = lambda done, total: None) -> Iterator[Damage]:
-    """Re-hash every blob and record, follow every reference and ref; yield what is damaged. Progress is in bytes."""
+    """Re-hash every blob and record, follow every reference and ref; yield what is damaged. Progress is in bytes.
+
+    Text that stayed with its owner is no damage, and is said to be elsewhere (see `_stayed`).
+    """
     users: dict[str, str] = {}  # digest -> a record that needs it
+    named_by: dict[str, Record] = {}  # records that name text
     for digest in store.records():
         data = store.path(digest).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
@@ -248,6 +266,8 @@ def verify(store: Store, progress: Callable[[float, float], None] = lambda done,
             continue
         elsewhere = bool(getattr(record, "hub", None))  # its blobs stay in a model hub's own cache
         users |= {name: digest for name in references(record) if not (elsewhere and name.startswith("sha256:"))}
+        if texts(record):
+            named_by[digest] = record
     blobs = [path for path in sorted((store.root / "blobs" / "sha256").glob("??/*")) if path.suffix != ".tmp"]
     total = sum(path.stat().st_size for path in blobs)
     done = 0
@@ -259,9 +279,31 @@ def verify(store: Store, progress: Callable[[float, float], None] = lambda done,
             yield Damage(path.relative_to(store.root).as_posix(), "content does not match its name" + needed)
         done += path.stat().st_size
         progress(done, total)
+    stayed = _stayed(store, named_by)
+    for digest, record in named_by.items():
+        if count := len(texts(record) & stayed):
+            yield Damage(f"records/{digest}.json", f"{count} digests of text are not here: text stays with its owner", elsewhere=True)
     for digest, user in users.items():
-        if not store.has(digest):
+        if not store.has(digest) and digest not in stayed:
             yield Damage(store.path(digest).relative_to(store.root).as_posix(), f"missing; record {user[:12]} needs it")
     for ref, digest in store.names().items():
         if not store.has(digest):
             yield Damage(f"refs/{ref}", f"points to {digest[:12]}, which is not here")
+
+
+def _stayed(store: Store, named_by: Mapping[str, Record]) -> set[str]:
+    """Digests of text that are not here and need not be: named by records that were received, and by none that was made here.
+
+    A record was received where no finished task here made it and its corpus is not here. One that was made here must have the
+    text it names, but what its parent partition names already is its parent's affair.
+    """
+    made = {path.read_text().strip() for path in (store.root / "refs" / "done").glob("*") if path.suffix != ".tmp"}
+    received: set[str] = set()
+    needed: set[str] = set()
+    for digest, record in named_by.items():
+        corpus, parent = getattr(record, "corpus", None), named_by.get(getattr(record, "parent", None) or "")
+        if digest in made or (corpus and store.has(corpus)):
+            needed |= texts(record) - (texts(parent) if parent else set())
+        else:
+            received |= texts(record)
+    return {digest for digest in received - needed if not store.has(digest)}

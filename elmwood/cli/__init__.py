@@ -60,6 +60,9 @@ def demo(
 @app.command()
 def cluster(
     corpus: Annotated[list[str], typer.Argument(help="JSONL, Parquet, folders of text, datasets:NAME, or 'sample'.")],
+    partition: Annotated[
+        str | None, typer.Option("--with", help="Only count which domains of this partition they belong to: a name, digest or folder.")
+    ] = None,
     domains: Annotated[int, typer.Option(help="How many.")] = 8,
     embedder: Annotated[str, typer.Option(help="A row of the table of embedders, or module:function.")] = "tfidf",
     method: Annotated[str, typer.Option(help="balanced, plain or random.")] = "balanced",
@@ -71,8 +74,39 @@ def cluster(
     as_json: JsonOption = False,
 ) -> None:
     """Read a corpus and discover its domains: makes a Partition."""
-    _verb("domains", "cluster", corpus=corpus, domains=domains, embedder=embedder, method=method, holdout=holdout, field=field,
-          rng_seed=rng_seed, name=name, store=store, as_json=as_json)  # fmt: skip
+    _verb("domains", "cluster", corpus=corpus, partition=partition, domains=domains, embedder=embedder, method=method,
+          holdout=holdout, field=field, rng_seed=rng_seed, name=name, store=store, as_json=as_json)  # fmt: skip
+
+
+@app.command()
+def split(
+    partition: Annotated[str, typer.Argument(help="Name or digest.")],
+    domain: Annotated[str, typer.Argument(help="Its number or name.")],
+    parts: Annotated[int, typer.Option(help="How many.")] = 2,
+    rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Part one domain in several; the experts of the others stay valid."""
+    _verb("domains", "split", partition=partition, domain=domain, parts=parts, rng_seed=rng_seed, name=name, store=store, as_json=as_json)
+
+
+@app.command()
+def add(
+    partition: Annotated[str, typer.Argument(help="Name, digest, or a folder written by export.")],
+    corpus: Annotated[list[str], typer.Argument(help="JSONL, Parquet, folders of text, datasets:NAME, or 'sample'.")],
+    domains: Annotated[int, typer.Option(help="How many new ones.")] = 1,
+    holdout: Annotated[float, typer.Option(help="Share of documents nobody trains on.")] = 0.1,
+    field: Annotated[str, typer.Option(help="The text column of JSONL and Parquet.")] = "text",
+    rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a corpus bring new domains to a partition; the experts of the old ones stay valid."""
+    _verb("domains", "add", partition=partition, corpus=corpus, domains=domains, holdout=holdout, field=field, rng_seed=rng_seed,
+          name=name, store=store, as_json=as_json)  # fmt: skip
 
 
 @seed_app.command("import")

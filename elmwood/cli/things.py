@@ -70,13 +70,14 @@ def verify(*, store, as_json) -> None:
         raise BadInput(f"there is no store at {store}: name one with --store, or begin with `elmwood demo`")
     with bars() as progress:
         damages = list(check(home, lambda done, total: progress("verify", done, total, "B")))
+    broken = sum(not damage.elsewhere for damage in damages)
     if as_json:
         emit([damage._asdict() for damage in damages])
     else:
         for damage in damages:
-            out.print(f"{damage.where}: {damage.problem}", soft_wrap=True)
-        talk.print(f"{len(damages)} damaged" if damages else "every digest and reference holds")
-    if damages:
+            (talk if damage.elsewhere else out).print(f"{damage.where}: {damage.problem}", soft_wrap=True)
+        talk.print(f"{broken} damaged" if broken else "every digest and reference holds")
+    if broken:
         sys.exit(1)
 
 
@@ -93,7 +94,9 @@ def export(*, name, folder, store, as_json) -> None:
         case Expert():
             source = home.folder(record.files)
         case Partition():
-            source = home.folder({**record.embedder.files, "centroids.safetensors": record.centroids})
+            from elmwood.domains.share import publish, published  # scikit-learn
+
+            source = home.folder(published(record, home))
         case _:
             raise BadInput(
                 f"a {record.kind} is no folder of files: export its seed, partition or experts (`elmwood show {name}` lists them)"
@@ -102,6 +105,9 @@ def export(*, name, folder, store, as_json) -> None:
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(source, building)  # follows the links: plain files come out
     (building / "elmwood.json").write_bytes(home.get(record.digest).read_bytes())
+    if isinstance(record, Partition):
+        publish(record, home, building)
+        talk.print("no text is in it, but words are: terms and names of domains, and the vocabulary of embedders that keep one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(building, folder)
     if as_json:

@@ -6,11 +6,9 @@ Shapes: N documents, K domains, D dimensions, V terms, B bins.
 import errno
 import fcntl
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -19,13 +17,12 @@ from scipy import sparse
 
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
-from elmwood.domains.cluster import squared_distances
 from elmwood.domains.dense import Model
-from elmwood.domains.grow import BATCH, Ground, Grown, grow, write
+from elmwood.domains.grow import Ground, Grown, grow, write
 from elmwood.domains.route import Centroids, Sparse, distances
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, DoesNotFit, ForeignExpert
-from elmwood.records import Corpus, Embedder, Partition, fingerprint
+from elmwood.records import Corpus, Domain, Embedder, Partition, fingerprint
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
@@ -101,43 +98,6 @@ def assign(partition: Partition, store: Store, texts: Sequence[str], model: Mode
     return dist2_NK.argmin(1), dist2_NK
 
 
-class Survey(NamedTuple):
-    """Which domains somebody's own documents belong to, and how near they are."""
-
-    documents_K: Ints
-    bytes_K: Ints
-    edge_B: Floats  # of the bins of squared distance: B edges, B - 1 bins
-    near_KB: Ints  # documents of each domain in each bin
-    wordless: int  # documents without a known word: they are near to nothing, and not counted above
-
-
-def survey(partition: Partition, store: Store, texts: Iterable[str], *, model: Model | None = None, progress: Progress = silent) -> Survey:
-    """Assign a stream of texts to the domains, and count. Nothing leaves the machine."""
-    fitted = embed.load(partition.embedder, store, model)
-    centroid_KD = np.asarray(centroids(partition, store))
-    k = len(centroid_KD)
-    edge_B = np.linspace(0, 4, 81)
-    documents_K, bytes_K, near_KB, wordless = np.zeros(k, np.int64), np.zeros(k, np.int64), np.zeros((k, 80), np.int64), 0
-    stream = iter(texts)
-    while batch := list(islice(stream, BATCH)):
-        x_ND = fitted.embed(batch)
-        some_N = x_ND.any(1)
-        dist2_NK = squared_distances(x_ND[some_N], centroid_KD)
-        label_N = dist2_NK.argmin(1)
-        size_N = np.array([len(text.encode("utf-8", "replace")) for text in batch])[some_N]
-        documents_K += np.bincount(label_N, minlength=k)
-        bytes_K += np.bincount(label_N, weights=size_N, minlength=k).astype(np.int64)
-        near_KB += np.histogram2d(label_N, dist2_NK.min(1, initial=4), bins=(np.arange(k + 1), edge_B))[0].astype(np.int64)
-        wordless += int((~some_N).sum())
-        progress("assign", float(documents_K.sum()) + wordless, 0, "documents")
-    return Survey(documents_K, bytes_K, edge_B, near_KB, wordless)
-
-
-def public_files(partition: Partition) -> tuple[str, ...]:
-    """Digests of all that a partition needs to be used by others: the record, centroids, embedder. No text is among them."""
-    return (partition.digest, partition.centroids, *partition.embedder.files.values())
-
-
 # ---- revising one ----------------------------------------------------------------------------------------------------
 # A domain that is not split keeps its place, centroid, name and shards, so its expert stays what it was. The embedder
 # stays too: words it does not know are still unknown.
@@ -159,8 +119,10 @@ def split(
     old = partition.domains[domain]
     if not 2 <= parts <= old.documents:
         raise BadCorpus(f"{parts} parts of {old.documents} documents: 2 parts or more are needed, and each needs a document")
+    if missing := [shard for shard in (*old.train, *old.holdout) if not store.has(shard.blob)]:
+        raise BadInput(f"domain {old.name!r} cannot be split here: {len(missing)} of its shards of text stayed with their owner")
     key = fingerprint("split", RULES, partition.digest, domain, parts, rng_seed)
-    others = partition.domains[:domain] + partition.domains[domain + 1 :]
+    others = _readable(partition.domains[:domain] + partition.domains[domain + 1 :], store)
     with _alone(store, key) as work:
         if done := store.done(key):
             return store.load(done, Partition)
@@ -192,7 +154,9 @@ def add(
         if done := store.done(key):
             return store.load(done, Partition)
         ground = Ground(store, work, partition.embedder, model)
-        grown = grow(ground, corpus.train, corpus.holdout, domains, partition.method, rng_seed, partition.domains, progress)
+        grown = grow(
+            ground, corpus.train, corpus.holdout, domains, partition.method, rng_seed, _readable(partition.domains, store), progress
+        )
         made = _revised(partition, grown, None, [*range(len(partition.domains) + domains)], corpus.digest, store)
         store.finish(key, made)
         return made
@@ -246,6 +210,11 @@ def serving(partition: Partition, trained: Sequence[tuple[str | None, int | None
 
 
 # ---- inside ----------------------------------------------------------------------------------------------------------
+
+
+def _readable(domains: Sequence[Domain], store: Store) -> tuple[Domain, ...]:
+    """Domains without the shards that stayed with their owner: names of new ones are told from the text that is here."""
+    return tuple(one.model_copy(update={"train": tuple(shard for shard in one.train if store.has(shard.blob))}) for one in domains)
 
 
 def _revised(old: Partition, grown: Grown, domain: int | None, places: Sequence[int], corpus: str, store: Store) -> Partition:

@@ -1,0 +1,151 @@
+"""A partition without its text: what goes out, how it comes in, and which of one's own documents belong where.
+
+Shapes: N documents, K domains, B edges of bins.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.corpus.read import Document
+from elmwood.domains import embed
+from elmwood.domains.cluster import squared_distances
+from elmwood.domains.dense import Model
+from elmwood.domains.grow import BATCH, EXAMPLES
+from elmwood.domains.partition import centroids
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput, BadRecord, Damaged
+from elmwood.records import Files, Partition, canonical, parse
+from elmwood.store import Store, hash_file
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+FAR = 1.0  # squared distance of the zero vector from a unit vector: farther than this, a document is nearer to nothing at all
+EDGES = np.linspace(0, 4, 161)  # of squared distance between vectors of length one at most
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+RECORD, CENTROIDS = "elmwood.json", "centroids.safetensors"
+
+
+# ---- out and in ------------------------------------------------------------------------------------------------------
+
+
+def published(partition: Partition, store: Store) -> Files:
+    """What others need to use a partition, as a folder: embedder and centroids, also of the partitions it revises. No text."""
+    files = dict(partition.embedder.files)
+    for depth, step in enumerate(ancestors(partition, store)):
+        files[f"parents/{step.digest}/{CENTROIDS}" if depth else CENTROIDS] = step.centroids
+    return files
+
+
+def ancestors(partition: Partition, store: Store) -> list[Partition]:
+    """A partition, and those it revises, the latest first."""
+    found = [partition]
+    while found[-1].parent is not None:
+        found.append(store.load(found[-1].parent, Partition))
+    return found
+
+
+def publish(partition: Partition, store: Store, folder: Path) -> None:
+    """Write the records beside the files of `published`."""
+    for depth, step in enumerate(ancestors(partition, store)):
+        place = folder / f"parents/{step.digest}" if depth else folder
+        (place / RECORD).write_bytes(canonical(step))
+
+
+def receive(folder: Path, store: Store) -> Partition:
+    """Take in a partition that somebody exported. Every file must be what the record says. Raises BadInput, BadRecord, Damaged."""
+    if not (folder / RECORD).is_file():
+        raise BadInput(f"{folder} has no {RECORD}: name a folder written by `elmwood export PARTITION {folder}`")
+    partition = _read(folder / RECORD)
+    for name, blob in partition.embedder.files.items():
+        _take(folder, name, blob, store)
+    step, place = partition, folder
+    while True:
+        _take(place, CENTROIDS, step.centroids, store)
+        store.add(step)
+        if step.parent is None:
+            return partition
+        place = folder / "parents" / step.parent
+        if not (place / RECORD).is_file():
+            raise BadInput(f"{folder} lacks partition {step.parent[:8]}, which this one revises: export it again")
+        parent = _read(place / RECORD)
+        if parent.digest != step.parent or parent.embedder != partition.embedder:
+            raise Damaged(f"{place / RECORD} is not the record that was published: get the folder again")
+        step = parent
+
+
+def _read(path: Path) -> Partition:
+    record = parse(path.read_bytes())
+    if not isinstance(record, Partition):
+        raise BadInput(f"{path} holds a {record.kind}, a partition is needed here")
+    return record
+
+
+def _take(folder: Path, name: str, blob: str, store: Store) -> None:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BadRecord(f"the record names the file {name!r}; files stay inside their folder: do not use this partition")
+    if not path.is_file() or f"sha256:{hash_file(path)}" != blob:
+        raise Damaged(f"{path} is missing or not what the record says: get the folder again")
+    store.put(path)
+
+
+# ---- use -------------------------------------------------------------------------------------------------------------
+
+
+class Survey(NamedTuple):
+    """Which domains somebody's own documents belong to, and how near they are."""
+
+    documents_K: Ints
+    bytes_K: Ints
+    edge_B: Floats  # of the bins of squared distance: B edges, B - 1 bins
+    near_KB: Ints  # documents of each domain in each bin
+    far_K: Ints  # of these, documents that lie nearer to the zero vector than to any centroid
+    nearest_K: tuple[tuple[str, ...], ...]  # ids of the documents nearest to each centroid
+    wordless: int  # documents the embedder knows nothing of: near to no domain, and not counted above
+
+
+def survey(
+    partition: Partition, store: Store, found: Iterable[Document], *, model: Model | None = None, progress: Progress = silent
+) -> Survey:
+    """Assign a stream of documents to the domains, and count. Nothing is kept of them but counts and ids; nothing leaves the machine."""
+    fitted = embed.load(partition.embedder, store, model)
+    centroid_KD = np.asarray(centroids(partition, store))
+    k = len(centroid_KD)
+    documents_K, bytes_K, far_K, near_KB = (np.zeros(shape, np.int64) for shape in (k, k, k, (k, len(EDGES) - 1)))
+    nearest: list[list[tuple[float, str]]] = [[] for _ in range(k)]
+    wordless = 0
+    stream = iter(found)
+    while batch := list(islice(stream, BATCH)):
+        x_ND = fitted.embed([document.text for document in batch])
+        some_N = x_ND.any(1)
+        inside = [batch[n] for n in np.flatnonzero(some_N)]
+        dist2_NK = squared_distances(x_ND[some_N], centroid_KD)
+        label_N, near_N = dist2_NK.argmin(1), dist2_NK.min(1, initial=EDGES[-1])
+        size_N = [len(document.text.encode("utf-8", "replace")) for document in inside]
+        documents_K += np.bincount(label_N, minlength=k)
+        bytes_K += np.bincount(label_N, weights=size_N, minlength=k).astype(np.int64)
+        far_K += np.bincount(label_N[near_N > FAR], minlength=k)
+        near_KB += np.histogram2d(label_N, near_N, bins=(np.arange(k + 1), EDGES))[0].astype(np.int64)
+        for domain in np.unique(label_N):
+            mine = np.flatnonzero(label_N == domain)
+            best = mine[np.argsort(near_N[mine], kind="stable")[:EXAMPLES]]
+            pool = {*nearest[domain], *((float(near_N[n]), inside[n].id) for n in best)}
+            nearest[domain] = sorted(pool)[:EXAMPLES]
+        wordless += int((~some_N).sum())
+        progress("assign", float(documents_K.sum()) + wordless, 0, "documents")
+    return Survey(documents_K, bytes_K, EDGES, near_KB, far_K, tuple(tuple(name for _, name in one) for one in nearest), wordless)
+
+
+def quantiles(near_B: Ints, edge_B: Floats, share_Q: Sequence[float] = QUANTILES) -> list[float] | None:
+    """Squared distances below which these shares of the counted documents lie, to within a bin; none where none were counted."""
+    if not near_B.sum():
+        return None
+    below_B = np.concatenate([[0], np.cumsum(near_B)]) / near_B.sum()
+    rising = np.concatenate([[True], np.diff(below_B) > 0]) | (np.append(np.diff(below_B), 0) > 0)
+    return [float(np.interp(share, below_B[rising], edge_B[rising])) for share in share_Q]
