@@ -291,8 +291,28 @@ class Comparison(Record):
     chosen: str | None = None  # name of the row with the least loss on the tune half: the result, before the test half was seen
 
 
+class Check(Frozen):
+    """One question a submission was asked."""
+
+    name: str
+    value: float | None  # None: not measured, which is a failure
+    threshold: float | None
+    side: Literal["at least", "at most"]  # the value must be
+    passed: bool
+
+
+class Verdict(Record):
+    """Whether an expert may join a forest, with every check."""
+
+    kind: Literal["verdict"] = "verdict"
+    expert: Digest
+    accepted: bool
+    checks: tuple[Check, ...]
+
+
 KINDS: dict[str, type[Record]] = {
-    cls.model_fields["kind"].default: cls for cls in (Corpus, Packing, Partition, Seed, Expert, Forest, Ensemble, Score, Comparison)
+    cls.model_fields["kind"].default: cls
+    for cls in (Corpus, Packing, Partition, Seed, Expert, Forest, Ensemble, Score, Comparison, Verdict)
 }
 
 

@@ -1,0 +1,130 @@
+"""Should an expert join a forest? Evidence -> verdict: every check with its value and threshold. A pure function; nothing is measured here.
+
+M modules of a delta, O outputs, I inputs, R rank, E accepted experts. A delta is the sum over modules of B @ A (scale folded into B).
+
+Copies are found on the deltas themselves, never on files or factors: B A stays the same when its factors are written in another
+basis. A blend of several experts need not be near any one of them, so it is sought in the span of all.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from elmwood.records import Check, Digest, Frozen, Verdict
+
+Floats = NDArray[np.floating]
+
+
+class Factors(NamedTuple):
+    """A low-rank delta of one module."""
+
+    b_OR: Floats
+    a_RI: Floats
+
+
+Delta = Mapping[str, Factors]
+
+
+class Policy(Frozen):
+    """Thresholds; fixed before submissions come."""
+
+    min_effect: float = 0.002  # bits per byte better than the seed on the expert's own domain
+    ensemble_effect: float = 0.0  # bits per byte better with it than without, on the blocks it touches
+    harm: float = 0.005  # bits per byte that a domain may lose
+    cosine: float = Field(0.85, ge=0, le=1)  # with an accepted delta; honest twins on one domain stayed below 0.7
+    novelty: float = Field(0.2, ge=0, le=1)  # share of the delta's squared length outside the span of accepted ones
+    public_ratio: float = 1.8  # gain on published held-out text over that on secret text
+
+
+class Evidence(Frozen):
+    """What was measured of one expert. Lower ends are of confidence sequences (sequential.py), bits per byte. None, not measured, fails."""
+
+    expert: Digest
+    own_low: float | None = None  # gain over the seed on its own domain
+    ensemble_low: float | None = None  # gain of the ensemble with it, over that without
+    ensemble_wealth: float | None = None  # log wealth against "no gain", at the look that ended the test
+    domain_low: dict[str, float] = Field(
+        default_factory=dict
+    )  # gain of the ensemble in each domain that the expert speaks in; a loss is below zero
+    cosine: float | None = None  # greatest with an accepted delta; 0 where there is none
+    novelty: float | None = None
+    public_gain: float | None = None
+    secret_gain: float | None = None
+    finite: bool = False  # every number of the weights
+    level: float | None = None  # the error this submission was allowed (budget.py), fixed before it was tested
+
+
+def accept(evidence: Evidence, policy: Policy) -> Verdict:
+    """All checks, cheapest first; accepted when every one has passed."""
+    worst = min(evidence.domain_low.items(), key=lambda item: item[1], default=None)
+    needed = None if evidence.level is None or not evidence.level > 0 else -float(np.log(evidence.level))
+    ratio = _ratio(evidence.public_gain, evidence.secret_gain)
+    checks = (
+        _check("weights are finite", float(evidence.finite), 1.0),
+        _check("not a copy: cosine with any accepted delta", evidence.cosine, policy.cosine, "at most"),
+        _check("not a blend: share outside the span of accepted deltas", evidence.novelty, policy.novelty),
+        _check("better than the seed on its own domain, bits per byte at least", evidence.own_low, policy.min_effect),
+        _check("ensemble better with it than without, bits per byte at least", evidence.ensemble_low, policy.ensemble_effect),
+        _check("evidence for that, log wealth, against the error budget", evidence.ensemble_wealth, needed),
+        _check(f"no domain harmed{f'; worst is {worst[0]}' if worst else ''}, bits per byte at least", worst and worst[1], -policy.harm),
+        _check("gain on public over gain on secret text", ratio, policy.public_ratio, "at most"),
+    )
+    return Verdict(expert=evidence.expert, accepted=all(check.passed for check in checks), checks=checks)
+
+
+def _check(name: str, value: float | None, threshold: float | None, side: Literal["at least", "at most"] = "at least") -> Check:
+    """What was not measured, or is not a number, has failed."""
+    value, threshold = (None if number is None or not np.isfinite(number) else float(number) for number in (value, threshold))
+    passed = value is not None and threshold is not None and (value - threshold) * (1 if side == "at least" else -1) >= 0
+    return Check(name=name, value=value, threshold=threshold, side=side, passed=passed)
+
+
+def _ratio(public: float | None, secret: float | None) -> float | None:
+    """None where there is no gain on secret text to compare with."""
+    return None if public is None or secret is None or not secret > 0 else public / secret
+
+
+# ---- copies and blends ----------------------------------------------------------------------------------------------
+
+
+def inner(one: Delta, other: Delta) -> float:
+    """Sum over shared modules of <B A, B' A'> = sum of (B^T B') * (A A'^T): from the factors, the products are never formed."""
+    total = 0.0
+    for name in one.keys() & other.keys():
+        (b_OR, a_RI), (other_OS, other_SI) = one[name], other[name]
+        outward_RS = np.asarray(b_OR, np.float64).T @ np.asarray(other_OS, np.float64)
+        inward_RS = np.asarray(a_RI, np.float64) @ np.asarray(other_SI, np.float64).T
+        total += float((outward_RS * inward_RS).sum())
+    return total
+
+
+def gram(deltas: Sequence[Delta]) -> Floats:
+    """Inner products of deltas [E, E] float64."""
+    gram_EE = np.zeros((len(deltas), len(deltas)))
+    for i, one in enumerate(deltas):
+        for j in range(i + 1):
+            gram_EE[i, j] = gram_EE[j, i] = inner(one, deltas[j])
+    return gram_EE
+
+
+def cosine(own: float, with_E: Floats, gram_EE: Floats) -> float:
+    """Greatest cosine of a delta with accepted ones; 0 where there are none, or either is zero."""
+    length2_E = own * np.diag(gram_EE)
+    return float(np.max(np.where(length2_E > 0, with_E / np.sqrt(np.where(length2_E > 0, length2_E, 1)), 0.0), initial=0.0))
+
+
+def novelty(own: float, with_E: Floats, gram_EE: Floats) -> float:
+    """Share of a delta's squared length outside the span of the accepted ones, from their Gram matrix: 0 a blend, 1 all new.
+
+    `own`: its squared length; `with_E`: its inner products with them. A delta of zero has none.
+    """
+    if not own > 0:
+        return 0.0
+    scale_E = np.sqrt(np.maximum(np.diag(gram_EE), 0))
+    scale_E = np.where(scale_E > 0, scale_E, 1)
+    unit_EE, onto_E = gram_EE / np.outer(scale_E, scale_E), with_E / scale_E
+    inside = float(onto_E @ np.linalg.pinv(unit_EE, rcond=1e-9, hermitian=True) @ onto_E)
+    return float(np.clip(1 - inside / own, 0.0, 1.0))

@@ -1,0 +1,79 @@
+"""Errors are a budget, and held-out blocks wear out. Who submits often must not win by chance, nor by learning what is asked.
+
+Each submission, and each retry, is one entry of the project's single sequence. Its level is fixed before anything is drawn (e-LOND:
+Xu & Ramdas, arXiv:2311.06412): of everything ever accepted, the expected share accepted wrongly is at most the budget, however
+submissions depend on one another or reuse the same blocks.
+
+Each draws its own secret order from a key that only the gate has, known by its digest beforehand and shown afterwards. A slice of the
+blocks serves some submissions and is retired: what has been asked often has been answered often.
+"""
+
+import hashlib
+import hmac
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from elmwood.errors import BadInput
+from elmwood.records import Digest, Frozen
+
+Ints = NDArray[np.integer]
+
+USES = 20  # submissions per slice
+
+
+class Entry(Frozen):
+    """One submission, decided."""
+
+    expert: Digest
+    level: float  # the error it was allowed
+    accepted: bool
+
+
+class Ledger(Frozen):
+    """The project's sequence of submissions, in the order in which their levels were fixed."""
+
+    budget: float = Field(0.1, gt=0, lt=1)  # expected share of wrong acceptances
+    entries: tuple[Entry, ...] = ()
+
+
+def portion(number: int) -> float:
+    """The share of the budget that submission 1, 2, ... has: 1/log2(n + 1) - 1/log2(n + 2), which add up to one."""
+    return float(1 / np.log2(number + 1) - 1 / np.log2(number + 2))
+
+
+def level(ledger: Ledger) -> float:
+    """The error the next submission is allowed; it is accepted when its wealth reaches one over this."""
+    return ledger.budget * portion(len(ledger.entries) + 1) * (1 + sum(entry.accepted for entry in ledger.entries))
+
+
+def enter(ledger: Ledger, expert: Digest, accepted: bool) -> Ledger:
+    """The ledger with the next submission decided."""
+    entry = Entry(expert=expert, level=level(ledger), accepted=accepted)
+    return ledger.model_copy(update={"entries": (*ledger.entries, entry)})
+
+
+# ---- which blocks, in which order -----------------------------------------------------------------------------------
+
+
+def seal(secret: bytes, submission: str) -> bytes:
+    """The key of one submission's order. Its sha256 may be published before, and it itself afterwards."""
+    return hmac.digest(secret, submission.encode(), "sha256")
+
+
+def order(key: bytes, size: int) -> Ints:
+    """The places 0 ... size - 1 in the random order of a key."""
+    seed = int.from_bytes(hashlib.sha256(key).digest(), "big")
+    return np.random.Generator(np.random.PCG64(seed)).permutation(size)
+
+
+def serving(secret: bytes, blocks: int, slices: int, submission: int, uses: int = USES) -> Ints:
+    """Places of the blocks that submission 0, 1, ... may be tested on, ascending; slices differ and serve one after another.
+
+    Raises BadInput when all are retired.
+    """
+    now = submission // uses
+    if not 0 <= now < slices:
+        raise BadInput(f"submission {submission} finds all {slices} slices of {uses} submissions retired: hold out new documents")
+    return np.sort(np.array_split(order(seal(secret, "slices"), blocks), slices)[now])
