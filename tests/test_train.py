@@ -20,13 +20,14 @@ from torch.nn.functional import cross_entropy
 
 from elmwood.corpus.build import build
 from elmwood.corpus.tokens import Packed, pack
-from elmwood.errors import BadCorpus, BadInput, Damaged, DoesNotFit
-from elmwood.lm.load import load_model, new_model, tokenizer
+from elmwood.errors import BadCorpus, BadInput, Damaged, DoesNotFit, MissingExtra
+from elmwood.lm.experts import Experts
+from elmwood.lm.load import load_model, load_quantised, new_model, tokenizer
 from elmwood.records import Corpus, Recipe, Seed, Shape
 from elmwood.store import Store
 from elmwood.train import loop, state, train, train_key, train_seed
 from elmwood.train.adapter import adapter
-from elmwood.train.data import UNSCORED, batches
+from elmwood.train.data import UNSCORED, apart, batches, parts, scored
 from elmwood.train.loss import Abilities, ChunkedLoss, abilities, loss
 from elmwood.train.schedule import rate
 
@@ -377,8 +378,13 @@ train(store.load("seed", Seed), store.load("corpus", Corpus).train, recipe, stor
 """
 
 
-@pytest.mark.parametrize(("recipe", "how"), [(FULL, "between"), (LORA, "saving")])
+STOPPED = Recipe(method="lora", rank=64, steps=12, batch=4, length=32, learning_rate=0.05, patience=4, optimiser="adamw8bit", accumulate=2)
+
+
+@pytest.mark.parametrize(("recipe", "how"), [(FULL, "between"), (LORA, "saving"), (STOPPED, "between")])
 def test_killed_and_resumed_gives_the_same_bytes(opened, fresh, recipe, how):
+    if recipe.optimiser == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
     store, corpus, seed = opened
     whole = train(seed, corpus.train, recipe, store)
     other, *_ = fresh
@@ -449,3 +455,154 @@ def test_no_room_for_the_state_is_said_before_writing(tmp_path, monkeypatch):
     with pytest.raises(DoesNotFit, match="free some"):
         state.save(tmp_path, state.Stand(), {}, loop.adamw(dict(new_model(SHAPE).named_parameters()), FULL))
     assert not list(tmp_path.iterdir())
+
+
+# ---- the recipes ------------------------------------------------------------------------------------------------
+
+RECIPES = {
+    "late": LORA.model_copy(update={"late": 0.4}),
+    "dora": LORA.model_copy(update={"method": "dora"}),
+    "qlora": LORA.model_copy(update={"method": "qlora"}),
+    "8 bits": LORA.model_copy(update={"optimiser": "adamw8bit", "rank": 64}),
+    "patience": LORA.model_copy(update={"patience": 2, "learning_rate": 0.3}),
+    "spread": LORA.model_copy(update={"accumulate": 3, "checkpointing": True}),
+}
+NEEDS = {"qlora", "8 bits"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_makes_an_expert_that_opens_and_speaks(name, opened):
+    if name in NEEDS:
+        pytest.importorskip("bitsandbytes")
+    store, corpus, seed = opened
+    expert = train(seed, corpus.train, RECIPES[name], store)
+    plain = PeftModel.from_pretrained(load_model(seed, store, device="cpu"), store.folder(expert.files)).eval()
+    assert held_out(plain, store, corpus, seed) < held_out(load_model(seed, store, device="cpu"), store, corpus, seed)
+    tokens = torch.randint(0, 300, (2, 12))
+    with torch.no_grad():
+        wanted = plain(tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(Experts(seed, [expert], store, "cpu").score(0, tokens)[:, 1:], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_late_adapters_stand_in_the_last_layers_only(kind):
+    model = adapter(tiny(kind, **MODELS[kind]), LORA.model_copy(update={"late": 0.5}), "base")
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert trained
+    assert all(".1." in name for name in trained)
+    model(input_ids=torch.randint(0, 64, (1, 8))).logits.sum().backward()
+    assert all(model.get_parameter(name).grad is not None for name in trained)
+
+
+def test_a_quantised_base_keeps_its_head_and_embeddings(opened):
+    pytest.importorskip("bitsandbytes")
+    store, _, seed = opened
+    model = load_quantised(seed, store, "cpu")
+    kinds = {name: str(weight.dtype) for name, weight in model.named_parameters()}
+    assert {name for name, kind in kinds.items() if kind == "torch.uint8"} == {name for name in kinds if "_proj" in name}
+    state = model.get_parameter("model.layers.0.self_attn.q_proj.weight").quant_state
+    assert (state.quant_type, state.nested) == ("nf4", True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recipe", [FULL, LORA])
+def test_a_step_in_passes_is_the_step(recipe, checkpointing):
+    packed = packed_of(*[7] * 30)
+    packed = packed._replace(tokens=packed.tokens % 64)
+    grads = []
+    for changes in ({}, {"accumulate": 3, "checkpointing": checkpointing}):
+        changed = recipe.model_copy(update={"length": 20, **changes})
+        model = tiny("llama", **LLAMA)
+        model = model if recipe.method == "full" else adapter(model, changed, "base")
+        able = abilities(model)
+        with loop.recomputed(model.train(), changed):
+            value = loop.passes(model, able, next(batches(packed, changed)), changed)
+        grads.append((value, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}))
+    (whole, ones), (split, others) = grads
+    torch.testing.assert_close(split, whole)
+    assert ones.keys() == others.keys()
+    for name, one in ones.items():
+        torch.testing.assert_close(others[name], one, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_recomputed_activations_change_no_bit(opened):
+    store, corpus, seed = opened
+    one, two = (train(seed, corpus.train, FULL.model_copy(update={"checkpointing": kept}), store) for kept in (False, True))
+    assert one.files["model.safetensors"] == two.files["model.safetensors"]
+
+
+@given(rows=st.integers(1, 9), count=st.integers(1, 12))
+def test_parts_are_the_batch(rows, count):
+    batch = next(batches(packed_of(*[7] * 9), Recipe(steps=1, batch=rows, length=5)))
+    split = list(parts(batch, count))
+    assert len(split) == min(rows, count)
+    assert all(np.array_equal(np.concatenate(pieces), whole) for pieces, whole in zip(zip(*split, strict=True), batch, strict=True))
+    assert sum(map(scored, split)) == scored(batch)
+
+
+# ---- patience ---------------------------------------------------------------------------------------------------
+
+
+@given(sizes=st.lists(st.integers(2, 40), min_size=2, max_size=30))
+def test_documents_to_validate_on_are_chosen_by_what_they_hold(sizes):
+    packed = packed_of(*sizes)
+    kept, held = apart(packed)
+    assert len(kept)
+    assert len(held)
+    assert sorted([*kept, *held]) == list(range(len(sizes)))
+    seen = np.concatenate([batch.tokens_BL.ravel() for batch in islice(batches(packed, FULL, 0, kept), 3)])
+    ends = np.append(packed.starts[1:], len(packed.tokens))
+    assert not set(seen.tolist()) - {0} & {int(token) for one in held for token in packed.tokens[packed.starts[one] + 1 : ends[one]]}
+
+
+def test_one_document_cannot_be_validated_on():
+    with pytest.raises(BadCorpus, match="at least two"):
+        apart(packed_of(9))
+
+
+def test_patience_ends_a_run_and_keeps_the_best(opened, tmp_path):
+    store, corpus, seed = opened
+    recipe = Recipe(method="lora", rank=4, steps=40, batch=4, length=32, learning_rate=0.2, schedule="constant", patience=3)
+    expert = train(seed, corpus.train, recipe, store)
+    losses = [point.validation for point in expert.curve]
+    assert len(losses) < 40
+    assert losses.index(min(losses)) == len(losses) - 4
+    packed = pack(corpus.train, tokenizer(seed, store), seed.separator, store)
+    _, validation = loop._validation(packed, recipe)
+    model = load_model(seed, store, expert, device="cpu")
+    assert loop.validate(model, Abilities("mask", True), validation) == pytest.approx(min(losses), abs=1e-5)
+    end = [line for line in store.logged(train_key(seed, corpus.train, recipe)) if line["event"] == "done"]
+    assert end[0]["tokens"] == len(losses) * 4 * 32
+
+
+# ---- followed elsewhere -----------------------------------------------------------------------------------------
+
+
+def test_tensorboard_is_told_the_curve(opened, fresh):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    store, corpus, seed = opened
+    other, *_ = fresh
+    expert = train(seed, corpus.train, LORA, other, report_to=["tensorboard"])
+    assert expert == train(seed, corpus.train, LORA, store)
+    (folder,) = {path.parent for path in (other.root / "logs" / "runs").rglob("*tfevents*") if path.parent.name.startswith("seed-")}
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(one.step, pytest.approx(one.value)) for one in events.Scalars("loss")] == [(point.step, point.loss) for point in expert.curve]
+
+
+def test_unknown_and_missing_trackers_are_named(opened):
+    store, corpus, seed = opened
+    recipe = LORA.model_copy(update={"steps": 1})
+    with pytest.raises(BadInput, match="tensorboard, trackio, wandb, mlflow"):
+        train(seed, corpus.train, recipe, store, report_to=["paper"])
+
+
+def test_what_is_not_installed_is_named_with_its_cure(opened, monkeypatch):
+    store, corpus, seed = opened
+    for name in ("bitsandbytes", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtra, match=r"elmwood\[qlora\]"):
+        train(seed, corpus.train, RECIPES["qlora"].model_copy(update={"steps": 1}), store)
+    with pytest.raises(MissingExtra, match=r"elmwood\[tensorboard\]"):
+        train(seed, corpus.train, LORA.model_copy(update={"steps": 1}), store, report_to=["tensorboard"])

@@ -322,6 +322,9 @@ def load_quantised(seed: Seed, store: Store, device: torch.device | str | None =
     model: Any = AutoModelForCausalLM.from_pretrained(
         seed_folder(seed, store), dtype=dtype, quantization_config=four, device_map={"": place}, local_files_only=True, use_safetensors=True
     )
+    for module in model.modules():  # on some CPUs it would repack the weights in eval mode, in bf16, and only certain sizes of them
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 N positions, R rank, I and O: what a linear layer takes in and gives out
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,30 +13,48 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from elmwood.errors import BadInput
 from elmwood.records import Recipe
 
 ALPHA = 8  # of a rank-stabilised adapter (arXiv:2312.03732): at rank 16 its scale is 2, that of the usual alpha = 2 rank
 
 
 def adapter(model: Any, recipe: Recipe, base: str) -> Any:
-    """Put an adapter into a model, which is frozen. The same recipe gives the same bytes.
+    """Put an adapter into a model, which is frozen. The same recipe gives the same bytes. Raises BadInput.
 
     `base` is written where PEFT keeps the base model's name.
     """
-    targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
     alpha: Any = ALPHA if recipe.alpha is None else recipe.alpha  # PEFT takes any number, its annotation whole ones
     config = LoraConfig(
-        r=recipe.rank, lora_alpha=alpha, use_rslora=recipe.alpha is None, target_modules=targets, task_type="CAUSAL_LM",
+        r=recipe.rank, lora_alpha=alpha, use_rslora=recipe.alpha is None, use_dora=recipe.method == "dora", task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps its matrices the other way round
+        **where(model, recipe),
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(recipe.rng_seed)
         adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base
     for module in adapted.modules():
-        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+        if type(module) is Linear and type(module.base_layer) is nn.Linear and recipe.method != "dora":
             module.forward = partial(_forward, module)  # type: ignore[method-assign]  # this module alone, while it is trained
     return adapted
+
+
+def where(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """PEFT's settings for the modules that get adapters: all linear ones but the head, or those named; in the last layers if `late`."""
+    if recipe.late == 1:
+        return {"target_modules": recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)}
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count}
+    if not stacks:
+        raise BadInput(f"{type(model).__name__} has no list of its {count} layers: adapters in the last of them need one; ask for late 1")
+    name, layers = next(iter(stacks.items()))
+    linear = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return {
+        "target_modules": sorted(linear) if isinstance(recipe.targets, str) else list(recipe.targets),
+        "layers_to_transform": list(range(count - math.ceil(recipe.late * count), count)),
+        "layers_pattern": name.rpartition(".")[2],
+    }
 
 
 def _forward(module: Linear, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from elmwood.store import Store
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # the settings that say what the numbers mean; all others are left behind, so that a stranger's file decides nothing else here
-KEPT = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+KEPT: tuple[str, ...] = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 KEPT += ("fan_in_fan_out", "layers_to_transform", "layers_pattern", "lora_dropout")
 
 

@@ -197,11 +197,14 @@ def recomputed(model: Any, recipe: Recipe) -> Iterator[None]:
     if not recipe.checkpointing:
         yield
         return
-    bare(model).gradient_checkpointing_enable({"use_reentrant": False})
+    within, name = bare(model), "activation_checkpointing"
+    if not hasattr(within, f"{name}_enable"):
+        name = "gradient_checkpointing"  # before transformers 5.23
+    getattr(within, f"{name}_enable")({"use_reentrant": False})
     try:
         yield
     finally:
-        bare(model).gradient_checkpointing_disable()
+        getattr(within, f"{name}_disable")()
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
-from elmwood.lm.load import load_model, new_model, save_folder, save_seed, tokenizer
+from elmwood.lm.load import load_model, load_quantised, new_model, save_folder, save_seed, tokenizer
 from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Seed, Shape, Shard, fingerprint
 from elmwood.store import Store
 from elmwood.train.adapter import adapter
+from elmwood.train.follow import followed
 from elmwood.train.loop import Trained, run
 
 END = 0  # token id of a trained tokenizer's <|endoftext|>
@@ -53,9 +54,12 @@ def train_key(seed: Seed, data: Sequence[Shard], recipe: Recipe, partition: Dige
 
 def train(
     seed: Seed, data: Sequence[Shard], recipe: Recipe, store: Store, *, partition: Digest | None = None, domain: int | None = None,
-    device: torch.device | str | None = None, progress: Progress = silent,
+    device: torch.device | str | None = None, progress: Progress = silent, report_to: Sequence[str] = (),
 ) -> Expert:  # fmt: skip
-    """Branch the seed and train it on shards. Done once per inputs; a run cut short goes on. Raises BadInput, BadCorpus."""
+    """Branch the seed and train it on shards. Done once per inputs; a run cut short goes on. Raises BadInput, BadCorpus, MissingExtra.
+
+    `report_to` names trackers that are told the points of the curve too: tensorboard, trackio, wandb, mlflow. The bytes stay the same.
+    """
     _check_length(recipe, seed.context)
     key = train_key(seed, data, recipe, partition, domain)
     with held(store, key) as work:
@@ -63,17 +67,29 @@ def train(
             return store.load(done, Expert)
         words = tokenizer(seed, store)
         packed = pack(data, words, seed.separator, store, progress)
-        # full tuning keeps float32 weights everywhere: in bf16 small updates would be rounded away
-        model: Any = load_model(seed, store, device=device, dtype=torch.float32 if recipe.method == "full" else None)
-        if recipe.method == "lora":
-            model = adapter(model, recipe, seed.digest)
-        trained = run(model, packed, recipe, work, partial(store.log, key), progress)
+        model = opened(seed, recipe, store, device)
+        folder, label = store.root / "logs" / "runs", f"{seed.name}-{'pooled' if domain is None else domain}-{key[:8]}"
+        with followed(report_to, folder, label, recipe) as tell:
+
+            def log(**facts: Any) -> None:
+                store.log(key, **facts)
+                tell(**facts)
+
+            trained = run(model, packed, recipe, work, log, progress)
         expert = Expert(
             seed=seed.digest, partition=partition, domain=domain, data=tuple(shard.blob for shard in data), recipe=recipe,
             files=_save(model, words, recipe, store), curve=trained.curve,
         )  # fmt: skip
         _finish(store, key, expert, recipe, trained)
         return expert
+
+
+def opened(seed: Seed, recipe: Recipe, store: Store, device: torch.device | str | None = None) -> Any:
+    """The seed as this recipe trains it: whole, or frozen (in four bits for qlora) with an adapter. Raises BadInput, MissingExtra."""
+    if recipe.method == "full":  # float32 everywhere: in bf16 small updates would be rounded away
+        return load_model(seed, store, device=device, dtype=torch.float32)
+    base = load_quantised(seed, store, device) if recipe.method == "qlora" else load_model(seed, store, device=device)
+    return adapter(base, recipe, seed.digest)
 
 
 def _save(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
@@ -93,7 +109,10 @@ def _save(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
 
 def _finish(store: Store, key: str, record: Seed | Expert, recipe: Recipe, trained: Trained) -> None:
     able = {what: str(has).lower() for what, has in trained.able._asdict().items()}
-    store.log(key, event="done", seconds=round(trained.seconds, 3), tokens=recipe.tokens, threads=recipe.threads, **able)
+    store.log(
+        key, event="done", seconds=round(trained.seconds, 3), saving=round(trained.saving, 3),
+        tokens=trained.steps * recipe.batch * recipe.length, threads=recipe.threads, **able,
+    )  # fmt: skip
     store.finish(key, record)
 
 
