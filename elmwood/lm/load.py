@@ -30,6 +30,7 @@ from elmwood.registry import require
 from elmwood.store import Store, hash_file
 
 transformers.logging.disable_progress_bar()  # only cli prints
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it would praise a kernel that must come over the network
 
 # the files of a transformers folder that belong to a seed
 KEPT: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab.*")
@@ -313,8 +314,6 @@ def load_quantised(seed: Seed, store: Store, device: torch.device | str | None =
 
     Embeddings, norms and head stay as they are, in bf16 on a GPU and in float32 on a CPU, and so is what is computed. Raises MissingExtra.
     """
-    for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):  # it would name a faster kernel that must come over the network
-        logging.getLogger(name).setLevel(logging.ERROR)
     require("bitsandbytes", "qlora")
     place = torch.device(device) if device is not None else best_device()
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16

@@ -115,9 +115,12 @@ def turn(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
 
 
 def halved(device: torch.device) -> bool:
-    """Whether products in bf16 are faster: on GPUs, and on CPUs that have units for them. Elsewhere fp32 is, by half as much again."""
-    able = torch.cpu.get_capabilities()
-    return device.type == "cuda" or (device.type == "cpu" and bool(able.get("amx_bf16")))
+    """Whether to multiply in bf16: on GPUs, and on CPUs with matrix units for it (AMX).
+
+    AVX-512's bf16 instructions are faster than fp32 as well (docs/training.md), but not used: predictions and figures here are of fp32.
+    """
+    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cuda" or bool(able.get("amx_bf16"))
 
 
 # ---- the curve, and when to stop --------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ def spent(stand: Stand, recipe: Recipe) -> bool:
 
 
 def _validation(packed: Packed, recipe: Recipe) -> tuple[Any, tuple[Batch, ...]]:
-    """The documents to train on (None: all), and batches of the others, so few that looking at them takes under a tenth of the time."""
+    """The documents to train on (None: all), and batches of the others, few, so that looking at them costs little."""
     if recipe.patience is None:
         return None, ()
     chosen_N, apart_N = apart(packed)
