@@ -4,8 +4,10 @@
                                   [--only full,lora]
 
 One JSON line per measurement: medians over interleaved rounds, wall and CPU seconds (the latter bear neighbours better), and ratios.
-Beside "full" and "lora": "mask" is what keeping packed documents apart costs; "padding" is one document per row, as a plain
-Trainer is fed; "processes" is two experts side by side with one thread each against one with two.
+"full" and "lora" are on the same packed rows; "padding" is one document per row for the Trainer, as a plain one is fed; "memory" is
+the peak of a process of its own, whole and less what it held before training; "saving" is the share of the time spent on states, saved
+as often as the loop ever does; "mask" is what keeping packed documents apart costs; "processes" is two experts side by side with one
+thread each against one with two.
 """
 
 import argparse
@@ -49,12 +51,12 @@ class Clock:
 
     def tick(self) -> None:
         self.done += 1
-        if self.done in (WARM, self.steps):
+        if self.done in (min(WARM, self.steps - 1), self.steps):
             self.marks.append((time.perf_counter(), time.process_time()))
 
     def per_token(self, tokens_of_a_step: float) -> Times:
         (wall, cpu), (wall_end, cpu_end) = self.marks
-        tokens = (self.steps - WARM) * tokens_of_a_step
+        tokens = (self.steps - min(WARM, self.steps - 1)) * tokens_of_a_step
         return (wall_end - wall) / tokens, (cpu_end - cpu) / tokens
 
 
@@ -175,6 +177,45 @@ def processes(recipe: Recipe) -> None:
     print(json.dumps({"bench": "train", "what": "processes", **{k: round(v) for k, v in facts.items()}, "ratio": ratio}), flush=True)
 
 
+def saving(packed: Packed, recipe: Recipe, **facts: object) -> None:
+    """Share of a run's time that goes into its states, where the first is saved at once and the others as soon as SHARE allows."""
+    model, before = new_model(SHAPE), loop.EVERY
+    loop.EVERY = 0.0
+    with tempfile.TemporaryDirectory() as work:
+        done = loop.run(adapter(model, recipe, "bench") if recipe.method == "lora" else model, packed, recipe, Path(work), lambda **_: None)
+    loop.EVERY = before
+    line = {"seconds": round(done.seconds, 2), "saving": round(done.saving, 4), "share": round(done.saving / done.seconds, 5)}
+    print(json.dumps({"bench": "train", "what": f"saving, {recipe.method}", **facts, "steps": recipe.steps, **line}), flush=True)
+
+
+def memory(recipe: Recipe, **facts: object) -> None:
+    """Peak bytes of two processes, one with our loop and one with the Trainer; where the vocabulary is 16,384, as small seeds have it."""
+    peaks = []
+    for way in ("ours", "Trainer"):
+        command = [sys.executable, __file__, "--memory", way, "--worker", recipe.model_dump_json()]
+        peaks.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]))
+    line = {f"{way}: {what}": peak[what] for way, peak in zip(("ours", "Trainer"), peaks, strict=True) for what in peak}
+    line |= {f"ours / Trainer ({what})": round(peaks[0][what] / peaks[1][what], 3) for what in peaks[0]}
+    print(json.dumps({"bench": "train", "what": f"memory, {recipe.method}", **facts, "steps": recipe.steps, **line}), flush=True)
+
+
+def peak(way: str, recipe: Recipe) -> None:
+    """Train in this process; print its peak, and how much of it came with training."""
+    global SHAPE
+    SHAPE = SHAPE.model_copy(update={"vocabulary": 16_384, "width": 256, "feed_forward": 704, "layers": 4})
+    tokens = np.random.default_rng(0).integers(1, SHAPE.vocabulary, 200_000).astype(np.uint16)
+    packed = Packed(tokens, np.arange(0, len(tokens), 1200), 0)
+    rows = blocks(packed, recipe)
+    before = resident("VmRSS")
+    ours(packed, recipe) if way == "ours" else trainers(rows, recipe.batch * recipe.length, recipe)
+    print(json.dumps({"peak": resident("VmHWM"), "peak of training": resident("VmHWM") - before}))
+
+
+def resident(what: str) -> int:
+    """Bytes: VmRSS, what this process holds; VmHWM, the most it held."""
+    return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+
+
 def worker(recipe: Recipe) -> None:
     rng = np.random.default_rng(0)
     packed = Packed(rng.integers(1, SHAPE.vocabulary, 400_000).astype(np.uint16), np.arange(0, 400_000, 1200), 0)
@@ -185,9 +226,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (("steps", 40), ("rounds", 5), ("batch", 8), ("length", 256), ("threads", 1), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--only", default="full,lora,mask,padding,processes")
+    parser.add_argument("--only", default="full,lora,padding,memory,saving,mask,processes")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.memory:
+        return peak(options.memory, Recipe.model_validate_json(options.worker))
     if options.worker:
         return worker(Recipe.model_validate_json(options.worker))
     names = ("steps", "batch", "length", "threads", "rank")
@@ -205,10 +249,15 @@ def main() -> None:
             if "mask" in chosen:
                 joined = packed._replace(starts=packed.starts[:1])  # the same tokens as one document: no mask
                 compare(f"mask, {name}", {"apart": mine, "one document": partial(ours, joined, recipe)}, options.rounds, **facts)
-            if "padding" in chosen:
-                rows, real, share = padded(packed, recipe)
-                ways = {"ours, packed": mine, "Trainer, padded": partial(trainers, rows, real, recipe)}
-                compare(f"padding, {name}", ways, options.rounds, **facts, **{"tokens that are no padding": round(share, 3)})
+            for method in ("full", "lora") if "padding" in chosen else ():
+                given = recipe.model_copy(update={"method": method})
+                rows, real, share = padded(packed, given)
+                ways = {"ours, packed": partial(ours, packed, given), "Trainer, padded": partial(trainers, rows, real, given)}
+                compare(f"padding, {name}, {method}", ways, options.rounds, **facts, **{"tokens that are no padding": round(share, 3)})
+        for method in ("full", "lora") if "saving" in chosen else ():
+            saving(whole, recipe.model_copy(update={"method": method, "steps": 3 * recipe.steps}), **facts)
+    for method in ("full", "lora") if "memory" in chosen else ():
+        memory(recipe.model_copy(update={"method": method, "steps": 3}), **facts)
     if "processes" in chosen:
         processes(recipe)
 

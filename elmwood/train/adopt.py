@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,6 +25,8 @@ def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest |
     """A PEFT adapter folder, or a hub's `id` or `id@revision`, as an expert of this seed. How it was trained stays unknown: its recipe
     says one step, its data are none. Raises BadInput where it is no LoRA, grew on another base, or holds numbers that are not finite.
     """
+    from peft import LoraConfig  # takes as long to import as all else of this room, and few need it
+
     place = Path(folder).expanduser()
     if not place.is_dir():
         if place.exists() or folder.startswith((".", "/", "~")) or folder.count("/") != 1:
@@ -62,8 +63,10 @@ def _sorted(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | ({"target_modules": sorted(targets)} if isinstance(targets, list) else {})
 
 
-def _check(path: Path, config: LoraConfig, seed: Seed, store: Store) -> None:
+def _check(path: Path, config: Any, seed: Seed, store: Store) -> None:
     """The file must hold just the tensors that PEFT would make for these settings over this seed, and finite numbers. Raises BadInput."""
+    from peft import get_peft_model, get_peft_model_state_dict
+
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(seed_folder(seed, store), trust_remote_code=False))
     try:
