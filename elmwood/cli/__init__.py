@@ -207,6 +207,27 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="What there is: a seed, expert, ensemble or forest; name or digest.")],
+    b: Annotated[str, typer.Argument(help="What may be better, of the same seed.")],
+    partition: Annotated[str | None, typer.Option(help="Whose holdout; default: the second model's, or the first's.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window; default: the seed's context, at most 1024.")] = None,
+    documents: Annotated[int | None, typer.Option(help="At most so many held-out documents.")] = None,
+    min_effect: Annotated[float, typer.Option(help="The least gain worth having, bits per byte where they can differ.")] = 0.002,
+    alpha: Annotated[float, typer.Option(help="How often 'better' may be wrong.")] = 0.05,
+    beta: Annotated[float, typer.Option(help="How often 'not better by the least effect' may be wrong.")] = 0.1,
+    cap: Annotated[int, typer.Option(help="Blocks of 2 KiB, then it stays undecided.")] = 5000,
+    clip: Annotated[float, typer.Option(help="Bits per byte a block counts for at most, where mathematics knows no bound.")] = 0.5,
+    plot: Annotated[Path | None, typer.Option(help="Draw wealth over blocks into this SVG file.")] = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Is B better than A? Runs models only on the held-out blocks it takes to know."""
+    _verb("compare", "compare", a=a, b=b, partition=partition, length=length, documents=documents, min_effect=min_effect, alpha=alpha,
+          beta=beta, cap=cap, clip=clip, plot=plot, store=store, as_json=as_json)  # fmt: skip
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A seed, expert, ensemble or forest: name or digest.")],
     prompt: Annotated[str | None, typer.Option(help="Continue this and stop; default: read prompts from the terminal.")] = None,

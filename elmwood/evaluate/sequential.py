@@ -29,8 +29,10 @@ Some = Floats | float
 Outcome = Literal["better", "not better", "undecided"]
 
 FIRST = 100  # draws before anything is predicted, and again at each doubling
+ROUNDING = 1e-9  # of the distance from floor to ceiling
 RIDGE = 0.02  # of the features' own variance
 BATCH = 32  # blocks drawn before the first look
+EVEN = np.log(1e-9)  # weights that add up to one but for rounding leave no rest
 GROWTH = 8  # later batches are this part of what has been drawn
 
 
@@ -115,10 +117,18 @@ def touched(weight_a_NE: Floats, weight_b_NE: Floats, block_N: Ints, blocks: int
 
 def worst(loglik_NC: Floats, weight_NC: Floats) -> Floats:
     """Least log-likelihood a mixture can give each token, knowing only some of its models [N], nats: log sum_c w_c p_c, for no other
-    model gives less than nothing. Minus infinity where none that is known has weight."""
+    model gives less than nothing. Minus infinity where none that is known has weight; what has no weight may be NaN."""
+    weight_NC = np.asarray(weight_NC, np.float64)
     with np.errstate(divide="ignore"):
-        parts_NC = np.log(np.asarray(weight_NC, np.float64)) + loglik_NC
+        parts_NC = np.log(weight_NC) + np.where(weight_NC > 0, loglik_NC, 0)
     return np.logaddexp.reduce(parts_NC, axis=1, initial=-np.inf)
+
+
+def best(loglik_NC: Floats, weight_NC: Floats) -> Floats:
+    """The greatest it can be [N], nats: the others give at most one."""
+    with np.errstate(divide="ignore"):
+        rest_N = np.log(np.maximum(1 - np.asarray(weight_NC, np.float64).sum(1), 0))
+    return np.minimum(np.logaddexp(worst(loglik_NC, weight_NC), np.where(rest_N < EVEN, -np.inf, rest_N)), 0)
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -142,12 +152,12 @@ def decide(draw: Callable[[Ints], Floats], order_B: Ints, blocks: Population, ru
 
 
 def look(value_T: Floats, order_B: Ints, blocks: Population, rule: Rule) -> Finding:
-    """What the first draws say. Whichever gambler was first decides; where all blocks are drawn and neither has, the effect's size does."""
+    """What the first draws say. Whichever gambler was first decides; where all blocks are drawn there is no doubt, and size does."""
     value_T = np.asarray(value_T, np.float64)
     bets = _Bets(value_T, order_B, blocks, rule)
     whole, kept_T, outcome = bets.whole, bets.kept_T, bets.outcome
     proven = {"better": blocks.proven_low, "not better": blocks.proven_high}.get(outcome, blocks.proven_low and blocks.proven_high)
-    beyond_T = kept_T != value_T
+    beyond_T = np.abs(kept_T - value_T) > ROUNDING * (bets.high - bets.low)
     exact = whole and not beyond_T.any()
     effect = float(kept_T.mean())
     return Finding(
@@ -181,14 +191,12 @@ class _Bets:
         self.outcome = self._outcome(int(rejected(self.for_T, rule.alpha)), int(rejected(self.against_T, rule.beta)), rule)
 
     def _outcome(self, first: int, second: int, rule: Rule) -> Outcome:
-        """Draws that "better" and "not better" took (0: not yet) -> who was first."""
+        """Draws that "better" and "not better" took (0: not yet) -> who was first; the effect's size where that is no answer."""
+        if self.whole or first == second != 0:
+            return "better" if self.kept_T.mean() >= rule.worthless else "not better"
         if first and (not second or first < second):
             return "better"
-        if second and (not first or second < first):
-            return "not better"
-        if first or self.whole:
-            return "better" if self.kept_T.mean() >= rule.worthless else "not better"
-        return "undecided"
+        return "not better" if second else "undecided"
 
     def above(self, mean: Floats) -> Floats:
         """log wealth against "at most this mean"."""

@@ -1,0 +1,215 @@
+"""What `elmwood compare` does: two models of one seed on held-out blocks, drawn until it is known which is better.
+
+G blocks of the gate split, N scored tokens in them, M models (experts by digest, the seed last)
+"""
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood import evaluate
+from elmwood.cli.models import as_model
+from elmwood.cli.screen import bars, emit, out, short, talk
+from elmwood.domains.route import ROUTERS, candidates, gate
+from elmwood.engine import Progress
+from elmwood.errors import BadInput, UnknownName
+from elmwood.evaluate.budget import order
+from elmwood.evaluate.holdout import GATE
+from elmwood.evaluate.partial import Partial
+from elmwood.evaluate.sequential import Finding, Population, Rule, best, decide, look, per_byte, population, touched, worst
+from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed, fingerprint
+from elmwood.report.sequential import wealth_plot
+from elmwood.store import Store
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+
+class Sides(NamedTuple):
+    """Two models as mixtures of the same M, on the tokens of the gate split."""
+
+    models: tuple[str, ...]  # digests
+    weight_a_NM: Floats
+    weight_b_NM: Floats
+    token_N: Ints  # their places in the whole column
+    block_N: Ints  # place of each token's block among those of the gate split
+    block_G: Ints  # places of these in the holdout
+
+
+def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap, clip, plot, store, as_json) -> None:
+    from elmwood.cli.jobs import open_holdout  # torch
+    from elmwood.cli.study import _common_seed, _division
+
+    home = Store(store)
+    one, other = (as_model(home.load(name), home) for name in (a, b))
+    seed = _common_seed([one, other], home)
+    division = _division([other, one], partition, home)
+    spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length or min(seed.context, 1024), documents=documents)
+    rule = Rule(alpha=alpha, beta=beta, worthless=min_effect, cap=cap)
+    with bars() as progress:
+        held = open_holdout(spec, home)
+        sides = mix_up(one, other, seed, division, held, home, progress)
+        found, cost = judge(sides, held, rule, clip, fingerprint("compare", one.digest, other.digest, held.name), home, progress)
+    if plot:
+        Path(plot).write_text(wealth_plot(found.for_T, found.against_T, alpha=alpha, beta=beta, names=(f"{b} is better", "not by enough")))
+    told = {"a": one.digest, "b": other.digest, **facts(found, rule, clip), **cost, "holdout": held.name, "protocol": held.protocol}
+    told |= {"split": "gate", "machine": platform.machine(), "precision": "as each model is stored", "plot": plot and str(plot)}
+    if as_json:
+        emit(told)
+    else:
+        tell(a, b, found, rule, told)
+
+
+# ---- two models as mixtures -----------------------------------------------------------------------------------------
+
+
+def mix_up(a: Record, b: Record, seed: Seed, division: Partition, held: evaluate.Holdout, store: Store, progress: Progress) -> Sides:
+    """Weights of both models' parts for every token of the gate split."""
+    members = {digest for model in (a, b) for digest in parts(model, store)} - {seed.digest}
+    models = (*sorted(members), seed.digest)
+    inside_N = held.split_B[held.block_N] == GATE
+    window_N = np.nonzero(held.scored_WL)[0]
+    here = held._replace(windows=type(held.windows)(*(part[np.unique(window_N[inside_N])] for part in held.windows)))
+    block_G = np.flatnonzero(held.split_B == GATE)
+    weight_a_NM, weight_b_NM = (weights(model, models, here, int(inside_N.sum()), store, progress) for model in (a, b))
+    return Sides(models, weight_a_NM, weight_b_NM, np.flatnonzero(inside_N), np.searchsorted(block_G, held.block_N[inside_N]), block_G)
+
+
+def parts(model: Record, store: Store) -> Sequence[str]:
+    """Digests of the models a model consists of, as its weights name them; an ensemble's seed comes last."""
+    if isinstance(model, Ensemble):
+        forest = store.load(model.forest, Forest)
+        return (*forest.experts, forest.seed)
+    return (model.digest,)
+
+
+def weights(model: Record, models: Sequence[str], held: evaluate.Holdout, tokens: int, store: Store, progress: Progress) -> Floats:
+    """How much of each of these models a model is, at each token [N, M]. Raises BadInput."""
+    weight_NM = np.zeros((tokens, len(models)))
+    if not isinstance(model, Ensemble):
+        weight_NM[:, models.index(model.digest)] = 1
+        return weight_NM
+    if model.router not in ROUTERS:  # a record may come from a stranger, so no 'module:function' here
+        raise UnknownName(f"the ensemble asks for router {model.router!r}; have {', '.join(sorted(ROUTERS))}")
+    router = ROUTERS[model.router]
+    if router.signal != "dense":
+        raise BadInput(f"router {model.router!r} goes by {router.signal} signals, and compare by centroids: use 'centroid' or 'uniform'")
+    forest = store.load(model.forest, Forest)
+    dist2_NK = evaluate.distances(held, store.load(forest.partition, Partition), store, progress)
+    domain_E = [store.load(digest, Expert).domain or 0 for digest in forest.experts]
+    weight_NE = gate(router(candidates(dist2_NK[:, domain_E], model.seed_distance)), model.temperature, model.top_k)
+    weight_NM[:, [models.index(digest) for digest in parts(model, store)[: weight_NE.shape[1]]]] = weight_NE
+    return weight_NM
+
+
+# ---- the test -------------------------------------------------------------------------------------------------------
+
+
+def judge(
+    sides: Sides, held: evaluate.Holdout, rule: Rule, clip: float, key: str, store: Store, progress: Progress
+) -> tuple[Finding, dict[str, Any]]:
+    """Draw and score until the answer is known; the finding and what it cost. Models are opened when a drawn block needs them."""
+    from elmwood.ensemble.mixture import open_model  # torch
+
+    touched_G = touched(sides.weight_a_NM, sides.weight_b_NM, sides.block_N, len(sides.block_G))
+    place_T = np.flatnonzero(touched_G)
+
+    def column(digest: str) -> Partial:
+        record = store.load(digest)
+        return Partial(record, lambda: open_model(record, store), held, store)
+
+    columns = [column(digest) for digest in sides.models]
+    changed_N = touched_G[sides.block_N]
+    needed_M = np.maximum(sides.weight_a_NM, sides.weight_b_NM)[changed_N].max(0, initial=0) > 0
+    unknown = [one for m, one in enumerate(columns) if needed_M[m] and not one.complete]
+    bounds = bounded(sides, columns, held, place_T, clip if unknown else None)
+    by_block = np.argsort(sides.block_N, kind="stable")
+    start_G = np.searchsorted(sides.block_N[by_block], np.arange(len(sides.block_G) + 1))
+
+    def draw(places: Ints) -> Floats:
+        token_n = np.concatenate([by_block[start_G[block] : start_G[block + 1]] for block in place_T[places]])
+        for m, one in enumerate(columns):
+            wanted_n = (sides.weight_a_NM[token_n, m] > 0) | (sides.weight_b_NM[token_n, m] > 0)
+            one.fill(np.unique(one.window_N[sides.token_N[token_n[wanted_n]]]), progress)
+        loglik_nM = np.column_stack([one.loglik_N[sides.token_N[token_n]] for one in columns])
+        gain_n = worst(loglik_nM, sides.weight_b_NM[token_n]) - worst(loglik_nM, sides.weight_a_NM[token_n])
+        nats_G = np.bincount(sides.block_N[token_n], gain_n, len(sides.block_G)).astype(np.float64)
+        return per_byte(nats_G, held.block_bytes_B[sides.block_G])[place_T[places]]
+
+    order_B = order(key.encode(), len(place_T))
+    # where nothing need be run, all blocks are known and the answer is exact
+    found = decide(draw, order_B, bounds, rule) if unknown else look(draw(order_B), order_B, bounds, rule)
+    window = np.unique(columns[0].window_N[sides.token_N])
+    full = len(unknown) * int(held.windows.length_W[window].sum())
+    return found, {
+        "tokens_forwarded": sum(one.forwarded for one in columns), "full_tokens": full,
+        "models_known": len(sides.models) - len(unknown), "models_run": len(unknown), "order": key,
+    }  # fmt: skip
+
+
+def bounded(sides: Sides, columns: Sequence[Partial], held: evaluate.Holdout, place_T: Ints, clip: float | None) -> Population:
+    """Floors and ceilings of the blocks that may be drawn, from the columns that are complete; and these columns as control variates."""
+    known = [m for m, column in enumerate(columns) if column.complete]
+    loglik_NC = np.stack([columns[m].loglik_N[sides.token_N] for m in known], 1) if known else np.zeros((len(sides.token_N), 0))
+    a_NC, b_NC = sides.weight_a_NM[:, known], sides.weight_b_NM[:, known]
+    bytes_G = held.block_bytes_B[sides.block_G]
+
+    def block(value_N: Floats) -> Floats:
+        return per_byte(np.bincount(sides.block_N, value_N, len(sides.block_G)).astype(np.float64), bytes_G)[place_T]
+
+    floor_B, ceiling_B = (block(low_N) - block(high_N) for low_N, high_N in (
+        (worst(loglik_NC, b_NC), best(loglik_NC, a_NC)), (best(loglik_NC, b_NC), worst(loglik_NC, a_NC)),
+    ))  # fmt: skip
+    moved_N = np.abs(sides.weight_b_NM - sides.weight_a_NM).sum(1)
+    feature_BF = np.column_stack([block(moved_N), block(np.ones(len(sides.token_N))), *(block(-one_N) for one_N in loglik_NC.T)])
+    return population(floor_B, ceiling_B, len(sides.block_G), clip=clip, feature_BF=feature_BF)
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+
+def facts(found: Finding, rule: Rule, clip: float) -> dict[str, Any]:
+    """A finding as JSON. Effects are of the blocks the change can touch, `overall` ones of all blocks."""
+    return {
+        "outcome": found.outcome, "effect": found.effect, "low": found.low, "high": found.high, "overall": found.effect * found.share,
+        "blocks_drawn": found.drawn, "blocks_touched": found.size, "blocks": found.total, "estimand": found.estimand,
+        "clip": clip, "clipped": found.clipped, "clip_effect": found.clip_effect, "alpha": rule.alpha, "beta": rule.beta,
+        "min_effect": rule.worthless, "cap": rule.cap,
+    }  # fmt: skip
+
+
+def tell(a: str, b: str, found: Finding, rule: Rule, told: dict[str, Any]) -> None:
+    """The answer, and everything one must know to weigh it."""
+    words = {
+        "better": f"{b} is better than {a}",
+        "not better": f"{b} is not better than {a} by {rule.worthless:g} bits per byte",
+        "undecided": f"undecided after {found.drawn:,} blocks: raise --cap, or ask for a larger --min-effect",
+    }
+    out.print(words[found.outcome], style="bold", soft_wrap=True)
+    exact = found.drawn == found.size
+    interval = "exact for these blocks" if exact else (
+        f"from {found.low:+.4f} to {found.high:+.4f}, wrong below {rule.alpha:.0%} and above {rule.beta:.0%} of the time, at any look"
+    )  # fmt: skip
+    where = "where it can differ" if found.size < found.total else "over all blocks"
+    over = f"; {found.effect * found.share:+.5f} over all blocks" if found.size < found.total else ""
+    lines = [
+        f"effect    {found.effect:+.4f} bits per byte {where} ({interval}){over}",
+        f"blocks    {found.drawn:,} of {found.size:,} drawn" + (f"; the other {found.total - found.size:,} of {found.total:,} cannot differ"
+                                                                if found.size < found.total else ""),
+        f"tokens    {short(told['tokens_forwarded'])} forwarded; running what is missing on all blocks: {short(told['full_tokens'])}",
+        f"judged    the {found.estimand} over the gate split of {told['holdout'][:24]}… ({told['protocol']})",
+    ]  # fmt: skip
+    if found.estimand != "mean":
+        lines[-1] += f", clipped at {told['clip']:g}: {found.clipped} drawn blocks beyond, {found.clip_effect:+.5f} on the mean"
+    lines += [
+        f"order     {told['order'][:16]}…; {told['models_known']} models were known, {told['models_run']} were run, on {told['machine']}",
+        "not run   text generation, benchmarks, the audit split; no error budget was charged",
+    ]
+    for line in lines:
+        out.print(line, soft_wrap=True)
+    if told["plot"]:
+        talk.print(f"wealth over blocks: {told['plot']}")
