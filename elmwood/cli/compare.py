@@ -4,7 +4,7 @@ G blocks of the gate split, N scored tokens in them, M models (experts by digest
 """
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap,
         sides = mix_up(one, other, seed, division, held, home, progress)
         found, cost = judge(sides, held, rule, clip, fingerprint("compare", one.digest, other.digest, held.name), home, progress)
     if plot:
-        Path(plot).write_text(wealth_plot(found.for_T, found.against_T, alpha=alpha, beta=beta, names=(f"{b} is better", "not by enough")))
+        Path(plot).write_text(wealth_plot(found.for_T, found.against_T, alpha=alpha, beta=beta, names=("better", "not better")))
     told = {"a": one.digest, "b": other.digest, **facts(found, rule, clip), **cost, "holdout": held.name, "protocol": held.protocol}
     told |= {"split": "gate", "machine": platform.machine(), "precision": "as each model is stored", "plot": plot and str(plot)}
     if as_json:
@@ -126,7 +126,8 @@ def judge(
     changed_N = touched_G[sides.block_N]
     needed_M = np.maximum(sides.weight_a_NM, sides.weight_b_NM)[changed_N].max(0, initial=0) > 0
     unknown = [one for m, one in enumerate(columns) if needed_M[m] and not one.complete]
-    bounds = bounded(sides, columns, held, place_T, clip if unknown else None)
+    known = {m: one.loglik_N[sides.token_N] for m, one in enumerate(columns) if one.complete}
+    bounds = bounded(sides, known, held, place_T, clip if unknown else None)
     by_block = np.argsort(sides.block_N, kind="stable")
     start_G = np.searchsorted(sides.block_N[by_block], np.arange(len(sides.block_G) + 1))
 
@@ -151,11 +152,11 @@ def judge(
     }  # fmt: skip
 
 
-def bounded(sides: Sides, columns: Sequence[Partial], held: evaluate.Holdout, place_T: Ints, clip: float | None) -> Population:
-    """Floors and ceilings of the blocks that may be drawn, from the columns that are complete; and these columns as control variates."""
-    known = [m for m, column in enumerate(columns) if column.complete]
-    loglik_NC = np.stack([columns[m].loglik_N[sides.token_N] for m in known], 1) if known else np.zeros((len(sides.token_N), 0))
-    a_NC, b_NC = sides.weight_a_NM[:, known], sides.weight_b_NM[:, known]
+def bounded(sides: Sides, known: Mapping[int, Floats], held: evaluate.Holdout, place_T: Ints, clip: float | None) -> Population:
+    """Floors and ceilings of the blocks that may be drawn, from the columns [N] that are known; and these columns as control variates."""
+    chosen = list(known)
+    loglik_NC = np.stack([known[m] for m in chosen], 1) if chosen else np.zeros((len(sides.token_N), 0))
+    a_NC, b_NC = sides.weight_a_NM[:, chosen], sides.weight_b_NM[:, chosen]
     bytes_G = held.block_bytes_B[sides.block_G]
 
     def block(value_N: Floats) -> Floats:
