@@ -1,0 +1,310 @@
+"""Several adapters trained at once over one frozen base: a pass mixes the rows of all experts, and the base multiplies them together.
+
+E experts, B rows of each, L tokens of a row, N = B·L positions of each, R rank, P numbers of one adapter; I and O: what a linear layer
+takes in and gives out. Rows stand expert by expert.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from elmwood.corpus.tokens import Packed, pack
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput, Damaged
+from elmwood.lm.load import tokenizer
+from elmwood.records import Digest, Expert, Point, Recipe, Seed, Shard, fingerprint
+from elmwood.store import Store
+from elmwood.train import loop
+from elmwood.train.data import UNSCORED, Batch, batches
+from elmwood.train.loss import Abilities, ChunkedLoss, _inputs, abilities
+from elmwood.train.schedule import rate
+from elmwood.train.state import _write
+from elmwood.train.tasks import _check_length, _save, held, opened, train_key
+
+FILE = "together.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+# ---- the adapters -----------------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """The adapters of one linear layer, and where their gradients are added: views of flat memory."""
+
+    base: nn.Module
+    scale: float
+    a_ERI: Tensor
+    b_EOR: Tensor
+    grad_a_ERI: Tensor
+    grad_b_EOR: Tensor
+
+
+class Stack:
+    """E copies of a PEFT model's adapter as one flat matrix, which the layers of the model look into from now on."""
+
+    def __init__(self, model: Any, experts: int):
+        names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        self.weights = [model.get_parameter(name) for name in names]
+        self.flat_EP = nn.Parameter(torch.cat([weight.detach().flatten() for weight in self.weights]).repeat(experts, 1))
+        self.flat_EP.grad = torch.zeros_like(self.flat_EP)
+        places = dict(zip(names, zip(self._views(self.flat_EP.detach()), self._views(self.flat_EP.grad), strict=True), strict=True))
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer) and isinstance(module, nn.Module):
+                (a, grad_a), (b, grad_b) = (places[f"{name}.lora_{half}.default.weight"] for half in "AB")
+                layer = Layer(module.base_layer, module.scaling["default"], a, b, grad_a, grad_b)
+                module.forward = partial(_forward, layer, self.flat_EP)  # type: ignore[method-assign]  # this module alone
+
+    def _views(self, flat_EP: Tensor) -> list[Tensor]:
+        """The weights of all experts [E, …], one after another."""
+        parts = flat_EP.split([weight.numel() for weight in self.weights], 1)
+        return [part.unflatten(1, weight.shape) for part, weight in zip(parts, self.weights, strict=True)]
+
+    @torch.no_grad()
+    def put(self, expert: int) -> None:
+        """Copy one expert's numbers into the PEFT model, which then can be saved."""
+        for weight, view in zip(self.weights, self._views(self.flat_EP.detach()), strict=True):
+            weight.copy_(view[expert])
+
+
+def _forward(layer: Layer, flat_EP: Tensor, x: Tensor) -> Tensor:
+    if type(layer.base) is nn.Linear:
+        return Stacked.apply(x, flat_EP, layer.base.weight, layer.base.bias, layer)
+    return layer.base(x) + Stacked.apply(x, flat_EP, None, None, layer)  # a quantised base, or one that stands the other way round
+
+
+class Stacked(torch.autograd.Function):
+    """x Wᵀ + bias, one product for all rows, + scale · x Aᵀ Bᵀ with the A and B of each row's expert.
+
+    Gradients of A and B are added where `layer` says; flat_EP is here for autograd alone, to know that there are some.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flat_EP: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, layer: Layer) -> Tensor:  # type: ignore[override]
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            a_ERI, b_EOR = layer.a_ERI.to(dtype), layer.b_EOR.to(dtype)
+            x_ENI = x.to(dtype).reshape(len(a_ERI), -1, x.shape[-1])
+            low_ENR = (x_ENI @ a_ERI.mT).mul_(layer.scale)
+            if weight_OI is None:
+                y_ENO = low_ENR @ b_EOR.mT
+            else:
+                weight_OI, bias_O = weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype)
+                y_ENO = nn.functional.linear(x_ENI.flatten(0, 1), weight_OI, bias_O).unflatten(0, x_ENI.shape[:2])
+                y_ENO.baddbmm_(low_ENR, b_EOR.mT)
+        ctx.save_for_backward(x_ENI, weight_OI, a_ERI, b_EOR, low_ENR)
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        return y_ENO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+        x_ENI, weight_OI, a_ERI, b_EOR, low_ENR = ctx.saved_tensors
+        grad_ENO = grad.to(low_ENR.dtype).reshape(len(a_ERI), -1, grad.shape[-1])
+        low_grad_ENR = (grad_ENO @ b_EOR).mul_(ctx.layer.scale)
+        ctx.layer.grad_a_ERI.add_(low_grad_ENR.mT @ x_ENI)
+        ctx.layer.grad_b_EOR.add_(grad_ENO.mT @ low_ENR)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        if weight_OI is None:
+            grad_x = low_grad_ENR @ a_ERI
+        else:
+            grad_x = (grad_ENO.flatten(0, 1) @ weight_OI).view(x_ENI.shape).baddbmm_(low_grad_ENR, a_ERI)
+        return grad_x.view(ctx.shape).to(ctx.dtype), None, None, None, None
+
+
+def losses(model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None, experts: int) -> Tensor:
+    """Mean cross-entropy [E] of each expert over the scored targets of its own rows. positions_BL None: every row is of one document."""
+    model, kind = model.get_base_model(), tokens_BL.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    inputs = _inputs(able.packed, tokens_BL, positions_BL, dtype)
+    target_EN = targets_BL.view(experts, -1)
+    if not able.chunked:
+        logit_ENV = model(**inputs).logits.float().unflatten(0, (experts, -1)).flatten(1, 2)
+        summed = [cross_entropy(*pair, ignore_index=UNSCORED, reduction="sum") for pair in zip(logit_ENV, target_EN, strict=True)]
+        return torch.stack(summed) / (target_EN != UNSCORED).sum(1).clamp(min=1)
+    hidden_END = model.base_model(**inputs)[0].unflatten(0, (experts, -1)).flatten(1, 2)
+    head = model.get_output_embeddings().weight
+    return torch.stack([ChunkedLoss.apply(hidden, head, target) for hidden, target in zip(hidden_END, target_EN, strict=True)])
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------
+
+
+class Stand(NamedTuple):
+    """Everything beside tensors that the next step depends on, and the clock."""
+
+    step: int = 0  # steps done
+    losses: tuple[float, ...] = ()  # of each expert, sum since the last point of its curve, nats per token
+    curves: tuple[tuple[Point, ...], ...] = ()
+    seconds: float = 0.0
+
+
+def run(
+    model: Any, packed: Sequence[Packed], recipe: Recipe, work: Path, log: Callable[..., None], progress: Progress = silent
+) -> tuple[Stack, Stand, Abilities]:
+    """Train a PEFT model's adapter once for each text, all at once, from where the last run in `work` stood. Raises BadInput, Damaged.
+
+    `log(expert, …)` is told the points of the curves. On a CPU the result is the same bytes however often the run was cut short.
+    """
+    with loop.threads(recipe.threads), torch.random.fork_rng(), loop.recomputed(model, recipe):
+        able = abilities(model.eval(), min(8, recipe.length // 2))
+        stack = Stack(model, len(packed))
+        optimizer = loop.adamw({"flat": stack.flat_EP}, recipe)
+        stand = _load(work, stack, optimizer)
+        model.train()
+        clock, saved, pause = time.monotonic() - stand.seconds, time.monotonic(), loop.EVERY
+        running_E = torch.tensor(stand.losses or [0.0] * len(packed), dtype=torch.float64, device=stack.flat_EP.device)
+        given = zip(*(batches(one, recipe, stand.step) for one in packed), strict=True)
+        for step, parts in zip(range(stand.step, recipe.steps), given):  # noqa: B905  # one has no end
+            torch.manual_seed((recipe.rng_seed << 32) + step)
+            running_E += _step(model, able, stack, parts, optimizer, recipe, step)
+            stand = _record(stand, step + 1, running_E, recipe, time.monotonic() - clock, log)
+            progress("train", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
+            if (now := time.monotonic()) - saved >= pause and step + 1 < recipe.steps:
+                _keep(work, stand._replace(losses=tuple(running_E.tolist()), seconds=now - clock), stack, optimizer)
+                saved = time.monotonic()
+                pause = max(loop.EVERY, (saved - now) / loop.SHARE)
+        model.eval()
+        return stack, stand._replace(seconds=time.monotonic() - clock), able
+
+
+def _step(
+    model: Any, able: Abilities, stack: Stack, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, recipe: Recipe, step: int
+) -> Tensor:
+    """One optimiser step of all experts; their losses [E], not yet waited for."""
+    flat_EP = stack.flat_EP
+    scored_E = torch.tensor([(part.targets_BL != UNSCORED).sum() for part in parts], device=flat_EP.device).clamp(min=1)
+    flat_EP.grad.zero_()  # type: ignore[union-attr]
+    loss_E = torch.zeros(len(parts), device=flat_EP.device)
+    for tokens_BL, targets_BL, positions_BL in _passes(parts, recipe.accumulate, flat_EP.device):
+        several = bool((positions_BL[:, -1] != recipe.length - 1).any())
+        with torch.autocast(flat_EP.device.type, torch.bfloat16, enabled=loop.halved(flat_EP.device)):
+            part_E = losses(model, able, tokens_BL, targets_BL, positions_BL if several else None, len(parts))
+        if recipe.accumulate > 1:
+            part_E = part_E * (targets_BL.view(len(parts), -1) != UNSCORED).sum(1) / scored_E
+        part_E.sum().backward()
+        loss_E += part_E.detach()
+    for group in optimizer.param_groups:
+        group["lr"] = rate(recipe, step)
+    norm_E1 = torch.linalg.vector_norm(flat_EP.grad, dim=1, keepdim=True)
+    flat_EP.grad.mul_((recipe.clip / (norm_E1 + 1e-6)).clamp(max=1))  # type: ignore[union-attr]  # each expert by itself
+    optimizer.step()
+    return loss_E
+
+
+def _passes(parts: Sequence[Batch], count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The rows of a step in `count` passes, each with its share of every expert's rows."""
+    kinds_EBL = [np.stack(kind) for kind in zip(*parts, strict=True)]
+    for pieces in zip(*(np.array_split(kind, min(count, kind.shape[1]), axis=1) for kind in kinds_EBL), strict=True):
+        tokens, targets, positions = (torch.from_numpy(piece).flatten(0, 1).to(device) for piece in pieces)
+        yield tokens, targets, positions
+
+
+def _record(stand: Stand, done: int, running_E: Tensor, recipe: Recipe, seconds: float, log: Callable[..., None]) -> Stand:
+    """Count the step; about POINTS times per run add the mean losses to the curves, and to the logs. Raises BadInput."""
+    every = max(1, recipe.steps // loop.POINTS)
+    if done % every and done < recipe.steps:
+        return stand._replace(step=done)
+    curves = stand.curves or ((),) * len(running_E)
+    means = (running_E / (done - (curves[0][-1].step if curves[0] else 0))).tolist()
+    if not all(map(math.isfinite, means)):
+        raise BadInput(
+            f"a loss became infinite before step {done}: the learning rate {recipe.learning_rate:g} is too high here, try a third"
+        )
+    running_E.zero_()
+    points = [Point(step=done, tokens=done * recipe.batch * recipe.length, loss=mean) for mean in means]
+    for expert, point in enumerate(points):
+        log(expert, event="point", **point.model_dump(), rate=rate(recipe, done - 1), elapsed=round(seconds, 3))
+    return stand._replace(step=done, losses=(), curves=tuple((*curve, point) for curve, point in zip(curves, points, strict=True)))
+
+
+def _keep(folder: Path, stand: Stand, stack: Stack, optimizer: torch.optim.Optimizer) -> None:
+    """Replace the state in `folder`. Raises DoesNotFit."""
+    tensors = {"flat": stack.flat_EP.detach()} | {moment: optimizer.state[stack.flat_EP][moment] for moment in MOMENTS}
+    plain = stand._asdict() | {"curves": [[point.model_dump() for point in curve] for curve in stand.curves]}
+    _write(folder / FILE, tensors, {"stand": json.dumps(plain)})
+
+
+def _load(folder: Path, stack: Stack, optimizer: torch.optim.Optimizer) -> Stand:
+    """Bring weights and optimiser to where the last run stood; the beginning where there was none. Raises Damaged."""
+    path = folder / FILE
+    if not path.exists():
+        return Stand()
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            plain = json.loads(file.metadata()["stand"])
+            curves = tuple(tuple(Point(**point) for point in curve) for curve in plain["curves"])
+            stack.flat_EP.copy_(file.get_tensor("flat"))
+            moments = {moment: file.get_tensor(moment).to(stack.flat_EP.device) for moment in MOMENTS}
+            optimizer.state[stack.flat_EP] = {"step": torch.tensor(float(plain["step"])), **moments}
+            return Stand(**plain | {"losses": tuple(plain["losses"]), "curves": curves})
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise Damaged(f"{path} cannot be read ({error}): delete it, and the run starts anew") from error
+
+
+# ---- the task ---------------------------------------------------------------------------------------------------
+
+
+def together_keys(
+    seed: Seed, data: Sequence[Sequence[Shard]], recipe: Recipe, partition: Digest | None, domains: Sequence[int | None]
+) -> list[str]:
+    """The names of the tasks that make these experts: each depends on the whole group, since the order of float sums does."""
+    recipe = recipe.model_copy(update={"together": len(data)})
+    group = [train_key(seed, shards, recipe, partition, domain) for shards, domain in zip(data, domains, strict=True)]
+    return [fingerprint("together", group, place) for place in range(len(group))]
+
+
+def train_together(
+    seed: Seed, data: Sequence[Sequence[Shard]], recipe: Recipe, store: Store, *, partition: Digest | None = None,
+    domains: Sequence[int | None] = (), device: torch.device | str | None = None, progress: Progress = silent,
+) -> list[Expert]:  # fmt: skip
+    """Branch the seed once for each list of shards, and train all branches at once over one copy of it. The recipe is that of each.
+
+    Done once per inputs; a run cut short goes on. Each expert is what `train` makes of the same batches, but for the rounding of
+    sums. Raises BadInput, BadCorpus.
+    """
+    _check(recipe, seed)
+    domains = domains or [None] * len(data)
+    recipe = recipe.model_copy(update={"together": len(data)})
+    keys = together_keys(seed, data, recipe, partition, domains)
+    with held(store, keys[0]) as work:
+        if all(done := [store.done(key) for key in keys]):
+            return [store.load(digest, Expert) for digest in done if digest]
+        words = tokenizer(seed, store)
+        packed = [pack(shards, words, seed.separator, store, progress) for shards in data]
+        model = opened(seed, recipe, store, device)
+        stack, stand, able = run(model, packed, recipe, work, lambda expert, **facts: store.log(keys[expert], **facts), progress)
+        told = {what: str(has).lower() for what, has in able._asdict().items()}
+        experts = []
+        for place in reversed(range(len(keys))):  # the first last: the unfinished work is kept under its name
+            stack.put(place)
+            expert = Expert(
+                seed=seed.digest, partition=partition, domain=domains[place], data=tuple(shard.blob for shard in data[place]),
+                recipe=recipe, files=_save(model, words, recipe, store), curve=stand.curves[place],
+            )  # fmt: skip
+            seconds = round(stand.seconds / len(keys), 3)  # its share: the machine is busy with all of them
+            store.log(keys[place], event="done", seconds=seconds, tokens=recipe.tokens, threads=recipe.threads, together=len(keys), **told)
+            store.finish(keys[place], expert)
+            experts.append(expert)
+        return experts[::-1]
+
+
+def _check(recipe: Recipe, seed: Seed) -> None:
+    _check_length(recipe, seed.context)
+    if recipe.method not in ("lora", "qlora"):
+        raise BadInput(f"only plain adapters are trained together, and the method is {recipe.method!r}: take lora or qlora, or train alone")
+    if recipe.patience is not None:
+        raise BadInput("experts trained together end together, so none can stop early: leave patience out, or train alone")
+    if recipe.optimiser != "adamw":
+        raise BadInput(f"experts trained together have one optimiser, adamw, not {recipe.optimiser!r}: leave it out, or train alone")

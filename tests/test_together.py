@@ -1,0 +1,151 @@
+"""Experts trained together: each is what it would be alone, killed or not, and clips by itself."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import GPT2, LLAMA, MODELS, OPT, packed_of, tiny
+from test_train import fresh as fresh  # a fixture
+from test_train import opened as opened
+from test_train import place as place
+
+from elmwood.corpus.tokens import Packed
+from elmwood.errors import BadInput, Damaged
+from elmwood.records import Corpus, Recipe, Shard
+from elmwood.train import loop, train
+from elmwood.train import together as room
+from elmwood.train.adapter import adapter
+from elmwood.train.loss import abilities, loss
+from elmwood.train.together import Stack, losses, together_keys, train_together
+
+LORA = Recipe(method="lora", rank=4, steps=8, batch=2, length=32, learning_rate=1e-2)
+
+
+def halves(corpus: Corpus) -> list[tuple[Shard, ...]]:
+    """Two texts: all there is, and the documents nobody trains on."""
+    return [corpus.train, corpus.holdout]
+
+
+def texts(count: int) -> list[Packed]:
+    """Packed documents of several lengths; the tokens of text n begin with n."""
+    found = []
+    for number in range(count):
+        packed = packed_of(*[7 + number] * (9 + number))
+        found.append(packed._replace(tokens=(packed.tokens * (number + 2)) % 64))
+    return found
+
+
+def weights(model) -> list[torch.Tensor]:
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("change", [{}, {"accumulate": 2, "batch": 3, "checkpointing": True}])
+def test_each_is_what_it_would_be_alone(kind, change, tmp_path):
+    recipe = LORA.model_copy(update={"steps": 4, "length": 20, **change})
+    group = adapter(tiny(kind, **MODELS[kind]), recipe, "base")
+    stack, stand, _ = room.run(group, texts(3), recipe, tmp_path, lambda *_, **__: None)
+    for number, packed in enumerate(texts(3)):
+        one = adapter(tiny(kind, **MODELS[kind]), recipe, "base")
+        (tmp_path / str(number)).mkdir()
+        alone = loop.run(one, packed, recipe, tmp_path / str(number), lambda **_: None)
+        stack.put(number)
+        assert [point.loss for point in stand.curves[number]] == pytest.approx([point.loss for point in alone.curve], rel=1e-5)
+        for mine, its in zip(weights(group), weights(one), strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("llama", LLAMA), ("gpt2", GPT2), ("opt", OPT)])
+def test_gradients_of_each_are_those_of_its_own_rows(kind, sizes):
+    group, one = (adapter(tiny(kind, **sizes), LORA, "base") for _ in range(2))
+    stack, able = Stack(group, 3), abilities(one)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        stack.flat_EP += torch.randn_like(stack.flat_EP) * 0.1
+    tokens, targets = torch.randint(0, 64, (6, 16)), torch.randint(0, 64, (6, 16))
+    losses(group, able, tokens, targets, None, 3).sum().backward()
+    for number in range(3):
+        stack.put(number)
+        with torch.no_grad():
+            for mine, its in zip(stack.weights, weights(one), strict=True):
+                its.copy_(mine)
+        one.zero_grad()
+        rows = slice(2 * number, 2 * number + 2)
+        loss(one, able, tokens[rows], targets[rows], None).backward()
+        mine_P = stack.flat_EP.grad[number]
+        its_P = torch.cat([weight.grad.flatten() for weight in weights(one)])
+        torch.testing.assert_close(mine_P, its_P, rtol=1e-4, atol=1e-6)
+
+
+# ---- the task ---------------------------------------------------------------------------------------------------
+
+
+def test_a_group_is_trained_once_and_each_is_an_expert_of_its_own(opened):
+    store, corpus, seed = opened
+    found = train_together(seed, halves(corpus), LORA, store, domains=[3, 5])
+    assert [expert.domain for expert in found] == [3, 5]
+    assert {expert.recipe.together for expert in found} == {2}
+    assert train_together(seed, halves(corpus), LORA, store, domains=[3, 5], progress=None) == found  # type: ignore[arg-type]  # not called
+    assert not list((store.root / "work").glob("*/*"))
+    for shards, expert in zip(halves(corpus), found, strict=True):
+        alone = train(seed, shards, LORA, store, domain=expert.domain)
+        assert sorted(alone.files) == sorted(expert.files)
+        mine, its = (load_file(store.get(one.files["adapter_model.safetensors"])) for one in (expert, alone))
+        assert mine.keys() == its.keys()
+        for name, weight in mine.items():
+            torch.testing.assert_close(weight, its[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_group_is_part_of_the_name(opened):
+    _, corpus, seed = opened
+    pair = together_keys(seed, halves(corpus), LORA, None, [0, 1])
+    assert len({*pair, *together_keys(seed, halves(corpus)[:1], LORA, None, [0])}) == 3
+
+
+@pytest.mark.parametrize("change", [{"method": "dora"}, {"method": "full"}, {"patience": 2}, {"optimiser": "adamw8bit"}, {"length": 65}])
+def test_what_cannot_be_together_is_refused(opened, change):
+    store, corpus, seed = opened
+    with pytest.raises(BadInput):
+        train_together(seed, halves(corpus), LORA.model_copy(update=change), store)
+
+
+SCRIPT = """
+import os, signal, sys
+from elmwood.records import Corpus, Recipe, Seed
+from elmwood.store import Store
+from elmwood.train import loop
+from elmwood.train.together import train_together
+loop.EVERY, loop.SHARE = 0.0, 1e9  # save after every step
+store, recipe = Store(sys.argv[1]), Recipe.model_validate_json(sys.argv[2])
+def progress(what, done, total, unit):
+    if what == "train" and done >= total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+corpus = store.load("corpus", Corpus)
+train_together(store.load("seed", Seed), [corpus.train, corpus.holdout], recipe, store, progress=progress)
+"""
+
+
+def test_killed_and_resumed_gives_the_same_bytes(opened, fresh):
+    store, corpus, seed = opened
+    whole = train_together(seed, halves(corpus), LORA, store)
+    other, *_ = fresh
+    for blob in (shard.blob for shard in corpus.holdout):
+        other.put(store.get(blob))
+    command = [sys.executable, "-c", SCRIPT, str(other.root), LORA.model_dump_json()]
+    assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode == -signal.SIGKILL
+    assert len(list(other.root.glob("work/*/together.safetensors"))) == 1
+    steps: list[float] = []
+    told = lambda what, done, *_: steps.append(done) if what == "train" else None  # noqa: E731
+    assert train_together(seed, halves(corpus), LORA, other, progress=told) == whole
+    assert 0 < len(steps) < LORA.steps
+    assert all(other.get(blob).read_bytes() == store.get(blob).read_bytes() for one in whole for blob in one.files.values())
+
+
+def test_a_damaged_state_says_what_to_delete(tmp_path):
+    (tmp_path / room.FILE).write_bytes(b"\x10" * 100)
+    with pytest.raises(Damaged, match="delete it"):
+        room.run(adapter(tiny("llama", **LLAMA), LORA, "base"), texts(2), LORA, tmp_path, lambda *_, **__: None)
