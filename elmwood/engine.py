@@ -1,4 +1,4 @@
-"""Run a list of idempotent tasks: in this process, or side by side in others.
+"""Run a list of idempotent tasks: in this process, side by side in others, or on Ray.
 
 A task is a module-level function `task(input, progress)`. It names its own result by its inputs and skips what is
 done, so a retry is free; the engine knows nothing of that.
@@ -7,17 +7,27 @@ done, so a retry is free; the engine knows nothing of that.
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from elmwood.errors import DoesNotFit
+from elmwood.errors import BadInput, DoesNotFit
+from elmwood.registry import lookup, require
 
 # (what, done, total, unit): called often; cheap to ignore
 Progress = Callable[[str, float, float, str], None]
 In = TypeVar("In")
 Out = TypeVar("Out")
+Task = Callable[[In, Progress], Out]
+# (task, inputs, workers, gpu, progress) -> (place, result) of each input, as they come
+Engine = Callable[[Task, Sequence[Any], int, bool, Progress], Iterator[tuple[int, Any]]]
+
+RETRIES = 3  # of a Ray task whose worker died
+TICK = 0.2  # seconds between two looks at the progress of Ray tasks
+OBJECTS = 100_000_000  # bytes of a local Ray's object store: inputs and results are small records
 
 
 def silent(what: str, done: float, total: float, unit: str) -> None:
@@ -29,25 +39,58 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(task: Callable[[In, Progress], Out], inputs: Sequence[In], *, workers: int = 1, progress: Progress = silent) -> list[Out]:
-    """[task(x) for x in inputs], by `workers` processes; results in the order of the inputs.
+def run(
+    task: Callable[[In, Progress], Out],
+    inputs: Sequence[In],
+    *,
+    workers: int = 1,
+    engine: str = "local",
+    gpu: bool = False,
+    what: str = "",
+    progress: Progress = silent,
+) -> list[Out]:
+    """[task(x) for x in inputs], `workers` side by side; results in the order of the inputs.
 
-    The first error stops the rest and is raised; DoesNotFit where a worker was killed.
+    `engine` is a row of ENGINES; `gpu` says that a task can use one; `what` names a bar that counts finished tasks.
+    The first error stops the rest and is raised; DoesNotFit where a worker was killed. Raises UnknownName, MissingExtra.
     """
+    found: dict[int, Out] = {}
+    if what:
+        progress(what, 0, len(inputs), "tasks")
+    for place, result in lookup(ENGINES, engine, "engine")(task, inputs, workers, gpu, progress):
+        found[place] = result
+        if what:
+            progress(what, len(found), len(inputs), "tasks")
+    return [found[place] for place in range(len(inputs))]
+
+
+def each(items: Iterable[In], what: str, total: float, unit: str, progress: Progress) -> Iterable[In]:
+    """Pass items through, telling progress how many have gone by."""
+    progress(what, 0, total, unit)
+    for done, item in enumerate(items, 1):
+        yield item
+        progress(what, done, total, unit)
+
+
+# ---- local: processes of this machine --------------------------------------------------------------------------------
+
+
+def _local(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress: Progress) -> Iterator[tuple[int, Any]]:
     if workers <= 1 or len(inputs) <= 1:
-        return [task(item, progress) for item in inputs]
+        for place, item in enumerate(inputs):
+            yield place, task(item, progress)
+        return
     context = multiprocessing.get_context("spawn")
     events: Any = context.Queue()
     relay = threading.Thread(target=_relay, args=(events, progress), daemon=True)
     relay.start()
     pool = ProcessPoolExecutor(min(workers, len(inputs)), mp_context=context, initializer=_initialise, initargs=(events,))
     try:
-        return list(pool.map(_call, [task] * len(inputs), inputs))
+        places = {pool.submit(_call, task, item): place for place, item in enumerate(inputs)}
+        for future in as_completed(places):
+            yield places[future], future.result()
     except BrokenProcessPool as error:
-        raise DoesNotFit(
-            f"one of {workers} worker processes was killed, most likely for want of memory; run the same command again with fewer "
-            "--workers: what is done is kept"
-        ) from error
+        raise DoesNotFit(_killed(f"one of {workers} worker processes was killed")) from error
     except BaseException:
         for process in multiprocessing.active_children():  # tasks are idempotent: what they had saved is found again
             process.terminate()
@@ -58,6 +101,10 @@ def run(task: Callable[[In, Progress], Out], inputs: Sequence[In], *, workers: i
         relay.join(timeout=1)  # a worker that was terminated may have left the queue locked
 
 
+def _killed(what: str) -> str:
+    return f"{what}, most likely for want of memory; run the same command again with fewer --workers: what is done is kept"
+
+
 _events: Any = None  # in a worker process: the way back to the parent's progress bar
 
 
@@ -66,7 +113,7 @@ def _initialise(events: Any) -> None:
     _events = events
 
 
-def _call(task: Callable[[In, Progress], Out], item: In) -> Out:
+def _call(task: Task, item: Any) -> Any:
     return task(item, lambda *event: _events.put(event))
 
 
@@ -75,9 +122,91 @@ def _relay(events: Any, progress: Progress) -> None:
         progress(*event)
 
 
-def each(items: Iterable[In], what: str, total: float, unit: str, progress: Progress) -> Iterable[In]:
-    """Pass items through, telling progress how many have gone by."""
-    progress(what, 0, total, unit)
-    for done, item in enumerate(items, 1):
-        yield item
-        progress(what, done, total, unit)
+# ---- ray: a cluster, or this machine by its means --------------------------------------------------------------------
+
+
+def _ray(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress: Progress) -> Iterator[tuple[int, Any]]:
+    """On the cluster this process is connected to, else that of RAY_ADDRESS, else one that lives as long as this process.
+
+    `workers` bounds what runs at once on the last; a cluster runs as much as it has cores for, or GPUs if the task can use one.
+    """
+    if not inputs:
+        return
+    ray, own = _connect(workers)
+    board = ray.remote(_Board).options(num_cpus=0).remote()
+    gpus = int(gpu and ray.cluster_resources().get("GPU", 0) > 0)
+    call = ray.remote(_call_far).options(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)
+    waiting = deque(enumerate(inputs))
+    running: dict[Any, int] = {}
+    try:
+        while waiting or running:
+            while waiting and (not own or len(running) < workers):
+                place, item = waiting.popleft()
+                running[call.remote(task, item, board, os.getcwd())] = place
+            ready, _ = ray.wait(list(running), timeout=TICK)
+            for event in ray.get(board.take.remote()):
+                progress(*event)
+            for reference in ready:
+                yield running.pop(reference), ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # as it was raised there
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
+        raise DoesNotFit(_killed(f"a Ray worker was killed {RETRIES + 1} times")) from error
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)  # tasks are idempotent: what they had saved is found again
+        ray.kill(board)
+
+
+def _connect(workers: int) -> tuple[Any, bool]:
+    """The library, and whether the cluster is our own. Raises MissingExtra, BadInput."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray = require("ray", "ray")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not ray.is_initialized():
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if not address:
+            quiet |= {"num_cpus": max(workers, cores()), "include_dashboard": False, "object_store_memory": OBJECTS}
+        try:
+            ray.init(address=address or "local", namespace=OWN if not address else None, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise BadInput(
+                f"no Ray cluster at {address or 'this machine'} ({error}): start one, or unset RAY_ADDRESS for one here"
+            ) from error
+    return ray, ray.get_runtime_context().namespace == OWN
+
+
+OWN = "elmwood-local"  # the namespace that tells a Ray started here
+
+
+class _Board:
+    """The latest event of each bar, from wherever tasks run to the process that draws."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, tuple] = {}
+
+    def post(self, *event: Any) -> None:
+        self.events[event[0]] = event
+
+    def take(self) -> list[tuple]:
+        """What is new."""
+        events, self.events = list(self.events.values()), {}
+        return events
+
+
+def _call_far(task: Task, item: Any, board: Any, folder: str) -> Any:
+    """A task on Ray, in the parent's folder: paths mean the same there, so the store must be on a disk all machines share."""
+    os.chdir(folder)
+    posted: dict[str, float] = {}
+
+    def post(what: str, done: float, total: float, unit: str) -> None:
+        now = time.monotonic()
+        if done >= total or now - posted.get(what, -TICK) >= TICK:
+            posted[what] = now
+            board.post.remote(what, done, total, unit)
+
+    return task(item, post)
+
+
+ENGINES: dict[str, Engine] = {"local": _local, "ray": _ray}
