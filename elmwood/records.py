@@ -310,9 +310,49 @@ class Verdict(Record):
     checks: tuple[Check, ...]
 
 
+class Share(Frozen):
+    """A weight in a merge, for the tensors it fits. Several values are a gradient over depth."""
+
+    tensors: str = ""  # part of a tensor's name; empty: all
+    layers: tuple[int, int] | None = None  # from, up to but without; None: all, and what stands outside of layers
+    values: tuple[float, ...] = Field(min_length=1)
+
+
+class Contribution(Frozen):
+    """What one expert brought to a sum."""
+
+    expert: Digest
+    weight: tuple[Share, ...]  # the first that fits a tensor counts
+    whole: bool  # a full checkpoint; otherwise an adapter
+    reach: int  # no number it added is of a larger magnitude: so an overflow is seen before it happens
+
+
+class State(Record):
+    """The sum of some experts under a merge rule, before it is finished: states add and subtract exactly, in any order."""
+
+    kind: Literal["state"] = "state"
+    seed: Digest
+    method: str
+    settings: dict[str, float]  # those that decide the sum
+    part: tuple[int, int] = (0, 1)  # the (i, n)-th share of every tensor's blocks
+    contributions: tuple[Contribution, ...]  # sorted by expert
+    files: Files  # sums.safetensors: "<tensor>|<field>" int64, in units of 2^-44
+
+
+class Merged(Record):
+    """Experts of one seed as a single checkpoint."""
+
+    kind: Literal["merged"] = "merged"
+    seed: Digest
+    method: str
+    settings: dict[str, float]
+    contributions: tuple[Contribution, ...]
+    files: Files  # a transformers checkpoint folder with a model card
+
+
 KINDS: dict[str, type[Record]] = {
     cls.model_fields["kind"].default: cls
-    for cls in (Corpus, Packing, Partition, Seed, Expert, Forest, Ensemble, Score, Comparison, Verdict)
+    for cls in (Corpus, Packing, Partition, Seed, Expert, Forest, Ensemble, Score, Comparison, Verdict, State, Merged)
 }
 
 

@@ -1,0 +1,81 @@
+"""Sums that do not depend on order: addends become whole numbers of 2^-44 and are added as 64-bit integers.
+
+Integers form a commutative group, so any order, any tree and any machine gives the same bits, and what was added can be
+subtracted again exactly. An addend errs by at most 2^-45 (3e-14); sums may reach 2^18.
+
+N numbers of one tensor, or a part of it
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.errors import BadInput
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.floating[Any]]
+
+BITS = 44  # after the point
+LSB = 2.0**-BITS
+ROOM = 1 << (62 - BITS)  # the magnitudes of all addends together stay below this
+# adding 1.5 * 2^52 units rounds a float64 to a whole number of them, to nearest even, and leaves it in the low bits of the sum
+MAGIC = np.float64(1.5 * 2.0**52 * LSB)  # no plain float: float32 addends would be added in float32
+MAGIC_BITS = int(MAGIC.view(np.int64))
+NARROW = float(MAGIC) / 6  # well below where the trick ends
+
+
+def reach(part_N: Floats) -> float:
+    """The largest magnitude; NaN or infinity where there is one."""
+    return max(float(part_N.max()), -float(part_N.min())) if part_N.size else 0.0
+
+
+class Sum:
+    """A sum of N numbers under way. Addends are left with MAGIC_BITS too much, which are taken off once, at the end."""
+
+    def __init__(self, numbers: int):
+        self.total_N = np.zeros(numbers, np.int64)
+        self.parts = 0
+
+    def add(self, part_N: Floats, largest: float, scratch_N: Floats) -> None:
+        """`largest` is reach(part) or more; `scratch` is float64 of the same size. Raises BadInput."""
+        if largest < NARROW:
+            np.add(part_N, MAGIC, out=scratch_N)
+            np.add(self.total_N, scratch_N.view(np.int64), out=self.total_N)
+            self.parts += 1
+            return
+        bound(largest)
+        np.multiply(part_N, np.float64(1 / LSB), out=scratch_N)
+        np.rint(scratch_N, out=scratch_N)
+        self.total_N += scratch_N.astype(np.int64)
+
+    def close(self) -> Ints:
+        """The sum, in units of 2^-44."""
+        if self.parts:
+            excess = self.parts * MAGIC_BITS % (1 << 64)  # 64-bit integers wrap around: a group all the same
+            self.total_N -= np.int64(excess - (1 << 64) if excess >> 63 else excess)
+            self.parts = 0
+        return self.total_N
+
+
+def value(total_N: Ints) -> NDArray[np.float64]:
+    """The sum as float64."""
+    value_N = total_N.astype(np.float64)
+    value_N *= LSB
+    return value_N
+
+
+def bound(largest: float) -> int:
+    """A whole number no smaller, so that bounds add and subtract exactly too. Raises BadInput."""
+    if not largest < ROOM:
+        raise BadInput(f"a number of magnitude {largest:g}: sums are kept up to {ROOM}; NaN or infinity means a training gone astray")
+    return math.ceil(largest)
+
+
+def check_room(together: int) -> None:
+    """Raises BadInput where a sum of addends with these bounds could overflow."""
+    if together >= ROOM:
+        raise BadInput(
+            f"the experts' largest numbers add up to {together}, sums are kept up to {ROOM}: use smaller weights, or fewer experts"
+        )

@@ -1,0 +1,205 @@
+"""Checkpoints: of many experts in one reading, or of states.
+
+N numbers of a piece of one tensor
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput
+from elmwood.merge import fixed
+from elmwood.merge.card import card
+from elmwood.merge.rules import Rule, Settings, Total, settle
+from elmwood.merge.sources import Source
+from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_folder, seed_places, sum_places
+from elmwood.merge.sums import Pass, Piece, Wanted
+from elmwood.merge.tensors import PIECE, Files, Place, decode, encode, header
+from elmwood.merge.values import depth_of, weight_of
+from elmwood.records import Contribution, Merged, Seed, State, fingerprint
+from elmwood.store import Store
+
+
+class Answer(NamedTuple):
+    """A checkpoint to be made: a rule with all its settings, given or by default."""
+
+    method: str
+    settings: Settings
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def merge(
+    seed: Seed, members: Mapping[str, Weights], answers: Sequence[Answer], store: Store, resize: bool = False, progress: Progress = silent
+) -> list[Merged]:  # fmt: skip
+    """One reading of the experts, a checkpoint for each answer. Raises ForeignExpert, BadInput, UnknownName."""
+    if len(members) < 2:
+        raise BadInput("a merge takes two experts or more; one alone is exported as it is: `elmwood export`")
+    plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
+    rules = [settle(*answer) for answer in answers]
+    keys = [fingerprint("merge", seed, plain, a.method, begins, ends, resize) for a, (_, begins, ends) in zip(answers, rules, strict=True)]
+    if all(store.done(key) for key in keys):
+        return [store.load(store.done(key) or "", Merged) for key in keys]
+    tensors, sources, weights = open_all(seed, members, store, resize)
+    wanted: list[Wanted] = []
+    for rule, begins, _ in rules:
+        if Wanted(rule, begins) not in wanted:
+            wanted.append(Wanted(rule, begins))
+    work = pass_over(tensors, sources, weights, wanted, (0, 1), progress)
+    folders = [store.work(key) / "out" for key in keys]
+    finishers = [
+        (wanted.index(Wanted(rule, begins)), Finisher(rule, ends, tensors, _totals(work, sources), folder))
+        for (rule, begins, ends), folder in zip(rules, folders, strict=True)
+    ]
+    for piece in work.run(lambda name: any(one.with_seed(name) for _, one in finishers)):
+        for place, one in finishers:
+            one.write(piece, piece.sums[place])
+    made = []
+    for answer, (_, begins, ends), key, (place, one) in zip(answers, rules, keys, finishers, strict=True):
+        one.close(set(work.names()))
+        rows = contributions(sources, weights, work.reach[place])
+        made.append(_stored(seed, answer.method, begins | ends, rows, one.folder, store))
+        store.finish(key, made[-1])
+    return made
+
+
+def finalize(states: Sequence[State], settings: Settings, store: Store, progress: Progress = silent) -> Merged:
+    """The checkpoint of a state, or of all the parts of one. Raises BadInput."""
+    first = states[0]
+    for other in states[1:]:
+        alike(first, other.model_copy(update={"part": first.part}))
+        if {c.expert: c.weight for c in other.contributions} != {c.expert: c.weight for c in first.contributions}:
+            raise BadInput(
+                "the parts of a state must be of the same experts and weights: bring the missing ones in with `elmwood merge add`"
+            )
+    parts = sorted({one.part for one in states})
+    if len(parts) != len(states) or parts != [(i, len(parts)) for i in range(len(parts))]:
+        raise BadInput(f"these are the parts {parts}; a checkpoint needs each of them once: name them all")
+    if len(first.contributions) < 2:
+        raise BadInput("a merge takes two experts or more, this state holds one: add others first")
+    rule, begins, ends = settle(first.method, {**first.settings, **settings})
+    if begins != first.settings:
+        raise BadInput(f"{sorted(set(settings) & set(begins))} decided this state when it was made: make the state again to change them")
+    seed = store.load(first.seed, Seed)
+    key = fingerprint("finalize", *sorted(one.digest for one in states), ends)
+    if done := store.done(key):
+        return store.load(done, Merged)
+    tensors = seed_places(seed, store)
+    finisher = Finisher(rule, ends, tensors, _recorded(first, tensors), store.work(key) / "out")
+    held = [(one, sum_places(one, store)) for one in states]
+    files = Files()
+    names = {key.rpartition("|")[0] for _, found in held for key in found}
+    for name in sorted(names):
+        spans = Pass(tensors, [], lambda e, name: 0.0, [])
+        for one, found in held:
+            spans.part = one.part
+            begin, end = spans.span(name)
+            for start in range(begin, end, PIECE):
+                stop = min(end, start + PIECE)
+                sums = [files.read(found[f"{name}|{field}"], start - begin, stop - begin).view(np.int64) for field in rule.fields]
+                seed_raw = files.read(tensors[name], start, stop) if finisher.with_seed(name) else None
+                finisher.write(Piece(name, start, stop, seed_raw, []), sums)
+    files.close()
+    finisher.close(names)
+    rows = tuple(
+        row.model_copy(update={"reach": max(c.reach for one in states for c in one.contributions if c.expert == row.expert)})
+        for row in first.contributions
+    )
+    made = _stored(seed, first.method, begins | ends, rows, finisher.folder, store)
+    store.finish(key, made)
+    return made
+
+
+def _totals(work: Pass, sources: Sequence[Source]) -> Callable[[str], Total]:
+    def total(name: str) -> Total:
+        weights = [work.weight(e, name) for e in range(len(sources))]
+        return Total(sum(weights), sum(weight for weight, one in zip(weights, sources, strict=True) if one.whole))
+
+    return total
+
+
+def _recorded(one: State, tensors: dict[str, Place]) -> Callable[[str], Total]:
+    depth = depth_of(tensors)
+
+    def total(name: str) -> Total:
+        weights = [(weight_of(c.weight, name, depth), c.whole) for c in one.contributions]
+        return Total(sum(weight for weight, _ in weights), sum(weight for weight, whole in weights if whole))
+
+    return total
+
+
+class Finisher:
+    """Writes a checkpoint with the seed's own layout: the same files, names, dtypes and places."""
+
+    def __init__(self, rule: Rule, ends: Settings, tensors: dict[str, Place], total: Callable[[str], Total], folder: Path):
+        self.rule, self.ends, self.tensors, self.total, self.folder = rule, ends, tensors, total, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.handles: dict[Path, int] = {}
+        for path in {place.path for place in tensors.values()}:
+            top = header(path)
+            handle = os.open(folder / path.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.pwrite(handle, top.raw, 0)
+            os.ftruncate(handle, path.stat().st_size)
+            self.handles[path] = handle
+
+    def with_seed(self, name: str) -> bool:
+        """Whether the seed's own numbers are part of the result."""
+        total = self._total(name)
+        if not self.rule.linear or (self.ends["normalise"] and not total.weight):
+            return True
+        return self.ends["scale"] * total.whole != (total.weight if self.ends["normalise"] else 1.0)
+
+    def _total(self, name: str) -> Total:
+        total = self.total(name)
+        return total if self.rule.linear else total._replace(whole=0.0)
+
+    def write(self, piece: Piece, sums: Sequence[fixed.Ints]) -> None:
+        place, total = self.tensors[piece.name], self._total(piece.name)
+        if self.ends["normalise"] and not total.weight and piece.seed is not None:  # nobody has a say here
+            self._put(place, piece.first, piece.seed)
+            return
+        for at in range(0, piece.last - piece.first, 1 << 16):
+            end = min(at + (1 << 16), piece.last - piece.first)
+            values = tuple(fixed.value(sum_N[at:end]) for sum_N in sums)
+            raw = None if piece.seed is None else piece.seed[at * place.width : end * place.width]
+            seed_N = np.zeros(0) if raw is None else decode(raw, place.dtype).astype(np.float64)
+            theta_N = self.rule.finish(values, seed_N, total, self.ends)
+            self._put(place, piece.first + at, encode(theta_N.astype(np.float64, copy=False), place.dtype))
+
+    def _put(self, place: Place, first: int, raw: NDArray[np.uint8]) -> None:
+        os.pwrite(self.handles[place.path], raw.tobytes(), place.start + first * place.width)
+
+    def close(self, written: set[str]) -> None:
+        """Copy what no expert changes, and close the files."""
+        for name, place in self.tensors.items():
+            if name not in written:
+                size = header(place.path).tensors[name]["data_offsets"]
+                self._copy(place, size[1] - size[0])
+        for handle in self.handles.values():
+            os.close(handle)
+
+    def _copy(self, place: Place, size: int) -> None:
+        source = os.open(place.path, os.O_RDONLY)
+        for first in range(0, size, 1 << 22):
+            os.pwrite(self.handles[place.path], os.pread(source, min(1 << 22, size - first), place.start + first), place.start + first)
+        os.close(source)
+
+
+def _stored(seed: Seed, method: str, settings: dict[str, float], rows: tuple[Contribution, ...], folder: Path, store: Store) -> Merged:
+    weights = {path.name: store.put(path) for path in sorted(folder.iterdir())}
+    source = seed_folder(seed, store)
+    kept = {name: digest if seed.hub is None else store.put(source / name) for name, digest in seed.files.items() if name not in weights}
+    text = card(seed, method, settings, rows, weights)
+    return Merged(
+        seed=seed.digest,
+        method=method,
+        settings=settings,
+        contributions=rows,
+        files=kept | weights | {"README.md": store.put(text.encode())},
+    )

@@ -1,0 +1,219 @@
+"""Merges as values: states of experts, their sums and differences.
+
+N numbers of a piece of one tensor
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput, ForeignExpert
+from elmwood.merge import fixed
+from elmwood.merge.rules import Rule, Settings, settle
+from elmwood.merge.sources import Low, Source, Whole
+from elmwood.merge.sums import Pass, Wanted
+from elmwood.merge.tensors import PIECE, Files, Place, pack_header, places
+from elmwood.merge.values import depth_of, weight_of
+from elmwood.records import Contribution, Expert, Seed, Share, State, fingerprint
+from elmwood.store import Store
+
+SUMS = "sums.safetensors"
+Weights = tuple[Share, ...]
+
+
+# ---- opened -----------------------------------------------------------------------------------------------------
+
+
+def seed_folder(seed: Seed, store: Store) -> Path:
+    """The seed's files; those of a hub seed are looked for in the hub's cache."""
+    if seed.hub is None:
+        return store.folder(seed.files)
+    from elmwood.lm.load import seed_folder as fetched  # torch
+
+    return fetched(seed, store)
+
+
+def seed_places(seed: Seed, store: Store) -> dict[str, Place]:
+    """The seed's tensors."""
+    return places(sorted(seed_folder(seed, store).glob("*.safetensors")))
+
+
+def open_expert(expert: Expert, seed: Seed, tensors: dict[str, Place], store: Store, resize: bool = False) -> Source:
+    """Raises ForeignExpert, BadInput, Damaged."""
+    if expert.seed != seed.digest:
+        raise ForeignExpert(
+            f"expert {expert.digest[:8]} grew from seed {expert.seed[:8]}, not from {seed.digest[:8]} ({seed.name}): a merge needs one seed"
+        )
+    if expert.recipe.method == "dora":
+        raise BadInput(f"expert {expert.digest[:8]} is weight-decomposed: what it adds is no product B A; train it with --method lora")
+    folder = store.folder(expert.files)
+    if expert.recipe.method != "full":
+        return Low(expert.digest, folder, tensors)
+    mine, its = expert.files.get("tokenizer.json"), seed.files.get("tokenizer.json")
+    if mine and its and mine != its and not resize:
+        raise BadInput(
+            f"expert {expert.digest[:8]} has another tokenizer than its seed: with --resize the rows they share are merged as they are"
+        )
+    return Whole(expert.digest, folder, tensors, resize)
+
+
+def open_all(
+    seed: Seed, members: Mapping[str, Weights], store: Store, resize: bool
+) -> tuple[dict[str, Place], list[Source], list[Weights]]:
+    """Tensors of the seed, and the experts by digest with their weights."""
+    tensors = seed_places(seed, store)
+    sources = [open_expert(store.load(digest, Expert), seed, tensors, store, resize) for digest in sorted(members)]
+    return tensors, sources, [members[one.digest] for one in sources]
+
+
+def pass_over(
+    tensors: dict[str, Place], sources: Sequence[Source], weights: Sequence[Weights], wanted: Sequence[Wanted], part: tuple[int, int],
+    progress: Progress,
+) -> Pass:  # fmt: skip
+    depth = depth_of(tensors)
+    return Pass(tensors, sources, lambda e, name: weight_of(weights[e], name, depth), wanted, part, progress)
+
+
+def contributions(sources: Sequence[Source], weights: Sequence[Weights], reach: Sequence[int]) -> tuple[Contribution, ...]:
+    rows = zip(sources, weights, reach, strict=True)
+    return tuple(Contribution(expert=one.digest, weight=weight, whole=one.whole, reach=most) for one, weight, most in rows)
+
+
+# ---- states -----------------------------------------------------------------------------------------------------
+
+
+def state(
+    seed: Seed, members: Mapping[str, Weights], method: str, settings: Settings, store: Store,
+    part: tuple[int, int] = (0, 1), progress: Progress = silent,
+) -> State:  # fmt: skip
+    """The sum of one expert or more: expert's digest -> weight. Raises ForeignExpert, BadInput, UnknownName."""
+    rule, begins, _ = settle(method, settings)
+    fields = {"seed": seed.digest, "method": method, "settings": begins, "part": part}
+    plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
+    key = fingerprint("state", seed, method, begins, part, plain)
+    if done := store.done(key):
+        return store.load(done, State)
+    tensors, sources, weights = open_all(seed, members, store, False)
+    work = pass_over(tensors, sources, weights, [Wanted(rule, begins)], part, progress)
+    layout = {name: (work.span(name)[1] - work.span(name)[0]) for name in work.names()}
+
+    def pieces() -> Iterator[tuple[str, int, list[fixed.Ints]]]:
+        for piece in work.run(lambda name: False):
+            yield piece.name, piece.first - work.span(piece.name)[0], piece.sums[0]
+
+    files = _write_sums(store, key, layout, rule, pieces())
+    made = State(**fields, contributions=contributions(sources, weights, work.reach[0]), files=files)
+    store.finish(key, made)
+    return made
+
+
+def add(one: State, other: State, store: Store) -> State:
+    """The sum of both. What one of them holds already is not added again. Raises BadInput, ForeignExpert."""
+    alike(one, other)
+    left, right = ({c.expert: c for c in each.contributions} for each in (one, other))
+    shared = left.keys() & right.keys()
+    if differing := [digest for digest in shared if left[digest] != right[digest]]:
+        raise BadInput(f"expert {differing[0][:8]} is in both states with different weights: remove it from one of them first")
+    if shared == right.keys() or shared == left.keys():  # delivered again
+        return one if shared == right.keys() else other
+    if shared:
+        raise BadInput(f"both states hold expert {sorted(shared)[0][:8]}, and each holds others: remove it from one of them first")
+    both = tuple((left | right)[digest] for digest in sorted(left.keys() | right.keys()))
+    return _combined(one, other, both, store, np.add)
+
+
+def remove(one: State, expert: str, store: Store, progress: Progress = silent) -> State:
+    """The sum without an expert, as if it had never been there. Needs the expert's files. Raises BadInput."""
+    found = next((c for c in one.contributions if c.expert == expert), None)
+    if found is None:
+        raise BadInput(f"expert {expert[:8]} is not in this state; `elmwood show` lists what is")
+    if len(one.contributions) == 1:
+        raise BadInput(f"expert {expert[:8]} is the only one in this state: nothing would be left")
+    alone = state(store.load(one.seed, Seed), {expert: found.weight}, one.method, one.settings, store, one.part, progress)
+    rest = tuple(c for c in one.contributions if c.expert != expert)
+    return _combined(one, alone, rest, store, np.subtract)
+
+
+def alike(one: State, other: State) -> None:
+    for field in ("seed", "method", "settings", "part"):
+        if getattr(one, field) != getattr(other, field):
+            kind = ForeignExpert if field == "seed" else BadInput
+            raise kind(f"states of different {field} do not add: {getattr(one, field)} and {getattr(other, field)}; make one of them again")
+
+
+def _combined(one: State, other: State, rows: tuple[Contribution, ...], store: Store, combine: Callable[..., Any]) -> State:
+    fixed.check_room(sum(row.reach for row in rows))
+    key = fingerprint("states", one, other, combine.__name__)
+    if done := store.done(key):
+        return store.load(done, State)
+    rule = settle(one.method, one.settings)[0]
+    mine, its = sum_places(one, store), sum_places(other, store)
+    # a tensor that no expert of a state changes is not in it: it counts as zero
+    layout = {key.rpartition("|")[0]: place.numbers for key, place in sorted((mine | its).items())}
+    changed = set(layout) if combine is np.add else _changed(rows, layout, store)
+    layout = {name: numbers for name, numbers in layout.items() if name in changed}
+    files = Files()
+
+    def read(held: dict[str, Place], key: str, first: int, last: int) -> NDArray[np.int64]:
+        return files.read(held[key], first, last).view(np.int64) if key in held else np.zeros(last - first, np.int64)
+
+    def pieces() -> Iterator[tuple[str, int, list[fixed.Ints]]]:
+        for name, numbers in layout.items():
+            for first in range(0, numbers, PIECE):
+                last = min(numbers, first + PIECE)
+                keys = [f"{name}|{field}" for field in rule.fields]
+                yield name, first, [combine(read(mine, key, first, last), read(its, key, first, last)) for key in keys]
+
+    written = _write_sums(store, key, layout, rule, pieces())
+    files.close()
+    made = one.model_copy(update={"contributions": rows, "files": written})
+    store.finish(key, made)
+    return made
+
+
+def _changed(rows: tuple[Contribution, ...], layout: Mapping[str, int], store: Store) -> set[str]:
+    """The tensors that these experts change."""
+    changed: set[str] = set()
+    for row in rows:
+        if row.whole:
+            return set(layout)
+        expert = store.load(row.expert, Expert)
+        folder = store.folder(expert.files)
+        seed = seed_places(store.load(expert.seed, Seed), store)
+        changed |= set(Low(row.expert, folder, seed).factors)
+    return changed
+
+
+def sum_places(one: State, store: Store) -> dict[str, Place]:
+    return places([store.folder(one.files) / SUMS])
+
+
+def _write_sums(
+    store: Store, key: str, layout: Mapping[str, int], rule: Rule, pieces: Iterator[tuple[str, int, list[fixed.Ints]]]
+) -> dict[str, str]:  # fmt: skip
+    """The file of a state, tensors in the order of their names."""
+    entries = [(f"{name}|{field}", "I64", (layout[name],), 8 * layout[name]) for name in sorted(layout) for field in rule.fields]
+    top = pack_header(entries, {"format": "elmwood-state", "unit": "2^-44"})
+    path = store.work(key) / SUMS
+    with path.open("wb") as file:
+        file.write(top)
+    found = _starts(entries, len(top))
+    with path.open("r+b") as file:
+        file.truncate(len(top) + sum(size for *_, size in entries))
+        for name, first, sums in pieces:
+            for field, sum_N in zip(rule.fields, sums, strict=True):
+                os.pwrite(file.fileno(), sum_N.tobytes(), found[f"{name}|{field}"] + 8 * first)
+    return {SUMS: store.put(path)}
+
+
+def _starts(entries: Sequence[tuple[str, str, tuple[int, ...], int]], begin: int) -> dict[str, int]:
+    found = {}
+    for name, _, _, size in entries:
+        found[name] = begin
+        begin += size
+    return found

@@ -1,0 +1,210 @@
+"""Tensors of safetensors files by name, read in pieces into reused buffers, and written back correctly rounded.
+
+A memory map would count as resident memory and cost a page fault for every 4 KiB: files are read with preadv instead.
+
+N numbers of one tensor, or a part of it
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.errors import BadInput, Damaged
+
+Floats = NDArray[np.floating[Any]]
+Bytes = NDArray[np.uint8]
+
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that can be merged -> bytes of a number
+BLOCK = 1 << 16  # numbers worked on at once: they stay in the second-level cache
+PIECE = 4 * BLOCK  # numbers read at once
+
+
+class Place(NamedTuple):
+    """Where a tensor stands."""
+
+    path: Path
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+    start: int  # byte of the file
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number. Raises BadInput."""
+        if self.dtype == "I64":  # sums
+            return 8
+        if self.dtype not in SIZES:
+            raise BadInput(f"{self.path}: {self.dtype} numbers cannot be merged; only {', '.join(SIZES)}: convert the checkpoint first")
+        return SIZES[self.dtype]
+
+
+class Header(NamedTuple):
+    """The beginning of a safetensors file: its bytes, what it says, and where the numbers begin."""
+
+    raw: bytes
+    tensors: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+
+    @property
+    def begin(self) -> int:
+        return len(self.raw)
+
+
+def header(path: Path) -> Header:
+    """Raises Damaged."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(size - 8, 100 << 20):
+            raise Damaged(f"{path} is no safetensors file, or was cut short: fetch it again")
+        raw = file.read(length)
+    try:
+        said = json.loads(raw)
+    except ValueError as error:
+        raise Damaged(f"{path}: its header is no JSON ({error}): fetch it again") from error
+    metadata = said.pop("__metadata__", {})
+    end = max((entry["data_offsets"][1] for entry in said.values()), default=0)
+    if 8 + length + end > size:
+        raise Damaged(f"{path} was cut short: its header speaks of {8 + length + end} bytes, it has {size}: fetch it again")
+    return Header(start + raw, said, metadata)
+
+
+def places(paths: Iterable[Path]) -> dict[str, Place]:
+    """Every tensor of these files, in the order they stand in them. Raises Damaged."""
+    found: dict[str, Place] = {}
+    for path in paths:
+        top = header(path)
+        for name, entry in sorted(top.tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
+            found[name] = Place(path, entry["dtype"], tuple(entry["shape"]), top.begin + entry["data_offsets"][0])
+    return found
+
+
+def pack_header(entries: Sequence[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]) -> bytes:
+    """The first bytes of a safetensors file with these (name, dtype, shape, bytes), one after another."""
+    said: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, dtype, shape, size in entries:
+        said[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(said, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+class Files:
+    """Open files, the ones used last kept open."""
+
+    def __init__(self, most: int = 128):
+        self.most = most
+        self.handles: dict[Path, int] = {}
+
+    def handle(self, path: Path) -> int:
+        found = self.handles.pop(path, None)
+        if found is None:
+            if len(self.handles) >= self.most:
+                os.close(self.handles.pop(next(iter(self.handles))))
+            found = os.open(path, os.O_RDONLY)
+        self.handles[path] = found
+        return found
+
+    def close(self) -> None:
+        while self.handles:
+            os.close(self.handles.popitem()[1])
+
+    def read(self, place: Place, first: int, last: int, into: memoryview | None = None) -> Bytes:
+        """Numbers first to last of a tensor, as bytes, in `into` where it is given. Raises Damaged."""
+        size, offset = (last - first) * place.width, place.start + first * place.width
+        view = memoryview(bytearray(size)) if into is None else into[:size]
+        done = 0
+        while done < size:
+            got = os.preadv(self.handle(place.path), [view[done:]], offset + done)
+            if not got:
+                raise Damaged(f"{place.path} ended early: fetch it again")
+            done += got
+        return np.frombuffer(view, np.uint8)
+
+
+Request = tuple[Place, int, int]
+
+
+class Reader:
+    """Reads ahead: one thread fetches the next step of a plan while this one is worked on. Buffers are kept between plans."""
+
+    def __init__(self, buffer: int):
+        """`buffer`: bytes that a request asks for at most."""
+        self.buffer, self.files = buffer, Files()
+        self.pools: tuple[list[memoryview], list[memoryview]] = ([], [])
+        self.thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown(wait=True, cancel_futures=True)
+        self.files.close()
+
+    def _fetch(self, step: Sequence[Request], pool: list[memoryview]) -> list[Bytes]:
+        while len(pool) < len(step):
+            pool.append(memoryview(bytearray(self.buffer)))
+        return [self.files.read(*request, into) for request, into in zip(step, pool, strict=False)]
+
+    def stream(self, plan: Iterable[Sequence[Request]]) -> Iterator[list[Bytes]]:
+        """For each step of a plan the bytes it asks for; valid until the next step is asked for."""
+        coming = None
+        for number, step in enumerate(plan):
+            ready, coming = coming, self.thread.submit(self._fetch, step, self.pools[number % 2])
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
+
+
+# ---- bytes <-> numbers ------------------------------------------------------------------------------------------
+
+
+def decode(raw: Bytes, dtype: str) -> Floats:
+    """Numbers from their bytes, exactly: float32 (or float64 for F64)."""
+    if dtype == "BF16":
+        half_N = raw.view("<u2")
+        bits_N = np.zeros(half_N.size, np.uint32)
+        bits_N.view(np.uint16)[1::2] = half_N
+        return bits_N.view(np.float32)
+    if dtype == "F16":
+        return raw.view("<f2").astype(np.float32)
+    return raw.view("<f4" if dtype == "F32" else "<f8")
+
+
+def encode(value_N: NDArray[np.float64], dtype: str) -> Bytes:
+    """Bytes of the nearest numbers of a dtype; ties to even."""
+    if dtype == "BF16":
+        return _to_bf16(value_N).view(np.uint8)
+    with np.errstate(over="ignore"):
+        return value_N.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype], copy=False).view(np.uint8)
+
+
+def _to_bf16(value_N: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Through float32, but for those that float32 rounds onto the middle between two bf16 numbers: they remember their side."""
+    single_N = value_N.astype(np.float32)
+    bits_N = single_N.view(np.uint32)
+    low_N = bits_N.astype(np.uint16)  # the half that goes
+    middle = np.flatnonzero(low_N == 0x8000)
+    if middle.size:
+        side = np.sign(np.abs(value_N[middle]) - np.abs(single_N[middle].astype(np.float64)))
+        bits_N[middle] += side.astype(np.int32).view(np.uint32)
+    odd_N = bits_N >> 16
+    odd_N &= 1
+    bits_N += odd_N
+    bits_N += 0x7FFF
+    return (bits_N >> 16).astype(np.uint16)
