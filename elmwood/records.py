@@ -29,8 +29,14 @@ class Frozen(BaseModel):
 
 
 def canonical(value: Frozen) -> bytes:
-    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8; what has its default is left out.
+
+    So a field that is added later, with a default, changes the name of nothing there is; and a default never changes.
+    """
+    plain = value.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(value, Record):
+        plain |= {"kind": value.kind, "format": value.format}
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def fingerprint(*values: Any) -> str:
@@ -368,11 +374,13 @@ def parse(data: bytes) -> Record:
     if kind not in KINDS:
         raise BadRecord(f"unknown record kind {kind!r}; have {', '.join(sorted(KINDS))}")
     try:
-        return KINDS[kind].model_validate(fields)
+        record = KINDS[kind].model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or kind
         raise BadRecord(f"{kind} record: {where}: {first['msg']}") from error
+    record.__dict__["digest"] = hashlib.sha256(data).hexdigest()  # it keeps the name it was saved under, however it was spelled then
+    return record
 
 
 _DIGEST = re.compile(r"^(sha256:)?[0-9a-f]{64}$")

@@ -1,6 +1,7 @@
 """Floors one and two: records, registry, store, engine."""
 
 import errno
+import hashlib
 import json
 import os
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elmwood import engine
+from elmwood import engine, records
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, NewerRecord, UnknownName
 from elmwood.records import FORMAT, Corpus, Forest, Recipe, Seed, Shard, canonical, fingerprint, parse, references
 from elmwood.registry import lookup
@@ -40,6 +41,34 @@ def test_a_forest_does_not_depend_on_the_order_of_its_experts(experts):
 def test_a_digest_is_of_the_content(store):
     one, two = corpus(store), corpus(store, b"other")
     assert one.digest == parse(canonical(one)).digest != two.digest
+
+
+DEFAULTS = {  # left out of a record's spelling: to change one would change what is meant by records there are. New ones may be added
+    "Recipe": {
+        "method": "full", "batch": 8, "length": 256, "learning_rate": 1e-3, "schedule": "cosine", "warmup": 0.05, "final": 0.1,
+        "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "clip": 1.0, "optimiser": "adamw", "accumulate": 1, "checkpointing": False,
+        "patience": None, "rank": 16, "alpha": None, "targets": "all-linear", "late": 1.0, "together": 1, "rng_seed": 0, "threads": 1,
+    },
+    "Partition": {"method": "balanced", "rng_seed": 0, "fit_sizes": (), "greedy_sizes": (), "extra": {}, "parent": None},
+    "Domain": {"terms": (), "train": (), "holdout": (), "examples": (), "origin": None},
+    "Ensemble": {"router": "centroid", "top_k": 2, "temperature": 0.1, "seed_distance": None},
+    "Expert": {"partition": None, "domain": None, "curve": (), "contributor": None},
+    "State": {"part": (0, 1)},
+    "Share": {"tensors": "", "layers": None},
+    "Row": {"role": "result", "gain": None, "batch": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(DEFAULTS))
+def test_a_default_never_changes(kind):
+    fields = getattr(records, kind).model_fields
+    assert {name: fields[name].default for name in DEFAULTS[kind]} == DEFAULTS[kind]
+
+
+def test_a_field_added_later_changes_no_name():
+    assert canonical(Recipe(steps=3, batch=8)) == b'{"steps":3}' == canonical(Recipe(steps=3))
+    spelled = json.dumps({"kind": "forest", "format": 1, "seed": "0" * 64, "partition": "1" * 64, "experts": []}).encode()
+    assert parse(spelled).digest == hashlib.sha256(spelled).hexdigest()  # another spelling, its own name
 
 
 def test_references_are_found_at_any_depth(store):
