@@ -18,10 +18,19 @@ from elmwood.errors import ElmwoodError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 seed_app = typer.Typer(no_args_is_help=True, help="Make the shared starting model: train one from scratch, or import one.")
 app.add_typer(seed_app, name="seed")
+state_app = typer.Typer(
+    no_args_is_help=True, help="Sums of experts that are not finished yet: they add and subtract exactly, in any order."
+)
+app.add_typer(state_app, name="state")
 
 StoreOption = Annotated[Path, typer.Option("--store", envvar="ELMWOOD_STORE", help="Folder of blobs, records and refs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Call the result this.")]
+ExpertsArgument = Annotated[list[str], typer.Argument(help="A forest, or experts; NAME/ stands for all experts so named.")]
+WeightsOption = Annotated[str | None, typer.Option(help="Of the experts, as named: 1,0.5; one for all; 0:1 is a gradient over depth.")]
+SettingOption = Annotated[list[str] | None, typer.Option("--set", help="Any other setting of the rule: NAME=VALUE (repeatable).")]
+LayersOption = Annotated[str | None, typer.Option(help="Merge these layers alone, e.g. 4-11; all else stays the seed's.")]
+TensorsOption = Annotated[str, typer.Option(help="Merge only tensors with this in their name.")]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes side by side; default: one per core for small models, else 1.")]
 STORE = Path(".elmwood")
 
@@ -190,9 +199,91 @@ def forest(
     _verb("models", "forest", partition=partition, experts=experts, name=name, store=store, as_json=as_json)
 
 
+@app.command()
+def merge(
+    experts: Annotated[list[str], typer.Argument(help="A forest, experts (NAME/ stands for all so named), or a mergekit YAML file.")],
+    method: Annotated[str | None, typer.Option(help="A merge rule, default average; several: ties,dare.")] = None,
+    weights: WeightsOption = None,
+    scale: Annotated[str | None, typer.Option(help="What is added to the seed is multiplied by this; several: 0.3,0.5,1.")] = None,
+    density: Annotated[str | None, typer.Option(help="Share of numbers that trimming keeps; several: 0.2,0.5.")] = None,
+    settings: SettingOption = None,
+    layers: LayersOption = None,
+    tensors: TensorsOption = "",
+    resize: Annotated[bool, typer.Option("--resize", help="Experts of another vocabulary: merge the rows they share.")] = False,
+    choose: Annotated[bool, typer.Option("--choose", help="Of several answers name the best on the tune half of held-out text.")] = False,
+    partition: Annotated[str | None, typer.Option(help="Whose held-out text; default: the first expert's.")] = None,
+    documents: Annotated[int | None, typer.Option(help="At most so many held-out documents.")] = None,
+    parts: Annotated[int | None, typer.Option(help="Sum in so many tasks, each a share of every tensor.")] = None,
+    workers: WorkersOption = None,
+    engine: Annotated[str, typer.Option(help="Where tasks run: local, or ray.")] = "local",
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Make one checkpoint of experts. Several settings are several answers, from one reading."""
+    _verb("merge", "merge_verb", experts=experts, method=method, weights=weights, scale=scale, density=density, settings=settings or [],
+          layers=layers, tensors=tensors, resize=resize, choose=choose, partition=partition, documents=documents, parts=parts,
+          workers=workers, engine=engine, name=name, store=store, as_json=as_json)  # fmt: skip
+
+
+@state_app.command("make")
+def state_make(
+    experts: ExpertsArgument,
+    method: Annotated[str, typer.Option(help="A merge rule.")] = "average",
+    weights: WeightsOption = None,
+    density: Annotated[str | None, typer.Option(help="Share of numbers that trimming keeps.")] = None,
+    settings: SettingOption = None,
+    layers: LayersOption = None,
+    tensors: TensorsOption = "",
+    part: Annotated[str, typer.Option(help="Sum this share of every tensor alone: 0/4 to 3/4.")] = "0/1",
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Sum experts, one or more: what another machine adds to its own sum."""
+    _verb("merge", "state_make", experts=experts, method=method, weights=weights or "1", density=density, settings=settings or [],
+          layers=layers, tensors=tensors, part=part, name=name, store=store, as_json=as_json)  # fmt: skip
+
+
+@state_app.command("add")
+def state_add(
+    states: Annotated[list[str], typer.Argument(help="Names, digests, or folders written by export.")],
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Add states. An expert that came twice counts once."""
+    _verb("merge", "state_add", states=states, name=name, store=store, as_json=as_json)
+
+
+@state_app.command("remove")
+def state_remove(
+    state: Annotated[str, typer.Argument(help="Name, digest, or a folder written by export.")],
+    experts: Annotated[list[str], typer.Argument(help="Names or digests; NAME/ stands for all experts so named.")],
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Take experts out again, exactly."""
+    _verb("merge", "state_remove", state=state, experts=experts, name=name, store=store, as_json=as_json)
+
+
+@state_app.command("finalize")
+def state_finalize(
+    states: Annotated[list[str], typer.Argument(help="A state, or all parts of one: names, digests, or folders written by export.")],
+    scale: Annotated[str | None, typer.Option(help="What is added to the seed is multiplied by this; several: 0.3,0.5,1.")] = None,
+    settings: SettingOption = None,
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the checkpoint. No expert is read."""
+    _verb("merge", "state_finalize", states=states, scale=scale, settings=settings or [], name=name, store=store, as_json=as_json)
+
+
 @app.command("eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Seeds, experts, ensembles or forests: names or digests.")],
+    models: Annotated[list[str], typer.Argument(help="Seeds, experts, merges, ensembles or forests: names or digests.")],
     partition: Annotated[str | None, typer.Option(help="Whose holdout; default: the first forest's or expert's.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window; default: the seed's context, at most 1024.")] = None,
     documents: Annotated[int | None, typer.Option(help="At most so many held-out documents.")] = None,
@@ -229,7 +320,7 @@ def compare(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A seed, expert, ensemble or forest: name or digest.")],
+    model: Annotated[str, typer.Argument(help="A seed, expert, merge, ensemble or forest: name or digest.")],
     prompt: Annotated[str | None, typer.Option(help="Continue this and stop; default: read prompts from the terminal.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token.")] = 0.8,
@@ -261,7 +352,7 @@ def verify(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
 
 @app.command()
 def export(
-    name: Annotated[str, typer.Argument(help="A seed, an expert or a partition: name or digest.")],
+    name: Annotated[str, typer.Argument(help="A seed, an expert, a merge, a state or a partition: name or digest.")],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
     store: StoreOption = STORE,
     as_json: JsonOption = False,

@@ -1,12 +1,11 @@
 """What the verbs of finished models do: gather, evaluate, talk."""
 
 import sys
-from collections.abc import Sequence
 
-from elmwood.cli.screen import duration, emit, keep, short, table, talk
+from elmwood.cli.screen import duration, emit, expand, keep, short, table, talk
 from elmwood.domains.partition import serving
 from elmwood.errors import BadInput, ForeignExpert
-from elmwood.records import Comparison, Ensemble, Expert, Forest, Partition, Record, Seed
+from elmwood.records import Comparison, Ensemble, Expert, Forest, Merged, Partition, Record, Seed
 from elmwood.store import Store
 
 
@@ -30,17 +29,6 @@ def forest(*, partition, experts, name, store, as_json) -> None:
     made_of = Forest(seed=members[0].seed, partition=division.digest, experts=tuple(expert.digest for expert in members))
     home.add(made_of)
     keep(home, made_of, name, as_json)
-
-
-def expand(store: Store, names: Sequence[str]) -> list[str]:
-    """Names with those that end in '/' replaced by all names below them. Raises BadInput."""
-    found: list[str] = []
-    for name in names:
-        below = [known for known in store.names() if known.startswith(name)] if name.endswith("/") else [name]
-        if not below:
-            raise BadInput(f"no names begin with {name!r}; `elmwood show` lists them")
-        found += below
-    return found
 
 
 def evaluate(*, models, partition, length, documents, name, workers, store, as_json) -> None:
@@ -135,6 +123,6 @@ def seed_of(record: Record, store: Store) -> Seed:
     """The seed a model grew from. Raises UnknownName."""
     if isinstance(record, Ensemble):
         record = store.load(record.forest, Forest)
-    if isinstance(record, Expert | Forest):
+    if isinstance(record, Expert | Forest | Merged):
         return store.load(record.seed, Seed)
     return store.load(record.digest, Seed)

@@ -74,6 +74,17 @@ def bars() -> Iterator[Report]:
         yield progress
 
 
+def expand(store: Store, names: Sequence[str]) -> list[str]:
+    """Names with those that end in '/' replaced by all names below them. Raises BadInput."""
+    found: list[str] = []
+    for name in names:
+        below = [known for known in store.names() if known.startswith(name)] if name.endswith("/") else [name]
+        if not below:
+            raise BadInput(f"no names begin with {name!r}; `elmwood show` lists them")
+        found += below
+    return found
+
+
 def made(record: Record, name: str | None, as_json: bool) -> None:
     """Print what a command made: its name and digest, or the record as JSON."""
     if as_json:

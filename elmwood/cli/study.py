@@ -23,7 +23,22 @@ from elmwood.domains.partition import serving
 from elmwood.domains.route import nearest_place
 from elmwood.engine import Progress, cores, run
 from elmwood.errors import BadInput
-from elmwood.records import Comparison, Corpus, Digest, Ensemble, Expert, Forest, Frozen, Partition, Recipe, Record, Score, Seed, Shard
+from elmwood.records import (
+    Comparison,
+    Corpus,
+    Digest,
+    Ensemble,
+    Expert,
+    Forest,
+    Frozen,
+    Merged,
+    Partition,
+    Recipe,
+    Record,
+    Score,
+    Seed,
+    Shard,
+)
 from elmwood.store import Store
 from elmwood.train import train_key, train_seed
 
@@ -316,6 +331,7 @@ def _division(models: Sequence[Record], named: str | None, store: Store) -> Part
         return store.load(named, Partition)
     for model in models:
         source = store.load(model.forest) if isinstance(model, Ensemble) else model
+        source = store.load(model.contributions[0].expert) if isinstance(model, Merged) else source
         if found := getattr(source, "partition", None):
             return store.load(found, Partition)
     raise BadInput("none of these models names a partition: say whose held-out text to score with --partition")

@@ -7,7 +7,7 @@ from typing import Any
 
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.errors import BadInput
-from elmwood.records import Comparison, Corpus, Ensemble, Expert, Forest, Partition, Record, Seed
+from elmwood.records import Comparison, Corpus, Ensemble, Expert, Forest, Merged, Partition, Record, Seed, State
 from elmwood.store import Store, lineage
 from elmwood.store import verify as check
 
@@ -58,6 +58,11 @@ def summary(record: Record) -> str:
             return f"{len(record.experts)} experts"
         case Ensemble():
             return f"{record.router}, top-{record.top_k}, temperature {record.temperature:.3g}"
+        case Merged():
+            return f"{record.method} of {len(record.contributions)} experts"
+        case State():
+            part = "" if record.part == (0, 1) else f", part {record.part[0]}/{record.part[1]}"
+            return f"{record.method} of {len(record.contributions)} experts, unfinished{part}"
         case Comparison():
             best = min(record.rows, key=lambda row: row.bits_per_byte)
             return f"{len(record.rows)} rows; lowest {best.bits_per_byte:.4f} bits/byte: {best.name}"
@@ -91,7 +96,7 @@ def export(*, name, folder, store, as_json) -> None:
             from elmwood.lm.load import seed_folder  # torch
 
             source = seed_folder(record, home)
-        case Expert():
+        case Expert() | Merged() | State():
             source = home.folder(record.files)
         case Partition():
             from elmwood.domains.share import publish, published  # scikit-learn

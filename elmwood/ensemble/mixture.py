@@ -8,7 +8,7 @@ each by what it said of the text so far and so must run all.
 
 from collections.abc import Sequence
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from elmwood.errors import BadInput, ForeignExpert, UnknownName
 from elmwood.lm.experts import Experts, OneLM, Text
 from elmwood.lm.interface import LM
 from elmwood.lm.load import tokenizer
-from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
+from elmwood.records import Ensemble, Expert, Forest, Merged, Partition, Recipe, Record, Seed
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
@@ -182,13 +182,21 @@ def _names(experts: Sequence[Expert], store: Store) -> list[str]:
     return [f"{name}:{expert.digest[:8]}" if domains.count(name) > 1 else name for name, expert in zip(domains, experts, strict=True)]
 
 
+def _as_expert(merged: Merged) -> Expert:
+    """A merge opens as an expert of its seed does: a checkpoint, or an adapter."""
+    method: Literal["full", "lora"] = "lora" if "adapter_config.json" in merged.files else "full"
+    return Expert(seed=merged.seed, data=(), recipe=Recipe(method=method, steps=1), files=merged.files)
+
+
 def open_model(record: Record, store: Store, device: torch.device | str | None = None) -> LM:
-    """A seed, an expert or an ensemble as an LM: the one place that looks at what kind of model a record is. Raises UnknownName."""
+    """A model's record as an LM: the one place that looks at what kind of model it is. Raises UnknownName."""
     match record:
         case Seed():
             return OneLM(Experts(record, [], store, device), 0, "seed")
         case Expert():
             return OneLM(Experts(store.load(record.seed, Seed), [record], store, device), 0, record.digest[:8])
+        case Merged():
+            return OneLM(Experts(store.load(record.seed, Seed), [_as_expert(record)], store, device), 0, record.digest[:8])
         case Ensemble():
             return EnsembleLM(record, store, device)
-    raise UnknownName(f"a {record.kind} is not a model; a seed, an expert or an ensemble is: `elmwood show` lists what there is")
+    raise UnknownName(f"a {record.kind} is not a model; a seed, an expert, a merge or an ensemble is: `elmwood show` lists what there is")

@@ -1,0 +1,241 @@
+"""What `merge` and the verbs of states do. Nothing here needs torch but `--choose`."""
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from elmwood.cli.screen import bars, duration, emit, expand, keep, out, short, table, talk
+from elmwood.errors import BadInput, Damaged
+from elmwood.merge import mergekit
+from elmwood.merge.make import Answer, finalize, merge
+from elmwood.merge.rules import settle
+from elmwood.merge.spread import StateJob, make_state, spread
+from elmwood.merge.states import add, remove, seed_places
+from elmwood.merge.values import depth_of
+from elmwood.records import Expert, Forest, Merged, Seed, Share, State, parse
+from elmwood.store import Store
+
+Members = dict[str, tuple[Share, ...]]
+
+
+# ---- what is asked ------------------------------------------------------------------------------------------------
+
+
+def members_of(store: Store, names: Sequence[str], weights: str, layers: str | None, tensors: str) -> Members:
+    """Experts with their weights; a forest stands for its experts. Raises BadInput."""
+    found: list[str] = []
+    for record in map(store.load, expand(store, names)):
+        if not isinstance(record, Forest | Expert):
+            raise BadInput(f"{record.digest[:8]} is a {record.kind}: a merge takes experts, or a forest for all it has")
+        found += record.experts if isinstance(record, Forest) else [record.digest]
+    if twice := next((digest for digest in found if found.count(digest) > 1), None):
+        raise BadInput(f"expert {twice[:8]} is named twice: give it a larger weight instead, with --weights")
+    each = weights.split(",")
+    if len(each) not in (1, len(found)):
+        raise BadInput(f"{len(each)} weights for {len(found)} experts: give one for all, or one for each in the order named")
+    between = span(layers) if layers else None
+    shares = [(Share(tensors=tensors, layers=between, values=gradient(text)),) for text in each]
+    return dict(zip(found, shares * (len(found) if len(each) == 1 else 1), strict=True))
+
+
+def gradient(text: str) -> tuple[float, ...]:
+    """'0.5' -> one weight; '0:1' -> a gradient from the first layer to the last. Raises BadInput."""
+    return tuple(_number("weight", one) for one in text.split(":"))
+
+
+def span(layers: str) -> tuple[int, int]:
+    """'4-11' -> (4, 12); '3' -> (3, 4). Raises BadInput."""
+    first, _, last = layers.partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+        raise BadInput(f"--layers {layers!r} is no range of layers: write 4-11, both included, or one number")
+    return int(first), int(last or first) + 1
+
+
+def answers_of(methods: str, scale: str | None, density: str | None, others: Sequence[str]) -> list[Answer]:
+    """Every combination of what was asked; a setting that only some of the rules have is for those. Raises BadInput, UnknownName."""
+    given = {name: value for name, value in (("scale", scale), ("density", density)) if value is not None}
+    for text in others:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise BadInput(f"--set {text!r}: write NAME=VALUE, or NAME=VALUE,VALUE for several answers")
+        given[name] = value
+    values = {name: [_number(name, one) for one in text.split(",")] for name, text in given.items()}
+    rules = {method: settle(method, {}) for method in methods.split(",")}
+    known = {method: {*begins, *ends} for method, (_, begins, ends) in rules.items()}
+    if unknown := sorted(values.keys() - set().union(*known.values())):
+        named = "; ".join(f"{method} has {', '.join(sorted(mine)) or 'none'}" for method, mine in known.items())
+        raise BadInput(f"no setting {unknown[0]!r}: {named}")
+    found: list[Answer] = []
+    for method, mine in known.items():
+        names = [name for name in values if name in mine]
+        found += [Answer(method, dict(zip(names, row, strict=True))) for row in product(*(values[name] for name in names))]
+    return found
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise BadInput(f"{name} {text!r} is not a number") from error
+
+
+def title(answer: Answer) -> str:
+    return " ".join([answer.method, *(f"{name}={value:g}" for name, value in answer.settings.items())])
+
+
+# ---- merge --------------------------------------------------------------------------------------------------------
+
+
+def merge_verb(
+    *, experts, method, weights, scale, density, settings, layers, tensors, resize, choose, partition, documents, parts, workers, engine,
+    name, store, as_json,
+) -> None:  # fmt: skip
+    home = Store(store)
+    if len(experts) == 1 and experts[0].endswith((".yaml", ".yml")):
+        if method or weights or scale or density or settings or layers or tensors:
+            raise BadInput(f"{experts[0]} says how to merge: change it there, or name the experts here instead of the file")
+        asked = mergekit.read(Path(experts[0]).read_text())
+        members = {home.resolve(one): shares for one, shares in asked.members.items()}
+        if asked.base and home.resolve(asked.base) != seed_of(members, home).digest:
+            raise BadInput(f"{asked.base} is not the seed of these experts: name that as base_model")
+        if asked.layers and asked.layers != (depth := depth_of(seed_places(seed_of(members, home), home))):
+            raise BadInput(f"the slices make {asked.layers} layers, the seed has {depth}: a merge keeps its seed's architecture")
+        answers: list[Answer] = [asked.answer]
+    else:
+        members = members_of(home, experts, weights or "1", layers, tensors or "")
+        answers = answers_of(method or "average", scale, density, settings)
+    seed = seed_of(members, home)
+    with bars() as progress:
+        if parts:
+            if resize:
+                raise BadInput("--resize and --parts do not go together: states are of experts with the seed's own vocabulary")
+            made = spread(seed, members, answers, home, parts=parts, workers=workers or 1, engine=engine, progress=progress)
+        else:
+            made = merge(seed, members, answers, home, resize, progress)
+    if choose:
+        chosen(made, answers, seed, members, home, partition=partition, documents=documents, name=name, as_json=as_json)
+    elif len(made) == 1:
+        keep(home, made[0], name, as_json)
+    else:
+        listed(made, answers, home, name, as_json)
+
+
+def seed_of(members: Mapping[str, Any], store: Store) -> Seed:
+    """The seed of the first expert; others of another one are refused where they are read. Raises BadInput."""
+    if not members:
+        raise BadInput("a merge takes two experts or more: none are named")
+    return store.load(store.load(next(iter(members)), Expert).seed, Seed)
+
+
+def listed(made: Sequence[Merged], answers: Sequence[Answer], store: Store, name: str | None, as_json: bool) -> None:
+    """Several answers: each called NAME/method-setting."""
+    names = [f"{name}/{title(answer).replace(' ', '-')}" if name else None for answer in answers]
+    for called, record in zip(names, made, strict=True):
+        if called:
+            store.name(called, record.digest)
+    if as_json:
+        emit([
+            {"name": called, "digest": record.digest, "record": record.model_dump(mode="json")}
+            for called, record in zip(names, made, strict=True)
+        ])  # fmt: skip
+        return
+    for called, answer, record in zip(names, answers, made, strict=True):
+        out.print(f"{record.digest}  {called or title(answer)}", soft_wrap=True)
+
+
+def chosen(
+    made: Sequence[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, *, partition, documents, name, as_json
+) -> None:  # fmt: skip
+    """Score the answers on the tune half, once each, and name the best; say what the search cost."""
+    from elmwood.cli.choose import tuned  # torch
+
+    where = partition or next((one for digest in members if (one := store.load(digest, Expert).partition)), None)
+    if not where:
+        raise BadInput("none of these experts names a partition: say whose held-out text to choose on with --partition")
+    started = time.perf_counter()
+    titles = [title(answer) for answer in answers]
+    with bars() as progress:
+        found = tuned(dict(zip(titles, made, strict=True)), seed, where, documents, store, progress)
+    best = min(titles, key=lambda one: found.losses[one].value)
+    winner = made[titles.index(best)]
+    if name:
+        store.name(name, winner.digest)
+    cost = {"answers": len(made), "tokens": found.tokens, "seconds": round(time.perf_counter() - started, 1)}
+    if as_json:
+        rows = [
+            {"answer": one, "digest": record.digest, "tune": found.losses[one]._asdict(), "behind": found.behind[one]._asdict()}
+            for one, record in zip(titles, made, strict=True)
+        ]
+        emit({"name": name, "digest": winner.digest, "record": winner.model_dump(mode="json"), "answers": rows, "cost": cost})
+        return
+    lines = [[one, *(f"{number:.4f}" for number in (*found.losses[one], *found.behind[one]))] for one in titles]
+    table("bits per byte on the tune half, and behind the best (paired)", ["", "bits/byte", "±", "behind", "±"], lines, to=talk)
+    spent = duration(time.perf_counter() - started)
+    talk.print(f"the search read {short(found.tokens)} tokens in {spent}; elmwood eval has the other half")
+    out.print(f"{winner.digest}  {name or best}", soft_wrap=True)
+
+
+# ---- states -------------------------------------------------------------------------------------------------------
+
+
+def state_make(*, experts, method, weights, density, settings, layers, tensors, part, name, store, as_json) -> None:
+    home = Store(store)
+    answers = answers_of(method, None, density, settings)
+    if len(answers) != 1:
+        raise BadInput("a state has one method and one value of each setting: make the others one by one")
+    members = members_of(home, experts, weights, layers, tensors)
+    index, _, count = part.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise BadInput(f"--part {part!r}: write 0/4 for the first of four parts")
+    with bars() as progress:
+        rule, begins = answers[0].method, dict(answers[0].settings)
+        job = StateJob(store=home.root, seed=seed_of(members, home).digest, members=members, method=rule, settings=begins,
+                       part=(int(index), int(count)))  # fmt: skip
+        made = make_state(job, progress)
+    keep(home, home.load(made), name, as_json)
+
+
+def state_add(*, states, name, store, as_json) -> None:
+    home = Store(store)
+    total, *others = [opened(home, one) for one in states]
+    for other in others:
+        total = add(total, other, home)
+    keep(home, total, name, as_json)
+
+
+def state_remove(*, state, experts, name, store, as_json) -> None:
+    home = Store(store)
+    rest = opened(home, state)
+    with bars() as progress:
+        for expert in expand(home, experts):
+            rest = remove(rest, home.resolve(expert), home, progress)
+    keep(home, rest, name, as_json)
+
+
+def state_finalize(*, states, scale, settings, name, store, as_json) -> None:
+    home = Store(store)
+    held = [opened(home, one) for one in states]
+    answers = answers_of(held[0].method, scale, None, settings)
+    with bars() as progress:
+        made = [finalize(held, answer.settings, home, progress) for answer in answers]
+    if len(made) == 1:
+        keep(home, made[0], name, as_json)
+    else:
+        listed(made, answers, home, name, as_json)
+
+
+def opened(store: Store, name: str) -> State:
+    """A state by name or digest, or from a folder that `elmwood export` wrote, perhaps elsewhere. Raises BadInput, Damaged."""
+    folder = Path(name)
+    if not (folder / "elmwood.json").is_file():
+        return store.load(name, State)
+    record = parse((folder / "elmwood.json").read_bytes())
+    if not isinstance(record, State):
+        raise BadInput(f"{folder} holds a {record.kind}, no state")
+    for file, digest in record.files.items():
+        if store.put(folder / file) != digest:
+            raise Damaged(f"{folder / file} is not what its record says: fetch it again")
+    store.add(record)
+    return record
