@@ -1,0 +1,182 @@
+"""LoRA against full training inside c-BTM at equal tokens; and into how many experts a fixed number of tokens is best cut.
+
+    python benches/bench_adapters_in_forest.py ranks FOLDER [--corpus ...] [--seed NAME] [--plot ranks.svg]
+    python benches/bench_adapters_in_forest.py numbers FOLDER [--corpus ...] [--seed NAME] [--plot numbers.svg]
+
+`ranks`: k experts, in full, and as adapters of several ranks on all layers or on the last third, every arm at the same tokens; the
+learning rate of each kind is the one that was best on the tune half at the middle rank.
+`numbers`: one adapter, then 4, 16, 64, 256 on ever smaller domains with ranks that fall, so that tokens and adapter numbers stay the same;
+random clusters of the same sizes beside them. One JSON line per arm; what was done in FOLDER is found again.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from bench_clusters import Bench
+
+from elmwood import evaluate
+from elmwood.cli.jobs import TrainJob, open_holdout
+from elmwood.cli.screen import bars, count
+from elmwood.cli.study import Study, scratch
+from elmwood.cli.training import shards
+from elmwood.corpus.build import build
+from elmwood.domains.partition import partition as divide
+from elmwood.engine import cores
+from elmwood.evaluate.fit import weights
+from elmwood.records import Expert, Partition, Recipe, Seed
+from elmwood.report.sequential import Line, experts_plot
+from elmwood.store import Store
+from elmwood.train import train_key
+
+LATE = 1 / 3
+PARAMETERS = 64  # rank times experts, where the rank is not capped
+
+
+def grown(bench: Bench, division: Partition, recipe: Recipe) -> tuple[list[str], list[float]]:
+    """One expert per domain, and the seconds each took."""
+    jobs = [
+        TrainJob(
+            store=bench.store.root, label=f"{recipe.method} {place}/{len(division.domains)}", seed=bench.seed.digest,
+            data=shards(division, place), recipe=recipe, partition=division.digest, domain=place,
+        )
+        for place in range(len(division.domains))
+    ]  # fmt: skip
+    made = bench.train(jobs)
+    keys = [train_key(bench.seed, job.data, recipe, job.partition, job.domain) for job in jobs]
+    return made, [line["seconds"] for key in keys for line in bench.store.logged(key) if line.get("event") == "done"]
+
+
+def arm(bench: Bench, division: Partition, recipe: Recipe) -> tuple[dict[str, object], evaluate.Compared, np.ndarray]:
+    """Train, score and mix: the facts of one arm, the table, and its mixed column with the settings of the tune half."""
+    digests, seconds = grown(bench, division, recipe)
+    spec = bench.holdout(division)
+    columns = bench.columns([*digests, bench.seed.digest], spec)
+    held, seed_N = open_holdout(spec, bench.store), columns[bench.seed.digest]
+    side = evaluate.Side(
+        np.column_stack([columns[digest] for digest in digests]), evaluate.distances(held, division, bench.store, bench.progress)
+    )
+    compared = evaluate.compare(held, seed_N, side)
+    best = compared.best
+    mixed_N = evaluate.mix(np.column_stack([side.loglik_NK, seed_N]), weights(side.dist2_NK, *best[:4]))
+    sizes = [size(bench.store, digest) for digest in digests]
+    row = next(row for row in compared.rows if row.name == compared.chosen)
+    facts: dict[str, object] = {
+        "method": recipe.method, "rank": recipe.rank if recipe.method != "full" else None, "late": round(recipe.late, 3),
+        "learning_rate": recipe.learning_rate, "experts": len(digests), "clusters": division.method, "steps": recipe.steps,
+        "tokens": recipe.tokens * len(digests), "bits_per_byte": round(row.bits_per_byte, 4), "chosen": compared.chosen,
+        "tune_nats": round(best.nats, 6), "gain_over_seed": [row.gain and round(row.gain, 4), row.gain_error and round(row.gain_error, 4)],
+        "uniform": round(next(row.bits_per_byte for row in compared.rows if row.name == "uniform routing"), 4),
+        "megabytes": round(sum(sizes) / 1e6, 3), "train_seconds": round(sum(seconds), 1),
+        "seconds_per_expert": round(median(seconds), 2) if seconds else None,
+    }  # fmt: skip
+    return facts, compared, mixed_N
+
+
+def size(store: Store, digest: str) -> int:
+    """Bytes of weights on disk."""
+    files = store.load(digest, Expert).files
+    return sum(store.get(blob).stat().st_size for name, blob in files.items() if name.endswith(".safetensors"))
+
+
+def paired(mixed_N: np.ndarray, other_N: np.ndarray, held: evaluate.Holdout, domains: int) -> list[float]:
+    """Bits per byte better than another, and its standard error over documents, on the test half."""
+    row = evaluate.row("", mixed_N, held, domains=domains, against_N=other_N)
+    return [round(row.gain or 0.0, 4), round(row.gain_error or 0.0, 4)]
+
+
+def tell(**facts: object) -> None:
+    print(json.dumps({"bench": "adapters_in_forest", **facts}), flush=True)
+
+
+def ranks(bench: Bench, division: Partition, asked: argparse.Namespace) -> list[Line]:
+    held = open_holdout(bench.holdout(division), bench.store)
+    steps = bench.study.tokens // (len(division.domains) * bench.study.batch * bench.study.length)
+    base = Recipe(steps=steps, batch=bench.study.batch, length=bench.study.length, threads=max(1, cores() // asked.workers))
+    levels = [int(rank) for rank in asked.ranks.split(",")]
+    middle = levels[len(levels) // 2]
+    kinds = {"full": (base, asked.full_rates), **{
+        name: (base.model_copy(update={"method": "lora", "rank": middle, "late": late}), asked.rates)
+        for name, late in (("all layers", 1.0), ("last third", LATE))
+    }}  # fmt: skip
+    found: dict[str, dict[int, tuple[dict[str, object], np.ndarray]]] = {}
+    for name, (recipe, grid) in kinds.items():
+        tried = []
+        for rate in map(float, grid.split(",")):
+            facts, _, mixed_N = arm(bench, division, recipe.model_copy(update={"learning_rate": rate}))
+            tell(study="ranks", arm=name, tuning=True, **facts)
+            tried.append((float(str(facts["tune_nats"])), rate, facts, mixed_N))
+        _, rate, facts, mixed_N = min(tried, key=lambda one: one[0])
+        found[name] = {recipe.rank: (facts, mixed_N)}
+        for rank in levels if name != "full" else []:
+            if rank != middle:
+                facts, _, mixed_N = arm(bench, division, recipe.model_copy(update={"learning_rate": rate, "rank": rank}))
+                found[name][rank] = (facts, mixed_N)
+    full_N = next(iter(found["full"].values()))[1]
+    for name, arms in found.items():
+        for _, (facts, mixed_N) in sorted(arms.items()):
+            tell(study="ranks", arm=name, **facts, over_full=paired(mixed_N, full_N, held, len(division.domains)))
+    return [
+        Line(name, [float(rank) for rank in sorted(arms)], [float(str(arms[rank][0]["bits_per_byte"])) for rank in sorted(arms)])
+        for name, arms in found.items() if name != "full"
+    ]  # fmt: skip
+
+
+def numbers(bench: Bench, asked: argparse.Namespace, divisions: Sequence[Partition]) -> list[Line]:
+    lines: dict[str, dict[int, float]] = {}
+    single_N = None
+    for division in divisions:
+        k = len(division.domains)
+        rank = max(1, min(asked.cap, PARAMETERS // k))
+        batch = min(bench.study.batch, max(1, bench.study.tokens // (k * bench.study.length * asked.least)))
+        recipe = Recipe(
+            method="lora", rank=rank, batch=batch, length=bench.study.length, steps=bench.study.tokens // (k * batch * bench.study.length),
+            learning_rate=float(asked.rates.split(",")[0]) * (batch / bench.study.batch) ** 0.5, threads=max(1, cores() // asked.workers),
+        )  # fmt: skip
+        facts, _, mixed_N = arm(bench, division, recipe)
+        single_N = mixed_N if single_N is None else single_N
+        held = open_holdout(bench.holdout(division), bench.store)
+        tell(study="numbers", batch=batch, **facts, over_one=paired(mixed_N, single_N, held, k))
+        lines.setdefault(division.method, {})[k] = float(str(facts["bits_per_byte"]))
+    return [Line(name, [float(k) for k in points], list(points.values())) for name, points in lines.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("study", choices=["ranks", "numbers"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--corpus", nargs="+", default=["sample"])
+    parser.add_argument("--seed", help="a seed in FOLDER; without it one is trained from scratch")
+    parser.add_argument("--seed-tokens", default="4M")
+    parser.add_argument("--tokens", default="0.75M", help="of further training, all experts together")
+    parser.add_argument("--domains", default="8", help="several for `numbers`")
+    parser.add_argument("--clusters", default="plain")
+    parser.add_argument("--random", default="", help="numbers of random clusters beside them")
+    parser.add_argument("--ranks", default="2,8,32,128")
+    parser.add_argument("--cap", type=int, default=64, help="the largest rank of `numbers`")
+    parser.add_argument("--least", type=int, default=12, help="steps an expert gets at least, by smaller batches")
+    parser.add_argument("--rates", default="6e-3,1.2e-2", help="of adapters")
+    parser.add_argument("--full-rates", default="1.5e-3")
+    parser.add_argument("--documents", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--plot", type=Path)
+    asked = parser.parse_args()
+    store = Store(asked.folder)
+    study = Study(seed_tokens=count(asked.seed_tokens), tokens=count(asked.tokens), documents=asked.documents)
+    with bars() as progress:
+        corpus = build(asked.corpus, store, progress=progress)
+        seed = store.load(asked.seed, Seed) if asked.seed else scratch(study, corpus, store, progress)
+        bench = Bench(study, corpus, seed, store, asked.workers, progress)
+        ks = [int(k) for k in asked.domains.split(",")]
+        plans = [(k, asked.clusters) for k in ks] + [(int(k), "random") for k in asked.random.split(",") if k]
+        divisions = [divide(corpus, store, domains=k, method=method, progress=progress) for k, method in plans]
+        lines = ranks(bench, divisions[0], asked) if asked.study == "ranks" else numbers(bench, asked, divisions)
+    if asked.plot:
+        asked.plot.write_text(experts_plot(lines))
+
+
+if __name__ == "__main__":
+    main()
