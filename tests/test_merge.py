@@ -279,7 +279,6 @@ def test_bf16_seeds_stay_bf16(tmp_path):
     for name, value in made.items():
         assert value.dtype == torch.bfloat16
         exact = sum(load_file(store.get(one.files["model.safetensors"]))[name].double() for one in experts) / 3
-        assert torch.equal(value, exact.to(torch.bfloat16)) or name  # double rounding aside, see the next line
         assert (value.double() - exact).abs().max() <= exact.abs().max() * 2**-8
 
 

@@ -136,9 +136,7 @@ class Pass:
             raw = next(rest) if isinstance(one, Whole) else None
             weight = self.weight(e, name)
             value_N, delta_N = _numbers(one, name, first + at, first + end, at, place, raw, seed_N)
-            largest = fixed.reach(value_N)
-            if not largest < np.inf:
-                raise BadInput(f"expert {one.digest[:8]}: {name} holds a number that is not finite: its training went astray; leave it out")
+            largest = _finite_reach(value_N, one, name)
             for number, (wanted, mine) in enumerate(zip(self.wanted, sums, strict=True)):
                 if not weight:
                     continue
@@ -229,7 +227,17 @@ def _numbers(
 
 def _magnitude(one: Source, name: str, first: int, last: int, at: int, place: Place, raw: Any, seed_N: Floats) -> Floats:
     value_N, delta_N = _numbers(one, name, first, last, at, place, raw, seed_N)
-    return np.abs(value_N - seed_N if delta_N is None else delta_N).astype(np.float32)
+    magnitude_N = np.abs(value_N - seed_N if delta_N is None else delta_N).astype(np.float32)
+    _finite_reach(magnitude_N, one, name)  # a threshold among numbers that are none would never be found
+    return magnitude_N
+
+
+def _finite_reach(value_N: Floats, one: Source, name: str) -> float:
+    """The largest magnitude. Raises BadInput for a number that is not finite."""
+    largest = fixed.reach(value_N)
+    if not largest < np.inf:
+        raise BadInput(f"expert {one.digest[:8]}: {name} holds a number that is not finite: its training went astray; leave it out")
+    return largest
 
 
 def _joined(blocks: Sequence[fixed.Sum]) -> fixed.Ints:
