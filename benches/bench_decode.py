@@ -100,12 +100,12 @@ def ours(lm, count: int) -> Spent:
 def hugging_face(model, batch: int, count: int, **names) -> Spent:
     cache = DynamicCache(config=model.config)
     prompt = torch.arange(1, PROMPT + 1).expand(batch, -1)
-    model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1, **names)
+    model(input_ids=prompt, cache=cache, use_cache=True, logits_to_keep=1, **names)
 
     def decode() -> None:
         for number in range(count):
             token = torch.full((batch, 1), 60 + number)
-            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1, **names).logits.log_softmax(-1)
+            model(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1, **names).logits.log_softmax(-1)
 
     return spent(decode, count)
 
@@ -116,7 +116,7 @@ def switching(peft, names: list[str], count: int) -> Spent:
     def read(tokens: torch.Tensor) -> None:
         for name, cache in zip(names, caches, strict=True):
             peft.set_adapter(name)
-            peft(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.log_softmax(-1)
+            peft(input_ids=tokens, cache=cache, use_cache=True, logits_to_keep=1).logits.log_softmax(-1)
 
     read(torch.arange(1, PROMPT + 1)[None])
     return spent(lambda: [read(torch.tensor([[60 + number]])) for number in range(count)], count)

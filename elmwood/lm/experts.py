@@ -123,7 +123,7 @@ class Experts:
             if body.bank:
                 body.bank.select(states.owner[first:last])
             unread = torch.tensor(tokens[states.length[first] :], device=self.device).expand(last - first, -1)
-            output = body.model(input_ids=unread, past_key_values=states.open(first, last), use_cache=True, logits_to_keep=1)
+            output = body.model(input_ids=unread, cache=states.open(first, last), use_cache=True, logits_to_keep=1)
             states.close(first, last, len(tokens))
             found += list(zip(states.owner[first:last], output.logits[:, -1], strict=True))
         return found
