@@ -7,6 +7,7 @@ help:
 	@echo "make demo    set up, then grow a forest from the bundled corpus (about 10 minutes on two cores)"
 	@echo "make quick   the same in about one minute, too short to show a gain"
 	@echo "make test    set up, then lint, types and tests"
+	@echo "make upgrade newest versions of everything, written to constraints.txt: run the tests after it"
 	@echo "make docs    write docs/commands.md from the code"
 	@echo "make format  rewrite the code in the house style"
 
@@ -24,6 +25,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy elmwood
 
+upgrade:
+	rm -rf .venv && $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch && $(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' > constraints.txt
+
 docs: $(READY)
 	$(BIN)/python -m typer elmwood.cli utils docs --name elmwood --output docs/commands.md
 
@@ -31,12 +37,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch first and pinned: where the package index offers a CPU build, that one is taken, and CUDA stays out.
-$(READY): pyproject.toml
+# torch first: where the package index offers a CPU build, that one is taken, and CUDA stays out.
+# constraints.txt holds the versions that the tests last passed with, so that a release elsewhere breaks nothing here.
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-.PHONY: help demo quick test lint docs format
+.PHONY: help demo quick test lint docs format upgrade
