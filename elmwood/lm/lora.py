@@ -9,8 +9,6 @@ rank, or without some layer, have zeros there. (PEFT loops over the adapters of 
 time in proportion to n.)
 """
 
-import json
-import math
 import re
 from collections.abc import Sequence
 from itertools import accumulate
@@ -24,16 +22,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
+from elmwood.lm.settings import read_settings, scale
 from elmwood.records import Expert
 from elmwood.store import Store
 
 _KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight$")
-# settings of PEFT's LoRA that change more than W + scale * B A; each must be absent or off
-_UNSUPPORTED: tuple[str, ...] = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save")
-_UNSUPPORTED += ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "velora_config")
-_UNSUPPORTED += ("monteclora_config", "arrow_config", "kasa_config", "megatron_config")
 MEMORY = 2 << 30  # bytes of adapters that have been used and may be again
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # other starting values of A and B change the base weights too
 
 
 class Adapter(NamedTuple):
@@ -238,27 +232,3 @@ def _read(adapter: Adapter, settings: dict[str, Any], layers: Sequence[Layer], f
                 a_SRI[:, rank:] = b_SOR[:, :, rank:] = 0
     if not torch.isfinite(flat_P.sum()):
         raise BadInput(f"{adapter.weights} holds numbers that are not finite: its training went astray; train it again at a lower rate")
-
-
-def read_settings(path: Path, dora: bool = False) -> dict[str, Any]:
-    """An adapter_config.json of plain LoRA (or weight-decomposed, if `dora`). Raises BadInput for other kinds of adapter."""
-    settings = json.loads(path.read_bytes())
-    if settings.get("peft_type") != "LORA":
-        raise BadInput(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be experts: train one with LoRA")
-    if used := [key for key in _UNSUPPORTED if settings.get(key) and not (dora and key == "use_dora")]:
-        raise BadInput(f"{path} uses {', '.join(used)}; only W + scale * B A is supported here: train without it")
-    if settings.get("bias", "none") != "none":
-        raise BadInput(f"{path} trains biases ({settings['bias']!r}); adapters of one base share them: train with bias='none'")
-    if settings.get("init_lora_weights") not in _PLAIN_STARTS:
-        raise BadInput(
-            f"{path}: init_lora_weights={settings['init_lora_weights']!r} changes the base weights: convert it to plain LoRA with PEFT"
-        )
-    return settings
-
-
-def scale(settings: dict[str, Any], layer: str, rank: int) -> float:
-    """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) if rank-stabilised (arXiv:2312.03732)."""
-    patterns = settings.get("alpha_pattern") or {}
-    matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-    alpha = next(matching, settings["lora_alpha"])
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)

@@ -3,13 +3,11 @@
 N numbers of a piece of one tensor
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
@@ -19,7 +17,7 @@ from elmwood.merge.rules import Rule, Settings, Total, settle
 from elmwood.merge.sources import Source
 from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_folder, seed_places, sum_places
 from elmwood.merge.sums import Pass, Piece, Wanted
-from elmwood.merge.tensors import PIECE, Files, Place, decode, encode, header
+from elmwood.merge.tensors import PIECE, Files, Place, Twin, decode, encode
 from elmwood.merge.values import depth_of, weight_of
 from elmwood.records import Contribution, Merged, Seed, State, fingerprint
 from elmwood.store import Store
@@ -139,14 +137,7 @@ class Finisher:
 
     def __init__(self, rule: Rule, ends: Settings, tensors: dict[str, Place], total: Callable[[str], Total], folder: Path):
         self.rule, self.ends, self.tensors, self.total, self.folder = rule, ends, tensors, total, folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.handles: dict[Path, int] = {}
-        for path in {place.path for place in tensors.values()}:
-            top = header(path)
-            handle = os.open(folder / path.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.pwrite(handle, top.raw, 0)
-            os.ftruncate(handle, path.stat().st_size)
-            self.handles[path] = handle
+        self.twin = Twin(tensors, folder)
 
     def with_seed(self, name: str) -> bool:
         """Whether the seed's own numbers are part of the result."""
@@ -162,7 +153,7 @@ class Finisher:
     def write(self, piece: Piece, sums: Sequence[fixed.Ints]) -> None:
         place, total = self.tensors[piece.name], self._total(piece.name)
         if self.ends["normalise"] and not total.weight and piece.seed is not None:  # nobody has a say here
-            self._put(place, piece.first, piece.seed)
+            self.twin.put(place, piece.first, piece.seed)
             return
         for at in range(0, piece.last - piece.first, 1 << 16):
             end = min(at + (1 << 16), piece.last - piece.first)
@@ -170,25 +161,11 @@ class Finisher:
             raw = None if piece.seed is None else piece.seed[at * place.width : end * place.width]
             seed_N = np.zeros(0) if raw is None else decode(raw, place.dtype).astype(np.float64)
             theta_N = self.rule.finish(values, seed_N, total, self.ends)
-            self._put(place, piece.first + at, encode(theta_N.astype(np.float64, copy=False), place.dtype))
-
-    def _put(self, place: Place, first: int, raw: NDArray[np.uint8]) -> None:
-        os.pwrite(self.handles[place.path], raw.tobytes(), place.start + first * place.width)
+            self.twin.put(place, piece.first + at, encode(theta_N.astype(np.float64, copy=False), place.dtype))
 
     def close(self, written: set[str]) -> None:
         """Copy what no expert changes, and close the files."""
-        for name, place in self.tensors.items():
-            if name not in written:
-                size = header(place.path).tensors[name]["data_offsets"]
-                self._copy(place, size[1] - size[0])
-        for handle in self.handles.values():
-            os.close(handle)
-
-    def _copy(self, place: Place, size: int) -> None:
-        source = os.open(place.path, os.O_RDONLY)
-        for first in range(0, size, 1 << 22):
-            os.pwrite(self.handles[place.path], os.pread(source, min(1 << 22, size - first), place.start + first), place.start + first)
-        os.close(source)
+        self.twin.close(written)
 
 
 def _stored(seed: Seed, method: str, settings: dict[str, float], rows: tuple[Contribution, ...], folder: Path, store: Store) -> Merged:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput, ForeignExpert
+from elmwood.lm.settings import read_settings, scale
 from elmwood.merge.tensors import Files, Place, decode, places
 
 Doubles = NDArray[np.float64]
@@ -60,8 +61,6 @@ class Low:
 
     def __init__(self, digest: str, folder: Path, seed: dict[str, Place]):
         """Raises BadInput, ForeignExpert."""
-        from elmwood.lm.lora import read_settings, scale  # torch, for adapters only
-
         self.digest, self.files = digest, Files()
         settings = read_settings(folder / "adapter_config.json")
         self.turned = bool(settings.get("fan_in_fan_out"))

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,6 +169,39 @@ class Reader:
                 yield ready.result()
         if coming:
             yield coming.result()
+
+
+class Twin:
+    """Files like those where these tensors stand: the same names, headers and places. What is not put is copied."""
+
+    def __init__(self, tensors: Mapping[str, Place], folder: Path):
+        self.tensors = tensors
+        folder.mkdir(parents=True, exist_ok=True)
+        self.handles: dict[Path, int] = {}
+        for path in {place.path for place in tensors.values()}:
+            handle = os.open(folder / path.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.pwrite(handle, header(path).raw, 0)
+            os.ftruncate(handle, path.stat().st_size)
+            self.handles[path] = handle
+
+    def put(self, place: Place, first: int, raw: Bytes) -> None:
+        """Numbers from `first` on, of a tensor that stands at `place` in the other files."""
+        os.pwrite(self.handles[place.path], raw.tobytes(), place.start + first * place.width)
+
+    def close(self, written: Collection[str]) -> None:
+        """Copy all tensors that are not in `written`, and close the files."""
+        for name, place in self.tensors.items():
+            if name not in written:
+                begin, end = header(place.path).tensors[name]["data_offsets"]
+                self._copy(place, end - begin)
+        for handle in self.handles.values():
+            os.close(handle)
+
+    def _copy(self, place: Place, size: int) -> None:
+        source = os.open(place.path, os.O_RDONLY)
+        for first in range(0, size, 1 << 22):
+            os.pwrite(self.handles[place.path], os.pread(source, min(1 << 22, size - first), place.start + first), place.start + first)
+        os.close(source)
 
 
 # ---- bytes <-> numbers ------------------------------------------------------------------------------------------
