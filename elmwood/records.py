@@ -229,6 +229,17 @@ class Expert(Record):
     contributor: str | None = None
 
 
+class Statistics(Record):
+    """What an expert leaves beside its weights, so that others can merge it without its text."""
+
+    kind: Literal["statistics"] = "statistics"
+    expert: Digest
+    rows: int  # of the expert's own training documents
+    tokens: int
+    fisher: float  # the mean squared gradient over all weights
+    files: Files  # statistics.safetensors: "gram|<tensor>" [I, I], means over tokens; "fisher|<tensor>", means over rows
+
+
 class Forest(Record):
     """A seed, a partition and a set of experts, sorted by digest so that order never changes a sum."""
 
@@ -358,7 +369,7 @@ class Merged(Record):
 
 KINDS: dict[str, type[Record]] = {
     cls.model_fields["kind"].default: cls
-    for cls in (Corpus, Packing, Partition, Seed, Expert, Forest, Ensemble, Score, Comparison, Verdict, State, Merged)
+    for cls in (Corpus, Packing, Partition, Seed, Expert, Statistics, Forest, Ensemble, Score, Comparison, Verdict, State, Merged)
 }
 
 

@@ -162,6 +162,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak; default: by method and size of the seed.")] = None,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
     rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Leave what merges need to know of the text, beside each expert.")
+    ] = False,
     name: Annotated[str | None, typer.Option("--name", help="Call the experts NAME/0, NAME/1, ...")] = None,
     workers: WorkersOption = None,
     store: StoreOption = STORE,
@@ -169,7 +172,20 @@ def train(
 ) -> None:
     """Branch experts from the seed, one per domain, with no communication."""
     _verb("training", "train", partition=partition, seed=seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length,
-          learning_rate=learning_rate, rank=rank, rng_seed=rng_seed, name=name, workers=workers, store=store, as_json=as_json)  # fmt: skip
+          learning_rate=learning_rate, rank=rank, rng_seed=rng_seed, statistics=statistics, name=name, workers=workers,
+          store=store, as_json=as_json)  # fmt: skip
+
+
+@app.command()
+def statistics(
+    experts: ExpertsArgument,
+    rows: Annotated[int, typer.Option(help="Of each expert's own training documents, as long as in its recipe.")] = 64,
+    workers: WorkersOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Leave Gram matrices and squared gradients beside experts, for merges that weigh by them: the text stays where it is."""
+    _verb("training", "statistics", experts=experts, rows=rows, workers=workers, store=store, as_json=as_json)
 
 
 @app.command()

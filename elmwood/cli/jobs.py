@@ -8,7 +8,7 @@ from elmwood import evaluate, train
 from elmwood.engine import Progress
 from elmwood.ensemble.mixture import open_model
 from elmwood.lm.load import tokenizer
-from elmwood.records import Digest, Frozen, Recipe, Seed, Shard
+from elmwood.records import Digest, Expert, Frozen, Recipe, Seed, Shard
 from elmwood.store import Store
 
 
@@ -22,6 +22,14 @@ class TrainJob(Frozen):
     recipe: Recipe
     partition: Digest | None = None
     domain: int | None = None
+
+
+class StatisticsJob(Frozen):
+    """Gram matrices and squared gradients of an expert, over its own training text."""
+
+    store: Path
+    expert: Digest
+    rows: int
 
 
 class ScoreJob(Frozen):
@@ -40,6 +48,13 @@ def train_job(job: TrainJob, progress: Progress) -> Digest:
     seed = store.load(job.seed, Seed)
     told = _named(job.label, progress)
     return train.train(seed, job.data, job.recipe, store, partition=job.partition, domain=job.domain, progress=told).digest
+
+
+def statistics_job(job: StatisticsJob, progress: Progress) -> Digest:
+    """The digest of the Statistics."""
+    store = Store(job.store)
+    told = _named(f"statistics {job.expert[:8]}", progress)
+    return train.statistics(store.load(job.expert, Expert), store, rows=job.rows, progress=told).digest
 
 
 def score_job(job: ScoreJob, progress: Progress) -> Digest:

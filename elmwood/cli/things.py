@@ -7,7 +7,7 @@ from typing import Any
 
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.errors import BadInput
-from elmwood.records import Comparison, Corpus, Ensemble, Expert, Forest, Merged, Partition, Record, Seed, State
+from elmwood.records import Comparison, Corpus, Ensemble, Expert, Forest, Merged, Partition, Record, Seed, State, Statistics
 from elmwood.store import Store, lineage
 from elmwood.store import verify as check
 
@@ -54,6 +54,8 @@ def summary(record: Record) -> str:
         case Expert():
             where = "all domains" if record.domain is None else f"domain {record.domain}"
             return f"{record.recipe.method}, {where}, {short(record.recipe.tokens)} tokens"
+        case Statistics():
+            return f"over {short(record.tokens)} tokens"
         case Forest():
             return f"{len(record.experts)} experts"
         case Ensemble():
@@ -96,7 +98,7 @@ def export(*, name, folder, store, as_json) -> None:
             from elmwood.lm.load import seed_folder  # torch
 
             source = seed_folder(record, home)
-        case Expert() | Merged() | State():
+        case Expert() | Merged() | State() | Statistics():
             source = home.folder(record.files)
         case Partition():
             from elmwood.domains.share import publish, published  # scikit-learn

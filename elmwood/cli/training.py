@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 from elmwood.cli.domains import say_read
-from elmwood.cli.screen import bars, count, duration, emit, keep, out, short, table, talk
+from elmwood.cli.screen import bars, count, duration, emit, expand, keep, out, short, table, talk
 from elmwood.corpus.build import build
 from elmwood.engine import cores, run
 from elmwood.errors import BadInput
-from elmwood.records import Partition, Recipe, Seed, Shape, Shard
+from elmwood.records import Expert, Forest, Partition, Recipe, Seed, Shape, Shard
 from elmwood.store import Store
 
+ROWS = 64  # of an expert's training documents that its statistics are over
 SMALL = 20_000_000  # parameters below which one core per model is better used than two cores on one
 TINY = 10_000_000  # parameters below which a model has learned little, and takes the rates of one trained from scratch
 
@@ -57,8 +58,11 @@ def default_workers(seed: Seed, jobs: int) -> int:
     return min(cores(), jobs) if seed.parameters < SMALL else 1
 
 
-def train(*, partition, seed, domains, method, tokens, batch, length, learning_rate, rank, rng_seed, name, workers, store, as_json) -> None:
-    from elmwood.cli.jobs import TrainJob, train_job  # torch
+def train(
+    *, partition, seed, domains, method, tokens, batch, length, learning_rate, rank, rng_seed, statistics, name, workers, store,
+    as_json,
+) -> None:  # fmt: skip
+    from elmwood.cli.jobs import StatisticsJob, TrainJob, statistics_job, train_job  # torch
 
     home = Store(store)
     division, start = home.load(partition, Partition), home.load(seed, Seed)
@@ -78,9 +82,35 @@ def train(*, partition, seed, domains, method, tokens, batch, length, learning_r
     ]  # fmt: skip
     with bars() as progress:
         experts = run(train_job, jobs, workers=workers, progress=progress)
+        if statistics:
+            left = [StatisticsJob(store=store, expert=digest, rows=ROWS) for digest in experts]
+            run(statistics_job, left, workers=workers, progress=progress)
     for domain, digest in zip(chosen, experts, strict=True):
         given = name and f"{name}/{'pooled' if domain is None else domain}"
         keep(home, home.load(digest), given, as_json)
+
+
+def statistics(*, experts, rows, workers, store, as_json) -> None:
+    from elmwood.cli.jobs import StatisticsJob, statistics_job  # torch
+
+    home = Store(store)
+    found = members(home, experts)
+    workers = workers or default_workers(home.load(home.load(found[0], Expert).seed, Seed), len(found))
+    with bars() as progress:
+        jobs = [StatisticsJob(store=store, expert=digest, rows=rows) for digest in found]
+        made = run(statistics_job, jobs, workers=workers, progress=progress)
+    for digest in made:
+        keep(home, home.load(digest), None, as_json)
+
+
+def members(store: Store, names: Sequence[str]) -> list[str]:
+    """Experts by digest; a forest stands for its experts. Raises BadInput."""
+    found: list[str] = []
+    for record in map(store.load, expand(store, names)):
+        if not isinstance(record, Forest | Expert):
+            raise BadInput(f"{record.digest[:8]} is a {record.kind}: name experts, or a forest for all it has")
+        found += record.experts if isinstance(record, Forest) else [record.digest]
+    return found
 
 
 def numbers(text: str, total: int) -> Sequence[int]:

@@ -1,6 +1,7 @@
 """Training: seeds from scratch and experts, full or adapters, by one loop that resumes exactly. `train.fit` predicts what it takes."""
 
 from elmwood.train.adopt import import_adapter
+from elmwood.train.moments import statistics
 from elmwood.train.tasks import train, train_key, train_seed
 
-__all__ = ["import_adapter", "train", "train_key", "train_seed"]
+__all__ = ["import_adapter", "statistics", "train", "train_key", "train_seed"]
