@@ -357,14 +357,15 @@ class State(Record):
 
 
 class Merged(Record):
-    """Experts of one seed as a single checkpoint."""
+    """Experts of one seed as a single checkpoint, or adapters as a single adapter."""
 
     kind: Literal["merged"] = "merged"
     seed: Digest
     method: str
     settings: dict[str, float]
     contributions: tuple[Contribution, ...]
-    files: Files  # a transformers checkpoint folder with a model card
+    files: Files  # a transformers checkpoint folder with a model card; of adapters merged to one, a PEFT adapter folder
+    error: float | None = None  # of an adapter: relative Frobenius distance from the exact sum of the experts' deltas
 
 
 KINDS: dict[str, type[Record]] = {

@@ -222,6 +222,7 @@ def merge(
     weights: WeightsOption = None,
     scale: Annotated[str | None, typer.Option(help="What is added to the seed is multiplied by this; several: 0.3,0.5,1.")] = None,
     density: Annotated[str | None, typer.Option(help="Share of numbers that trimming keeps; several: 0.2,0.5.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Of an adapter that is made of adapters; several: 8,16.")] = None,
     settings: SettingOption = None,
     layers: LayersOption = None,
     tensors: TensorsOption = "",
@@ -236,10 +237,10 @@ def merge(
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Make one checkpoint of experts. Several settings are several answers, from one reading."""
-    _verb("merge", "merge_verb", experts=experts, method=method, weights=weights, scale=scale, density=density, settings=settings or [],
-          layers=layers, tensors=tensors, resize=resize, choose=choose, partition=partition, documents=documents, parts=parts,
-          workers=workers, engine=engine, name=name, store=store, as_json=as_json)  # fmt: skip
+    """Make one checkpoint of experts, or one adapter of adapters. Several settings are several answers, from one reading."""
+    _verb("merge", "merge_verb", experts=experts, method=method, weights=weights, scale=scale, density=density, rank=rank,
+          settings=settings or [], layers=layers, tensors=tensors, resize=resize, choose=choose, partition=partition,
+          documents=documents, parts=parts, workers=workers, engine=engine, name=name, store=store, as_json=as_json)  # fmt: skip
 
 
 @state_app.command("make")

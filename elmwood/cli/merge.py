@@ -1,16 +1,18 @@
 """What `merge` and the verbs of states do. Nothing here needs torch but `--choose`."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from elmwood.cli.screen import bars, duration, emit, expand, keep, out, short, table, talk
-from elmwood.errors import BadInput, Damaged
+from elmwood.engine import Progress
+from elmwood.errors import BadInput, Damaged, UnknownName
 from elmwood.merge import mergekit
+from elmwood.merge.adapters import LOW_RULES, merge_adapters
 from elmwood.merge.make import Answer, finalize, merge
-from elmwood.merge.rules import settle
+from elmwood.merge.rules import RULES, settle
 from elmwood.merge.spread import StateJob, make_state, spread
 from elmwood.merge.states import add, remove, seed_places
 from elmwood.merge.values import depth_of
@@ -53,17 +55,16 @@ def span(layers: str) -> tuple[int, int]:
     return int(first), int(last or first) + 1
 
 
-def answers_of(methods: str, scale: str | None, density: str | None, others: Sequence[str]) -> list[Answer]:
+def answers_of(methods: str, others: Sequence[str], **usual: str | None) -> list[Answer]:
     """Every combination of what was asked; a setting that only some of the rules have is for those. Raises BadInput, UnknownName."""
-    given = {name: value for name, value in (("scale", scale), ("density", density)) if value is not None}
+    given = {name: value for name, value in usual.items() if value is not None}
     for text in others:
         name, equals, value = text.partition("=")
         if not equals:
             raise BadInput(f"--set {text!r}: write NAME=VALUE, or NAME=VALUE,VALUE for several answers")
         given[name] = value
     values = {name: [_number(name, one) for one in text.split(",")] for name, text in given.items()}
-    rules = {method: settle(method, {}) for method in methods.split(",")}
-    known = {method: {*begins, *ends} for method, (_, begins, ends) in rules.items()}
+    known = {method: settings_of(method) for method in methods.split(",")}
     if unknown := sorted(values.keys() - set().union(*known.values())):
         named = "; ".join(f"{method} has {', '.join(sorted(mine)) or 'none'}" for method, mine in known.items())
         raise BadInput(f"no setting {unknown[0]!r}: {named}")
@@ -72,6 +73,16 @@ def answers_of(methods: str, scale: str | None, density: str | None, others: Seq
         names = [name for name in values if name in mine]
         found += [Answer(method, dict(zip(names, row, strict=True))) for row in product(*(values[name] for name in names))]
     return found
+
+
+def settings_of(method: str) -> set[str]:
+    """The settings that a rule has, of checkpoints or of adapters. Raises UnknownName."""
+    if method in LOW_RULES:
+        return set(LOW_RULES[method].settings)
+    if method not in RULES:
+        raise UnknownName(f"no merge rule {method!r}; have {', '.join(sorted(RULES))}; of adapters to one: {', '.join(sorted(LOW_RULES))}")
+    _, begins, ends = settle(method, {})
+    return {*begins, *ends}
 
 
 def _number(name: str, text: str) -> float:
@@ -89,12 +100,12 @@ def title(answer: Answer) -> str:
 
 
 def merge_verb(
-    *, experts, method, weights, scale, density, settings, layers, tensors, resize, choose, partition, documents, parts, workers, engine,
-    name, store, as_json,
+    *, experts, method, weights, scale, density, rank, settings, layers, tensors, resize, choose, partition, documents, parts, workers,
+    engine, name, store, as_json,
 ) -> None:  # fmt: skip
     home = Store(store)
     if len(experts) == 1 and experts[0].endswith((".yaml", ".yml")):
-        if method or weights or scale or density or settings or layers or tensors:
+        if method or weights or scale or density or rank or settings or layers or tensors:
             raise BadInput(f"{experts[0]} says how to merge: change it there, or name the experts here instead of the file")
         asked = mergekit.read(Path(experts[0]).read_text())
         members = {home.resolve(one): shares for one, shares in asked.members.items()}
@@ -105,21 +116,36 @@ def merge_verb(
         answers: list[Answer] = [asked.answer]
     else:
         members = members_of(home, experts, weights or "1", layers, tensors or "")
-        answers = answers_of(method or "average", scale, density, settings)
+        answers = answers_of(method or "average", settings, scale=scale, density=density, rank=rank)
     seed = seed_of(members, home)
     with bars() as progress:
         if parts:
             if resize:
                 raise BadInput("--resize and --parts do not go together: states are of experts with the seed's own vocabulary")
+            if low := next((answer.method for answer in answers if answer.method in LOW_RULES), None):
+                raise BadInput(f"--parts and {low} do not go together: adapters are small; leave --parts out")
             made = spread(seed, members, answers, home, parts=parts, workers=workers or 1, engine=engine, progress=progress)
         else:
-            made = merge(seed, members, answers, home, resize, progress)
+            made = both(seed, members, answers, home, resize, progress)
     if choose:
         chosen(made, answers, seed, members, home, partition=partition, documents=documents, name=name, as_json=as_json)
     elif len(made) == 1:
         keep(home, made[0], name, as_json)
     else:
         listed(made, answers, home, name, as_json)
+
+
+def both(
+    seed: Seed, members: Members, answers: Sequence[Answer], store: Store, resize: bool, progress: Progress
+) -> list[Merged]:  # fmt: skip
+    """A checkpoint for each answer, or an adapter, by its rule; one reading for all of a kind."""
+    makers: dict[bool, Callable[[list[Answer]], list[Merged]]] = {
+        True: lambda asked: merge_adapters(seed, members, asked, store, progress),
+        False: lambda asked: merge(seed, members, asked, store, resize, progress),
+    }
+    kinds = [answer.method in LOW_RULES for answer in answers]
+    found = {low: iter(makers[low]([one for one, kind in zip(answers, kinds, strict=True) if kind == low])) for low in set(kinds)}
+    return [next(found[low]) for low in kinds]
 
 
 def seed_of(members: Mapping[str, Any], store: Store) -> Seed:
@@ -182,7 +208,7 @@ def chosen(
 
 def state_make(*, experts, method, weights, density, settings, layers, tensors, part, name, store, as_json) -> None:
     home = Store(store)
-    answers = answers_of(method, None, density, settings)
+    answers = answers_of(method, settings, density=density)
     if len(answers) != 1:
         raise BadInput("a state has one method and one value of each setting: make the others one by one")
     members = members_of(home, experts, weights, layers, tensors)
@@ -217,7 +243,7 @@ def state_remove(*, state, experts, name, store, as_json) -> None:
 def state_finalize(*, states, scale, settings, name, store, as_json) -> None:
     home = Store(store)
     held = [opened(home, one) for one in states]
-    answers = answers_of(held[0].method, scale, None, settings)
+    answers = answers_of(held[0].method, settings, scale=scale)
     with bars() as progress:
         made = [finalize(held, answer.settings, home, progress) for answer in answers]
     if len(made) == 1:

@@ -61,7 +61,8 @@ def summary(record: Record) -> str:
         case Ensemble():
             return f"{record.router}, top-{record.top_k}, temperature {record.temperature:.3g}"
         case Merged():
-            return f"{record.method} of {len(record.contributions)} experts"
+            off = "" if record.error is None else f", {record.error:.2g} from the exact sum"
+            return f"{record.method} of {len(record.contributions)} experts{off}"
         case State():
             part = "" if record.part == (0, 1) else f", part {record.part[0]}/{record.part[1]}"
             return f"{record.method} of {len(record.contributions)} experts, unfinished{part}"

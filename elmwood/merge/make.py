@@ -13,7 +13,7 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.merge import fixed
 from elmwood.merge.card import card
-from elmwood.merge.rules import Rule, Settings, Total, settle
+from elmwood.merge.rules import RULES, Rule, Settings, Total, settle
 from elmwood.merge.sources import Source
 from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_folder, seed_places, sum_places
 from elmwood.merge.sums import Pass, Piece, Wanted
@@ -172,7 +172,7 @@ def _stored(seed: Seed, method: str, settings: dict[str, float], rows: tuple[Con
     weights = {path.name: store.put(path) for path in sorted(folder.iterdir())}
     source = seed_folder(seed, store)
     kept = {name: digest if seed.hub is None else store.put(source / name) for name, digest in seed.files.items() if name not in weights}
-    text = card(seed, method, settings, rows, weights)
+    text = card(seed, method, RULES[method].paper, settings, rows, weights)
     return Merged(
         seed=seed.digest,
         method=method,
