@@ -371,11 +371,15 @@ def verify(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
 def export(
     name: Annotated[str, typer.Argument(help="A seed, an expert, a merge, a state or a partition: name or digest.")],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    form: Annotated[
+        str | None, typer.Option("--format", help="transformers, peft or gguf; default: an adapter as it is, else transformers.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of a GGUF file's matrices: f32, f16 or bf16; default: as stored.")] = None,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a folder other tools read: a transformers checkpoint, a PEFT adapter, or a partition without its text."""
-    _verb("things", "export", name=name, folder=folder, store=store, as_json=as_json)
+    """Write a folder other tools read: a transformers checkpoint, a PEFT adapter, a GGUF file, or a partition without its text."""
+    _verb("things", "export", name=name, folder=folder, form=form, dtype=dtype, store=store, as_json=as_json)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from elmwood.cli.screen import bars, emit, out, short, talk
@@ -89,39 +90,48 @@ def verify(*, store, as_json) -> None:
         sys.exit(1)
 
 
-def export(*, name, folder, store, as_json) -> None:
+def export(*, name, folder, form, dtype, store, as_json) -> None:
     home = Store(store)
     record = home.load(name)
     if folder.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder} is not empty: an export never overwrites; name a new folder")
-    match record:
-        case Seed():
-            from elmwood.lm.load import seed_folder  # torch
-
-            source = seed_folder(record, home)
-        case Expert() | Merged() | State() | Statistics():
-            source = home.folder(record.files)
-        case Partition():
-            from elmwood.domains.share import publish, published  # scikit-learn
-
-            source = home.folder(published(record, home))
-        case _:
-            raise BadInput(
-                f"a {record.kind} is no folder of files: export its seed, partition or experts (`elmwood show {name}` lists them)"
-            )
     building = folder.with_name(folder.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(source, building)  # follows the links: plain files come out
-    (building / "elmwood.json").write_bytes(home.get(record.digest).read_bytes())
-    if isinstance(record, Partition):
-        publish(record, home, building)
-        talk.print("no text is in it, but words are: terms and names of domains, and the vocabulary of embedders that keep one")
+    try:
+        _write(record, home, building, form, dtype)
+        (building / "elmwood.json").write_bytes(home.get(record.digest).read_bytes())
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(building, folder)
     if as_json:
         emit({"folder": str(folder), "files": sorted(path.name for path in folder.iterdir())})
     else:
         out.print(str(folder), soft_wrap=True)
+
+
+def _write(record: Record, home: Store, building: Path, form: str | None, dtype: str | None) -> None:
+    match record:
+        case Seed() | Expert() | Merged():
+            from elmwood.merge.export import export  # numpy, and torch to look at what was written
+
+            with bars() as progress:
+                export(record, home, building, form, dtype and dtype.upper(), progress)
+        case State() | Statistics() | Partition() if form or dtype:
+            raise BadInput(f"--format and --dtype are for models: a {record.kind} has one format")
+        case State() | Statistics():
+            shutil.copytree(home.folder(record.files), building)  # follows the links: plain files come out
+        case Partition():
+            from elmwood.domains.share import publish, published  # scikit-learn
+
+            shutil.copytree(home.folder(published(record, home)), building)
+            publish(record, home, building)
+            talk.print("no text is in it, but words are: terms and names of domains, and the vocabulary of embedders that keep one")
+        case _:
+            raise BadInput(
+                f"a {record.kind} is no folder: export its seed, partition or experts (`elmwood show {record.digest[:8]}` lists them)"
+            )
 
 
 def report(*, comparison, output, store, as_json) -> None:

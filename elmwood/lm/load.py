@@ -216,6 +216,23 @@ def _parameters(folder: Path) -> int:
     return model.num_parameters()
 
 
+def check_loads(folder: Path) -> None:
+    """transformers finds every tensor of a checkpoint in its shape, and no others, and the tokenizer fits. Raises BadSeed."""
+    config, (tokenizer, _) = _config(folder), _tokenizer(folder)
+    check_tokenizer(tokenizer, config, 0, str(folder))
+    loaded: Any
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map="meta", use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except UNREADABLE as error:
+        raise BadSeed(f"{folder}: the weights cannot be loaded ({error}): write the checkpoint again") from error
+    if wrong := sorted({str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loaded[1][kind]}):
+        raise BadSeed(
+            f"{folder}: {len(wrong)} tensors are missing, foreign or of a wrong shape, first {wrong[0]}: write the checkpoint again"
+        )
+
+
 def _convert_gguf(path: Path, folder: Path) -> None:
     """A GGUF file -> a float32 transformers folder. Quantised weights are expanded: slow, done once."""
     require("gguf", "gguf")

@@ -1,8 +1,19 @@
-"""The model card of a merge: lineage, method, digests. The same merge has the same card."""
+"""Model cards: lineage, licence, method, digests, how to run it. The same model has the same card."""
 
 from collections.abc import Mapping, Sequence
 
-from elmwood.records import Contribution, Seed, Share
+from elmwood.records import Contribution, Expert, Merged, Seed, Share
+
+RUN = {
+    "transformers": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)""",
+    "peft": """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(SEED), FOLDER)  # SEED: the seed, exported""",
+    "gguf": "llama-cli -m FOLDER/model.gguf -p TEXT",
+}
 
 EXACT = "Summed in whole numbers of 2^-44, so that any machine and any order of the experts makes the same bytes."
 
@@ -27,3 +38,35 @@ def _said(share: Share) -> str:
     where = [f"names with {share.tensors!r}"] if share.tensors else []
     where += [f"layers {share.layers[0]} to {share.layers[1] - 1}"] if share.layers else []
     return " → ".join(f"{value:g}" for value in share.values) + (f" ({', '.join(where)})" if where else "")
+
+
+def model_card(record: Seed | Expert | Merged, seed: Seed, form: str, domain: str | None, files: Mapping[str, str]) -> str:
+    """Markdown with the header that model hubs read, for one exported folder. `domain`: what an expert's is called."""
+    top = [
+        "---",
+        f"library_name: {form}",
+        f"tags: [elmwood, {record.kind}]",
+        *([f"license: {seed.licence}"] if seed.licence else []),
+        "---",
+    ]
+    title, facts = seed.name, [f"elmwood {record.kind} `{record.digest}`."]
+    match record:
+        case Expert():
+            title = f"An expert of {seed.name}" + (f" for {domain}" if domain else "")
+            recipe = record.recipe
+            facts += [
+                f"Trained: {recipe.method}, {recipe.tokens} tokens" + (f", rank {recipe.rank}" if recipe.method != "full" else "") + "."
+            ]
+            facts += [f"Contributed by {record.contributor}."] if record.contributor else []
+            facts += [f"Partition `{record.partition}`, domain {record.domain}."] if record.partition else []
+        case Merged():
+            title = f"{len(record.contributions)} experts of {seed.name}, merged"
+            facts += [f"Method: `{record.method}`."]
+            facts += [f"- expert `{row.expert}`, weight {'; '.join(_said(share) for share in row.weight)}" for row in record.contributions]
+    if form != "peft" and "adapter_config.json" in record.files:
+        facts += ["An adapter folded into its seed: each number rounded once."]
+    facts += [f"Seed: {seed.name}, {seed.architecture}, {seed.parameters} parameters, `{seed.digest}`."]
+    facts += [f"Licence of the seed: {seed.licence or 'not stated'}.", f"A text begins with token {seed.separator}."]
+    shell = "sh" if form == "gguf" else "python"
+    rows = ["| file | digest |", "|---|---|", *(f"| {name} | `{digest}` |" for name, digest in sorted(files.items()))]
+    return "\n".join([*top, f"# {title}", "", *facts, "", f"```{shell}", RUN[form], "```", "", *rows, ""])

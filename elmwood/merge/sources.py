@@ -59,10 +59,10 @@ class Low:
 
     whole = False
 
-    def __init__(self, digest: str, folder: Path, seed: dict[str, Place]):
-        """Raises BadInput, ForeignExpert."""
+    def __init__(self, digest: str, folder: Path, seed: dict[str, Place], dora: bool = False):
+        """`dora`: a weight-decomposed one is read too, without its magnitudes. Raises BadInput, ForeignExpert."""
         self.digest, self.files = digest, Files()
-        settings = read_settings(folder / "adapter_config.json")
+        settings = read_settings(folder / "adapter_config.json", dora)
         self.turned = bool(settings.get("fan_in_fan_out"))
         self.factors: dict[str, tuple[Place, Place, float]] = {}
         found = places([folder / "adapter_model.safetensors"])

@@ -171,6 +171,18 @@ class Reader:
             yield coming.result()
 
 
+def check_finite(name: str, place: Place) -> None:
+    """Raises Damaged where a tensor of a file holds a number that is not finite."""
+    if place.dtype not in SIZES:
+        return
+    files = Files()
+    for first in range(0, place.numbers, PIECE):
+        value_N = decode(files.read(place, first, min(first + PIECE, place.numbers)), place.dtype)
+        if not np.isfinite(value_N).all():
+            raise Damaged(f"{place.path}: {name} holds numbers that are not finite, or outside the range of {place.dtype}: do not use it")
+    files.close()
+
+
 class Twin:
     """Files like those where these tensors stand: the same names, headers and places. What is not put is copied."""
 
