@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 from elmwood.errors import BadInput, DoesNotFit
@@ -39,6 +40,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus() -> list[str]:
+    """The names of the CUDA devices this process may use. Asked of the system, since torch takes seconds to load."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
+    return found if named is None else [one.strip() for one in named.split(",") if one.strip() not in ("", "-1")]
+
+
 def run(
     task: Callable[[In, Progress], Out],
     inputs: Sequence[In],
@@ -51,7 +59,8 @@ def run(
 ) -> list[Out]:
     """[task(x) for x in inputs], `workers` side by side; results in the order of the inputs.
 
-    `engine` is a row of ENGINES; `gpu` says that a task can use one; `what` names a bar that counts finished tasks.
+    `engine` is a row of ENGINES; `gpu` says that a task can use one, and side by side each gets its own; `what` names a bar that counts
+    finished tasks.
     The first error stops the rest and is raised; DoesNotFit where a worker was killed. Raises UnknownName, MissingExtra.
     """
     found: dict[int, Out] = {}
@@ -84,7 +93,11 @@ def _local(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress:
     events: Any = context.Queue()
     relay = threading.Thread(target=_relay, args=(events, progress), daemon=True)
     relay.start()
-    pool = ProcessPoolExecutor(min(workers, len(inputs)), mp_context=context, initializer=_initialise, initargs=(events,))
+    workers, found = min(workers, len(inputs)), gpus() if gpu else []
+    devices: Any = context.Queue()
+    for number in range(workers if found else 0):
+        devices.put(found[number % len(found)])
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=(events, devices if found else None))
     try:
         places = {pool.submit(_call, task, item): place for place, item in enumerate(inputs)}
         for future in as_completed(places):
@@ -108,9 +121,11 @@ def _killed(what: str) -> str:
 _events: Any = None  # in a worker process: the way back to the parent's progress bar
 
 
-def _initialise(events: Any) -> None:
+def _initialise(events: Any, devices: Any) -> None:
     global _events
     _events = events
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()  # before torch looks
 
 
 def _call(task: Task, item: Any) -> Any:

@@ -240,6 +240,19 @@ def test_tasks_run_in_order_here_and_elsewhere():
     assert os.getpid() not in {pid for _, pid in there}
 
 
+def device(item, progress):
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_side_by_side_each_worker_has_one_device(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert engine.gpus() == ["3", "5"]
+    assert set(engine.run(device, [1, 2, 3], workers=2, gpu=True)) <= {"3", "5"}
+    assert engine.run(device, [1], gpu=True) == ["3, 5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert engine.gpus() == []
+
+
 def test_the_first_error_is_raised_as_itself():
     for workers in (1, 2):
         with pytest.raises(BadRecord, match="is bad"):

@@ -32,6 +32,18 @@ SettingOption = Annotated[list[str] | None, typer.Option("--set", help="Any othe
 LayersOption = Annotated[str | None, typer.Option(help="Merge these layers alone, e.g. 4-11; all else stays the seed's.")]
 TensorsOption = Annotated[str, typer.Option(help="Merge only tensors with this in their name.")]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes side by side; default: one per core for small models, else 1.")]
+EngineOption = Annotated[str, typer.Option(help="Where tasks run: local, or ray.")]
+MethodOption = Annotated[str, typer.Option(help="full, lora, qlora (the seed in four bits) or dora.")]
+BatchOption = Annotated[int, typer.Option(help="Sequences per step.")]
+LengthOption = Annotated[int | None, typer.Option(help="Tokens per sequence; default: the seed's context, at most 1024.")]
+RankOption = Annotated[int, typer.Option(help="Of adapters.")]
+LateOption = Annotated[float, typer.Option(help="Adapters in the last share of the layers only, e.g. 0.33.")]
+AccumulateOption = Annotated[int, typer.Option(help="Passes the sequences of a step are spread over: less memory.")]
+CheckpointingOption = Annotated[
+    bool, typer.Option("--checkpointing", help="Compute activations again instead of keeping them: less memory.")
+]
+OptimiserOption = Annotated[str, typer.Option(help="adamw, or adamw8bit: its moments in a quarter of the bytes.")]
+TogetherOption = Annotated[int, typer.Option(help="So many LoRA experts at once, over one copy of the seed.")]
 STORE = Path(".elmwood")
 
 
@@ -155,25 +167,56 @@ def train(
     partition: Annotated[str, typer.Argument(help="Name or digest.")],
     seed: Annotated[str, typer.Option(help="Name or digest.")],
     domains: Annotated[str, typer.Option(help="'all', or numbers: 0,3-5. 'pooled' trains one control on everything.")] = "all",
-    method: Annotated[str, typer.Option(help="full or lora.")] = "lora",
+    method: MethodOption = "lora",
     tokens: Annotated[str, typer.Option(help="Training tokens per expert, e.g. 2M.")] = "1M",
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
-    length: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the seed's context, at most 1024.")] = None,
+    batch: BatchOption = 8,
+    length: LengthOption = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak; default: by method and size of the seed.")] = None,
-    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    schedule: Annotated[str, typer.Option(help="cosine, linear, constant or wsd.")] = "cosine",
+    rank: RankOption = 16,
+    alpha: Annotated[float | None, typer.Option(help="Adapters are scaled by alpha / rank; default: rank-stabilised.")] = None,
+    targets: Annotated[str, typer.Option(help="Modules that get adapters, e.g. q_proj,v_proj.")] = "all-linear",
+    late: LateOption = 1.0,
+    accumulate: AccumulateOption = 1,
+    checkpointing: CheckpointingOption = False,
+    optimiser: OptimiserOption = "adamw",
+    patience: Annotated[int | None, typer.Option(help="Stop after so many looks at a validation loss without a better one.")] = None,
+    together: TogetherOption = 1,
+    report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, trackio, wandb or mlflow (repeatable).")] = None,
     rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
     statistics: Annotated[
         bool, typer.Option("--statistics", help="Leave what merges need to know of the text, beside each expert.")
     ] = False,
-    name: Annotated[str | None, typer.Option("--name", help="Call the experts NAME/0, NAME/1, ...")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each; default: one for a small seed, else a worker's share.")] = None,
     workers: WorkersOption = None,
+    engine: EngineOption = "local",
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Print the command of each expert instead: the same tasks, for anywhere.")
+    ] = False,
+    name: Annotated[str | None, typer.Option("--name", help="Call the experts NAME/0, NAME/1, ...")] = None,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Branch experts from the seed, one per domain, with no communication."""
+    """Branch experts from the seed, one per domain, with no communication. Stop and re-run it as you like: it goes on."""
     _verb("training", "train", partition=partition, seed=seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length,
-          learning_rate=learning_rate, rank=rank, rng_seed=rng_seed, statistics=statistics, name=name, workers=workers,
+          learning_rate=learning_rate, schedule=schedule, rank=rank, alpha=alpha, targets=targets, late=late, accumulate=accumulate,
+          checkpointing=checkpointing, optimiser=optimiser, patience=patience, together=together, report_to=report_to or [],
+          rng_seed=rng_seed, statistics=statistics, threads=threads, workers=workers, engine=engine, commands=commands, name=name,
           store=store, as_json=as_json)  # fmt: skip
+
+
+@app.command()
+def adopt(
+    adapter: Annotated[str, typer.Argument(help="A folder that PEFT's save_pretrained wrote, or a hub id (downloads it).")],
+    seed: Annotated[str, typer.Option(help="What it grew from: name or digest.")],
+    partition: Annotated[str | None, typer.Option(help="Whose domain it serves: name or digest.")] = None,
+    domain: Annotated[int | None, typer.Option(help="The number of that domain.")] = None,
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a LoRA or DoRA adapter made elsewhere as an expert."""
+    _verb("training", "adopt", adapter=adapter, seed=seed, partition=partition, domain=domain, name=name, store=store, as_json=as_json)
 
 
 @app.command()
@@ -200,7 +243,7 @@ def fit(
     as_json: JsonOption = False,
 ) -> None:
     """Say before a run what memory and time it will take, and what would fit."""
-    _verb("training", "fit", seed=seed, method=method, batch=batch, length=length, rank=rank, memory=memory, store=store, as_json=as_json)
+    _verb("fitting", "fit", seed=seed, method=method, batch=batch, length=length, rank=rank, memory=memory, store=store, as_json=as_json)
 
 
 @app.command()
@@ -232,7 +275,7 @@ def merge(
     documents: Annotated[int | None, typer.Option(help="At most so many held-out documents.")] = None,
     parts: Annotated[int | None, typer.Option(help="Sum in so many tasks, each a share of every tensor.")] = None,
     workers: WorkersOption = None,
-    engine: Annotated[str, typer.Option(help="Where tasks run: local, or ray.")] = "local",
+    engine: EngineOption = "local",
     name: NameOption = None,
     store: StoreOption = STORE,
     as_json: JsonOption = False,

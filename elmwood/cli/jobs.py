@@ -22,6 +22,24 @@ class TrainJob(Frozen):
     recipe: Recipe
     partition: Digest | None = None
     domain: int | None = None
+    report_to: tuple[str, ...] = ()
+
+    @property
+    def domains(self) -> tuple[int | None, ...]:
+        return (self.domain,)
+
+
+class TogetherJob(Frozen):
+    """Train several adapters at once over one copy of their seed: shards and domain of each."""
+
+    store: Path
+    label: str
+    seed: Digest
+    data: tuple[tuple[Shard, ...], ...]
+    recipe: Recipe
+    partition: Digest | None = None
+    domains: tuple[int | None, ...] = ()
+    report_to: tuple[str, ...] = ()
 
 
 class StatisticsJob(Frozen):
@@ -47,7 +65,29 @@ def train_job(job: TrainJob, progress: Progress) -> Digest:
     store = Store(job.store)
     seed = store.load(job.seed, Seed)
     told = _named(job.label, progress)
-    return train.train(seed, job.data, job.recipe, store, partition=job.partition, domain=job.domain, progress=told).digest
+    return train.train(
+        seed, job.data, job.recipe, store, partition=job.partition, domain=job.domain, progress=told, report_to=job.report_to
+    ).digest
+
+
+def experts_job(job: TrainJob | TogetherJob, progress: Progress) -> list[Digest]:
+    """The digests of the experts."""
+    if isinstance(job, TrainJob):
+        return [train_job(job, progress)]
+    store = Store(job.store)
+    seed, told = store.load(job.seed, Seed), _named(job.label, progress)
+    made = train.train_together(
+        seed, job.data, job.recipe, store, partition=job.partition, domains=job.domains, progress=told, report_to=job.report_to
+    )
+    return [expert.digest for expert in made]
+
+
+def keys(job: TrainJob | TogetherJob, store: Store) -> list[str]:
+    """The names of the tasks that make its experts."""
+    seed = store.load(job.seed, Seed)
+    if isinstance(job, TrainJob):
+        return [train.train_key(seed, job.data, job.recipe, job.partition, job.domain)]
+    return train.together_keys(seed, job.data, job.recipe, job.partition, job.domains)
 
 
 def statistics_job(job: StatisticsJob, progress: Progress) -> Digest:

@@ -1,17 +1,25 @@
-"""What the verbs of training do: seeds, experts, and what they will take."""
+"""What the verbs of training do: seeds, experts, adapters made elsewhere."""
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
+
+from elmwood.cli.board import Entry, board
 from elmwood.cli.domains import say_read
-from elmwood.cli.screen import bars, count, duration, emit, expand, keep, out, short, table, talk
+from elmwood.cli.screen import bars, count, expand, keep, out, talk
 from elmwood.corpus.build import build
-from elmwood.engine import cores, run
+from elmwood.engine import cores, gpus, run
 from elmwood.errors import BadInput
 from elmwood.records import Expert, Forest, Partition, Recipe, Seed, Shape, Shard
 from elmwood.store import Store
 
 ROWS = 64  # of an expert's training documents that its statistics are over
 SMALL = 20_000_000  # parameters below which one core per model is better used than two cores on one
+# settings of a recipe that are spelled out where they are not the default
+OPTIONS = ("rank", "alpha", "targets", "late", "schedule", "accumulate", "checkpointing", "optimiser", "patience", "rng_seed")
 TINY = 10_000_000  # parameters below which a model has learned little, and takes the rates of one trained from scratch
 
 
@@ -54,40 +62,108 @@ def default_rate(seed: Seed, method: str) -> float:
 
 
 def default_workers(seed: Seed, jobs: int) -> int:
-    """Small models: one core each, side by side. Large ones: one after another, with all cores."""
-    return min(cores(), jobs) if seed.parameters < SMALL else 1
+    """Small models: one core each, side by side. Large ones: one for each GPU, or one after another, with all cores."""
+    return min(cores(), jobs) if seed.parameters < SMALL else max(1, min(len(gpus()), jobs))
 
 
 def train(
-    *, partition, seed, domains, method, tokens, batch, length, learning_rate, rank, rng_seed, statistics, name, workers, store,
-    as_json,
+    *, partition, seed, domains, tokens, length, together, threads, workers, engine, report_to, statistics, commands, name, store, as_json,
+    **how,
 ) -> None:  # fmt: skip
-    from elmwood.cli.jobs import StatisticsJob, TrainJob, statistics_job, train_job  # torch
+    from elmwood.cli.jobs import StatisticsJob, experts_job, keys, statistics_job  # torch
 
     home = Store(store)
     division, start = home.load(partition, Partition), home.load(seed, Seed)
-    length = length or min(start.context, 1024)
     chosen: list[int | None] = [None] if domains == "pooled" else [*numbers(domains, len(division.domains))]
-    workers = workers or default_workers(start, len(chosen))
-    recipe = Recipe(
-        method=method, steps=max(1, count(tokens) // (batch * length)), batch=batch, length=length,
-        learning_rate=learning_rate or default_rate(start, method), rank=rank, rng_seed=rng_seed, threads=max(1, cores() // workers),
-    )  # fmt: skip
-    jobs = [
-        TrainJob(
-            store=store, label=label(division, domain), seed=start.digest, data=shards(division, domain), recipe=recipe,
-            partition=division.digest, domain=domain,
-        )
-        for domain in chosen
+    groups = [tuple(chosen[place : place + together]) for place in range(0, len(chosen), together)]
+    workers = workers or default_workers(start, len(groups))
+    # a small seed's expert is the same bytes whether it is trained alone or beside others
+    how["threads"] = threads or (1 if start.parameters < SMALL else max(1, cores() // workers))
+    recipe = make_recipe(start, tokens=tokens, length=length, **how)
+    if commands:
+        more = [*(word for tracker in report_to for word in ("--report-to", tracker)), *(["--statistics"] if statistics else [])]
+        more += [*(["--name", name] if name else []), "--store", str(store)]
+        for group in groups:
+            out.print(shlex.join([*command(division, start, group, recipe), *more]), soft_wrap=True)
+        return
+    jobs = [training_job(division, group, start, recipe, store, report_to) for group in groups]
+    entries = [
+        Entry(label(division, domain), key, job.label, recipe.tokens)
+        for job in jobs for domain, key in zip(job.domains, keys(job, home), strict=True)
     ]  # fmt: skip
-    with bars() as progress:
-        experts = run(train_job, jobs, workers=workers, progress=progress)
-        if statistics:
-            left = [StatisticsJob(store=store, expert=digest, rows=ROWS) for digest in experts]
-            run(statistics_job, left, workers=workers, progress=progress)
-    for domain, digest in zip(chosen, experts, strict=True):
+    with board(entries, home) as progress:
+        groups_made = run(experts_job, jobs, workers=workers, engine=engine, gpu=True, progress=progress)
+    made = [digest for digests in groups_made for digest in digests]
+    if statistics:
+        with bars() as progress:
+            left = [StatisticsJob(store=store, expert=digest, rows=ROWS) for digest in made]
+            run(statistics_job, left, workers=workers, engine=engine, gpu=True, progress=progress)
+    for domain, digest in zip(chosen, made, strict=True):
         given = name and f"{name}/{'pooled' if domain is None else domain}"
         keep(home, home.load(digest), given, as_json)
+
+
+def make_recipe(seed: Seed, *, tokens: str, length: int | None, **how: Any) -> Recipe:
+    """What was asked, with the defaults that depend on the seed. Raises BadInput."""
+    length = length or min(seed.context, 1024)
+    how["learning_rate"] = how["learning_rate"] or default_rate(seed, how["method"])
+    if isinstance(how["targets"], str) and how["targets"] != "all-linear":
+        how["targets"] = tuple(how["targets"].split(","))
+    return checked(steps=max(1, count(tokens) // (max(1, how["batch"]) * length)), length=length, **how)
+
+
+def checked(**fields: Any) -> Recipe:
+    """A recipe. Raises BadInput, by the name of the option."""
+    try:
+        return Recipe(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise BadInput(f"--{name} {first['input']}: {first['msg'].lower()}; `elmwood train --help` lists what there is") from error
+
+
+def training_job(
+    division: Partition, group: Sequence[int | None], seed: Seed, recipe: Recipe, store: Path, report_to: Sequence[str]
+) -> Any:
+    """The task that makes one expert, or several at once."""
+    from elmwood.cli.jobs import TogetherJob, TrainJob  # torch
+
+    place = {"store": store, "seed": seed.digest, "recipe": recipe, "partition": division.digest, "report_to": tuple(report_to)}
+    if len(group) == 1:
+        return TrainJob(label=label(division, group[0]), data=shards(division, group[0]), domain=group[0], **place)
+    return TogetherJob(
+        label=f"domains {spelled(group)}", data=tuple(shards(division, domain) for domain in group), domains=tuple(group), **place
+    )
+
+
+def spelled(group: Sequence[int | None]) -> str:
+    """(0, 3, 4, 5) -> '0,3,4,5', as `numbers` reads it; the pooled control by its name."""
+    return ",".join("pooled" if domain is None else str(domain) for domain in group)
+
+
+def command(division: Partition, seed: Seed, group: Sequence[int | None], recipe: Recipe) -> list[str]:
+    """The words of the command that makes just these experts: the same task, so the same records."""
+    words = ["elmwood", "train", division.digest, "--seed", seed.digest, "--domains", spelled(group), "--tokens", str(recipe.tokens)]
+    for field in ("method", "batch", "length", "learning_rate", "threads", *OPTIONS):
+        value = getattr(recipe, field)
+        if field in OPTIONS and value == Recipe.model_fields[field].default:
+            continue
+        words.append(f"--{field.replace('_', '-')}")
+        words += [] if value is True else [",".join(value) if isinstance(value, tuple) else str(value)]
+    return words + (["--together", str(len(group))] if len(group) > 1 else [])
+
+
+def adopt(*, adapter, seed, partition, domain, name, store, as_json) -> None:
+    from elmwood.train import import_adapter  # torch
+
+    home = Store(store)
+    division = home.load(partition, Partition) if partition else None
+    if (division is None) != (domain is None):
+        raise BadInput("an expert of a domain needs both --partition and --domain; one of no domain neither")
+    if division is not None:
+        (domain,) = numbers(str(domain), len(division.domains))
+    expert = import_adapter(adapter, home.load(seed, Seed), home, partition=division.digest if division else None, domain=domain)
+    keep(home, expert, name, as_json)
 
 
 def statistics(*, experts, rows, workers, store, as_json) -> None:
@@ -136,20 +212,3 @@ def shards(partition: Partition, domain: int | None) -> tuple[Shard, ...]:
     """The training shards of one domain, or of all."""
     chosen = partition.domains if domain is None else (partition.domains[domain],)
     return tuple(shard for one in chosen for shard in one.train)
-
-
-def fit(*, seed, method, batch, length, rank, memory, store, as_json) -> None:
-    from elmwood.train.fit import fit as predict  # torch
-
-    home = Store(store)
-    known = home.load(seed, Seed) if seed in home.names() or len(seed) == 64 else None
-    length = length or min(known.context if known else 1024, 1024)
-    recipe = Recipe(method=method, steps=1, batch=batch, length=length, rank=rank, threads=cores())
-    answer = predict(known or seed, recipe, home, memory=memory and count(memory))
-    if as_json:
-        emit(answer.model_dump(mode="json"))
-        return
-    rows = [(what, short(size) + "B") for what, size in answer.components.items()]
-    table(f"{method} on {seed}: {short(answer.parameters)} parameters", ("peak memory", ""), [*rows, ("total", short(answer.total) + "B")])
-    out.print(f"{short(answer.tokens_per_second)} tokens/s here; a million tokens take {duration(1e6 / answer.tokens_per_second)}")
-    out.print(answer.verdict)

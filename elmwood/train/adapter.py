@@ -4,6 +4,7 @@ N positions, R rank, I and O: what a linear layer takes in and gives out
 """
 
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,8 @@ def adapter(model: Any, recipe: Recipe, base: str) -> Any:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps its matrices the other way round
         **where(model, recipe),
     )  # fmt: skip
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT 0.21 asks transformers 5.23 by the old name
         torch.manual_seed(recipe.rng_seed)
         adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base

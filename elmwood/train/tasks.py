@@ -4,7 +4,7 @@ import fcntl
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,13 +68,7 @@ def train(
         words = tokenizer(seed, store)
         packed = pack(data, words, seed.separator, store, progress)
         model = opened(seed, recipe, store, device)
-        folder, label = store.root / "logs" / "runs", f"{seed.name}-{'pooled' if domain is None else domain}-{key[:8]}"
-        with followed(report_to, folder, label, recipe) as tell:
-
-            def log(**facts: Any) -> None:
-                store.log(key, **facts)
-                tell(**facts)
-
+        with reported(store, seed, key, recipe, domain, report_to) as log:
             trained = run(model, packed, recipe, work, log, progress)
         expert = Expert(
             seed=seed.digest, partition=partition, domain=domain, data=tuple(shard.blob for shard in data), recipe=recipe,
@@ -82,6 +76,21 @@ def train(
         )  # fmt: skip
         _finish(store, key, expert, recipe, trained)
         return expert
+
+
+@contextmanager
+def reported(
+    store: Store, seed: Seed, key: str, recipe: Recipe, domain: int | None, report_to: Sequence[str]
+) -> Iterator[Callable[..., None]]:  # fmt: skip
+    """The log of a task, which the trackers hear of too."""
+    label = f"{seed.name}-{'pooled' if domain is None else domain}-{key[:8]}"
+    with followed(report_to, store.root / "logs" / "runs", label, recipe) as tell:
+
+        def log(**facts: Any) -> None:
+            store.log(key, **facts)
+            tell(**facts)
+
+        yield log
 
 
 def opened(seed: Seed, recipe: Recipe, store: Store, device: torch.device | str | None = None) -> Any:

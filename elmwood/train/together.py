@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from elmwood.train.data import UNSCORED, Batch, batches
 from elmwood.train.loss import Abilities, ChunkedLoss, _inputs, abilities
 from elmwood.train.schedule import rate
 from elmwood.train.state import _write
-from elmwood.train.tasks import _check_length, _save, held, opened, train_key
+from elmwood.train.tasks import _check_length, _save, held, opened, reported, train_key
 
 FILE = "together.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -268,11 +269,12 @@ def together_keys(
 def train_together(
     seed: Seed, data: Sequence[Sequence[Shard]], recipe: Recipe, store: Store, *, partition: Digest | None = None,
     domains: Sequence[int | None] = (), device: torch.device | str | None = None, progress: Progress = silent,
+    report_to: Sequence[str] = (),
 ) -> list[Expert]:  # fmt: skip
     """Branch the seed once for each list of shards, and train all branches at once over one copy of it. The recipe is that of each.
 
     Done once per inputs; a run cut short goes on. Each expert is what `train` makes of the same batches, but for the rounding of
-    sums. Raises BadInput, BadCorpus.
+    sums. `report_to` as in `train`. Raises BadInput, BadCorpus, MissingExtra.
     """
     _check(recipe, seed)
     domains = domains or [None] * len(data)
@@ -284,8 +286,13 @@ def train_together(
         words = tokenizer(seed, store)
         packed = [pack(shards, words, seed.separator, store, progress) for shards in data]
         model = opened(seed, recipe, store, device)
-        stack, stand, able = run(model, packed, recipe, work, lambda expert, **facts: store.log(keys[expert], **facts), progress)
-        told = {what: str(has).lower() for what, has in able._asdict().items()}
+        with ExitStack() as trackers:
+            told = [
+                trackers.enter_context(reported(store, seed, key, recipe, domain, report_to))
+                for key, domain in zip(keys, domains, strict=True)
+            ]
+            stack, stand, able = run(model, packed, recipe, work, lambda expert, **facts: told[expert](**facts), progress)
+        facts = {what: str(has).lower() for what, has in able._asdict().items()}
         experts = []
         for place in reversed(range(len(keys))):  # the first last: the unfinished work is kept under its name
             stack.put(place)
@@ -294,7 +301,7 @@ def train_together(
                 recipe=recipe, files=_save(model, words, recipe, store), curve=stand.curves[place],
             )  # fmt: skip
             seconds = round(stand.seconds / len(keys), 3)  # its share: the machine is busy with all of them
-            store.log(keys[place], event="done", seconds=seconds, tokens=recipe.tokens, threads=recipe.threads, together=len(keys), **told)
+            store.log(keys[place], event="done", seconds=seconds, tokens=recipe.tokens, threads=recipe.threads, together=len(keys), **facts)
             store.finish(keys[place], expert)
             experts.append(expert)
         return experts[::-1]

@@ -1,0 +1,145 @@
+"""The verbs of training, as they are typed: recipes, groups, the table, adapters made elsewhere."""
+
+import io
+import json
+import shlex
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny_models import save_adapter, tiny_seed
+from typer.testing import CliRunner
+
+from elmwood.cli import app, board
+from elmwood.cli.board import Board, Entry, Line
+from elmwood.corpus.build import build
+from elmwood.domains.partition import partition
+from elmwood.errors import BadInput, ElmwoodError
+from elmwood.lm.load import load_model
+from elmwood.records import Expert, Merged, Recipe, Seed
+from elmwood.store import Store
+
+SHORT = ["--tokens", "500", "--length", "32", "--batch", "4", "--rank", "4", "--workers", "1"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Store:
+    """A seed, and three domains of words that nothing shares."""
+    folder = tmp_path_factory.mktemp("verbs")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), 5)) for _ in range(120)]
+    texts = [" ".join(rng.choice(words[number % 3 :: 3], 60)) for number in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    store = Store(folder / "store")
+    division = partition(build([str(folder / "text.jsonl")], store), store, domains=3)
+    store.name("domains", division.digest)
+    store.name("seed", tiny_seed(store).digest)
+    return store
+
+
+def typed(home: Store, *words: str) -> str:
+    """Run a command in this process; its stdout. Raises what it raises."""
+    done = CliRunner().invoke(app, [*words, *([] if "--store" in words else ["--store", str(home.root)])])
+    if done.exception:
+        raise done.exception
+    return done.stdout
+
+
+def trained(home: Store, *words: str) -> list[str]:
+    return [line.split()[0] for line in typed(home, "train", "domains", "--seed", "seed", *SHORT, *words).splitlines()]
+
+
+def test_every_option_reaches_the_recipe(home):
+    words = "--domains 1 --learning-rate 0.01 --schedule wsd --alpha 8 --targets q_proj,v_proj --late 0.5 --accumulate 2 --checkpointing"
+    (digest,) = trained(home, *words.split(), "--patience", "9", "--rng-seed", "3", "--name", "all")
+    assert home.load("all/1", Expert).digest == digest
+    assert home.load(digest, Expert).recipe == Recipe(
+        method="lora", steps=3, batch=4, length=32, learning_rate=0.01, schedule="wsd", rank=4, alpha=8, targets=("q_proj", "v_proj"),
+        late=0.5, accumulate=2, checkpointing=True, patience=9, rng_seed=3, threads=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("together", ["1", "2"])
+def test_the_command_of_each_task_makes_the_same_expert(home, together):
+    made = trained(home, "--together", together)
+    assert len(set(made)) == 3
+    printed = typed(home, "train", "domains", "--seed", "seed", *SHORT, "--together", together, "--commands").splitlines()
+    assert len(printed) == {"1": 3, "2": 2}[together]
+    again = Store(home.root.with_name(f"again-{together}"))
+    for path in home.root.rglob("*"):
+        if path.is_file() and "done" not in path.parts:
+            place = again.root / path.relative_to(home.root)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    alone = [typed(again, *shlex.split(line)[1:-2], "--store", str(again.root)) for line in printed]
+    assert [line.split()[0] for one in alone for line in one.splitlines()] == made
+
+
+def test_ray_makes_the_same_experts(home, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    whole = trained(home, "--domains", "0,2", "--rng-seed", "7")
+    for done in (home.root / "refs" / "done").iterdir():
+        done.unlink()
+    try:
+        assert trained(home, "--domains", "0,2", "--rng-seed", "7", "--engine", "ray") == whole
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--method foo", "--method foo"),
+        ("--late 0", "--late 0"),
+        ("--together 2 --method dora", "dora"),
+        ("--domains 9", "numbered from 0"),
+    ],
+)
+def test_what_cannot_be_is_named(home, words, named):
+    with pytest.raises(BadInput, match=named):
+        trained(home, *words.split())
+
+
+def test_an_adapter_made_elsewhere_is_adopted(home, tmp_path):
+    seed = home.load("seed", Seed)
+    save_adapter(load_model(seed, home, device="cpu"), str(tmp_path), 0, r=4, lora_alpha=8, target_modules=["q_proj"])
+    typed(home, "adopt", str(tmp_path), "--seed", "seed", "--partition", "domains", "--domain", "2", "--name", "found")
+    expert = home.load("found", Expert)
+    assert (expert.seed, expert.domain, expert.recipe.rank) == (seed.digest, 2, 4)
+    assert "found" in typed(home, "show")
+    for words in (["--domain", "2"], ["--partition", "domains"], ["--partition", "domains", "--domain", "3"]):
+        with pytest.raises(ElmwoodError):
+            typed(home, "adopt", str(tmp_path), "--seed", "seed", *words)
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+
+def test_rows_wait_read_train_and_are_done(tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(board.time, "monotonic", lambda: float(next(clock)))
+    store = Store(tmp_path)
+    table = Board(
+        [Entry("one", "key-one", "one", 800), Entry("two", "key-two", "pair", 800), Entry("three", "key-three", "pair", 800)], store
+    )
+    assert [line.state for line in table.lines()] == ["waiting"] * 3
+    table.progress("pair", 10, 100, "bytes")
+    assert [line.state for line in table.lines()] == ["waiting", "reading", "reading"]
+    store.log("key-two", event="point", loss=2.5, tokens=400)
+    table.progress("pair", 400, 800, "tokens")  # it goes on where it was: these were trained before
+    table.progress("pair", 500, 800, "tokens")
+    two, three = table.lines()[1:]
+    assert (two.state, two.done, two.loss, two.speed, two.left) == ("training", 500, 2.5, 10, 30)
+    assert (three.state, three.loss) == ("training", None)
+    store.log("key-two", event="done", seconds=4.0, tokens=600)  # patience ran out
+    store.finish("key-two", Merged(seed="0" * 64, method="average", settings={}, contributions=(), files={}))
+    assert table.lines()[1] == Line("two", "done", 600, 800, 2.5, 150)
+    assert "1 waiting, 1 done" in board.summary(table.lines()).plain
+
+
+def test_where_experts_are_many_those_at_work_come_first():
+    lines = [Line(str(number), "training" if number > 97 else "waiting", 0, 10, None, None) for number in range(100)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(board.drawn(lines, 5))
+    assert [line.split()[0] for line in console.export_text().splitlines()[1:]] == ["98", "99", "0", "1", "2"]
