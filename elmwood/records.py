@@ -341,7 +341,8 @@ class Contribution(Frozen):
     expert: Digest
     weight: tuple[Share, ...]  # the first that fits a tensor counts
     whole: bool  # a full checkpoint; otherwise an adapter
-    reach: int  # no number it added is of a larger magnitude: so an overflow is seen before it happens
+    reach: int  # no number it added is of a larger magnitude (wide ones: than 2^22 times it): so an overflow is seen before it happens
+    statistics: Digest | None = None  # what the rule took from its text
 
 
 class State(Record):

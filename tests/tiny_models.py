@@ -3,14 +3,16 @@
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elmwood.corpus.tokens import train_tokenizer
 from elmwood.lm.load import load_model, new_model, save_seed
-from elmwood.records import Expert, Recipe, Seed, Shape
+from elmwood.records import Expert, Recipe, Seed, Shape, Statistics
 from elmwood.store import Store
 
 torch.set_num_threads(1)  # such small products only wait for one another
@@ -64,6 +66,22 @@ def full_expert(seed: Seed, store: Store, rng_seed: int, **fields) -> Expert:
         model.save_pretrained(folder)
         files = store.put_folder(Path(folder))
     return _record(seed, store, Recipe(method="full", steps=1), files, **fields)
+
+
+def leave_statistics(expert: Expert, seed: Seed, store: Store, rng_seed: int) -> Statistics:
+    """Random Gram matrices and squared gradients, as training leaves them."""
+    rng = np.random.default_rng(rng_seed)
+    tensors = {}
+    for name, weight in load_file(store.get(seed.files["model.safetensors"])).items():
+        tensors[f"fisher|{name}"] = torch.from_numpy(rng.exponential(1e-4, weight.shape).astype(np.float32))
+        if weight.dim() == 2 and "embed" not in name:
+            x_TI = rng.standard_normal((200, weight.shape[1])) * rng.exponential(1.0, weight.shape[1])
+            tensors[f"gram|{name}"] = torch.from_numpy((x_TI.T @ x_TI / 200).astype(np.float32))
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, path := Path(folder) / "statistics.safetensors")
+        record = Statistics(expert=expert.digest, rows=2, tokens=200, fisher=1e-4, files={path.name: store.put(path)})
+    store.add(record)
+    return record
 
 
 def _record(seed: Seed, store: Store, recipe: Recipe, files: dict[str, str], **fields) -> Expert:

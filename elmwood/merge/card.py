@@ -15,7 +15,8 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(SEED), FO
     "gguf": "llama-cli -m FOLDER/model.gguf -p TEXT",
 }
 
-EXACT = "Summed in whole numbers of 2^-44, so that any machine and any order of the experts makes the same bytes."
+EXACT = "Summed in whole numbers, so that any machine and any order of the experts makes the same bytes."
+KERNELS = "The same bytes in any order of the experts, on machines with the same libraries of linear algebra."
 
 
 def card(

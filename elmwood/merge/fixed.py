@@ -17,6 +17,7 @@ from elmwood.errors import BadInput
 Ints = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
 
+BLOCK = 1 << 16
 BITS = 44  # after the point
 LSB = 2.0**-BITS
 ROOM = 1 << (62 - BITS)  # the magnitudes of all addends together stay below this
@@ -71,6 +72,41 @@ def bound(largest: float) -> int:
     if not largest < ROOM:
         raise BadInput(f"a number of magnitude {largest:g}: sums are kept up to {ROOM}; NaN or infinity means a training gone astray")
     return math.ceil(largest)
+
+
+# ---- wide: for numbers of any size -----------------------------------------------------------------------------
+
+HIGH, LOW = 20, 64  # bits after the point of the two parts of a wide number
+WIDER = 1 << 22  # what wide sums may reach, as a multiple of what others may
+
+
+def wide(part_N: Floats) -> tuple[Ints, Ints]:
+    """A number as two: whole units of 2^-20, and what is left of them in units of 2^-64. Both add. Magnitudes below 2^40."""
+    high_N = np.rint(part_N * 2.0**HIGH)
+    low_N = np.rint((part_N - high_N * 2.0**-HIGH) * 2.0**LOW)
+    return high_N.astype(np.int64), low_N.astype(np.int64)
+
+
+def wide_value(high_N: Ints, low_N: Ints) -> NDArray[np.float64]:
+    """The sum of wide numbers as float64."""
+    return high_N.astype(np.float64) * 2.0**-HIGH + low_N.astype(np.float64) * 2.0**-LOW
+
+
+def inner(x: Floats, y: Floats) -> float:
+    """The inner product of two tensors, the same bits on every machine: products as whole numbers of a unit that each block of them
+    decides, summed exactly; good to about 2^-45 of the largest product, times the root of their number."""
+    x_N, y_N = x.reshape(-1), y.reshape(-1)
+    return math.fsum(block_inner(x_N[at : at + BLOCK], y_N[at : at + BLOCK]) for at in range(0, x_N.size, BLOCK))
+
+
+def block_inner(x_N: Floats, y_N: Floats) -> float:
+    """Of at most BLOCK numbers."""
+    largest = reach(x_N) * reach(y_N) if x_N.size else 0.0
+    if not 1e-280 < largest < np.inf:
+        return 0.0
+    exponent = 45 - int(np.frexp(largest)[1])  # 45 bits and 2^16 addends stay below 2^62
+    whole_N = np.rint(np.ldexp(np.multiply(x_N, y_N, dtype=np.float64), exponent)).astype(np.int64)
+    return math.ldexp(float(int(whole_N.sum())), -exponent)
 
 
 def check_room(together: int) -> None:

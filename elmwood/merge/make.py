@@ -4,18 +4,19 @@ N numbers of a piece of one tensor
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.merge import fixed
-from elmwood.merge.card import card
-from elmwood.merge.rules import RULES, Rule, Settings, Total, settle
-from elmwood.merge.sources import Source
-from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_folder, seed_places, sum_places
+from elmwood.merge.card import EXACT, KERNELS, card
+from elmwood.merge.rule import Floats, Rule, Settings, Total
+from elmwood.merge.rules import RULES, on, settle
+from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_folder, seed_places, statistics_of, sum_places
 from elmwood.merge.sums import Pass, Piece, Wanted
 from elmwood.merge.tensors import PIECE, Files, Place, Twin, decode, encode
 from elmwood.merge.values import depth_of, weight_of
@@ -41,7 +42,11 @@ def merge(
         raise BadInput("a merge takes two experts or more; one alone is exported as it is: `elmwood export`")
     plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
     rules = [settle(*answer) for answer in answers]
-    keys = [fingerprint("merge", seed, plain, a.method, begins, ends, resize) for a, (_, begins, ends) in zip(answers, rules, strict=True)]
+    left = statistics_of([rule for rule, _, _ in rules], members, store)
+    keys = [
+        fingerprint("merge", seed, plain, a.method, begins, ends, resize, *([left] if rule.needs else []))
+        for a, (rule, begins, ends) in zip(answers, rules, strict=True)
+    ]
     if all(store.done(key) for key in keys):
         return [store.load(store.done(key) or "", Merged) for key in keys]
     tensors, sources, weights = open_all(seed, members, store, resize)
@@ -49,19 +54,20 @@ def merge(
     for rule, begins, _ in rules:
         if Wanted(rule, begins) not in wanted:
             wanted.append(Wanted(rule, begins))
-    work = pass_over(tensors, sources, weights, wanted, (0, 1), progress)
+    work = pass_over(tensors, sources, weights, wanted, (0, 1), store, progress)
     folders = [store.work(key) / "out" for key in keys]
     finishers = [
-        (wanted.index(Wanted(rule, begins)), Finisher(rule, ends, tensors, _totals(work, sources), folder))
+        (place := wanted.index(Wanted(rule, begins)), Finisher(rule, begins | ends, tensors, partial(work.total, place), folder))
         for (rule, begins, ends), folder in zip(rules, folders, strict=True)
     ]
     for piece in work.run(lambda name: any(one.with_seed(name) for _, one in finishers)):
         for place, one in finishers:
-            one.write(piece, piece.sums[place])
+            if piece.sums[place]:
+                one.write(piece, piece.sums[place])
     made = []
-    for answer, (_, begins, ends), key, (place, one) in zip(answers, rules, keys, finishers, strict=True):
+    for answer, (rule, begins, ends), key, (place, one) in zip(answers, rules, keys, finishers, strict=True):
         one.close(set(work.names()))
-        rows = contributions(sources, weights, work.reach[place])
+        rows = contributions(sources, weights, work.reach[place], left if rule.needs else {})
         made.append(_stored(seed, answer.method, begins | ends, rows, one.folder, store))
         store.finish(key, made[-1])
     return made
@@ -88,19 +94,29 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
     key = fingerprint("finalize", *sorted(one.digest for one in states), ends)
     if done := store.done(key):
         return store.load(done, Merged)
+    if not rule.sums:  # its experts are looked at together, and now
+        members = {c.expert: c.weight for c in first.contributions}
+        (made,) = merge(seed, members, [Answer(first.method, begins | ends)], store, False, progress)
+        store.finish(key, made)
+        return made
     tensors = seed_places(seed, store)
-    finisher = Finisher(rule, ends, tensors, _recorded(first, tensors), store.work(key) / "out")
+    finisher = Finisher(rule, begins | ends, tensors, _recorded(first, tensors), store.work(key) / "out")
     held = [(one, sum_places(one, store)) for one in states]
     files = Files()
     names = {key.rpartition("|")[0] for _, found in held for key in found}
     for name in sorted(names):
         spans = Pass(tensors, [], lambda e, name: 0.0, [])
+        mine = on(rule, name, tensors[name].shape)
+        keys = [f"{name}|{field}" for field in mine.stored()]
         for one, found in held:
-            spans.part = one.part
+            if keys[0] not in found:  # it stands whole in another part
+                continue
+            spans.part = (0, 1) if mine.entire else one.part
             begin, end = spans.span(name)
-            for start in range(begin, end, PIECE):
-                stop = min(end, start + PIECE)
-                sums = [files.read(found[f"{name}|{field}"], start - begin, stop - begin).view(np.int64) for field in rule.fields]
+            for start in range(begin, end, end - begin if mine.entire else PIECE):
+                stop = end if mine.entire else min(end, start + PIECE)
+                size = {key: found[key].numbers if mine.entire else stop - start for key in keys}
+                sums = [files.read(found[key], start - begin, start - begin + size[key]).view(np.int64) for key in keys]
                 seed_raw = files.read(tensors[name], start, stop) if finisher.with_seed(name) else None
                 finisher.write(Piece(name, start, stop, seed_raw, []), sums)
     files.close()
@@ -114,20 +130,14 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
     return made
 
 
-def _totals(work: Pass, sources: Sequence[Source]) -> Callable[[str], Total]:
-    def total(name: str) -> Total:
-        weights = [work.weight(e, name) for e in range(len(sources))]
-        return Total(sum(weights), sum(weight for weight, one in zip(weights, sources, strict=True) if one.whole))
-
-    return total
-
-
 def _recorded(one: State, tensors: dict[str, Place]) -> Callable[[str], Total]:
     depth = depth_of(tensors)
 
     def total(name: str) -> Total:
         weights = [(weight_of(c.weight, name, depth), c.whole) for c in one.contributions]
-        return Total(sum(weight for weight, _ in weights), sum(weight for weight, whole in weights if whole))
+        return Total(
+            sum(weight for weight, _ in weights), sum(weight for weight, whole in weights if whole), sum(weight**2 for weight, _ in weights)
+        )
 
     return total
 
@@ -135,32 +145,45 @@ def _recorded(one: State, tensors: dict[str, Place]) -> Callable[[str], Total]:
 class Finisher:
     """Writes a checkpoint with the seed's own layout: the same files, names, dtypes and places."""
 
-    def __init__(self, rule: Rule, ends: Settings, tensors: dict[str, Place], total: Callable[[str], Total], folder: Path):
-        self.rule, self.ends, self.tensors, self.total, self.folder = rule, ends, tensors, total, folder
+    def __init__(self, rule: Rule, settings: Settings, tensors: dict[str, Place], total: Callable[[str], Total], folder: Path):
+        self.rule, self.settings, self.tensors, self.total, self.folder = rule, settings, tensors, total, folder
         self.twin = Twin(tensors, folder)
+
+    def _rule(self, name: str) -> tuple[Rule, Settings]:
+        """The rule of a tensor with its settings: what a rule of matrices leaves is averaged."""
+        rule = on(self.rule, name, self.tensors[name].shape)
+        return rule, self.settings if rule is self.rule else rule.ends
+
+    def _silent(self, name: str) -> bool:
+        """Whether nobody has a say here."""
+        total = self.total(name)
+        return not total.squares or (bool(self._rule(name)[1].get("normalise")) and not total.weight)
 
     def with_seed(self, name: str) -> bool:
         """Whether the seed's own numbers are part of the result."""
-        total = self._total(name)
-        if not self.rule.linear or (self.ends["normalise"] and not total.weight):
+        (rule, settings), total = self._rule(name), self.total(name)
+        if not rule.linear or rule.share or self._silent(name):
             return True
-        return self.ends["scale"] * total.whole != (total.weight if self.ends["normalise"] else 1.0)
-
-    def _total(self, name: str) -> Total:
-        total = self.total(name)
-        return total if self.rule.linear else total._replace(whole=0.0)
+        return settings["scale"] * total.whole != (total.weight if settings["normalise"] else 1.0)
 
     def write(self, piece: Piece, sums: Sequence[fixed.Ints]) -> None:
-        place, total = self.tensors[piece.name], self._total(piece.name)
-        if self.ends["normalise"] and not total.weight and piece.seed is not None:  # nobody has a say here
+        (rule, settings), place = self._rule(piece.name), self.tensors[piece.name]
+        total = self.total(piece.name) if rule.linear else self.total(piece.name)._replace(whole=0.0)
+        if self._silent(piece.name) and piece.seed is not None:
             self.twin.put(place, piece.first, piece.seed)
+            return
+        if rule.entire:
+            assert piece.seed is not None
+            seed = decode(piece.seed, place.dtype).astype(np.float64).reshape(place.shape)
+            theta = rule.finish(_opened(rule, place, sums), seed, total, settings)
+            self.twin.put(place, 0, encode(np.ascontiguousarray(theta, np.float64).reshape(-1), place.dtype))
             return
         for at in range(0, piece.last - piece.first, 1 << 16):
             end = min(at + (1 << 16), piece.last - piece.first)
             values = tuple(fixed.value(sum_N[at:end]) for sum_N in sums)
             raw = None if piece.seed is None else piece.seed[at * place.width : end * place.width]
             seed_N = np.zeros(0) if raw is None else decode(raw, place.dtype).astype(np.float64)
-            theta_N = self.rule.finish(values, seed_N, total, self.ends)
+            theta_N = rule.finish(values, seed_N, total, settings)
             self.twin.put(place, piece.first + at, encode(theta_N.astype(np.float64, copy=False), place.dtype))
 
     def close(self, written: set[str]) -> None:
@@ -168,11 +191,20 @@ class Finisher:
         self.twin.close(written)
 
 
+def _opened(rule: Rule, place: Place, sums: Sequence[Any]) -> tuple[Floats, ...]:
+    """The fields of a whole tensor, in their shapes; what a set of experts came to stands there as it is."""
+    if rule.together:
+        return (sums[0],)
+    pairs = zip(sums[::2], sums[1::2], rule.sizes(place.shape), strict=True)
+    return tuple(fixed.wide_value(high_N, low_N).reshape(size) for high_N, low_N, size in pairs)
+
+
 def _stored(seed: Seed, method: str, settings: dict[str, float], rows: tuple[Contribution, ...], folder: Path, store: Store) -> Merged:
     weights = {path.name: store.put(path) for path in sorted(folder.iterdir())}
     source = seed_folder(seed, store)
     kept = {name: digest if seed.hub is None else store.put(source / name) for name, digest in seed.files.items() if name not in weights}
-    text = card(seed, method, RULES[method].paper, settings, rows, weights)
+    about = KERNELS if RULES[method].matrices else EXACT
+    text = card(seed, method, RULES[method].paper, settings, rows, weights, about=about)
     return Merged(
         seed=seed.digest,
         method=method,

@@ -27,9 +27,12 @@ METHODS: dict[str, tuple[str, dict[str, float]]] = {
     "della_linear": ("della", {"normalise": 0, "density": 1, "epsilon": 0.15}),
     "model_stock": ("model_stock", {}),
     "sce": ("sce", {}),
-    "karcher": ("karcher", {}),
+    "karcher": ("karcher", {"iterations": 10, "tolerance": 1e-5}),
+    "nuslerp": ("nuslerp", {}),
+    "multislerp": ("multislerp", {}),
 }
 SETTINGS = {"normalize": "normalise", "lambda": "scale", "density": "density", "gamma": "gamma", "epsilon": "epsilon"}
+SETTINGS |= {"max_iter": "iterations", "tol": "tolerance", "select_topk": "density"}
 IGNORED = {"int8_mask"}  # how it is calculated, not what
 WORDS = {"merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source", "chat_template", "name"}
 

@@ -1,121 +1,41 @@
-"""The table of merge rules. Each is finish(sum over experts of part(expert)): one number or a few per parameter, that add.
+"""The table of merge rules. Each is finish(sum over experts of part(expert)), or a set of experts looked at together."""
 
-N numbers of one tensor (or a block of it), F fields of a state. `delta` is expert minus seed (the task vector).
-"""
-
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+import re
+from typing import Any
 
 from elmwood.errors import BadInput, UnknownName
-
-Floats = NDArray[np.floating[Any]]
-Settings = Mapping[str, float]
-
-
-class Local(NamedTuple):
-    """What a rule knows of one expert's tensor beside a block of it."""
-
-    low: float = 0.0  # magnitudes below are trimmed
-    high: float = np.inf  # and those from here on
-    chance: Callable[[], Floats] = lambda: np.empty(0)  # uniform numbers [N], the same for an expert wherever it is read
-
-
-class Total(NamedTuple):
-    """What is known of a sum beside its numbers."""
-
-    weight: float  # of all experts together
-    whole: float  # of those that were added as themselves, not as deltas
-
-
-class Rule(NamedTuple):
-    """A row: where it comes from, what it adds, how it ends, its settings with their defaults."""
-
-    paper: str
-    fields: tuple[str, ...]
-    part: Callable[[Floats, float, Local, Settings], tuple[Floats, ...]]  # (delta_N, weight, ...) -> one array for each field
-    finish: Callable[[tuple[Floats, ...], Floats, Total, Settings], Floats]  # (sum_N for each field, seed_N, ...) -> theta_N
-    begins: Mapping[str, float]  # settings that decide the state
-    ends: Mapping[str, float]  # settings that finishing takes: they can be changed without reading experts again
-    linear: bool = False  # the part is weight * delta, so that full experts can be added without subtracting the seed
-    ranks: Callable[[Settings], tuple[float, float]] | None = None  # shares of magnitudes: kept, and cut off at the top
-
-
-# ---- parts: from one expert -------------------------------------------------------------------------------------
-
-
-def scaled(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
-    """Weight times delta."""
-    return (delta_N * weight,)
-
-
-def dropped(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
-    """Each number kept with probability `density`, and made larger by as much (DARE, arXiv:2311.03099)."""
-    return (np.where(local.chance() < settings["density"], delta_N * (weight / settings["density"]), 0.0),)
-
-
-def cut(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
-    """Without the smallest and the largest magnitudes (breadcrumbs, arXiv:2312.06795)."""
-    return (np.where(_kept(delta_N, local), delta_N * weight, 0.0),)
-
-
-def voted(trimmed_N: Floats, weight: float) -> tuple[Floats, ...]:
-    """A ballot: what speaks for plus, what for minus, and with what weight."""
-    plus_N, minus_N = np.maximum(trimmed_N, 0), np.minimum(trimmed_N, 0)
-    return plus_N, minus_N, (trimmed_N > 0) * weight, (trimmed_N < 0) * weight
-
-
-def trimmed(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
-    """The ballot of what is left of delta after trimming (TIES, arXiv:2306.01708)."""
-    return voted(cut(delta_N, weight, local, settings)[0], weight)
-
-
-def drawn(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
-    """The ballot of what chance leaves of delta (DARE with TIES, arXiv:2311.03099)."""
-    return voted(dropped(delta_N, weight, local, settings)[0], weight)
-
-
-def _kept(delta_N: Floats, local: Local) -> NDArray[np.bool_]:
-    magnitude_N = np.abs(delta_N).astype(np.float32)
-    kept_N = magnitude_N >= local.low
-    return kept_N if local.high == np.inf else kept_N & (magnitude_N < local.high)
-
-
-# ---- ends: from the sums of all ---------------------------------------------------------------------------------
-
-
-def shifted(sums: tuple[Floats, ...], seed_N: Floats, total: Total, settings: Settings) -> Floats:
-    """seed + scale * sum / divisor: the weights together where `normalise` is on, else 1. Divided last, so that it is rounded once."""
-    divisor = total.weight if settings["normalise"] else 1.0
-    own = divisor - settings["scale"] * total.whole  # of the seed: what was added as a whole holds it already
-    theta_N = sums[0] * settings["scale"]
-    if own:
-        theta_N += seed_N * own
-    theta_N /= divisor
-    return theta_N
-
-
-def elected(sums: tuple[Floats, ...], seed_N: Floats, total: Total, settings: Settings) -> Floats:
-    """The side with more mass wins (plus, where they are equal); the mean of those on it (TIES, arXiv:2306.01708)."""
-    plus_N, minus_N, plus_weight_N, minus_weight_N = sums
-    wins_N = plus_N + minus_N >= 0
-    mass_N = np.where(wins_N, plus_N, minus_N)
-    if settings["normalise"]:
-        weight_N = np.where(wins_N, plus_weight_N, minus_weight_N)
-        np.divide(mass_N, weight_N, out=mass_N, where=weight_N != 0)
-    mass_N *= settings["scale"]
-    mass_N += seed_N
-    return mass_N
-
-
-# ---- the table --------------------------------------------------------------------------------------------------
+from elmwood.merge.matrices import interfering, isotropic, normal_shapes, regressed, selected, solved, task_singular
+from elmwood.merge.numbers import (
+    cut,
+    directed,
+    divided,
+    drawn,
+    dropped,
+    elected,
+    energetic,
+    erased,
+    gaussian,
+    known,
+    ranked,
+    ranked_votes,
+    scaled,
+    shifted,
+    spanned,
+    stocked,
+    trimmed,
+)
+from elmwood.merge.rule import Rule, Settings, Shape
+from elmwood.merge.spheres import arc, karcher, mean_direction
 
 SUM = ("sum",)
 BALLOT = ("plus", "minus", "plus_weight", "minus_weight")
 CUT = {"density": 0.9, "gamma": 0.01, "across": 0.0}  # across 1: shares of the whole model instead of each tensor
 ADD, VOTE = {"scale": 1.0, "normalise": 0.0}, {"scale": 1.0, "normalise": 1.0}
+SCALE, RIDGE, NORMAL = {"scale": 1.0}, {"scale": 1.0, "ridge": 1e-6}, ("gram", "gram_delta")
+DRAWN = {"density": 0.5, "epsilon": 0.15, "rng_seed": 0.0}
+KARCHER = {"deltas": 0.0, "iterations": 10.0, "tolerance": 1e-5}
+MATRIX: dict[str, Any] = {"entire": True, "matrices": True, "shapes": normal_shapes}
+APART = re.compile(r"embed|wte|wpe|lm_head")  # matrices that multiply no activations, or have words for rows
 
 
 def _densest(settings: Settings) -> tuple[float, float]:
@@ -135,7 +55,30 @@ RULES: dict[str, Rule] = {
     "dare_ties": Rule("arXiv:2311.03099", BALLOT, drawn, elected, {"density": 0.5, "rng_seed": 0.0}, VOTE),
     "breadcrumbs": Rule("arXiv:2312.06795", SUM, cut, shifted, CUT, ADD, ranks=_crumbs),
     "breadcrumbs_ties": Rule("arXiv:2312.06795", BALLOT, trimmed, elected, CUT, VOTE, ranks=_crumbs),
+    "della": Rule("arXiv:2406.11617", SUM, ranked, shifted, DRAWN, ADD, entire=True),
+    "della_ties": Rule("arXiv:2406.11617", BALLOT, ranked_votes, elected, DRAWN, VOTE, entire=True),
+    "sce": Rule("arXiv:2408.07990", ("sum", *BALLOT), energetic, erased, {}, SCALE, entire=True),
+    "sce_select": Rule("arXiv:2408.07990", (), scaled, shifted, {"density": 0.1}, ADD, entire=True, together=selected),
+    "model_stock": Rule("arXiv:2403.19522", ("sum", "direction"), directed, stocked, {}, {}, entire=True),
+    # on the sphere
+    "slerp": Rule("Shoemake 1985", SUM, scaled, spanned, {"deltas": 0.0, "straight": 0.9995}, {}, linear=True, share=arc),
+    "nuslerp": Rule("Shoemake 1985", SUM, scaled, spanned, {"deltas": 1.0, "straight": 1.0}, {}, linear=True, share=arc),
+    "multislerp": Rule("mergekit", SUM, scaled, spanned, {"deltas": 1.0}, {}, linear=True, share=mean_direction),
+    "karcher": Rule("Karcher 1977", SUM, scaled, spanned, KARCHER, {}, linear=True, share=karcher),
+    # with statistics that the experts left
+    "fisher": Rule("arXiv:2111.09832", ("fisher", "sum"), known, divided, {"floor": 1e-6}, SCALE, entire=True, needs="fisher"),
+    "uncertainty": Rule("arXiv:2310.12808", ("fisher", "sum"), gaussian, divided, {"prior": 1.0}, SCALE, entire=True, needs="fisher"),
+    "regmean": Rule("arXiv:2212.09849", NORMAL, regressed, solved, {"alpha": 0.9}, RIDGE, needs="gram", **MATRIX),
+    # of whole matrices
+    "wudi": Rule("arXiv:2503.08099", NORMAL, interfering, solved, {}, RIDGE, **MATRIX),
+    "iso_c": Rule("arXiv:2502.04959", SUM, scaled, isotropic, {}, SCALE, entire=True, matrices=True),
+    "tsv": Rule("arXiv:2412.00081", (), scaled, shifted, {"rank": 0.0}, ADD, entire=True, matrices=True, together=task_singular),
 }
+
+
+def on(rule: Rule, name: str, shape: Shape) -> Rule:
+    """The rule that merges this tensor: where one is for matrices alone, all else is averaged."""
+    return RULES["average"] if rule.matrices and (len(shape) != 2 or APART.search(name)) else rule
 
 
 def settle(name: str, given: Settings) -> tuple[Rule, dict[str, float], dict[str, float]]:
@@ -147,5 +90,12 @@ def settle(name: str, given: Settings) -> tuple[Rule, dict[str, float], dict[str
         raise BadInput(f"{name} has no setting {sorted(unknown)[0]!r}; it has {', '.join([*rule.begins, *rule.ends])}")
     if not 0 < given.get("density", 1.0) <= 1:
         raise BadInput(f"density {given['density']}: the share of numbers kept is above 0 and at most 1")
+    if "epsilon" in rule.begins:
+        density, epsilon = (given.get(key, rule.begins[key]) for key in ("density", "epsilon"))
+        if density < 1 and not 0 < density - epsilon <= density + epsilon <= 1:
+            raise BadInput(
+                f"density {density:g} with epsilon {epsilon:g}: chances from {density - epsilon:g} to {density + epsilon:g}; "
+                "they must lie above 0 and reach 1 at most: change one of them"
+            )
     begins = {key: float(given.get(key, value)) for key, value in rule.begins.items()}
     return rule, begins, {key: float(given.get(key, value)) for key, value in rule.ends.items()}

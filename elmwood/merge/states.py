@@ -3,8 +3,9 @@
 N numbers of a piece of one tensor
 """
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.merge import fixed
-from elmwood.merge.rules import Rule, Settings, settle
+from elmwood.merge.rule import Rule, Settings
+from elmwood.merge.rules import on, settle
 from elmwood.merge.sources import Low, Source, Whole
+from elmwood.merge.statistics import Opened, found
 from elmwood.merge.sums import Pass, Wanted
 from elmwood.merge.tensors import PIECE, Files, Place, pack_header, places
 from elmwood.merge.values import depth_of, weight_of
-from elmwood.records import Contribution, Expert, Seed, Share, State, fingerprint
+from elmwood.records import Contribution, Expert, Seed, Share, State, Statistics, fingerprint
 from elmwood.store import Store
 
 SUMS = "sums.safetensors"
@@ -73,15 +76,28 @@ def open_all(
 
 def pass_over(
     tensors: dict[str, Place], sources: Sequence[Source], weights: Sequence[Weights], wanted: Sequence[Wanted], part: tuple[int, int],
-    progress: Progress,
+    store: Store, progress: Progress,
 ) -> Pass:  # fmt: skip
+    """Raises BadInput where a rule needs statistics that some expert has not left."""
     depth = depth_of(tensors)
-    return Pass(tensors, sources, lambda e, name: weight_of(weights[e], name, depth), wanted, part, progress)
+    left = statistics_of([one.rule for one in wanted], [one.digest for one in sources], store)
+    statistics = [Opened(store.load(left[one.digest], Statistics), store) for one in sources] if left else []
+    return Pass(tensors, sources, lambda e, name: weight_of(weights[e], name, depth), wanted, part, progress, statistics)
 
 
-def contributions(sources: Sequence[Source], weights: Sequence[Weights], reach: Sequence[int]) -> tuple[Contribution, ...]:
+def contributions(
+    sources: Sequence[Source], weights: Sequence[Weights], reach: Sequence[int], left: Mapping[str, str]
+) -> tuple[Contribution, ...]:  # fmt: skip
     rows = zip(sources, weights, reach, strict=True)
-    return tuple(Contribution(expert=one.digest, weight=weight, whole=one.whole, reach=most) for one, weight, most in rows)
+    return tuple(
+        Contribution(expert=one.digest, weight=weight, whole=one.whole, reach=most, statistics=left.get(one.digest))
+        for one, weight, most in rows
+    )
+
+
+def statistics_of(rules: Iterable[Rule], members: Iterable[str], store: Store) -> dict[str, str]:
+    """Expert -> its statistics, where a rule needs them. Raises BadInput where some are absent."""
+    return {digest: found(digest, store).digest for digest in sorted(members)} if any(rule.needs for rule in rules) else {}
 
 
 # ---- states -----------------------------------------------------------------------------------------------------
@@ -95,19 +111,36 @@ def state(
     rule, begins, _ = settle(method, settings)
     fields = {"seed": seed.digest, "method": method, "settings": begins, "part": part}
     plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
-    key = fingerprint("state", seed, method, begins, part, plain)
+    left = statistics_of([rule], members, store)
+    key = fingerprint("state", seed, method, begins, part, plain, *([left] if left else []))
     if done := store.done(key):
         return store.load(done, State)
     tensors, sources, weights = open_all(seed, members, store, False)
-    work = pass_over(tensors, sources, weights, [Wanted(rule, begins)], part, progress)
-    layout = {name: (work.span(name)[1] - work.span(name)[0]) for name in work.names()}
+    if not rule.sums:
+        made = State(**fields, contributions=contributions(sources, weights, [0] * len(sources), left), files={})
+        store.finish(key, made)
+        return made
+    work = pass_over(tensors, sources, weights, [Wanted(rule, begins)], part, store, progress)
+    layout: dict[str, int] = {}
+    for name in work.names():
+        mine = on(rule, name, tensors[name].shape)
+        first, last = work.span(name)
+        sizes = (
+            [math.prod(size) for size in mine.sizes(tensors[name].shape) for _ in "ab"]
+            if mine.entire
+            else [last - first] * len(mine.fields)
+        )
+        if not mine.entire or work.mine(name):
+            layout |= {f"{name}|{field}": size for field, size in zip(mine.stored(), sizes, strict=True)}
 
-    def pieces() -> Iterator[tuple[str, int, list[fixed.Ints]]]:
+    def pieces() -> Iterator[tuple[str, int, fixed.Ints]]:
         for piece in work.run(lambda name: False):
-            yield piece.name, piece.first - work.span(piece.name)[0], piece.sums[0]
+            mine = on(rule, piece.name, tensors[piece.name].shape)
+            at = 0 if mine.entire else piece.first - work.span(piece.name)[0]
+            yield from ((f"{piece.name}|{field}", at, sum_N) for field, sum_N in zip(mine.stored(), piece.sums[0], strict=True))
 
-    files = _write_sums(store, key, layout, rule, pieces())
-    made = State(**fields, contributions=contributions(sources, weights, work.reach[0]), files=files)
+    files = _write_sums(store, key, layout, pieces())
+    made = State(**fields, contributions=contributions(sources, weights, work.reach[0], left), files=files)
     store.finish(key, made)
     return made
 
@@ -129,12 +162,14 @@ def add(one: State, other: State, store: Store) -> State:
 
 def remove(one: State, expert: str, store: Store, progress: Progress = silent) -> State:
     """The sum without an expert, as if it had never been there. Needs the expert's files. Raises BadInput."""
-    found = next((c for c in one.contributions if c.expert == expert), None)
-    if found is None:
+    row = next((c for c in one.contributions if c.expert == expert), None)
+    if row is None:
         raise BadInput(f"expert {expert[:8]} is not in this state; `elmwood show` lists what is")
     if len(one.contributions) == 1:
         raise BadInput(f"expert {expert[:8]} is the only one in this state: nothing would be left")
-    alone = state(store.load(one.seed, Seed), {expert: found.weight}, one.method, one.settings, store, one.part, progress)
+    alone = state(store.load(one.seed, Seed), {expert: row.weight}, one.method, one.settings, store, one.part, progress)
+    if alone.contributions != (row,):
+        raise BadInput(f"expert {expert[:8]} has other statistics now than when it was added: sum the others anew")
     rest = tuple(c for c in one.contributions if c.expert != expert)
     return _combined(one, alone, rest, store, np.subtract)
 
@@ -152,36 +187,40 @@ def _combined(one: State, other: State, rows: tuple[Contribution, ...], store: S
     if done := store.done(key):
         return store.load(done, State)
     rule = settle(one.method, one.settings)[0]
+    if not rule.sums:  # the set of experts is all there is
+        made = one.model_copy(update={"contributions": rows})
+        store.finish(key, made)
+        return made
     mine, its = sum_places(one, store), sum_places(other, store)
     # a tensor that no expert of a state changes is not in it: it counts as zero
-    layout = {key.rpartition("|")[0]: place.numbers for key, place in sorted((mine | its).items())}
-    changed = set(layout) if combine is np.add else _changed(rows, layout, store)
-    layout = {name: numbers for name, numbers in layout.items() if name in changed}
+    layout = {key: place.numbers for key, place in (mine | its).items()}
+    names = {key.rpartition("|")[0] for key in layout}
+    changed = names if combine is np.add or rule.needs else _changed(rows, names, store)
+    layout = {key: numbers for key, numbers in layout.items() if key.rpartition("|")[0] in changed}
     files = Files()
 
     def read(held: dict[str, Place], key: str, first: int, last: int) -> NDArray[np.int64]:
         return files.read(held[key], first, last).view(np.int64) if key in held else np.zeros(last - first, np.int64)
 
-    def pieces() -> Iterator[tuple[str, int, list[fixed.Ints]]]:
-        for name, numbers in layout.items():
+    def pieces() -> Iterator[tuple[str, int, fixed.Ints]]:
+        for key, numbers in layout.items():
             for first in range(0, numbers, PIECE):
                 last = min(numbers, first + PIECE)
-                keys = [f"{name}|{field}" for field in rule.fields]
-                yield name, first, [combine(read(mine, key, first, last), read(its, key, first, last)) for key in keys]
+                yield key, first, combine(read(mine, key, first, last), read(its, key, first, last))
 
-    written = _write_sums(store, key, layout, rule, pieces())
+    written = _write_sums(store, key, layout, pieces())
     files.close()
     made = one.model_copy(update={"contributions": rows, "files": written})
     store.finish(key, made)
     return made
 
 
-def _changed(rows: tuple[Contribution, ...], layout: Mapping[str, int], store: Store) -> set[str]:
+def _changed(rows: tuple[Contribution, ...], names: set[str], store: Store) -> set[str]:
     """The tensors that these experts change."""
     changed: set[str] = set()
     for row in rows:
         if row.whole:
-            return set(layout)
+            return names
         expert = store.load(row.expert, Expert)
         folder = store.folder(expert.files)
         seed = seed_places(store.load(expert.seed, Seed), store)
@@ -193,21 +232,18 @@ def sum_places(one: State, store: Store) -> dict[str, Place]:
     return places([store.folder(one.files) / SUMS])
 
 
-def _write_sums(
-    store: Store, key: str, layout: Mapping[str, int], rule: Rule, pieces: Iterator[tuple[str, int, list[fixed.Ints]]]
-) -> dict[str, str]:  # fmt: skip
-    """The file of a state, tensors in the order of their names."""
-    entries = [(f"{name}|{field}", "I64", (layout[name],), 8 * layout[name]) for name in sorted(layout) for field in rule.fields]
+def _write_sums(store: Store, key: str, layout: Mapping[str, int], pieces: Iterator[tuple[str, int, fixed.Ints]]) -> dict[str, str]:
+    """The file of a state, tensors and their fields in the order of their names."""
+    entries = [(name, "I64", (layout[name],), 8 * layout[name]) for name in sorted(layout)]
     top = pack_header(entries, {"format": "elmwood-state", "unit": "2^-44"})
     path = store.work(key) / SUMS
     with path.open("wb") as file:
         file.write(top)
-    found = _starts(entries, len(top))
+    starts = _starts(entries, len(top))
     with path.open("r+b") as file:
         file.truncate(len(top) + sum(size for *_, size in entries))
-        for name, first, sums in pieces:
-            for field, sum_N in zip(rule.fields, sums, strict=True):
-                os.pwrite(file.fileno(), sum_N.tobytes(), found[f"{name}|{field}"] + 8 * first)
+        for name, first, sum_N in pieces:
+            os.pwrite(file.fileno(), sum_N.tobytes(), starts[name] + 8 * first)
     return {SUMS: store.put(path)}
 
 

@@ -3,7 +3,7 @@
 N numbers of a block; E experts
 """
 
-import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
-from elmwood.errors import BadInput
 from elmwood.merge import fixed
-from elmwood.merge.rules import Local, Rule, Settings
+from elmwood.merge.entire import Asked, entire
+from elmwood.merge.reading import chance, finite_reach, numbers_of
+from elmwood.merge.rule import Local, Rule, Settings, Total
+from elmwood.merge.rules import on
 from elmwood.merge.select import Kth
 from elmwood.merge.sources import Source, Whole
+from elmwood.merge.statistics import Opened
 from elmwood.merge.tensors import BLOCK, PIECE, SIZES, Place, Reader, Request, decode
 
 Floats = NDArray[np.floating[Any]]
@@ -37,7 +40,7 @@ class Piece(NamedTuple):
     first: int
     last: int
     seed: NDArray[np.uint8] | None  # its bytes, where they were asked for
-    sums: list[list[fixed.Ints]]  # [wanted][field]
+    sums: list[list[Any]]  # [wanted][key] whole numbers; nothing for those whose sums come with another piece of the tensor
 
 
 class Pass:
@@ -51,20 +54,42 @@ class Pass:
         wanted: Sequence[Wanted],
         part: tuple[int, int] = (0, 1),
         progress: Progress = silent,
+        statistics: Sequence[Opened] = (),
     ):
         self.seed, self.sources, self.weight, self.wanted, self.part, self.progress = seed, sources, weight, wanted, part, progress
+        self.statistics = statistics
         self.reach = [[0] * len(sources) for _ in wanted]  # the bound of what each expert added
+        self.shares: list[dict[str, Floats]] = [{} for _ in wanted]  # weights that a rule chose, by tensor
         self.scratch_N = np.empty(BLOCK)
 
     def names(self) -> list[str]:
-        """Tensors that are merged: those of numbers, that some expert changes."""
-        return [name for name, place in self.seed.items() if place.dtype in SIZES and any(one.has(name) for one in self.sources)]
+        """Tensors that are merged: those of numbers, that some expert changes or has statistics of."""
+        every = any(one.rule.needs for one in self.wanted)
+        return [name for name, place in self.seed.items() if place.dtype in SIZES and (every or any(one.has(name) for one in self.sources))]
 
     def span(self, name: str) -> tuple[int, int]:
         """The numbers of a tensor that belong to this part of the work: whole blocks, in about equal shares."""
         numbers, (mine, of) = self.seed[name].numbers, self.part
         blocks = -(-numbers // BLOCK)
         return min(numbers, blocks * mine // of * BLOCK), min(numbers, blocks * (mine + 1) // of * BLOCK)
+
+    def mine(self, name: str) -> bool:
+        """Whether a tensor that is summed whole belongs to this part of the work."""
+        return list(self.seed).index(name) % self.part[1] == self.part[0]
+
+    def rule(self, number: int, name: str) -> Rule:
+        """The rule that merges a tensor for one of the wanted sums."""
+        return on(self.wanted[number].rule, name, self.seed[name].shape)
+
+    def weights(self, number: int, name: str) -> Floats:
+        """The weights of all experts in one of the sums."""
+        chosen = self.shares[number].get(name)
+        return np.array([self.weight(e, name) for e in range(len(self.sources))]) if chosen is None else chosen
+
+    def total(self, number: int, name: str) -> Total:
+        weight_E = self.weights(number, name)
+        whole_E = np.array([one.whole for one in self.sources])
+        return Total(*(float(value) for value in (weight_E.sum(), weight_E[whole_E].sum(), np.square(weight_E).sum())))
 
     def run(self, with_seed: Callable[[str], bool]) -> Iterator[Piece]:
         """The sums of every piece of every tensor; `with_seed` says where the seed's own bytes are asked for too. Raises BadInput."""
@@ -74,14 +99,22 @@ class Pass:
         with Reader(PIECE * 8) as reader:
             across = [self._cuts(one, names, reader) if one.begins.get("across") else None for one in self.wanted]
             for name in names:
-                cuts = [
-                    found if found or not one.rule.ranks else self._cuts(one, [name], reader)
-                    for one, found in zip(self.wanted, across, strict=True)
-                ]
-                for piece in self._tensor(name, cuts, reader, with_seed(name)):
-                    done += (piece.last - piece.first) * len(self.sources)
-                    self.progress("merge", done, total, "numbers")
-                    yield piece
+                whole = {number for number in range(len(self.wanted)) if self.rule(number, name).entire}
+                if whole and self.mine(name):
+                    yield self._entire(name, whole, reader)
+                if len(whole) < len(self.wanted):
+                    self._share(name, reader)
+                    cuts = [
+                        found if found or not one.rule.ranks else self._cuts(one, [name], reader)
+                        for one, found in zip(self.wanted, across, strict=True)
+                    ]
+                    for piece in self._tensor(name, cuts, reader, with_seed(name)):
+                        done += (piece.last - piece.first) * len(self.sources)
+                        self.progress("merge", done, total, "numbers")
+                        yield piece
+                else:
+                    done += self.seed[name].numbers * len(self.sources)
+                    self.progress("merge", min(done, total), total, "numbers")
         for reach in self.reach:
             fixed.check_room(sum(reach))
 
@@ -91,7 +124,9 @@ class Pass:
         """Whether deltas of full experts are called for, which are differences from the seed."""
         numbers = self.seed[name].numbers
         full = [one for one in self.sources if isinstance(one, Whole)]
-        return any(one.reads(name, numbers) < numbers for one in full) or (bool(full) and any(not one.rule.linear for one in self.wanted))
+        return any(one.reads(name, numbers) < numbers for one in full) or (
+            bool(full) and any(not self.rule(number, name).linear for number in range(len(self.wanted)))
+        )
 
     def _plan(self, name: str, seed: bool, groups: Sequence[Sequence[Source]]) -> Iterator[tuple[int, int, int, list[Request]]]:
         """(first, last, group, what to read) for each step."""
@@ -115,7 +150,11 @@ class Pass:
         for (first, last, number, _), raws in zip(plan, reader.stream(step for *_, step in plan), strict=True):
             starts = range(0, last - first, BLOCK)
             if number == 0:
-                sums = [[[fixed.Sum(min(BLOCK, last - first - at)) for _ in one.rule.fields] for at in starts] for one in self.wanted]
+                rules = [self.rule(number, name) for number in range(len(self.wanted))]
+                sums = [
+                    [[fixed.Sum(min(BLOCK, last - first - at)) for _ in ([] if rule.entire else rule.fields)] for at in starts]
+                    for rule in rules
+                ]
             for block, at in enumerate(starts):
                 self._block(name, first, at, min(last - first, at + BLOCK), groups[number], raws, seed, cuts, [one[block] for one in sums])
             if number == len(groups) - 1:
@@ -131,29 +170,78 @@ class Pass:
         seed_N = decode(raws[0][at * place.width : end * place.width], place.dtype).astype(np.float64) if seed else None
         rest = iter(raws[1:] if seed else raws)
         scratch_N = self.scratch_N[: end - at]
+        weights = [self.weights(number, name) for number in range(len(self.wanted))]
         for e in group:
             one = self.sources[e]
             raw = next(rest) if isinstance(one, Whole) else None
-            weight = self.weight(e, name)
-            value_N, delta_N = _numbers(one, name, first + at, first + end, at, place, raw, seed_N)
-            largest = _finite_reach(value_N, one, name)
+            value_N, delta_N = numbers_of(one, name, first + at, first + end, at, place, raw, seed_N)
+            largest = finite_reach(value_N, one, name)
             for number, (wanted, mine) in enumerate(zip(self.wanted, sums, strict=True)):
-                if not weight:
+                weight, rule = float(weights[number][e]), self.rule(number, name)
+                if not weight or rule.entire:
                     continue
-                if wanted.rule.linear:
+                if rule.linear:
                     scaled = fixed.reach(np.array([largest * weight]))
                     parts: Sequence[Floats] = (value_N if weight == 1 else value_N.astype(np.float64) * weight,)
                 else:
                     if delta_N is None:
                         delta_N = value_N if seed_N is None or not one.whole else value_N.astype(np.float64) - seed_N
                     low, high = cuts[number][e] if cuts[number] else (0.0, np.inf)
-                    chance = _chance(one.digest, name, wanted.begins, first + at, end - at)
-                    parts = wanted.rule.part(delta_N, weight, Local(low, high, chance), wanted.begins)
+                    drawn = chance(one.digest, name, wanted.begins, first + at, end - at)
+                    parts = rule.part(delta_N, weight, Local(low, high, drawn), wanted.begins)
                     scaled = None
                 for sum_N, part_N in zip(mine, parts, strict=True):
                     reach = scaled if scaled is not None else fixed.reach(part_N)
                     self.reach[number][e] = max(self.reach[number][e], fixed.bound(reach))
                     sum_N.add(part_N, reach, scratch_N)
+
+    def _entire(self, name: str, whole: set[int], reader: Reader) -> Piece:
+        """The sums of those that look at a whole tensor."""
+        asked = [Asked(self.rule(number, name), self.wanted[number].begins, self.weights(number, name)) for number in sorted(whole)]
+        raw, found, reach = entire(name, self.seed[name], self.sources, asked, self.statistics, reader.files)
+        sums: list[list[Any]] = [[] for _ in self.wanted]
+        for number, mine, most in zip(sorted(whole), found, reach, strict=True):
+            sums[number] = mine
+            self.reach[number] = [max(pair) for pair in zip(self.reach[number], most, strict=True)]
+        return Piece(name, 0, self.seed[name].numbers, raw, sums)
+
+    # ---- inner products
+
+    def _share(self, name: str, reader: Reader) -> None:
+        """Let the rules that see experts as points of a sphere choose their weights, from one reading of the tensor."""
+        asked = [(number, one) for number, one in enumerate(self.wanted) if one.rule.share]
+        for whole in {not one.begins["deltas"] for _, one in asked}:
+            inner_EE = self._inner(name, whole, reader)
+            for number, one in asked:
+                if whole == (not one.begins["deltas"]):
+                    assert one.rule.share is not None
+                    weight_E = np.array([self.weight(e, name) for e in range(len(self.sources))])
+                    self.shares[number][name] = one.rule.share(inner_EE, weight_E, one.begins) if weight_E.any() else weight_E
+
+    def _inner(self, name: str, whole: bool, reader: Reader) -> Floats:
+        """Inner products [E, E] of the experts' deltas, or of their weights as they are. One more reading, pieces of all in memory."""
+        place, count = self.seed[name], len(self.sources)
+        found: dict[tuple[int, int], list[float]] = {(i, j): [] for i in range(count) for j in range(i + 1)}
+        part, self.part = self.part, (0, 1)
+        plan = list(self._plan(name, True, [self.sources]))
+        self.part = part
+        for (first, last, _, _), raws in zip(plan, reader.stream(step for *_, step in plan), strict=True):
+            for at in range(0, last - first, BLOCK):
+                end = min(last - first, at + BLOCK)
+                seed_N = decode(raws[0][at * place.width : end * place.width], place.dtype).astype(np.float64)
+                rest, point_EN = iter(raws[1:]), []
+                for one in self.sources:
+                    raw = next(rest) if isinstance(one, Whole) else None
+                    value_N, delta_N = numbers_of(one, name, first + at, first + end, at, place, raw, seed_N)
+                    finite_reach(value_N, one, name)
+                    delta_N = value_N.astype(np.float64) - seed_N if delta_N is None else delta_N
+                    point_EN.append(delta_N + seed_N if whole else delta_N)
+                for (i, j), sums in found.items():
+                    sums.append(fixed.block_inner(point_EN[i], point_EN[j]))
+        inner_EE = np.zeros((count, count))
+        for (i, j), sums in found.items():
+            inner_EE[i, j] = inner_EE[j, i] = math.fsum(sums)
+        return inner_EE
 
     # ---- thresholds
 
@@ -207,51 +295,12 @@ class Pass:
         return np.concatenate(found)
 
 
-def _numbers(
-    one: Source, name: str, first: int, last: int, at: int, place: Place, raw: Any, seed_N: Floats | None
-) -> tuple[Floats, Floats | None]:
-    """What a linear rule adds: an expert's own numbers, or its delta; and the delta where that is the same."""
-    if isinstance(one, Whole):
-        mine = one.places[name]
-        value_N = decode(raw[at * mine.width : (at + last - first) * mine.width], mine.dtype)
-        if value_N.size < last - first:  # rows the expert does not have are the seed's
-            assert seed_N is not None
-            value_N = np.concatenate([value_N, seed_N[value_N.size :]])
-        return value_N, None
-    if not one.has(name):
-        zero_N = np.zeros(last - first)
-        return zero_N, zero_N
-    delta_N = one.delta(name, first, last, place.shape[-1])
-    return delta_N, delta_N
-
-
 def _magnitude(one: Source, name: str, first: int, last: int, at: int, place: Place, raw: Any, seed_N: Floats) -> Floats:
-    value_N, delta_N = _numbers(one, name, first, last, at, place, raw, seed_N)
+    value_N, delta_N = numbers_of(one, name, first, last, at, place, raw, seed_N)
     magnitude_N = np.abs(value_N - seed_N if delta_N is None else delta_N).astype(np.float32)
-    _finite_reach(magnitude_N, one, name)  # a threshold among numbers that are none would never be found
+    finite_reach(magnitude_N, one, name)  # a threshold among numbers that are none would never be found
     return magnitude_N
-
-
-def _finite_reach(value_N: Floats, one: Source, name: str) -> float:
-    """The largest magnitude. Raises BadInput for a number that is not finite."""
-    largest = fixed.reach(value_N)
-    if not largest < np.inf:
-        raise BadInput(f"expert {one.digest[:8]}: {name} holds a number that is not finite: its training went astray; leave it out")
-    return largest
 
 
 def _joined(blocks: Sequence[fixed.Sum]) -> fixed.Ints:
     return blocks[0].close() if len(blocks) == 1 else np.concatenate([block.close() for block in blocks])
-
-
-def _chance(digest: str, name: str, begins: Settings, first: int, count: int) -> Callable[[], Floats]:
-    """Uniform numbers for a part of an expert's tensor: by what they are for, not by when they are drawn."""
-
-    def draw() -> Floats:
-        key = hashlib.sha256(f"{digest} {name} {begins.get('rng_seed', 0.0)}".encode()).digest()
-        source = np.random.Philox(key=np.frombuffer(key[:16], np.uint64))
-        source.advance(first // 4)  # four numbers to a step
-        raw_N = source.random_raw(count + first % 4)[first % 4 :]
-        return (raw_N >> np.uint64(11)) * 2.0**-53
-
-    return draw

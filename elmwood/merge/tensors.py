@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput, Damaged
+from elmwood.merge import fixed
 
 Floats = NDArray[np.floating[Any]]
 Bytes = NDArray[np.uint8]
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that can be merged -> bytes of a number
-BLOCK = 1 << 16  # numbers worked on at once: they stay in the second-level cache
+BLOCK = fixed.BLOCK  # numbers worked on at once: they stay in the second-level cache
 PIECE = 4 * BLOCK  # numbers read at once
 
 

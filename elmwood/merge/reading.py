@@ -1,0 +1,55 @@
+"""One expert's numbers, from the bytes of its file or its factors.
+
+N numbers of a block of one tensor
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from elmwood.errors import BadInput
+from elmwood.merge import fixed
+from elmwood.merge.rule import Floats, Settings
+from elmwood.merge.sources import Source, Whole
+from elmwood.merge.tensors import Place, decode
+
+
+def numbers_of(
+    one: Source, name: str, first: int, last: int, at: int, place: Place, raw: Any, seed_N: Floats | None
+) -> tuple[Floats, Floats | None]:
+    """What a linear rule adds: an expert's own numbers, or its delta; and the delta where that is the same."""
+    if isinstance(one, Whole):
+        mine = one.places[name]
+        value_N = decode(raw[at * mine.width : (at + last - first) * mine.width], mine.dtype)
+        if value_N.size < last - first:  # rows the expert does not have are the seed's
+            assert seed_N is not None
+            value_N = np.concatenate([value_N, seed_N[value_N.size :]])
+        return value_N, None
+    if not one.has(name):
+        zero_N = np.zeros(last - first)
+        return zero_N, zero_N
+    delta_N = one.delta(name, first, last, place.shape[-1])
+    return delta_N, delta_N
+
+
+def finite_reach(value_N: Floats, one: Source, name: str) -> float:
+    """The largest magnitude. Raises BadInput for a number that is not finite."""
+    largest = fixed.reach(value_N)
+    if not largest < np.inf:
+        raise BadInput(f"expert {one.digest[:8]}: {name} holds a number that is not finite: its training went astray; leave it out")
+    return largest
+
+
+def chance(digest: str, name: str, begins: Settings, first: int, count: int) -> Callable[[], Floats]:
+    """Uniform numbers for a part of an expert's tensor: by what they are for, not by when they are drawn."""
+
+    def draw() -> Floats:
+        key = hashlib.sha256(f"{digest} {name} {begins.get('rng_seed', 0.0)}".encode()).digest()
+        source = np.random.Philox(key=np.frombuffer(key[:16], np.uint64))
+        source.advance(first // 4)  # four numbers to a step
+        raw_N = source.random_raw(count + first % 4)[first % 4 :]
+        return (raw_N >> np.uint64(11)) * 2.0**-53
+
+    return draw
