@@ -45,7 +45,7 @@ def drawn(delta_N: Floats, weight: float, local: Local, settings: Settings) -> t
 
 def ranked(delta: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
     """Each number kept with a probability that grows with its rank among the magnitudes of its row, and made larger by as much
-    (MAGPRUNE of DELLA, arXiv:2406.11617): density - epsilon for the smallest, density + epsilon for the largest; all of them at density 1."""
+    (MAGPRUNE of DELLA, arXiv:2406.11617): density - epsilon for the smallest, density + epsilon for the largest; all at density 1."""
     if settings["density"] >= 1:
         return (delta * weight,)
     magnitude_RN = np.abs(np.atleast_2d(delta)).astype(np.float32)
