@@ -31,7 +31,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+from typer.testing import CliRunner
 
+from elmwood.cli import app
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, BadSeed, Damaged
@@ -200,10 +202,12 @@ def folder_of(config, folder):
     return folder
 
 
-def llama_cpp_logits(path, tokens):
+def llama_cpp_logits(path, tokens, lora=None):
     from llama_cpp import Llama
 
-    model = Llama(str(path), logits_all=True, verbose=False, n_ctx=64, n_batch=64, n_threads=1, type_k=0, type_v=0)
+    model = Llama(
+        str(path), logits_all=True, verbose=False, n_ctx=64, n_batch=64, n_threads=1, type_k=0, type_v=0, lora_path=lora and str(lora)
+    )
     cut = model.tokenize(TEXT.encode(), add_bos=False, special=True)
     model.eval(tokens)
     found = torch.tensor(np.array(model.scores[: len(tokens)]))
@@ -252,6 +256,27 @@ def test_a_gguf_file_of_a_folded_expert_in_any_dtype(dtype, error, experts, seed
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32).state_dict()
     for name, tensor in load_file(tmp_path / "dense" / "model.safetensors").items():
         assert ((read[name] - tensor).abs() <= error * tensor.abs() + (1e-7 if error else 0)).all(), name
+
+
+def test_an_adapter_for_llama_cpp_adds_what_the_folded_one_has_more(experts, seed, store, tmp_path):
+    for form in ("gguf", "gguf-adapter"):
+        export(experts["lora"], store, tmp_path / form, form)
+    export(seed, store, tmp_path / "seed", "gguf")
+    files = {name: tmp_path / name / "model.gguf" for name in ("seed", "gguf", "gguf-adapter")}
+    found = {name: {one.name: np.array(one.data) for one in GGUFReader(path).tensors} for name, path in files.items()}
+    for name, folded in found["gguf"].items():
+        if f"{name}.lora_a" in found["gguf-adapter"]:
+            a_RI, b_OR = (found["gguf-adapter"].pop(f"{name}.lora_{end}").astype(np.float64) for end in "ab")
+            np.testing.assert_allclose(found["seed"][name] + b_OR @ a_RI / len(a_RI), folded, atol=1e-6)
+        else:
+            assert np.array_equal(folded, found["seed"][name])
+    assert not found["gguf-adapter"]
+    if find_spec("llama_cpp"):
+        tokens = tiny_tokenizer().encode(TEXT).ids
+        whole, over = llama_cpp_logits(files["gguf"], tokens)[0], llama_cpp_logits(files["seed"], tokens, files["gguf-adapter"])[0]
+        torch.testing.assert_close(over, whole, atol=2e-2, rtol=0)
+    with pytest.raises(BadInput, match="use_dora"):
+        export(experts["dora"], store, tmp_path / "dora", "gguf-adapter")
 
 
 def test_numbers_outside_a_dtype_are_seen(tmp_path):
@@ -325,6 +350,18 @@ def test_a_vocabulary_that_falls_back_to_bytes(tmp_path):
         model = Llama(str(folder / "model.gguf"), vocab_only=True, verbose=False)
         assert [model.tokenize(text.encode(), add_bos=True) for text in texts] == [[1, *words.encode(text).ids] for text in texts]
         model.close()
+
+
+def test_the_verb_says_what_it_wrote_and_leaves_nothing_of_a_failure(experts, store, tmp_path):
+    def asked(*words):
+        return CliRunner().invoke(app, ["export", *words, "--store", str(store.root), "--json"])
+
+    done = asked(experts["lora"].digest, str(tmp_path / "out"), "--format", "gguf", "--dtype", "bf16")
+    assert json.loads(done.stdout)["files"] == ["README.md", "elmwood.json", "model.gguf"]
+    assert json.loads((tmp_path / "out" / "elmwood.json").read_bytes())["kind"] == "expert"
+    for words in ((experts["full"].digest, str(tmp_path / "bad"), "--format", "peft"), (experts["full"].digest, str(tmp_path / "out"))):
+        assert isinstance(asked(*words).exception, BadInput)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # ---- without us

@@ -415,7 +415,8 @@ def export(
     name: Annotated[str, typer.Argument(help="A seed, an expert, a merge, a state or a partition: name or digest.")],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
     form: Annotated[
-        str | None, typer.Option("--format", help="transformers, peft or gguf; default: an adapter as it is, else transformers.")
+        str | None,
+        typer.Option("--format", help="transformers, peft, gguf or gguf-adapter; default: an adapter as it is, else transformers."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of a GGUF file's matrices: f32, f16 or bf16; default: as stored.")] = None,
     store: StoreOption = STORE,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(SEED), FOLDER)  # SEED: the seed, exported""",
     "gguf": "llama-cli -m FOLDER/model.gguf -p TEXT",
+    "gguf-adapter": "llama-cli -m SEED/model.gguf --lora FOLDER/model.gguf -p TEXT  # SEED: the seed, exported as gguf",
 }
 
 EXACT = "Summed in whole numbers, so that any machine and any order of the experts makes the same bytes."
@@ -45,7 +46,7 @@ def model_card(record: Seed | Expert | Merged, seed: Seed, form: str, domain: st
     """Markdown with the header that model hubs read, for one exported folder. `domain`: what an expert's is called."""
     top = [
         "---",
-        f"library_name: {form}",
+        f"library_name: {form.partition('-')[0]}",
         f"tags: [elmwood, {record.kind}]",
         *([f"license: {seed.licence}"] if seed.licence else []),
         "---",
@@ -64,10 +65,10 @@ def model_card(record: Seed | Expert | Merged, seed: Seed, form: str, domain: st
             title = f"{len(record.contributions)} experts of {seed.name}, merged"
             facts += [f"Method: `{record.method}`."]
             facts += [f"- expert `{row.expert}`, weight {'; '.join(_said(share) for share in row.weight)}" for row in record.contributions]
-    if form != "peft" and "adapter_config.json" in record.files:
+    if form in ("transformers", "gguf") and "adapter_config.json" in record.files:
         facts += ["An adapter folded into its seed: each number rounded once."]
     facts += [f"Seed: {seed.name}, {seed.architecture}, {seed.parameters} parameters, `{seed.digest}`."]
     facts += [f"Licence of the seed: {seed.licence or 'not stated'}.", f"A text begins with token {seed.separator}."]
-    shell = "sh" if form == "gguf" else "python"
+    shell = "sh" if form.startswith("gguf") else "python"
     rows = ["| file | digest |", "|---|---|", *(f"| {name} | `{digest}` |" for name, digest in sorted(files.items()))]
     return "\n".join([*top, f"# {title}", "", *facts, "", f"```{shell}", RUN[form], "```", "", *rows, ""])

@@ -18,7 +18,7 @@ from elmwood.registry import require
 from elmwood.store import Store, hash_file
 
 Model = Seed | Expert | Merged
-FORMATS = ("transformers", "peft", "gguf")
+FORMATS = ("transformers", "peft", "gguf", "gguf-adapter")
 DTYPES = ("F32", "F16", "BF16")
 FILE, ADAPTER = "model.gguf", "adapter_config.json"
 
@@ -33,7 +33,7 @@ def export(
     form = form or ("peft" if adapter else "transformers")
     if form not in FORMATS:
         raise BadInput(f"no format {form!r}; have {', '.join(FORMATS)}")
-    if form == "peft" and not adapter:
+    if form in ("peft", "gguf-adapter") and not adapter:
         raise BadInput(f"a {record.kind} with weights of its own is no adapter: export it with --format transformers or gguf")
     if dtype and (form != "gguf" or dtype not in DTYPES):
         raise BadInput(f"--dtype {dtype}: for --format gguf, one of {', '.join(DTYPES)}; other formats keep the numbers as they are")
@@ -45,6 +45,12 @@ def export(
     elif form == "transformers":
         checkpoint(record, seed, store, folder, progress)
         check_checkpoint(folder, progress)
+    elif form == "gguf-adapter":
+        require("gguf", "gguf")
+        from elmwood.merge.gguf import write_lora  # an extra
+
+        low = Low(record.digest, store.folder(record.files), seed_places(seed, store))
+        write_lora(seed_folder(seed, store), low, folder / FILE, name=f"{seed.name}-{record.digest[:8]}")
     else:
         require("gguf", "gguf")
         from elmwood.merge.gguf import write_gguf  # an extra

@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
+from elmwood.merge.sources import Low
 from elmwood.merge.tensors import PIECE, SIZES, Bytes, Files, Place, check_finite, decode, encode, places
 from elmwood.merge.vocabulary import CURE, write_vocabulary
 
@@ -60,10 +61,7 @@ def write_gguf(
     """`dtype` F32, F16 or BF16 for the matrices, by default as stored; vectors and routers are F32. What was written is read again
     and looked at. Raises BadInput for what llama.cpp has no place for, Damaged.
     """
-    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.model_type not in ARCHITECTURES:
-        raise BadInput(f"{config.model_type} models are not within reach of this exporter (it knows {', '.join(ARCHITECTURES)}): {CURE}")
-    architecture = ARCHITECTURES[config.model_type]
+    config, architecture = _read(folder)
     parts = plan(config, architecture, places(sorted(folder.glob("*.safetensors"))), dtype)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture])
     writer.add_name(name)
@@ -81,6 +79,46 @@ def write_gguf(
         writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.bytes, raw_dtype=TYPES[part.dtype])
     _write(writer, factors, parts, progress)
     check_gguf(path, parts)
+
+
+def write_lora(folder: Path, low: Low, path: Path, *, name: str) -> None:
+    """An adapter for llama.cpp's --lora, over the GGUF file of the seed in `folder`; its scale is in B. Raises BadInput, Damaged."""
+    config, architecture = _read(folder)
+    names, heads = get_tensor_name_map(architecture, config.num_hidden_layers), _turned(config, architecture)
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture])
+    writer.add_type("adapter")
+    writer.add_name(name)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 1.0)
+    parts = []
+    for key, place in sorted(low.factors.items()):
+        there = names.get_name(key, try_suffixes=(".weight",))
+        if there is None or low.turned:
+            raise BadInput(f"llama.cpp has no place for an adapter of {key}: fold it, with --format gguf")
+        a_RI, b_OR, scale = low.pair(key)
+        b_OR = b_OR * (scale * len(a_RI))  # llama.cpp divides by the rank
+        if count := heads.get(there.split(".")[2], 0):
+            b_OR = b_OR.reshape(count, 2, -1, len(a_RI)).swapaxes(1, 2).reshape(b_OR.shape)
+        for end, value in (("lora_a", a_RI), ("lora_b", b_OR)):
+            writer.add_tensor(f"{there}.{end}", np.ascontiguousarray(value, np.float32))
+            parts.append(Part(f"{there}.{end}", "F32", (place[0]._replace(shape=value.shape),)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    check_gguf(path, parts)
+
+
+def _read(folder: Path) -> tuple[Any, MODEL_ARCH]:
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type not in ARCHITECTURES:
+        raise BadInput(f"{config.model_type} models are not within reach of this exporter (it knows {', '.join(ARCHITECTURES)}): {CURE}")
+    return config, ARCHITECTURES[config.model_type]
+
+
+def _turned(config: Any, architecture: MODEL_ARCH) -> dict[str, int]:
+    """The matrices whose rotary pairs change places, and their heads."""
+    return {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if architecture is MODEL_ARCH.LLAMA else {}
 
 
 # ---- what the file says -----------------------------------------------------------------------------------------
@@ -147,8 +185,7 @@ def _rotary(writer: GGUFWriter, config: Any) -> np.ndarray | None:
 
 def plan(config: Any, architecture: MODEL_ARCH, found: dict[str, Place], dtype: str | None) -> list[Part]:
     """Every tensor of the file; those of experts stand together. Raises BadInput for one that llama.cpp has no place for."""
-    names = get_tensor_name_map(architecture, config.num_hidden_layers)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if architecture is MODEL_ARCH.LLAMA else {}
+    names, heads = get_tensor_name_map(architecture, config.num_hidden_layers), _turned(config, architecture)
     groups: dict[str, dict[int, Place]] = {}
     for key, place in found.items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
