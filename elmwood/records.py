@@ -255,7 +255,7 @@ class Forest(Record):
 
 
 class Ensemble(Record):
-    """A sparse mixture of a forest's next-token probabilities."""
+    """A sparse mixture of a forest's next-token probabilities, or of its adapters' weights."""
 
     kind: Literal["ensemble"] = "ensemble"
     forest: Digest
@@ -263,6 +263,8 @@ class Ensemble(Record):
     top_k: int = Field(2, gt=0)
     temperature: float = Field(0.1, gt=0)
     seed_distance: float | None = None  # the seed as a candidate at this squared distance; None: not a candidate
+    mixing: Literal["outputs", "weights"] = "outputs"  # weights: adapters summed anew for each prompt, one pass
+    block: int = Field(64, gt=0)  # mixing weights: tokens scored with the weights of the prompt before them
 
 
 class Score(Record):

@@ -23,6 +23,7 @@ state_app = typer.Typer(
 )
 app.add_typer(state_app, name="state")
 
+MixingOption = Annotated[str | None, typer.Option(help="Of an ensemble: outputs, or weights: adapters summed for each prompt.")]
 StoreOption = Annotated[Path, typer.Option("--store", envvar="ELMWOOD_STORE", help="Folder of blobs, records and refs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Call the result this.")]
@@ -344,6 +345,7 @@ def state_finalize(
 @app.command("eval")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Seeds, experts, merges, ensembles or forests: names or digests.")],
+    mixing: MixingOption = None,
     partition: Annotated[str | None, typer.Option(help="Whose holdout; default: the first forest's or expert's.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window; default: the seed's context, at most 1024.")] = None,
     documents: Annotated[int | None, typer.Option(help="At most so many held-out documents.")] = None,
@@ -353,8 +355,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Bits per byte on held-out documents. A forest is shown as its seed, its ensembles and their bounds."""
-    _verb("models", "evaluate", models=models, partition=partition, length=length, documents=documents, name=name, workers=workers,
-          store=store, as_json=as_json)  # fmt: skip
+    _verb("models", "evaluate", models=models, mixing=mixing, partition=partition, length=length, documents=documents, name=name,
+          workers=workers, store=store, as_json=as_json)  # fmt: skip
 
 
 @app.command()
@@ -381,6 +383,7 @@ def compare(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A seed, expert, merge, ensemble or forest: name or digest.")],
+    mixing: MixingOption = None,
     prompt: Annotated[str | None, typer.Option(help="Continue this and stop; default: read prompts from the terminal.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token.")] = 0.8,
@@ -390,8 +393,8 @@ def chat(
     as_json: JsonOption = False,
 ) -> None:
     """Continue text, and say which experts spoke."""
-    _verb("models", "chat", model=model, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, rng_seed=rng_seed,
-          store=store, as_json=as_json)  # fmt: skip
+    _verb("models", "chat", model=model, mixing=mixing, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
+          rng_seed=rng_seed, store=store, as_json=as_json)  # fmt: skip
 
 
 @app.command()

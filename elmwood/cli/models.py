@@ -31,11 +31,15 @@ def forest(*, partition, experts, name, store, as_json) -> None:
     keep(home, made_of, name, as_json)
 
 
-def evaluate(*, models, partition, length, documents, name, workers, store, as_json) -> None:
+def evaluate(*, models, mixing, partition, length, documents, name, workers, store, as_json) -> None:
     from elmwood.cli.study import compare_models  # torch
 
     home = Store(store)
     opened = [home.load(model) for model in expand(home, models)]
+    if mixing:
+        opened = [mixed(model, mixing, home) for model in opened]
+        if name and len(opened) == 1:
+            home.name(name, opened[0].digest)
     comparison, ensemble = compare_models(opened, models, home, partition=partition, length=length, documents=documents, workers=workers)
     if ensemble and name:
         home.name(name, ensemble.digest)
@@ -79,13 +83,14 @@ def verdict(comparison: Comparison) -> str:
     return f"{best.name} is better than every control{margin}."
 
 
-def chat(*, model, prompt, max_tokens, temperature, top_p, rng_seed, store, as_json) -> None:
+def chat(*, model, mixing, prompt, max_tokens, temperature, top_p, rng_seed, store, as_json) -> None:
     from elmwood.ensemble.generate import generate  # torch
     from elmwood.ensemble.mixture import open_model
     from elmwood.lm.load import tokenizer
 
     home = Store(store)
     record = as_model(home.load(model), home)
+    record = mixed(record, mixing, home) if mixing else record
     lm = open_model(record, home)
     words = tokenizer(seed_of(record, home), home)
     asked = iter([prompt]) if prompt is not None else iter(lambda: input("> "), None)
@@ -117,6 +122,18 @@ def as_model(record: Record, store: Store) -> Record:
         record = Ensemble(forest=record.digest)
         store.add(record)
     return record
+
+
+def mixed(record: Record, mixing: str, store: Store) -> Ensemble:
+    """An ensemble (or a forest, for its default one) that mixes outputs or weights. Raises BadInput."""
+    record = as_model(record, store)
+    if not isinstance(record, Ensemble):
+        raise BadInput(f"--mixing is of ensembles and forests, {record.digest[:8]} is a {record.kind}: leave it out")
+    if mixing not in ("outputs", "weights"):
+        raise BadInput(f"--mixing {mixing!r}: mix outputs (probabilities, a pass for each expert) or weights (adapters, one pass)")
+    made = record.model_copy(update={"mixing": mixing})
+    store.add(made)
+    return made
 
 
 def seed_of(record: Record, store: Store) -> Seed:

@@ -60,7 +60,8 @@ def summary(record: Record) -> str:
         case Forest():
             return f"{len(record.experts)} experts"
         case Ensemble():
-            return f"{record.router}, top-{record.top_k}, temperature {record.temperature:.3g}"
+            mixed = ", weights mixed for each prompt" if record.mixing == "weights" else ""
+            return f"{record.router}, top-{record.top_k}, temperature {record.temperature:.3g}{mixed}"
         case Merged():
             off = "" if record.error is None else f", {record.error:.2g} from the exact sum"
             return f"{record.method} of {len(record.contributions)} experts{off}"

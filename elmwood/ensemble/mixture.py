@@ -72,6 +72,10 @@ class Gate:
         """Let a text grow; weights for predicting what comes next [E]."""
         return self._weights(walk.push(b"".join(self.spelled[token] for token in tokens_T))[None])[0]
 
+    def prompt(self, tokens_T: Sequence[int]) -> Floats:
+        """Weights for predicting what comes after these [E]."""
+        return self.push(Walk(self.embedder, self.centroids_P), tokens_T)
+
     def believe(self, before_NE: Floats) -> Floats:
         """Weights [N, E] from the log-likelihood of the text so far under each candidate. Experts are alike at first; the seed
         begins behind by its distance, in nats."""
@@ -176,6 +180,55 @@ class EnsembleLM:
         return list(range(len(self.experts) - (0 if self.gate.seed_joins else 1)))
 
 
+class Fixed(Text):
+    """A text that is read with weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spoke: dict[str, float] = {}
+        self.weight_E: Floats | None = None  # none before its prompt has come
+
+
+class WeightsLM:
+    """LoRA experts summed into one adapter for each prompt, by its router's weights; one pass, whatever their number.
+
+    theta = seed + sum over e of w_e(prompt) delta_e: not the mixture of probabilities, but its first-order neighbour in weights. The
+    prompt is what the first `extend` of a text brings; its weights stay until the text ends. A row is scored as if its text were
+    continued anew at every block: tokens b … b + block - 1 as after the prompt x_<b, read under that prompt's weights; those of the first
+    block as after the first token. So `score` says what `extend` would.
+    """
+
+    def __init__(self, ensemble: Ensemble, store: Store, device: torch.device | str | None = None):
+        """Raises ForeignExpert, UnknownName, BadInput where an expert is no adapter or the router goes by likelihoods."""
+        outputs = EnsembleLM(ensemble, store, device)
+        self.experts, self.gate, self.names, self.block = outputs.experts, outputs.gate, outputs.names, ensemble.block
+        self.context, self.vocabulary, self.separator, self.stops = outputs.context, outputs.vocabulary, outputs.separator, outputs.stops
+        if self.gate.by_loglik:
+            raise BadInput(f"router {ensemble.router!r} runs every expert to weigh it, which mixing weights is to spare: choose 'centroid'")
+        self.experts.adapters_only()
+
+    def score(self, tokens_BT: Any) -> Tensor:
+        """log p(x_t | x_<t) [B, T], float32 on the CPU: one pass for each block, over all that comes before its end."""
+        tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
+        loglik_BT = torch.zeros(tokens_BT.shape)
+        weight_BTE = np.stack([self.gate.tokens(row) for row in tokens_BT.tolist()])
+        for begin in range(0, tokens_BT.shape[1], self.block):
+            first, end = max(1, begin), min(begin + self.block, tokens_BT.shape[1])
+            if first < end:
+                loglik_BT[:, first:end] = self.experts.score_mixed(weight_BTE[:, first], tokens_BT[:, :end], end - first)
+        return loglik_BT
+
+    def start(self) -> Fixed:
+        return Fixed()
+
+    def extend(self, tokens_T: Sequence[int], cache: Fixed) -> tuple[Tensor, Fixed]:
+        self.experts.check(tokens_T, len(cache.tokens) + len(tokens_T))
+        if cache.weight_E is None:
+            cache.weight_E = self.gate.prompt(tokens_T)
+            cache.spoke = {self.names[e]: float(cache.weight_E[e]) for e in np.flatnonzero(cache.weight_E)}
+        return self.experts.extend_mixed(cache.weight_E, tokens_T, cache).cpu(), cache
+
+
 def _names(experts: Sequence[Expert], store: Store) -> list[str]:
     """What each expert is called: the domain it was trained on, and its digest where it shares the name."""
     domains = [store.load(expert.partition or "", Partition).domains[expert.domain or 0].name for expert in experts]
@@ -198,5 +251,5 @@ def open_model(record: Record, store: Store, device: torch.device | str | None =
         case Merged():
             return OneLM(Experts(store.load(record.seed, Seed), [_as_expert(record)], store, device), 0, record.digest[:8])
         case Ensemble():
-            return EnsembleLM(record, store, device)
+            return (WeightsLM if record.mixing == "weights" else EnsembleLM)(record, store, device)
     raise UnknownName(f"a {record.kind} is not a model; a seed, an expert, a merge or an ensemble is: `elmwood show` lists what there is")

@@ -3,7 +3,7 @@
 Shapes: E experts (the seed is the last), A of them active, B rows, T tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from elmwood.records import Expert, Seed
 from elmwood.store import Store
 
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # in memory at once while scoring: few enough for the cache; more where launches cost
+MIXED = 1 << 26  # numbers of summed adapters in memory at once while scoring
 BANKED = ("lora", "qlora")  # what these change is W + B A; DoRA (arXiv:2402.09353) rescales the base's rows besides
 BASE = -1  # the key of the shared base among the bodies
 
@@ -86,10 +87,27 @@ class Experts:
         loglik_BT = torch.zeros(rows, length)
         for start in range(0, rows, at_once):
             part_BT = tokens_BT[start : start + at_once].to(self.device)
-            logits_BTV = model(input_ids=part_BT, use_cache=False).logits[:, :-1]
-            nll_N = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), part_BT[:, 1:].flatten(), reduction="none")
-            loglik_BT[start : start + at_once, 1:] = -nll_N.view(len(part_BT), -1).cpu()
+            loglik_BT[start : start + at_once, 1:] = _loglik(model, part_BT, length - 1)
         return loglik_BT
+
+    @torch.inference_mode()
+    def score_mixed(self, weight_BE: Any, tokens_BT: Any, last: int) -> Tensor:
+        """log p of the last tokens of each row [B, last], float32 on the CPU, under the seed plus the row's own weighted sum of adapters.
+
+        A weight of the seed, or of no candidate, adds nothing. Raises BadInput.
+        """
+        tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
+        rows, length = tokens_BT.shape
+        self.check(tokens_BT.flatten(), length)
+        model, bank = self._body(BASE)
+        assert bank
+        mixtures = [self._mixture(weight_E) for weight_E in weight_BE]
+        at_once = max(1, min(LOGITS[self.device.type] // (last * self.seed.vocabulary), MIXED // max(1, bank.numbers)))
+        parts = []
+        for start in range(0, rows, at_once):
+            bank.mix(mixtures[start : start + at_once])
+            parts.append(_loglik(model, tokens_BT[start : start + at_once].to(self.device), last))
+        return torch.cat(parts)
 
     def start(self) -> Text:
         """An empty text."""
@@ -116,12 +134,40 @@ class Experts:
                 logits_AV[places[number]] = logits_V
         return torch.log_softmax(torch.stack(logits_AV).float(), -1), text
 
-    def _read(self, body: Body, states: States, numbers: list[int], tokens: Sequence[int]) -> list[tuple[int, Tensor]]:
-        """(number, logits [V] after the last token) for experts of one body."""
+    @torch.inference_mode()
+    def extend_mixed(self, weight_E: Any, tokens_T: Sequence[int], text: Text) -> Tensor:
+        """As `extend`, under the seed plus a weighted sum of adapters, the same ones for the whole text: log-probabilities [V]."""
+        self.check(tokens_T, len(text.tokens) + len(tokens_T))
+        text.tokens.extend(tokens_T)
+        body, mixture = self._body(BASE), self._mixture(weight_E)
+        bank = body.bank
+        assert bank
+        states = text.states.get(BASE) or text.states.setdefault(BASE, States(_layers(body.model)))
+        ((_, logits_V),) = self._read(body, states, [0], text.tokens, lambda _: bank.mix([mixture]))
+        return torch.log_softmax(logits_V.float(), -1)
+
+    def adapters_only(self) -> None:
+        """Raises BadInput where some expert is no adapter over the shared base."""
+        if len(self.adapters) < len(self.experts):
+            other = next(expert for e, expert in enumerate(self.experts) if e not in self.adapters)
+            raise BadInput(
+                f"expert {other.digest[:8]} is a {other.recipe.method} one: only LoRA adapters are summed for each prompt; "
+                "mix outputs instead"
+            )
+
+    def _mixture(self, weight_E: Any) -> dict[int, float]:
+        """Number in the bank -> weight, of those that have one."""
+        return {self._places[e][1]: float(weight_E[e]) for e in range(len(self.experts)) if weight_E[e]}
+
+    def _read(
+        self, body: Body, states: States, numbers: list[int], tokens: Sequence[int], select: Callable[[Sequence[int]], None] | None = None
+    ) -> list[tuple[int, Tensor]]:
+        """(number, logits [V] after the last token) for experts of one body; `select` readies its bank for some of them."""
         found = []
+        select = select or (body.bank.select if body.bank else None)
         for first, last in states.arrange(numbers, len(tokens)):
-            if body.bank:
-                body.bank.select(states.owner[first:last])
+            if select:
+                select(states.owner[first:last])
             unread = torch.tensor(tokens[states.length[first] :], device=self.device).expand(last - first, -1)
             output = body.model(input_ids=unread, cache=states.open(first, last), use_cache=True, logits_to_keep=1)
             states.close(first, last, len(tokens))
@@ -139,6 +185,14 @@ class Experts:
             raise BadInput(
                 f"a token id outside 0 … {self.seed.vocabulary - 1}: the text was made with another tokenizer than {self.seed.name}'s"
             )
+
+
+def _loglik(model: PreTrainedModel, tokens_BT: Tensor, last: int) -> Tensor:
+    """log p of the last tokens of each row, given those before them [B, last], on the CPU."""
+    logits_BTV = model(input_ids=tokens_BT, use_cache=False, logits_to_keep=last + 1).logits[:, :-1]
+    target_N = tokens_BT[:, tokens_BT.shape[1] - last :].flatten()
+    nll_N = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), target_N, reduction="none")
+    return -nll_N.view(len(tokens_BT), -1).cpu()
 
 
 def _layers(model: PreTrainedModel) -> int:

@@ -10,7 +10,7 @@ time in proportion to n.)
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +111,7 @@ class Bank:
         self.rows: dict[int, Tensor] = {}  # adapter -> its numbers [P], the one used last at the end
         self.slots_SP = torch.empty(0, self.numbers, dtype=self.dtype, device=self.device)
         self.held: list[int | None] = []  # adapter in each slot
-        self.selected: tuple[int, ...] = ()
+        self.selected: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.adapters)
@@ -129,6 +129,30 @@ class Bank:
         else:
             self._bind(self._fill(slots))
         self.selected = tuple(slots)
+
+    def mix(self, rows: Sequence[Mapping[int, float]]) -> None:
+        """Let slot s of the next batches use the sum of rows[s][n] times adapter n, until the next `select` or `mix`.
+
+        An adapter of adapters side by side, whose ranks add up: exact, and no product B A is formed.
+        """
+        wanted = tuple(tuple(sorted(row.items())) for row in rows)
+        if wanted == self.selected:
+            return
+        self.selected = ()  # until all is in place
+        many = max(map(len, rows))
+        if not many:
+            self.select([len(self)])
+            return
+        flat_SP = torch.zeros(len(rows), self.numbers * many, dtype=self.dtype, device=self.device)
+        wide = [layer._replace(rank=layer.rank * many, start=layer.start * many) for layer in self.layers]
+        for number in sorted({number for row in rows for number in row}):
+            mine_1P = self._row(number).unsqueeze(0).to(self.device)
+            for slot, row in enumerate(wanted):
+                for place, (found, weight) in enumerate(row):
+                    if found == number:
+                        _lay(mine_1P, self.layers, flat_SP[slot : slot + 1], wide, place, weight)
+        self._bind(flat_SP, wide)
+        self.selected = wanted
 
     def _fill(self, slots: Sequence[int]) -> Tensor:
         """Copy adapters into their slots, but for those that are there already."""
@@ -153,10 +177,19 @@ class Bank:
         self.rows[number] = flat_P
         return flat_P
 
-    def _bind(self, flat_SP: Tensor) -> None:
+    def _bind(self, flat_SP: Tensor, layers: Sequence[Layer] | None = None) -> None:
         """Point the layers to their numbers. Views: nothing is copied."""
-        for layer, module in zip(self.layers, self.adapted, strict=True):
+        for layer, module in zip(layers or self.layers, self.adapted, strict=True):
             module.a_SRI, module.b_SOR = _halves(flat_SP, layer)
+
+
+def _lay(one_1P: Tensor, layers: Sequence[Layer], flat_1P: Tensor, wide: Sequence[Layer], place: int, weight: float) -> None:
+    """Copy an adapter to its place among those side by side, B times its weight."""
+    for layer, room in zip(layers, wide, strict=True):
+        (a_1RI, b_1OR), (wide_a, wide_b) = _halves(one_1P, layer), _halves(flat_1P, room)
+        span = slice(place * layer.rank, (place + 1) * layer.rank)
+        wide_a[:, span] = a_1RI
+        torch.mul(b_1OR, weight, out=wide_b[:, :, span])
 
 
 def _halves(flat_SP: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
