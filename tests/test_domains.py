@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice, pairwise
 
@@ -16,7 +19,8 @@ from sklearn.cluster import KMeans
 from elmwood.corpus.build import build, documents
 from elmwood.corpus.read import Document
 from elmwood.domains import cluster, dense, embed, grow, names, route
-from elmwood.domains.partition import add, assign, centroids, heirs, partition, serving, split
+from elmwood.domains.grow import Means
+from elmwood.domains.partition import add, assign, centroids, fit_embedder, heirs, partition, serving, split
 from elmwood.domains.share import FAR, publish, published, quantiles, receive, survey
 from elmwood.domains.words import Lexicon, finished, spans, words
 from elmwood.errors import BadCorpus, BadInput, BadRecord, Damaged, ForeignExpert, UnknownName
@@ -197,7 +201,7 @@ def test_neural_embedders(name, tmp_path):
     found = some_texts(TOPICS, 12, np.random.default_rng(4))
     model = dense.Model("letters", letters if name == "seed" else whole)
     record = embed.fit(name, found, model=model, dimension=16).save(store)
-    fitted = embed.load(record, store, model)
+    fitted = embed.load(record, store, lambda name, _: {"letters": model.encode}[name])
     x_ND = fitted.embed(found)
     label_N = cluster.kmeans(x_ND, len(TOPICS)).label_N
     assert len({(topic_of(text), int(label)) for text, label in zip(found, label_N, strict=True)}) == len(TOPICS)
@@ -205,6 +209,9 @@ def test_neural_embedders(name, tmp_path):
     cut = len(text) if name == "seed" else spans(text)[dense.STRIDE - 1][1]
     near = route.prefix_distances(fitted, x_ND[:3], text, [cut])
     np.testing.assert_allclose(near, route.distances(fitted, x_ND[:3], [text[:cut]]), atol=1e-6)
+    walk = route.Walk(fitted, x_ND[:3])
+    walked = np.stack([walk.push(letter.encode()) for letter in text])
+    np.testing.assert_allclose(walked, route.prefix_distances(fitted, x_ND[:3], text, range(1, len(text) + 1)), atol=1e-5)
     with pytest.raises(BadInput, match="'letters'"):
         embed.load(record, store)
     with pytest.raises(BadInput, match="needs a model"):
@@ -422,19 +429,63 @@ def test_random_domains_are_the_control(made):
     np.testing.assert_allclose(np.asarray(centroids(control, store))[0], x_ND.mean(0), atol=1e-6)
 
 
-@pytest.mark.parametrize("stop_at", ["embed", "part train documents", "part holdout documents"])
-def test_what_was_cut_off_goes_on(made, stop_at, tmp_path):
-    store, corpus, first = made
-    shutil.copytree(store.root / "blobs", tmp_path / "blobs")
-    other = Store(tmp_path)
+@pytest.fixture(scope="module")
+def sharded(made, tmp_path_factory):
+    """The same documents in small shards, and their partition."""
+    store, corpus, _ = made
+    folder = tmp_path_factory.mktemp("sharded")
+    found = [document.text for role in (corpus.train, corpus.holdout) for document in documents(role, store)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("elmwood.corpus.build.SHARD", 10_000)
+        small = build_corpus(folder / "text", Store(folder / "store"), found)
+    assert len(small.train) >= 3
+    return folder / "store", small, partition(small, Store(folder / "store"), domains=3)
 
-    def stop(what, done, total, unit):
-        if what == stop_at:
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        partition(corpus, other, domains=3, progress=stop)
-    assert partition(corpus, other, domains=3) == first
+def undone(root, folder):
+    """A copy of a store in which no task has begun."""
+    for part in ("blobs", "records"):
+        shutil.copytree(root / part, folder / part)
+    return Store(folder)
+
+
+KILLED = """
+import os, signal, sys
+from elmwood.domains.partition import partition
+from elmwood.store import Store
+def stop(what, done, total, unit):
+    if what == sys.argv[3] and done == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+store = Store(sys.argv[1])
+partition(store.load(sys.argv[2]), store, domains=3, progress=stop)
+"""
+
+
+def test_a_run_that_was_killed_goes_on_at_its_shard(sharded, tmp_path):
+    root, corpus, expected = sharded
+    store = undone(root, tmp_path)
+    for stop_at, stem in (("embed", "shard-"), ("part train documents", "train-")):
+        command = [sys.executable, "-c", KILLED, str(store.root), corpus.digest, stop_at]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert len(list(store.root.glob(f"work/*/{stem}[0-9]*.*"))) >= 2
+    kept = {path: path.stat().st_mtime_ns for path in store.root.glob("work/*/*") if path.suffix in (".safetensors", ".json")}
+    told = []
+
+    def watch(what, *_):
+        told.append(what)
+        assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+
+    assert partition(corpus, store, domains=3, progress=watch) == expected
+    assert "part train documents" in told
+    assert not any(what.startswith("embed shard") for what in told), "nothing is done twice"
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_every_engine_makes_the_same_bytes(sharded, engine, tmp_path):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    root, corpus, expected = sharded
+    assert partition(corpus, undone(root, tmp_path), domains=3, means=Means(workers=2, engine=engine)) == expected
 
 
 def test_documents_outside_the_fit_go_to_the_nearest(made, monkeypatch):
@@ -530,8 +581,8 @@ def test_splitting_leaves_the_others_as_they_were(made):
     assert parted.parent == first.digest
     for place in (0, 2):
         assert parted.domains[place].model_copy(update={"origin": None}) == first.domains[place]
-    for signal in ("dense", "sparse"):
-        old, new = centroids(first, store, signal), centroids(parted, store, signal)
+    for kind in ("dense", "sparse"):
+        old, new = centroids(first, store, kind), centroids(parted, store, kind)
         old, new = ((x.term_VK.toarray().T if isinstance(x, route.Sparse) else x)[[0, 2]] for x in (old, new))
         np.testing.assert_array_equal(old, new)
     for role in ("train", "holdout"):
@@ -593,9 +644,9 @@ def test_partitions_refuse_what_cannot_be(made):
 
 def test_a_partition_by_a_neural_embedder(made):
     store, corpus, _ = made
-    model = dense.Model("letters", letters)
-    found = partition(corpus, store, domains=3, embedder="seed", model=model)
-    label_N, _ = assign(found, store, some_texts(TOPICS[:3], 1, np.random.default_rng(8)), model)
+    embedder = fit_embedder(corpus, store, "seed", model=dense.Model("letters", letters))
+    found = partition(corpus, store, domains=3, embedder=embedder, means=Means(open_model=lambda name, _: letters))
+    label_N, _ = assign(found, store, some_texts(TOPICS[:3], 1, np.random.default_rng(8)), lambda name, _: letters)
     assert len(set(label_N.tolist())) == 3
     with pytest.raises(BadInput, match="no sparse centroids"):
         centroids(found, store, "sparse")

@@ -10,6 +10,7 @@ from tiny_models import full_expert, lora_expert, tiny_seed
 from elmwood import evaluate
 from elmwood.corpus.build import build, documents
 from elmwood.domains.partition import partition as divide
+from elmwood.domains.route import posterior_scores
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, Damaged
 from elmwood.evaluate.compare import top_ks
@@ -231,16 +232,22 @@ def test_a_fit_is_never_worse_than_where_it_started(rng_seed, top_k):
     rng = np.random.default_rng(rng_seed)
     dist2_NK = 2 * rng.random((50, 3))
     loglik_NE = -5 * rng.random((50, 4))
-    found = evaluate.fit(loglik_NE, dist2_NK, top_k)
-    assert found.nats == pytest.approx(-evaluate.mix(loglik_NE, weights(dist2_NK, *found[:4])).mean())
-    for temperature in (1e-3, 0.1, 10.0):
-        assert found.nats <= -evaluate.mix(loglik_NE, weights(dist2_NK, "centroid", top_k, temperature, None)).mean() + 1e-3
+    for router, signal_NS in (("centroid", dist2_NK), ("sparse", dist2_NK), ("posterior", posterior_scores(loglik_NE))):
+        found = evaluate.fit(loglik_NE, signal_NS, top_k, router)
+        assert found.router == router
+        assert found.nats == pytest.approx(-evaluate.mix(loglik_NE, weights(signal_NS, *found[:4])).mean())
+        for temperature in (0.3, 1.0, 10.0):
+            assert found.nats <= -evaluate.mix(loglik_NE, weights(signal_NS, router, top_k, temperature, None)).mean() + 1e-3
 
 
 def test_weights_have_a_column_for_the_seed_either_way():
     dist2_NK = np.array([[0.5, 1.0]])
     assert weights(dist2_NK, "centroid", 1, 0.1, None).tolist() == [[1, 0, 0]]
     assert weights(dist2_NK, "centroid", 1, 0.1, 0.2).tolist() == [[0, 0, 1]]
+    score_NE = np.array([[-3.0, -4.0, -2.0]])  # nats, the seed last
+    assert weights(score_NE, "posterior", 1, 1.0, None).tolist() == [[1, 0, 0]]
+    assert weights(score_NE, "posterior", 1, 1.0, 0.9).tolist() == [[0, 0, 1]]
+    assert weights(score_NE, "posterior", 1, 1.0, 1.1).tolist() == [[1, 0, 0]]
 
 
 # ---- compare
@@ -250,11 +257,12 @@ def test_the_table_has_every_control(grown, held, columns):
     store, partition, _, _ = grown
     seed_N, expert_NK = columns
     cost = evaluate.Cost(batch=8, steps=10, tokens=300, machine_seconds=3.0, wall_seconds=1.0)
-    side = evaluate.Side(expert_NK, evaluate.distances(held, partition, store), cost)
+    sparse2_NK = evaluate.distances(held, partition, store, signal="sparse")
+    side = evaluate.Side(expert_NK, evaluate.distances(held, partition, store), cost, sparse2_NK=sparse2_NK)
     dense = [evaluate.Control("dense", expert_NK[:, 1] + 0.1, cost), evaluate.Control("dense, large batch", expert_NK[:, 1])]
     made = evaluate.compare(held, seed_N, side, dense, random=side)
     named = {one.name: one for one in made.rows}
-    assert [one.role for one in made.rows] == ["seed", "control", "control", "control", "control", "control", *["result"] * 3, "bound"]
+    assert [one.role for one in made.rows] == ["seed", *["control"] * 5, *["result"] * 5, "bound"]
     assert {"seed", "dense", "uniform routing", "random clusters, uniform", "c-BTM top-1", "c-BTM top-2", "c-BTM all"} <= set(named)
     assert named["dense"].gain is None
     assert named["dense, large batch"].gain < 0
@@ -265,6 +273,15 @@ def test_the_table_has_every_control(grown, held, columns):
     np.testing.assert_allclose(np.sum(made.routing, 1), 1)
     assert made.best in made.fits
     assert made.fitted["top_k"] == made.best.top_k
+    assert [one.router for one in made.fits] == ["centroid"] * 3 + ["sparse", "posterior"]
+    for name in ("sparse", "posterior"):
+        asked = evaluate.compare(held, seed_N, side, router=name)
+        assert asked.best.router == name
+        assert asked.chosen.startswith(f"{name} routing")
+        assert asked.fitted[f"{name} temperature"] == asked.fitted["temperature"] == asked.best.temperature
+    assert made.best.router != "posterior"
+    with pytest.raises(BadInput, match="routed by 'oracle'"):
+        evaluate.compare(held, seed_N, side, router="oracle")
 
 
 def test_settings_do_not_look_at_the_test_half(grown, held, columns):

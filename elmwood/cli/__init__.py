@@ -45,6 +45,7 @@ CheckpointingOption = Annotated[
 ]
 OptimiserOption = Annotated[str, typer.Option(help="adamw, or adamw8bit: its moments in a quarter of the bytes.")]
 TogetherOption = Annotated[int, typer.Option(help="So many LoRA experts at once, over one copy of the seed.")]
+ShardsOption = Annotated[int, typer.Option("--workers", help="Shards of text worked on at once; their number does not change the result.")]
 STORE = Path(".elmwood")
 
 
@@ -86,18 +87,24 @@ def cluster(
         str | None, typer.Option("--with", help="Only count which domains of this partition they belong to: a name, digest or folder.")
     ] = None,
     domains: Annotated[int, typer.Option(help="How many.")] = 8,
-    embedder: Annotated[str, typer.Option(help="A row of the table of embedders, or module:function.")] = "tfidf",
+    embedder: Annotated[str, typer.Option(help="tfidf, hashing, cbtm, seed or sentence.")] = "tfidf",
+    embedder_model: Annotated[
+        str | None, typer.Option(help="For 'seed': its name or digest; for 'sentence': a folder, or a hub id (downloads it).")
+    ] = None,
     method: Annotated[str, typer.Option(help="balanced, plain or random.")] = "balanced",
     holdout: Annotated[float, typer.Option(help="Share of documents nobody trains on.")] = 0.1,
     field: Annotated[str, typer.Option(help="The text column of JSONL and Parquet.")] = "text",
     rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
+    workers: ShardsOption = 1,
+    engine: EngineOption = "local",
     name: NameOption = None,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Read a corpus and discover its domains: makes a Partition."""
-    _verb("domains", "cluster", corpus=corpus, partition=partition, domains=domains, embedder=embedder, method=method,
-          holdout=holdout, field=field, rng_seed=rng_seed, name=name, store=store, as_json=as_json)  # fmt: skip
+    """Read a corpus and discover its domains: makes a Partition. Interrupted, it goes on at the shard where it was."""
+    _verb("domains", "cluster", corpus=corpus, partition=partition, domains=domains, embedder=embedder, embedder_model=embedder_model,
+          method=method, holdout=holdout, field=field, rng_seed=rng_seed, workers=workers, engine=engine, name=name, store=store,
+          as_json=as_json)  # fmt: skip
 
 
 @app.command()
@@ -122,13 +129,15 @@ def add(
     holdout: Annotated[float, typer.Option(help="Share of documents nobody trains on.")] = 0.1,
     field: Annotated[str, typer.Option(help="The text column of JSONL and Parquet.")] = "text",
     rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
+    workers: ShardsOption = 1,
+    engine: EngineOption = "local",
     name: NameOption = None,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
     """Let a corpus bring new domains to a partition; the experts of the old ones stay valid."""
     _verb("domains", "add", partition=partition, corpus=corpus, domains=domains, holdout=holdout, field=field, rng_seed=rng_seed,
-          name=name, store=store, as_json=as_json)  # fmt: skip
+          workers=workers, engine=engine, name=name, store=store, as_json=as_json)  # fmt: skip
 
 
 @seed_app.command("import")
@@ -349,14 +358,17 @@ def evaluate(
     partition: Annotated[str | None, typer.Option(help="Whose holdout; default: the first forest's or expert's.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window; default: the seed's context, at most 1024.")] = None,
     documents: Annotated[int | None, typer.Option(help="At most so many held-out documents.")] = None,
+    router: Annotated[
+        str | None, typer.Option(help="Of the fitted ensemble: centroid, sparse or posterior; default: the better of the first two.")
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Call the fitted ensemble of a forest this.")] = None,
     workers: WorkersOption = None,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
     """Bits per byte on held-out documents. A forest is shown as its seed, its ensembles and their bounds."""
-    _verb("models", "evaluate", models=models, mixing=mixing, partition=partition, length=length, documents=documents, name=name,
-          workers=workers, store=store, as_json=as_json)  # fmt: skip
+    _verb("models", "evaluate", models=models, mixing=mixing, partition=partition, length=length, documents=documents, router=router,
+          name=name, workers=workers, store=store, as_json=as_json)  # fmt: skip
 
 
 @app.command()

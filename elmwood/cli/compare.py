@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
+from elmwood.cli.domains import opener
 from elmwood.cli.models import as_model
 from elmwood.cli.screen import bars, emit, out, short, talk
-from elmwood.domains.route import ROUTERS, candidates, gate
+from elmwood.domains.partition import serving
+from elmwood.domains.route import ROUTERS, candidates, gate, nearest_place
 from elmwood.engine import Progress
 from elmwood.errors import BadInput, UnknownName
 from elmwood.evaluate.budget import order
@@ -96,12 +98,13 @@ def weights(model: Record, models: Sequence[str], held: evaluate.Holdout, tokens
     if model.router not in ROUTERS:  # a record may come from a stranger, so no 'module:function' here
         raise UnknownName(f"the ensemble asks for router {model.router!r}; have {', '.join(sorted(ROUTERS))}")
     router = ROUTERS[model.router]
-    if router.signal != "dense":
-        raise BadInput(f"router {model.router!r} goes by {router.signal} signals, and compare by centroids: use 'centroid' or 'uniform'")
+    if router.signal not in ("dense", "sparse"):
+        raise BadInput(f"router {model.router!r} goes by {router.signal} signals, and compare by distances: use 'centroid' or 'sparse'")
     forest = store.load(model.forest, Forest)
-    dist2_NK = evaluate.distances(held, store.load(forest.partition, Partition), store, progress)
-    domain_E = [store.load(digest, Expert).domain or 0 for digest in forest.experts]
-    weight_NE = gate(router(candidates(dist2_NK[:, domain_E], model.seed_distance)), model.temperature, model.top_k)
+    division, experts = store.load(forest.partition, Partition), [store.load(digest, Expert) for digest in forest.experts]
+    dist2_NK = evaluate.distances(held, division, store, progress, signal=router.signal, open_model=opener(division.embedder.name))
+    dist2_NE = nearest_place(dist2_NK, serving(division, [(expert.partition, expert.domain) for expert in experts], store))
+    weight_NE = gate(router(candidates(dist2_NE, model.seed_distance)), model.temperature, model.top_k)
     weight_NM[:, [models.index(digest) for digest in parts(model, store)[: weight_NE.shape[1]]]] = weight_NE
     return weight_NM
 

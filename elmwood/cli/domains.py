@@ -11,28 +11,61 @@ from elmwood.cli.screen import bars, emit, keep, short, table, talk
 from elmwood.corpus.build import build
 from elmwood.corpus.read import Document, read
 from elmwood.domains import partition as divisions
+from elmwood.domains.dense import DENSE, Model, Open, sentence_model
+from elmwood.domains.grow import Means
+from elmwood.domains.partition import fit_embedder
 from elmwood.domains.partition import partition as divide
 from elmwood.domains.share import QUANTILES, Survey, quantiles, receive, survey
 from elmwood.errors import BadInput
-from elmwood.records import Corpus, Partition
+from elmwood.records import Corpus, Partition, Seed
 from elmwood.store import Store
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDE = 24  # bins drawn of the histogram
 
 
-def cluster(*, corpus, partition, domains, embedder, method, holdout, field, rng_seed, name, store, as_json) -> None:
+def cluster(
+    *, corpus, partition, domains, embedder, embedder_model, method, holdout, field, rng_seed, workers, engine, name, store, as_json
+) -> None:
     home = Store(store)
     if partition is not None:
         place(corpus, opened(partition, home), field=field, name=name, store=home, as_json=as_json)
         return
+    model = model_of(embedder, embedder_model, home)
     with bars() as progress:
         read = build(corpus, home, holdout=holdout, field=field, progress=progress)
-        partition = divide(read, home, domains=domains, embedder=embedder, method=method, rng_seed=rng_seed, progress=progress)
+        fitted = fit_embedder(read, home, embedder, model=model, rng_seed=rng_seed, progress=progress) if model else embedder
+        means = Means(workers, engine, opener(embedder))
+        partition = divide(read, home, domains=domains, embedder=fitted, method=method, rng_seed=rng_seed, means=means, progress=progress)
     say_read(read)
     if not as_json:
         say_domains(partition)
     keep(home, partition, name, as_json)
+
+
+def model_of(embedder: str, named: str | None, store: Store) -> Model | None:
+    """The model that a neural embedder is fitted with, as the user names it. Raises BadInput."""
+    if embedder not in DENSE:
+        if named:
+            raise BadInput(f"embedder {embedder!r} needs no model: leave out --embedder-model, or take {' or '.join(DENSE)}")
+        return None
+    if not named:
+        raise BadInput(f"embedder {embedder!r} needs a model: name it with --embedder-model (a seed here, or a sentence model's folder)")
+    if embedder == "sentence":
+        return sentence_model(named, store)
+    from elmwood.lm.states import seed_states  # torch
+
+    digest = store.load(named, Seed).digest
+    return Model(digest, seed_states(digest, store))
+
+
+def opener(embedder: str) -> Open | None:
+    """What opens the model of a saved embedder; torch is imported only for a seed."""
+    if embedder != "seed":
+        return None
+    from elmwood.lm.states import seed_states
+
+    return seed_states
 
 
 def opened(named: str, store: Store) -> Partition:
@@ -45,7 +78,7 @@ def place(sources: Sequence[str], partition: Partition, *, field: str, name: str
     rejected: Counter[str] = Counter()
     with bars() as progress:
         found: Iterator[Document] = chain.from_iterable(read(source, rejected, field=field) for source in sources)
-        counted = survey(partition, store, found, progress=progress)
+        counted = survey(partition, store, found, open_model=opener(partition.embedder.name), progress=progress)
     if name:
         store.name(name, partition.digest)
     if as_json:
@@ -126,7 +159,8 @@ def split(*, partition, domain, parts, rng_seed, name, store, as_json) -> None:
     old = opened(partition, home)
     number = numbered(domain, old)
     with bars() as progress:
-        new = divisions.split(old, number, home, parts=parts, rng_seed=rng_seed, progress=progress)
+        means = Means(open_model=opener(old.embedder.name))
+        new = divisions.split(old, number, home, parts=parts, rng_seed=rng_seed, means=means, progress=progress)
     if not as_json:
         say_domains(new)
         served = ", ".join(map(str, divisions.heirs(old, new, home)[number]))
@@ -134,12 +168,13 @@ def split(*, partition, domain, parts, rng_seed, name, store, as_json) -> None:
     keep(home, new, name, as_json)
 
 
-def add(*, partition, corpus, domains, holdout, field, rng_seed, name, store, as_json) -> None:
+def add(*, partition, corpus, domains, holdout, field, rng_seed, workers, engine, name, store, as_json) -> None:
     home = Store(store)
     old = opened(partition, home)
     with bars() as progress:
         more = build(corpus, home, holdout=holdout, field=field, progress=progress)
-        new = divisions.add(old, more, home, domains=domains, rng_seed=rng_seed, progress=progress)
+        means = Means(workers, engine, opener(old.embedder.name))
+        new = divisions.add(old, more, home, domains=domains, rng_seed=rng_seed, means=means, progress=progress)
     say_read(more)
     if not as_json:
         say_domains(new)

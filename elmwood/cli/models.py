@@ -31,7 +31,7 @@ def forest(*, partition, experts, name, store, as_json) -> None:
     keep(home, made_of, name, as_json)
 
 
-def evaluate(*, models, mixing, partition, length, documents, name, workers, store, as_json) -> None:
+def evaluate(*, models, mixing, partition, length, documents, router, name, workers, store, as_json) -> None:
     from elmwood.cli.study import compare_models  # torch
 
     home = Store(store)
@@ -40,10 +40,12 @@ def evaluate(*, models, mixing, partition, length, documents, name, workers, sto
         opened = [mixed(model, mixing, home) for model in opened]
         if name and len(opened) == 1:
             home.name(name, opened[0].digest)
-    comparison, ensemble = compare_models(opened, models, home, partition=partition, length=length, documents=documents, workers=workers)
+    comparison, ensemble = compare_models(
+        opened, models, home, partition=partition, length=length, documents=documents, workers=workers, router=router
+    )
     if ensemble and name:
         home.name(name, ensemble.digest)
-        talk.print(f"{ensemble.digest}  {name}  (top-{ensemble.top_k}, temperature {ensemble.temperature:.3g})")
+        talk.print(f"{ensemble.digest}  {name}  ({ensemble.router}, top-{ensemble.top_k}, temperature {ensemble.temperature:.3g})")
     if as_json:
         emit(comparison.model_dump(mode="json") | {"digest": comparison.digest})
     else:

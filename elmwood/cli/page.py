@@ -6,6 +6,7 @@ from importlib.metadata import version
 import numpy as np
 
 from elmwood import report
+from elmwood.cli.domains import opener
 from elmwood.cli.models import verdict
 from elmwood.cli.screen import duration, short
 from elmwood.cli.things import summary
@@ -76,7 +77,7 @@ def _map(partition: Partition, store: Store) -> tuple[tuple[report.Area, ...], t
                 snippets=tuple(_begin(chosen[name]) for name in domain.examples if name in chosen),
             )
         )
-    x_N2 = report.project(embed.load(partition.embedder, store).embed(texts), partition.rng_seed)
+    x_N2 = report.project(embed.load(partition.embedder, store, opener(partition.embedder.name)).embed(texts), partition.rng_seed)
     places = tuple(
         report.Place(x=float(np.clip(x, 0, 1)), y=float(np.clip(y, 0, 1)), domain=number, text=_begin(text))
         for (x, y), number, text in zip(x_N2, domain_N, texts, strict=True)

@@ -18,11 +18,13 @@ from elmwood.cli.page import page
 from elmwood.cli.screen import bars, count, duration, emit, out, talk
 from elmwood.cli.training import default_rate, default_workers, label, llama, shards
 from elmwood.corpus.build import build
+from elmwood.domains.embed import EMBEDDERS
 from elmwood.domains.partition import partition as divide
 from elmwood.domains.partition import serving
 from elmwood.domains.route import nearest_place
 from elmwood.engine import Progress, cores, run
 from elmwood.errors import BadInput
+from elmwood.lm.states import seed_states
 from elmwood.records import (
     Comparison,
     Corpus,
@@ -162,7 +164,8 @@ def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: i
 
     def side(name: str) -> evaluate.Side:
         loglik_NK = np.column_stack([columns[trained[name, place]] for place in range(study.domains)])
-        return evaluate.Side(loglik_NK, evaluate.distances(held, divisions[name], store, progress), costs(sides[name], store))
+        dist2_NK, sparse2_NK = both_distances(held, divisions[name], store, progress)
+        return evaluate.Side(loglik_NK, dist2_NK, costs(sides[name], store), sparse2_NK=sparse2_NK)
 
     controls = (DENSE, LARGE, SHORT)
     return Arms(
@@ -179,6 +182,15 @@ def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: i
         ),
         controls=tuple(trained[name, 0] for name in controls),
     )
+
+
+def both_distances(
+    held: evaluate.Holdout, division: Partition, store: Store, progress: Progress
+) -> tuple[NDArray[np.floating], NDArray[np.floating] | None]:
+    """Squared distances to dense centroids, and to sparse ones where the embedder has terms [N, K]."""
+    dist2_NK = evaluate.distances(held, division, store, progress, open_model=seed_states)
+    termed = division.embedder.name in EMBEDDERS
+    return dist2_NK, evaluate.distances(held, division, store, progress, signal="sparse") if termed else None
 
 
 def scratch(study: Study, corpus: Corpus, store: Store, progress: Progress) -> Seed:
@@ -261,7 +273,7 @@ def _keep(
 
 def compare_models(
     models: Sequence[Record], names: Sequence[str], store: Store, *, partition: str | None, length: int | None, documents: int | None,
-    workers: int | None,
+    workers: int | None, router: str | None = None,
 ) -> tuple[Comparison, Ensemble | None]:  # fmt: skip
     """`elmwood eval`: one forest against its seed with every routing, or any models side by side."""
     forests = [model for model in models if isinstance(model, Forest)]
@@ -282,7 +294,7 @@ def compare_models(
             spec, store, workers=workers, progress=progress,
         )  # fmt: skip
         held = open_holdout(spec, store)
-        dist2_NK = evaluate.distances(held, division, store, progress)
+        dist2_NK, sparse2_NK = both_distances(held, division, store, progress)
     served = serving(division, [(expert.partition, expert.domain) for expert in experts], store)
     owners = [[e for e, places in enumerate(served) if k in places] for k in range(len(division.domains))]
     if any(len(mine) != 1 for mine in owners):
@@ -296,8 +308,9 @@ def compare_models(
         np.column_stack([columns[experts[e].digest] for e in order]),
         nearest_place(dist2_NK, [served[e] for e in order]),
         owners=tuple(order.index(mine[0]) for mine in owners),
+        sparse2_NK=None if sparse2_NK is None else nearest_place(sparse2_NK, [served[e] for e in order]),
     )
-    return _keep(evaluate.compare(held, columns[seed.digest], side), held, forest, (), store)
+    return _keep(evaluate.compare(held, columns[seed.digest], side, router=router), held, forest, (), store)
 
 
 def _side_by_side(

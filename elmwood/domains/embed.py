@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
-from elmwood.domains.dense import DENSE, Dense, Model, fit_dense, load_dense
-from elmwood.domains.words import Lexicon
+from elmwood.domains.dense import DENSE, Dense, Model, Open, fit_dense, load_dense
+from elmwood.domains.words import Lexicon, finished
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
 from elmwood.records import Embedder
@@ -103,6 +103,10 @@ class Terms:
         row_W, before_W, count_W = self.known(text)
         return self.table_VD[row_W] * self.rise(before_W)[:, None], count_W
 
+    def counted(self, text: str) -> int:
+        """The length of the prefix of a growing text that counts by now."""
+        return len(finished(text))
+
     def tfidf(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Unit tf-idf rows [N, V] float64; a zero row for a text without a known word."""
         x_NV = sparse.vstack([_counts(self, group) for group in _groups(texts)], format="csr")
@@ -122,10 +126,10 @@ class Terms:
 Fitted = Terms | Dense
 
 
-def load(embedder: Embedder, store: Store, model: Model | None = None) -> Fitted:
-    """Open a saved embedder; neural ones (dense.py) need their model. Raises UnknownName, BadInput, BadRecord, Damaged."""
+def load(embedder: Embedder, store: Store, open_model: Open | None = None) -> Fitted:
+    """Open a saved embedder; `open_model` opens the model of a neural one (dense.py). Raises UnknownName, BadInput, BadRecord, Damaged."""
     if embedder.name in DENSE:
-        return load_dense(embedder, store, model)
+        return load_dense(embedder, store, open_model)
     if embedder.name not in EMBEDDERS:  # never looked up as module:function: the record may be a stranger's
         raise UnknownName(f"no embedder {embedder.name!r}; have {', '.join(EMBEDDERS)}: a newer elmwood may know it")
     about = json.loads(store.get(embedder.files["embedder.json"]).read_bytes())

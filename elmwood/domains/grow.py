@@ -5,10 +5,10 @@ Shapes: N documents, K domains, D dimensions, V terms, S shards.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,15 +20,17 @@ from scipy import sparse
 from elmwood.corpus.build import documents
 from elmwood.domains import embed, names
 from elmwood.domains.cluster import Clusters, fill_empty, kmeans, members, squared_distances
-from elmwood.domains.dense import Model
+from elmwood.domains.dense import Open
 from elmwood.domains.embed import Fitted, Terms
 from elmwood.domains.route import distances
-from elmwood.engine import Progress, silent
+from elmwood.engine import Progress, run, silent
 from elmwood.records import Domain, Embedder, Shard, fingerprint
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 FIT = 200_000  # documents clustered, at most; the others are assigned to the nearest centroid
 SAMPLE = 20_000  # of them, those that sparse centroids and names are made from
@@ -36,13 +38,28 @@ EXAMPLES = 3
 BATCH = 4096  # documents embedded at once
 
 
+class Means(NamedTuple):
+    """How the work is done. Nothing of it decides the result."""
+
+    workers: int = 1  # shards embedded and parted at once
+    engine: str = "local"  # a row of elmwood.engine.ENGINES
+    open_model: Open | None = None  # opens the model of a neural embedder (dense.py)
+
+
 class Ground(NamedTuple):
-    """Where domains are grown: the store, the folder of the task, and what embeds."""
+    """Where domains are grown: the store, the folder of the task, what embeds, and how."""
 
     store: Store
     work: Path
     embedder: Embedder
-    model: Model | None
+    means: Means
+
+    def fitted(self) -> Fitted:
+        return embed.load(self.embedder, self.store, self.means.open_model)
+
+    def run(self, task: Callable[[In, Progress], Out], inputs: Sequence[In], what: str, progress: Progress) -> list[Out]:
+        """A task for each shard, side by side."""
+        return run(task, inputs, workers=self.means.workers, engine=self.means.engine, what=what, progress=progress)
 
 
 class Grown(NamedTuple):
@@ -68,12 +85,11 @@ def grow(
 
     Documents of the fit keep the domain they got there; the others, and the holdout, go to the nearest centroid.
     """
-    fitted = embed.load(ground.embedder, ground.store, ground.model)
-    clusters, greedy_N, examples = _fit(ground, fitted, train, k, method, rng_seed, progress)
+    clusters, greedy_N, examples = _fit(ground, train, k, method, rng_seed, progress)
     random_seed = rng_seed if method == "random" else None
     parts, greedy_K = part_all(ground, "train", train, clusters, random_seed, progress)
     held, _ = part_all(ground, "holdout", holdout, clusters._replace(label_N=clusters.label_N[:0]), None, progress)
-    sparse_KV, terms = _describe(ground.store, fitted, train, clusters.label_N[:SAMPLE], k, others)
+    sparse_KV, terms = _describe(ground.store, ground.fitted(), train, clusters.label_N[:SAMPLE], k, others)
     made = tuple(
         Domain(name=name, terms=terms[place], train=parts[place], holdout=held[place], examples=examples[place])
         for place, name in enumerate(names.names(terms, [domain.name for domain in others]))
@@ -84,21 +100,54 @@ def grow(
 # ---- fit -------------------------------------------------------------------------------------------------------------
 
 
+class EmbedTask(NamedTuple):
+    """The first documents of one shard to embed, and the file that takes the vectors."""
+
+    ground: Ground
+    marker: Path
+    shard: Shard
+    wanted: int
+
+
+def embed_shard(task: EmbedTask, progress: Progress = silent) -> Path:
+    """Write x [N, D] float32 of one shard's first documents. Done once."""
+    if not task.marker.exists():
+        fitted = task.ground.fitted()
+        stream = islice(documents([task.shard], task.ground.store), task.wanted)
+        x_ND, done = np.zeros((task.wanted, fitted.dimension), np.float32), 0
+        while batch := list(islice(stream, BATCH)):
+            x_ND[done : done + len(batch)] = fitted.embed([document.text for document in batch])
+            done += len(batch)
+            progress(f"embed {task.marker.stem}", done, task.wanted, "documents")
+        write(task.marker, safetensors.numpy.save({"x": x_ND}))
+    return task.marker
+
+
+def _embed(ground: Ground, train: Sequence[Shard], progress: Progress) -> tuple[Floats, list[str]]:
+    """Vectors [N, D] and ids of the first FIT documents."""
+    before_S = np.cumsum([0, *(shard.documents for shard in train)])
+    counts = [int(min(shard.documents, FIT - before)) for shard, before in zip(train, before_S, strict=False) if before < FIT]
+    tasks = [
+        EmbedTask(ground, ground.work / f"shard-{number}.safetensors", shard, count)
+        for number, (shard, count) in enumerate(zip(train, counts, strict=False))
+    ]
+    parts = ground.run(embed_shard, tasks, "embed", progress)
+    x_ND = np.zeros((sum(counts), ground.embedder.dimension), np.float32)
+    ids: list[str] = []
+    for task, part in zip(tasks, parts, strict=True):
+        x_ND[len(ids) : len(ids) + task.wanted] = safetensors.numpy.load_file(part)["x"]
+        ids += pq.read_table(ground.store.get(task.shard.blob), columns=["id"])["id"].slice(0, task.wanted).to_pylist()
+    return x_ND, ids
+
+
 def _fit(
-    ground: Ground, fitted: Fitted, train: Sequence[Shard], k: int, method: str, rng_seed: int, progress: Progress
+    ground: Ground, train: Sequence[Shard], k: int, method: str, rng_seed: int, progress: Progress
 ) -> tuple[Clusters, Ints, list[tuple[str, ...]]]:
     """Cluster the first FIT documents (shards are shuffled); their greedy labels, and the ids nearest each centroid.
 
     For "random", the rest of the documents follow the same rule by id, and the centroids are the means of these.
     """
-    total = min(FIT, sum(shard.documents for shard in train))
-    stream = islice(documents(train, ground.store), total)
-    ids: list[str] = []
-    x_ND = np.zeros((total, fitted.dimension), np.float32)
-    while batch := list(islice(stream, BATCH)):
-        x_ND[len(ids) : len(ids) + len(batch)] = fitted.embed([document.text for document in batch])
-        ids += [document.id for document in batch]
-        progress("embed", len(ids), total, "documents")
+    x_ND, ids = _embed(ground, train, progress)
     saved = ground.work / "fit.safetensors"
     if saved.exists():
         tensors = safetensors.numpy.load_file(saved)
@@ -131,12 +180,11 @@ def part_all(
     The first documents are those of the fit; the others go to the nearest centroid, or at random by their id.
     """
     first_S = np.cumsum([0, *(shard.documents for shard in shards)])
-    found = []
+    tasks = []
     for number, shard in enumerate(shards):
         known_N = clusters.label_N[first_S[number] : first_S[number + 1]]
-        task = PartTask(ground, clusters.centroid_KD, ground.work / f"{role}-{number}.json", shard, known_N, random_seed)
-        found.append(part(task))
-        progress(f"part {role} documents", number + 1, len(shards), "shards")
+        tasks.append(PartTask(ground, clusters.centroid_KD, ground.work / f"{role}-{number}.json", shard, known_N, random_seed))
+    found = ground.run(part, tasks, f"part {role} documents", progress)
     k = len(clusters.centroid_KD)
     made = [tuple(Shard(**one[str(domain)]) for one, _ in found if str(domain) in one) for domain in range(k)]
     return made, sum((np.array(greedy) for _, greedy in found), np.zeros(k, np.int64))
@@ -163,7 +211,7 @@ def part(task: PartTask, progress: Progress = silent) -> tuple[dict[str, dict], 
         texts = rest["text"].to_pylist()
         near_N: Ints = np.zeros(0, np.int64)
         if texts:
-            near_N = nearest(embed.load(ground.embedder, store, ground.model), task.centroid_KD, texts)
+            near_N = nearest(ground.fitted(), task.centroid_KD, texts)
         rest_N = near_N if task.random_seed is None else random_labels(rest["id"].to_pylist(), k, task.random_seed)
         label_N = np.concatenate([task.known_N, rest_N])
         made = {}

@@ -17,8 +17,8 @@ from scipy import sparse
 
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
-from elmwood.domains.dense import Model
-from elmwood.domains.grow import Ground, Grown, grow, write
+from elmwood.domains.dense import Model, Open
+from elmwood.domains.grow import Ground, Grown, Means, grow, write
 from elmwood.domains.route import Centroids, Sparse, distances
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, DoesNotFit, ForeignExpert
@@ -31,6 +31,7 @@ Ints = NDArray[np.integer]
 RULES = 3  # raised when the same inputs would make another partition
 METHODS = ("balanced", "plain", "random")
 KEPT = 4096  # terms of a sparse centroid
+ALONE = Means()
 
 
 def partition(
@@ -41,27 +42,27 @@ def partition(
     embedder: str | Embedder = "tfidf",
     method: str = "balanced",
     rng_seed: int = 0,
-    model: Model | None = None,
+    means: Means = ALONE,
     progress: Progress = silent,
 ) -> Partition:
     """Divide a corpus into domains: "balanced" or "plain" k-means, or "random", the control.
 
-    `embedder` is a row of a table, fitted here, or one that was fitted before; neural ones (dense.py) need their model.
-    Done once for the same inputs; what was cut off goes on at its shard. Raises BadCorpus, BadInput.
+    `embedder` is a row of the table of embedders, fitted here, or one that was fitted before, as neural ones are (fit_embedder).
+    Done once for the same inputs, by whatever means; what was cut off goes on at its shard. Raises BadCorpus, BadInput.
     """
     if method not in METHODS:
         raise BadInput(f"no clustering method {method!r}; have {', '.join(METHODS)}")
     count = sum(shard.documents for shard in corpus.train)
     if not 1 <= domains <= count:
         raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; ask for fewer, or add documents")
-    key = fingerprint("partition", RULES, corpus.digest, domains, embedder, model and model.name, method, rng_seed)
+    key = fingerprint("partition", RULES, corpus.digest, domains, embedder, None, method, rng_seed)
     with _alone(store, key) as work:
         if done := store.done(key):
             return store.load(done, Partition)
         started = time.perf_counter()
         if isinstance(embedder, str):
-            embedder = _fitted(corpus, store, embedder, rng_seed, model, progress)
-        ground = Ground(store, work, embedder, model)
+            embedder = fit_embedder(corpus, store, embedder, rng_seed=rng_seed, progress=progress)
+        ground = Ground(store, work, embedder, means)
         grown = grow(ground, corpus.train, corpus.holdout, domains, method, rng_seed, progress=progress)
         made = Partition(
             corpus=corpus.digest,
@@ -79,6 +80,22 @@ def partition(
         return made
 
 
+def fit_embedder(
+    corpus: Corpus, store: Store, name: str, *, model: Model | None = None, rng_seed: int = 0, progress: Progress = silent
+) -> Embedder:
+    """Fit a row of the table of embedders on the training documents, or find it fitted before; neural ones need their model.
+    Raises UnknownName, BadInput, BadCorpus."""
+    path = store.work(fingerprint("embedder", RULES, corpus.digest, name, model and model.name, rng_seed)) / "embedder.json"
+    if path.exists():
+        found = Embedder.model_validate_json(path.read_bytes())
+        if all(store.has(blob) for blob in found.files.values()):
+            return found
+    texts = (document.text for document in documents(corpus.train, store))
+    made = embed.fit(name, texts, model=model, rng_seed=rng_seed, progress=progress).save(store)
+    write(path, made.model_dump_json().encode())
+    return made
+
+
 # ---- using a partition: its record, its centroids and its embedder are enough; no text of the corpus is needed -------
 
 
@@ -92,9 +109,9 @@ def centroids(partition: Partition, store: Store, signal: str = "dense") -> Cent
     return Sparse.of(sparse_KV)
 
 
-def assign(partition: Partition, store: Store, texts: Sequence[str], model: Model | None = None) -> tuple[Ints, Floats]:
+def assign(partition: Partition, store: Store, texts: Sequence[str], open_model: Open | None = None) -> tuple[Ints, Floats]:
     """The nearest domain of each text [N] and its squared distances to all [N, K]."""
-    dist2_NK = distances(embed.load(partition.embedder, store, model), centroids(partition, store), texts)
+    dist2_NK = distances(embed.load(partition.embedder, store, open_model), centroids(partition, store), texts)
     return dist2_NK.argmin(1), dist2_NK
 
 
@@ -110,7 +127,7 @@ def split(
     *,
     parts: int = 2,
     rng_seed: int = 0,
-    model: Model | None = None,
+    means: Means = ALONE,
     progress: Progress = silent,
 ) -> Partition:
     """Part one domain in several: the first takes its place, the others come after the last. Raises BadInput, BadCorpus."""
@@ -126,7 +143,7 @@ def split(
     with _alone(store, key) as work:
         if done := store.done(key):
             return store.load(done, Partition)
-        ground = Ground(store, work, partition.embedder, model)
+        ground = Ground(store, work, partition.embedder, means)
         grown = grow(ground, old.train, old.holdout, parts, partition.method, rng_seed, others, progress)
         places = [*range(domain), len(partition.domains), *range(domain + 1, len(partition.domains))]
         places += range(len(partition.domains) + 1, len(partition.domains) + parts)
@@ -142,7 +159,7 @@ def add(
     *,
     domains: int = 1,
     rng_seed: int = 0,
-    model: Model | None = None,
+    means: Means = ALONE,
     progress: Progress = silent,
 ) -> Partition:
     """Let a corpus bring new domains, which come after the last; no document goes to an old one. Raises BadInput, BadCorpus."""
@@ -153,7 +170,7 @@ def add(
     with _alone(store, key) as work:
         if done := store.done(key):
             return store.load(done, Partition)
-        ground = Ground(store, work, partition.embedder, model)
+        ground = Ground(store, work, partition.embedder, means)
         grown = grow(
             ground, corpus.train, corpus.holdout, domains, partition.method, rng_seed, _readable(partition.domains, store), progress
         )
@@ -263,19 +280,6 @@ def _saved(partition: Partition, store: Store) -> tuple[Floats, sparse.csr_matri
     shape = len(tensors["centroids"]), int(tensors["sparse_columns"][0])
     values = tensors["sparse_values"].astype(np.float64)
     return tensors["centroids"], sparse.csr_matrix((values, tensors["sparse_terms"], tensors["sparse_starts"]), shape=shape)
-
-
-def _fitted(corpus: Corpus, store: Store, name: str, rng_seed: int, model: Model | None, progress: Progress) -> Embedder:
-    """Fit an embedder on the training documents, or find it fitted before."""
-    path = store.work(fingerprint("embedder", RULES, corpus.digest, name, model and model.name, rng_seed)) / "embedder.json"
-    if path.exists():
-        found = Embedder.model_validate_json(path.read_bytes())
-        if all(store.has(blob) for blob in found.files.values()):
-            return found
-    texts = (document.text for document in documents(corpus.train, store))
-    made = embed.fit(name, texts, model=model, rng_seed=rng_seed, progress=progress).save(store)
-    write(path, made.model_dump_json().encode())
-    return made
 
 
 @contextmanager

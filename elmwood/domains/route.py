@@ -35,6 +35,7 @@ class Embeds(Protocol):
     def dimension(self) -> int: ...
     def embed(self, texts: Sequence[str]) -> Floats: ...
     def steps(self, text: str) -> tuple[Floats, Ints]: ...
+    def counted(self, text: str) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +104,7 @@ class Walk:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._open = ""  # what may still become part of a word; all of the text, for embedders that do not add up words
         self._count: dict[int, int] = {}
+        self._counted, self._dist2_K = -1, np.zeros(0, np.float32)  # for the same embedders: the prefix last looked at
         self._sum_X = np.zeros(len(centroids) if isinstance(centroids, Sparse) else fitted.dimension)
         self._norm2 = 0.0
 
@@ -110,7 +112,9 @@ class Walk:
         """Let the text grow; squared distances of all of it so far [K]."""
         self._open += self._decode(piece)
         if not isinstance(self.fitted, Terms):
-            return prefix_distances(self.fitted, self.centroids, self._open, [len(self._open)])[0]
+            if (counted := self.fitted.counted(self._open)) != self._counted:
+                self._counted, self._dist2_K = counted, distances(self.fitted, self.centroids, [self._open[:counted]])[0]
+            return self._dist2_K
         row_W, count_W = self.fitted.lexicon.steps(self._open)
         for row in row_W[(row_W >= 0) & (count_W <= len(self._open))]:
             self._add(self.fitted, int(row))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from elmwood.corpus.read import Document
 from elmwood.domains import embed
 from elmwood.domains.cluster import squared_distances
-from elmwood.domains.dense import Model
+from elmwood.domains.dense import Open
 from elmwood.domains.grow import BATCH, EXAMPLES
 from elmwood.domains.partition import centroids
 from elmwood.engine import Progress, silent
@@ -111,10 +111,10 @@ class Survey(NamedTuple):
 
 
 def survey(
-    partition: Partition, store: Store, found: Iterable[Document], *, model: Model | None = None, progress: Progress = silent
+    partition: Partition, store: Store, found: Iterable[Document], *, open_model: Open | None = None, progress: Progress = silent
 ) -> Survey:
     """Assign a stream of documents to the domains, and count. Nothing is kept of them but counts and ids; nothing leaves the machine."""
-    fitted = embed.load(partition.embedder, store, model)
+    fitted = embed.load(partition.embedder, store, open_model)
     centroid_KD = np.asarray(centroids(partition, store))
     k = len(centroid_KD)
     documents_K, bytes_K, far_K, near_KB = (np.zeros(shape, np.int64) for shape in (k, k, k, (k, len(EDGES) - 1)))

@@ -23,6 +23,7 @@ from elmwood.errors import BadInput, ForeignExpert, UnknownName
 from elmwood.lm.experts import Experts, OneLM, Text
 from elmwood.lm.interface import LM
 from elmwood.lm.load import tokenizer
+from elmwood.lm.states import seed_states
 from elmwood.records import Ensemble, Expert, Forest, Merged, Partition, Recipe, Record, Seed
 from elmwood.store import Store
 
@@ -44,7 +45,7 @@ class Gate:
         self.places_E = places(experts, partition, store)
         if self.by_loglik:
             return
-        self.embedder = embed.load(partition.embedder, store)
+        self.embedder = embed.load(partition.embedder, store, seed_states)
         self.centroids_P = centroids(partition, store, self.router.signal)[list(chain.from_iterable(self.places_E))]
         starts_E = np.cumsum([0, *map(len, self.places_E)])
         self.own_E = [range(first, last) for first, last in pairwise(starts_E.tolist())]  # rows of these centroids

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from elmwood.domains.route import posterior_scores
 from elmwood.errors import BadInput
 from elmwood.evaluate.fit import Fit, fit, weights
 from elmwood.evaluate.holdout import Holdout
@@ -45,6 +46,7 @@ class Side(NamedTuple):
     dist2_NK: Floats
     cost: Cost = Cost()
     owners: tuple[int, ...] | None = None  # the expert of each domain; None: one for each, in the domains' order
+    sparse2_NK: Floats | None = None  # squared distances to sparse centroids, where the embedder has terms
 
     @property
     def owner_K(self) -> tuple[int, ...]:
@@ -55,31 +57,40 @@ class Compared(NamedTuple):
     """Rows in the order of reading, the settings found, and who spoke where."""
 
     rows: tuple[Row, ...]
-    fits: tuple[Fit, ...]  # one for each top-k of the discovered domains
+    fits: tuple[Fit, ...]  # one for each top-k of the discovered domains, then the best of each other router
     best: Fit  # the one with the least loss on the tune half
     chosen: str  # the name of its row
     routing: tuple[tuple[float, ...], ...]  # [domain of the document][expert, the seed last] mean weight under `best`, test half
     fitted: dict[str, float]  # the settings by name, for the record
 
 
-def compare(holdout: Holdout, seed_N: Floats, experts: Side, dense: Sequence[Control] = (), random: Side | None = None) -> Compared:
+def compare(
+    holdout: Holdout, seed_N: Floats, experts: Side, dense: Sequence[Control] = (), random: Side | None = None, router: str | None = None
+) -> Compared:
     """The honest table. Gains are over the dense control with the least loss on the test half (so chosen against the result),
-    or over the seed where there is no control. Raises BadInput when columns do not match the holdout.
+    or over the seed where there is no control. `best` goes by `router`, or else by the better of `centroid` and `sparse`: `posterior`
+    must be asked for, since it runs every expert. Raises BadInput when columns do not match the holdout, or nothing here goes by `router`.
     """
     sides = [experts] + ([random] if random else [])
     for column in (seed_N, *(control.loglik_N for control in dense), *(columns for side in sides for columns in side[:2])):
         if len(column) != len(holdout.document_N):
             raise BadInput(f"a column has {len(column)} tokens, the holdout {len(holdout.document_N)}: score the model on this holdout")
     domains = len(experts.owner_K)
-    fits = [_fit(holdout, seed_N, experts, top_k) for top_k in top_ks(experts.loglik_NK.shape[1])]
+    ks = top_ks(experts.loglik_NK.shape[1])
+    signals = {"centroid": experts.dist2_NK} | other_signals(holdout, seed_N, experts)
+    if router is not None and router not in signals:
+        raise BadInput(f"no ensemble of this table is routed by {router!r}: choose one of {', '.join(signals)}")
+    found = {name: [_fit(holdout, seed_N, experts, top_k, signal_NS, name) for top_k in ks] for name, signal_NS in signals.items()}
+    fits = found.pop("centroid") + [min(several, key=lambda one: one.nats) for several in found.values()]
     lines = [("seed", "seed", seed_N, Cost())]
     lines += [(control.name, "control", control.loglik_N, control.cost) for control in dense]
     if random:
-        chosen = min((_fit(holdout, seed_N, random, top_k) for top_k in top_ks(random.loglik_NK.shape[1])), key=lambda one: one.nats)
-        lines += [(f"random clusters, {_top(chosen, random)}", "control", _mixed(seed_N, random, chosen), random.cost)]
+        tried = [_fit(holdout, seed_N, random, top_k, random.dist2_NK) for top_k in top_ks(random.loglik_NK.shape[1])]
+        chosen = min(tried, key=lambda one: one.nats)
+        lines += [(f"random clusters, {_top(chosen, random)}", "control", _mixed(seed_N, random, chosen, random.dist2_NK), random.cost)]
         lines += [("random clusters, uniform", "control", _uniform(random), random.cost)]
     lines += [("uniform routing", "control", _uniform(experts), experts.cost)]
-    lines += [(f"c-BTM {_top(one, experts)}", "result", _mixed(seed_N, experts, one), experts.cost) for one in fits]
+    lines += [(_name(one, experts), "result", _mixed(seed_N, experts, one, signals[one.router]), experts.cost) for one in fits]
     own_N = np.take_along_axis(experts.loglik_NK, np.array(experts.owner_K)[holdout.domain_D[holdout.document_N], None], 1)[:, 0]
     lines += [("oracle routing", "bound", own_N, experts.cost)]
 
@@ -89,8 +100,18 @@ def compare(holdout: Holdout, seed_N: Floats, experts: Side, dense: Sequence[Con
         row(name, one_N, holdout, domains=domains, against_N=None if one_N is strongest else strongest, role=role, **cost.model_dump())
         for name, role, one_N, cost in lines
     )
-    best = min(fits, key=lambda one: one.nats)
-    return Compared(rows, tuple(fits), best, f"c-BTM {_top(best, experts)}", routing(holdout, experts, best), _fitted(fits, best, experts))
+    best = min((one for one in fits if one.router == router or (router is None and one.router != "posterior")), key=lambda one: one.nats)
+    who = routing(holdout, experts, best, signals[best.router])
+    return Compared(rows, tuple(fits), best, _name(best, experts), who, _fitted(fits, best, experts))
+
+
+def other_signals(holdout: Holdout, seed_N: Floats, side: Side) -> dict[str, Floats]:
+    """What the routers beside `centroid` go by [N, S]: sparse distances where there are some, and the likelihoods so far.
+
+    A table begins each document anew and reads on to its end; the live posterior sees one window, as all live models do.
+    """
+    signals = {} if side.sparse2_NK is None else {"sparse": side.sparse2_NK}
+    return signals | {"posterior": posterior_scores(np.column_stack([side.loglik_NK, seed_N]), holdout.document_N)}
 
 
 def top_ks(experts: int) -> list[int]:
@@ -98,10 +119,10 @@ def top_ks(experts: int) -> list[int]:
     return [k for k in TOP_K if k < experts] + [experts + 1]
 
 
-def routing(holdout: Holdout, side: Side, chosen: Fit) -> tuple[tuple[float, ...], ...]:
+def routing(holdout: Holdout, side: Side, chosen: Fit, signal_NS: Floats) -> tuple[tuple[float, ...], ...]:
     """Mean weight of each domain's expert, the seed last, over each domain's tokens of the test half [K][K + 1]; zeros where there
     are none. An expert of several domains stands at the document's own, or else at its first."""
-    weight_NE = weights(side.dist2_NK, *chosen[:4])
+    weight_NE = weights(signal_NS, *chosen[:4])
     domain_N = holdout.domain_D[holdout.document_N]
     owner_K = np.array(side.owner_K)
     made = []
@@ -115,17 +136,22 @@ def routing(holdout: Holdout, side: Side, chosen: Fit) -> tuple[tuple[float, ...
     return tuple(made)
 
 
-def _fit(holdout: Holdout, seed_N: Floats, side: Side, top_k: int) -> Fit:
+def _fit(holdout: Holdout, seed_N: Floats, side: Side, top_k: int, signal_NS: Floats, router: str = "centroid") -> Fit:
     tune_N = holdout.tune_N
-    return fit(np.column_stack([side.loglik_NK[tune_N], seed_N[tune_N]]), side.dist2_NK[tune_N], top_k)
+    return fit(np.column_stack([side.loglik_NK[tune_N], seed_N[tune_N]]), signal_NS[tune_N], top_k, router)
 
 
-def _mixed(seed_N: Floats, side: Side, chosen: Fit) -> Floats:
-    return mix(np.column_stack([side.loglik_NK, seed_N]), weights(side.dist2_NK, *chosen[:4]))
+def _mixed(seed_N: Floats, side: Side, chosen: Fit, signal_NS: Floats) -> Floats:
+    return mix(np.column_stack([side.loglik_NK, seed_N]), weights(signal_NS, *chosen[:4]))
 
 
 def _uniform(side: Side) -> Floats:
     return mix(side.loglik_NK, np.full(side.loglik_NK.shape, 1 / side.loglik_NK.shape[1]))
+
+
+def _name(chosen: Fit, side: Side) -> str:
+    """What the row is called: c-BTM is routed by centroids."""
+    return f"c-BTM {_top(chosen, side)}" if chosen.router == "centroid" else f"{chosen.router} routing, {_top(chosen, side)}"
 
 
 def _top(chosen: Fit, side: Side) -> str:
@@ -134,7 +160,7 @@ def _top(chosen: Fit, side: Side) -> str:
 
 def _fitted(fits: Sequence[Fit], best: Fit, side: Side) -> dict[str, float]:
     """Settings by name: those of the best, then those of each top-k."""
-    named = {"": best} | {f"{_top(one, side)} ": one for one in fits}
+    named = {"": best} | {f"{_top(one, side)} " if one.router == "centroid" else f"{one.router} ": one for one in fits}
     found: dict[str, float] = {"top_k": best.top_k}
     for prefix, one in named.items():
         found[f"{prefix}temperature"] = one.temperature

@@ -1,6 +1,7 @@
 """Settings of an ensemble, chosen on the tune half. No model runs: a candidate costs one pass over the columns.
 
-N scored tokens, K experts, E = K + 1 candidates (the seed last)
+N scored tokens, K experts, E = K + 1 candidates (the seed last), S columns of a router's signal: squared distances to the K
+experts, or what each of the E candidates, the seed included, said of the text so far (route.posterior_scores, nats)
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from elmwood.registry import lookup
 Floats = NDArray[np.floating]
 
 COLDEST, WARMEST = 1e-3, 10.0  # temperatures searched; squared distances of unit vectors lie in [0, 4]
+SHARPEST, FLATTEST = 0.3, 300.0  # of likelihoods of whole texts, which differ by many nats
 GRID = 9  # values tried before the search narrows down
 SAMPLE = 40_000  # tokens the search looks at, evenly spread; what it finds is weighed on all
 STEPS = 8  # golden sections: each leaves 0.62 of the interval
@@ -32,31 +34,40 @@ class Fit(NamedTuple):
     nats: float  # per token
 
 
-def weights(dist2_NK: Floats, router: str, top_k: int, temperature: float, seed_distance: float | None) -> Floats:
+def weights(signal_NS: Floats, router: str, top_k: int, temperature: float, seed_distance: float | None) -> Floats:
     """Weight of each expert, and of the seed in the last column (zero where it is no candidate) [N, E]."""
-    score_NE = lookup(ROUTERS, router, "router")(candidates(dist2_NK, seed_distance))
+    row = lookup(ROUTERS, router, "router")
+    if row.signal != "loglik":
+        score_NE = row(candidates(signal_NS, seed_distance))
+    elif seed_distance is None:
+        score_NE = row(signal_NS[:, :-1])
+    else:  # the seed begins behind by its distance, in nats
+        score_NE = row(np.column_stack([signal_NS[:, :-1], signal_NS[:, -1] - seed_distance]))
     weight_NE = gate(score_NE, temperature, top_k)
     return weight_NE if seed_distance is not None else np.pad(weight_NE, ((0, 0), (0, 1)))
 
 
-def fit(loglik_NE: Floats, dist2_NK: Floats, top_k: int, router: str = "centroid") -> Fit:
+def fit(loglik_NE: Floats, signal_NS: Floats, top_k: int, router: str = "centroid") -> Fit:
     """The temperature and the seed's distance with the least loss on these tokens (those of the tune half).
 
     Coordinate search: temperature without the seed, then the seed's distance at that temperature, then temperature again.
     """
     every = -(-len(loglik_NE) // SAMPLE)
+    by_loglik = lookup(ROUTERS, router, "router").signal == "loglik"
+    coldest, warmest = (SHARPEST, FLATTEST) if by_loglik else (COLDEST, WARMEST)
 
     def loss(temperature: float, seed_distance: float | None, step: int = every) -> float:
-        return -float(mix(loglik_NE[::step], weights(dist2_NK[::step], router, top_k, temperature, seed_distance)).mean())
+        return -float(mix(loglik_NE[::step], weights(signal_NS[::step], router, top_k, temperature, seed_distance)).mean())
 
     def temper(seed_distance: float | None) -> float:
         if top_k == 1:
             return ANY
-        grid = np.linspace(np.log(COLDEST), np.log(WARMEST), GRID)
+        grid = np.linspace(np.log(coldest), np.log(warmest), GRID)
         return float(np.exp(minimise(lambda log: loss(float(np.exp(log)), seed_distance), grid)))
 
     bare = temper(None)
-    levels = np.quantile(dist2_NK.min(1), np.linspace(0.02, 0.98, GRID))
+    tie_N = signal_NS[:, -1] - signal_NS[:, :-1].max(1) if by_loglik else signal_NS.min(1)  # where the seed is as good as the best
+    levels = np.quantile(tie_N, np.linspace(0.02, 0.98, GRID))
     level = minimise(lambda distance: loss(bare, distance), np.unique(levels))
     settings = ((bare, None), (temper(level), level))
     fits = [Fit(router, top_k, temperature, distance, loss(temperature, distance, 1)) for temperature, distance in settings]

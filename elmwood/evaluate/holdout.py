@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import Packed, Windows, pack, token_bytes, windows
 from elmwood.domains import embed
+from elmwood.domains.dense import Open
 from elmwood.domains.partition import centroids
 from elmwood.domains.route import token_distances
 from elmwood.engine import Progress, each, silent
@@ -194,9 +195,16 @@ def blocks(document_N: Ints, end_N: Ints, bytes_D: Ints, domain_D: Ints, split_D
     )
 
 
-def distances(holdout: Holdout, partition: Partition, store: Store, progress: Progress = silent) -> Floats:
-    """Squared distances to the partition's centroids as the live router sees them: from the window's own tokens before [N, K] float32."""
-    fitted, centroid_KD, spelled = embed.load(partition.embedder, store), centroids(partition, store), token_bytes(holdout.tokenizer)
+def distances(
+    holdout: Holdout, partition: Partition, store: Store, progress: Progress = silent, *,
+    signal: str = "dense", open_model: Open | None = None,
+) -> Floats:  # fmt: skip
+    """Squared distances to the partition's centroids as the live router sees them: from the window's own tokens before [N, K] float32.
+
+    `signal` is what the router looks at, "dense" or "sparse"; `open_model` opens the model of a neural embedder. Raises BadInput.
+    """
+    fitted, spelled = embed.load(partition.embedder, store, open_model), token_bytes(holdout.tokenizer)
+    centroid_KD = centroids(partition, store, signal)
     cut = holdout.windows
     parts = [np.zeros((0, len(centroid_KD)), np.float32)]
     rows = zip(cut.rows_WL, cut.length_W, cut.score_from_W, strict=True)

@@ -1,0 +1,114 @@
+"""How time and memory of `elmwood cluster` grow with the corpus. One JSON line per stage and size.
+
+    python benches/bench_scale.py FOLDER [DOCUMENTS ...] [--workers N] [--engine ray]     10000 100000 1000000 unless given
+
+FOLDER holds JSON lines (text, source). A document is made of three passages of one source, drawn with a fixed seed; so sizes differ in
+nothing but their number. Each size runs in a process of its own, in a store that is deleted afterwards. `peak_mb` is the largest memory
+that no file backs, of this process during a stage (workers have their own); `start_mb` is what the libraries take before the first.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import TypeVar
+
+import numpy as np
+
+from elmwood.corpus.build import build
+from elmwood.domains.grow import Means
+from elmwood.domains.partition import fit_embedder, partition
+from elmwood.records import Corpus, Partition
+from elmwood.store import Store
+
+T = TypeVar("T")
+PASSAGE = 150  # characters, cut at a space
+PASSAGES = 3
+DOMAINS = 32
+
+
+def make(folder: Path, count: int, path: Path) -> None:
+    """Write documents to two files of JSON lines, as a corpus in several files."""
+    rng = np.random.default_rng(0)
+    pools = []
+    for source in sorted(folder.glob("*.jsonl")):
+        texts = [json.loads(line)["text"] for line in source.open()]
+        found = [text[at : at + PASSAGE].partition(" ")[2] for text in texts[:2000] for at in range(0, len(text) - PASSAGE, PASSAGE)]
+        pools.append([found[place] for place in rng.permutation(len(found))[:20_000]])
+    for part in range(2):
+        with (path / f"part-{part}.jsonl").open("w") as file:
+            for _ in range(count // 2):
+                pool = pools[int(rng.integers(len(pools)))]
+                file.write(json.dumps({"text": " ".join(pool[int(place)] for place in rng.integers(len(pool), size=PASSAGES))}) + "\n")
+
+
+def anonymous() -> float:
+    """MB of this process's memory that no file backs."""
+    return int(re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
+
+
+def watched(task: Callable[[], T]) -> tuple[T, float, float]:
+    """The result, seconds, and the largest memory on the way, looked at ten times a second."""
+    over, peak = threading.Event(), [anonymous()]
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            peak[0] = max(peak[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = perf_counter()
+    try:
+        return task(), perf_counter() - started, max(peak[0], anonymous())
+    finally:
+        over.set()
+        watcher.join()
+
+
+def grown(folder: Path, count: int, means: Means) -> None:
+    """Every stage for one size."""
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "text"
+        text.mkdir()
+        make(folder, count, text)
+        store, start = Store(Path(scratch) / "store"), anonymous()
+        corpus, *built = watched(lambda: build([str(text)], store))
+        embedder, *fitted = watched(lambda: fit_embedder(corpus, store, "tfidf"))
+        made, *divided = watched(lambda: partition(corpus, store, domains=DOMAINS, embedder=embedder, means=means))
+        _, *again = watched(lambda: partition(corpus, store, domains=DOMAINS, embedder=embedder, means=means))
+    stages = {"build": built, "fit embedder": fitted, "embed, cluster, part": divided, "again": again}
+    for stage, (seconds, peak) in stages.items():
+        say(corpus, made, stage, seconds, peak, start, means)
+
+
+def say(corpus: Corpus, made: Partition, stage: str, seconds: float, peak: float, start: float, means: Means) -> None:
+    measured = {
+        "bench": "scale", "documents": corpus.documents, "mb": corpus.bytes / 1e6, "shards": len(corpus.train), "stage": stage,
+        "seconds": seconds, "mb_per_second": corpus.bytes / 1e6 / seconds, "documents_per_second": corpus.documents / seconds,
+        "peak_mb": peak, "start_mb": start, "workers": means.workers, "engine": means.engine,
+        "sizes": [min(made.fit_sizes), max(made.fit_sizes)], "greedy_sizes": [min(made.greedy_sizes), max(made.greedy_sizes)],
+    }  # fmt: skip
+    print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in measured.items()}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("documents", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--engine", default="local")
+    asked = parser.parse_args()
+    context = multiprocessing.get_context("spawn")  # so that each size has a memory of its own
+    for count in asked.documents:
+        process = context.Process(target=grown, args=(asked.folder, count, Means(asked.workers, asked.engine)))
+        process.start()
+        process.join()
+
+
+if __name__ == "__main__":
+    main()

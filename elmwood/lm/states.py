@@ -1,0 +1,67 @@
+"""A seed's hidden states as vectors for its text: what the embedder `seed` is made of.
+
+W tokens of one text, H numbers of a state, B windows in one batch, T tokens of the longest
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from elmwood.errors import BadInput, UnknownName
+from elmwood.lm.load import load_model, tokenizer
+from elmwood.records import Seed
+from elmwood.store import Store
+
+TOKENS = 1 << 13  # read at once
+
+States = tuple[NDArray[np.float32], NDArray[np.int64]]  # state_WH, end_W
+
+
+def seed_states(name: str, store: Store) -> Callable[[Sequence[str]], list[States]]:
+    """Open a seed by its digest as a function of texts: for each, its tokens' last hidden states [W, H] float32, and the characters
+    of the text up to the end of each token [W].
+
+    A state looks back only. Text beyond the context is read in windows that begin anew. Raises BadInput, Damaged.
+    """
+    try:
+        seed = store.load(name, Seed)
+    except UnknownName as error:
+        raise BadInput(f"this partition embeds with the seed {name[:12]}, which is not in {store.root}: import that seed first") from error
+    model, words = load_model(seed, store), tokenizer(seed, store)
+    width = model.config.get_text_config().hidden_size
+
+    def states(texts: Sequence[str]) -> list[States]:
+        encoded = words.encode_batch(list(texts), add_special_tokens=False)
+        windows = [
+            (n, start, [seed.separator, *one.ids[start : start + seed.context - 1]])
+            for n, one in enumerate(encoded)
+            for start in range(0, len(one.ids), seed.context - 1)
+        ]
+        found = [np.zeros((len(one.ids), width), np.float32) for one in encoded]
+        for batch in _batches(sorted(windows, key=lambda window: len(window[2]))):
+            for (n, start, row), state_TH in zip(batch, _read(model.base_model, [row for _, _, row in batch]), strict=True):
+                found[n][start : start + len(row) - 1] = state_TH[1 : len(row)]
+        return [(state, np.array([end for _, end in one.offsets], np.int64)) for state, one in zip(found, encoded, strict=True)]
+
+    return states
+
+
+def _batches(windows: list[tuple[int, int, list[int]]]) -> list[list[tuple[int, int, list[int]]]]:
+    """Windows in order of length, cut where a batch, padded to its longest, would pass TOKENS."""
+    made: list[list[tuple[int, int, list[int]]]] = []
+    for window in windows:
+        if not made or (len(made[-1]) + 1) * len(window[2]) > TOKENS:
+            made.append([])
+        made[-1].append(window)
+    return made
+
+
+@torch.inference_mode()
+def _read(body: Any, rows: list[list[int]]) -> NDArray[np.float32]:
+    """Last hidden states [B, T, H]; what stands behind the end of a row is of no meaning, and no state before looks at it."""
+    longest = max(map(len, rows))
+    tokens_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=next(body.parameters()).device)
+    return body(input_ids=tokens_BT, use_cache=False).last_hidden_state.float().cpu().numpy()
