@@ -9,6 +9,7 @@ from collections import Counter
 from itertools import islice, pairwise
 
 import numpy as np
+import pyarrow.dataset
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from elmwood.corpus.read import Document
 from elmwood.domains import cluster, dense, embed, grow, names, route
 from elmwood.domains.grow import Means
 from elmwood.domains.partition import add, assign, centroids, fit_embedder, heirs, partition, serving, split
-from elmwood.domains.share import FAR, publish, published, quantiles, receive, survey
+from elmwood.domains.share import FAR, dataset, publish, published, quantiles, receive, survey
 from elmwood.domains.words import Lexicon, finished, spans, words
 from elmwood.errors import BadCorpus, BadInput, BadRecord, Damaged, ForeignExpert, UnknownName
 from elmwood.store import Store, lineage, verify
@@ -530,6 +531,20 @@ def test_a_partition_is_used_offline_without_its_text(made, tmp_path):
         receive(folder, Store(tmp_path / "third"))
     with pytest.raises(BadInput, match=r"no elmwood\.json"):
         receive(tmp_path, theirs)
+
+
+def test_the_text_is_one_parquet_data_set(made, tmp_path):
+    store, corpus, first = made
+    table = pyarrow.dataset.dataset(store.folder(dataset(first, store)), format="parquet", partitioning="hive").to_table()
+    assert table.num_rows == corpus.documents
+    held = Counter(
+        domain for split, domain in zip(table["split"].to_pylist(), table["domain"].to_pylist(), strict=True) if split == "holdout"
+    )
+    assert [held[number] for number in range(3)] == [sum(shard.documents for shard in domain.holdout) for domain in first.domains]
+    theirs = Store(tmp_path / "theirs")
+    receive(export(first, store, tmp_path / "out"), theirs)
+    with pytest.raises(BadInput, match="stayed with their owner"):
+        dataset(first, theirs)
 
 
 def test_a_received_partition_is_whole_without_its_text_and_its_own_store_is_not(made, tmp_path):

@@ -431,13 +431,13 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
     form: Annotated[
         str | None,
-        typer.Option("--format", help="transformers, peft, gguf or gguf-adapter; default: an adapter as it is, else transformers."),
+        typer.Option("--format", help="transformers, peft, gguf or gguf-adapter; for a partition's text, parquet. Default: as it is."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of a GGUF file's matrices: f32, f16 or bf16; default: as stored.")] = None,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a folder other tools read: a transformers checkpoint, a PEFT adapter, a GGUF file, or a partition without its text."""
+    """Write a folder other tools read: a transformers checkpoint, a PEFT adapter, a GGUF file, a partition with or without text."""
     _verb("things", "export", name=name, folder=folder, form=form, dtype=dtype, store=store, as_json=as_json)
 
 

@@ -100,7 +100,8 @@ def export(*, name, folder, form, dtype, store, as_json) -> None:
     shutil.rmtree(building, ignore_errors=True)
     try:
         _write(record, home, building, form, dtype)
-        (building / "elmwood.json").write_bytes(home.get(record.digest).read_bytes())
+        about = "_elmwood.json" if form == "parquet" else "elmwood.json"  # readers of data sets pass over what begins with _
+        (building / about).write_bytes(home.get(record.digest).read_bytes())
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -119,8 +120,12 @@ def _write(record: Record, home: Store, building: Path, form: str | None, dtype:
 
             with bars() as progress:
                 export(record, home, building, form, dtype and dtype.upper(), progress)
+        case Partition() if form == "parquet" and not dtype:
+            from elmwood.domains.share import dataset  # scikit-learn
+
+            shutil.copytree(home.folder(dataset(record, home)), building)
         case State() | Statistics() | Partition() if form or dtype:
-            raise BadInput(f"--format and --dtype are for models: a {record.kind} has one format")
+            raise BadInput("--format and --dtype are for models, and --format parquet for the text of a partition: leave them out")
         case State() | Statistics():
             shutil.copytree(home.folder(record.files), building)  # follows the links: plain files come out
         case Partition():

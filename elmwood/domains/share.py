@@ -42,6 +42,19 @@ def published(partition: Partition, store: Store) -> Files:
     return files
 
 
+def dataset(partition: Partition, store: Store) -> Files:
+    """The text itself as one Parquet data set, split and domain in the names of its folders. Raises BadInput where it is not here."""
+    files = {
+        f"split={role}/domain={number}/{place}.parquet": shard.blob
+        for role in ("train", "holdout")
+        for number, domain in enumerate(partition.domains)
+        for place, shard in enumerate(getattr(domain, role))
+    }
+    if missing := sum(not store.has(blob) for blob in files.values()):
+        raise BadInput(f"{missing} of {len(files)} shards of text stayed with their owner: export this partition without --format")
+    return files
+
+
 def ancestors(partition: Partition, store: Store) -> list[Partition]:
     """A partition, and those it revises, the latest first."""
     found = [partition]
