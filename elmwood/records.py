@@ -369,6 +369,7 @@ class Merged(Record):
     contributions: tuple[Contribution, ...]
     files: Files  # a transformers checkpoint folder with a model card; of adapters merged to one, a PEFT adapter folder
     error: float | None = None  # of an adapter: relative Frobenius distance from the exact sum of the experts' deltas
+    layers: dict[str, Digest] = {}  # where each layer was taken from a merge of its own: layer, or "outside" -> Merged
 
 
 KINDS: dict[str, type[Record]] = {

@@ -5,14 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import WORDS, full_expert, tiny_seed
+from typer.testing import CliRunner
 
+from elmwood.cli import app
 from elmwood.corpus.build import build
 from elmwood.corpus.tokens import pack
 from elmwood.errors import BadInput
 from elmwood.lm.load import load_model, tokenizer
+from elmwood.merge.estimate import by_layer, estimates
+from elmwood.merge.make import Answer, merge
 from elmwood.merge.statistics import opened
-from elmwood.records import Recipe, Statistics
+from elmwood.merge.values import everywhere
+from elmwood.records import Domain, Embedder, Partition, Recipe, Statistics
 from elmwood.store import Store
 from elmwood.train import statistics, train
 from elmwood.train.data import batches
@@ -88,3 +94,71 @@ def test_an_expert_without_text_or_statistics_says_so(grown):
         statistics(stranger, store)
     with pytest.raises(BadInput, match="elmwood statistics"):
         opened(stranger.digest, store)
+
+
+def test_estimates_are_the_layers_output_errors(grown):
+    """The three sums give what going through each expert does, and a candidate that is an expert costs nothing for it."""
+    store, seed, _, experts = grown
+    candidates = dict(
+        zip(
+            ("average", "regmean", "ta"),
+            merge(
+                seed, {one.digest: everywhere(1.0) for one in experts},
+                [Answer("average", {}), Answer("regmean", {"alpha": 1.0, "ridge": 1e-9}), Answer("task_arithmetic", {"scale": 0.3})], store,
+            ),
+            strict=True,
+        )
+    )  # fmt: skip
+    base, *merges = (
+        {key: value.double().numpy() for key, value in load_file(store.get(one.files["model.safetensors"])).items()}
+        for one in (seed, *candidates.values())
+    )
+    known = [(opened(one.digest, store), _weights(seed, one, store)) for one in experts]
+    for kind in ("gram", "fisher"):
+        found = estimates(seed, [one.digest for one in experts], candidates, store, kind)
+        for name, merged in zip(candidates, merges, strict=True):
+            layers: dict[str, list[float]] = {}
+            for key in base:
+                where = key.split(".")[2] if ".layers." in key else "outside"
+                if kind == "fisher":
+                    layers.setdefault(where, []).append(
+                        sum(left.record.fisher / 2 * (left.fisher(key) * (merged[key] - own[key]) ** 2).sum() for left, own in known)
+                    )
+                elif known[0][0].gram(key) is not None:
+                    error, energy = (
+                        sum(np.trace((weights[key] - own[key]) @ left.gram(key) @ (weights[key] - own[key]).T) for left, own in known)
+                        for weights in (merged, base)
+                    )
+                    layers.setdefault(where, []).append(error / energy)
+            total = {where: np.sum(values) if kind == "fisher" else np.mean(values) for where, values in layers.items()}
+            assert found[name] == pytest.approx(total, rel=1e-3), (kind, name)
+        if kind == "gram":  # RegMean is what minimises it
+            assert min(found, key=lambda name: sum(found[name].values())) == "regmean"
+            assert by_layer(found)["0"] == "regmean"
+
+
+def _weights(seed, expert, store):
+    model = load_model(seed, store, expert, "cpu", torch.float32)
+    model = model.merge_and_unload() if expert.recipe.method == "lora" else model
+    return {name: weight.detach().double().numpy() for name, weight in model.named_parameters()}
+
+
+def test_estimates_choose_layers_and_true_losses_decide(grown):
+    store, _, corpus, experts = grown
+    names = []
+    for place, one in enumerate(experts):
+        store.name(f"e/{place}", one.digest)
+        names.append(f"e/{place}")
+    store.name("p", store.add(_partition(corpus)))
+    asked = ["merge", *names, "--method", "average,regmean,wudi", "--choose", "--per-layer", "--run", "2", "--partition", "p"]
+    done = CliRunner().invoke(app, [*asked, "--documents", "4", "--store", str(store.root), "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["cost"]["answers"] <= 3
+    assert said["digest"] == min(said["answers"], key=lambda row: row["tune"]["value"])["digest"]
+
+
+def _partition(corpus):
+    domain = Domain(name="all", train=corpus.train, holdout=corpus.holdout)
+    nothing = "sha256:" + "0" * 64
+    return Partition(corpus=corpus.digest, embedder=Embedder(name="none", dimension=1, files={}), centroids=nothing, domains=(domain,))

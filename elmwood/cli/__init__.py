@@ -281,6 +281,8 @@ def merge(
     tensors: TensorsOption = "",
     resize: Annotated[bool, typer.Option("--resize", help="Experts of another vocabulary: merge the rows they share.")] = False,
     choose: Annotated[bool, typer.Option("--choose", help="Of several answers name the best on the tune half of held-out text.")] = False,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="With --choose: one more, of the best layers by statistics.")] = False,
+    run: Annotated[int | None, typer.Option(help="With --choose: score only so many answers, the best by statistics.")] = None,
     partition: Annotated[str | None, typer.Option(help="Whose held-out text; default: the first expert's.")] = None,
     documents: Annotated[int | None, typer.Option(help="At most so many held-out documents.")] = None,
     parts: Annotated[int | None, typer.Option(help="Sum in so many tasks, each a share of every tensor.")] = None,
@@ -292,8 +294,9 @@ def merge(
 ) -> None:
     """Make one checkpoint of experts, or one adapter of adapters. Several settings are several answers, from one reading."""
     _verb("merge", "merge_verb", experts=experts, method=method, weights=weights, scale=scale, density=density, rank=rank,
-          settings=settings or [], layers=layers, tensors=tensors, resize=resize, choose=choose, partition=partition,
-          documents=documents, parts=parts, workers=workers, engine=engine, name=name, store=store, as_json=as_json)  # fmt: skip
+          settings=settings or [], layers=layers, tensors=tensors, resize=resize, choose=choose, per_layer=per_layer, run=run,
+          partition=partition, documents=documents, parts=parts, workers=workers, engine=engine, name=name, store=store,
+          as_json=as_json)  # fmt: skip
 
 
 @state_app.command("make")

@@ -18,8 +18,8 @@ from elmwood.merge.rule import Floats, Rule, Settings, Total
 from elmwood.merge.rules import RULES, on, settle
 from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_folder, seed_places, statistics_of, sum_places
 from elmwood.merge.sums import Pass, Piece, Wanted
-from elmwood.merge.tensors import PIECE, Files, Place, Twin, decode, encode
-from elmwood.merge.values import depth_of, weight_of
+from elmwood.merge.tensors import PIECE, SIZES, Files, Place, Twin, decode, encode, places
+from elmwood.merge.values import depth_of, layer_of, weight_of
 from elmwood.records import Contribution, Merged, Seed, State, fingerprint
 from elmwood.store import Store
 
@@ -42,7 +42,7 @@ def merge(
         raise BadInput("a merge takes two experts or more; one alone is exported as it is: `elmwood export`")
     plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
     rules = [settle(*answer) for answer in answers]
-    left = statistics_of([rule for rule, _, _ in rules], members, store)
+    left = statistics_of(any(rule.needs for rule, _, _ in rules), members, store)
     keys = [
         fingerprint("merge", seed, plain, a.method, begins, ends, resize, *([left] if rule.needs else []))
         for a, (rule, begins, ends) in zip(answers, rules, strict=True)
@@ -130,6 +130,38 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
     return made
 
 
+def assemble(choice: Mapping[str, Merged], store: Store) -> Merged:
+    """A checkpoint whose layers ("0", "1", …, "outside") come from several merges of the same experts. Raises BadInput."""
+    first = next(iter(choice.values()))
+    if any(
+        (one.seed, {c.expert for c in one.contributions}) != (first.seed, {c.expert for c in first.contributions})
+        for one in choice.values()
+    ):
+        raise BadInput("layers are chosen among merges of the same experts of one seed: merge them anew")
+    layers = {layer: one.digest for layer, one in sorted(choice.items())}
+    key = fingerprint("assemble", layers)
+    if done := store.done(key):
+        return store.load(done, Merged)
+    seed = store.load(first.seed, Seed)
+    tensors, folder, files = seed_places(seed, store), store.work(key) / "out", Files()
+    held = {layer: places(sorted(store.folder(one.files).glob("*.safetensors"))) for layer, one in choice.items()}
+    twin, written = Twin(tensors, folder), set()
+    for name, place in tensors.items():
+        layer = layer_of(name)
+        mine = held.get("outside" if layer is None else str(layer))
+        if mine is None or place.dtype not in SIZES:
+            continue
+        for start in range(0, place.numbers, PIECE):
+            twin.put(place, start, files.read(mine[name], start, min(place.numbers, start + PIECE)))
+        written.add(name)
+    twin.close(written)
+    files.close()
+    rows = tuple(row.model_copy(update={"statistics": None, "reach": 0}) for row in first.contributions)
+    made = _stored(seed, "by_layer", {}, rows, folder, store).model_copy(update={"layers": layers})
+    store.finish(key, made)
+    return made
+
+
 def _recorded(one: State, tensors: dict[str, Place]) -> Callable[[str], Total]:
     depth = depth_of(tensors)
 
@@ -203,8 +235,9 @@ def _stored(seed: Seed, method: str, settings: dict[str, float], rows: tuple[Con
     weights = {path.name: store.put(path) for path in sorted(folder.iterdir())}
     source = seed_folder(seed, store)
     kept = {name: digest if seed.hub is None else store.put(source / name) for name, digest in seed.files.items() if name not in weights}
-    about = KERNELS if RULES[method].matrices else EXACT
-    text = card(seed, method, RULES[method].paper, settings, rows, weights, about=about)
+    rule = RULES.get(method)  # none where layers come from several
+    about = KERNELS if rule is None or rule.matrices else EXACT
+    text = card(seed, method, rule.paper if rule else "each layer from a merge of its own", settings, rows, weights, about=about)
     return Merged(
         seed=seed.digest,
         method=method,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.merge import fixed
-from elmwood.merge.rule import Rule, Settings
+from elmwood.merge.rule import Settings
 from elmwood.merge.rules import on, settle
 from elmwood.merge.sources import Low, Source, Whole
 from elmwood.merge.statistics import Opened, found
@@ -80,7 +80,7 @@ def pass_over(
 ) -> Pass:  # fmt: skip
     """Raises BadInput where a rule needs statistics that some expert has not left."""
     depth = depth_of(tensors)
-    left = statistics_of([one.rule for one in wanted], [one.digest for one in sources], store)
+    left = statistics_of(any(one.rule.needs for one in wanted), [one.digest for one in sources], store)
     statistics = [Opened(store.load(left[one.digest], Statistics), store) for one in sources] if left else []
     return Pass(tensors, sources, lambda e, name: weight_of(weights[e], name, depth), wanted, part, progress, statistics)
 
@@ -95,9 +95,9 @@ def contributions(
     )
 
 
-def statistics_of(rules: Iterable[Rule], members: Iterable[str], store: Store) -> dict[str, str]:
-    """Expert -> its statistics, where a rule needs them. Raises BadInput where some are absent."""
-    return {digest: found(digest, store).digest for digest in sorted(members)} if any(rule.needs for rule in rules) else {}
+def statistics_of(needed: bool, members: Iterable[str], store: Store) -> dict[str, str]:
+    """Expert -> its statistics, where they are needed. Raises BadInput where some are absent."""
+    return {digest: found(digest, store).digest for digest in sorted(members)} if needed else {}
 
 
 # ---- states -----------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def state(
     rule, begins, _ = settle(method, settings)
     fields = {"seed": seed.digest, "method": method, "settings": begins, "part": part}
     plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
-    left = statistics_of([rule], members, store)
+    left = statistics_of(bool(rule.needs), members, store)
     key = fingerprint("state", seed, method, begins, part, plain, *([left] if left else []))
     if done := store.done(key):
         return store.load(done, State)
