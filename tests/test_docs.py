@@ -12,9 +12,11 @@ from elmwood import records
 from elmwood.cli import app
 from elmwood.domains.embed import EMBEDDERS
 from elmwood.domains.route import ROUTERS
+from elmwood.merge.rules import RULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MERGING = (ROOT / "docs" / "merging.md").read_text()
 FORMATS = (ROOT / "docs" / "formats.md").read_text()
 
 
@@ -42,6 +44,15 @@ def test_every_inner_value_and_field_is_documented(value):
 @pytest.mark.parametrize("row", [*EMBEDDERS, *ROUTERS])
 def test_every_table_row_is_documented(row):
     assert f"`{row}`" in (ROOT / "docs" / "domains.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_every_merge_rule_is_documented_with_its_settings(name):
+    row = re.search(rf"^\| `{name}` \|.*$", MERGING, re.M)
+    assert row, f"docs/merging.md has no row on {name}"
+    for setting in [*RULES[name].begins, *RULES[name].ends]:
+        assert f"`{setting}` (" in row[0], f"docs/merging.md does not name {setting} of {name}"
+    assert RULES[name].paper.split()[0] in row[0]
 
 
 def commands(text: str) -> list[str]:
