@@ -274,9 +274,10 @@ class Score(Record):
     model: Digest
     holdout: str  # "holdout-" + fingerprint of its tokens and windows
     protocol: str
-    loglik: Blob  # safetensors: "loglik" [N] float32, nats
+    loglik: Blob  # safetensors: "loglik" [N] float16 (float32 in older ones), nats; "windows", which, where it is not all
     tokens: int
     nats: float  # minus the sum
+    windows: int | None = None  # how many of the holdout's; None: all
 
 
 class Row(Frozen):

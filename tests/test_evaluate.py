@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -13,12 +14,13 @@ from elmwood.domains.partition import partition as divide
 from elmwood.domains.route import posterior_scores
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, Damaged
+from elmwood.evaluate.columns import RUN, rounded, run
 from elmwood.evaluate.compare import top_ks
 from elmwood.evaluate.fit import minimise, weights
 from elmwood.evaluate.holdout import AUDITED, GATE, TUNE, blocks, halve
 from elmwood.evaluate.table import nats
 from elmwood.lm.load import tokenizer
-from elmwood.records import Ensemble, Forest
+from elmwood.records import Ensemble, Forest, Score, fingerprint
 from elmwood.store import Store
 
 TOPICS = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()", "le {0} mange une pomme — {1} aussi")
@@ -164,17 +166,80 @@ def test_a_model_is_scored_once(grown, held, columns):
 
 
 def test_the_table_equals_the_live_ensemble(grown, held, columns):
+    """Token by token before rounding; on average, and so in bits per byte, as it is kept."""
     store, partition, seed, experts = grown
     forest = Forest(seed=seed.digest, partition=partition.digest, experts=tuple(one.digest for one in experts))
     store.add(forest)
-    seed_N, expert_NK = columns
+    kept_NE = np.column_stack([columns[1], columns[0]])
+    exact_NE = np.column_stack([run(open_model(one, store, "cpu"), held) for one in (*experts, seed)])
     dist2_NK = evaluate.distances(held, partition, store)
     for top_k, seed_distance in ((1, None), (2, 1.0), (4, 0.9)):
-        ensemble = Ensemble(forest=forest.digest, top_k=top_k, temperature=0.3, seed_distance=seed_distance)
-        lm = open_model(ensemble, store, "cpu")
-        live = evaluate.column(evaluate.score(ensemble, lambda lm=lm: lm, held, store), held, store)
+        live_N = run(
+            open_model(Ensemble(forest=forest.digest, top_k=top_k, temperature=0.3, seed_distance=seed_distance), store, "cpu"), held
+        )
         weight_NE = weights(dist2_NK, "centroid", top_k, 0.3, seed_distance)
-        np.testing.assert_allclose(evaluate.mix(np.column_stack([expert_NK, seed_N]), weight_NE), live, atol=1e-5)
+        np.testing.assert_allclose(evaluate.mix(exact_NE, weight_NE), live_N, atol=1e-5)
+        mixed_N = evaluate.mix(kept_NE, weight_NE)
+        assert abs(mixed_N.mean() - live_N.mean(dtype=np.float64)) < 1e-5
+        two = [evaluate.bits_per_byte(one_N, held, ~held.tune_D).value for one_N in (mixed_N, live_N)]
+        assert abs(two[0] - two[1]) < 1e-5
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 2000))
+def test_two_bytes_a_token_keep_every_sum(rng_seed, tokens):
+    rng = np.random.default_rng(rng_seed)
+    loglik_N = -rng.gamma(0.5, 8.0, tokens) * rng.integers(0, 2, tokens)
+    kept_N = rounded(loglik_N)
+    assert kept_N.dtype == np.float16
+    assert (kept_N <= 0).all()
+    assert np.abs(kept_N - loglik_N).max() <= 2 * np.spacing(np.float16(np.abs(loglik_N).max() + 0.1))
+    last = np.spacing(np.float16(np.abs(loglik_N).max() + 0.1))
+    for start in range(0, tokens, RUN):
+        assert abs(kept_N[start : start + RUN].astype(float).sum() - loglik_N[start : start + RUN].sum()) <= last
+
+
+def test_columns_of_single_precision_stay_readable(grown, held, columns):
+    store, _, seed, _ = grown
+    loglik_N = columns[0].astype(np.float32)
+    old = Score(
+        model=seed.digest, holdout=held.name, protocol=held.protocol, tokens=len(loglik_N), nats=1.0,
+        loglik=store.put(safetensors.numpy.save({"loglik": loglik_N})),
+    )  # fmt: skip
+    assert (evaluate.column(old, held, store) == loglik_N).all()
+
+
+def test_windows_come_one_by_one_and_nothing_is_run_twice(grown, held, columns, tmp_path):
+    _, _, seed, _ = grown
+    store, grown_store = Store(tmp_path), grown[0]
+    model = tiny_seed(store)
+    one = evaluate.Partial(model, lambda: open_model(model, store, "cpu"), held, store)
+    one.fill(np.array([3, 1]))
+    first = one.seal()
+    assert first.windows == 2
+    loglik_N = evaluate.column(first, held, store)
+    there_N = np.isin(one.window_N, [1, 3])
+    assert np.isnan(loglik_N[~there_N]).all()
+    np.testing.assert_allclose(loglik_N[there_N], columns[0][there_N], atol=0.01)
+    again = evaluate.Partial(model, lambda: pytest.fail("opened again"), held, store)
+    again.fill(np.array([1, 3]))
+    assert evaluate.bring([seed], held, grown_store, store) == 0  # what is here stays
+    other = Store(tmp_path / "other")
+    assert evaluate.bring([seed], held, grown_store, other) == 1
+    score = evaluate.score(seed, lambda: pytest.fail("opened again"), held, other)
+    assert score.windows is None
+    assert (evaluate.column(score, held, other) == columns[0]).all()
+    whole = evaluate.score(model, lambda: open_model(model, store, "cpu"), held, store)
+    assert (whole.tokens, whole.windows) == (len(held.document_N), None)
+
+
+def test_a_column_from_elsewhere_is_looked_at(grown, held, tmp_path):
+    _, _, seed, _ = grown
+    source = Store(tmp_path / "source")
+    false = Score(model="0" * 64, holdout=held.name, protocol=held.protocol, loglik=source.put(b"x"), tokens=1, nats=0.0)
+    source.finish(fingerprint("score", seed.digest, held.name), false)
+    with pytest.raises(Damaged, match="here instead"):
+        evaluate.bring([seed], held, source, Store(tmp_path / "mine"))
 
 
 # ---- table

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from elmwood import evaluate, train
@@ -51,13 +52,22 @@ class StatisticsJob(Frozen):
 
 
 class ScoreJob(Frozen):
-    """Score every held-out token under one model."""
+    """Score held-out tokens under one model."""
 
     store: Path
     label: str
     model: Digest
     holdout: evaluate.HoldoutSpec
     threads: int
+    windows: tuple[int, ...] | None = None  # None: all
+    until: float | None = None  # seconds of time.time
+
+
+class Scored(Frozen):
+    """What scoring a model took."""
+
+    tokens: int
+    seconds: float
 
 
 def train_job(job: TrainJob, progress: Progress) -> Digest:
@@ -97,12 +107,18 @@ def statistics_job(job: StatisticsJob, progress: Progress) -> Digest:
     return train.statistics(store.load(job.expert, Expert), store, rows=job.rows, progress=told).digest
 
 
-def score_job(job: ScoreJob, progress: Progress) -> Digest:
-    """The digest of the Score."""
+def score_job(job: ScoreJob, progress: Progress) -> Scored:
+    """What it took; the Score is found by model and holdout."""
     torch.set_num_threads(job.threads)
     store = Store(job.store)
     model, held = store.load(job.model), open_holdout(job.holdout, store)
-    return evaluate.score(model, lambda: open_model(model, store), held, store, _named(job.label, progress)).digest
+    one = evaluate.Partial(model, lambda: open_model(model, store), held, store)
+    one.fill(
+        np.arange(len(one.known_W)) if job.windows is None else np.array(job.windows, np.int64), _named(job.label, progress), job.until
+    )
+    if one.known_W.any():
+        one.seal()
+    return Scored(tokens=one.forwarded, seconds=one.seconds)
 
 
 def open_holdout(spec: evaluate.HoldoutSpec, store: Store) -> evaluate.Holdout:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.domains import say_read
-from elmwood.cli.jobs import ScoreJob, TrainJob, open_holdout, score_job, train_job
+from elmwood.cli.ensure import ensure
+from elmwood.cli.jobs import TrainJob, open_holdout, train_job
 from elmwood.cli.models import print_comparison, seed_of, verdict
 from elmwood.cli.page import page
 from elmwood.cli.screen import bars, count, duration, emit, out, talk
@@ -37,7 +38,6 @@ from elmwood.records import (
     Partition,
     Recipe,
     Record,
-    Score,
     Seed,
     Shard,
 )
@@ -247,11 +247,7 @@ def score(
     models: Sequence[tuple[str, Digest]], spec: evaluate.HoldoutSpec, store: Store, *, workers: int, progress: Progress
 ) -> dict[Digest, NDArray[np.floating]]:
     """The column of each model, run only where nobody has scored it yet: by digest."""
-    held = open_holdout(spec, store)
-    threads = max(1, cores() // workers)
-    jobs = [ScoreJob(store=store.root, label=f"score {name}", model=model, holdout=spec, threads=threads) for name, model in models]
-    scores = run(score_job, jobs, workers=workers, progress=progress)
-    return {model: evaluate.column(store.load(digest, Score), held, store) for (_, model), digest in zip(models, scores, strict=True)}
+    return ensure(models, spec, store, workers=workers, progress=progress).columns
 
 
 def _keep(

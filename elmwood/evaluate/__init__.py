@@ -1,16 +1,18 @@
 """Models -> numbers. Every held-out token is scored once per model; everything else is arithmetic on those columns.
 
 holdout   the held-out text as windows of tokens, with bytes, domains, the two halves and blocks of 2 KiB
-columns   run a model over it, once: the only function here that needs one
+columns   run a model over some of it, and what is kept: two bytes a token
+partial   columns that grow: the only functions here that need a model; columns of other stores
 table     columns -> bits per byte, mixtures, differences, each with its standard error
 fit       temperature and seed distance, on the tune half
 compare   the result and every control beside it, on the test half
 """
 
-from elmwood.evaluate.columns import column, score
+from elmwood.evaluate.columns import Scorer, column
 from elmwood.evaluate.compare import Compared, Control, Cost, Side, compare
 from elmwood.evaluate.fit import Fit, fit
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec, distances, holdout
+from elmwood.evaluate.partial import Partial, bring, score
 from elmwood.evaluate.table import Estimate, bits_per_byte, block_nats, difference, mix, perplexity, row
 
 __all__ = [
@@ -21,9 +23,12 @@ __all__ = [
     "Fit",
     "Holdout",
     "HoldoutSpec",
+    "Partial",
+    "Scorer",
     "Side",
     "bits_per_byte",
     "block_nats",
+    "bring",
     "column",
     "compare",
     "difference",

@@ -1,10 +1,8 @@
-"""Run a model over the holdout, once. The column is kept: whoever needs it again reads it.
+"""Run a model over the holdout, and what is kept of it: two bytes a token, memory-mapped when it is read.
 
-B windows of at most L tokens in one batch, N scored tokens
+B windows of at most L tokens in one batch, W windows, N scored tokens, R runs of T tokens
 """
 
-import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,10 +12,12 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import Damaged
 from elmwood.evaluate.holdout import Holdout
-from elmwood.records import Record, Score, fingerprint
+from elmwood.records import Score
 from elmwood.store import Store
 
 TOKENS = 8192  # in one batch, padding included
+RUN = 256  # tokens over which rounding errors are passed on
+LEAST = float(np.finfo(np.float16).min)
 
 Floats = NDArray[np.floating]
 
@@ -29,32 +29,39 @@ class Scorer(Protocol):
         """log p(token | those before it in its row) [B, L] float32, nats; column 0 is zero."""
 
 
-def score(model: Record, load: Callable[[], Scorer], holdout: Holdout, store: Store, progress: Progress = silent) -> Score:
-    """The Score of a model on the holdout; the model is opened only when there is none yet."""
-    key = fingerprint("score", model.digest, holdout.name)
-    if done := store.done(key):
-        return store.load(done, Score)
-    started = time.perf_counter()
-    loglik_N = run(load(), holdout, progress)
-    made = Score(
-        model=model.digest,
-        holdout=holdout.name,
-        protocol=holdout.protocol,
-        loglik=store.put(safetensors.numpy.save({"loglik": loglik_N})),
-        tokens=len(loglik_N),
-        nats=-float(loglik_N.sum(dtype=np.float64)),
-    )
-    store.finish(key, made)
-    store.log(key, seconds=time.perf_counter() - started, tokens=len(loglik_N))
-    return made
-
-
 def column(score: Score, holdout: Holdout, store: Store) -> Floats:
-    """The log-likelihoods of a Score [N] float32, nats. Raises Damaged where they do not belong to this holdout."""
-    loglik_N = safetensors.numpy.load_file(store.get(score.loglik))["loglik"]
-    if score.holdout != holdout.name or loglik_N.shape != holdout.document_N.shape:
+    """The log-likelihoods of a Score [N] float32, nats; NaN where it has none. Raises Damaged where they do not belong to this holdout."""
+    parts = safetensors.numpy.load_file(store.get(score.loglik))
+    window_N = np.nonzero(holdout.scored_WL)[0]
+    known_N = np.isin(window_N, parts["windows"]) if "windows" in parts else np.ones(len(window_N), bool)
+    if score.holdout != holdout.name or len(parts["loglik"]) != known_N.sum():
         raise Damaged(f"score {score.digest[:8]} is of {score.holdout[:16]}…, not of {holdout.name[:16]}…: score the model again")
+    loglik_N = np.full(len(window_N), np.nan, np.float32)
+    loglik_N[known_N] = parts["loglik"]
     return loglik_N
+
+
+def encode(loglik_N: Floats, known_W: NDArray[np.bool_] | None = None) -> bytes:
+    """The blob of a Score: "loglik" [N] float16, and "windows", which of them, where it has not all."""
+    parts: dict[str, Any] = {"loglik": rounded(loglik_N)}
+    if known_W is not None:
+        parts["windows"] = np.flatnonzero(known_W).astype(np.uint32)
+    return safetensors.numpy.save(parts)
+
+
+def rounded(loglik_N: Floats) -> Floats:
+    """Log-likelihoods in half precision [N] float16. What rounding takes from one token it adds to the next of its run, so a sum over many
+    is as right as one over a few, and none is above zero: the error of a block does not grow with its tokens."""
+    runs = -(-len(loglik_N) // RUN)
+    loglik_RT = np.zeros((runs, RUN))
+    loglik_RT.ravel()[: len(loglik_N)] = loglik_N
+    kept_RT = np.zeros((runs, RUN), np.float16)
+    over_R = np.zeros(runs)
+    for t in range(RUN):
+        wanted_R = loglik_RT[:, t] + over_R
+        kept_RT[:, t] = np.clip(wanted_R, LEAST, 0)
+        over_R = wanted_R - kept_RT[:, t]
+    return kept_RT.ravel()[: len(loglik_N)]
 
 
 def run(lm: Scorer, holdout: Holdout, progress: Progress = silent) -> Floats:

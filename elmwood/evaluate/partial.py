@@ -1,10 +1,11 @@
-"""A column that grows by windows: a test needs a model on the blocks it draws, and on no others.
+"""A column that grows by windows: a test needs a model on the blocks it draws, an expert only where it is near. What is scored is kept.
 
 W windows, N scored tokens
 """
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import Damaged
-from elmwood.evaluate.columns import Scorer, column, run
+from elmwood.evaluate.columns import Scorer, column, encode, run
 from elmwood.evaluate.holdout import Holdout
 from elmwood.records import Record, Score, fingerprint
 from elmwood.store import Store
@@ -22,20 +23,33 @@ from elmwood.store import Store
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
+SLICE = 1 << 17  # tokens between two saves
+
+
+def score(model: Record, load: Callable[[], Scorer], holdout: Holdout, store: Store, progress: Progress = silent) -> Score:
+    """The Score of a model on the holdout; the model is opened only where there is none yet. Interrupted, it goes on."""
+    one = Partial(model, load, holdout, store)
+    one.fill(np.arange(len(one.known_W)), progress)
+    return one.seal()
+
 
 class Partial:
-    """Log-likelihoods of a model on the windows scored so far; a complete column where the model has a Score. What is scored is kept."""
+    """Log-likelihoods of a model on the windows scored so far, NaN on the others. `fill` is the only function that runs models."""
 
     def __init__(self, model: Record, load: Callable[[], Scorer], holdout: Holdout, store: Store):
-        self.holdout, self.load = holdout, load
+        self.model, self.holdout, self.load, self.store = model, holdout, load, store
         self.window_N = np.nonzero(holdout.scored_WL)[0]
         self.loglik_N = np.full(len(self.window_N), np.nan, np.float32)
         self.known_W = np.zeros(len(holdout.windows.rows_WL), bool)
-        self.forwarded = 0  # tokens, by this object
-        if done := store.done(fingerprint("score", model.digest, holdout.name)):
-            self.loglik_N, self.known_W[:] = column(store.load(done, Score), holdout, store), True
-            return
-        self.folder = store.work(fingerprint("partial", model.digest, holdout.name))
+        self.forwarded, self.seconds = 0, 0.0  # tokens and time, by this object
+        self.keys = [fingerprint(kind, model.digest, holdout.name) for kind in ("score", "partial")]  # complete, and whatever there is
+        done = next((digest for key in self.keys if (digest := store.done(key))), None)
+        self.score = store.load(done, Score) if done else None
+        if self.score:
+            self.loglik_N = column(self.score, holdout, store)
+            self.known_W[np.unique(self.window_N[~np.isnan(self.loglik_N)])] = True
+            self.known_W |= self.score.tokens == len(self.window_N)  # a window of nothing but context has no token
+        self.folder = store.root / "work" / self.keys[1]
         for path in sorted(self.folder.glob("*.safetensors")):
             self._take(**safetensors.numpy.load_file(path))
 
@@ -43,17 +57,44 @@ class Partial:
     def complete(self) -> bool:
         return bool(self.known_W.all())
 
-    def fill(self, window_W: Ints, progress: Progress = silent) -> None:
-        """Score those of these windows that are not known yet."""
+    def fill(self, window_W: Ints, progress: Progress = silent, until: float | None = None) -> None:
+        """Score those of these windows that are not known yet, as far as one comes by `until` (seconds of time.time)."""
         missing_W = np.unique(window_W[~self.known_W[window_W]])
         if not len(missing_W):
             return
-        cut = self.holdout.windows
-        some = type(cut)(*(part[missing_W] for part in cut))
-        loglik_N = run(self.load(), self.holdout._replace(windows=some), progress)
-        self.forwarded += int(some.length_W.sum())
-        self._keep(missing_W, loglik_N)
-        self._take(missing_W, loglik_N)
+        cut, started = self.holdout.windows, time.perf_counter()
+        missing_W = missing_W[np.argsort(-cut.length_W[missing_W], kind="stable")]
+        part_W = np.cumsum(cut.length_W[missing_W]) // SLICE
+        total, done, lm = int(cut.length_W[missing_W].sum()), 0, self.load()
+        for part in np.unique(part_W):
+            if until is not None and time.time() >= until:
+                break
+            some_W = np.sort(missing_W[part_W == part])
+            some = type(cut)(*(field[some_W] for field in cut))
+            loglik_N = run(lm, self.holdout._replace(windows=some), _onward(progress, done, total))
+            done += int(some.length_W.sum())
+            self._keep(some_W, loglik_N)
+            self._take(some_W, loglik_N)
+        self.forwarded += done
+        self.seconds += time.perf_counter() - started
+
+    def seal(self) -> Score:
+        """What is known as a Score, for everyone who shares the store; the parts it was saved in go."""
+        known_N = self.known_W[self.window_N]
+        if self.score and self.score.tokens == known_N.sum():
+            return self.score
+        key = self.keys[0] if self.complete else self.keys[1]
+        loglik_N = self.loglik_N[known_N]
+        made = Score(
+            model=self.model.digest, holdout=self.holdout.name, protocol=self.holdout.protocol,
+            loglik=self.store.put(encode(loglik_N, None if self.complete else self.known_W)),
+            tokens=len(loglik_N), nats=-float(loglik_N.sum(dtype=np.float64)), windows=None if self.complete else int(self.known_W.sum()),
+        )  # fmt: skip
+        for one in {key, self.keys[1]}:
+            self.store.finish(one, made)
+        self.store.log(key, seconds=self.seconds, tokens=self.forwarded)
+        self.score = made
+        return made
 
     def _take(self, windows: Ints, loglik: Floats) -> None:
         place_N = np.isin(self.window_N, windows)
@@ -64,7 +105,34 @@ class Partial:
 
     def _keep(self, windows: Ints, loglik: Floats) -> None:
         """One file per batch, complete or not there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(safetensors.numpy.save({"windows": windows, "loglik": loglik}))
         Path(temporary).rename(self.folder / f"{fingerprint(windows.tolist())[:32]}.safetensors")
+
+
+def _onward(progress: Progress, before: int, total: int) -> Progress:
+    """The progress of one part of several."""
+    return lambda what, done, _, unit: progress(what, before + done, total, unit)
+
+
+def bring(models: list[Record], holdout: Holdout, source: Store, store: Store) -> int:
+    """Take over the Scores that another store has of these models on this holdout, their bytes looked at; how many came.
+
+    What came is a claim of whoever scored it. A model that has a Score here keeps it. Raises Damaged.
+    """
+    came = 0
+    for model in models:
+        kinds = [fingerprint(kind, model.digest, holdout.name) for kind in ("score", "partial")]
+        done = next((digest for key in kinds if (digest := source.done(key))), None)
+        if done is None or any(store.done(key) for key in kinds):
+            continue
+        record = source.load(done, Score)
+        if (record.model, record.holdout) != (model.digest, holdout.name) or store.put(source.get(record.loglik)) != record.loglik:
+            raise Damaged(f"score {done[:8]} of {source.root} is not what it says it is: score {model.digest[:8]} here instead")
+        column(record, holdout, store)
+        for key in kinds[:1] if record.windows is None else kinds[1:]:
+            store.finish(key, record)
+        came += 1
+    return came
