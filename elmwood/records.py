@@ -148,7 +148,7 @@ class Partition(Record):
 class Recipe(Frozen):
     """How a model is trained: everything that decides the bytes that come out, and nothing else."""
 
-    method: Literal["full", "lora", "qlora", "dora"] = "full"
+    method: Literal["full", "lora", "qlora", "dora", "router"] = "full"
     steps: int = Field(gt=0)
     batch: int = Field(8, gt=0)  # sequences per optimiser step
     length: int = Field(256, gt=1)  # tokens per sequence
@@ -169,6 +169,8 @@ class Recipe(Frozen):
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # adapters only: module name endings
     late: float = Field(1.0, gt=0, le=1)  # adapters only: the share of the layers, the last ones, that has them
     together: int = Field(1, gt=0)  # adapters trained over one base at once: the order of float sums depends on it
+    tuned: Literal["routers", "norms", "shared", "everything"] = "routers"  # router only: what is trained, each with those before it
+    balance: float = Field(0.0, ge=0)  # router only: weight of the load-balancing loss
     rng_seed: int = 0
     threads: int = 1  # CPU threads: part of the recipe because the order of float sums depends on it
 
@@ -373,10 +375,42 @@ class Merged(Record):
     layers: dict[str, Digest] = {}  # where each layer was taken from a merge of its own: layer, or "outside" -> Merged
 
 
+class Gates(Frozen):
+    """How a mixture's experts are chosen at first: a row of the table of gates, and its settings."""
+
+    kind: str = "random"
+    top_k: int = Field(2, gt=0)
+    scale: float = Field(1.0, ge=0)  # what all rows are multiplied by
+    seed_bias: float | None = None  # added to the logit of the seed's own feed-forward; None: it is no expert
+    rng_seed: int = 0
+
+
+class Mixture(Record):
+    """Experts of one seed as the experts of mixture-of-experts layers (BTX, arXiv:2403.07816)."""
+
+    kind: Literal["mixture"] = "mixture"
+    seed: Digest
+    forest: Digest
+    experts: tuple[Digest, ...]  # by their number in every layer; the seed's digest stands for its own feed-forward
+    gates: Gates
+    layout: Literal["checkpoint", "low-rank"] = "checkpoint"
+    method: str = "average"  # of what all share: a row of the table of merge rules, or seed
+    settings: dict[str, float] = {}
+    contributions: tuple[Contribution, ...] = ()  # to what all share; none where it is the seed's
+    residue: dict[Digest, float] = {}  # experts that were taken out -> their share in what was averaged before
+    parent: Digest | None = None  # the mixture this one was tuned from
+    data: tuple[Blob, ...] = ()  # the shards it was tuned on
+    recipe: Recipe | None = None
+    curve: tuple[Point, ...] = ()
+    files: Files  # checkpoint: a transformers folder; low-rank: mixture.safetensors and mixture.json over the seed
+
+
 KINDS: dict[str, type[Record]] = {
     cls.model_fields["kind"].default: cls
-    for cls in (Corpus, Packing, Partition, Seed, Expert, Statistics, Forest, Ensemble, Score, Comparison, Verdict, State, Merged)
-}
+    for cls in (
+        Corpus, Packing, Partition, Seed, Expert, Statistics, Forest, Ensemble, Score, Comparison, Verdict, State, Merged, Mixture,
+    )
+}  # fmt: skip
 
 
 def parse(data: bytes) -> Record:

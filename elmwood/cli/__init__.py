@@ -299,6 +299,28 @@ def merge(
           as_json=as_json)  # fmt: skip
 
 
+@app.command()
+def mix(
+    forest: Annotated[str, typer.Argument(help="A forest, or a mixture to take experts out of: name or digest.")],
+    gates: Annotated[str, typer.Option(help="How experts are chosen at first: random.")] = "random",
+    top_k: Annotated[int, typer.Option(help="Experts a token goes through; as many as there are is soft routing.")] = 2,
+    scale: Annotated[float, typer.Option(help="Of the gates: the larger, the more the first choice counts.")] = 1.0,
+    method: Annotated[
+        str, typer.Option(help="Of what all share: a merge rule, or seed. What no expert changed is the seed's anyway.")
+    ] = "average",
+    low_rank: Annotated[bool, typer.Option("--low-rank", help="Keep adapters as factors over one shared feed-forward.")] = False,
+    seed_expert: Annotated[bool, typer.Option(help="The seed's own feed-forward as one more expert.")] = True,
+    without: Annotated[list[str] | None, typer.Option(help="Leave this expert out (repeatable).")] = None,
+    rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
+    name: NameOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Make experts the experts of one mixture-of-experts model, in a standard architecture."""
+    _verb("mix", "mix_verb", forest=forest, gates=gates, top_k=top_k, scale=scale, method=method, low_rank=low_rank,
+          seed_expert=seed_expert, without=without or [], rng_seed=rng_seed, name=name, store=store, as_json=as_json)  # fmt: skip
+
+
 @state_app.command("make")
 def state_make(
     experts: ExpertsArgument,

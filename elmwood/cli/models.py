@@ -5,7 +5,7 @@ import sys
 from elmwood.cli.screen import duration, emit, expand, keep, short, table, talk
 from elmwood.domains.partition import serving
 from elmwood.errors import BadInput, ForeignExpert
-from elmwood.records import Comparison, Ensemble, Expert, Forest, Merged, Partition, Record, Seed
+from elmwood.records import Comparison, Ensemble, Expert, Forest, Merged, Mixture, Partition, Record, Seed
 from elmwood.store import Store
 
 
@@ -142,6 +142,6 @@ def seed_of(record: Record, store: Store) -> Seed:
     """The seed a model grew from. Raises UnknownName."""
     if isinstance(record, Ensemble):
         record = store.load(record.forest, Forest)
-    if isinstance(record, Expert | Forest | Merged):
+    if isinstance(record, Expert | Forest | Merged | Mixture):
         return store.load(record.seed, Seed)
     return store.load(record.digest, Seed)

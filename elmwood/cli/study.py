@@ -35,6 +35,7 @@ from elmwood.records import (
     Forest,
     Frozen,
     Merged,
+    Mixture,
     Partition,
     Recipe,
     Record,
@@ -339,7 +340,7 @@ def _division(models: Sequence[Record], named: str | None, store: Store) -> Part
     if named:
         return store.load(named, Partition)
     for model in models:
-        source = store.load(model.forest) if isinstance(model, Ensemble) else model
+        source = store.load(model.forest) if isinstance(model, Ensemble | Mixture) else model
         source = store.load(model.contributions[0].expert) if isinstance(model, Merged) else source
         if found := getattr(source, "partition", None):
             return store.load(found, Partition)

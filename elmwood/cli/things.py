@@ -8,7 +8,7 @@ from typing import Any
 
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.errors import BadInput
-from elmwood.records import Comparison, Corpus, Ensemble, Expert, Forest, Merged, Partition, Record, Seed, State, Statistics
+from elmwood.records import Comparison, Corpus, Ensemble, Expert, Forest, Merged, Mixture, Partition, Record, Seed, State, Statistics
 from elmwood.store import Store, lineage
 from elmwood.store import verify as check
 
@@ -65,6 +65,9 @@ def summary(record: Record) -> str:
         case Merged():
             off = "" if record.error is None else f", {record.error:.2g} from the exact sum"
             return f"{record.method} of {len(record.contributions)} experts{off}"
+        case Mixture():
+            tuned = f", tuned: {record.recipe.tuned}" if record.recipe else ""
+            return f"{len(record.experts)} experts, top-{record.gates.top_k}, {record.gates.kind} gates, {record.layout}{tuned}"
         case State():
             part = "" if record.part == (0, 1) else f", part {record.part[0]}/{record.part[1]}"
             return f"{record.method} of {len(record.contributions)} experts, unfinished{part}"
@@ -124,9 +127,9 @@ def _write(record: Record, home: Store, building: Path, form: str | None, dtype:
             from elmwood.domains.share import dataset  # scikit-learn
 
             shutil.copytree(home.folder(dataset(record, home)), building)
-        case State() | Statistics() | Partition() if form or dtype:
+        case State() | Statistics() | Partition() | Mixture() if form or dtype:
             raise BadInput("--format and --dtype are for models, and --format parquet for the text of a partition: leave them out")
-        case State() | Statistics():
+        case State() | Statistics() | Mixture():
             shutil.copytree(home.folder(record.files), building)  # follows the links: plain files come out
         case Partition():
             from elmwood.domains.share import publish, published  # scikit-learn

@@ -24,7 +24,7 @@ from elmwood.lm.experts import Experts, OneLM, Text
 from elmwood.lm.interface import LM
 from elmwood.lm.load import tokenizer
 from elmwood.lm.states import seed_states
-from elmwood.records import Ensemble, Expert, Forest, Merged, Partition, Recipe, Record, Seed
+from elmwood.records import Ensemble, Expert, Forest, Merged, Mixture, Partition, Recipe, Record, Seed
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
@@ -236,8 +236,8 @@ def _names(experts: Sequence[Expert], store: Store) -> list[str]:
     return [f"{name}:{expert.digest[:8]}" if domains.count(name) > 1 else name for name, expert in zip(domains, experts, strict=True)]
 
 
-def _as_expert(merged: Merged) -> Expert:
-    """A merge opens as an expert of its seed does: a checkpoint, or an adapter."""
+def _as_expert(merged: Merged | Mixture) -> Expert:
+    """A merge or mixture opens as an expert of its seed does: a checkpoint, or an adapter."""
     method: Literal["full", "lora"] = "lora" if "adapter_config.json" in merged.files else "full"
     return Expert(seed=merged.seed, data=(), recipe=Recipe(method=method, steps=1), files=merged.files)
 
@@ -249,8 +249,10 @@ def open_model(record: Record, store: Store, device: torch.device | str | None =
             return OneLM(Experts(record, [], store, device), 0, "seed")
         case Expert():
             return OneLM(Experts(store.load(record.seed, Seed), [record], store, device), 0, record.digest[:8])
-        case Merged():
+        case Merged() | Mixture():
             return OneLM(Experts(store.load(record.seed, Seed), [_as_expert(record)], store, device), 0, record.digest[:8])
         case Ensemble():
             return (WeightsLM if record.mixing == "weights" else EnsembleLM)(record, store, device)
-    raise UnknownName(f"a {record.kind} is not a model; a seed, an expert, a merge or an ensemble is: `elmwood show` lists what there is")
+    raise UnknownName(
+        f"a {record.kind} is not a model; a seed, an expert, a merge, a mixture or an ensemble is: `elmwood show` lists what there is"
+    )

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from elmwood.errors import BadSeed, Damaged, ForeignExpert
+from elmwood.lm import lowrank
 from elmwood.records import Expert, Files, Point, Recipe, Seed, Shape
 from elmwood.registry import require
 from elmwood.store import Store, hash_file
@@ -316,10 +317,13 @@ def load_model(
     wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
     if expert is not None:
         check_kin(seed, expert)
-    full = expert is not None and expert.recipe.method == "full"
+    low = expert is not None and lowrank.FILE in expert.files  # a mixture of adapters
+    full = expert is not None and expert.recipe.method == "full" and not low
     folder = store.folder(expert.files) if full and expert is not None else seed_folder(seed, store)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True, use_safetensors=True)
-    if expert is not None and not full:
+    if expert is not None and low:
+        model = lowrank.gated(model, store.folder(expert.files))
+    elif expert is not None and not full:
         from peft import PeftModel  # takes as long to import as all else here, and few need it
 
         model = PeftModel.from_pretrained(model, store.folder(expert.files), low_cpu_mem_usage=True)

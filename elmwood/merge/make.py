@@ -6,7 +6,7 @@ N numbers of a piece of one tensor
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from elmwood.merge.rule import Floats, Rule, Settings, Total
 from elmwood.merge.rules import RULES, on, settle
 from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_folder, seed_places, statistics_of, sum_places
 from elmwood.merge.sums import Pass, Piece, Wanted
-from elmwood.merge.tensors import PIECE, SIZES, Files, Place, Twin, decode, encode, places
+from elmwood.merge.tensors import PIECE, SIZES, Bytes, Files, Place, Twin, decode, encode, places
 from elmwood.merge.values import depth_of, layer_of, weight_of
 from elmwood.records import Contribution, Merged, Seed, State, fingerprint
 from elmwood.store import Store
@@ -56,19 +56,20 @@ def merge(
             wanted.append(Wanted(rule, begins))
     work = pass_over(tensors, sources, weights, wanted, (0, 1), store, progress)
     folders = [store.work(key) / "out" for key in keys]
+    twins = [Twin(tensors, folder) for folder in folders]
     finishers = [
-        (place := wanted.index(Wanted(rule, begins)), Finisher(rule, begins | ends, tensors, partial(work.total, place), folder))
-        for (rule, begins, ends), folder in zip(rules, folders, strict=True)
+        (place := wanted.index(Wanted(rule, begins)), Finisher(rule, begins | ends, tensors, partial(work.total, place), twin))
+        for (rule, begins, ends), twin in zip(rules, twins, strict=True)
     ]
     for piece in work.run(lambda name: any(one.with_seed(name) for _, one in finishers)):
         for place, one in finishers:
             if piece.sums[place]:
                 one.write(piece, piece.sums[place])
     made = []
-    for answer, (rule, begins, ends), key, (place, one) in zip(answers, rules, keys, finishers, strict=True):
-        one.close(set(work.names()))
+    for answer, (rule, begins, ends), key, folder, (place, _), twin in zip(answers, rules, keys, folders, finishers, twins, strict=True):
+        twin.close(set(work.names()))
         rows = contributions(sources, weights, work.reach[place], left if rule.needs else {})
-        made.append(_stored(seed, answer.method, begins | ends, rows, one.folder, store))
+        made.append(_stored(seed, answer.method, begins | ends, rows, folder, store))
         store.finish(key, made[-1])
     return made
 
@@ -100,7 +101,8 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
         store.finish(key, made)
         return made
     tensors = seed_places(seed, store)
-    finisher = Finisher(rule, begins | ends, tensors, _recorded(first, tensors), store.work(key) / "out")
+    twin = Twin(tensors, folder := store.work(key) / "out")
+    finisher = Finisher(rule, begins | ends, tensors, _recorded(first, tensors), twin)
     held = [(one, sum_places(one, store)) for one in states]
     files = Files()
     names = {key.rpartition("|")[0] for _, found in held for key in found}
@@ -120,12 +122,12 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
                 seed_raw = files.read(tensors[name], start, stop) if finisher.with_seed(name) else None
                 finisher.write(Piece(name, start, stop, seed_raw, []), sums)
     files.close()
-    finisher.close(names)
+    twin.close(names)
     rows = tuple(
         row.model_copy(update={"reach": max(c.reach for one in states for c in one.contributions if c.expert == row.expert)})
         for row in first.contributions
     )
-    made = _stored(seed, first.method, begins | ends, rows, finisher.folder, store)
+    made = _stored(seed, first.method, begins | ends, rows, folder, store)
     store.finish(key, made)
     return made
 
@@ -174,12 +176,17 @@ def _recorded(one: State, tensors: dict[str, Place]) -> Callable[[str], Total]:
     return total
 
 
-class Finisher:
-    """Writes a checkpoint with the seed's own layout: the same files, names, dtypes and places."""
+class Puts(Protocol):
+    """Takes numbers from `first` on, as bytes, of the tensor that stands at `place` in the seed."""
 
-    def __init__(self, rule: Rule, settings: Settings, tensors: dict[str, Place], total: Callable[[str], Total], folder: Path):
-        self.rule, self.settings, self.tensors, self.total, self.folder = rule, settings, tensors, total, folder
-        self.twin = Twin(tensors, folder)
+    def put(self, place: Place, first: int, raw: Bytes) -> None: ...
+
+
+class Finisher:
+    """Ends sums and puts them where the seed's tensors stand in its twin, or wherever else `twin` puts them."""
+
+    def __init__(self, rule: Rule, settings: Settings, tensors: dict[str, Place], total: Callable[[str], Total], twin: Puts):
+        self.rule, self.settings, self.tensors, self.total, self.twin = rule, settings, tensors, total, twin
 
     def _rule(self, name: str) -> tuple[Rule, Settings]:
         """The rule of a tensor with its settings: what a rule of matrices leaves is averaged."""
@@ -217,10 +224,6 @@ class Finisher:
             seed_N = np.zeros(0) if raw is None else decode(raw, place.dtype).astype(np.float64)
             theta_N = rule.finish(values, seed_N, total, settings)
             self.twin.put(place, piece.first + at, encode(theta_N.astype(np.float64, copy=False), place.dtype))
-
-    def close(self, written: set[str]) -> None:
-        """Copy what no expert changes, and close the files."""
-        self.twin.close(written)
 
 
 def _opened(rule: Rule, place: Place, sums: Sequence[Any]) -> tuple[Floats, ...]:

@@ -1,0 +1,72 @@
+"""Sharded safetensors written in place, tensor by tensor, in any order. Gates stand in a shard of their own: tuning or choosing them
+again leaves every other file, and so every other blob, as it was.
+
+N numbers of one tensor, or a part of it
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.merge.tensors import PIECE, SIZES, Files, Place, decode, encode, pack_header
+
+SHARD = 4 << 30  # bytes of a file, about
+Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+class Shards:
+    """Files in a folder, with room for these tensors in this order; the first `alone` of them have a file to themselves."""
+
+    def __init__(self, entries: Sequence[Entry], folder: Path, alone: int = 0, stem: str = "model"):
+        folder.mkdir(parents=True, exist_ok=True)
+        groups: list[list[tuple[str, str, tuple[int, ...], int]]] = []
+        filled = SHARD
+        for number, (name, dtype, shape) in enumerate(entries):
+            size = math.prod(shape) * SIZES[dtype]
+            if number in (0, alone) or (number > alone and filled + size > SHARD):
+                groups.append([])
+                filled = 0
+            groups[-1].append((name, dtype, shape, size))
+            filled += size
+        self.index, self.places, self.handles = folder / f"{stem}.safetensors.index.json", dict[str, Place](), dict[Path, int]()
+        for number, group in enumerate(groups, 1):
+            path, top = folder / f"{stem}-{number:05}-of-{len(groups):05}.safetensors", pack_header(group, {"format": "pt"})
+            handle = self.handles[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.pwrite(handle, top, 0)
+            at = len(top)
+            for name, dtype, shape, size in group:
+                self.places[name] = Place(path, dtype, shape, at)
+                at += size
+            os.ftruncate(handle, at)
+
+    def put(self, name: str, first: int, raw: NDArray[np.uint8]) -> None:
+        """The bytes of a tensor from its number `first` on."""
+        place = self.places[name]
+        os.pwrite(self.handles[place.path], raw.data, place.start + first * place.width)
+
+    def put_numbers(self, name: str, value_N: NDArray[np.floating], first: int = 0) -> None:
+        """Numbers, rounded to the tensor's dtype."""
+        self.put(name, first, encode(np.ascontiguousarray(value_N, np.float64).reshape(-1), self.places[name].dtype))
+
+    def copy(self, name: str, source: Place, files: Files, first: int = 0) -> None:
+        """A tensor of another file, byte by byte where the dtypes are alike."""
+        same, buffer = source.dtype == self.places[name].dtype, memoryview(bytearray(PIECE * 8))
+        for at in range(0, source.numbers, PIECE):
+            raw = files.read(source, at, min(source.numbers, at + PIECE), buffer)
+            if same:
+                self.put(name, first + at, raw)
+            else:
+                self.put_numbers(name, decode(raw, source.dtype), first + at)
+
+    def close(self) -> None:
+        """Write the index, and close the files."""
+        for handle in self.handles.values():
+            os.close(handle)
+        sizes = [place.numbers * place.width for place in self.places.values()]
+        said = {"metadata": {"total_size": sum(sizes)}, "weight_map": {name: place.path.name for name, place in self.places.items()}}
+        self.index.write_text(json.dumps(said, indent=1, sort_keys=True))

@@ -1,0 +1,138 @@
+"""Mixtures of experts: the laws of what is written, and that other tools open it."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import config_seed, full_expert, lora_expert, tiny_seed
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, Qwen3Config
+
+from elmwood.ensemble.mixture import open_model
+from elmwood.errors import BadInput, BadSeed
+from elmwood.merge import mixture_layout
+from elmwood.merge.mixture_build import Mixing, mix, order_of
+from elmwood.merge.mixture_gates import random_rows
+from elmwood.merge.states import seed_places
+from elmwood.records import Expert, Forest, Gates, Mixture, Recipe, Seed
+from elmwood.store import Store
+
+SMALL = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None,
+}  # fmt: skip
+SEEDS = {
+    "llama": LlamaConfig(**SMALL, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 777.0}),
+    "mistral": MistralConfig(**SMALL, sliding_window=16),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
+    "olmo2": Olmo2Config(**SMALL, eos_token_id=0),
+}
+OWN = {"architectures", "model_type", "layer_types", "max_window_layers", "mlp_bias", "pretraining_tp", "sliding_window", "_name_or_path"}
+TOKENS_BT = torch.randint(320, (2, 60), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def grown(store):
+    """A seed with full experts, and with adapters."""
+    seed = tiny_seed(store)
+    full = forest_of(seed, [full_expert(seed, store, n, domain=n) for n in range(3)], store)
+    return seed, full, forest_of(seed, [lora_expert(seed, store, n, domain=n) for n in range(3)], store)
+
+
+def forest_of(seed: Seed, experts: list[Expert], store: Store) -> Forest:
+    forest = Forest(seed=seed.digest, partition="0" * 64, experts=tuple(expert.digest for expert in experts))
+    store.add(forest)
+    return forest
+
+
+def mixed(forest: Forest, store: Store, rng_seed: int = 0, **fields) -> Mixture:
+    gates = Gates(**{"seed_bias": 0.0, "rng_seed": rng_seed, **fields.pop("gates", {})})
+    places = seed_places(store.load(forest.seed, Seed), store)
+    rows = random_rows(places, order_of(forest, gates.seed_bias is not None, store), rng_seed, 50.0)
+    return mix(forest, rows, Mixing(gates=gates, **fields), store)
+
+
+def tensors_of(record: Mixture, store: Store) -> dict[str, bytes]:
+    found = {}
+    for path in sorted(store.folder(record.files).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_copies_of_the_seed_equal_the_seed(kind, store):
+    seed = config_seed(SEEDS[kind], store)
+    copies = []
+    for number in range(2):
+        copies.append(Expert(seed=seed.digest, data=(), recipe=Recipe(steps=1), files=seed.files, contributor=f"copy {number}"))
+        store.add(copies[-1])
+    forest = forest_of(seed, copies, store)
+    wanted = open_model(seed, store, "cpu").score(TOKENS_BT)
+    for top_k in (1, 2, 3):
+        record = mixed(forest, store, rng_seed=top_k, gates={"top_k": top_k})
+        assert (open_model(record, store, "cpu").score(TOKENS_BT) - wanted).abs().max() < 1e-5
+    config = AutoConfig.from_pretrained(store.folder(record.files)).to_dict()
+    for field, value in AutoConfig.from_pretrained(store.folder(seed.files)).to_dict().items():
+        if field not in OWN:
+            assert config[field] == value, field
+
+
+def test_names_on_disk_are_those_other_loaders_expect(grown, store):
+    record = mixed(grown[1], store)
+    names = set(tensors_of(record, store))
+    assert {f"model.layers.1.block_sparse_moe.experts.{e}.w{n}.weight" for e in range(4) for n in (1, 2, 3)} < names
+    assert "model.layers.0.block_sparse_moe.gate.weight" in names
+    folder = store.folder(record.files)
+    assert set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) == names
+    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_an_exporter_that_would_be_wrong_refuses(grown, store, monkeypatch):
+    seed = config_seed(SEEDS["olmo2"], store)
+    experts = [full_expert(seed, store, n) for n in range(2)]
+    family = mixture_layout.FAMILIES["olmo2"]
+    monkeypatch.setitem(mixture_layout.FAMILIES, "olmo2", family._replace(fixed={"norm_topk_prob": False}))
+    with pytest.raises(BadSeed, match="differs from it by"):
+        mixed(forest_of(seed, experts, store), store)
+
+
+def test_low_rank_and_folded_agree(grown, store):
+    for method in ("average", "seed"):
+        for seed_bias in (None, 0.0):
+            two = [
+                open_model(mixed(grown[2], store, layout=layout, method=method, gates={"seed_bias": seed_bias}), store, "cpu")
+                for layout in ("checkpoint", "low-rank")
+            ]
+            one, other = (lm.score(TOKENS_BT) for lm in two)
+            assert (one - other).abs().max() < 1e-4
+    _, cache = two[1].extend([0, 5, 7], two[1].start())
+    logp_V, _ = two[1].extend([9], cache)
+    assert abs(float(logp_V[3]) - float(two[0].score(torch.tensor([[0, 5, 7, 9, 3]]))[0, -1])) < 1e-4
+
+
+def test_what_nobody_changed_is_the_seeds(grown, store):
+    seed = grown[0]
+    narrow = [lora_expert(seed, store, n, settings={"target_modules": ["gate_proj", "up_proj", "down_proj"]}) for n in range(2)]
+    record = mixed(forest_of(seed, narrow, store), store)
+    assert record.method == "seed"
+    assert not record.contributions
+    mine = tensors_of(record, store)
+    with safe_open(store.get(seed.files["model.safetensors"]), "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            assert ".mlp." in name or mine[name] == file.get_tensor(name).numpy().tobytes()
+
+
+def test_nonsense_is_refused(grown, store):
+    with pytest.raises(BadInput, match="top-9"):
+        mixed(grown[1], store, gates={"top_k": 9})
+    with pytest.raises(BadInput, match="full checkpoint"):
+        mixed(grown[1], store, layout="low-rank")
+    with pytest.raises(BadSeed, match="no standard mixture"):
+        mixture_layout.mixed_config({"model_type": "opt"}, 2, 1)
