@@ -2,20 +2,24 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import config_seed, full_expert, lora_expert, tiny_seed
+from tiny_models import WORDS, config_seed, full_expert, lora_expert, tiny_seed
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, Qwen3Config
 
+from elmwood.corpus.build import build
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, BadSeed
 from elmwood.merge import mixture_layout
 from elmwood.merge.mixture_build import Mixing, mix, order_of
-from elmwood.merge.mixture_gates import random_rows
+from elmwood.merge.mixture_gates import hidden_rows, random_rows
 from elmwood.merge.states import seed_places
 from elmwood.records import Expert, Forest, Gates, Mixture, Recipe, Seed
 from elmwood.store import Store
+from elmwood.train import loop
+from elmwood.train.router import tune, tune_key
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -136,3 +140,59 @@ def test_nonsense_is_refused(grown, store):
         mixed(grown[1], store, layout="low-rank")
     with pytest.raises(BadSeed, match="no standard mixture"):
         mixture_layout.mixed_config({"model_type": "opt"}, 2, 1)
+
+
+# ---- tuning
+
+
+@pytest.fixture(scope="module")
+def text(store):
+    path = store.root / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{WORDS} {n} " * 3}) + "\n" for n in range(40)))
+    return build([str(path)], store).train
+
+
+RECIPE = Recipe(method="router", steps=6, batch=2, length=32, learning_rate=0.05, tuned="routers", balance=0.01, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("layout", ["checkpoint", "low-rank"])
+def test_tuned_routers_change_only_routers(grown, store, text, layout):
+    before = mixed(grown[2], store, layout=layout)
+    after = tune(before, text, RECIPE, store, device="cpu")
+    mine, its = tensors_of(before, store), tensors_of(after, store)
+    assert {name for name in mine if mine[name] != its[name]} == {name for name in mine if name.endswith("gate.weight")}
+    assert after.parent == before.digest
+    assert torch.isfinite(open_model(after, store, "cpu").score(TOKENS_BT)).all()
+
+
+def test_everything_tuned_is_opened_again_as_it_was(grown, store, text):
+    before = mixed(grown[1], store)
+    after = tune(before, text, RECIPE.model_copy(update={"tuned": "everything", "learning_rate": 1e-3}), store, device="cpu")
+    mine, its = tensors_of(before, store), tensors_of(after, store)
+    assert mine.keys() == its.keys()
+    assert all(mine[name] != its[name] for name in mine)
+    assert after.curve[-1].loss < after.curve[0].loss
+
+
+def test_router_training_that_was_cut_short_ends_in_the_same_bytes(grown, store, text, tmp_path, monkeypatch):
+    before = mixed(grown[1], store)
+    recipe = RECIPE.model_copy(update={"rng_seed": 3})
+    monkeypatch.setattr(loop, "EVERY", 0.0)
+
+    def stop(what, done, total, unit):
+        if what == "train" and done >= 3 * recipe.batch * recipe.length:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(before, text, recipe, store, device="cpu", progress=stop)
+    resumed = tune(before, text, recipe, store, device="cpu")
+    (store.root / "refs" / "done" / tune_key(before, text, recipe)).unlink()
+    assert tune(before, text, recipe, store, device="cpu").files == resumed.files
+
+
+def test_gates_of_hidden_states_know_the_domains():
+    chance = np.random.default_rng(0)
+    mean_DH = chance.standard_normal((3, 16)) + 2
+    rows_EH = hidden_rows(mean_DH, np.eye(16) * 0.1, [0, 1, 2, None], 1.0, 0.0)
+    found = np.concatenate([(mean + 0.3 * chance.standard_normal((50, 16))) @ rows_EH[:3].T for mean in mean_DH]).argmax(1)
+    assert (found == np.repeat([0, 1, 2], 50)).mean() > 0.95

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from elmwood import __version__
-from elmwood.errors import ElmwoodError
+from elmwood.errors import BadInput, ElmwoodError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 seed_app = typer.Typer(no_args_is_help=True, help="Make the shared starting model: train one from scratch, or import one.")
@@ -174,8 +174,8 @@ def seed_train(
 
 @app.command()
 def train(
-    partition: Annotated[str, typer.Argument(help="Name or digest.")],
-    seed: Annotated[str, typer.Option(help="Name or digest.")],
+    partition: Annotated[str, typer.Argument(help="Name or digest; with --method router the mixture to tune.")],
+    seed: Annotated[str | None, typer.Option(help="Name or digest; a mixture knows its own.")] = None,
     domains: Annotated[str, typer.Option(help="'all', or numbers: 0,3-5. 'pooled' trains one control on everything.")] = "all",
     method: MethodOption = "lora",
     tokens: Annotated[str, typer.Option(help="Training tokens per expert, e.g. 2M.")] = "1M",
@@ -193,6 +193,8 @@ def train(
     patience: Annotated[int | None, typer.Option(help="Stop after so many looks at a validation loss without a better one.")] = None,
     together: TogetherOption = 1,
     report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, trackio, wandb or mlflow (repeatable).")] = None,
+    tuned: Annotated[str, typer.Option(help="Of a mixture: routers, norms, shared or everything, each with those before it.")] = "routers",
+    balance: Annotated[float, typer.Option(help="Of a mixture: weight of the load-balancing loss.")] = 0.01,
     rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
     statistics: Annotated[
         bool, typer.Option("--statistics", help="Leave what merges need to know of the text, beside each expert.")
@@ -207,7 +209,14 @@ def train(
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Branch experts from the seed, one per domain, with no communication. Stop and re-run it as you like: it goes on."""
+    """Branch experts from the seed, one per domain, with no communication; or tune a mixture. Stop and re-run it: it goes on."""
+    if method == "router":
+        _verb("mix", "tune_verb", mixture=partition, tokens=tokens, batch=batch, length=length, learning_rate=learning_rate,
+              schedule=schedule, tuned=tuned, balance=balance, rng_seed=rng_seed, threads=threads or 1, name=name, store=store,
+              as_json=as_json)  # fmt: skip
+        return
+    if seed is None:
+        raise BadInput("experts branch from a seed: name it with --seed")
     _verb("training", "train", partition=partition, seed=seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length,
           learning_rate=learning_rate, schedule=schedule, rank=rank, alpha=alpha, targets=targets, late=late, accumulate=accumulate,
           checkpointing=checkpointing, optimiser=optimiser, patience=patience, together=together, report_to=report_to or [],
@@ -302,7 +311,9 @@ def merge(
 @app.command()
 def mix(
     forest: Annotated[str, typer.Argument(help="A forest, or a mixture to take experts out of: name or digest.")],
-    gates: Annotated[str, typer.Option(help="How experts are chosen at first: random.")] = "random",
+    gates: Annotated[
+        str, typer.Option(help="How experts are chosen at first: hidden (what each domain looks like to the seed), random.")
+    ] = "hidden",
     top_k: Annotated[int, typer.Option(help="Experts a token goes through; as many as there are is soft routing.")] = 2,
     scale: Annotated[float, typer.Option(help="Of the gates: the larger, the more the first choice counts.")] = 1.0,
     method: Annotated[
@@ -310,6 +321,7 @@ def mix(
     ] = "average",
     low_rank: Annotated[bool, typer.Option("--low-rank", help="Keep adapters as factors over one shared feed-forward.")] = False,
     seed_expert: Annotated[bool, typer.Option(help="The seed's own feed-forward as one more expert.")] = True,
+    seed_bias: Annotated[float, typer.Option(help="Of hidden gates: added to the logit of the seed's own expert.")] = 0.0,
     without: Annotated[list[str] | None, typer.Option(help="Leave this expert out (repeatable).")] = None,
     rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
     name: NameOption = None,
@@ -318,7 +330,8 @@ def mix(
 ) -> None:
     """Make experts the experts of one mixture-of-experts model, in a standard architecture."""
     _verb("mix", "mix_verb", forest=forest, gates=gates, top_k=top_k, scale=scale, method=method, low_rank=low_rank,
-          seed_expert=seed_expert, without=without or [], rng_seed=rng_seed, name=name, store=store, as_json=as_json)  # fmt: skip
+          seed_expert=seed_expert, seed_bias=seed_bias, without=without or [], rng_seed=rng_seed, name=name, store=store,
+          as_json=as_json)  # fmt: skip
 
 
 @state_app.command("make")

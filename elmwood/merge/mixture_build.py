@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
+from elmwood.lm.mixture_card import card
 from elmwood.merge.make import Finisher
-from elmwood.merge.mixture_card import card
 from elmwood.merge.mixture_gates import random_rows
 from elmwood.merge.mixture_layout import FEED_FORWARD, Cell, cells, family_of, mixed_config
 from elmwood.merge.mixture_shards import Shards
@@ -214,7 +214,7 @@ def share(parts: Parts, mixing: Mixing, shards: Shards, files: Files, progress: 
         for piece in work.run(finisher.with_seed):
             finisher.write(piece, piece.sums[0])
         written = set(work.names())
-        rows = contributions(sources, weights, work.reach[0], statistics_of([rule], [one.digest for one in sources], parts.store))
+        rows = contributions(sources, weights, work.reach[0], statistics_of(bool(rule.needs), [one.digest for one in sources], parts.store))
     for name in shared.keys() - written:
         shards.copy(name, shared[name], files)
     return rows

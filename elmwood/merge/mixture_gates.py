@@ -32,3 +32,22 @@ def random_rows(tensors: Mapping[str, Place], experts: Sequence[str], rng_seed: 
 def _chance(name: str, count: int) -> Floats:
     key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(count)
+
+
+def hidden_rows(
+    mean_DH: Floats, within_HH: Floats, domain_E: Sequence[int | None], scale: float, seed_bias: float, shrink: float = 0.1
+) -> Floats:
+    """Fisher's discriminant of the domains, as rows [E, H] of one layer: what a token of a domain looks like to the seed.
+
+    A linear gate has no bias. Hidden states have a common direction v with v.x near 1, and biases stand along it; so does that of
+    the seed's own expert (None), whose row is nothing else. `shrink`: the share of a diagonal in the covariance.
+    """
+    overall_H = mean_DH.mean(0)
+    width = len(overall_H)
+    cov_HH = (1 - shrink) * within_HH + shrink * np.trace(within_HH) / width * np.eye(width)
+    solved_DH = np.linalg.solve(cov_HH, (mean_DH - overall_H).T).T
+    bias_D = -0.5 * ((mean_DH + overall_H) * solved_DH).sum(1)
+    common_H = np.linalg.solve(cov_HH + np.outer(overall_H, overall_H), overall_H)
+    common_H /= common_H @ overall_H
+    rows = [seed_bias * common_H if k is None else scale * (solved_DH[k] + bias_D[k] * common_H) for k in domain_E]
+    return np.stack(rows)

@@ -55,7 +55,10 @@ class Work(NamedTuple):
     validation: tuple[Batch, ...]  # none where the recipe has no patience
 
 
-def run(model: Any, packed: Packed, recipe: Recipe, work: Path, log: Callable[..., None], progress: Progress = silent) -> Trained:
+def run(
+    model: Any, packed: Packed, recipe: Recipe, work: Path, log: Callable[..., None], progress: Progress = silent,
+    more: Callable[[], Tensor | None] = lambda: None,
+) -> Trained:  # fmt: skip
     """Train what requires a gradient, in place, from where the last run in folder `work` stood. Raises BadInput, BadCorpus, Damaged.
 
     On a CPU the result is the same bytes however often the run was cut short.
@@ -72,7 +75,7 @@ def run(model: Any, packed: Packed, recipe: Recipe, work: Path, log: Callable[..
             if spent(stand, recipe):
                 break
             torch.manual_seed((recipe.rng_seed << 32) + step)  # dropout, where a model has it, is a function of the step
-            running += passes(model, job.able, batch, recipe)
+            running += passes(model, job.able, batch, recipe, more)
             turn(job.optimizer, recipe, step)
             stand = _record(job, stand._replace(step=step + 1), running, work, time.monotonic() - began, log)
             progress("train", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
@@ -86,12 +89,16 @@ def run(model: Any, packed: Packed, recipe: Recipe, work: Path, log: Callable[..
         return Trained(stand.curve, time.monotonic() - began, job.able, stand.step, saving)
 
 
-def passes(model: Any, able: Abilities, batch: Batch, recipe: Recipe) -> Tensor:
-    """Add the gradients of one step's rows, in `recipe.accumulate` passes; the mean loss of its scored tokens, not yet waited for."""
+def passes(model: Any, able: Abilities, batch: Batch, recipe: Recipe, more: Callable[[], Tensor | None] = lambda: None) -> Tensor:
+    """Add the gradients of one step's rows, in `recipe.accumulate` passes; the mean loss of its scored tokens, not yet waited for.
+
+    `more` is asked after each pass for a further loss, which is no part of the mean.
+    """
     total, whole = scored(batch), torch.zeros((), dtype=torch.float32)
     for part in parts(batch, recipe.accumulate):
         value = value_of(model, able, part) * (scored(part) / max(1, total))
-        value.backward()
+        extra = more()
+        (value if extra is None else value + extra * (scored(part) / max(1, total))).backward()
         whole = whole.to(value.device) + value.detach()
     return whole
 

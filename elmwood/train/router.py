@@ -1,0 +1,155 @@
+"""Mixtures tuned by the same loop: routers alone, or more; with a load-balancing loss (BTX, arXiv:2403.07816).
+
+E experts, H width, K experts chosen by a token, N tokens
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from elmwood.corpus.tokens import pack
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput
+from elmwood.lm.hidden import gates_of
+from elmwood.lm.load import load_model, tokenizer
+from elmwood.lm.mixture_card import card
+from elmwood.records import Expert, Mixture, Recipe, Seed, Shard, fingerprint
+from elmwood.store import Store
+from elmwood.train.loop import run
+from elmwood.train.tasks import _check_length, _finish, held
+
+
+def tune_key(mixture: Mixture, data: Sequence[Shard], recipe: Recipe) -> str:
+    return fingerprint("tune", mixture.digest, [shard.blob for shard in data], recipe)
+
+
+def tune(
+    mixture: Mixture, data: Sequence[Shard], recipe: Recipe, store: Store, *, device: torch.device | str | None = None,
+    progress: Progress = silent,
+) -> Mixture:  # fmt: skip
+    """Train what `recipe.tuned` names, on a mixed sample of shards. Done once per inputs; a run cut short goes on. Raises BadInput."""
+    seed = store.load(mixture.seed, Seed)
+    if recipe.method != "router":
+        raise BadInput(f"a mixture is tuned with method 'router', not {recipe.method!r}")
+    if mixture.layout == "low-rank" and recipe.tuned != "routers":
+        raise BadInput(f"a low-rank mixture keeps all but its gates: tune 'routers', not {recipe.tuned!r}, or mix without --low-rank")
+    _check_length(recipe, seed.context)
+    key = tune_key(mixture, data, recipe)
+    with held(store, key) as work:
+        if done := store.done(key):
+            return store.load(done, Mixture)
+        packed = pack(data, tokenizer(seed, store), seed.separator, store, progress)
+        model = opened(mixture, store, device)
+        choose(model, recipe.tuned)
+        with watched(model, recipe.balance) as watch:
+
+            def log(**facts: Any) -> None:
+                store.log(key, **facts)
+                store.log(key, event="load", load=json.dumps(watch.taken()))
+
+            trained = run(model, packed, recipe, work, log, progress, watch.balance)
+        weights = {name: weight.detach().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
+        files = patched(mixture, model, weights, store)
+        facts = {"parent": mixture.digest, "data": tuple(shard.blob for shard in data), "recipe": recipe, "curve": trained.curve}
+        made = mixture.model_copy(update={**facts, "files": files})
+        made = made.model_copy(update={"files": files | {"README.md": store.put(card(made, seed).encode())}})
+        _finish(store, key, made, recipe, trained)  # type: ignore[arg-type]
+        return made
+
+
+def opened(mixture: Mixture, store: Store, device: torch.device | str | None = None) -> Any:
+    """The transformers model of a mixture, float32."""
+    stand_in = Expert(seed=mixture.seed, data=(), recipe=Recipe(steps=1), files=mixture.files)
+    return load_model(store.load(mixture.seed, Seed), store, stand_in, device, torch.float32)
+
+
+def choose(model: Any, tuned: str) -> None:
+    """Let a gradient be taken of what is tuned, and of nothing else."""
+    for name, weight in model.named_parameters():
+        kind = "routers" if name.endswith(".mlp.gate.weight") else "norms" if "norm" in name else "shared"
+        kind = "everything" if ".mlp.experts." in name or ".mlp.base." in name else kind
+        order = ("routers", "norms", "shared", "everything")
+        weight.requires_grad_(order.index(kind) <= order.index(tuned))
+
+
+class Watch:
+    """What the routers of a mixture said in the pass that is running, and how much each expert has had to do."""
+
+    def __init__(self, weight: float):
+        self.weight = weight
+        self.logits: dict[str, Tensor] = {}  # layer -> [N, E]
+        self.chosen: dict[str, Tensor] = {}  # layer -> [N, K]
+        self.load: dict[str, Tensor] = {}  # layer -> counts [E] since they were taken
+
+    def hear(self, layer: str) -> Callable[..., None]:
+        def hook(module: Any, given: Any, said: Any) -> None:
+            logit_NE, _, chosen_NK = said
+            self.logits[layer], self.chosen[layer] = logit_NE, chosen_NK
+            count_E = torch.bincount(chosen_NK.flatten(), minlength=logit_NE.shape[-1]).double().cpu()
+            self.load[layer] = self.load.get(layer, torch.zeros_like(count_E)) + count_E
+
+        return hook
+
+    def balance(self) -> Tensor | None:
+        """weight * E * sum over experts of share chosen * mean probability, its mean over layers; 1 * weight where all is even."""
+        if not self.weight:
+            return None
+        losses = []
+        for layer, logit_NE in self.logits.items():
+            experts = logit_NE.shape[-1]
+            share_E = torch.bincount(self.chosen[layer].flatten(), minlength=experts).float() / self.chosen[layer].numel()
+            losses.append(experts * (share_E * torch.softmax(logit_NE.float(), -1).mean(0)).sum())
+        return self.weight * torch.stack(losses).mean()
+
+    def taken(self) -> dict[str, list[float]]:
+        """Layer -> the share of choices that fell on each expert since this was last asked."""
+        shares = {layer: (count_E / count_E.sum()).tolist() for layer, count_E in self.load.items()}
+        self.load.clear()
+        return shares
+
+
+@contextmanager
+def watched(model: Any, weight: float = 0.0) -> Iterator[Watch]:
+    """Listen to a mixture's routers."""
+    watch = Watch(weight)
+    hooks = [module.register_forward_hook(watch.hear(layer)) for layer, module in gates_of(model).items()]
+    try:
+        yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def patched(mixture: Mixture, model: Any, weights: dict[str, Tensor], store: Store) -> dict[str, str]:
+    """The mixture's files with these weights in the place of its own, in its dtypes; files without any of them stay as they are."""
+    with tempfile.TemporaryDirectory() as scratch:
+        named = weights if mixture.layout == "low-rank" else _on_disk(model, weights, Path(scratch) / "saved")
+        files = dict(mixture.files)
+        for name in [name for name in files if name.endswith(".safetensors")]:
+            with safe_open(store.get(files[name]), "pt") as file:
+                keys, facts = list(file.keys()), file.metadata()
+                if not named.keys() & set(keys):
+                    continue
+                old = {key: file.get_tensor(key) for key in keys}
+            new = {key: named[key].to(value.dtype).contiguous() if key in named else value for key, value in old.items()}
+            save_file(new, Path(scratch) / "new", metadata=facts)
+            files[name] = store.put(Path(scratch) / "new")
+        return files
+
+
+def _on_disk(model: Any, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Weights under the names that transformers gives them on disk, where experts stand one by one."""
+    model.save_pretrained(folder, state_dict=weights)
+    found: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    return found
