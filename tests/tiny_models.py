@@ -68,7 +68,7 @@ def full_expert(seed: Seed, store: Store, rng_seed: int, **fields) -> Expert:
     return _record(seed, store, Recipe(method="full", steps=1), files, **fields)
 
 
-def leave_statistics(expert: Expert, seed: Seed, store: Store, rng_seed: int) -> Statistics:
+def leave_statistics(expert: Expert, seed: Seed, store: Store, rng_seed: int, rows: int = 2) -> Statistics:
     """Random Gram matrices and squared gradients, as training leaves them."""
     rng = np.random.default_rng(rng_seed)
     tensors = {}
@@ -79,7 +79,7 @@ def leave_statistics(expert: Expert, seed: Seed, store: Store, rng_seed: int) ->
             tensors[f"gram|{name}"] = torch.from_numpy((x_TI.T @ x_TI / 200).astype(np.float32))
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, path := Path(folder) / "statistics.safetensors")
-        record = Statistics(expert=expert.digest, rows=2, tokens=200, fisher=1e-4, files={path.name: store.put(path)})
+        record = Statistics(expert=expert.digest, rows=rows, tokens=100 * rows, fisher=1e-4, files={path.name: store.put(path)})
     store.add(record)
     return record
 

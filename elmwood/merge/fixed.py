@@ -100,7 +100,7 @@ def inner(x: Floats, y: Floats) -> float:
 
 
 def block_inner(x_N: Floats, y_N: Floats) -> float:
-    """Of at most BLOCK numbers."""
+    """Of at most BLOCK numbers. Products that all are below 1e-280 count as nothing."""
     largest = reach(x_N) * reach(y_N) if x_N.size else 0.0
     if not 1e-280 < largest < np.inf:
         return 0.0
