@@ -28,6 +28,7 @@ METHODS: dict[str, tuple[str, dict[str, float]]] = {
     "model_stock": ("model_stock", {}),
     "sce": ("sce", {}),
     "karcher": ("karcher", {"iterations": 10, "tolerance": 1e-5}),
+    "slerp": ("slerp", {}),
     "nuslerp": ("nuslerp", {}),
     "multislerp": ("multislerp", {}),
 }
@@ -67,8 +68,28 @@ def read(text: str) -> Asked:
     slices = said["slices"] if "slices" in said else [{"sources": said.get("models") or []}]
     if "slices" in said and "models" in said:
         raise BadInput("models and slices: give one of them")
-    members, settings, layers = _members(slices, said.get("base_model"), said.get("parameters") or {})
-    return Asked(members, said.get("base_model"), Answer(*_answer(method, settings)), layers)
+    base, common = said.get("base_model"), said.get("parameters") or {}
+    if method == "slerp":  # its base is one of the two that are merged, no seed
+        slices, base, common = [_between(one, base, common) for one in slices], None, {}
+    members, settings, layers = _members(slices, base, common)
+    return Asked(members, base, Answer(*_answer(method, settings, base is not None)), layers)
+
+
+def _between(one: Mapping[str, Any], base: str | None, common: Mapping[str, Any]) -> dict[str, Any]:
+    """A slice of slerp with weights in place of `t`: 1 - t for the base, t for the other. Raises BadInput."""
+    said = {**common, **(one.get("parameters") or {})}
+    _known(said, {"t"}, "parameters.")
+    sources = list(one["sources"])
+    if "t" not in said or len(sources) != 2 or base not in [source["model"] for source in sources]:
+        raise BadInput("slerp takes a parameter t and two models, one of which is the base_model")
+
+    def turned(t: Any) -> Any:
+        if isinstance(t, list):
+            return [{**row, "value": turned(row["value"])} if isinstance(row, dict) else turned(row) for row in t]
+        return 1 - t
+
+    weights = {True: turned(said["t"]), False: said["t"]}
+    return {"sources": [{**source, "parameters": {"weight": weights[source["model"] == base]}} for source in sources]}
 
 
 def _known(said: Mapping[str, Any], words: set[str], where: str) -> None:
@@ -76,8 +97,13 @@ def _known(said: Mapping[str, Any], words: set[str], where: str) -> None:
         raise BadInput(f"{where}{strange[0]} is not supported; have {', '.join(sorted(words))}")
 
 
-def _answer(method: str, settings: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+def _answer(method: str, settings: Mapping[str, float], based: bool) -> tuple[str, dict[str, float]]:
     ours, defaults = METHODS[method]
+    if method == "sce" and "density" in settings:
+        ours = "sce_select" if settings["density"] < 1 else "sce"
+        settings = {key: value for key, value in settings.items() if key != "density" or ours == "sce_select"}
+    if "deltas" in RULES[ours].begins:
+        defaults = {**defaults, "deltas": float(based)}
     rule = RULES[ours]
     known = {*rule.begins, *rule.ends}
     if strange := sorted(set(settings) - known):
