@@ -397,7 +397,6 @@ class Mixture(Record):
     method: str = "average"  # of what all share: a row of the table of merge rules, or seed
     settings: dict[str, float] = {}
     contributions: tuple[Contribution, ...] = ()  # to what all share; none where it is the seed's
-    residue: dict[Digest, float] = {}  # experts that were taken out -> their share in what was averaged before
     parent: Digest | None = None  # the mixture this one was tuned from
     data: tuple[Blob, ...] = ()  # the shards it was tuned on
     recipe: Recipe | None = None

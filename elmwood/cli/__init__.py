@@ -310,7 +310,7 @@ def merge(
 
 @app.command()
 def mix(
-    forest: Annotated[str, typer.Argument(help="A forest, or a mixture to take experts out of: name or digest.")],
+    forest: Annotated[str, typer.Argument(help="Name or digest.")],
     gates: Annotated[
         str, typer.Option(help="How experts are chosen at first: hidden (what each domain looks like to the seed), random.")
     ] = "hidden",

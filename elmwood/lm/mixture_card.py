@@ -1,4 +1,4 @@
-"""The model card of a mixture: lineage, gates, and what remains of experts that were taken out."""
+"""The model card of a mixture: lineage, gates, and what all experts share."""
 
 from elmwood.records import Mixture, Seed
 
@@ -13,7 +13,6 @@ def card(made: Mixture, seed: Seed) -> str:
     lines += ["| number | expert |", "|---|---|"]
     lines += [f"| {e} | `{digest}`{' (the seed itself)' if digest == seed.digest else ''} |" for e, digest in enumerate(made.experts)]
     lines += ["", "Feed-forward layers are the experts' own, bit by bit. " + _shared(made), ""]
-    lines += [_left(digest, share) for digest, share in sorted(made.residue.items())]
     return "\n".join(lines)
 
 
@@ -27,9 +26,3 @@ def _shared(made: Mixture) -> str:
     if not made.contributions:
         return "Everything else is the seed's."
     return f"Everything else: `{made.method}` of {len(made.contributions)} experts."
-
-
-def _left(digest: str, share: float) -> str:
-    if not share:
-        return f"Expert `{digest}` was taken out: nothing remains of it."
-    return f"Expert `{digest}` was taken out: its layers and gate rows are gone, a share of {share:.4g} in what all share remains."
