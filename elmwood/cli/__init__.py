@@ -410,6 +410,30 @@ def evaluate(
 
 
 @app.command()
+def table(
+    forest: Annotated[str, typer.Argument(help="A forest, or an ensemble of one: name or digest.")],
+    choose: Annotated[int | None, typer.Option(help="Choose so many experts, one by one; default: as long as one more helps.")] = None,
+    candidate: Annotated[list[str] | None, typer.Option(help="An expert that may join: would it help? (repeatable)")] = None,
+    near: Annotated[int | None, typer.Option(help="Score experts only where they are among so many nearest; the rest is bounded.")] = None,
+    top_k: Annotated[int, typer.Option(help="Experts that speak at once, for a forest.")] = 2,
+    partition: Annotated[str | None, typer.Option(help="Whose holdout; default: the forest's.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window; default: the seed's context, at most 1024.")] = None,
+    documents: Annotated[int | None, typer.Option(help="At most so many held-out documents.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Run at most so many tokens, e.g. 5M; run again to go on.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Run no longer than this.")] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="Another store: take its columns of these models over.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw loss against the number of experts into this SVG.")] = None,
+    workers: WorkersOption = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """What held-out text says of a forest's experts: best weights, what each is worth, which to keep. Models run once, then never."""
+    _verb("table", "table", forest=forest, choose=choose, candidate=candidate or [], near=near, top_k=top_k, partition=partition,
+          length=length, documents=documents, budget=budget, seconds=seconds, source=source, plot=plot, workers=workers, store=store,
+          as_json=as_json)  # fmt: skip
+
+
+@app.command()
 def compare(
     a: Annotated[str, typer.Argument(help="What there is: a seed, expert, ensemble or forest; name or digest.")],
     b: Annotated[str, typer.Argument(help="What may be better, of the same seed.")],

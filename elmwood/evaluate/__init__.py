@@ -4,6 +4,8 @@ holdout   the held-out text as windows of tokens, with bytes, domains, the two h
 columns   run a model over some of it, and what is kept: two bytes a token
 partial   columns that grow: the only functions here that need a model; columns of other stores
 table     columns -> bits per byte, mixtures, differences, each with its standard error
+subsets   which weights, which experts, what each is worth, many candidates ranked
+surrogate merges ranked without running them
 fit       temperature and seed distance, on the tune half
 compare   the result and every control beside it, on the test half
 """

@@ -1,0 +1,158 @@
+"""What the table says of ensembles nobody ran: optimal weights with their gap, choices, values, screens, rankings, surrogates."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from tiny_models import lora_expert, tiny_seed
+from typer.testing import CliRunner
+
+from elmwood import evaluate
+from elmwood.cli import app
+from elmwood.corpus.build import build
+from elmwood.domains.partition import partition as divide
+from elmwood.domains.route import gate
+from elmwood.evaluate.subsets import greedy, optimum, probabilities, rank, routed, values, would_help
+from elmwood.evaluate.surrogate import interpolation, mixture, pool
+from elmwood.records import Ensemble, Forest
+from elmwood.store import Store
+
+
+def columns(rng_seed, tokens=600, experts=5):
+    rng = np.random.default_rng(rng_seed)
+    return -rng.gamma(2.0, 1.5, (tokens, experts)) - rng.gamma(1.0, 0.3, experts)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8))
+def test_optimal_weights_are_optimal_and_the_gap_is_a_bound(rng_seed, experts):
+    loglik_NE = columns(rng_seed, experts=experts)
+    found = optimum(loglik_NE)
+
+    def loss(weight_E):
+        return -float(evaluate.mix(loglik_NE, np.broadcast_to(weight_E, loglik_NE.shape)).mean())
+
+    assert found.weight_E.sum() == pytest.approx(1)
+    assert (found.weight_E >= 0).all()
+    assert found.nats == pytest.approx(loss(found.weight_E), abs=1e-5)
+    assert found.gap < 1e-5
+    assert found.passes <= 60
+    peer = minimize(
+        lambda x_E: loss(np.abs(x_E) / np.abs(x_E).sum()), np.full(experts, 1 / experts), method="SLSQP", bounds=[(1e-9, 1)] * experts
+    )
+    assert found.nats <= peer.fun + found.gap + 1e-5
+
+
+def test_of_two_columns_that_are_the_same_either_will_do():
+    loglik_NE = columns(0)[:, [0, 0, 1]]
+    assert optimum(loglik_NE).nats == pytest.approx(optimum(loglik_NE[:, 1:]).nats, abs=1e-5)
+
+
+def test_members_are_routed_as_if_there_were_no_others():
+    score_NE = np.random.default_rng(0).standard_normal((50, 5))
+    some_NE = routed(score_NE, (1, 3, 4), 0.3, 2)
+    np.testing.assert_array_equal(some_NE[:, [1, 3, 4]], gate(score_NE[:, [1, 3, 4]], 0.3, 2))
+    assert (some_NE[:, [0, 2]] == 0).all()
+    prior_E = np.array([1, 2, 1, 0, 1.0])
+    weighed_NE = routed(score_NE, range(5), 0.3, 5, prior_E)
+    wanted_NE = prior_E * np.exp(score_NE / 0.3)
+    np.testing.assert_allclose(weighed_NE, wanted_NE / wanted_NE.sum(1, keepdims=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_lazy_choice_is_the_plain_one_where_gains_shrink(rng_seed):
+    rng = np.random.default_rng(rng_seed)
+    worth_XE = rng.random((30, 7))
+    looked = []
+
+    def loss(members):
+        looked.append(members)
+        return -float(worth_XE[:, list(members)].max(1).sum()) if members else 0.0
+
+    lazy = greedy(loss, range(7), 5)
+    held, plain = (), []
+    for _ in range(5):
+        plain.append(min((one for one in range(7) if one not in held), key=lambda one: loss(tuple(sorted((*held, one))))))
+        held = (*held, plain[-1])
+    assert list(lazy.order) == plain
+    assert lazy.looked <= 7 + 6 + 5 + 4 + 3
+    assert greedy(lambda members: float(len(members)), range(3), 3).order == (0,)  # none that only costs
+
+
+def test_values_are_losses_without():
+    loss = {(0, 1): 1.0, (0,): 3.0, (1,): 1.5}.__getitem__
+    assert values(loss, (0, 1)) == (0.5, 2.0)
+
+
+def test_the_screen_is_the_slope_of_the_loss():
+    loglik_NE = columns(3, tokens=4000, experts=2)
+    block_N = np.arange(4000) // 40
+    ratio = would_help(loglik_NE[:, 1], loglik_NE[:, 0], block_N, np.ones(4000, bool))
+    little = 1e-9
+    mixed_N = evaluate.mix(loglik_NE, np.broadcast_to([1 - little, little], loglik_NE.shape))
+    assert (mixed_N - loglik_NE[:, 0]).mean() / little == pytest.approx(ratio.value - 1, rel=1e-3)
+    drawn = np.random.default_rng(0).integers(100, size=(2000, 100))
+    sum_B = np.exp(loglik_NE[:, 1] - loglik_NE[:, 0]).reshape(100, 40).mean(1)
+    assert ratio.standard_error == pytest.approx(sum_B[drawn].mean(1).std(), rel=0.1)
+
+
+def test_a_ranking_is_exact_for_the_best():
+    rng = np.random.default_rng(1)
+    loglik_NE = columns(4, tokens=6000, experts=6)
+    weight_CE = rng.dirichlet(np.full(6, 0.5), 300)
+    block_N = np.arange(6000) // 30
+    found = rank(*probabilities(loglik_NE), weight_CE, block_N, keep=((1 / 4, 60), (1 / 2, 20)))
+    exact_C = np.array([-evaluate.mix(loglik_NE, np.broadcast_to(one_E, loglik_NE.shape)).mean() for one_E in weight_CE])
+    assert sorted(found.order_C) == list(range(300))
+    assert found.order_C[0] == exact_C.argmin()
+    np.testing.assert_allclose(found.nats_C[found.order_C[:20]], np.sort(found.nats_C[found.order_C[:20]]))
+    np.testing.assert_allclose(found.nats_C[found.order_C[:20]], exact_C[found.order_C[:20]], atol=1e-5)
+    sampled_C = found.order_C[60:]
+    assert (np.abs(found.nats_C - exact_C)[sampled_C] < 5 * found.error_C[sampled_C]).all()
+
+
+def test_surrogates_of_nothing_and_of_one_are_the_seed_and_the_expert():
+    loglik_NE, seed_N = columns(5, experts=2), columns(6, experts=1)[:, 0]
+    for surrogate in (pool, mixture, interpolation):
+        np.testing.assert_allclose(surrogate(loglik_NE, seed_N, np.zeros(2)), seed_N)
+        np.testing.assert_allclose(surrogate(loglik_NE, seed_N, np.array([0, 1.0])), loglik_NE[:, 1])
+
+
+def test_the_verb_runs_a_model_once(tmp_path):
+    """On a real forest: what is there is only read; near columns are bounded, and right where they alone have weight."""
+    (tmp_path / "text").mkdir()
+    rng = np.random.default_rng(0)
+    topics = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()")
+    for n in range(40):
+        words = ("".join(rng.choice(list("abcdefghij"), 4)) for _ in range(8))
+        (tmp_path / "text" / f"{n}.txt").write_text(". ".join(topics[n % 2].format(next(words), next(words)) for _ in range(4)))
+    store = Store(tmp_path / "store")
+    partition = divide(build([str(tmp_path / "text")], store, holdout=0.4), store, domains=2)
+    seed = tiny_seed(store)
+    experts = [lora_expert(seed, store, rng_seed=k, partition=partition.digest, domain=k % 2) for k in range(3)]
+    forest = Forest(seed=seed.digest, partition=partition.digest, experts=tuple(one.digest for one in experts[:2]))
+    ensemble = Ensemble(forest=forest.digest, top_k=1)
+    for record in (forest, ensemble):
+        store.add(record)
+
+    def told(*more, at=store):
+        done = CliRunner().invoke(app, ["table", ensemble.digest, "--store", str(at.root), "--workers", "1", "--json", *more])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    plot = tmp_path / "plot.svg"
+    near = told("--near", "1")
+    assert 0 < near["cost"]["known"] < 1
+    assert near["routed"]["least"] <= near["routed"]["value"] <= near["routed"]["most"] + 1e-9
+    full = told("--candidate", experts[2].digest, "--plot", str(plot))
+    assert full["cost"]["models_run"] > 0
+    assert full["routed"]["value"] == pytest.approx(near["routed"]["value"], abs=1e-4)  # the nearest alone has weight
+    assert full["candidates"][0]["tokens"] > 0
+    assert plot.read_text().startswith("<svg")
+    again = told("--candidate", experts[2].digest)
+    assert again["cost"]["tokens"] == 0
+    assert again["static"] == full["static"]
