@@ -1,13 +1,16 @@
 """Clustering, embedding and routing against their peers. One JSON line per measurement, ratios within the run.
 
+    python benches/bench_domains.py speed              all that is wanted of speed, each line with `wanted`: cluster, prefix, embed, search
     python benches/bench_domains.py cluster [N K]      against the auction of the published balanced k-means, and scikit-learn's KMeans
     python benches/bench_domains.py assign [N K]       one balanced assignment against scipy's exact one
     python benches/bench_domains.py prefix             routing at every position against embedding every prefix
     python benches/bench_domains.py embed [CORPUS]     tf-idf embedding and assignment against HashingVectorizer
-    python benches/bench_domains.py quality [CORPUS] [sentence:MODEL]   purity and NMI against known sources, by embedder
-    python benches/bench_domains.py routing [FOLDER]   accuracy and time against the number of domains, 10 to 10,000: every file is one
+    python benches/bench_domains.py quality [CORPUS]   purity and NMI against known sources, by embedder of words
+    python benches/bench_domains.py embedders CORPUS DOCUMENTS [seed:STORE:NAME] [sentence:FOLDER]   the same on so many documents, as many
+                                                       of each source as there are, with neural embedders too
+    python benches/bench_domains.py routing [CORPUS]   accuracy and time against the number of domains, 10 to 10,000: files or documents
 
-CORPUS is the sample unless a folder of JSON lines with a `source` is given; FOLDER is this Python's packages. All on one thread
+CORPUS is the sample unless a folder of JSON lines with a `source` is given; for routing it is this Python's packages. All on one thread
 (OMP_NUM_THREADS=1 is set here).
 """
 
@@ -18,8 +21,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import json
 import sys
 import sysconfig
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -37,6 +42,9 @@ from sklearn.preprocessing import Normalizer
 from elmwood.corpus.read import read
 from elmwood.domains import cluster, dense, embed, route
 from elmwood.domains.words import finished
+from elmwood.lm.states import seed_states
+from elmwood.records import Seed
+from elmwood.store import Store
 
 torch.set_num_threads(1)
 
@@ -126,9 +134,12 @@ def bench_cluster(n: int = 20000, k: int = 16) -> None:
         label_N, iterations = auction_kmeans(x_ND, k, np.random.default_rng(rng_seed))
         slow = perf_counter() - started
         sizes = {"ours": [min(balanced.sizes), max(balanced.sizes)], "auction": np.bincount(label_N)[[0, -1]].tolist()}
-        say(bench="cluster", n=n, k=k, seconds=ours, auction_seconds=slow, auction_iterations=iterations, faster=slow / ours, sizes=sizes)
-        say(bench="cluster", n=n, k=k, objective=objective(x_ND, balanced.label_N), auction_objective=objective(x_ND, label_N))
-        say(bench="cluster", n=n, k=k, peer="KMeans", seconds=ours, peer_seconds=theirs, times_peer=ours / theirs)
+        say(
+            bench="cluster", n=n, k=k, seconds=ours, auction_seconds=slow, auction_iterations=iterations, faster=slow / ours,
+            wanted="faster >= 20", sizes=sizes,
+        )  # fmt: skip
+        say(bench="cluster", n=n, k=k, objective=objective(x_ND, balanced.label_N), auction_objective=objective(x_ND, label_N), wanted="<=")
+        say(bench="cluster", n=n, k=k, peer="KMeans", seconds=ours, peer_seconds=theirs, times_peer=ours / theirs, wanted="times_peer <= 3")
         say(bench="cluster, plain", n=n, k=k, seconds=ours_plain, peer_seconds=theirs, objective=plain.objective, peer_objective=inertia)
 
 
@@ -173,7 +184,15 @@ def bench_prefix() -> None:
         peer_seconds=scikit,
         faster=scikit / ours,
     )
-    say(bench="prefix", tokens=len(pieces), seconds=ours, peer="our embed on every prefix", peer_seconds=every, faster=every / ours)
+    say(
+        bench="prefix",
+        tokens=len(pieces),
+        seconds=ours,
+        peer="our embed on every prefix",
+        peer_seconds=every,
+        faster=every / ours,
+        wanted="faster >= 500",
+    )
     say(bench="prefix", tokens=len(pieces), seconds=ours, peer="our embed, all prefixes at once", peer_seconds=batch, faster=batch / ours)
     walk = route.Walk(fitted, centroid_KD)
     say(
@@ -197,7 +216,10 @@ def bench_embed(*sources: str) -> None:
     ]
     ours, theirs = np.median(np.array(pairs), 0)
     share = float(np.median([peer / own for own, peer in pairs]))
-    say(bench="embed", mb_per_second=size / ours, documents_per_second=len(texts) / ours, peer_mb_per_second=size / theirs, of_peer=share)
+    say(
+        bench="embed", mb_per_second=size / ours, documents_per_second=len(texts) / ours, peer_mb_per_second=size / theirs, of_peer=share,
+        wanted="of_peer >= 0.8",
+    )  # fmt: skip
     words = timed(lambda: [fitted.lexicon.rows(text) for text in texts])
     counts = timed(lambda: [embed._counts(fitted, group) for group in embed._groups(texts)]) - words
     x_ND = fitted.embed(texts)
@@ -216,30 +238,58 @@ def purity(known_N: np.ndarray, label_N: np.ndarray) -> float:
 
 
 def bench_quality(*sources: str) -> None:
-    texts, names = labelled([source for source in sources if not source.startswith("sentence:")])
+    texts, names = labelled(list(sources))
+    pipeline = make_pipeline(TfidfVectorizer(stop_words="english"), TruncatedSVD(100, random_state=0), Normalizer())
+    embedded = {"scikit-learn": pipeline.fit_transform(texts).astype(np.float32)}
+    embedded |= {name: embed.fit(name, texts).embed(texts) for name in embed.EMBEDDERS}
+    judge(embedded, names)
+
+
+def bench_embedders(corpus: str, count: int, *models: str) -> None:
+    texts, names = labelled([corpus])
+    order = np.random.default_rng(0).permutation(len(texts))
+    rank: Counter[str] = Counter()
+    nth_N = np.zeros(len(texts), int)
+    for n in order:
+        nth_N[n] = rank[names[n]]
+        rank[names[n]] += 1
+    chosen = sorted(np.argsort(nth_N, kind="stable")[:count].tolist())  # the first of each source, then the second, ...
+    texts, names = [texts[n] for n in chosen], [names[n] for n in chosen]
+    embedded = {name: embed.fit(name, texts).embed(texts) for name in embed.EMBEDDERS}
+    with tempfile.TemporaryDirectory() as scratch:
+        for word in models:
+            kind, _, named = word.partition(":")
+            if kind == "seed":
+                folder, _, seed = named.partition(":")
+                digest = Store(folder).load(seed, Seed).digest
+                model = dense.Model(digest, seed_states(digest, Store(folder)))
+            else:
+                model = dense.sentence_model(named, Store(scratch))
+            started = perf_counter()
+            vectors = [list(model.encode(texts[first : first + dense.BATCH])) for first in range(0, len(texts), dense.BATCH)]
+            took = perf_counter() - started
+            say(bench="embedders", way=kind, documents_per_second=len(texts) / took)
+            known = dict(zip(texts, chain.from_iterable(vectors), strict=True))  # so that fitting does not encode them again
+            again = dense.Model(model.name, lambda asked, known=known: [known[text] for text in asked])
+            embedded[kind] = embed.fit(kind, texts, model=again).embed(texts)
+    judge(embedded, names)
+
+
+def judge(embedded: dict[str, np.ndarray], names: list[str]) -> None:
+    """Clusters of these vectors against the known sources, as many clusters as there are sources."""
     known_N = np.unique(names, return_inverse=True)[1]
     k = int(known_N.max()) + 1
 
     def score(way: str, x_ND: np.ndarray, cluster_it: Callable[[int], np.ndarray]) -> None:
         runs = [cluster_it(rng_seed) for rng_seed in range(3)]
         say(
-            bench="quality",
-            way=way,
-            k=k,
+            bench="quality", way=way, documents=len(names), k=k,
             purity=float(np.mean([purity(known_N, run) for run in runs])),
             nmi=float(np.mean([normalized_mutual_info_score(known_N, run) for run in runs])),
             objective=float(np.mean([objective(x_ND, run) for run in runs])),
             largest_over_smallest=float(np.mean([np.bincount(run).max() / np.bincount(run).min() for run in runs])),
-        )
+        )  # fmt: skip
 
-    pipeline = make_pipeline(TfidfVectorizer(stop_words="english"), TruncatedSVD(100, random_state=0), Normalizer())
-    embedded = {"scikit-learn": pipeline.fit_transform(texts).astype(np.float32)}
-    embedded |= {name: embed.fit(name, texts).embed(texts) for name in embed.EMBEDDERS}
-    for source in sources:
-        if source.startswith("sentence:"):
-            model = dense.sentence_model(source.partition(":")[2])
-            embedded["sentence"] = embed.fit("sentence", texts, model=model).embed(texts)
-            embedded["sentence, as it is"] = np.asarray(model.encode(texts))
     for name, x_ND in embedded.items():
         score(f"{name}, balanced", x_ND, lambda s, x=x_ND: cluster.kmeans(x, k, rng_seed=s).label_N)
         score(f"{name}, plain", x_ND, lambda s, x=x_ND: cluster.kmeans(x, k, balanced=False, rng_seed=s).label_N)
@@ -255,18 +305,21 @@ def even(x_ND: np.ndarray, centroid_KD: np.ndarray) -> np.ndarray:
 # ---- routing among many domains
 
 
-def files(folder: Path, length: int) -> Iterator[str]:
-    """Long enough texts below a folder."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in {".py", ".pyi", ".h", ".hpp", ".js", ".md", ".rst", ".txt", ".json"} and path.stat().st_size > length:
+def passages(source: str, length: int) -> Iterator[str]:
+    """Texts long enough to be cut: documents of JSON lines, or files, below a folder."""
+    for path in sorted(Path(source).rglob("*")):
+        if path.suffix == ".jsonl":
+            yield from (document.text for document in read(str(path), Counter()) if len(document.text) > length)
+        elif path.suffix in {".py", ".pyi", ".h", ".hpp", ".js", ".md", ".rst", ".txt", ".json"} and path.stat().st_size > length:
             text = path.read_text(errors="ignore")
             if len(text) > length:
                 yield text
 
 
-def bench_routing(folder: str = sysconfig.get_paths()["purelib"]) -> None:
-    chunk, chunks = 1000, 6
-    found = list(dict.fromkeys(text[: chunk * (chunks + 1)] for text in files(Path(folder), chunk * (chunks + 1))))
+def bench_routing(source: str = sysconfig.get_paths()["purelib"]) -> None:
+    """A domain is one file, or one document: its centroid is of its first six passages, the query is the seventh, or how that begins."""
+    chunk, chunks = 600, 6
+    found = list(dict.fromkeys(text[: chunk * (chunks + 1)] for text in passages(source, chunk * (chunks + 1))))
     order = np.random.default_rng(0).permutation(len(found))
     for k in sorted({min(k, len(found)) for k in (10, 100, 300, 1000, 3000, 10000)}):
         mine = [found[place] for place in order[:k]]
@@ -293,18 +346,23 @@ def bench_routing(folder: str = sysconfig.get_paths()["purelib"]) -> None:
                     top4=float((rank_N < 4).mean()), microseconds=one * 1e6, search_microseconds=search and search * 1e6,
                 )  # fmt: skip
 
+    bench_search()
+
+
+def bench_search() -> None:
     x_KD = topics(10000, np.random.default_rng(0))
-    say(
-        bench="routing",
-        domains=10000,
-        way="exact search, made-up centroids",
-        microseconds=timed(lambda: cluster.squared_distances(x_KD[:1], x_KD).argmin(1), 51) * 1e6,
-    )
+    took = timed(lambda: cluster.squared_distances(x_KD[:1], x_KD).argmin(1), 201)
+    say(bench="search", domains=10000, way="exact, made-up centroids", microseconds=took * 1e6, wanted="microseconds < 1000")
+
+
+def bench_speed() -> None:
+    for bench in (bench_cluster, bench_prefix, bench_embed, bench_search):
+        bench()
 
 
 BENCHES = {
-    "cluster": bench_cluster, "assign": bench_assign, "prefix": bench_prefix, "embed": bench_embed, "quality": bench_quality,
-    "routing": bench_routing,
+    "speed": bench_speed, "cluster": bench_cluster, "assign": bench_assign, "prefix": bench_prefix, "embed": bench_embed,
+    "quality": bench_quality, "embedders": bench_embedders, "routing": bench_routing,
 }  # fmt: skip
 
 if __name__ == "__main__":

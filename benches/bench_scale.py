@@ -5,6 +5,7 @@
 FOLDER holds JSON lines (text, source). A document is made of three passages of one source, drawn with a fixed seed; so sizes differ in
 nothing but their number. Each size runs in a process of its own, in a store that is deleted afterwards. `peak_mb` is the largest memory
 that no file backs, of this process during a stage (workers have their own); `start_mb` is what the libraries take before the first.
+`cpu_seconds` of this process mean something on a busy machine too, where `seconds` do not.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
-from typing import TypeVar
+from time import perf_counter, process_time
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -52,8 +53,16 @@ def anonymous() -> float:
     return int(re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
 
 
-def watched(task: Callable[[], T]) -> tuple[T, float, float]:
-    """The result, seconds, and the largest memory on the way, looked at ten times a second."""
+class Cost(NamedTuple):
+    """What a stage took."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float
+
+
+def watched(task: Callable[[], T]) -> tuple[T, Cost]:
+    """The result, and its cost; memory is looked at ten times a second."""
     over, peak = threading.Event(), [anonymous()]
 
     def watch() -> None:
@@ -62,9 +71,9 @@ def watched(task: Callable[[], T]) -> tuple[T, float, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = perf_counter()
+    started, worked = perf_counter(), process_time()
     try:
-        return task(), perf_counter() - started, max(peak[0], anonymous())
+        return task(), Cost(perf_counter() - started, process_time() - worked, max(peak[0], anonymous()))
     finally:
         over.set()
         watcher.join()
@@ -77,20 +86,20 @@ def grown(folder: Path, count: int, means: Means) -> None:
         text.mkdir()
         make(folder, count, text)
         store, start = Store(Path(scratch) / "store"), anonymous()
-        corpus, *built = watched(lambda: build([str(text)], store))
-        embedder, *fitted = watched(lambda: fit_embedder(corpus, store, "tfidf"))
-        made, *divided = watched(lambda: partition(corpus, store, domains=DOMAINS, embedder=embedder, means=means))
-        _, *again = watched(lambda: partition(corpus, store, domains=DOMAINS, embedder=embedder, means=means))
+        corpus, built = watched(lambda: build([str(text)], store))
+        embedder, fitted = watched(lambda: fit_embedder(corpus, store, "tfidf"))
+        made, divided = watched(lambda: partition(corpus, store, domains=DOMAINS, embedder=embedder, means=means))
+        _, again = watched(lambda: partition(corpus, store, domains=DOMAINS, embedder=embedder, means=means))
     stages = {"build": built, "fit embedder": fitted, "embed, cluster, part": divided, "again": again}
-    for stage, (seconds, peak) in stages.items():
-        say(corpus, made, stage, seconds, peak, start, means)
+    for stage, cost in stages.items():
+        say(corpus, made, stage, cost, start, means)
 
 
-def say(corpus: Corpus, made: Partition, stage: str, seconds: float, peak: float, start: float, means: Means) -> None:
+def say(corpus: Corpus, made: Partition, stage: str, cost: Cost, start: float, means: Means) -> None:
     measured = {
         "bench": "scale", "documents": corpus.documents, "mb": corpus.bytes / 1e6, "shards": len(corpus.train), "stage": stage,
-        "seconds": seconds, "mb_per_second": corpus.bytes / 1e6 / seconds, "documents_per_second": corpus.documents / seconds,
-        "peak_mb": peak, "start_mb": start, "workers": means.workers, "engine": means.engine,
+        **cost._asdict(), "mb_per_second": corpus.bytes / 1e6 / cost.seconds, "documents_per_second": corpus.documents / cost.seconds,
+        "start_mb": start, "workers": means.workers, "engine": means.engine,
         "sizes": [min(made.fit_sizes), max(made.fit_sizes)], "greedy_sizes": [min(made.greedy_sizes), max(made.greedy_sizes)],
     }  # fmt: skip
     print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in measured.items()}), flush=True)
