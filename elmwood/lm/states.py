@@ -31,7 +31,7 @@ def seed_states(name: str, store: Store) -> Callable[[Sequence[str]], list[State
     except UnknownName as error:
         raise BadInput(f"this partition embeds with the seed {name[:12]}, which is not in {store.root}: import that seed first") from error
     model, words = load_model(seed, store), tokenizer(seed, store)
-    width = model.config.get_text_config().hidden_size
+    width = _read(model.base_model, [[seed.separator]]).shape[-1]  # not the hidden size, where the model projects it at the end
 
     def states(texts: Sequence[str]) -> list[States]:
         encoded = words.encode_batch(list(texts), add_special_tokens=False)
