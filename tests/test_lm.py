@@ -29,6 +29,7 @@ from elmwood.lm import cache, lora
 from elmwood.lm.experts import LOGITS, Experts, OneLM
 from elmwood.lm.load import check_kin, ends, import_seed, load_model, new_model, save_folder, seed_folder, tokenizer
 from elmwood.lm.lora import Adapter, Bank
+from elmwood.lm.states import seed_states
 from elmwood.store import Store
 from elmwood.train import import_adapter
 
@@ -499,3 +500,26 @@ def test_an_adapter_that_is_none_of_this_seed_is_refused(complaint, seed, store,
     FOREIGN[complaint](folder, load_file(folder / "adapter_model.safetensors"))
     with pytest.raises(BadInput, match=complaint):
         import_adapter(str(folder), seed, store)
+
+
+# ---- hidden states
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gemma3"])
+def test_states_are_those_of_each_token_and_look_back_only(kind, store, seed):
+    one = seed if kind == "llama" else config_seed(CONFIGS[kind], store)
+    states, words = seed_states(one.digest, store), tokenizer(one, store)
+    texts = ["the cat sat on the mat 海", "", "the cat", "the sea " * 60]
+    found = states(texts)
+    body = load_model(one, store).base_model
+    for text, (state_WH, end_W) in zip(texts, found, strict=True):
+        encoded = words.encode(text)
+        assert len(state_WH) == len(end_W) == len(encoded.ids)
+        if text:
+            assert end_W[-1] == len(text)
+            with torch.inference_mode():
+                first = body(input_ids=torch.tensor([[one.separator, *encoded.ids[: one.context - 1]]])).last_hidden_state[0, 1:]
+            torch.testing.assert_close(torch.from_numpy(state_WH[: len(first)]), first.float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[0][0][: len(found[2][0])], found[2][0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(BadInput, match="import that seed first"):
+        seed_states("0" * 64, store)
