@@ -181,12 +181,17 @@ def estimated(
     started = time.perf_counter()
     titles = [title(answer) for answer in answers]
     with bars() as progress:
-        found = estimates(seed, sorted(members), dict(zip(titles, made, strict=True)), store, progress=progress)
-    totals = {name: sum(layers.values()) / len(layers) for name, layers in found.items()}
+        found = estimates(seed, sorted(members), dict(zip(titles, made, strict=True)), store, "fisher", progress)
+    totals = {name: sum(layers.values()) for name, layers in found.items()}
     order = sorted(range(len(made)), key=lambda place: totals[titles[place]])
     spent = duration(time.perf_counter() - started)
-    lines = [[titles[place], f"{totals[titles[place]]:.4f}"] for place in order]
-    table(f"estimates from statistics alone, no model run (in {spent}): output error, the seed's being 1", ["", "estimate"], lines, to=talk)
+    lines = [[titles[place], f"{totals[titles[place]]:.4g}"] for place in order]
+    table(
+        f"estimates from statistics alone, no model run (in {spent}): distance from all experts by their Fisher matrices",
+        ["", "estimate"],
+        lines,
+        to=talk,
+    )
     kept = order[: run or len(order)]
     choice = by_layer(found) if per_layer else {}
     where = {layer: made[titles.index(name)] for layer, name in choice.items()}
