@@ -1,12 +1,13 @@
 """Merging against mergekit from PyPI: CPU seconds, wall clock, memory, and how near the disk's own speed.
 
-    python benches/bench_merge.py FOLDER --mergekit VENV/bin/python [--shapes 300M,1B] [--experts 4,8] [--rules average,ties]
+    python benches/bench_merge.py FOLDER --mergekit VENV/bin/python [--shapes 300M,1B] [--experts 4,8] [--rules average,ties] [--parts 8]
 
 Both read the same bf16 files, whose pages are dropped from the cache first, and both are whole commands, imports included, with one
 thread for arithmetic. Inputs are random, made in FOLDER and kept (300M: 0.6 GB for the seed and for each expert; 1B: 2.1 GB). What the
 disk reads, and writes durably, is measured in the same run. Results of ours are compared with mergekit's, told to calculate in float32.
 
-`share`: bytes of the experts over wall seconds, over the read speed. `disk`: the seconds that reading and durably writing alone would
+`share`: bytes of the experts over wall seconds, over the sequential read speed; `share_in_turn`: over that of pieces of each file in turn,
+as a merge reads. `disk`: the seconds that reading and durably writing alone would
 take, over wall seconds.
 One JSON line for each. 300M, four experts: about ten minutes, most of them mergekit's TIES; everything: about three hours.
 """
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elmwood.merge.tensors import decode, pack_header, places
+from elmwood.merge.tensors import PIECE, decode, pack_header, places
 from elmwood.records import Expert, Recipe, Seed
 from elmwood.store import Store
 
@@ -38,6 +39,16 @@ THEIRS = {
     "average": {"merge_method": "linear", "parameters": {"normalize": True, "weight": 1.0}},
     "ties": {"merge_method": "ties", "parameters": {"normalize": True, "weight": 1.0, "density": 0.5}},
 }
+
+
+# a small process starts the command and waits: a peak of memory is inherited from the process that starts one
+LAUNCH = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, used = os.wait4(process.pid, 0)
+open(sys.argv[1], "w").write(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss]))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 
 class Run(NamedTuple):
@@ -144,6 +155,19 @@ def read_speed(paths: Sequence[Path]) -> float:
     return done / (perf_counter() - started)
 
 
+def pattern_speed(paths: Sequence[Path]) -> float:
+    """The same, as a merge reads: a piece of each file in turn."""
+    drop(paths)
+    handles = [os.open(path, os.O_RDONLY) for path in paths]
+    buffer, place, started = memoryview(bytearray(2 * PIECE)), 0, perf_counter()
+    while any([os.preadv(handle, [buffer], place) for handle in handles]):  # noqa: C419  (each is read)
+        place += len(buffer)
+    seconds = perf_counter() - started
+    for handle in handles:
+        os.close(handle)
+    return sum(path.stat().st_size for path in paths) / seconds
+
+
 def write_speed(folder: Path, size: int) -> float:
     """Bytes a second to a file that is safe on the disk at the end."""
     path, piece = folder / "written", np.random.default_rng(0).bytes(4 << 20)
@@ -161,19 +185,21 @@ def write_speed(folder: Path, size: int) -> float:
 def measure(command: Sequence[str], log: Path) -> Run:
     """Run a command to its end. Raises CalledProcessError."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    usage = log.with_suffix(".usage")
     started = perf_counter()
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", LAUNCH, str(usage), *command], stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
     wall = perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if done.returncode:
         sys.stderr.write(log.read_text()[-2000:])
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return Run(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1024)
+        raise subprocess.CalledProcessError(done.returncode, command)
+    cpu, peak = json.loads(usage.read_text())
+    return Run(cpu, wall, peak / 1024)
 
 
-def ours(store: Store, experts: Sequence[Expert], rule: str, folder: Path) -> tuple[Run, Path]:
+def ours(store: Store, experts: Sequence[Expert], rule: str, folder: Path, parts: int) -> tuple[Run, Path]:
     """`elmwood merge`; its result is moved away, so that the next run begins anew."""
     command = [
         sys.executable,
@@ -185,12 +211,13 @@ def ours(store: Store, experts: Sequence[Expert], rule: str, folder: Path) -> tu
         "--store",
         str(store.root),
         "--json",
+        *(["--parts", str(parts), "--workers", "2"] if parts else []),
     ]
     before = set(store.root.rglob("*"))
     run = measure(command, folder / "ours.log")
     weights = folder / "ours.safetensors"
     for path in sorted(set(store.root.rglob("*")) - before, key=lambda path: -len(path.parts)):
-        if path.is_file() and not path.is_symlink() and path.stat().st_size > 1 << 18:
+        if path.is_file() and not path.is_symlink() and path.stat().st_size > 1 << 16:
             path.rename(weights)
         elif not path.is_dir() or path.is_symlink():
             path.unlink()
@@ -226,14 +253,22 @@ def bench(asked: argparse.Namespace, shape: str, count: int, rule: str) -> dict[
     experts = experts[:count]
     inputs = [store.get(one.files["model.safetensors"]) for one in experts]
     size = inputs[0].stat().st_size
-    reads, writes = read_speed(inputs[:2]), write_speed(asked.folder, size)
-    found: dict[str, object] = {"bench": "merge", "shape": shape, "experts": count, "rule": rule, "bytes": size * count}
+    reads, turns, writes = read_speed(inputs[:2]), pattern_speed(inputs), write_speed(asked.folder, size)
+    found: dict[str, object] = {
+        "bench": "merge",
+        "shape": shape,
+        "experts": count,
+        "rule": rule,
+        "parts": asked.parts,
+        "bytes": size * count,
+    }
     used = [*inputs, *([store.get(seed.files["model.safetensors"])] if rule != "average" else [])]
     drop(used)
-    mine, result = ours(store, experts, rule, asked.folder)
-    found |= {"read_GB_s": reads / 1e9, "write_GB_s": writes / 1e9} | {f"ours_{key}": value for key, value in mine._asdict().items()}
+    mine, result = ours(store, experts, rule, asked.folder, asked.parts)
+    found |= {"read_GB_s": reads / 1e9, "read_in_turn_GB_s": turns / 1e9, "write_GB_s": writes / 1e9}
+    found |= {f"ours_{key}": value for key, value in mine._asdict().items()}
     ideal = len(used) * size / reads + size / writes
-    found |= {"share": size * count / mine.wall / reads, "disk": ideal / mine.wall}
+    found |= {"share": size * count / mine.wall / reads, "share_in_turn": size * count / mine.wall / turns, "disk": ideal / mine.wall}
     if asked.mergekit:
         drop(used)
         other, its = theirs(asked.mergekit, store, seed, experts, rule, asked.folder)
@@ -251,6 +286,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="300M,1B")
     parser.add_argument("--experts", default="4,8")
     parser.add_argument("--rules", default="average,ties")
+    parser.add_argument("--parts", type=int, default=0, help="of ours: so many tasks, two at a time; the peak is of the largest process")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     for shape in asked.shapes.split(","):
