@@ -16,9 +16,10 @@ import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, dequantize, get_tensor_name_map
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import SHAPE, full_expert, lora_expert, louder, tiny_seed, tiny_tokenizer
+from tiny_models import SHAPE, config_seed, full_expert, lora_expert, louder, tiny_seed, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -37,15 +38,26 @@ from elmwood.cli import app
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, BadSeed, Damaged
-from elmwood.lm.load import load_model, save_folder, seed_folder, tokenizer
+from elmwood.lm.load import import_seed, load_model, save_folder, seed_folder, tokenizer
+from elmwood.merge import mixture_shards
 from elmwood.merge.export import check_checkpoint, export
 from elmwood.merge.gguf import write_gguf
 from elmwood.merge.make import Answer, merge
+from elmwood.merge.mixture_build import Mixing, mix, order_of
+from elmwood.merge.mixture_gates import random_rows
+from elmwood.merge.states import seed_places
 from elmwood.merge.values import everywhere
 from elmwood.merge.vocabulary import SPLITS, pre_tokenizer
+from elmwood.records import Forest, Gates
 from elmwood.store import Store
 
 TEXT = "the cat sat — naïve café 海 and 1234 猫 don't  stop\n\n x"
+
+
+SMALL = {
+    "vocab_size": SHAPE.vocabulary, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +109,6 @@ def test_an_expert_as_a_checkpoint_says_what_it_says_in_the_store(name, experts,
 def test_a_folded_number_is_the_nearest_there_is(dtype, store, tmp_path):
     model = louder(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))).to(dtype)
     save_folder(model, tiny_tokenizer(), tmp_path / "seed")
-    from elmwood.lm.load import import_seed
-
     mine = import_seed(str(tmp_path / "seed"), store)
     expert = lora_expert(mine, store, 4, settings={"r": 5, "lora_alpha": 7})
     export(expert, store, tmp_path / "out", "transformers")
@@ -127,6 +137,66 @@ def test_a_merge_keeps_its_own_card(merged, store, tmp_path):
     export(merged, store, tmp_path / "out")
     assert "Summed in whole numbers" in (tmp_path / "out" / "README.md").read_text()
     assert logits(tmp_path / "out").isfinite().all()
+
+
+TURNED = {"rope_type": "default", "rope_theta": 777.0}
+MIXED = {
+    "llama": LlamaConfig(
+        **SMALL, tie_word_embeddings=True, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 777.0}
+    ),
+    "mistral": MistralConfig(**SMALL, head_dim=32, sliding_window=32),
+    "qwen3": Qwen3Config(**SMALL, head_dim=128),
+    "olmo2": Olmo2Config(**SMALL),
+}
+
+
+def mixture_of(seed, members, store, layout="checkpoint"):
+    forest = Forest(seed=seed.digest, partition="0" * 64, experts=tuple(one.digest for one in members))
+    store.add(forest)
+    rows = random_rows(seed_places(seed, store), order_of(forest, True, store), 0, 50.0)
+    return mix(forest, rows, Mixing(gates=Gates(seed_bias=0.0), layout=layout), store)
+
+
+def said(record, store):
+    """What a model in the store says, as log-probabilities of a text's tokens."""
+    return open_model(record, store, "cpu").score(torch.tensor([tiny_tokenizer().encode(TEXT).ids]))[0]
+
+
+def read_elsewhere(folder):
+    tokens_T = torch.tensor(tiny_tokenizer().encode(TEXT).ids)
+    return logits(folder)[:-1].log_softmax(-1).gather(1, tokens_T[1:, None])[:, 0]
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_mixture_of_any_architecture_makes_the_round_trip(kind, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture_shards, "SHARD", 100_000)
+    seed = config_seed(MIXED[kind], store)
+    record = mixture_of(seed, [full_expert(seed, store, 1), lora_expert(seed, store, 2)], store)
+    export(record, store, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    torch.testing.assert_close(read_elsewhere(tmp_path / "out"), said(record, store)[1:], atol=1e-5, rtol=1e-5)
+    found, mine = AutoConfig.from_pretrained(tmp_path / "out"), MIXED[kind]
+    for name in ("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "sliding_window", "num_key_value_heads", "vocab_size"):
+        assert getattr(found, name, None) == getattr(mine, name, None), name
+    assert found.rope_parameters == mine.rope_parameters
+    assert getattr(found, "norm_topk_prob", True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == tiny_tokenizer().encode(TEXT).ids
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(digest in card for digest in record.experts)
+    if kind == "olmo2":
+        with pytest.raises(BadInput, match="flex_olmo"):
+            export(record, store, tmp_path / "gguf", "gguf")
+        return
+    export(record, store, tmp_path / "gguf", "gguf")
+    if find_spec("llama_cpp"):
+        theirs, _ = llama_cpp_logits(tmp_path / "gguf" / "model.gguf", tiny_tokenizer().encode(TEXT).ids)
+        torch.testing.assert_close(theirs.log_softmax(-1), logits(tmp_path / "out").log_softmax(-1), atol=5e-2, rtol=0)
+
+
+def test_a_low_rank_mixture_leaves_as_a_standard_one(seed, store, tmp_path):
+    record = mixture_of(seed, [lora_expert(seed, store, n) for n in (5, 6)], store, "low-rank")
+    export(record, store, tmp_path / "out")
+    torch.testing.assert_close(read_elsewhere(tmp_path / "out"), said(record, store)[1:], atol=2e-5, rtol=2e-5)
 
 
 REFUSED = {
@@ -171,10 +241,6 @@ def test_an_export_that_went_wrong_is_seen(complaint, seed, store, tmp_path):
 
 # ---- GGUF
 
-SMALL = {
-    "vocab_size": SHAPE.vocabulary, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
-}  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -393,6 +459,7 @@ for folder, *base in json.loads(sys.argv[2]):
 
 def test_plain_transformers_writes_the_same_text_without_us(seed, experts, merged, store, tmp_path):
     records = {"seed": seed, "full": experts["full"], "lora": experts["lora"], "merged": merged}
+    records["mixture"] = mixture_of(seed, [experts["full"], experts["lora"]], store)
     for name, record in records.items():
         export(record, store, tmp_path / name)
     export(experts["lora"], store, tmp_path / "folded", "transformers")

@@ -118,7 +118,7 @@ def export(*, name, folder, form, dtype, store, as_json) -> None:
 
 def _write(record: Record, home: Store, building: Path, form: str | None, dtype: str | None) -> None:
     match record:
-        case Seed() | Expert() | Merged():
+        case Seed() | Expert() | Merged() | Mixture():
             from elmwood.merge.export import export  # numpy, and torch to look at what was written
 
             with bars() as progress:
@@ -127,9 +127,9 @@ def _write(record: Record, home: Store, building: Path, form: str | None, dtype:
             from elmwood.domains.share import dataset  # scikit-learn
 
             shutil.copytree(home.folder(dataset(record, home)), building)
-        case State() | Statistics() | Partition() | Mixture() if form or dtype:
+        case State() | Statistics() | Partition() if form or dtype:
             raise BadInput("--format and --dtype are for models, and --format parquet for the text of a partition: leave them out")
-        case State() | Statistics() | Mixture():
+        case State() | Statistics():
             shutil.copytree(home.folder(record.files), building)  # follows the links: plain files come out
         case Partition():
             from elmwood.domains.share import publish, published  # scikit-learn

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from elmwood.records import Contribution, Expert, Merged, Seed, Share
+from elmwood.records import Contribution, Expert, Merged, Mixture, Seed, Share
 
 RUN = {
     "transformers": """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,7 +42,7 @@ def _said(share: Share) -> str:
     return " → ".join(f"{value:g}" for value in share.values) + (f" ({', '.join(where)})" if where else "")
 
 
-def model_card(record: Seed | Expert | Merged, seed: Seed, form: str, domain: str | None, files: Mapping[str, str]) -> str:
+def model_card(record: Seed | Expert | Merged | Mixture, seed: Seed, form: str, domain: str | None, files: Mapping[str, str]) -> str:
     """Markdown with the header that model hubs read, for one exported folder. `domain`: what an expert's is called."""
     top = [
         "---",
@@ -65,6 +65,9 @@ def model_card(record: Seed | Expert | Merged, seed: Seed, form: str, domain: st
             title = f"{len(record.contributions)} experts of {seed.name}, merged"
             facts += [f"Method: `{record.method}`."]
             facts += [f"- expert `{row.expert}`, weight {'; '.join(_said(share) for share in row.weight)}" for row in record.contributions]
+        case Mixture():
+            title = f"{len(record.experts)} experts of {seed.name} in one mixture"
+            facts += [f"Gates: {record.gates.kind}, top-{record.gates.top_k}.", *(f"- expert `{digest}`" for digest in record.experts)]
     if form in ("transformers", "gguf") and "adapter_config.json" in record.files:
         facts += ["An adapter folded into its seed: each number rounded once."]
     facts += [f"Seed: {seed.name}, {seed.architecture}, {seed.parameters} parameters, `{seed.digest}`."]

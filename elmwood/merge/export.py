@@ -10,14 +10,17 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
 from elmwood.merge.card import model_card
 from elmwood.merge.fold import fold
+from elmwood.merge.mixture_build import copies
+from elmwood.merge.mixture_dense import densify
+from elmwood.merge.mixture_trial import try_copies
 from elmwood.merge.sources import Low
 from elmwood.merge.states import seed_folder, seed_places
 from elmwood.merge.tensors import check_finite, header, places
-from elmwood.records import Expert, Merged, Partition, Seed
+from elmwood.records import Expert, Merged, Mixture, Partition, Seed
 from elmwood.registry import require
 from elmwood.store import Store, hash_file
 
-Model = Seed | Expert | Merged
+Model = Seed | Expert | Merged | Mixture
 FORMATS = ("transformers", "peft", "gguf", "gguf-adapter")
 DTYPES = ("F32", "F16", "BF16")
 FILE, ADAPTER = "model.gguf", "adapter_config.json"
@@ -69,14 +72,19 @@ def checkpoint(record: Model, seed: Seed, store: Store, folder: Path, progress: 
     """A whole transformers folder: the record's own files, and the seed's where it has none, such as the tokenizer."""
     base = seed_folder(seed, store)
     source = base if isinstance(record, Seed) else store.folder(record.files)
+    if isinstance(record, Mixture):
+        config = json.loads((base / "config.json").read_bytes())
+        try_copies(config, copies, store)  # nothing leaves that would not equal what it is made of
+        if record.layout == "low-rank":
+            densify(record, store, folder, progress)
+            source = base
     if ADAPTER in record.files:
         fold(seed_places(seed, store), source, record.digest, folder, progress)
         source = base
-    names = {path.name for path in source.iterdir()}
-    weights = any(path.suffix == ".safetensors" for path in folder.iterdir())
-    for path in [*source.iterdir(), *(path for path in base.iterdir() if path.name not in names and ".safetensors" not in path.name)]:
+    weights = any(folder.glob("*.safetensors"))
+    for path in (*source.iterdir(), *base.iterdir()):
         target = folder / path.name
-        if path.is_file() and not (weights and path.suffix == ".safetensors"):
+        if path.is_file() and not target.exists() and not (".safetensors" in path.name and (weights or path.parent != source)):
             target.symlink_to(path.resolve()) if links else shutil.copyfile(path, target)
 
 
