@@ -1,29 +1,23 @@
-"""What `fit` predicts against what runs take: peak resident memory and tokens per CPU second, each run in a process of its own.
+"""What `fit` predicts against what runs take: peak memory and tokens per second, each run in a process of its own.
 
-    python benches/bench_fit.py [--quick]
+    python benches/bench_fit.py [--quick] [--recipes]
+    python benches/bench_fit.py --opt [--small]        OPT-6.7B of random weights as QLoRA at 2,048 tokens, on a GPU; its shape shrunk, here
 
 One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/fit.py were chosen on these very runs (one
-thread, glibc, x86), so the lines marked "apart" are the honest ones: they were not used.
+thread, glibc, x86), so the lines marked "apart" are the honest ones: they were not used. `--recipes` runs only those that are neither full
+nor plain lora. Memory can be measured beside other work, speed (CPU seconds) less so. `--opt` needs 30 GB of disk and 16 of memory.
 """
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 
-import numpy as np
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from elmwood.corpus.tokens import Packed
+from elmwood.lm.load import best_device
 from elmwood.records import Recipe
-from elmwood.train import loop
-from elmwood.train.adapter import adapter
+from elmwood.train.cards import SEEDS
 from elmwood.train.fit import anatomy, components, speed
-
-WARM = 3  # steps not counted
+from elmwood.train.measure import foretold, measure
 
 
 def like(kind: str, width: int, forward: int, layers: int, heads: int, vocabulary: int, **more: int) -> dict:
@@ -39,68 +33,73 @@ MODELS = {
     "opt 17M": like("opt", 384, 0, 8, 6, 8192, ffn_dim=1536, word_embed_proj_dim=384),
     "qwen3 14M": like("qwen3", 320, 960, 10, 8, 8192, head_dim=40),
 }
-RUNS = [
-    ("llama 0.9M", 8, 256, "full", "fitted"),
-    ("llama 0.9M", 8, 256, "lora", "fitted"),
-    ("llama 0.9M", 32, 256, "full", "fitted"),
-    ("llama 5.9M", 8, 256, "full", "fitted"),
-    ("llama 5.9M", 8, 256, "lora", "fitted"),
-    ("llama 43M", 1, 128, "full", "fitted"),
-    ("llama 43M", 2, 256, "full", "fitted"),
-    ("llama 43M", 2, 256, "lora", "fitted"),
-    ("llama 43M", 4, 512, "lora", "fitted"),
-    ("llama 5.9M", 2, 1024, "lora", "apart"),
-    ("gpt2 29M", 4, 256, "full", "apart"),
-    ("gpt2 29M", 4, 256, "lora", "apart"),
-    ("opt 17M", 8, 256, "full", "apart"),
-    ("opt 17M", 2, 1024, "lora", "apart"),
-    ("qwen3 14M", 4, 512, "full", "apart"),
+RUNS: list[tuple[str, dict, str]] = [
+    ("llama 0.9M", {"batch": 8, "method": "full"}, "fitted"),
+    ("llama 0.9M", {"batch": 8, "method": "lora"}, "fitted"),
+    ("llama 0.9M", {"batch": 32, "method": "full"}, "fitted"),
+    ("llama 5.9M", {"batch": 8, "method": "full"}, "fitted"),
+    ("llama 5.9M", {"batch": 8, "method": "lora"}, "fitted"),
+    ("llama 43M", {"batch": 1, "length": 128, "method": "full"}, "fitted"),
+    ("llama 43M", {"batch": 2, "method": "full"}, "fitted"),
+    ("llama 43M", {"batch": 2, "method": "lora"}, "fitted"),
+    ("llama 43M", {"batch": 4, "length": 512, "method": "lora"}, "fitted"),
+    ("llama 5.9M", {"batch": 2, "length": 1024, "method": "lora"}, "apart"),
+    ("gpt2 29M", {"batch": 4, "method": "full"}, "apart"),
+    ("gpt2 29M", {"batch": 4, "method": "lora"}, "apart"),
+    ("opt 17M", {"batch": 8, "method": "full"}, "apart"),
+    ("opt 17M", {"batch": 2, "length": 1024, "method": "lora"}, "apart"),
+    ("qwen3 14M", {"batch": 4, "length": 512, "method": "full"}, "apart"),
+    ("llama 43M", {"batch": 2, "method": "qlora"}, "fitted"),
+    ("llama 43M", {"batch": 2, "method": "dora"}, "fitted"),
+    ("llama 43M", {"batch": 4, "length": 512, "method": "lora", "checkpointing": True}, "fitted"),
+    ("llama 43M", {"batch": 4, "length": 512, "method": "lora", "late": 0.34}, "apart"),
+    ("opt 17M", {"batch": 4, "length": 512, "method": "qlora"}, "apart"),
+    ("qwen3 14M", {"batch": 4, "length": 512, "method": "dora"}, "apart"),
+    ("opt 17M", {"batch": 4, "length": 512, "method": "full", "checkpointing": True}, "apart"),
+    ("llama 43M", {"batch": 2, "method": "full", "optimiser": "adamw8bit"}, "apart"),
+    ("llama 43M", {"batch": 8, "length": 512, "method": "lora", "accumulate": 4}, "apart"),
+    ("llama 5.9M", {"batch": 1, "method": "lora", "together": 8}, "apart"),
 ]
+OPT = {"batch": 1, "length": 2048, "method": "qlora"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the smallest model alone")
-    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--recipes", action="store_true")
+    parser.add_argument("--opt", action="store_true")
+    parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
-    if options.run is not None:
-        return one(*RUNS[options.run][:4])
-    for number, (name, batch, length, method, kind) in enumerate(RUNS):
-        if options.quick and name != "llama 0.9M":
+    if options.opt:
+        config = AutoConfig.for_model(**SEEDS["7B (OPT-6.7B)"] | {"dtype": "bfloat16"})
+        if options.small:
+            config.hidden_size = config.word_embed_proj_dim = 256
+            config.ffn_dim, config.num_hidden_layers, config.num_attention_heads = 1024, 4, 4
+        for more in ({}, {"checkpointing": True}):
+            one("opt 6.7B" + (", shrunk" if options.small else ""), config, Recipe(steps=2, **OPT | more), "apart", best_device().type)
+        return
+    for name, how, kind in RUNS:
+        if (options.quick and name != "llama 0.9M") or (
+            options.recipes and how["method"] in ("full", "lora") and set(how) <= {"batch", "length", "method"}
+        ):
             continue
-        command = [sys.executable, "-W", "ignore", __file__, "--run", str(number)]
-        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        facts = {"bench": "fit", "model": name, "batch": batch, "length": length, "method": method, "kind": kind}
-        print(json.dumps(facts | found), flush=True)
+        config = AutoConfig.for_model(**MODELS[name], bos_token_id=0, eos_token_id=0, pad_token_id=None)
+        one(name, config, Recipe(steps=2, **how), kind, "cpu")
 
 
-def one(name: str, batch: int, length: int, method: str) -> None:
-    """A run of a few steps; its peak and its speed, predicted before it starts."""
-    recipe = Recipe(steps=8, batch=batch, length=length, method=method)
-    config = AutoConfig.for_model(**MODELS[name], bos_token_id=0, eos_token_id=0, pad_token_id=None)
+def one(name: str, config: object, recipe: Recipe, kind: str, device: str) -> None:
+    """Two steps; peak and speed, predicted and measured."""
     body = anatomy(config)
-    parts = components(body, recipe, "cpu")
-    model = AutoModelForCausalLM.from_config(config)
-    if method == "lora":
-        model = adapter(model, recipe, "bench")
-    tokens = np.random.default_rng(0).integers(1, config.vocab_size, 100_000).astype(np.uint16)
-    marks: list[float] = []
-    with tempfile.TemporaryDirectory() as work:
-        packed = Packed(tokens, np.arange(0, len(tokens), 700), 0)
-        loop.run(model, packed, recipe, Path(work), lambda **_: None, lambda *_: marks.append(time.process_time()))
-    peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    measured = batch * length * (len(marks) - WARM) / (marks[-1] - marks[WARM - 1]) * recipe.threads
-    predicted = speed(body, recipe, "cpu")
-    found = {
-        "predicted MB": round(sum(parts.values()) / 1e6),
-        "peak MB": round(peak / 1e6),
-        "error": round(sum(parts.values()) / peak - 1, 3),
-        "predicted tokens/s": round(predicted),
-        "tokens/CPU s": round(measured),
-        "speed error": round(predicted / measured - 1, 3),
+    parts, told = components(body, recipe, device), speed(body, recipe, device)
+    found = measure(config, recipe, device=device)
+    total = foretold(parts, found)
+    print(json.dumps({
+        "bench": "fit", "model": name, **recipe.model_dump(exclude_defaults=True, exclude={"steps"}), "kind": kind, "device": device,
+        "predicted MB": round(total / 1e6), "peak MB": round(found.peak / 1e6), "error": round(total / found.peak - 1, 3),
+        "predicted tokens/s": round(told), "tokens/s": round(found.tokens_per_second),
+        "speed error": round(told / found.tokens_per_second - 1, 3), 
         "components MB": {what: round(size / 1e6, 1) for what, size in parts.items()},
-    }
-    print(json.dumps(found))
+    }), flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

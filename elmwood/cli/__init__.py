@@ -252,17 +252,29 @@ def statistics(
 
 @app.command()
 def fit(
-    seed: Annotated[str, typer.Argument(help="A seed here, a folder with config.json, or a hub id (downloads its config).")],
-    method: Annotated[str, typer.Option(help="full or lora.")] = "lora",
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 1,
-    length: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the seed's context, at most 1024.")] = None,
-    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    seed: Annotated[str | None, typer.Argument(help="A seed here, a folder with config.json, or a hub id (downloads its config).")] = None,
+    method: MethodOption = "lora",
+    batch: BatchOption = 1,
+    length: LengthOption = None,
+    rank: RankOption = 16,
+    late: LateOption = 1.0,
+    accumulate: AccumulateOption = 1,
+    checkpointing: CheckpointingOption = False,
+    optimiser: OptimiserOption = "adamw",
+    together: TogetherOption = 1,
     memory: Annotated[str | None, typer.Option(help="What there is, e.g. 24GB; default: this machine's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where this machine has one.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Train two steps, and hold what they took against the prediction.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="What fits cards of 8 to 80 GB, for seeds of 0.1 to 13 billion parameters.")
+    ] = False,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Say before a run what memory and time it will take, and what would fit."""
-    _verb("fitting", "fit", seed=seed, method=method, batch=batch, length=length, rank=rank, memory=memory, store=store, as_json=as_json)
+    """Say before a run what memory and time it will take, and what would fit. The config of the seed is enough."""
+    _verb("fitting", "fit", seed=seed, method=method, batch=batch, length=length, rank=rank, late=late, accumulate=accumulate,
+          checkpointing=checkpointing, optimiser=optimiser, together=together, memory=memory, device=device, measure=measure, table=table,
+          store=store, as_json=as_json)  # fmt: skip
 
 
 @app.command()

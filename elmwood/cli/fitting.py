@@ -1,23 +1,86 @@
-"""What the verb `fit` does: say what training will take."""
+"""What the verb `fit` does: say what training will take, and look."""
+
+from typing import Any
 
 from elmwood.cli.screen import count, duration, emit, out, short, table
+from elmwood.cli.training import checked
 from elmwood.engine import cores
-from elmwood.records import Recipe, Seed
+from elmwood.errors import BadInput
+from elmwood.records import Seed
 from elmwood.store import Store
 
 
-def fit(*, seed, method, batch, length, rank, memory, store, as_json) -> None:
-    from elmwood.train.fit import fit as predict  # torch
+def fit(*, seed, length, memory, device, measure, table, store, as_json, **how) -> None:
+    from elmwood.train.fit import best_device, config_of  # torch
+    from elmwood.train.fit import fit as predict
 
+    if table:
+        return print_cards(as_json)
+    if seed is None:
+        raise BadInput("fit needs a seed: name one, a folder with its config.json, or a hub id; or ask for --table")
     home = Store(store)
     known = home.load(seed, Seed) if seed in home.names() or len(seed) == 64 else None
     length = length or min(known.context if known else 1024, 1024)
-    recipe = Recipe(method=method, steps=1, batch=batch, length=length, rank=rank, threads=cores())
-    answer = predict(known or seed, recipe, home, memory=memory and count(memory))
+    recipe = checked(steps=1, length=length, threads=cores(), **how)
+    answer = predict(known or seed, recipe, home, memory=memory and count(memory), device=device)
+    found, told = None, 0
+    if measure:
+        from elmwood.train.measure import foretold
+        from elmwood.train.measure import measure as take
+
+        if answer.device != best_device().type:
+            raise BadInput(f"there is no {answer.device} here to measure on: leave --device out")
+        found = take(known or config_of(seed, home), recipe, home, answer.device)
+        told = foretold(answer.components, found)
     if as_json:
-        emit(answer.model_dump(mode="json"))
+        emit(answer.model_dump(mode="json") | ({"measured": found._asdict() | {"predicted": told}} if found else {}))
         return
-    rows = [(what, short(size) + "B") for what, size in answer.components.items()]
-    table(f"{method} on {seed}: {short(answer.parameters)} parameters", ("peak memory", ""), [*rows, ("total", short(answer.total) + "B")])
-    out.print(f"{short(answer.tokens_per_second)} tokens/s here; a million tokens take {duration(1e6 / answer.tokens_per_second)}")
+    print_fit(seed, recipe, answer, found, told)
+
+
+def print_fit(seed: str, recipe: Any, answer: Any, found: Any, told: int) -> None:
+    """The components, the time, the verdict; and what two steps really took."""
+    rows = [(what, short(size) + "B") for what, size in answer.components.items() if size]
+    title = f"{recipe.method} on {seed}: {short(answer.parameters)} parameters, {short(answer.trained)} of them trained"
+    if recipe.method != "full":
+        title = f"{recipe.method} on {seed}: {short(answer.parameters)} parameters and {short(answer.trained)} that are trained"
+    table(title, (f"peak memory, {answer.device}", ""), [*rows, ("total", short(answer.total) + "B")])
+    speed = answer.tokens_per_second
+    if speed:
+        out.print(f"{short(speed)} tokens/s here; a million tokens take {duration(1e6 / speed)}")
+    if found:
+        off = told / found.peak - 1
+        out.print(
+            f"measured over two steps: {short(found.peak)}B, prediction {off:+.1%}; {short(found.tokens_per_second)} tokens/s", end=""
+        )
+        out.print(f", prediction {speed / found.tokens_per_second - 1:+.0%}" if speed else "")
     out.print(answer.verdict)
+
+
+MARKS = {(True, "adamw"): "¹", (True, "adamw8bit"): "²", (False, "adamw"): ""}
+NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+
+
+def print_cards(as_json: bool) -> None:
+    """The table of README, as Markdown."""
+    from elmwood.train.cards import MEMORY, cards  # torch
+
+    found = cards()
+    if as_json:
+        plain = {
+            name: [choice and choice._asdict() | {"recipe": choice.recipe.model_dump(mode="json")} for choice in row] for name, row in found
+        }
+        emit(plain)
+        return
+    out.print("| seed | " + " | ".join(f"{memory} GB" for memory in MEMORY) + " |", soft_wrap=True)
+    out.print("|---" * (len(MEMORY) + 1) + "|", soft_wrap=True)
+    for name, row in found:
+        out.print(f"| {name} | " + " | ".join(cell(choice) for choice in row) + " |", soft_wrap=True)
+
+
+def cell(choice: Any) -> str:
+    """'LoRA¹ 5.4': the recipe and its gigabytes."""
+    if choice is None:
+        return "no"
+    mark = MARKS[choice.recipe.checkpointing, choice.recipe.optimiser]
+    return f"{NAMES[choice.recipe.method]}{mark} {choice.total / 1e9:.1f}"

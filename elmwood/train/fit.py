@@ -3,15 +3,17 @@
 N tokens of a step, D width, F width of a feed-forward layer, Q width of all heads, V vocabulary
 """
 
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadSeed
 from elmwood.lm.load import best_device, seed_folder
@@ -25,8 +27,15 @@ FLOAT = 4  # bytes
 BESIDE = {"cpu": 45_000_000, "cuda": 600_000_000}
 # glibc keeps freed pieces that nothing fits into: how much of activations and gradients stands twice (measured, benches/bench_fit.py)
 KEPT = {"cpu": (0.45, 0.55), "cuda": (0.05, 0.05)}
+# bitsandbytes and what it brings, where the seed is quantised; and the share of tensors that come and go among those that stay which glibc
+# neither uses again nor gives back (one run each of checkpointing, qlora and dora: 0.60, 1.1 and 0.73)
+LIBRARIES = {"cpu": 165_000_000, "cuda": 0}
+HOLES = {"cpu": 0.6, "cuda": 0.0}
 # times each kept activation is read or written in a step, beside matrix products (the same bench); adapters read them once more
-TRAFFIC = {"full": 22, "lora": 32}
+TRAFFIC = {"full": 22, "lora": 32, "qlora": 32, "dora": 40}
+FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in NF4: its own, a byte for 64 of them, a float for 256 of these bytes
+EIGHT_BITS = 1 + 4 / 256  # bytes of a moment, where a weight has at least:
+SMALLEST = 4096  # numbers
 
 
 class Anatomy(NamedTuple):
@@ -42,9 +51,16 @@ class Anatomy(NamedTuple):
     query_norms: bool  # queries and keys have norms too
     vocabulary: int
     context: int
-    matrices: int  # weights of the linear layers of the trunk
-    linears: int
-    ends: int  # rows and columns of these matrices, summed: an adapter of rank r has r times as many weights
+    shapes: tuple[tuple[int, int], ...]  # what comes out of and goes into each linear layer of the trunk
+
+    @property
+    def matrices(self) -> int:
+        """Weights of these layers."""
+        return sum(out * into for out, into in self.shapes)
+
+    @property
+    def largest(self) -> int:
+        return max((out * into for out, into in self.shapes), default=0)
 
 
 class Fit(Frozen):
@@ -57,33 +73,36 @@ class Fit(Frozen):
     total: int
     memory: int  # there is, or was asked about
     fits: bool
-    tokens_per_second: float
+    tokens_per_second: float | None  # None: asked about a device that is not here
     largest: dict[str, int]  # batch, length or rank that would still fit, the others as they are; 0: none
     verdict: str
 
 
-def fit(seed: Seed | str, recipe: Recipe, store: Store | None = None, *, memory: int | None = None) -> Fit:
+def fit(seed: Seed | str, recipe: Recipe, store: Store | None = None, *, memory: int | None = None, device: str | None = None) -> Fit:
     """What training this seed by this recipe takes on this machine, or on one with `memory` bytes.
 
-    `seed` is a record (then `store` has it), a folder with a config.json, or a model hub's id. Raises BadSeed.
+    `seed` is a record (then `store` has it), a folder with a config.json, or a model hub's id; `device` is cpu or cuda. Raises BadSeed.
     """
-    device = best_device().type
-    if isinstance(seed, Seed):
-        folder: Path | str = seed_folder(seed, store or Store(Path(".elmwood")))
-    else:
-        folder = Path(seed).expanduser() if Path(seed).expanduser().exists() else seed
-    config = _config(folder)
-    body = anatomy(config)
+    here = best_device().type
+    device = device or here
+    body = anatomy(config_of(seed, store))
     parts = components(body, recipe, device)
-    total, there = sum(parts.values()), machine_memory(device) if memory is None else memory
+    total, there = sum(parts.values()), machine_memory(here) if memory is None else memory
     largest = {
-        what: _largest(body, recipe, device, there, what) for what in ("batch", "length", "rank")[: 3 if recipe.method == "lora" else 2]
+        what: _largest(body, recipe, device, there, what) for what in ("batch", "length", "rank")[: 2 if recipe.method == "full" else 3]
     }
     return Fit(
         device=device, parameters=body.parameters, trained=trained(body, recipe), components=parts, total=total, memory=there,
-        fits=total <= there, tokens_per_second=speed(body, recipe, device), largest=largest,
+        fits=total <= there, tokens_per_second=speed(body, recipe, device) if device in (here, "cpu") else None, largest=largest,
         verdict=_verdict(body, recipe, device, total, there, largest),
     )  # fmt: skip
+
+
+def config_of(seed: Seed | str, store: Store | None = None) -> Any:
+    """The seed's transformers config. Raises BadSeed."""
+    if isinstance(seed, Seed):
+        return _config(seed_folder(seed, store or Store(Path(".elmwood"))))
+    return _config(Path(seed).expanduser() if Path(seed).expanduser().exists() else seed)
 
 
 # ---- the formulas -----------------------------------------------------------------------------------------------
@@ -91,42 +110,99 @@ def fit(seed: Seed | str, recipe: Recipe, store: Store | None = None, *, memory:
 
 def components(body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
     """Bytes at the peak: at the end of the forward pass, or, where gradients outweigh activations, at the end of the backward pass."""
-    own, low = trained(body, recipe), FLOAT if device == "cpu" else 2  # frozen weights and activations are bf16 on a GPU
-    gradients = own * FLOAT
-    kept = activations(body, recipe) * low + recipe.batch * recipe.length**2 * low  # the mask of packed documents, once
-    rows = min(recipe.batch * recipe.length, max(ROWS, CHUNK[device] // body.vocabulary))
+    own, low = trained(body, recipe) * recipe.together, FLOAT if device == "cpu" else 2  # frozen weights and activations are bf16 on a GPU
+    gradients, rows = own * FLOAT, rows_at_once(recipe)
+    kept = activations(body, recipe) * low + rows * recipe.length**2 * low  # the mask of packed documents, once
+    chunk = min(rows * recipe.length, max(ROWS, CHUNK[device] // body.vocabulary))
     head = body.vocabulary * body.width * FLOAT if recipe.method == "full" else 0  # its gradient stands before the others
-    first, second = kept + head, gradients
+    before = gradients if recipe.accumulate > 1 or recipe.together > 1 else 0  # those of earlier passes, or one flat tensor of all
+    first, second = kept + max(head, before), gradients
     again, more = KEPT[device]
-    peak = max(first + again * first + more * gradients, second + again * first)
+    peak = max(first + again * first + more * (gradients - before), second + again * first)
     return {
-        "framework": _resident() + BESIDE[device] if device == "cpu" else BESIDE[device],
-        "weights": body.parameters * (FLOAT if recipe.method == "full" else low) + (own * FLOAT if recipe.method == "lora" else 0),
-        "optimiser": 2 * own * FLOAT,
+        "process": resident() if device == "cpu" else 0,  # what this one holds now
+        "libraries": BESIDE[device] + (LIBRARIES[device] if recipe.method == "qlora" else 0),
+        "weights": weights(body, recipe, device),
+        "optimiser": moments(body, recipe) * recipe.together,
         "activations": kept if first >= second else 0,
-        "gradients": head if first >= second else gradients,
-        "logits": 3 * rows * body.vocabulary * FLOAT,
-        "allocator": round(peak) - max(first, second),
+        "gradients": max(head, before) if first >= second else gradients,
+        "logits": 3 * chunk * body.vocabulary * FLOAT,
+        "workspace": workspace(body, recipe, device),
+        "allocator": round(peak + HOLES[device] * passing(body, recipe) * low) - max(first, second),
     }
 
 
+def rows_at_once(recipe: Recipe) -> int:
+    """Sequences of one pass."""
+    return math.ceil(recipe.batch / recipe.accumulate) * recipe.together
+
+
+def weights(body: Anatomy, recipe: Recipe, device: str) -> int:
+    """Bytes of the seed as it stands in memory, and of what is trained."""
+    own, low = trained(body, recipe) * FLOAT, FLOAT if device == "cpu" else 2
+    if recipe.method == "full":  # autocast keeps a second copy of what is multiplied, in bf16
+        return own + (2 * body.matrices if device == "cuda" else 0)
+    frozen = body.parameters * low
+    if recipe.method == "qlora":
+        frozen = (body.parameters - body.matrices) * low + round(body.matrices * FOUR_BITS)
+    return frozen + own * (1 if recipe.together == 1 else recipe.together + 1)  # the PEFT model's own copy beside the stack
+
+
+def moments(body: Anatomy, recipe: Recipe) -> int:
+    """Bytes of the two moments of one expert."""
+    own = trained(body, recipe)
+    if recipe.optimiser == "adamw":
+        return 2 * own * FLOAT
+    if recipe.method == "full":
+        return round(2 * own * EIGHT_BITS)  # but for norms and biases, which are few
+    large = sum(size for out, into in adapted(body, recipe) for size in (recipe.rank * out, recipe.rank * into) if size >= SMALLEST)
+    return round(2 * (large * EIGHT_BITS + (own - large) * FLOAT))
+
+
+def workspace(body: Anatomy, recipe: Recipe, device: str) -> int:
+    """Bytes that come and go inside one layer: a matrix in full precision (qlora), the product of A and B beside it (dora), the activations
+    and gradients of a layer that is computed again."""
+    low = FLOAT if device == "cpu" else 2
+    matrix = {"qlora": body.largest * low, "dora": 3 * body.largest * FLOAT}.get(recipe.method, 0)
+    again = rows_at_once(recipe) * recipe.length * 2 * body.feed_forward * low if recipe.checkpointing else 0
+    return matrix + again
+
+
+def passing(body: Anatomy, recipe: Recipe) -> int:
+    """Numbers that come and go during a forward pass: activations that are computed again later, matrices unpacked or multiplied out."""
+    again = activations(body, recipe.model_copy(update={"checkpointing": False})) - activations(body, recipe)
+    return again + {"qlora": 1, "dora": 3}.get(recipe.method, 0) * body.matrices
+
+
+def adapted(body: Anatomy, recipe: Recipe) -> tuple[tuple[int, int], ...]:
+    """Shapes of the layers that have adapters."""
+    share = math.ceil(recipe.late * body.layers) / body.layers
+    return body.shapes[len(body.shapes) - round(share * len(body.shapes)) :]
+
+
 def trained(body: Anatomy, recipe: Recipe) -> int:
-    """Weights that are trained."""
-    return body.parameters if recipe.method == "full" else recipe.rank * body.ends
+    """Weights of one expert that are trained."""
+    if recipe.method == "full":
+        return body.parameters
+    return sum(recipe.rank * (out + into) + (out if recipe.method == "dora" else 0) for out, into in adapted(body, recipe))
 
 
 def activations(body: Anatomy, recipe: Recipe) -> int:
-    """Numbers kept for the backward pass, mask and loss aside.
+    """Numbers kept for the backward pass of one pass, mask and loss aside.
 
     Of a layer: each norm's input and output (a trained RMS norm its normalised values too); queries, keys, values and what attention
-    gives; of the feed-forward layer what its activation needs.
+    gives; of the feed-forward layer what its activation needs; with dora what each linear layer gives, twice. Layers below the first
+    adapter keep nothing; those computed again keep what goes into them, and one at a time the rest.
     """
     full = recipe.method == "full"
     norm = (3 if body.rms and full else 2) * body.width
     layer = 2 * norm + 4 * body.heads + body.branches * body.feed_forward
     layer += (4 if full else 2) * body.heads if body.query_norms else 0
-    low = 0 if full else recipe.rank * body.linears
-    return recipe.batch * recipe.length * (body.layers * layer + norm + low + body.width)
+    count = body.layers if full else math.ceil(recipe.late * body.layers)
+    low = 0 if full else recipe.rank * len(adapted(body, recipe))
+    low += 2 * sum(out for out, _ in adapted(body, recipe)) if recipe.method == "dora" else 0
+    inside = layer + low // count if recipe.checkpointing else count * layer + low
+    return rows_at_once(recipe) * recipe.length * (inside + (count * body.width if recipe.checkpointing else 0) + norm + body.width)
 
 
 def anatomy(config: Any) -> Anatomy:
@@ -136,11 +212,11 @@ def anatomy(config: Any) -> Anatomy:
     text, head = config.get_text_config(), model.get_output_embeddings()
     layers, width = text.num_hidden_layers, text.hidden_size
     # every matrix of the trunk but embeddings: nn.Linear, and GPT-2's Conv1D
-    shapes = [
-        tuple(module.weight.shape)
+    shapes = tuple(
+        tuple(module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1])
         for module in model.modules()
         if module is not head and not isinstance(module, nn.Embedding) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
-    ]
+    )
     names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
     forward = next((size for size in (getattr(text, name, None) for name in names) if size), 4 * width)
     return Anatomy(
@@ -154,9 +230,7 @@ def anatomy(config: Any) -> Anatomy:
         query_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None) or 1 << 20,
-        matrices=sum(rows * columns for rows, columns in shapes),
-        linears=len(shapes),
-        ends=sum(rows + columns for rows, columns in shapes),
+        shapes=shapes,
     )
 
 
@@ -167,13 +241,21 @@ def _branches(text: Any, gated: bool) -> int:
 
 
 def speed(body: Anatomy, recipe: Recipe, device: str) -> float:
-    """Tokens per second: the arithmetic by the speed of a matrix product, the rest by the speed of memory, both measured here briefly."""
-    passes = 3 if recipe.method == "full" else 2  # forward, gradient of the inputs, gradient of the weights
+    """Tokens per second, of all experts that are trained together: the arithmetic by the speed of a matrix product, the rest by the
+    speed of memory, both measured here briefly."""
+    forward, above = 1.0, 1.0 if recipe.method == "full" else math.ceil(recipe.late * body.layers) / body.layers
+    # the forward pass, again where it is computed twice; the gradient of the inputs; of the weights
+    passes = forward + above * (1 + recipe.checkpointing + (recipe.method == "full"))
     head = body.vocabulary * body.width
-    attention = 2 * body.layers * body.heads * recipe.length * 4.5  # the backward pass computes the scores again, and small heads are slow
-    flops = 2 * passes * (body.matrices + head) + 6 * (trained(body, recipe) if recipe.method == "lora" else 0) + 2 * attention
-    traffic = TRAFFIC[recipe.method] * FLOAT * activations(body, recipe) / (recipe.batch * recipe.length) + 6 * FLOAT * body.vocabulary
-    step = 7 * FLOAT * trained(body, recipe) / (recipe.batch * recipe.length)  # AdamW reads four numbers per weight and writes three
+    attention = 2 * body.layers * body.heads * recipe.length * (2 + 2.5 * above)  # the backward pass computes the scores again
+    own, tokens = trained(body, recipe), rows_at_once(recipe) * recipe.length
+    flops = 2 * passes * body.matrices + 2 * (3 if recipe.method == "full" else 2) * head
+    flops += (0 if recipe.method == "full" else 6 * own) + 2 * attention
+    whole = activations(body, recipe.model_copy(update={"checkpointing": False}))
+    traffic = TRAFFIC[recipe.method] * FLOAT * whole * (4 / 3 if recipe.checkpointing else 1) / tokens + 6 * FLOAT * body.vocabulary
+    if recipe.method in ("qlora", "dora"):  # matrices are unpacked, or multiplied out, in each pass whatever its tokens
+        traffic += (2 if recipe.method == "qlora" else 6) * (1 + above) * FLOAT * body.matrices / tokens
+    step = 7 * FLOAT * own / (recipe.batch * recipe.length)  # AdamW reads four numbers per weight and writes three
     with threads(recipe.threads):
         product, memory = _probe(body, recipe, device)
     return 1 / (flops / product + (traffic + step) / memory)
@@ -183,7 +265,7 @@ def _probe(body: Anatomy, recipe: Recipe, device: str) -> tuple[float, float]:
     """Floating-point operations and bytes per second of tensors of this model's size, in some tenths of a second."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     most = 1024 if device == "cpu" else 8192  # larger ones are no faster
-    tokens, width, forward = (min(most, one) for one in (recipe.batch * recipe.length, body.width, body.feed_forward))
+    tokens, width, forward = (min(most, one) for one in (rows_at_once(recipe) * recipe.length, body.width, body.feed_forward))
     x_ND, weight_FD = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (tokens, forward))
     y_NF = torch.ones(tokens, forward, dtype=dtype, device=device)
     product = _rate(lambda: torch.mm(x_ND, weight_FD.t(), out=y_NF), device) * 2 * tokens * weight_FD.numel()
@@ -227,15 +309,47 @@ def _verdict(body: Anatomy, recipe: Recipe, device: str, total: int, memory: int
     if total <= memory:
         room = ", ".join(f"{what} {most}" for what, most in largest.items())
         return f"fits: {have}; it would with {room}, each alone"
-    lora = recipe.model_copy(update={"method": "lora"})
-    if largest["batch"]:
-        return f"does not fit: {have}; --batch {largest['batch']} would (with more steps, the same tokens)"
-    if largest["length"] >= 64:
-        return f"does not fit: {have}; --length {largest['length']} would"
-    for batch in (recipe.batch, 1):
-        if recipe.method == "full" and sum(components(body, lora.model_copy(update={"batch": batch}), device).values()) <= memory:
-            return f"does not fit: {have}; --method lora --batch {batch} would"
+    for changed in cheaper(recipe):
+        tried = _in_passes(body, recipe.model_copy(update=changed), device, memory)
+        if tried is not None:
+            return f"does not fit: {have}; {spelled(recipe, tried)} would"
     return f"does not fit: {have}; choose a smaller seed, or a machine with more memory"
+
+
+def cheaper(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Changes in the order of what they cost: rounding, time, context, then what is trained and over what."""
+    small = {} if recipe.together > 1 else {"optimiser": "adamw8bit"}
+    for method in METHODS[METHODS.index(recipe.method) :]:
+        for length in (recipe.length, *(half for half in (recipe.length // 2, recipe.length // 4) if half >= 128)):
+            for more in ({}, small, {"checkpointing": True}, {"checkpointing": True, **small}):
+                yield {"method": method, "length": length, **more}
+
+
+METHODS = ("full", "dora", "lora", "qlora")  # from the most memory to the least
+
+
+def _in_passes(body: Anatomy, recipe: Recipe, device: str, memory: int) -> Recipe | None:
+    """The recipe with the fewest passes per step that fits, if any does."""
+    low, high = recipe.accumulate, max(recipe.accumulate, recipe.batch)
+
+    def fits(count: int) -> bool:
+        return sum(components(body, recipe.model_copy(update={"accumulate": count}), device).values()) <= memory
+
+    if not fits(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return recipe.model_copy(update={"accumulate": low})
+
+
+def spelled(before: Recipe, after: Recipe) -> str:
+    """What is different, as options of the command line."""
+    words = []
+    for what in ("method", "length", "optimiser", "checkpointing", "accumulate"):
+        if (value := getattr(after, what)) != getattr(before, what):
+            words.append(f"--{what}" + ("" if value is True else f" {value}"))
+    return " ".join(words)
 
 
 def machine_memory(device: str) -> int:
@@ -247,8 +361,8 @@ def machine_memory(device: str) -> int:
     return min(whole, int(text)) if text.isdigit() else whole
 
 
-def _resident() -> int:
-    """Bytes this process holds: Python, torch, transformers."""
+def resident() -> int:
+    """Bytes this process holds: Python, torch, transformers, and what else it has imported."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
