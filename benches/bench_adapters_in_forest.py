@@ -175,7 +175,7 @@ def main() -> None:
         divisions = [divide(corpus, store, domains=k, method=method, progress=progress) for k, method in plans]
         lines = ranks(bench, divisions[0], asked) if asked.study == "ranks" else numbers(bench, asked, divisions)
     if asked.plot:
-        asked.plot.write_text(experts_plot(lines))
+        asked.plot.write_text(experts_plot(lines, by="rank" if asked.study == "ranks" else "number of experts"))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Tokens per second of training: ours against transformers' Trainer (with PEFT for LoRA), same model, tokens and threads.
 
     python benches/bench_train.py [--steps 40] [--rounds 5] [--batch 8] [--length 256] [--threads 1]
-                                  [--only full,lora]
+                                  [--only full,lora] [--together]
 
 One JSON line per measurement: medians over interleaved rounds, wall and CPU seconds (the latter bear neighbours better), and ratios.
 "full" and "lora" are on the same packed rows; "padding" is one document per row for the Trainer, as a plain one is fed; "memory" is
 the peak of a process of its own, whole and less what it held before training; "saving" is the share of the time spent on states, saved
 as often as the loop ever does; "mask" is what keeping packed documents apart costs; "processes" is two experts side by side with one
-thread each against one with two.
+thread each against one with two. The last line holds the ratios against their goals.
+
+`--together`: 2, 4, 8 and 16 LoRA experts at once over one seed against one alone (separate runs in turn have its speed), for several
+rows per expert and step, on models of 0.9 and 17 million parameters; "pays up to" is the largest number of rows of those tried up to
+which every ratio is above 1.
 """
 
 import argparse
@@ -33,7 +37,7 @@ from elmwood.corpus.tokens import Packed, pack, train_tokenizer
 from elmwood.lm.load import new_model
 from elmwood.records import Recipe, Shape
 from elmwood.store import Store
-from elmwood.train import loop
+from elmwood.train import loop, together
 from elmwood.train.adapter import adapter
 from elmwood.train.data import UNSCORED, batches
 
@@ -41,6 +45,18 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT 0.21 with tran
 SHAPE = Shape(layers=3, width=128, heads=4, feed_forward=352, vocabulary=2048, context=1024)
 WARM = 5  # steps not counted
 Times = tuple[float, float]  # wall and CPU seconds of one token
+SHAPES = {"0.9M": SHAPE, "17M": Shape(layers=8, width=384, heads=6, feed_forward=1024, vocabulary=8192, context=1024)}
+COUNTS, ROWS = (2, 4, 8, 16), (1, 2, 4, 8)
+GOALS: dict[tuple[str, str], tuple[str, float]] = {  # line and its field -> what must be reached
+    ("lora", "ours / Trainer (wall)"): ("at least", 1.0),
+    ("padding, documents, lora", "ours, packed / Trainer, padded (wall)"): ("at least", 1.5),
+    ("padding, paragraphs, lora", "ours, packed / Trainer, padded (wall)"): ("at least", 1.5),
+    ("memory, lora", "ours / Trainer (peak)"): ("at most", 0.8),
+    ("memory, lora", "ours / Trainer (peak of training)"): ("at most", 0.8),
+    ("saving, lora", "share"): ("at most", 0.02),
+    ("saving, full", "share"): ("at most", 0.02),
+}
+LINES: list[dict] = []  # all that was printed
 
 
 class Clock:
@@ -60,13 +76,26 @@ class Clock:
         return (wall_end - wall) / tokens, (cpu_end - cpu) / tokens
 
 
-def ours(packed: Packed, recipe: Recipe) -> Times:
-    model, clock = new_model(SHAPE), Clock(recipe.steps)
+def tell(**line: object) -> None:
+    LINES.append(line)
+    print(json.dumps({"bench": "train", **line}), flush=True)
+
+
+def ours(packed: Packed, recipe: Recipe, shape: Shape | None = None) -> Times:
+    model, clock = new_model(shape or SHAPE), Clock(recipe.steps)
     if recipe.method == "lora":
         model = adapter(model, recipe, "bench")
     with tempfile.TemporaryDirectory() as work:
         loop.run(model, packed, recipe, Path(work), lambda **_: None, lambda *_: clock.tick())
     return clock.per_token(recipe.batch * recipe.length)
+
+
+def at_once(packed: list[Packed], recipe: Recipe, shape: Shape) -> Times:
+    """Experts together over one model; times of one token of any of them."""
+    model, clock = adapter(new_model(shape), recipe, "bench"), Clock(recipe.steps)
+    with tempfile.TemporaryDirectory() as work:
+        together.run(model, packed, recipe, Path(work), lambda *_, **__: None, lambda *_: clock.tick())
+    return clock.per_token(len(packed) * recipe.batch * recipe.length)
 
 
 class Rows(Dataset):
@@ -151,7 +180,7 @@ def compare(what: str, ways: dict[str, Callable[[], Times]], rounds: int, **fact
     for _ in range(rounds):
         for name, way in ways.items():
             times[name].append(way())
-    first, line = next(iter(ways)), {"bench": "train", "what": what, **facts}
+    first, line = next(iter(ways)), {"what": what, **facts}
     for name in ways:
         line[f"{name}: tokens/s"] = round(1 / median(wall for wall, _ in times[name]))
         line[f"{name}: tokens/CPU s"] = round(1 / median(cpu for _, cpu in times[name]))
@@ -159,7 +188,53 @@ def compare(what: str, ways: dict[str, Callable[[], Times]], rounds: int, **fact
         for place, clock in enumerate(("wall", "CPU")):
             ratios = [theirs[place] / own[place] for own, theirs in zip(times[first], times[name], strict=True)]
             line[f"{first} / {name} ({clock})"] = round(median(ratios), 3)
-    print(json.dumps(line), flush=True)
+    tell(**line)
+
+
+def side_by_side(recipe: Recipe, rounds: int) -> None:
+    """Experts together against separate runs in turn."""
+    rng = np.random.default_rng(0)
+    for name, shape in SHAPES.items():
+        parts = [
+            Packed(rng.integers(1, shape.vocabulary, 100_000).astype(np.uint16), np.arange(0, 100_000, 1200), 0) for _ in range(max(COUNTS))
+        ]
+        for batch in ROWS:
+            alone = recipe.model_copy(update={"method": "lora", "batch": batch})
+            ways = {
+                f"{count} together": partial(at_once, parts[:count], alone.model_copy(update={"together": count}), shape)
+                for count in COUNTS
+            }
+            apart = partial(ours, parts[0], alone, shape)
+            for way, run in ways.items():
+                compare(
+                    "together", {way: run, "in turn": apart}, rounds, model=name, batch=batch, length=recipe.length, threads=recipe.threads
+                )
+        for count in COUNTS:
+            field = f"{count} together / in turn (wall)"
+            ratio_of = {int(line["batch"]): line[field] for line in LINES if line.get("model") == name and field in line}
+            paying = [batch for batch in ROWS if all(ratio_of[rows] > 1 for rows in ROWS if rows <= batch)]
+            more = {"goal": "at least 1.5, for few rows", "reached": ratio_of[ROWS[0]] >= 1.5} if count == 8 else {}
+            tell(
+                what="together, ratios by rows",
+                model=name,
+                experts=count,
+                ratios=ratio_of,
+                **{"pays up to": max(paying, default=0)},
+                **more,
+            )
+
+
+def goals() -> None:
+    """One line with each ratio that has a goal and was measured, its goal, and whether it is reached."""
+    rows = []
+    for (what, field), (side, goal) in GOALS.items():
+        for line in LINES:
+            if line["what"] == what and field in line:
+                value = line[field]
+                reached = value >= goal if side == "at least" else value <= goal
+                rows.append({"ratio": f"{what}: {field}", "measured": value, "goal": f"{side} {goal}", "reached": reached})
+    if rows:
+        tell(what="goals", rows=rows)
 
 
 def processes(recipe: Recipe) -> None:
@@ -174,7 +249,7 @@ def processes(recipe: Recipe) -> None:
     apart, together, alone = (median(column) for column in zip(*pairs, strict=True))
     facts = {"2 processes x 1 thread": apart, "1 process x 2 threads": together, "1 process x 1 thread": alone}
     ratio = round(median(one / two for one, two, _ in pairs), 3)
-    print(json.dumps({"bench": "train", "what": "processes", **{k: round(v) for k, v in facts.items()}, "ratio": ratio}), flush=True)
+    tell(what="processes", **{k: round(v) for k, v in facts.items()}, ratio=ratio)
 
 
 def saving(packed: Packed, recipe: Recipe, **facts: object) -> None:
@@ -185,7 +260,7 @@ def saving(packed: Packed, recipe: Recipe, **facts: object) -> None:
         done = loop.run(adapter(model, recipe, "bench") if recipe.method == "lora" else model, packed, recipe, Path(work), lambda **_: None)
     loop.EVERY = before
     line = {"seconds": round(done.seconds, 2), "saving": round(done.saving, 4), "share": round(done.saving / done.seconds, 5)}
-    print(json.dumps({"bench": "train", "what": f"saving, {recipe.method}", **facts, "steps": recipe.steps, **line}), flush=True)
+    tell(what=f"saving, {recipe.method}", **facts | {"steps": recipe.steps, "method": recipe.method}, **line)
 
 
 def memory(recipe: Recipe, **facts: object) -> None:
@@ -196,7 +271,7 @@ def memory(recipe: Recipe, **facts: object) -> None:
         peaks.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]))
     line = {f"{way}: {what}": peak[what] for way, peak in zip(("ours", "Trainer"), peaks, strict=True) for what in peak}
     line |= {f"ours / Trainer ({what})": round(peaks[0][what] / peaks[1][what], 3) for what in peaks[0]}
-    print(json.dumps({"bench": "train", "what": f"memory, {recipe.method}", **facts, "steps": recipe.steps, **line}), flush=True)
+    tell(what=f"memory, {recipe.method}", **facts | {"steps": recipe.steps, "method": recipe.method}, **line)
 
 
 def peak(way: str, recipe: Recipe) -> None:
@@ -227,6 +302,7 @@ def main() -> None:
     for name, value in (("steps", 40), ("rounds", 5), ("batch", 8), ("length", 256), ("threads", 1), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--only", default="full,lora,padding,memory,saving,mask,processes")
+    parser.add_argument("--together", action="store_true", help="this study alone")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -237,6 +313,8 @@ def main() -> None:
     names = ("steps", "batch", "length", "threads", "rank")
     recipe = Recipe(**{name: getattr(options, name) for name in names})
     facts = {name: getattr(options, name) for name in names}
+    if options.together:
+        return side_by_side(recipe, options.rounds)
     chosen = options.only.split(",")
     with tempfile.TemporaryDirectory() as folder:
         whole, mixed = texts(Path(folder))
@@ -260,6 +338,7 @@ def main() -> None:
         memory(recipe.model_copy(update={"method": method, "steps": 3}), **facts)
     if "processes" in chosen:
         processes(recipe)
+    goals()
 
 
 if __name__ == "__main__":

@@ -59,14 +59,14 @@ def wealth_plot(for_T: NDArray[np.floating], against_T: NDArray[np.floating], *,
     return _draw("Wealth over blocks", lines, x, y, marks)
 
 
-def experts_plot(lines: Sequence[Line], *, reference: tuple[str, float] | None = None) -> str:
-    """Bits per byte against the number of experts, one line for each way to route. `reference` is a level to compare with."""
+def experts_plot(lines: Sequence[Line], *, reference: tuple[str, float] | None = None, by: str = "number of experts") -> str:
+    """Bits per byte against the number of experts, or what `by` names, a line for each way. `reference` is a level to compare with."""
     levels = [value for line in lines for value in line.y] + ([reference[1]] if reference else [])
     numbers = [value for line in lines for value in line.x]
     y = _linear(levels, "bits per byte", 0.08)
-    x = _linear(numbers, "experts", 0.04)
+    x = _linear(numbers, by, 0.04)
     x = x._replace(ticks=[tick for tick in x.ticks if tick[0] == int(tick[0])])
-    return _draw("Loss against the number of experts", lines, x, y, [(reference[1], reference[0])] if reference else [])
+    return _draw(f"Loss against the {by}", lines, x, y, [(reference[1], reference[0])] if reference else [])
 
 
 def _linear(values: Sequence[float], title: str, margin: float) -> Ruler:
