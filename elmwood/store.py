@@ -4,6 +4,7 @@ blobs/sha256/ab/cdef…   content
 records/<digest>.json   records
 refs/<name>             the names people type, and refs/done/<key>: which record a finished task made
 work/<key>/             unfinished tasks, and logs/<key>.jsonl: what tasks measured of themselves (not content-addressed)
+answers/<model>.jsonl   what models answered to benchmarks (see elmwood/evaluate/harness.py); may be deleted
 views/<digest>/         folders of links to blobs, for libraries that want a folder; derived, may be deleted
 """
 

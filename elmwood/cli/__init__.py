@@ -412,11 +412,19 @@ def evaluate(
         str | None, typer.Option(help="Of the fitted ensemble: centroid, sparse or posterior; default: the better of the first two.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Call the fitted ensemble of a forest this.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Standard benchmarks instead: tasks of lm-evaluation-harness, by comma.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task, the same for every model; default: all.")] = None,
+    folder: Annotated[Path | None, typer.Option("--tasks-folder", help="Your own tasks: the harness's YAML files and their data.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Let tasks fetch their data.")] = False,
     workers: WorkersOption = None,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Bits per byte on held-out documents. A forest is shown as its seed, its ensembles and their bounds."""
+    """Bits per byte on held-out documents. A forest is shown as its seed, its ensembles and their bounds. With --tasks: benchmarks."""
+    if tasks is not None:
+        _verb("benchmarks", "benchmarks", models=models, mixing=mixing, tasks=tasks, limit=limit, folder=folder, download=download,
+              store=store, as_json=as_json)  # fmt: skip
+        return
     _verb("models", "evaluate", models=models, mixing=mixing, partition=partition, length=length, documents=documents, router=router,
           name=name, workers=workers, store=store, as_json=as_json)  # fmt: skip
 

@@ -4,7 +4,7 @@ V vocabulary
 """
 
 import codecs
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class Step(NamedTuple):
 def generate(
     lm: LM,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     max_tokens: int = 128,
     temperature: float = 1.0,
@@ -37,12 +37,12 @@ def generate(
 ) -> Iterator[Step]:
     """Continue a prompt until the model ends its text, `max_tokens` are made or the context is full.
 
-    Temperature 0 takes the likeliest token; top_p draws from the likeliest that together have this probability. The same
-    settings give the same text on the same machine. Raises BadInput.
+    The prompt is a text, or its tokens from the separator on. Temperature 0 takes the likeliest token; top_p draws from the
+    likeliest that together have this probability. The same settings give the same text on the same machine. Raises BadInput.
     """
     if not (temperature >= 0 and 0 < top_p <= 1):
         raise BadInput(f"temperature {temperature} and top_p {top_p}: the first must not be negative, the second above 0 and at most 1")
-    tokens = [lm.separator, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    tokens = [lm.separator, *tokenizer.encode(prompt, add_special_tokens=False).ids] if isinstance(prompt, str) else list(prompt)
     if len(tokens) >= lm.context:
         raise BadInput(f"the prompt has {len(tokens)} tokens, the model reads {lm.context} at most: shorten it")
     spelled = token_bytes(tokenizer)

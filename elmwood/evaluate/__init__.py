@@ -7,6 +7,7 @@ table     columns -> bits per byte, mixtures, differences, each with its standar
 subsets   which weights, which experts, what each is worth, many candidates ranked
 surrogate merges ranked without running them
 fit       temperature and seed distance, on the tune half
+harness   standard benchmarks, every answer kept
 compare   the result and every control beside it, on the test half
 """
 
