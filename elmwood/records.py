@@ -292,6 +292,7 @@ class Row(Frozen):
     gain: float | None = None  # bits per byte better than the strongest dense control, paired
     gain_error: float | None = None  # its standard error
     domains: tuple[float | None, ...] = ()  # bits per byte per domain; None where the test half has no document of it
+    macro: float | None = None  # mean of `domains`: each counts alike, however much text it has
     batch: int | None = None  # sequences per step
     steps: int | None = None
     tokens: int | None = None  # further training tokens, all machines together

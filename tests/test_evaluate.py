@@ -333,7 +333,12 @@ def test_the_table_has_every_control(grown, held, columns):
     assert named["dense, large batch"].gain < 0
     assert named["c-BTM top-1"].gain == pytest.approx(named["dense"].bits_per_byte - named["c-BTM top-1"].bits_per_byte)
     assert named["c-BTM top-1"].tokens == 300
-    assert all(len(one.domains) == K for one in made.rows)
+    bytes_K = np.bincount(held.domain_D[~held.tune_D], held.bytes_D[~held.tune_D], K)
+    for one in made.rows:
+        assert len(one.domains) == K
+        loss_K = np.array([value or 0.0 for value in one.domains])
+        assert one.macro == pytest.approx(loss_K[bytes_K > 0].mean())
+        assert one.bits_per_byte == pytest.approx(np.average(loss_K, weights=bytes_K))
     assert named["uniform routing"].bits_per_byte == named["random clusters, uniform"].bits_per_byte
     np.testing.assert_allclose(np.sum(made.routing, 1), 1)
     assert made.best in made.fits

@@ -80,8 +80,10 @@ class Bench:
             json.dumps({"task": "away", "dataset_path": "nobody/nothing-here", "test_split": "test", "output_type": "multiple_choice",
                         "doc_to_text": "q", "doc_to_choice": "c", "doc_to_target": "a", "metric_list": [{"metric": "acc"}]})
         )  # fmt: skip
-        for n in range(24):
-            (text / f"{n}.txt").write_text(("the cat sat on the mat " if n % 2 else "naïve café, déjà vu, 海 and 猫 ") * 4 + str(n))
+        rng = np.random.default_rng(0)
+        for n in range(80):
+            some = ["".join(rng.choice(list(("abcdefg", "stuvwxy")[n % 2]), 4)) for _ in range(20)]
+            (text / f"{n}.txt").write_text(" ".join(some))
         self.store = Store(folder / "store")
         division = partition(build([str(text)], self.store), self.store, domains=2)
         self.seed = tiny_seed(self.store)
@@ -248,3 +250,15 @@ def test_the_verb(bench, monkeypatch):
     shown = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
     assert "3/56" in shown
     assert f"{results[1]['tasks']['next']['metrics']['perplexity']['value']:.4f}" in shown
+
+
+def test_models_side_by_side_in_each_domain(bench, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    arguments = ["eval", bench.ensemble.digest, bench.seed.digest, "--length", "64", "--workers", "1", "--store", str(bench.store.root)]
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
+    shown = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
+    assert len(found["domains"]) == len(found["rows"][0]["domains"]) == 2
+    for row in found["rows"]:
+        assert row["macro"] == pytest.approx(np.mean([value for value in row["domains"] if value is not None]))
+        assert f"{row['macro']:.4f}" in shown
+    assert all(name in shown for name in found["domains"])

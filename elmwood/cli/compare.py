@@ -44,12 +44,12 @@ class Sides(NamedTuple):
 
 def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap, clip, plot, store, as_json) -> None:
     from elmwood.cli.jobs import open_holdout  # torch
-    from elmwood.cli.study import _common_seed, _division
+    from elmwood.cli.study import _common_seed, division_of
 
     home = Store(store)
     one, other = (as_model(home.load(name), home) for name in (a, b))
     seed = _common_seed([one, other], home)
-    division = _division([other, one], partition, home)
+    division = division_of([other, one], partition, home)
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length or min(seed.context, 1024), documents=documents)
     rule = Rule(alpha=alpha, beta=beta, worthless=min_effect, cap=cap)
     with bars() as progress:

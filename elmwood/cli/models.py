@@ -1,6 +1,7 @@
 """What the verbs of finished models do: gather, evaluate, talk."""
 
 import sys
+from collections.abc import Sequence
 
 from elmwood.cli.screen import duration, emit, expand, keep, short, table, talk
 from elmwood.domains.partition import serving
@@ -32,7 +33,7 @@ def forest(*, partition, experts, name, store, as_json) -> None:
 
 
 def evaluate(*, models, mixing, partition, length, documents, router, name, workers, store, as_json) -> None:
-    from elmwood.cli.study import compare_models  # torch
+    from elmwood.cli.study import compare_models, division_of  # torch
 
     home = Store(store)
     opened = [home.load(model) for model in expand(home, models)]
@@ -46,10 +47,23 @@ def evaluate(*, models, mixing, partition, length, documents, router, name, work
     if ensemble and name:
         home.name(name, ensemble.digest)
         talk.print(f"{ensemble.digest}  {name}  ({ensemble.router}, top-{ensemble.top_k}, temperature {ensemble.temperature:.3g})")
+    domains = [domain.name for domain in division_of(opened, partition, home).domains]
     if as_json:
-        emit(comparison.model_dump(mode="json") | {"digest": comparison.digest})
-    else:
-        print_comparison(comparison)
+        emit(comparison.model_dump(mode="json") | {"digest": comparison.digest, "domains": domains})
+        return
+    print_comparison(comparison)
+    if comparison.forest is None:
+        print_domains(comparison, domains)
+
+
+def print_domains(comparison: Comparison, domains: Sequence[str]) -> None:
+    """Models side by side in each domain, then all domains alike, then by their bytes."""
+    head = ["", *(row.name for row in comparison.rows)]
+    losses = [(name, [row.domains[place] for row in comparison.rows]) for place, name in enumerate(domains)]
+    losses += [("macro: each domain alike", [row.macro for row in comparison.rows])]
+    losses += [("micro: by bytes", [row.bits_per_byte for row in comparison.rows])]
+    rows = [[name, *("" if value is None else f"{value:.4f}" for value in values)] for name, values in losses]
+    table("bits per byte of each domain", head, rows, [*[""] * len(domains), "cyan", "cyan"])
 
 
 def print_comparison(comparison: Comparison) -> None:

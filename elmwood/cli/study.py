@@ -274,7 +274,7 @@ def compare_models(
 ) -> tuple[Comparison, Ensemble | None]:  # fmt: skip
     """`elmwood eval`: one forest against its seed with every routing, or any models side by side."""
     forests = [model for model in models if isinstance(model, Forest)]
-    division = _division(models, partition, store)
+    division = division_of(models, partition, store)
     seed = _common_seed(models, store)
     length = length or min(seed.context, 1024)
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length, documents=documents)
@@ -335,7 +335,7 @@ def _common_seed(models: Sequence[Record], store: Store) -> Seed:
     return store.load(seeds.pop(), Seed)
 
 
-def _division(models: Sequence[Record], named: str | None, store: Store) -> Partition:
+def division_of(models: Sequence[Record], named: str | None, store: Store) -> Partition:
     """The partition whose holdout is scored. Raises BadInput where neither the user nor a model names one."""
     if named:
         return store.load(named, Partition)

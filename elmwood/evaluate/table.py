@@ -79,10 +79,15 @@ def by_domain(loglik_N: Floats, holdout: Holdout, among_D: Bools, domains: int) 
 
 
 def row(name: str, loglik_N: Floats, holdout: Holdout, *, domains: int, against_N: Floats | None = None, **fields: Any) -> Row:
-    """One line of a comparison, on the test half: `against_N` is what its gain is over, `fields` are its role and costs."""
+    """One line of a comparison, on the test half: `against_N` is what its gain is over, `fields` are its role and costs.
+
+    Its bits per byte weigh domains by their bytes, its macro weighs them alike, as in Paloma (arXiv:2312.10523).
+    """
     test_D = ~holdout.tune_D
     loss = bits_per_byte(loglik_N, holdout, test_D)
     gain = None if against_N is None else difference(against_N, loglik_N, holdout, test_D)
+    each = by_domain(loglik_N, holdout, test_D, domains)
+    met = [value for value in each if value is not None]
     return Row(
         name=name,
         bits_per_byte=loss.value,
@@ -90,6 +95,7 @@ def row(name: str, loglik_N: Floats, holdout: Holdout, *, domains: int, against_
         perplexity=perplexity(loglik_N, holdout, test_D),
         gain=gain and gain.value,
         gain_error=gain and gain.standard_error,
-        domains=by_domain(loglik_N, holdout, test_D, domains),
+        domains=each,
+        macro=sum(met) / len(met) if met else None,
         **fields,
     )
