@@ -57,4 +57,4 @@ def _print(results: list[dict]) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
