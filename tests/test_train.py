@@ -381,9 +381,12 @@ train(store.load("seed", Seed), store.load("corpus", Corpus).train, recipe, stor
 STOPPED = Recipe(method="lora", rank=64, steps=12, batch=4, length=32, learning_rate=0.05, patience=4, optimiser="adamw8bit", accumulate=2)
 
 
-@pytest.mark.parametrize(("recipe", "how"), [(FULL, "between"), (LORA, "saving"), (STOPPED, "between")])
+OTHERS = [(LORA.model_copy(update={"method": method}), "between") for method in ("qlora", "dora")]
+
+
+@pytest.mark.parametrize(("recipe", "how"), [(FULL, "between"), (LORA, "saving"), (STOPPED, "between"), *OTHERS])
 def test_killed_and_resumed_gives_the_same_bytes(opened, fresh, recipe, how):
-    if recipe.optimiser == "adamw8bit":
+    if recipe.optimiser == "adamw8bit" or recipe.method == "qlora":
         pytest.importorskip("bitsandbytes")
     store, corpus, seed = opened
     whole = train(seed, corpus.train, recipe, store)
