@@ -1,5 +1,6 @@
 """The story, end to end, as a newcomer runs it: real processes, real files, nothing but the command line."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -87,8 +88,8 @@ def test_eval_agrees_with_the_demo(here):
     again = {row["name"]: row["bits_per_byte"] for row in forest["rows"]}
     assert {name: rows[name] for name in again} == again
     live = json.loads(elmwood("eval", "demo/ensemble", "demo/seed", "--length", "128", "--documents", "80", "--json", cwd=here))
-    best = min(row["bits_per_byte"] for row in table["rows"] if row["role"] == "result")
-    assert live["rows"][0]["bits_per_byte"] == pytest.approx(best, abs=2e-3)  # fitted on the other half, so near and not equal
+    # as the table has it, but for documents of several windows: a live window also counts the tokens carried into it
+    assert live["rows"][0]["bits_per_byte"] == pytest.approx(rows[table["chosen"]], abs=2e-3)
     assert live["rows"][1]["bits_per_byte"] == pytest.approx(rows["seed"], abs=1e-6)
 
 
@@ -154,7 +155,8 @@ def test_killed_and_run_again(tmp_path):
     whole = subprocess.run([*command, "--store", "whole"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     running = subprocess.Popen([*command, "--store", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((tmp_path / "killed" / "logs").glob("*.jsonl")) and running.poll() is None:
-        pass
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(timeout=0.1)
     running.kill()
     running.wait()
     again = subprocess.run([*command, "--store", "killed"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
