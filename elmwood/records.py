@@ -331,6 +331,28 @@ class Verdict(Record):
     expert: Digest
     accepted: bool
     checks: tuple[Check, ...]
+    forest: Digest | None = None  # the one it asked to join
+    holdout: str = ""  # whose blocks were drawn; empty where none were
+
+
+class Entry(Frozen):
+    """One submission to a project."""
+
+    expert: Digest
+    level: float  # the error it was allowed, fixed before anything was drawn
+    holdout: str = ""  # whose blocks it was tested on
+    sealed: str = ""  # "key-" and the sha256 of the key of its order: said before anything is drawn
+    accepted: bool | None = None  # None: begun and not decided; counts as refused
+    key: str = ""  # "key=" and the key in hex: shown once decided
+    verdict: Digest | None = None
+
+
+class Ledger(Record):
+    """A project's sequence of submissions, in the order in which their levels were fixed."""
+
+    kind: Literal["ledger"] = "ledger"
+    budget: float = Field(0.1, gt=0, lt=1)  # expected share of wrong acceptances among all
+    entries: tuple[Entry, ...] = ()
 
 
 class Share(Frozen):
@@ -408,7 +430,8 @@ class Mixture(Record):
 KINDS: dict[str, type[Record]] = {
     cls.model_fields["kind"].default: cls
     for cls in (
-        Corpus, Packing, Partition, Seed, Expert, Statistics, Forest, Ensemble, Score, Comparison, Verdict, State, Merged, Mixture,
+        Corpus, Packing, Partition, Seed, Expert, Statistics, Forest, Ensemble, Score, Comparison, Verdict, Ledger, State, Merged,
+        Mixture,
     )
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ records/<digest>.json   records
 refs/<name>             the names people type, and refs/done/<key>: which record a finished task made
 work/<key>/             unfinished tasks, and logs/<key>.jsonl: what tasks measured of themselves (not content-addressed)
 answers/<model>.jsonl   what models answered to benchmarks (see elmwood/evaluate/harness.py); may be deleted
+secret                  what orders of drawn blocks are made from (accept); never leaves this folder
 views/<digest>/         folders of links to blobs, for libraries that want a folder; derived, may be deleted
 """
 
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -26,14 +28,12 @@ R = TypeVar("R", bound=Record)
 CHUNK = 1 << 20
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
 
-
 class Damage(NamedTuple):
     """One thing `verify` found."""
 
     where: str  # path below the store
     problem: str
     elsewhere: bool = False  # no damage: text that stayed with its owner
-
 
 class Store:
     """A folder of blobs, records and refs."""
@@ -147,6 +147,14 @@ class Store:
         found = {path.relative_to(refs).as_posix(): path for path in sorted(refs.rglob("*")) if path.is_file() and path.suffix != ".tmp"}
         return {name: path.read_text().strip() for name, path in found.items() if not name.startswith("done/")}
 
+    def secret(self) -> bytes:
+        """32 random bytes that this store alone knows; made when first asked for, readable by their owner alone."""
+        path = self.root / "secret"
+        if not path.exists():
+            self._write(path, secrets.token_bytes(32))
+            path.chmod(0o600)
+        return path.read_bytes()
+
     # ---- tasks
 
     def done(self, key: str) -> str | None:
@@ -206,12 +214,10 @@ class Store:
                 raise DoesNotFit(f"no space left to write {path}; free some, or move the store with --store") from error
             raise
 
-
 def hash_file(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 def sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut."""
@@ -220,7 +226,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
 
 def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
     """A record and the records it names, depth first, with their depth. A record met twice is yielded each time; a corpus that
@@ -235,7 +240,6 @@ def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
 
     return walk(digest, 0)
 
-
 def texts(record: Record) -> set[str]:
     """Digests a record names that are text, or lead to text. They stay with their owner when the record travels."""
     match record:
@@ -246,7 +250,6 @@ def texts(record: Record) -> set[str]:
         case Seed():
             return {record.corpus} if record.corpus else set()
     return set()
-
 
 def verify(store: Store, progress: Callable[[float, float], None] = lambda done, total: None) -> Iterator[Damage]:
     """Re-hash every blob and record, follow every reference and ref; yield what is damaged. Progress is in bytes.
@@ -290,7 +293,6 @@ def verify(store: Store, progress: Callable[[float, float], None] = lambda done,
     for ref, digest in store.names().items():
         if not store.has(digest):
             yield Damage(f"refs/{ref}", f"points to {digest[:12]}, which is not here")
-
 
 def _stayed(store: Store, named_by: Mapping[str, Record]) -> set[str]:
     """Digests of text that are not here and need not be: named by records that were received, and by none that was made here.

@@ -9,6 +9,7 @@ from elmwood.errors import BadInput
 from elmwood.evaluate import budget
 from elmwood.evaluate.betting import Draws, average, limit, rejected, wealth
 from elmwood.evaluate.sequential import Population, Rule, decide, look, per_byte, population, predicted, touched, worst
+from elmwood.records import Ledger
 
 RULE = Rule(worthless=0.2)  # differences here have a spread of one
 
@@ -248,27 +249,30 @@ def test_the_mean_over_blocks_is_bits_over_bytes():
 def test_levels_add_up_to_the_budget():
     assert sum(budget.portion(n) for n in range(1, 100_000)) < 1
     assert 1 - sum(budget.portion(n) for n in range(1, 1000)) == pytest.approx(1 / np.log2(1001))
-    ledger = budget.Ledger(budget=0.1)
+    ledger = Ledger(budget=0.1)
     for n in range(300):
-        ledger = budget.enter(ledger, f"{n:064x}", False)
+        ledger = budget.begin(ledger, f"{n:064x}")
     assert sum(entry.level for entry in ledger.entries) < 0.1
 
 
 def test_an_acceptance_earns_room_for_later_ones():
-    ledger = budget.Ledger(budget=0.1)
-    lost, won = (budget.level(budget.enter(ledger, "0" * 64, accepted)) for accepted in (False, True))
+    ledger = Ledger(budget=0.1)
+    begun = budget.begin(ledger, "0" * 64)
+    lost, won = (budget.level(budget.finish(begun, 0, accepted)) for accepted in (False, True))
     assert won == pytest.approx(2 * lost)
+    assert budget.level(begun) == lost  # undecided counts as refused
 
 
 def test_worthless_submissions_are_rarely_accepted_though_all_look_at_the_same_blocks():
     rng, accepted = np.random.default_rng(10), 0
     for _ in range(20):  # projects
-        ledger = budget.Ledger(budget=0.1)
+        ledger = Ledger(budget=0.1)
         noise_B = heavy(rng, 400)
         for n in range(25):
             order_B = budget.order(budget.seal(b"secret", f"{n}"), 400)
             path_T = wealth(Draws(noise_B[order_B], 400, -6, 6), np.array(0.0))
-            ledger = budget.enter(ledger, f"{n:064x}", bool(rejected(path_T, budget.level(ledger))))
+            ledger = budget.begin(ledger, f"{n:064x}")
+            ledger = budget.finish(ledger, n, bool(rejected(path_T, ledger.entries[n].level)))
         accepted += any(entry.accepted for entry in ledger.entries)
     assert accepted <= 20 * 0.1 + 3 * np.sqrt(20 * 0.1 * 0.9)
 

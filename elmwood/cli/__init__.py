@@ -475,6 +475,23 @@ def compare(
 
 
 @app.command()
+def accept(
+    expert: Annotated[str, typer.Argument(help="Who asks: an expert; name or digest.")],
+    forest: Annotated[str, typer.Argument(help="What it asks to join: a forest, or an ensemble whose settings are used.")],
+    length: Annotated[int | None, typer.Option(help="Tokens per window; default: the seed's context, at most 1024.")] = None,
+    documents: Annotated[int | None, typer.Option(help="At most so many held-out documents.")] = None,
+    cap: Annotated[int, typer.Option(help="Blocks of 2 KiB for each question at most.")] = 5000,
+    clip: Annotated[float, typer.Option(help="Bits per byte a block counts for at most, where mathematics knows no bound.")] = 0.5,
+    name: Annotated[str | None, typer.Option("--name", help="Call the forest with the expert in it this, if it is accepted.")] = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """May an expert join a forest? Every check with its value and threshold; keeps the verdict and the ledger of submissions."""
+    _verb("accept", "accept", expert=expert, forest=forest, length=length, documents=documents, cap=cap, clip=clip, name=name, store=store,
+          as_json=as_json)  # fmt: skip
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A seed, expert, merge, ensemble or forest: name or digest.")],
     mixing: MixingOption = None,

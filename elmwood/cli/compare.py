@@ -4,7 +4,8 @@ G blocks of the gate split, N scored tokens in them, M models (experts by digest
 """
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving
 from elmwood.domains.route import ROUTERS, candidates, gate, nearest_place
 from elmwood.engine import Progress
-from elmwood.errors import BadInput, UnknownName
+from elmwood.errors import UnknownName
 from elmwood.evaluate.budget import order
 from elmwood.evaluate.holdout import GATE
 from elmwood.evaluate.partial import Partial
@@ -32,13 +33,13 @@ Ints = NDArray[np.integer]
 
 
 class Sides(NamedTuple):
-    """Two models as mixtures of the same M, on the tokens of the gate split."""
+    """Two models as mixtures of the same M, on the tokens of one split."""
 
     models: tuple[str, ...]  # digests
     weight_a_NM: Floats
     weight_b_NM: Floats
     token_N: Ints  # their places in the whole column
-    block_N: Ints  # place of each token's block among those of the gate split
+    block_N: Ints  # place of each token's block among those of the split
     block_G: Ints  # places of these in the holdout
 
 
@@ -55,11 +56,18 @@ def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap,
     with bars() as progress:
         held = open_holdout(spec, home)
         sides = mix_up(one, other, seed, division, held, home, progress)
-        found, cost = judge(sides, held, rule, clip, fingerprint("compare", one.digest, other.digest, held.name), home, progress)
+        key = fingerprint("compare", one.digest, other.digest, held.name)
+        found, cost = judge(sides, held, rule, clip, key.encode(), opened(held, home), progress)
     if plot:
         Path(plot).write_text(wealth_plot(found.for_T, found.against_T, alpha=alpha, beta=beta, names=("better", "not better")))
-    told = {"a": one.digest, "b": other.digest, **facts(found, rule, clip), **cost, "holdout": held.name, "protocol": held.protocol}
-    told |= {"split": "gate", "machine": platform.machine(), "precision": "as each model is stored", "plot": plot and str(plot)}
+    told = {"a": one.digest, "b": other.digest, **facts(found, rule, clip), **cost, "order": key, "holdout": held.name}
+    told |= {
+        "protocol": held.protocol,
+        "split": "gate",
+        "machine": platform.machine(),
+        "precision": "as each model is stored",
+        "plot": plot and str(plot),
+    }
     if as_json:
         emit(told)
     else:
@@ -69,37 +77,46 @@ def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap,
 # ---- two models as mixtures -----------------------------------------------------------------------------------------
 
 
-def mix_up(a: Record, b: Record, seed: Seed, division: Partition, held: evaluate.Holdout, store: Store, progress: Progress) -> Sides:
-    """Weights of both models' parts for every token of the gate split."""
+def mix_up(
+    a: Record, b: Record, seed: Seed, division: Partition, held: evaluate.Holdout, store: Store, progress: Progress, split: int = GATE
+) -> Sides:
+    """Weights of both models' parts for every token of a split."""
     members = {digest for model in (a, b) for digest in parts(model, store)} - {seed.digest}
     models = (*sorted(members), seed.digest)
-    inside_N = held.split_B[held.block_N] == GATE
+    inside_N = held.split_B[held.block_N] == split
     window_N = np.nonzero(held.scored_WL)[0]
     here = held._replace(windows=type(held.windows)(*(part[np.unique(window_N[inside_N])] for part in held.windows)))
-    block_G = np.flatnonzero(held.split_B == GATE)
+    block_G = np.flatnonzero(held.split_B == split)
     weight_a_NM, weight_b_NM = (weights(model, models, here, int(inside_N.sum()), store, progress) for model in (a, b))
     return Sides(models, weight_a_NM, weight_b_NM, np.flatnonzero(inside_N), np.searchsorted(block_G, held.block_N[inside_N]), block_G)
 
 
+def whole(model: Record) -> bool:
+    """Whether a model is run as it is. An ensemble that mixes probabilities by distances is taken apart: its parts may be known."""
+    if not isinstance(model, Ensemble) or model.mixing == "weights":
+        return True
+    if model.router not in ROUTERS:  # a record may come from a stranger, so no 'module:function' here
+        raise UnknownName(f"the ensemble asks for router {model.router!r}; have {', '.join(sorted(ROUTERS))}")
+    return ROUTERS[model.router].signal not in ("dense", "sparse")
+
+
 def parts(model: Record, store: Store) -> Sequence[str]:
     """Digests of the models a model consists of, as its weights name them; an ensemble's seed comes last."""
-    if isinstance(model, Ensemble):
-        forest = store.load(model.forest, Forest)
-        return (*forest.experts, forest.seed)
-    return (model.digest,)
+    if whole(model):
+        return (model.digest,)
+    assert isinstance(model, Ensemble)
+    forest = store.load(model.forest, Forest)
+    return (*forest.experts, forest.seed)
 
 
 def weights(model: Record, models: Sequence[str], held: evaluate.Holdout, tokens: int, store: Store, progress: Progress) -> Floats:
-    """How much of each of these models a model is, at each token [N, M]. Raises BadInput."""
+    """How much of each of these models a model is, at each token [N, M]."""
     weight_NM = np.zeros((tokens, len(models)))
-    if not isinstance(model, Ensemble):
+    if whole(model):
         weight_NM[:, models.index(model.digest)] = 1
         return weight_NM
-    if model.router not in ROUTERS:  # a record may come from a stranger, so no 'module:function' here
-        raise UnknownName(f"the ensemble asks for router {model.router!r}; have {', '.join(sorted(ROUTERS))}")
+    assert isinstance(model, Ensemble)
     router = ROUTERS[model.router]
-    if router.signal not in ("dense", "sparse"):
-        raise BadInput(f"router {model.router!r} goes by {router.signal} signals, and compare by distances: use 'centroid' or 'sparse'")
     forest = store.load(model.forest, Forest)
     division, experts = store.load(forest.partition, Partition), [store.load(digest, Expert) for digest in forest.experts]
     dist2_NK = evaluate.distances(held, division, store, progress, signal=router.signal, open_model=opener(division.embedder.name))
@@ -112,25 +129,53 @@ def weights(model: Record, models: Sequence[str], held: evaluate.Holdout, tokens
 # ---- the test -------------------------------------------------------------------------------------------------------
 
 
-def judge(
-    sides: Sides, held: evaluate.Holdout, rule: Rule, clip: float, key: str, store: Store, progress: Progress
-) -> tuple[Finding, dict[str, Any]]:
-    """Draw and score until the answer is known; the finding and what it cost. Models are opened when a drawn block needs them."""
+Columns = Callable[[str], Partial]  # by the digest of a model
+
+
+def opened(held: evaluate.Holdout, store: Store) -> Columns:
+    """Columns that grow, one for each model; a model is opened when something must be run, and stays open."""
     from elmwood.ensemble.mixture import open_model  # torch
 
-    touched_G = touched(sides.weight_a_NM, sides.weight_b_NM, sides.block_N, len(sides.block_G))
-    place_T = np.flatnonzero(touched_G)
-
+    @cache
     def column(digest: str) -> Partial:
         record = store.load(digest)
-        return Partial(record, lambda: open_model(record, store), held, store)
+        return Partial(record, cache(lambda: open_model(record, store)), held, store)
 
+    return column
+
+
+def judge(
+    sides: Sides, held: evaluate.Holdout, rule: Rule, clip: float, key: bytes, column: Columns, progress: Progress,
+    among_G: NDArray[np.bool_] | None = None,
+) -> tuple[Finding, dict[str, Any]]:  # fmt: skip
+    """Draw and score until the answer is known; the finding and what it cost. `among_G`: only of these blocks. Raises BadInput."""
+    touched_G = touched(sides.weight_a_NM, sides.weight_b_NM, sides.block_N, len(sides.block_G))
+    among_G = np.ones(len(touched_G), bool) if among_G is None else among_G
+    place_T = np.flatnonzero(touched_G & among_G)
     columns = [column(digest) for digest in sides.models]
-    changed_N = touched_G[sides.block_N]
+    before = sum(one.forwarded for one in columns)
+    changed_N = (touched_G & among_G)[sides.block_N]
     needed_M = np.maximum(sides.weight_a_NM, sides.weight_b_NM)[changed_N].max(0, initial=0) > 0
-    unknown = [one for m, one in enumerate(columns) if needed_M[m] and not one.complete]
-    known = {m: one.loglik_N[sides.token_N] for m, one in enumerate(columns) if one.complete}
+    known_M = [not np.isnan(one.loglik_N[sides.token_N]).any() for one in columns]
+    unknown = [one for m, one in enumerate(columns) if needed_M[m] and not known_M[m]]
+    known = {m: one.loglik_N[sides.token_N] for m, one in enumerate(columns) if known_M[m]}
     bounds = bounded(sides, known, held, place_T, clip if unknown else None)
+    draw = drawing(sides, held, place_T, columns, progress)
+    order_B = order(key, len(place_T))
+    # where nothing need be run, all blocks are known and the answer is exact
+    found = decide(draw, order_B, bounds, rule) if unknown else look(draw(order_B), order_B, bounds, rule)
+    window = np.unique(columns[0].window_N[sides.token_N])
+    full = len(unknown) * int(held.windows.length_W[window].sum())
+    return found._replace(total=int(among_G.sum())), {
+        "tokens_forwarded": sum(one.forwarded for one in columns) - before, "full_tokens": full,
+        "models_known": len(sides.models) - len(unknown), "models_run": len(unknown),
+    }  # fmt: skip
+
+
+def drawing(
+    sides: Sides, held: evaluate.Holdout, place_T: Ints, columns: Sequence[Partial], progress: Progress
+) -> Callable[[Ints], Floats]:
+    """Places among the blocks that may be drawn -> their differences, bits per byte; runs what is missing for them."""
     by_block = np.argsort(sides.block_N, kind="stable")
     start_G = np.searchsorted(sides.block_N[by_block], np.arange(len(sides.block_G) + 1))
 
@@ -144,15 +189,7 @@ def judge(
         nats_G = np.bincount(sides.block_N[token_n], gain_n, len(sides.block_G)).astype(np.float64)
         return per_byte(nats_G, held.block_bytes_B[sides.block_G])[place_T[places]]
 
-    order_B = order(key.encode(), len(place_T))
-    # where nothing need be run, all blocks are known and the answer is exact
-    found = decide(draw, order_B, bounds, rule) if unknown else look(draw(order_B), order_B, bounds, rule)
-    window = np.unique(columns[0].window_N[sides.token_N])
-    full = len(unknown) * int(held.windows.length_W[window].sum())
-    return found, {
-        "tokens_forwarded": sum(one.forwarded for one in columns), "full_tokens": full,
-        "models_known": len(sides.models) - len(unknown), "models_run": len(unknown), "order": key,
-    }  # fmt: skip
+    return draw
 
 
 def bounded(sides: Sides, known: Mapping[int, Floats], held: evaluate.Holdout, place_T: Ints, clip: float | None) -> Population:

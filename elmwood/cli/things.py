@@ -8,7 +8,22 @@ from typing import Any
 
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.errors import BadInput
-from elmwood.records import Comparison, Corpus, Ensemble, Expert, Forest, Merged, Mixture, Partition, Record, Seed, State, Statistics
+from elmwood.records import (
+    Comparison,
+    Corpus,
+    Ensemble,
+    Expert,
+    Forest,
+    Ledger,
+    Merged,
+    Mixture,
+    Partition,
+    Record,
+    Seed,
+    State,
+    Statistics,
+    Verdict,
+)
 from elmwood.store import Store, lineage
 from elmwood.store import verify as check
 
@@ -71,6 +86,11 @@ def summary(record: Record) -> str:
         case State():
             part = "" if record.part == (0, 1) else f", part {record.part[0]}/{record.part[1]}"
             return f"{record.method} of {len(record.contributions)} experts, unfinished{part}"
+        case Verdict():
+            failed = [check.name.split(":")[0].split(",")[0] for check in record.checks if not check.passed]
+            return "accepted" if record.accepted else f"refused: {failed[0]}"
+        case Ledger():
+            return f"{len(record.entries)} submissions, {sum(entry.accepted is True for entry in record.entries)} accepted"
         case Comparison():
             best = min(record.rows, key=lambda row: row.bits_per_byte)
             return f"{len(record.rows)} rows; lowest {best.bits_per_byte:.4f} bits/byte: {best.name}"

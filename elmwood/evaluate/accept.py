@@ -37,6 +37,8 @@ class Policy(Frozen):
     cosine: float = Field(0.85, ge=0, le=1)  # with an accepted delta; honest twins on one domain stayed below 0.7
     novelty: float = Field(0.2, ge=0, le=1)  # share of the delta's squared length outside the span of accepted ones
     public_ratio: float = 1.8  # gain on published held-out text over that on secret text
+    alpha: float = Field(0.05, gt=0, lt=1)  # how often "better than the seed" and "not harmed" may be wrong; joining has the error budget
+    beta: float = Field(0.1, gt=0, lt=1)  # how often a refusal for want of effect may be
 
 
 class Evidence(Frozen):
@@ -45,7 +47,7 @@ class Evidence(Frozen):
     expert: Digest
     own_low: float | None = None  # gain over the seed on its own domain
     ensemble_low: float | None = None  # gain of the ensemble with it, over that without
-    ensemble_wealth: float | None = None  # log wealth against "no gain", at the look that ended the test
+    ensemble_wealth: float | None = None  # greatest log wealth against "no gain" at any look
     domain_low: dict[str, float] = Field(
         default_factory=dict
     )  # gain of the ensemble in each domain that the expert speaks in; a loss is below zero

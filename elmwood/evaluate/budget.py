@@ -13,29 +13,13 @@ import hmac
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from elmwood.errors import BadInput
-from elmwood.records import Digest, Frozen
+from elmwood.records import Digest, Entry, Ledger
 
 Ints = NDArray[np.integer]
 
 USES = 20  # submissions per slice
-
-
-class Entry(Frozen):
-    """One submission, decided."""
-
-    expert: Digest
-    level: float  # the error it was allowed
-    accepted: bool
-
-
-class Ledger(Frozen):
-    """The project's sequence of submissions, in the order in which their levels were fixed."""
-
-    budget: float = Field(0.1, gt=0, lt=1)  # expected share of wrong acceptances
-    entries: tuple[Entry, ...] = ()
 
 
 def portion(number: int) -> float:
@@ -45,13 +29,20 @@ def portion(number: int) -> float:
 
 def level(ledger: Ledger) -> float:
     """The error the next submission is allowed; it is accepted when its wealth reaches one over this."""
-    return ledger.budget * portion(len(ledger.entries) + 1) * (1 + sum(entry.accepted for entry in ledger.entries))
+    return ledger.budget * portion(len(ledger.entries) + 1) * (1 + sum(entry.accepted is True for entry in ledger.entries))
 
 
-def enter(ledger: Ledger, expert: Digest, accepted: bool) -> Ledger:
-    """The ledger with the next submission decided."""
-    entry = Entry(expert=expert, level=level(ledger), accepted=accepted)
+def begin(ledger: Ledger, expert: Digest, **facts: str) -> Ledger:
+    """The ledger with one more submission: its level is fixed, nothing is decided. Facts are fields of the entry."""
+    entry = Entry(expert=expert, level=level(ledger), **facts)
     return ledger.model_copy(update={"entries": (*ledger.entries, entry)})
+
+
+def finish(ledger: Ledger, number: int, accepted: bool, **facts: str) -> Ledger:
+    """The ledger with submission `number` (from 0) decided."""
+    entries = list(ledger.entries)
+    entries[number] = entries[number].model_copy(update={"accepted": accepted} | facts)
+    return ledger.model_copy(update={"entries": tuple(entries)})
 
 
 # ---- which blocks, in which order -----------------------------------------------------------------------------------
@@ -60,6 +51,11 @@ def enter(ledger: Ledger, expert: Digest, accepted: bool) -> Ledger:
 def seal(secret: bytes, submission: str) -> bytes:
     """The key of one submission's order. Its sha256 may be published before, and it itself afterwards."""
     return hmac.digest(secret, submission.encode(), "sha256")
+
+
+def sealed(key: bytes) -> str:
+    """What is said of a key before it is shown."""
+    return "key-" + hashlib.sha256(key).hexdigest()
 
 
 def order(key: bytes, size: int) -> Ints:

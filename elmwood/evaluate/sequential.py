@@ -166,7 +166,8 @@ def look(value_T: Floats, order_B: Ints, blocks: Population, rule: Rule) -> Find
         size=len(order_B),
         total=blocks.total,
         effect=float(value_T.mean()),
-        low=effect if whole else limit(bets.above, rule.alpha, bets.low, bets.high),
+        # means up to rule.better were rejected together, and the search rounds down
+        low=effect if whole else max(limit(bets.above, rule.alpha, bets.low, bets.high), rule.better if outcome == "better" else -np.inf),
         high=effect if whole else limit(bets.below, rule.beta, bets.high, bets.low),
         clipped=int(beyond_T.sum()),
         clip_effect=float((value_T - kept_T).mean()),
