@@ -28,12 +28,14 @@ R = TypeVar("R", bound=Record)
 CHUNK = 1 << 20
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
 
+
 class Damage(NamedTuple):
     """One thing `verify` found."""
 
     where: str  # path below the store
     problem: str
     elsewhere: bool = False  # no damage: text that stayed with its owner
+
 
 class Store:
     """A folder of blobs, records and refs."""
@@ -214,10 +216,12 @@ class Store:
                 raise DoesNotFit(f"no space left to write {path}; free some, or move the store with --store") from error
             raise
 
+
 def hash_file(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 def sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut."""
@@ -226,6 +230,7 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
 
 def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
     """A record and the records it names, depth first, with their depth. A record met twice is yielded each time; a corpus that
@@ -240,6 +245,7 @@ def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
 
     return walk(digest, 0)
 
+
 def texts(record: Record) -> set[str]:
     """Digests a record names that are text, or lead to text. They stay with their owner when the record travels."""
     match record:
@@ -250,6 +256,7 @@ def texts(record: Record) -> set[str]:
         case Seed():
             return {record.corpus} if record.corpus else set()
     return set()
+
 
 def verify(store: Store, progress: Callable[[float, float], None] = lambda done, total: None) -> Iterator[Damage]:
     """Re-hash every blob and record, follow every reference and ref; yield what is damaged. Progress is in bytes.
@@ -293,6 +300,7 @@ def verify(store: Store, progress: Callable[[float, float], None] = lambda done,
     for ref, digest in store.names().items():
         if not store.has(digest):
             yield Damage(f"refs/{ref}", f"points to {digest[:12]}, which is not here")
+
 
 def _stayed(store: Store, named_by: Mapping[str, Record]) -> set[str]:
     """Digests of text that are not here and need not be: named by records that were received, and by none that was made here.

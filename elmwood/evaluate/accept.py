@@ -50,7 +50,7 @@ class Evidence(Frozen):
     ensemble_wealth: float | None = None  # greatest log wealth against "no gain" at any look
     domain_low: dict[str, float] = Field(
         default_factory=dict
-    )  # gain of the ensemble in each domain that the expert speaks in; a loss is below zero
+    )  # gain of the ensemble over all text of each domain that the expert speaks in; a loss is below zero
     cosine: float | None = None  # greatest with an accepted delta; 0 where there is none
     novelty: float | None = None
     public_gain: float | None = None
