@@ -1,4 +1,4 @@
-"""Run a model over the holdout, and what is kept of it: two bytes a token, memory-mapped when it is read.
+"""Run a model over the holdout, and what is kept of it: two bytes a token.
 
 B windows of at most L tokens in one batch, W windows, N scored tokens, R runs of T tokens
 """
