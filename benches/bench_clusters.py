@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from elmwood import evaluate
+from elmwood.cli.ensure import ensure
 from elmwood.cli.jobs import TrainJob, open_holdout, train_job
 from elmwood.cli.screen import bars, count
-from elmwood.cli.study import Study, score, scratch
+from elmwood.cli.study import Study, scratch
 from elmwood.cli.training import shards
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
@@ -56,7 +57,8 @@ class Bench(NamedTuple):
         )
 
     def columns(self, models: list[Digest], spec: evaluate.HoldoutSpec) -> dict[Digest, np.ndarray]:
-        return score([(model[:8], model) for model in models], spec, self.store, workers=self.workers, progress=self.progress)
+        named = [(model[:8], model) for model in models]
+        return ensure(named, spec, self.store, workers=self.workers, progress=self.progress).columns
 
 
 def experts(bench: Bench, division: Partition, rate: float) -> list[Digest]:

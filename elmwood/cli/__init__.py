@@ -425,8 +425,8 @@ def evaluate(
         _verb("benchmarks", "benchmarks", models=models, mixing=mixing, tasks=tasks, limit=limit, folder=folder, download=download,
               store=store, as_json=as_json)  # fmt: skip
         return
-    _verb("models", "evaluate", models=models, mixing=mixing, partition=partition, length=length, documents=documents, router=router,
-          name=name, workers=workers, store=store, as_json=as_json)  # fmt: skip
+    _verb("evaluation", "evaluate_verb", models=models, mixing=mixing, partition=partition, length=length, documents=documents,
+          router=router, name=name, workers=workers, store=store, as_json=as_json)  # fmt: skip
 
 
 @app.command()
@@ -548,7 +548,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """One self-contained HTML page: domain map, curves, routing, results, lineage."""
-    _verb("things", "report", comparison=comparison, output=output, store=store, as_json=as_json)
+    _verb("page", "report_verb", comparison=comparison, output=output, store=store, as_json=as_json)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.domains import opener
-from elmwood.cli.models import as_model
+from elmwood.cli.models import as_model, common_seed, division_of
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving
 from elmwood.domains.route import ROUTERS, candidates, gate, nearest_place
@@ -45,11 +45,10 @@ class Sides(NamedTuple):
 
 def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap, clip, plot, store, as_json) -> None:
     from elmwood.cli.jobs import open_holdout  # torch
-    from elmwood.cli.study import _common_seed, division_of
 
     home = Store(store)
     one, other = (as_model(home.load(name), home) for name in (a, b))
-    seed = _common_seed([one, other], home)
+    seed = common_seed([one, other], home)
     division = division_of([other, one], partition, home)
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length or min(seed.context, 1024), documents=documents)
     rule = Rule(alpha=alpha, beta=beta, worthless=min_effect, cap=cap)

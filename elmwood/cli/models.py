@@ -1,9 +1,9 @@
-"""What the verbs of finished models do: gather, evaluate, talk."""
+"""What the verbs of finished models do: gather them, talk to them; and what a model is made of."""
 
 import sys
 from collections.abc import Sequence
 
-from elmwood.cli.screen import duration, emit, expand, keep, short, table, talk
+from elmwood.cli.screen import emit, expand, keep, talk
 from elmwood.domains.partition import serving
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.records import Comparison, Ensemble, Expert, Forest, Merged, Mixture, Partition, Record, Seed
@@ -30,60 +30,6 @@ def forest(*, partition, experts, name, store, as_json) -> None:
     made_of = Forest(seed=members[0].seed, partition=division.digest, experts=tuple(expert.digest for expert in members))
     home.add(made_of)
     keep(home, made_of, name, as_json)
-
-
-def evaluate(*, models, mixing, partition, length, documents, router, name, workers, store, as_json) -> None:
-    from elmwood.cli.study import compare_models, division_of  # torch
-
-    home = Store(store)
-    opened = [home.load(model) for model in expand(home, models)]
-    if mixing:
-        opened = [mixed(model, mixing, home) for model in opened]
-        if name and len(opened) == 1:
-            home.name(name, opened[0].digest)
-    comparison, ensemble = compare_models(
-        opened, models, home, partition=partition, length=length, documents=documents, workers=workers, router=router
-    )
-    if ensemble and name:
-        home.name(name, ensemble.digest)
-        talk.print(f"{ensemble.digest}  {name}  ({ensemble.router}, top-{ensemble.top_k}, temperature {ensemble.temperature:.3g})")
-    domains = [domain.name for domain in division_of(opened, partition, home).domains]
-    if as_json:
-        emit(comparison.model_dump(mode="json") | {"digest": comparison.digest, "domains": domains})
-        return
-    print_comparison(comparison)
-    if comparison.forest is None:
-        print_domains(comparison, domains)
-
-
-def print_domains(comparison: Comparison, domains: Sequence[str]) -> None:
-    """Models side by side in each domain, then all domains alike, then by their bytes."""
-    head = ["", *(row.name for row in comparison.rows)]
-    losses = [(name, [row.domains[place] for row in comparison.rows]) for place, name in enumerate(domains)]
-    losses += [("macro: each domain alike", [row.macro for row in comparison.rows])]
-    losses += [("micro: by bytes", [row.bits_per_byte for row in comparison.rows])]
-    rows = [[name, *("" if value is None else f"{value:.4f}" for value in values)] for name, values in losses]
-    table("bits per byte of each domain", head, rows, [*[""] * len(domains), "cyan", "cyan"])
-
-
-def print_comparison(comparison: Comparison) -> None:
-    """The table of results and controls, best last in each block as given."""
-    timed = any(row.steps for row in comparison.rows)
-    head = ["", "bits/byte", "±", "ppl", "gain", "±", *(["batch", "steps", "tokens", "machine time", "wall clock"] if timed else [])]
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    rows, styles = [], []
-    for row in comparison.rows:
-        cells = [row.name, f"{row.bits_per_byte:.4f}", f"{row.standard_error:.4f}", f"{row.perplexity:.4g}"]
-        cells += [number(row.gain, "+.4f"), number(row.gain_error, ".4f")]
-        if timed:
-            cells += [number(row.batch, "d"), number(row.steps, "d"), "" if row.tokens is None else short(row.tokens)]
-            cells += ["" if seconds is None else duration(seconds) for seconds in (row.machine_seconds, row.wall_seconds)]
-        rows.append(cells)
-        styles.append({"seed": "", "control": "cyan", "result": "green", "bound": "dim"}[row.role])
-    table("bits per byte on held-out documents (test half); gain over the strongest dense control, paired", head, rows, styles)
 
 
 def verdict(comparison: Comparison) -> str:
@@ -159,3 +105,23 @@ def seed_of(record: Record, store: Store) -> Seed:
     if isinstance(record, Expert | Forest | Merged | Mixture):
         return store.load(record.seed, Seed)
     return store.load(record.digest, Seed)
+
+
+def common_seed(models: Sequence[Record], store: Store) -> Seed:
+    """The seed whose tokenizer cuts the holdout. Raises BadInput where models do not share one."""
+    seeds = {seed_of(model, store).digest for model in models}
+    if len(seeds) > 1:
+        raise BadInput(f"these models grew from {len(seeds)} seeds; a comparison per token needs one: evaluate them one seed at a time")
+    return store.load(seeds.pop(), Seed)
+
+
+def division_of(models: Sequence[Record], named: str | None, store: Store) -> Partition:
+    """The partition whose holdout is scored. Raises BadInput where neither the user nor a model names one."""
+    if named:
+        return store.load(named, Partition)
+    for model in models:
+        source = store.load(model.forest) if isinstance(model, Ensemble | Mixture) else model
+        source = store.load(model.contributions[0].expert) if isinstance(model, Merged) else source
+        if found := getattr(source, "partition", None):
+            return store.load(found, Partition)
+    raise BadInput("none of these models names a partition: say whose held-out text to score with --partition")

@@ -8,11 +8,12 @@ import numpy as np
 from elmwood import report
 from elmwood.cli.domains import opener
 from elmwood.cli.models import verdict
-from elmwood.cli.screen import duration, short
+from elmwood.cli.screen import duration, emit, out, short
 from elmwood.cli.things import summary
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.engine import cores
+from elmwood.errors import BadInput
 from elmwood.records import Comparison, Corpus, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store, lineage
 
@@ -110,3 +111,20 @@ def _lineage(record: Record, store: Store) -> tuple[report.Ancestor, ...]:
     return tuple(
         report.Ancestor(depth=depth, kind=one.kind, digest=one.digest, summary=summary(one)) for depth, one in lineage(store, record.digest)
     )
+
+
+def report_verb(*, comparison, output, store, as_json) -> None:
+    home = Store(store)
+    record = home.load(comparison)
+    if isinstance(record, Forest):
+        found = [home.load(digest) for digest in home.records()]
+        mine = [one for one in found if isinstance(one, Comparison) and one.forest == record.digest]
+        if not mine:
+            raise BadInput(f"forest {record.digest[:8]} has not been compared yet: run `elmwood eval {comparison}` first")
+        record = max(mine, key=lambda one: len(one.rows))
+    record = home.load(record.digest, Comparison)
+    output.write_text(page(record, home))
+    if as_json:
+        emit({"report": str(output)})
+    else:
+        out.print(str(output), soft_wrap=True)

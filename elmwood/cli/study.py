@@ -13,32 +13,24 @@ from numpy.typing import NDArray
 from elmwood import evaluate
 from elmwood.cli.domains import say_read
 from elmwood.cli.ensure import ensure
-from elmwood.cli.jobs import TrainJob, open_holdout, train_job
-from elmwood.cli.models import print_comparison, seed_of, verdict
+from elmwood.cli.evaluation import both_distances, keep_comparison, print_comparison
+from elmwood.cli.jobs import TrainJob, train_job
+from elmwood.cli.models import verdict
 from elmwood.cli.page import page
 from elmwood.cli.screen import bars, count, duration, emit, out, talk
 from elmwood.cli.training import default_rate, default_workers, label, llama, shards
 from elmwood.corpus.build import build
-from elmwood.domains.embed import EMBEDDERS
 from elmwood.domains.partition import partition as divide
-from elmwood.domains.partition import serving
-from elmwood.domains.route import nearest_place
 from elmwood.engine import Progress, cores, run
-from elmwood.errors import BadInput
-from elmwood.lm.states import seed_states
 from elmwood.records import (
     Comparison,
     Corpus,
     Digest,
     Ensemble,
-    Expert,
     Forest,
     Frozen,
-    Merged,
-    Mixture,
     Partition,
     Recipe,
-    Record,
     Seed,
     Shard,
 )
@@ -144,7 +136,7 @@ def grow(study: Study, corpus: Corpus, seed: Seed | None, store: Store, *, worke
     arms = branch(study, corpus, seed, store, workers=workers, progress=progress)
     compared = evaluate.compare(arms.held, arms.seed_N, arms.experts, arms.dense, arms.random)
     partition = store.load(arms.forest.partition, Partition)
-    return Grown(*_keep(compared, arms.held, arms.forest, arms.controls, store), arms.forest, partition, seed)
+    return Grown(*keep_comparison(compared, arms.held, arms.forest, arms.controls, store), arms.forest, partition, seed)
 
 
 def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: int | None, progress: Progress) -> Arms:
@@ -160,8 +152,8 @@ def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: i
     trained = dict(zip([(name, place) for name, side in sides.items() for place in range(len(side))], digests, strict=True))
     spec = evaluate.HoldoutSpec(partition=divisions["expert"].digest, seed=seed.digest, length=study.length, documents=study.documents)
     models = [("seed", seed.digest), *((job.label, digest) for job, digest in zip(jobs, digests, strict=True))]
-    columns = score(models, spec, store, workers=workers, progress=progress)
-    held = open_holdout(spec, store)
+    ensured = ensure(models, spec, store, workers=workers, progress=progress)
+    held, columns = ensured.holdout, ensured.columns
 
     def side(name: str) -> evaluate.Side:
         loglik_NK = np.column_stack([columns[trained[name, place]] for place in range(study.domains)])
@@ -183,15 +175,6 @@ def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: i
         ),
         controls=tuple(trained[name, 0] for name in controls),
     )
-
-
-def both_distances(
-    held: evaluate.Holdout, division: Partition, store: Store, progress: Progress
-) -> tuple[NDArray[np.floating], NDArray[np.floating] | None]:
-    """Squared distances to dense centroids, and to sparse ones where the embedder has terms [N, K]."""
-    dist2_NK = evaluate.distances(held, division, store, progress, open_model=seed_states)
-    termed = division.embedder.name in EMBEDDERS
-    return dist2_NK, evaluate.distances(held, division, store, progress, signal="sparse") if termed else None
 
 
 def scratch(study: Study, corpus: Corpus, store: Store, progress: Progress) -> Seed:
@@ -242,106 +225,3 @@ def costs(jobs: Sequence[TrainJob], store: Store, machines: int = 1) -> evaluate
         machine_seconds=sum(seconds) if len(seconds) == len(jobs) else None,
         wall_seconds=max(seconds) / machines if len(seconds) == len(jobs) else None,
     )  # fmt: skip
-
-
-def score(
-    models: Sequence[tuple[str, Digest]], spec: evaluate.HoldoutSpec, store: Store, *, workers: int, progress: Progress
-) -> dict[Digest, NDArray[np.floating]]:
-    """The column of each model, run only where nobody has scored it yet: by digest."""
-    return ensure(models, spec, store, workers=workers, progress=progress).columns
-
-
-def _keep(
-    compared: evaluate.Compared, held: evaluate.Holdout, forest: Forest, controls: tuple[Digest, ...], store: Store
-) -> tuple[Comparison, Ensemble]:
-    """Store what was found: the table, and the ensemble with the settings that were best on the tune half."""
-    best = compared.best
-    ensemble = Ensemble(
-        forest=forest.digest, router=best.router, top_k=best.top_k, temperature=best.temperature, seed_distance=best.seed_distance
-    )
-    comparison = Comparison(
-        forest=forest.digest, controls=controls, holdout=held.name, rows=compared.rows, routing=compared.routing,
-        fitted=compared.fitted, chosen=compared.chosen,
-    )  # fmt: skip
-    for record in (forest, ensemble, comparison):
-        store.add(record)
-    return comparison, ensemble
-
-
-def compare_models(
-    models: Sequence[Record], names: Sequence[str], store: Store, *, partition: str | None, length: int | None, documents: int | None,
-    workers: int | None, router: str | None = None,
-) -> tuple[Comparison, Ensemble | None]:  # fmt: skip
-    """`elmwood eval`: one forest against its seed with every routing, or any models side by side."""
-    forests = [model for model in models if isinstance(model, Forest)]
-    division = division_of(models, partition, store)
-    seed = _common_seed(models, store)
-    length = length or min(seed.context, 1024)
-    spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length, documents=documents)
-    if forests and len(models) > 1:
-        raise BadInput("a forest is compared with its seed and its own routings: name one forest, or only models")
-    workers = workers or default_workers(seed, len(models))
-    with bars() as progress:
-        if not forests:
-            return _side_by_side(models, names, seed, spec, store, workers, progress), None
-        forest = forests[0]
-        experts = [store.load(digest, Expert) for digest in forest.experts]
-        columns = score(
-            [("seed", seed.digest), *((label(division, expert.domain), expert.digest) for expert in experts)],
-            spec, store, workers=workers, progress=progress,
-        )  # fmt: skip
-        held = open_holdout(spec, store)
-        dist2_NK, sparse2_NK = both_distances(held, division, store, progress)
-    served = serving(division, [(expert.partition, expert.domain) for expert in experts], store)
-    owners = [[e for e, places in enumerate(served) if k in places] for k in range(len(division.domains))]
-    if any(len(mine) != 1 for mine in owners):
-        found = ", ".join(f"{k}: {len(mine)}" for k, mine in enumerate(owners) if len(mine) != 1)
-        raise BadInput(
-            f"the table needs one expert for each domain, and here domains have others ({found}): train or leave out some, or evaluate "
-            "an ensemble of these"
-        )
-    order = list(dict.fromkeys(mine[0] for mine in owners))  # in the order of the first domain each serves
-    side = evaluate.Side(
-        np.column_stack([columns[experts[e].digest] for e in order]),
-        nearest_place(dist2_NK, [served[e] for e in order]),
-        owners=tuple(order.index(mine[0]) for mine in owners),
-        sparse2_NK=None if sparse2_NK is None else nearest_place(sparse2_NK, [served[e] for e in order]),
-    )
-    return _keep(evaluate.compare(held, columns[seed.digest], side, router=router), held, forest, (), store)
-
-
-def _side_by_side(
-    models: Sequence[Record], names: Sequence[str], seed: Seed, spec: evaluate.HoldoutSpec, store: Store, workers: int, progress: Progress
-) -> Comparison:
-    columns = score(
-        [(name, model.digest) for name, model in zip(names, models, strict=True)], spec, store, workers=workers, progress=progress
-    )
-    held = open_holdout(spec, store)
-    domains = len(store.load(spec.partition, Partition).domains)
-    rows = tuple(
-        evaluate.row(name, columns[model.digest], held, domains=domains, role="seed" if model.digest == seed.digest else "result")
-        for name, model in zip(names, models, strict=True)
-    )
-    comparison = Comparison(forest=None, controls=tuple(model.digest for model in models), holdout=held.name, rows=rows)
-    store.add(comparison)
-    return comparison
-
-
-def _common_seed(models: Sequence[Record], store: Store) -> Seed:
-    """The seed whose tokenizer cuts the holdout. Raises BadInput where models do not share one."""
-    seeds = {seed_of(model, store).digest for model in models}
-    if len(seeds) > 1:
-        raise BadInput(f"these models grew from {len(seeds)} seeds; a comparison per token needs one: evaluate them one seed at a time")
-    return store.load(seeds.pop(), Seed)
-
-
-def division_of(models: Sequence[Record], named: str | None, store: Store) -> Partition:
-    """The partition whose holdout is scored. Raises BadInput where neither the user nor a model names one."""
-    if named:
-        return store.load(named, Partition)
-    for model in models:
-        source = store.load(model.forest) if isinstance(model, Ensemble | Mixture) else model
-        source = store.load(model.contributions[0].expert) if isinstance(model, Merged) else source
-        if found := getattr(source, "partition", None):
-            return store.load(found, Partition)
-    raise BadInput("none of these models names a partition: say whose held-out text to score with --partition")

@@ -161,22 +161,3 @@ def _write(record: Record, home: Store, building: Path, form: str | None, dtype:
             raise BadInput(
                 f"a {record.kind} is no folder: export its seed, partition or experts (`elmwood show {record.digest[:8]}` lists them)"
             )
-
-
-def report(*, comparison, output, store, as_json) -> None:
-    from elmwood.cli.page import page  # scikit-learn
-
-    home = Store(store)
-    record = home.load(comparison)
-    if isinstance(record, Forest):
-        found = [home.load(digest) for digest in home.records()]
-        mine = [one for one in found if isinstance(one, Comparison) and one.forest == record.digest]
-        if not mine:
-            raise BadInput(f"forest {record.digest[:8]} has not been compared yet: run `elmwood eval {comparison}` first")
-        record = max(mine, key=lambda one: len(one.rows))
-    record = home.load(record.digest, Comparison)
-    output.write_text(page(record, home))
-    if as_json:
-        emit({"report": str(output)})
-    else:
-        out.print(str(output), soft_wrap=True)
