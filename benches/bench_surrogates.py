@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from elmwood import evaluate
-from elmwood.cli.ensure import ensure
+from elmwood.cli.ensure import Columns, ensure
 from elmwood.engine import silent
 from elmwood.errors import BadInput
 from elmwood.evaluate.surrogate import interpolation, mixture, pool
@@ -72,7 +72,7 @@ def main() -> None:
     made = candidates(forest, seed, asked.merges, store)
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=min(seed.context, 1024), documents=asked.documents)
     models = [("seed", seed.digest), *((digest[:8], digest) for digest in forest.experts), *(("merge", one.digest) for _, one, _ in made)]
-    found = ensure(models, spec, store, progress=silent)
+    found = ensure(models, Columns(spec, store), progress=silent)
     say(measured="columns", merges=len(made), tokens=len(found.holdout.document_N), forwarded=found.tokens, seconds=round(found.seconds, 1))
     guessed_SC: dict[str, list[Floats]] = {}
     started = time.perf_counter()

@@ -1,5 +1,7 @@
 """Evaluate: the holdout, columns scored once, and the arithmetic of the table."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,7 +16,7 @@ from elmwood.domains.partition import partition as divide
 from elmwood.domains.route import posterior_scores
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, Damaged
-from elmwood.evaluate.columns import RUN, rounded, run
+from elmwood.evaluate.columns import RUN, encode, mapped, rounded, run
 from elmwood.evaluate.compare import top_ks
 from elmwood.evaluate.fit import minimise, weights
 from elmwood.evaluate.holdout import AUDITED, GATE, TUNE, blocks, halve
@@ -163,6 +165,33 @@ def test_a_model_is_scored_once(grown, held, columns):
     assert score.nats == pytest.approx(nats(columns[0], held).sum())
     with pytest.raises(Damaged, match="score the model again"):
         evaluate.column(score, held._replace(name="holdout-other"), store)
+
+
+def test_a_complete_column_is_a_read_only_memory_map_of_its_blob(grown, held, columns):
+    store, _, seed, _ = grown
+    made = evaluate.score(seed, lambda: pytest.fail("opened again"), held, store)
+    loglik_N = evaluate.column(made, held, store)
+    base = loglik_N
+    while not isinstance(base, np.memmap):
+        base = base.base
+    assert base.filename == store.get(made.loglik)
+    assert not loglik_N.flags.writeable
+    np.testing.assert_array_equal(loglik_N, safetensors.numpy.load_file(store.get(made.loglik))["loglik"])
+
+
+def test_opening_a_column_reads_its_header_alone(tmp_path):
+    path = tmp_path / "column"
+    path.write_bytes(encode(-np.random.default_rng(0).random(500_000), np.ones(7, bool)))
+    tracemalloc.start()
+    parts = mapped(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < path.stat().st_size / 10
+    assert {name: (one.dtype, len(one)) for name, one in parts.items()} == {"loglik": (np.float16, 500_000), "windows": (np.uint32, 7)}
+    for broken in (path.read_bytes()[:-1], b"", b"\xff" * 40):
+        path.with_suffix(".broken").write_bytes(broken)
+        with pytest.raises(Damaged, match="score the model again"):
+            mapped(path.with_suffix(".broken"))
 
 
 def test_the_table_equals_the_live_ensemble(grown, held, columns):

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.compare import Columns, Sides, drawing, judge, mix_up, opened
+from elmwood.cli.compare import Sides, drawing, judge, mix_up
+from elmwood.cli.ensure import Columns
 from elmwood.cli.models import as_model
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving as served
@@ -42,16 +43,19 @@ class Trial(NamedTuple):
     joined: Ensemble  # the same with the expert in it
     division: Partition
     own: tuple[int, ...]  # domains the expert serves
-    held: evaluate.Holdout
+    columns: Columns
     slice_G: Bools  # of the gate split
     key: bytes
     level: float
     store: Store
 
+    @property
+    def held(self) -> evaluate.Holdout:
+        return self.columns.held
+
 
 def accept(*, expert, forest, length, documents, cap, clip, name, store, as_json) -> None:
     from elmwood.cli.deltas import finite
-    from elmwood.cli.jobs import open_holdout  # torch
     from elmwood.train.tasks import held as locked
 
     home, policy = Store(store), Policy()
@@ -68,10 +72,10 @@ def accept(*, expert, forest, length, documents, cap, clip, name, store, as_json
             spec = evaluate.HoldoutSpec(
                 partition=division.digest, seed=seed.digest, length=length or min(seed.context, 1024), documents=documents
             )
-            held = open_holdout(spec, home)
-            number, key, slice_G = submit(one, held, home)
+            columns = Columns(spec, home, stay=True)
+            number, key, slice_G = submit(one, columns.held, home)
             level = ledger_of(home).entries[number].level
-            trial = Trial(one, seed, without, joined, division, own, held, slice_G, key, level, home)
+            trial = Trial(one, seed, without, joined, division, own, columns, slice_G, key, level, home)
             measured, told = gather(trial, policy, cap, clip, progress)
             evidence = evidence.model_copy(update=measured | {"level": level})
             told |= {"level": level, "submission": number + 1, "sealed": sealed(key), "key": key.hex(), "slice_blocks": int(slice_G.sum())}
@@ -163,13 +167,13 @@ def submit(one: Expert, held: evaluate.Holdout, store: Store) -> tuple[int, byte
 
 def gather(trial: Trial, policy: Policy, cap: int, clip: float, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run models on the blocks it takes to know; evidence, and what it cost. Stops where the expert is no better than the seed."""
-    held, column = trial.held, opened(trial.held, trial.store)
+    held, columns = trial.held, trial.columns
     own_G = trial.slice_G & np.isin(_domains(held, GATE), trial.own)
 
     def ask(sides: Sides, rule: Rule, among_G: Bools, what: str) -> Finding | None:
         if not (touched(sides.weight_a_NM, sides.weight_b_NM, sides.block_N, len(among_G)) & among_G).any():
             return None
-        return judge(sides, held, rule, clip, seal(trial.key, what), column, progress, among_G)[0]
+        return judge(sides, columns, rule, clip, seal(trial.key, what), progress, among_G)[0]
 
     def mixed(a: Record, b: Record, split: int = GATE) -> Sides:
         return mix_up(a, b, trial.seed, trial.division, held, trial.store, progress, split)
@@ -178,7 +182,7 @@ def gather(trial: Trial, policy: Policy, cap: int, clip: float, progress: Progre
     evidence: dict[str, Any] = {"own_low": alone and alone.low, "secret_gain": alone and alone.effect}
     blocks = {"own": alone and alone.drawn}
     if alone and alone.outcome == "better":
-        public = _public_gain(mixed(trial.seed, trial.expert, TUNE), trial, alone.drawn, column, progress)
+        public = _public_gain(mixed(trial.seed, trial.expert, TUNE), trial, alone.drawn, progress)
         sides = mixed(trial.without, trial.joined)
         rule = Rule(alpha=trial.level, beta=policy.beta, better=policy.ensemble_effect, worthless=policy.min_effect, cap=cap)
         together = ask(sides, rule, trial.slice_G, "ensemble")
@@ -190,7 +194,7 @@ def gather(trial: Trial, policy: Policy, cap: int, clip: float, progress: Progre
                      for what, (among_G, share) in _groups(sides, trial).items()}  # fmt: skip
             evidence["domain_low"] = {what: one.low * one.share for what, one in found.items() if one}
             blocks |= {what: one.drawn for what, one in found.items() if one}
-    forwarded = sum(column(digest).forwarded for digest in {*mixed_models(trial)})
+    forwarded = sum(columns[digest].forwarded for digest in {*mixed_models(trial)})
     return evidence, {"blocks": blocks, "tokens_forwarded": forwarded, "holdout": held.name, "clip": clip}
 
 
@@ -208,12 +212,12 @@ def _domains(held: evaluate.Holdout, split: int) -> NDArray[np.integer]:
     return held.block_domain_B[held.split_B == split]
 
 
-def _public_gain(sides: Sides, trial: Trial, count: int, column: Columns, progress: Progress) -> float | None:
+def _public_gain(sides: Sides, trial: Trial, count: int, progress: Progress) -> float | None:
     """Mean gain over the seed on as many blocks of published text of the expert's own domains."""
     place_T = np.flatnonzero(np.isin(_domains(trial.held, TUNE), trial.own))
     if not len(place_T):
         return None
-    draw = drawing(sides, trial.held, place_T, [column(digest) for digest in sides.models], progress)
+    draw = drawing(sides, trial.columns, place_T, progress)
     return float(draw(order(seal(trial.key, "public"), len(place_T))[:count]).mean())
 
 

@@ -1,16 +1,13 @@
 """Answers held against one another on the tune half: each model reads it once."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from elmwood import evaluate
-from elmwood.cli.jobs import open_holdout
+from elmwood.cli.ensure import Columns, ensure
 from elmwood.engine import Progress
-from elmwood.ensemble.mixture import open_model
-from elmwood.evaluate.partial import Partial
 from elmwood.records import Partition, Record, Seed
 from elmwood.store import Store
 
@@ -29,13 +26,12 @@ def tuned(
     division = store.load(partition, Partition)
     length = min(seed.context, 1024)
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length, documents=documents)
-    held = open_holdout(spec, store)
-    columns = {}
-    tokens = 0
-    for name, record in models.items():
-        one = Partial(record, partial(open_model, record, store), held, store)
-        one.fill(np.unique(one.window_N[held.tune_N]), lambda _, *event, name=name: progress(f"score {name}", *event))
-        columns[name], tokens = one.loglik_N, tokens + one.forwarded
+    table = Columns(spec, store)
+    held = table.held
+    tune_W = np.unique(np.nonzero(held.scored_WL)[0][held.tune_N])
+    asked = [(name, record.digest) for name, record in models.items()]
+    found = ensure(asked, table, windows={digest: tune_W for _, digest in asked}, progress=progress)
+    columns = {name: found.columns[digest] for name, digest in asked}
     losses = {name: evaluate.bits_per_byte(column, held, held.tune_D) for name, column in columns.items()}
     best = columns[min(losses, key=lambda name: losses[name].value)]
-    return Tuned(losses, {name: evaluate.difference(column, best, held, held.tune_D) for name, column in columns.items()}, tokens)
+    return Tuned(losses, {name: evaluate.difference(column, best, held, held.tune_D) for name, column in columns.items()}, found.tokens)

@@ -5,7 +5,6 @@ G blocks of the gate split, N scored tokens in them, M models (experts by digest
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.domains import opener
+from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.models import as_model, common_seed, division_of
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving
@@ -22,7 +22,6 @@ from elmwood.engine import Progress
 from elmwood.errors import UnknownName
 from elmwood.evaluate.budget import order
 from elmwood.evaluate.holdout import GATE
-from elmwood.evaluate.partial import Partial
 from elmwood.evaluate.sequential import Finding, Population, Rule, best, decide, look, per_byte, population, touched, worst
 from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed, fingerprint
 from elmwood.report.sequential import wealth_plot
@@ -44,8 +43,6 @@ class Sides(NamedTuple):
 
 
 def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap, clip, plot, store, as_json) -> None:
-    from elmwood.cli.jobs import open_holdout  # torch
-
     home = Store(store)
     one, other = (as_model(home.load(name), home) for name in (a, b))
     seed = common_seed([one, other], home)
@@ -53,10 +50,11 @@ def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap,
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length or min(seed.context, 1024), documents=documents)
     rule = Rule(alpha=alpha, beta=beta, worthless=min_effect, cap=cap)
     with bars() as progress:
-        held = open_holdout(spec, home)
+        columns = Columns(spec, home, stay=True)
+        held = columns.held
         sides = mix_up(one, other, seed, division, held, home, progress)
         key = fingerprint("compare", one.digest, other.digest, held.name)
-        found, cost = judge(sides, held, rule, clip, key.encode(), opened(held, home), progress)
+        found, cost = judge(sides, columns, rule, clip, key.encode(), progress)
     if plot:
         Path(plot).write_text(wealth_plot(found.for_T, found.against_T, alpha=alpha, beta=beta, names=("better", "not better")))
     told = {"a": one.digest, "b": other.digest, **facts(found, rule, clip), **cost, "order": key, "holdout": held.name}
@@ -128,62 +126,46 @@ def weights(model: Record, models: Sequence[str], held: evaluate.Holdout, tokens
 # ---- the test -------------------------------------------------------------------------------------------------------
 
 
-Columns = Callable[[str], Partial]  # by the digest of a model
-
-
-def opened(held: evaluate.Holdout, store: Store) -> Columns:
-    """Columns that grow, one for each model; a model is opened when something must be run, and stays open."""
-    from elmwood.ensemble.mixture import open_model  # torch
-
-    @cache
-    def column(digest: str) -> Partial:
-        record = store.load(digest)
-        return Partial(record, cache(lambda: open_model(record, store)), held, store)
-
-    return column
-
-
 def judge(
-    sides: Sides, held: evaluate.Holdout, rule: Rule, clip: float, key: bytes, column: Columns, progress: Progress,
-    among_G: NDArray[np.bool_] | None = None,
-) -> tuple[Finding, dict[str, Any]]:  # fmt: skip
+    sides: Sides, columns: Columns, rule: Rule, clip: float, key: bytes, progress: Progress, among_G: NDArray[np.bool_] | None = None
+) -> tuple[Finding, dict[str, Any]]:
     """Draw and score until the answer is known; the finding and what it cost. `among_G`: only of these blocks. Raises BadInput."""
+    held, parts = columns.held, [columns[digest] for digest in sides.models]
     touched_G = touched(sides.weight_a_NM, sides.weight_b_NM, sides.block_N, len(sides.block_G))
     among_G = np.ones(len(touched_G), bool) if among_G is None else among_G
     place_T = np.flatnonzero(touched_G & among_G)
-    columns = [column(digest) for digest in sides.models]
-    before = sum(one.forwarded for one in columns)
+    before = sum(one.forwarded for one in parts)
     changed_N = (touched_G & among_G)[sides.block_N]
     needed_M = np.maximum(sides.weight_a_NM, sides.weight_b_NM)[changed_N].max(0, initial=0) > 0
-    known_M = [not np.isnan(one.loglik_N[sides.token_N]).any() for one in columns]
-    unknown = [one for m, one in enumerate(columns) if needed_M[m] and not known_M[m]]
-    known = {m: one.loglik_N[sides.token_N] for m, one in enumerate(columns) if known_M[m]}
+    known_M = [not np.isnan(one.loglik_N[sides.token_N]).any() for one in parts]
+    unknown = [one for m, one in enumerate(parts) if needed_M[m] and not known_M[m]]
+    known = {m: one.loglik_N[sides.token_N] for m, one in enumerate(parts) if known_M[m]}
     bounds = bounded(sides, known, held, place_T, clip if unknown else None)
-    draw = drawing(sides, held, place_T, columns, progress)
+    draw = drawing(sides, columns, place_T, progress)
     order_B = order(key, len(place_T))
     # where nothing need be run, all blocks are known and the answer is exact
     found = decide(draw, order_B, bounds, rule) if unknown else look(draw(order_B), order_B, bounds, rule)
-    window = np.unique(columns[0].window_N[sides.token_N])
+    window = np.unique(parts[0].window_N[sides.token_N])
     full = len(unknown) * int(held.windows.length_W[window].sum())
     return found._replace(total=int(among_G.sum())), {
-        "tokens_forwarded": sum(one.forwarded for one in columns) - before, "full_tokens": full,
+        "tokens_forwarded": sum(one.forwarded for one in parts) - before, "full_tokens": full,
         "models_known": len(sides.models) - len(unknown), "models_run": len(unknown),
     }  # fmt: skip
 
 
-def drawing(
-    sides: Sides, held: evaluate.Holdout, place_T: Ints, columns: Sequence[Partial], progress: Progress
-) -> Callable[[Ints], Floats]:
+def drawing(sides: Sides, columns: Columns, place_T: Ints, progress: Progress) -> Callable[[Ints], Floats]:
     """Places among the blocks that may be drawn -> their differences, bits per byte; runs what is missing for them."""
+    held = columns.held
+    window_N = np.nonzero(held.scored_WL)[0][sides.token_N]
     by_block = np.argsort(sides.block_N, kind="stable")
     start_G = np.searchsorted(sides.block_N[by_block], np.arange(len(sides.block_G) + 1))
 
     def draw(places: Ints) -> Floats:
         token_n = np.concatenate([by_block[start_G[block] : start_G[block + 1]] for block in place_T[places]])
-        for m, one in enumerate(columns):
-            wanted_n = (sides.weight_a_NM[token_n, m] > 0) | (sides.weight_b_NM[token_n, m] > 0)
-            one.fill(np.unique(one.window_N[sides.token_N[token_n[wanted_n]]]), progress)
-        loglik_nM = np.column_stack([one.loglik_N[sides.token_N[token_n]] for one in columns])
+        spoken_nM = (sides.weight_a_NM[token_n] > 0) | (sides.weight_b_NM[token_n] > 0)
+        windows = {digest: np.unique(window_N[token_n[spoken_nM[:, m]]]) for m, digest in enumerate(sides.models)}
+        found = ensure([("", digest) for digest in sides.models], columns, windows=windows, progress=progress)
+        loglik_nM = np.column_stack([found.columns[digest][sides.token_N[token_n]] for digest in sides.models])
         gain_n = worst(loglik_nM, sides.weight_b_NM[token_n]) - worst(loglik_nM, sides.weight_a_NM[token_n])
         nats_G = np.bincount(sides.block_N[token_n], gain_n, len(sides.block_G)).astype(np.float64)
         return per_byte(nats_G, held.block_bytes_B[sides.block_G])[place_T[places]]

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.ensure import ensure
+from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.models import common_seed, division_of, mixed
 from elmwood.cli.screen import bars, duration, emit, expand, short, table, talk
 from elmwood.cli.training import default_workers, label
@@ -61,7 +61,7 @@ def compare_models(
         forest = forests[0]
         experts = [store.load(digest, Expert) for digest in forest.experts]
         named = [("seed", seed.digest), *((label(division, expert.domain), expert.digest) for expert in experts)]
-        ensured = ensure(named, spec, store, workers=workers, progress=progress)
+        ensured = ensure(named, Columns(spec, store), workers=workers, progress=progress)
         held, columns = ensured.holdout, ensured.columns
         dist2_NK, sparse2_NK = both_distances(held, division, store, progress)
     served = serving(division, [(expert.partition, expert.domain) for expert in experts], store)
@@ -86,7 +86,7 @@ def _side_by_side(
     models: Sequence[Record], names: Sequence[str], seed: Seed, spec: evaluate.HoldoutSpec, store: Store, workers: int, progress: Progress
 ) -> Comparison:
     named = [(name, model.digest) for name, model in zip(names, models, strict=True)]
-    ensured = ensure(named, spec, store, workers=workers, progress=progress)
+    ensured = ensure(named, Columns(spec, store), workers=workers, progress=progress)
     held = ensured.holdout
     domains = len(store.load(spec.partition, Partition).domains)
     rows = tuple(

@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from elmwood import evaluate, train
 from elmwood.engine import Progress
-from elmwood.ensemble.mixture import open_model
 from elmwood.lm.load import tokenizer
 from elmwood.records import Digest, Expert, Frozen, Recipe, Seed, Shard
 from elmwood.store import Store
@@ -51,30 +47,11 @@ class StatisticsJob(Frozen):
     rows: int
 
 
-class ScoreJob(Frozen):
-    """Score held-out tokens under one model."""
-
-    store: Path
-    label: str
-    model: Digest
-    holdout: evaluate.HoldoutSpec
-    threads: int
-    windows: tuple[int, ...] | None = None  # None: all
-    until: float | None = None  # seconds of time.time
-
-
-class Scored(Frozen):
-    """What scoring a model took."""
-
-    tokens: int
-    seconds: float
-
-
 def train_job(job: TrainJob, progress: Progress) -> Digest:
     """The digest of the Expert."""
     store = Store(job.store)
     seed = store.load(job.seed, Seed)
-    told = _named(job.label, progress)
+    told = named(job.label, progress)
     return train.train(
         seed, job.data, job.recipe, store, partition=job.partition, domain=job.domain, progress=told, report_to=job.report_to
     ).digest
@@ -85,7 +62,7 @@ def experts_job(job: TrainJob | TogetherJob, progress: Progress) -> list[Digest]
     if isinstance(job, TrainJob):
         return [train_job(job, progress)]
     store = Store(job.store)
-    seed, told = store.load(job.seed, Seed), _named(job.label, progress)
+    seed, told = store.load(job.seed, Seed), named(job.label, progress)
     made = train.train_together(
         seed, job.data, job.recipe, store, partition=job.partition, domains=job.domains, progress=told, report_to=job.report_to
     )
@@ -103,22 +80,8 @@ def keys(job: TrainJob | TogetherJob, store: Store) -> list[str]:
 def statistics_job(job: StatisticsJob, progress: Progress) -> Digest:
     """The digest of the Statistics."""
     store = Store(job.store)
-    told = _named(f"statistics {job.expert[:8]}", progress)
+    told = named(f"statistics {job.expert[:8]}", progress)
     return train.statistics(store.load(job.expert, Expert), store, rows=job.rows, progress=told).digest
-
-
-def score_job(job: ScoreJob, progress: Progress) -> Scored:
-    """What it took; the Score is found by model and holdout."""
-    torch.set_num_threads(job.threads)
-    store = Store(job.store)
-    model, held = store.load(job.model), open_holdout(job.holdout, store)
-    one = evaluate.Partial(model, lambda: open_model(model, store), held, store)
-    one.fill(
-        np.arange(len(one.known_W)) if job.windows is None else np.array(job.windows, np.int64), _named(job.label, progress), job.until
-    )
-    if one.known_W.any():
-        one.seal()
-    return Scored(tokens=one.forwarded, seconds=one.seconds)
 
 
 def open_holdout(spec: evaluate.HoldoutSpec, store: Store) -> evaluate.Holdout:
@@ -126,6 +89,6 @@ def open_holdout(spec: evaluate.HoldoutSpec, store: Store) -> evaluate.Holdout:
     return evaluate.holdout(spec, tokenizer(store.load(spec.seed, Seed), store), store)
 
 
-def _named(label: str, progress: Progress) -> Progress:
+def named(label: str, progress: Progress) -> Progress:
     """One bar per task, whatever its parts are called."""
     return lambda _, done, total, unit: progress(label, done, total, unit)

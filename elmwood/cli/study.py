@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.domains import say_read
-from elmwood.cli.ensure import ensure
+from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.evaluation import both_distances, keep_comparison, print_comparison
 from elmwood.cli.jobs import TrainJob, train_job
 from elmwood.cli.models import verdict
@@ -152,7 +152,7 @@ def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: i
     trained = dict(zip([(name, place) for name, side in sides.items() for place in range(len(side))], digests, strict=True))
     spec = evaluate.HoldoutSpec(partition=divisions["expert"].digest, seed=seed.digest, length=study.length, documents=study.documents)
     models = [("seed", seed.digest), *((job.label, digest) for job, digest in zip(jobs, digests, strict=True))]
-    ensured = ensure(models, spec, store, workers=workers, progress=progress)
+    ensured = ensure(models, Columns(spec, store), workers=workers, progress=progress)
     held, columns = ensured.holdout, ensured.columns
 
     def side(name: str) -> evaluate.Side:

@@ -42,8 +42,7 @@ class Settings(NamedTuple):
 def table(
     *, forest, choose, candidate, near, top_k, partition, length, documents, budget, seconds, source, plot, workers, store, as_json
 ) -> None:  # fmt: skip
-    from elmwood.cli.ensure import Budget, ensure  # torch
-    from elmwood.cli.jobs import open_holdout
+    from elmwood.cli.ensure import Budget, Columns, ensure  # torch
 
     home = Store(store)
     named = as_model(home.load(forest), home)
@@ -54,7 +53,8 @@ def table(
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length or min(seed.context, 1024), documents=documents)
     new = [home.load(one, Expert) for one in expand(home, candidate)]
     experts = [home.load(digest, Expert) for digest in grown.experts]
-    held = open_holdout(spec, home)
+    columns = Columns(spec, home)
+    held = columns.held
     with bars() as progress:
         dist2_NK = evaluate.distances(held, division, home, progress)
         served = serving(division, [(one.partition, one.domain) for one in experts], home)
@@ -63,7 +63,7 @@ def table(
         models = [("seed", seed.digest), *((label(division, one.domain), one.digest) for one in (*experts, *new))]
         came = evaluate.bring([seed, *experts, *new], held, Store(source), home) if source else 0
         found = ensure(
-            models, spec, home, windows={experts[e].digest: window_W for e, window_W in windows.items()},
+            models, columns, windows={experts[e].digest: window_W for e, window_W in windows.items()},
             budget=Budget(budget and count(budget), seconds), workers=workers or default_workers(seed, len(models)), progress=progress,
         )  # fmt: skip
     seed_N = found.columns[seed.digest]
@@ -135,14 +135,16 @@ def said(known_NM: Floats, loglik_NM: Floats, how: Settings, held: evaluate.Hold
 
     everyone = tuple(range(experts))
     weight_NM = weights(everyone, slice(None))
-    bracket = [bits_per_byte(bound(known_NM, weight_NM), held, test_D).value for bound in (best, worst)]
+    sure_NM = np.where(np.isnan(known_NM), 0, weight_NM)
+    high_N, low_N = best(known_NM, sure_NM), worst(known_NM, sure_NM)
+    most = bits_per_byte(low_N, held, test_D).value if np.isfinite(low_N[~held.tune_N]).all() else None  # one not known may speak alone
     static = optimum(loglik_NM[tune_N])
     mixed_N = evaluate.mix(loglik_NM, np.broadcast_to(static.weight_E, loglik_NM.shape))
     grown = greedy(chosen_by, everyone, choose or experts)
     value_E = values(lambda members: told(members).value, everyone)
     return {
         "seed": bits_per_byte(loglik_NM[:, -1], held, test_D)._asdict(),
-        "routed": told(everyone)._asdict() | {"least": bracket[0], "most": bracket[1]},
+        "routed": told(everyone)._asdict() | {"least": bits_per_byte(high_N, held, test_D).value, "most": most},
         "static": bits_per_byte(mixed_N, held, test_D)._asdict() | {"gap_nats_per_token": static.gap, "passes": static.passes,
                                                                     "seed_weight": float(static.weight_E[-1])},
         "experts": [{"weight": float(w), "value": v} for w, v in zip(static.weight_E[:-1], value_E, strict=True)],
@@ -194,7 +196,8 @@ def tell(told: dict[str, Any], plot: Path | None) -> None:
     ]
     if cost["known"] < 1:
         lines.append(f"absent    {1 - cost['known']:.0%} of all entries; the seed stands in, and whatever they are the routed loss lies")
-        lines.append(f"          between {mixed['least']:.4f} and {mixed['most']:.4f}; {short(cost['missing'])} tokens asked for are left")
+        most = "any loss" if mixed["most"] is None else f"{mixed['most']:.4f}"
+        lines.append(f"          between {mixed['least']:.4f} and {most}; {short(cost['missing'])} tokens asked for are left")
     for one in told["candidates"]:
         word = "would help" if one["ratio"] > 1 else "would not help"
         said_so = f"mean p_new / p_mix {one['ratio']:.4f} ± {one['error'] or float('nan'):.4f} over {one['tokens']:,} tokens"

@@ -3,9 +3,12 @@
 B windows of at most L tokens in one batch, W windows, N scored tokens, R runs of T tokens
 """
 
+import json
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
@@ -18,6 +21,7 @@ from elmwood.store import Store
 TOKENS = 8192  # in one batch, padding included
 RUN = 256  # tokens over which rounding errors are passed on
 LEAST = float(np.finfo(np.float16).min)
+DTYPES = {"F16": np.float16, "F32": np.float32, "U32": np.uint32}  # of what is kept
 
 Floats = NDArray[np.floating]
 
@@ -30,15 +34,36 @@ class Scorer(Protocol):
 
 
 def column(score: Score, holdout: Holdout, store: Store) -> Floats:
-    """The log-likelihoods of a Score [N] float32, nats; NaN where it has none. Raises Damaged where they do not belong to this holdout."""
-    parts = safetensors.numpy.load_file(store.get(score.loglik))
-    window_N = np.nonzero(holdout.scored_WL)[0]
-    known_N = np.isin(window_N, parts["windows"]) if "windows" in parts else np.ones(len(window_N), bool)
-    if score.holdout != holdout.name or len(parts["loglik"]) != known_N.sum():
+    """The log-likelihoods of a Score [N] float16 (float32 of older ones), nats: the blob itself, memory-mapped and read-only. Those of a
+    Score that has only some windows are spread in memory as float32, NaN elsewhere. Raises Damaged where they are of another holdout."""
+    parts = mapped(store.get(score.loglik))
+    count = int((holdout.windows.length_W - holdout.windows.score_from_W).sum())
+    window_N = np.nonzero(holdout.scored_WL)[0] if "windows" in parts else None
+    known_N = None if window_N is None else np.isin(window_N, parts["windows"])
+    if score.holdout != holdout.name or len(parts["loglik"]) != (count if known_N is None else known_N.sum()):
         raise Damaged(f"score {score.digest[:8]} is of {score.holdout[:16]}…, not of {holdout.name[:16]}…: score the model again")
-    loglik_N = np.full(len(window_N), np.nan, np.float32)
+    if known_N is None:
+        return parts["loglik"]
+    loglik_N = np.full(count, np.nan, np.float32)
     loglik_N[known_N] = parts["loglik"]
     return loglik_N
+
+
+def mapped(path: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a blob that `encode` wrote, as views of its memory map: opening reads the header alone. Raises Damaged."""
+    try:
+        with safetensors.safe_open(path, "numpy"):
+            pass  # the library looks whether the header is sound
+        whole = np.asarray(np.memmap(path, np.uint8, "r"))
+        begin = 8 + int(whole[:8].view("<u8")[0])
+        said = json.loads(whole[8:begin].tobytes())
+        said.pop("__metadata__", None)
+        return {
+            name: whole[begin + one["data_offsets"][0] : begin + one["data_offsets"][1]].view(DTYPES[one["dtype"]]).reshape(one["shape"])
+            for name, one in said.items()
+        }
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise Damaged(f"{path} is no column of log-likelihoods ({error}): score the model again") from error
 
 
 def encode(loglik_N: Floats, known_W: NDArray[np.bool_] | None = None) -> bytes:

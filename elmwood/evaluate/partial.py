@@ -34,22 +34,25 @@ def score(model: Record, load: Callable[[], Scorer], holdout: Holdout, store: St
 
 
 class Partial:
-    """Log-likelihoods of a model on the windows scored so far, NaN on the others. `fill` is the only function that runs models."""
+    """Log-likelihoods of a model on the windows scored so far, NaN on the others. `fill` is the only function that runs models.
+
+    A complete column is a read-only memory map of its blob; one that grows stands in memory.
+    """
 
     def __init__(self, model: Record, load: Callable[[], Scorer], holdout: Holdout, store: Store):
         self.model, self.holdout, self.load, self.store = model, holdout, load, store
         self.window_N = np.nonzero(holdout.scored_WL)[0]
-        self.loglik_N = np.full(len(self.window_N), np.nan, np.float32)
         self.known_W = np.zeros(len(holdout.windows.rows_WL), bool)
         self.forwarded, self.seconds = 0, 0.0  # tokens and time, by this object
         self.keys = [fingerprint(kind, model.digest, holdout.name) for kind in ("score", "partial")]  # complete, and whatever there is
+        self.folder = store.root / "work" / self.keys[1]
         done = next((digest for key in self.keys if (digest := store.done(key))), None)
         self.score = store.load(done, Score) if done else None
-        if self.score:
-            self.loglik_N = column(self.score, holdout, store)
-            self.known_W[np.unique(self.window_N[~np.isnan(self.loglik_N)])] = True
-            self.known_W |= self.score.tokens == len(self.window_N)  # a window of nothing but context has no token
-        self.folder = store.root / "work" / self.keys[1]
+        self.loglik_N = column(self.score, holdout, store) if self.score else np.full(len(self.window_N), np.nan, np.float32)
+        if self.score and self.score.windows is None:
+            self.known_W[:] = True
+            return
+        self.known_W[np.unique(self.window_N[~np.isnan(self.loglik_N)])] = True
         for path in sorted(self.folder.glob("*.safetensors")):
             self._take(**safetensors.numpy.load_file(path))
 

@@ -36,4 +36,5 @@ def mixture(loglik_NE: Floats, seed_N: Floats, coefficient_E: Floats) -> Floats:
 
 def interpolation(loglik_NE: Floats, seed_N: Floats, coefficient_E: Floats) -> Floats:
     """The weighted mean of the log-likelihoods themselves [N]: the simplest estimate, for comparison."""
-    return np.asarray(seed_N) + (np.asarray(loglik_NE) - np.asarray(seed_N)[:, None]) @ coefficient_E
+    seed_N = np.asarray(seed_N, np.float64)
+    return seed_N + (np.asarray(loglik_NE, np.float64) - seed_N[:, None]) @ coefficient_E
