@@ -72,7 +72,7 @@ class Bench:
         """Bits per byte on the tune half, of which alone the model is asked."""
         self.store.add(model)
         one = Partial(model, partial(open_model, model, self.store), self.held, self.store)
-        one.fill(np.unique(one.window_N[self.held.tune_N]), self.progress)
+        one.fill(np.unique(self.held.window_N[self.held.tune_N]), self.progress)
         return evaluate.bits_per_byte(one.loglik_N, self.held, self.held.tune_D).value
 
     def side(self, names: Sequence[Record], partition: Partition) -> evaluate.Side:

@@ -245,7 +245,7 @@ def real(store: Store, name: str, documents: int | None, plots: Path | None, ord
     for way, settings in ways.items():
         for expert in forest.experts:
             others = [digest for digest in forest.experts if digest != expert]
-            sides = mix_up(ensemble(others, **settings), ensemble(forest.experts, **settings), seed, division, held, store, silent)
+            sides = mix_up(ensemble(others, **settings), ensemble(forest.experts, **settings), seed, held, store, silent)
             label = division.domains[store.load(expert, Expert).domain or 0].name
             measure(way, label, sides.models.index(expert), sides, held, column_N, orders)
     if plots:
@@ -287,7 +287,7 @@ def draw_experts(ways, forest, ensemble, seed, division, held, store, column_N, 
     for way, settings in ways.items():
         losses = []
         for count in range(1, len(forest.experts) + 1):
-            sides = mix_up(seed, ensemble(forest.experts[:count], **settings), seed, division, held, store, silent)
+            sides = mix_up(seed, ensemble(forest.experts[:count], **settings), seed, held, store, silent)
             loglik_NM = np.column_stack([column_N[digest][sides.token_N] for digest in sides.models])
             scale = np.log(2) * held.block_bytes_B[sides.block_G].sum()
             losses.append(-worst(loglik_NM, sides.weight_b_NM).sum() / scale)

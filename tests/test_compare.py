@@ -144,7 +144,7 @@ def test_a_partial_column_is_the_column_where_it_is_known(grown):
     assert not one.known_W.any()
     one.fill(np.array([0, 5, 6]))
     one.fill(np.array([5, 2]))
-    known_N = one.known_W[one.window_N]
+    known_N = one.known_W[held.window_N]
     np.testing.assert_allclose(one.loglik_N[known_N], whole_N[known_N], atol=1e-5)
     assert np.isnan(one.loglik_N[~known_N]).all()
     assert one.forwarded == held.windows.length_W[[0, 2, 5, 6]].sum()

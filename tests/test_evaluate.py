@@ -247,7 +247,7 @@ def test_windows_come_one_by_one_and_nothing_is_run_twice(grown, held, columns, 
     first = one.seal()
     assert first.windows == 2
     loglik_N = evaluate.column(first, held, store)
-    there_N = np.isin(one.window_N, [1, 3])
+    there_N = np.isin(held.window_N, [1, 3])
     assert np.isnan(loglik_N[~there_N]).all()
     np.testing.assert_allclose(loglik_N[there_N], columns[0][there_N], atol=0.01)
     again = evaluate.Partial(model, lambda: pytest.fail("opened again"), held, store)

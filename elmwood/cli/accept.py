@@ -176,7 +176,7 @@ def gather(trial: Trial, policy: Policy, cap: int, clip: float, progress: Progre
         return judge(sides, columns, rule, clip, seal(trial.key, what), progress, among_G)[0]
 
     def mixed(a: Record, b: Record, split: int = GATE) -> Sides:
-        return mix_up(a, b, trial.seed, trial.division, held, trial.store, progress, split)
+        return mix_up(a, b, trial.seed, held, trial.store, progress, split)
 
     alone = ask(mixed(trial.seed, trial.expert), _at(policy.min_effect, policy, cap), own_G, "own")
     evidence: dict[str, Any] = {"own_low": alone and alone.low, "secret_gain": alone and alone.effect}

@@ -28,7 +28,7 @@ def tuned(
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length, documents=documents)
     table = Columns(spec, store)
     held = table.held
-    tune_W = np.unique(np.nonzero(held.scored_WL)[0][held.tune_N])
+    tune_W = np.unique(held.window_N[held.tune_N])
     asked = [(name, record.digest) for name, record in models.items()]
     found = ensure(asked, table, windows={digest: tune_W for _, digest in asked}, progress=progress)
     columns = {name: found.columns[digest] for name, digest in asked}

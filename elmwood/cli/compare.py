@@ -5,6 +5,7 @@ G blocks of the gate split, N scored tokens in them, M models (experts by digest
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from elmwood.errors import UnknownName
 from elmwood.evaluate.budget import order
 from elmwood.evaluate.holdout import GATE
 from elmwood.evaluate.sequential import Finding, Population, Rule, best, decide, look, per_byte, population, touched, worst
-from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed, fingerprint
+from elmwood.records import Digest, Ensemble, Expert, Forest, Partition, Record, Seed, fingerprint
 from elmwood.report.sequential import wealth_plot
 from elmwood.store import Store
 
@@ -52,7 +53,7 @@ def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap,
     with bars() as progress:
         columns = Columns(spec, home, stay=True)
         held = columns.held
-        sides = mix_up(one, other, seed, division, held, home, progress)
+        sides = mix_up(one, other, seed, held, home, progress)
         key = fingerprint("compare", one.digest, other.digest, held.name)
         found, cost = judge(sides, columns, rule, clip, key.encode(), progress)
     if plot:
@@ -74,17 +75,20 @@ def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap,
 # ---- two models as mixtures -----------------------------------------------------------------------------------------
 
 
-def mix_up(
-    a: Record, b: Record, seed: Seed, division: Partition, held: evaluate.Holdout, store: Store, progress: Progress, split: int = GATE
-) -> Sides:
+def mix_up(a: Record, b: Record, seed: Seed, held: evaluate.Holdout, store: Store, progress: Progress, split: int = GATE) -> Sides:
     """Weights of both models' parts for every token of a split."""
     members = {digest for model in (a, b) for digest in parts(model, store)} - {seed.digest}
     models = (*sorted(members), seed.digest)
     inside_N = held.split_B[held.block_N] == split
-    window_N = np.nonzero(held.scored_WL)[0]
-    here = held._replace(windows=type(held.windows)(*(part[np.unique(window_N[inside_N])] for part in held.windows)))
+    here = held._replace(windows=type(held.windows)(*(part[np.unique(held.window_N[inside_N])] for part in held.windows)))
     block_G = np.flatnonzero(held.split_B == split)
-    weight_a_NM, weight_b_NM = (weights(model, models, here, int(inside_N.sum()), store, progress) for model in (a, b))
+
+    @cache  # both models mostly go by the same
+    def dist2(digest: Digest, signal: str) -> Floats:
+        division = store.load(digest, Partition)
+        return evaluate.distances(here, division, store, progress, signal=signal, open_model=opener(division.embedder.name))
+
+    weight_a_NM, weight_b_NM = (weights(model, models, dist2, int(inside_N.sum()), store) for model in (a, b))
     return Sides(models, weight_a_NM, weight_b_NM, np.flatnonzero(inside_N), np.searchsorted(block_G, held.block_N[inside_N]), block_G)
 
 
@@ -106,8 +110,8 @@ def parts(model: Record, store: Store) -> Sequence[str]:
     return (*forest.experts, forest.seed)
 
 
-def weights(model: Record, models: Sequence[str], held: evaluate.Holdout, tokens: int, store: Store, progress: Progress) -> Floats:
-    """How much of each of these models a model is, at each token [N, M]."""
+def weights(model: Record, models: Sequence[str], dist2: Callable[[Digest, str], Floats], tokens: int, store: Store) -> Floats:
+    """How much of each of these models a model is, at each token [N, M]. `dist2`: distances [N, K] by partition and signal."""
     weight_NM = np.zeros((tokens, len(models)))
     if whole(model):
         weight_NM[:, models.index(model.digest)] = 1
@@ -116,8 +120,8 @@ def weights(model: Record, models: Sequence[str], held: evaluate.Holdout, tokens
     router = ROUTERS[model.router]
     forest = store.load(model.forest, Forest)
     division, experts = store.load(forest.partition, Partition), [store.load(digest, Expert) for digest in forest.experts]
-    dist2_NK = evaluate.distances(held, division, store, progress, signal=router.signal, open_model=opener(division.embedder.name))
-    dist2_NE = nearest_place(dist2_NK, serving(division, [(expert.partition, expert.domain) for expert in experts], store))
+    served = serving(division, [(expert.partition, expert.domain) for expert in experts], store)
+    dist2_NE = nearest_place(dist2(division.digest, router.signal), served)
     weight_NE = gate(router(candidates(dist2_NE, model.seed_distance)), model.temperature, model.top_k)
     weight_NM[:, [models.index(digest) for digest in parts(model, store)[: weight_NE.shape[1]]]] = weight_NE
     return weight_NM
@@ -145,7 +149,7 @@ def judge(
     order_B = order(key, len(place_T))
     # where nothing need be run, all blocks are known and the answer is exact
     found = decide(draw, order_B, bounds, rule) if unknown else look(draw(order_B), order_B, bounds, rule)
-    window = np.unique(parts[0].window_N[sides.token_N])
+    window = np.unique(held.window_N[sides.token_N])
     full = len(unknown) * int(held.windows.length_W[window].sum())
     return found._replace(total=int(among_G.sum())), {
         "tokens_forwarded": sum(one.forwarded for one in parts) - before, "full_tokens": full,
@@ -156,7 +160,7 @@ def judge(
 def drawing(sides: Sides, columns: Columns, place_T: Ints, progress: Progress) -> Callable[[Ints], Floats]:
     """Places among the blocks that may be drawn -> their differences, bits per byte; runs what is missing for them."""
     held = columns.held
-    window_N = np.nonzero(held.scored_WL)[0][sides.token_N]
+    window_N = held.window_N[sides.token_N]
     by_block = np.argsort(sides.block_N, kind="stable")
     start_G = np.searchsorted(sides.block_N[by_block], np.arange(len(sides.block_G) + 1))
 

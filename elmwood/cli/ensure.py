@@ -58,7 +58,7 @@ class ScoreJob(Frozen):
     label: str
     model: Digest
     holdout: evaluate.HoldoutSpec
-    threads: int
+    threads: int  # of a process of its own
     windows: tuple[int, ...]
     until: float | None = None  # seconds of time.time
 
@@ -126,11 +126,11 @@ def ensure(
 
 def score_job(job: ScoreJob, progress: Progress) -> Scored:
     """What it took; the Score is found by model and holdout."""
+    torch.set_num_threads(job.threads)
     return _score(Columns(job.holdout, Store(job.store)), job, progress)
 
 
 def _score(columns: Columns, job: ScoreJob, progress: Progress) -> Scored:
-    torch.set_num_threads(job.threads)
     one = columns[job.model]
     before = one.forwarded, one.seconds
     one.fill(np.array(job.windows), named(job.label, progress), job.until)

@@ -98,7 +98,7 @@ def table(
 
 def near_windows(dist2_NE: Floats, held: evaluate.Holdout, near: int) -> dict[int, Ints]:
     """The windows on which each expert is among the nearest at some token, and a few drawn by chance."""
-    window_N = np.nonzero(held.scored_WL)[0]
+    window_N = held.window_N
     rank_NE = np.argsort(np.argsort(dist2_NE, axis=1, kind="stable"), axis=1)
     count = len(held.windows.rows_WL)
     strange_W = np.random.default_rng(0).permutation(count)[: max(2, int(STRANGE * count))]

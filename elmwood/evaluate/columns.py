@@ -36,16 +36,15 @@ class Scorer(Protocol):
 def column(score: Score, holdout: Holdout, store: Store) -> Floats:
     """The log-likelihoods of a Score [N] float16 (float32 of older ones), nats: the blob itself, memory-mapped and read-only. Those of a
     Score that has only some windows are spread in memory as float32, NaN elsewhere. Raises Damaged where they are of another holdout."""
-    parts = mapped(store.get(score.loglik))
-    count = int((holdout.windows.length_W - holdout.windows.score_from_W).sum())
-    window_N = np.nonzero(holdout.scored_WL)[0] if "windows" in parts else None
-    known_N = None if window_N is None else np.isin(window_N, parts["windows"])
-    if score.holdout != holdout.name or len(parts["loglik"]) != (count if known_N is None else known_N.sum()):
+    parts, known_W = mapped(store.get(score.loglik)), np.ones(len(holdout.count_W), bool)
+    if "windows" in parts:
+        known_W = np.isin(np.arange(len(known_W)), parts["windows"])
+    if score.holdout != holdout.name or len(parts["loglik"]) != holdout.count_W[known_W].sum():
         raise Damaged(f"score {score.digest[:8]} is of {score.holdout[:16]}…, not of {holdout.name[:16]}…: score the model again")
-    if known_N is None:
+    if known_W.all():
         return parts["loglik"]
-    loglik_N = np.full(count, np.nan, np.float32)
-    loglik_N[known_N] = parts["loglik"]
+    loglik_N = np.full(int(holdout.count_W.sum()), np.nan, np.float32)
+    loglik_N[np.repeat(known_W, holdout.count_W)] = parts["loglik"]
     return loglik_N
 
 

@@ -74,6 +74,16 @@ class Holdout(NamedTuple):
         return (place_L >= self.windows.score_from_W[:, None]) & (place_L < self.windows.length_W[:, None])
 
     @property
+    def count_W(self) -> Ints:
+        """How many tokens of each window are scored: in every column they stand together, window by window."""
+        return self.windows.length_W - self.windows.score_from_W
+
+    @property
+    def window_N(self) -> Ints:
+        """Which window each scored token is in."""
+        return np.repeat(np.arange(len(self.count_W)), self.count_W)
+
+    @property
     def tune_N(self) -> Bools:
         return self.tune_D[self.document_N]
 

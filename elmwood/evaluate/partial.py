@@ -41,18 +41,21 @@ class Partial:
 
     def __init__(self, model: Record, load: Callable[[], Scorer], holdout: Holdout, store: Store):
         self.model, self.holdout, self.load, self.store = model, holdout, load, store
-        self.window_N = np.nonzero(holdout.scored_WL)[0]
-        self.known_W = np.zeros(len(holdout.windows.rows_WL), bool)
+        self.count_W = holdout.count_W
+        self.known_W = np.zeros(len(self.count_W), bool)
         self.forwarded, self.seconds = 0, 0.0  # tokens and time, by this object
         self.keys = [fingerprint(kind, model.digest, holdout.name) for kind in ("score", "partial")]  # complete, and whatever there is
         self.folder = store.root / "work" / self.keys[1]
         done = next((digest for key in self.keys if (digest := store.done(key))), None)
         self.score = store.load(done, Score) if done else None
-        self.loglik_N = column(self.score, holdout, store) if self.score else np.full(len(self.window_N), np.nan, np.float32)
+        self.loglik_N = column(self.score, holdout, store) if self.score else np.full(int(self.count_W.sum()), np.nan, np.float32)
         if self.score and self.score.windows is None:
             self.known_W[:] = True
             return
-        self.known_W[np.unique(self.window_N[~np.isnan(self.loglik_N)])] = True
+        first_W = np.cumsum(self.count_W) - self.count_W
+        scored_W = self.count_W > 0  # a window of nothing but context has no token
+        self.known_W[scored_W] = ~np.isnan(self.loglik_N[first_W[scored_W]])
+        self.known_W[~scored_W] = self.score is not None
         for path in sorted(self.folder.glob("*.safetensors")):
             self._take(**safetensors.numpy.load_file(path))
 
@@ -83,11 +86,10 @@ class Partial:
 
     def seal(self) -> Score:
         """What is known as a Score, for everyone who shares the store; the parts it was saved in go."""
-        known_N = self.known_W[self.window_N]
-        if self.score and self.score.tokens == known_N.sum():
+        if self.score and self.score.tokens == self.count_W[self.known_W].sum():
             return self.score
         key = self.keys[0] if self.complete else self.keys[1]
-        loglik_N = self.loglik_N[known_N]
+        loglik_N = self.loglik_N[np.repeat(self.known_W, self.count_W)]
         made = Score(
             model=self.model.digest, holdout=self.holdout.name, protocol=self.holdout.protocol,
             loglik=self.store.put(encode(loglik_N, None if self.complete else self.known_W)),
@@ -100,10 +102,10 @@ class Partial:
         return made
 
     def _take(self, windows: Ints, loglik: Floats) -> None:
-        place_N = np.isin(self.window_N, windows)
-        if place_N.sum() != len(loglik):
-            raise Damaged(f"{self.folder} holds {len(loglik)} scores for {place_N.sum()} tokens: delete it and run the command again")
-        self.loglik_N[place_N] = loglik
+        size_w, last_w = self.count_W[windows], np.cumsum(self.count_W)[windows]
+        if size_w.sum() != len(loglik):
+            raise Damaged(f"{self.folder} holds {len(loglik)} scores for {size_w.sum()} tokens: delete it and run the command again")
+        self.loglik_N[np.repeat(last_w - np.cumsum(size_w), size_w) + np.arange(len(loglik))] = loglik
         self.known_W[windows] = True
 
     def _keep(self, windows: Ints, loglik: Floats) -> None:
