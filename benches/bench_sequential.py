@@ -1,8 +1,6 @@
 """How soon, and how often wrongly, does a sequential comparison answer?
 
     python benches/bench_sequential.py [--runs 2000]          simulated differences; under five minutes on one core
-    python benches/bench_sequential.py real STORE FOREST [--documents N] [--plots FOLDER]
-                                                              columns of a forest's models: each expert added to the others, routed and not
 
 One JSON line per setting. Simulated blocks have heavy tails (half near zero, half Student's t with three degrees of freedom; a seventh
 of the variance between 18 domains), clipped at five standard deviations; r is the standard deviation over the mean. The null with rare
@@ -17,23 +15,14 @@ S runs, N blocks, T draws
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from elmwood import evaluate
-from elmwood.cli.compare import Sides, bounded, mix_up
-from elmwood.cli.jobs import open_holdout
-from elmwood.engine import silent
-from elmwood.ensemble.mixture import open_model
 from elmwood.evaluate.betting import Draws, rejected, wealth
-from elmwood.evaluate.sequential import Population, Rule, decide, per_byte, touched, worst
-from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
-from elmwood.report.sequential import Line, experts_plot
-from elmwood.store import Store
+from elmwood.evaluate.sequential import Population, Rule, decide
 
 Floats = NDArray[np.floating]
 
@@ -45,7 +34,6 @@ CELLS = 4_000_000  # numbers in one array
 RATIOS = (3, 5, 10, 20)
 TRUTHS = (-1.0, 0.0, 0.5, 1.0, 2.0)  # effects, in least effects
 CAP = 5000
-LEAST = 0.002  # bits per byte, of real columns
 TUNED = 500  # draws at which the asymptotic sequence is tightest
 
 
@@ -217,98 +205,10 @@ def controls(runs: int, size: int = 20_000) -> None:
                 saving=round(means["plain"] / means["with features"], 2))  # fmt: skip
 
 
-# ---- real columns ---------------------------------------------------------------------------------------------------
-
-
-def real(store: Store, name: str, documents: int | None, plots: Path | None, orders: int = 40) -> None:
-    """Each expert of a forest added to the others: what the differences look like, and how many blocks it takes to know."""
-    named = store.load(name)
-    forest = store.load(named.forest if isinstance(named, Ensemble) else named.digest, Forest)
-    base = named if isinstance(named, Ensemble) else Ensemble(forest=forest.digest)
-    division, seed = store.load(forest.partition, Partition), store.load(forest.seed, Seed)
-    spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=min(seed.context, 256), documents=documents)
-    held = open_holdout(spec, store)
-    column_N = {}
-    for digest in (*forest.experts, seed.digest):
-        record = store.load(digest)
-        made = evaluate.score(record, lambda record=record: open_model(record, store), held, store)
-        column_N[digest] = evaluate.column(made, held, store)
-
-    def ensemble(members: Sequence[str], **settings: object) -> Ensemble:
-        chosen = Forest(seed=seed.digest, partition=division.digest, experts=tuple(members))
-        store.add(chosen)
-        return base.model_copy(update={"forest": chosen.digest} | settings)
-
-    ways = {f"top-{k}": {"top_k": k} for k in (1, 2, 4) if k < len(forest.experts)} | {
-        "unrouted": {"router": "uniform", "top_k": 10**6, "seed_distance": None}
-    }
-    for way, settings in ways.items():
-        for expert in forest.experts:
-            others = [digest for digest in forest.experts if digest != expert]
-            sides = mix_up(ensemble(others, **settings), ensemble(forest.experts, **settings), seed, held, store, silent)
-            label = division.domains[store.load(expert, Expert).domain or 0].name
-            measure(way, label, sides.models.index(expert), sides, held, column_N, orders)
-    if plots:
-        draw_experts(ways, forest, ensemble, seed, division, held, store, column_N, plots)
-
-
-def measure(way: str, label: str, new: int, sides: Sides, held: evaluate.Holdout, column_N: dict[str, Floats], orders: int) -> None:
-    """One expert added: r within the blocks it touches and over all, and blocks drawn from either until the answer is known."""
-    touched_G = touched(sides.weight_a_NM, sides.weight_b_NM, sides.block_N, len(sides.block_G))
-    loglik_NM = np.column_stack([column_N[digest][sides.token_N] for digest in sides.models])
-    gain_N = worst(loglik_NM, sides.weight_b_NM) - worst(loglik_NM, sides.weight_a_NM)
-    value_G = per_byte(np.bincount(sides.block_N, gain_N, len(sides.block_G)).astype(float), held.block_bytes_B[sides.block_G])
-    known = {m: loglik_NM[:, m] for m in range(len(sides.models)) if m != new}
-    found: dict[str, object] = {"blocks": len(value_G), "touched": int(touched_G.sum())}
-    for where, place_T in (("touched", np.flatnonzero(touched_G)), ("all", np.arange(len(value_G)))):
-        if not len(place_T):
-            continue
-        value_B = value_G[place_T]
-        spread, mean = float(value_B.std()), float(value_B.mean())
-        bounds = bounded(sides, known, held, place_T, 0.5)
-        rule = Rule(worthless=LEAST if where == "touched" else LEAST * float(touched_G.mean()), cap=len(value_B))
-        runs = [
-            decide(lambda places, value_B=value_B: value_B[places], np.random.default_rng(n).permutation(len(value_B)), bounds, rule)
-            for n in range(orders)
-        ]
-        found[where] = {
-            "effect": round(mean, 5), "r": round(spread / abs(mean), 2) if mean else None, "deviation": round(spread, 5),
-            "least": round(float(value_B.min()), 4), "greatest": round(float(value_B.max()), 4),
-            "floor": round(float(bounds.low_B.min()), 3), "proven": bounds.proven_low,
-            "mean_drawn": round(float(np.mean([run.drawn for run in runs])), 1),
-            **{outcome: sum(run.outcome == outcome for run in runs) for outcome in ("better", "not better", "undecided")},
-        }  # fmt: skip
-    say(setting="real", way=way, expert=label, orders=orders, **found)
-
-
-def draw_experts(ways, forest, ensemble, seed, division, held, store, column_N, plots: Path) -> None:
-    """Bits per byte of the gate split against the number of experts, added in the order of their digests."""
-    lines, reference = [], 0.0
-    for way, settings in ways.items():
-        losses = []
-        for count in range(1, len(forest.experts) + 1):
-            sides = mix_up(seed, ensemble(forest.experts[:count], **settings), seed, held, store, silent)
-            loglik_NM = np.column_stack([column_N[digest][sides.token_N] for digest in sides.models])
-            scale = np.log(2) * held.block_bytes_B[sides.block_G].sum()
-            losses.append(-worst(loglik_NM, sides.weight_b_NM).sum() / scale)
-            reference = -worst(loglik_NM, sides.weight_a_NM).sum() / scale
-        lines.append(Line(way, list(range(1, len(losses) + 1)), losses))
-        say(setting="bits per byte by experts", way=way, seed=round(float(reference), 4), losses=[round(float(loss), 4) for loss in losses])
-    plots.mkdir(parents=True, exist_ok=True)
-    (plots / "experts.svg").write_text(experts_plot(lines, reference=("seed", float(reference))))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["simulated", "real"], default="simulated")
-    parser.add_argument("store", nargs="?", type=Path)
-    parser.add_argument("forest", nargs="?")
     parser.add_argument("--runs", type=int, default=2000)
-    parser.add_argument("--documents", type=int, help="real: at most so many held-out documents")
-    parser.add_argument("--plots", type=Path, help="real: a folder for drawings")
     asked = parser.parse_args()
-    if asked.what == "real":
-        return real(Store(asked.store), asked.forest, asked.documents, asked.plots)
     started = time.perf_counter()
     heavy_tails(asked.runs)
     rare_losses(asked.runs)

@@ -21,7 +21,7 @@ from elmwood.evaluate.accept import Evidence, Policy, cosine, novelty
 from elmwood.evaluate.accept import accept as decide
 from elmwood.evaluate.budget import begin, finish, order, seal, sealed, serving
 from elmwood.evaluate.holdout import GATE, TUNE
-from elmwood.evaluate.sequential import Finding, Rule, touched
+from elmwood.evaluate.sequential import Finding, Rule
 from elmwood.records import Ensemble, Entry, Expert, Forest, Ledger, Partition, Record, Seed, Verdict
 from elmwood.store import Store
 
@@ -171,7 +171,7 @@ def gather(trial: Trial, policy: Policy, cap: int, clip: float, progress: Progre
     own_G = trial.slice_G & np.isin(_domains(held, GATE), trial.own)
 
     def ask(sides: Sides, rule: Rule, among_G: Bools, what: str) -> Finding | None:
-        if not (touched(sides.weight_a_NM, sides.weight_b_NM, sides.block_N, len(among_G)) & among_G).any():
+        if not (sides.touched_G & among_G).any():
             return None
         return judge(sides, columns, rule, clip, seal(trial.key, what), progress, among_G)[0]
 
@@ -224,7 +224,7 @@ def _public_gain(sides: Sides, trial: Trial, count: int, progress: Progress) -> 
 def _groups(sides: Sides, trial: Trial) -> dict[str, tuple[Bools, float]]:
     """The blocks of each domain that the expert touches, small ones together, and the share of them it touches: what it does not touch
     is not harmed, and a domain's loss is over all its text."""
-    touched_G = touched(sides.weight_a_NM, sides.weight_b_NM, sides.block_N, len(trial.slice_G)) & trial.slice_G
+    touched_G = sides.touched_G & trial.slice_G
     domain_G = _domains(trial.held, GATE)
     count_K = np.bincount(domain_G[touched_G], minlength=len(trial.division.domains))
     large = count_K >= max(1, SMALL * count_K.sum())

@@ -4,7 +4,7 @@ G blocks of the gate split, N scored tokens in them, M models (experts by digest
 """
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from elmwood.store import Store
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
+Bools = NDArray[np.bool_]
 
 
 class Sides(NamedTuple):
@@ -41,6 +42,16 @@ class Sides(NamedTuple):
     token_N: Ints  # their places in the whole column
     block_N: Ints  # place of each token's block among those of the split
     block_G: Ints  # places of these in the holdout
+
+    @property
+    def touched_G(self) -> Bools:
+        """Blocks in which the two can differ."""
+        return touched(self.weight_a_NM, self.weight_b_NM, self.block_N, len(self.block_G))
+
+    def within(self, among_G: Bools) -> "Sides":
+        """The same on the tokens of some blocks."""
+        here_N = among_G[self.block_N]
+        return self._replace(**{name: getattr(self, name)[here_N] for name in ("weight_a_NM", "weight_b_NM", "token_N", "block_N")})
 
 
 def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap, clip, plot, store, as_json) -> None:
@@ -131,29 +142,28 @@ def weights(model: Record, models: Sequence[str], dist2: Callable[[Digest, str],
 
 
 def judge(
-    sides: Sides, columns: Columns, rule: Rule, clip: float, key: bytes, progress: Progress, among_G: NDArray[np.bool_] | None = None
+    sides: Sides, columns: Columns, rule: Rule, clip: float, key: bytes, progress: Progress, among_G: Bools | None = None
 ) -> tuple[Finding, dict[str, Any]]:
     """Draw and score until the answer is known; the finding and what it cost. `among_G`: only of these blocks. Raises BadInput."""
     held, parts = columns.held, [columns[digest] for digest in sides.models]
-    touched_G = touched(sides.weight_a_NM, sides.weight_b_NM, sides.block_N, len(sides.block_G))
-    among_G = np.ones(len(touched_G), bool) if among_G is None else among_G
-    place_T = np.flatnonzero(touched_G & among_G)
+    among_G = np.ones(len(sides.block_G), bool) if among_G is None else among_G
+    drawn_G = sides.touched_G & among_G
+    place_T = np.flatnonzero(drawn_G)
     before = sum(one.forwarded for one in parts)
-    changed_N = (touched_G & among_G)[sides.block_N]
-    needed_M = np.maximum(sides.weight_a_NM, sides.weight_b_NM)[changed_N].max(0, initial=0) > 0
-    known_M = [not np.isnan(one.loglik_N[sides.token_N]).any() for one in parts]
-    unknown = [one for m, one in enumerate(parts) if needed_M[m] and not known_M[m]]
-    known = {m: one.loglik_N[sides.token_N] for m, one in enumerate(parts) if known_M[m]}
-    bounds = bounded(sides, known, held, place_T, clip if unknown else None)
+    window = np.unique(held.window_N[sides.token_N])
+    sides = sides.within(drawn_G)
+    loglik_NM = np.column_stack([one.loglik_N[sides.token_N] for one in parts])
+    missing_NM = np.isnan(loglik_NM) & ((sides.weight_a_NM > 0) | (sides.weight_b_NM > 0))
+    unknown = int(missing_NM.any(0).sum())
+    bounds = bounded(sides, loglik_NM, held, place_T, clip if unknown else None)
     draw = drawing(sides, columns, place_T, progress)
     order_B = order(key, len(place_T))
     # where nothing need be run, all blocks are known and the answer is exact
     found = decide(draw, order_B, bounds, rule) if unknown else look(draw(order_B), order_B, bounds, rule)
-    window = np.unique(held.window_N[sides.token_N])
-    full = len(unknown) * int(held.windows.length_W[window].sum())
     return found._replace(total=int(among_G.sum())), {
-        "tokens_forwarded": sum(one.forwarded for one in parts) - before, "full_tokens": full,
-        "models_known": len(sides.models) - len(unknown), "models_run": len(unknown),
+        "tokens_forwarded": sum(one.forwarded for one in parts) - before,
+        "full_tokens": unknown * int(held.windows.length_W[window].sum()),
+        "models_known": len(sides.models) - unknown, "models_run": unknown,
     }  # fmt: skip
 
 
@@ -177,21 +187,21 @@ def drawing(sides: Sides, columns: Columns, place_T: Ints, progress: Progress) -
     return draw
 
 
-def bounded(sides: Sides, known: Mapping[int, Floats], held: evaluate.Holdout, place_T: Ints, clip: float | None) -> Population:
-    """Floors and ceilings of the blocks that may be drawn, from the columns [N] that are known; and these columns as control variates."""
-    chosen = list(known)
-    loglik_NC = np.stack([known[m] for m in chosen], 1) if chosen else np.zeros((len(sides.token_N), 0))
-    a_NC, b_NC = sides.weight_a_NM[:, chosen], sides.weight_b_NM[:, chosen]
+def bounded(sides: Sides, loglik_NM: Floats, held: evaluate.Holdout, place_T: Ints, clip: float | None) -> Population:
+    """Floors and ceilings of the blocks that may be drawn, from what is known of the columns (NaN elsewhere); and control variates."""
+    known_NM = ~np.isnan(loglik_NM)
+    a_NM, b_NM = np.where(known_NM, sides.weight_a_NM, 0), np.where(known_NM, sides.weight_b_NM, 0)
     bytes_G = held.block_bytes_B[sides.block_G]
 
     def block(value_N: Floats) -> Floats:
         return per_byte(np.bincount(sides.block_N, value_N, len(sides.block_G)).astype(np.float64), bytes_G)[place_T]
 
     floor_B, ceiling_B = (block(low_N) - block(high_N) for low_N, high_N in (
-        (worst(loglik_NC, b_NC), best(loglik_NC, a_NC)), (best(loglik_NC, b_NC), worst(loglik_NC, a_NC)),
+        (worst(loglik_NM, b_NM), best(loglik_NM, a_NM)), (best(loglik_NM, b_NM), worst(loglik_NM, a_NM)),
     ))  # fmt: skip
     moved_N = np.abs(sides.weight_b_NM - sides.weight_a_NM).sum(1)
-    feature_BF = np.column_stack([block(moved_N), block(np.ones(len(sides.token_N))), *(block(-one_N) for one_N in loglik_NC.T)])
+    whole_M = known_NM.all(0)
+    feature_BF = np.column_stack([block(moved_N), block(np.ones(len(sides.token_N))), *(block(-one_N) for one_N in loglik_NM.T[whole_M])])
     return population(floor_B, ceiling_B, len(sides.block_G), clip=clip, feature_BF=feature_BF)
 
 

@@ -95,13 +95,11 @@ def population(floor_B: Floats, ceiling_B: Floats, total: int, *, clip: float | 
     low_B, high_B = np.asarray(floor_B, np.float64), np.asarray(ceiling_B, np.float64)
     if clip is None and not (np.isfinite(low_B).all() and np.isfinite(high_B).all()):
         raise BadInput("mathematics bounds no difference where nothing is known of the changed model: state a clip")
-    at = np.inf if clip is None else clip
-    bounded = Population(
-        np.maximum(low_B, -at), np.minimum(high_B, at), total, feature_BF, bool((low_B >= -at).all()), bool((high_B <= at).all())
-    )
-    if not (bounded.low_B <= bounded.high_B).all():
+    if (low_B > high_B + ROUNDING).any():
         raise BadInput("a floor lies above its ceiling: the bounds are of other blocks, or of other models")
-    return bounded
+    high_B, at = np.maximum(low_B, high_B), np.inf if clip is None else clip
+    proven_low, proven_high = bool((low_B >= -at).all()), bool((high_B <= at).all())
+    return Population(np.clip(low_B, -at, at), np.clip(high_B, -at, at), total, feature_BF, proven_low, proven_high)
 
 
 def per_byte(nats_B: Floats, bytes_B: Ints) -> Floats:
@@ -119,9 +117,11 @@ def worst(loglik_NC: Floats, weight_NC: Floats) -> Floats:
     """Least log-likelihood a mixture can give each token, knowing only some of its models [N], nats: log sum_c w_c p_c, for no other
     model gives less than nothing. Minus infinity where none that is known has weight; what has no weight may be NaN."""
     weight_NC = np.asarray(weight_NC, np.float64)
+    loglik_NC = np.where(weight_NC > 0, loglik_NC, -np.inf)
+    peak_N = loglik_NC.max(1, initial=-np.inf)
+    peak_N = np.where(np.isfinite(peak_N), peak_N, 0)
     with np.errstate(divide="ignore"):
-        parts_NC = np.log(weight_NC) + np.where(weight_NC > 0, loglik_NC, 0)
-    return np.logaddexp.reduce(parts_NC, axis=1, initial=-np.inf)
+        return peak_N + np.log((weight_NC * np.exp(loglik_NC - peak_N[:, None])).sum(1))
 
 
 def best(loglik_NC: Floats, weight_NC: Floats) -> Floats:

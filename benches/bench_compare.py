@@ -1,0 +1,219 @@
+"""How many blocks does it take to know what a change of a real forest is worth?
+
+    python benches/bench_compare.py STORE FOREST [--documents N] [--every 4] [--replaced PREFIX ...] [--merges NAME ...] [--unrouted]
+
+The changes that people make: an expert is added to the others, or replaced by PREFIX/domain; the temperature is half as high again; a
+second expert speaks; a merge stands in for the seed. What is missing of the columns is run first, only where a model has weight. Then
+all differences on the gate split are known, and each is decided in many random orders, as `elmwood compare` would decide it: drawing
+from the blocks that the change can touch, without and with control variates, and drawing from all. Every block is there as often as
+makes a full evaluation of 10,000 blocks: mean, spread and share that is touched stay the same. One JSON line for each change with r,
+the standard deviation over the mean, and one for all of a kind.
+
+G blocks of the gate split, B of them that may be drawn, N scored tokens in them, M models, K domains
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood import evaluate
+from elmwood.cli.compare import Sides, bounded, parts, weights
+from elmwood.cli.ensure import Columns, ensure
+from elmwood.cli.screen import expand
+from elmwood.engine import silent
+from elmwood.evaluate.holdout import GATE
+from elmwood.evaluate.sequential import Population, Rule, decide, per_byte, worst
+from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
+from elmwood.store import Store
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+LEAST = 0.002  # bits per byte
+WHOLE = 10_000  # blocks of a full evaluation
+
+
+def say(**line: object) -> None:
+    print(json.dumps({"bench": "compare"} | line), flush=True)
+
+
+class Real(NamedTuple):
+    """A forest's gate split, its routing known."""
+
+    columns: Columns
+    base: Ensemble
+    forest: Forest
+    division: Partition
+    token_N: Ints
+    block_N: Ints  # among those of the split
+    block_G: Ints
+    dist2_NK: Floats
+
+    def ensemble(self, members: Sequence[str], **settings: object) -> Ensemble:
+        chosen = self.forest.model_copy(update={"experts": tuple(sorted(members))})
+        self.columns.store.add(chosen)
+        return self.base.model_copy(update={"forest": chosen.digest} | settings)
+
+    def sides(self, a: Record, b: Record) -> Sides:
+        store, seed = self.columns.store, self.forest.seed
+        models = (*sorted({digest for one in (a, b) for digest in parts(one, store)} - {seed}), seed)
+        weight_a_NM, weight_b_NM = (weights(one, models, lambda *_: self.dist2_NK, len(self.token_N), store) for one in (a, b))
+        return Sides(models, weight_a_NM, weight_b_NM, self.token_N, self.block_N, self.block_G)
+
+
+class Change(NamedTuple):
+    way: str  # how experts are routed
+    what: str
+    label: str
+    a: Record
+    b: Record
+    new: str | None  # the model whose column is not known beforehand
+
+
+def opened(store: Store, name: str, documents: int | None) -> Real:
+    named = store.load(name)
+    forest = store.load(named.forest if isinstance(named, Ensemble) else named.digest, Forest)
+    base = named if isinstance(named, Ensemble) else Ensemble(forest=forest.digest, temperature=0.08, seed_distance=0.992)
+    division, seed = store.load(forest.partition, Partition), store.load(forest.seed, Seed)
+    spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=min(seed.context, 256), documents=documents)
+    columns = Columns(spec, store)
+    held = columns.held
+    inside_N = held.split_B[held.block_N] == GATE
+    block_G = np.flatnonzero(held.split_B == GATE)
+    here = held._replace(windows=type(held.windows)(*(part[np.unique(held.window_N[inside_N])] for part in held.windows)))
+    dist2_NK = evaluate.distances(here, division, store)
+    return Real(
+        columns, base, forest, division, np.flatnonzero(inside_N), np.searchsorted(block_G, held.block_N[inside_N]), block_G, dist2_NK
+    )
+
+
+def changes(real: Real, every: int, replaced: Sequence[str], merges: Sequence[str], unrouted: bool) -> Iterator[Change]:
+    """What people change: every so many-th expert is added to the others; experts are replaced by those named PREFIX/domain; the
+    temperature is half as high again; a second expert speaks; a merge stands in for the seed."""
+    store, division = real.columns.store, real.division
+    experts = {store.load(digest, Expert).domain or 0: digest for digest in real.forest.experts}
+    ways: dict[str, dict[str, Any]] = {f"top-{k}": {"top_k": k} for k in (1, 2)}
+    if unrouted:
+        ways |= {"unrouted": {"router": "uniform", "top_k": 10**6, "seed_distance": None}}
+    for way, settings in ways.items():
+        everyone = real.ensemble(real.forest.experts, **settings)
+        for domain in sorted(experts)[::every]:
+            others = [digest for digest in real.forest.experts if digest != experts[domain]]
+            label = division.domains[domain].name
+            yield Change(way, "expert added", label, real.ensemble(others, **settings), everyone, experts[domain])
+        for prefix in replaced:
+            for name in expand(store, [f"{prefix}/"]):
+                new = store.load(name, Expert)
+                others = [digest for digest in real.forest.experts if digest != experts[new.domain or 0]]
+                yield Change(way, f"replaced: {prefix}", name, everyone, real.ensemble([*others, new.digest], **settings), new.digest)
+        if way == "top-2":
+            yield Change(
+                way, "temperature", "1.5 times", everyone, everyone.model_copy(update={"temperature": 1.5 * everyone.temperature}), None
+            )
+            yield Change(way, "top-1 to top-2", "", real.ensemble(real.forest.experts, top_k=1), everyone, None)
+    for name in expand(store, merges):
+        yield Change("one model", "merge for seed", name, store.load(real.forest.seed), store.load(name), store.resolve(name))
+
+
+def decide_all(real: Real, asked: Iterable[Change], orders: int) -> None:
+    """One line for each change, one for all of a kind."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for change in asked:
+        sides = real.sides(change.a, change.b)
+        held = real.columns.held
+        spoken_NM = (sides.weight_a_NM > 0) | (sides.weight_b_NM > 0)
+        window_N = held.window_N[real.token_N]
+        windows = {digest: np.unique(window_N[spoken_NM[:, m]]) for m, digest in enumerate(sides.models)}
+        found = ensure([(digest[:8], digest) for digest in sides.models], real.columns, windows=windows, progress=silent)
+        loglik_NM = np.column_stack([found.columns[digest][real.token_N] for digest in sides.models])
+        row = measure(change, sides, held, loglik_NM, orders)
+        say(measured="change", way=change.way, change=change.what, label=change.label, **row)
+        rows.setdefault((change.way, change.what), []).append(row)
+    for (way, what), mine in rows.items():
+        say(measured="together", way=way, change=what, count=len(mine), **together([row for row in mine if row["may_differ"]]))
+
+
+def measure(change: Change, sides: Sides, held: evaluate.Holdout, loglik_NM: Floats, orders: int) -> dict[str, Any]:
+    """What the differences look like, and how many blocks it takes to know, from all N and from those that are touched."""
+    touched_G, blocks = sides.touched_G, len(sides.block_G)
+    here_N = touched_G[sides.block_N]
+    sides, loglik_NM = sides.within(touched_G), loglik_NM[here_N]
+    gain_N = worst(loglik_NM, sides.weight_b_NM) - worst(loglik_NM, sides.weight_a_NM)
+    value_G = per_byte(np.bincount(sides.block_N, gain_N, blocks).astype(float), held.block_bytes_B[sides.block_G])
+    known_NM = np.where(np.array([digest == change.new for digest in sides.models]), np.nan, loglik_NM)
+    copies = -(-WHOLE // len(value_G))  # every block so many times: N blocks at least, the same mean and spread
+    row: dict[str, Any] = {"blocks": len(value_G), "copies": copies, "N": copies * len(value_G), "may_differ": int(touched_G.sum())}
+    for where, place_T in (("touched", np.flatnonzero(touched_G)), ("all", np.arange(len(value_G)))):
+        if not touched_G.any():
+            continue
+        value_B = np.tile(value_G[place_T], copies)
+        spread, mean = float(value_B.std()), float(value_B.mean())
+        least = LEAST if where == "touched" else LEAST * float(touched_G.mean())
+        bounds = bounded(sides, known_NM, held, place_T, 0.5)
+        assert bounds.feature_BF is not None
+        wide = bounds._replace(low_B=np.tile(bounds.low_B, copies), high_B=np.tile(bounds.high_B, copies), total=len(value_B),
+                               feature_BF=np.tile(bounds.feature_BF, (copies, 1)))  # fmt: skip
+        row[where] = {
+            "effect": round(mean, 5), "r": round(spread / abs(mean), 2) if mean else None, "deviation": round(spread, 5),
+            "deviation_over_least": round(spread / least, 1), "floor": round(float(bounds.low_B.min()), 3), "proven": bounds.proven_low,
+            "plain": runs(value_B, wide._replace(feature_BF=None), Rule(worthless=least, cap=len(value_B)), orders),
+        }  # fmt: skip
+        if where == "touched":
+            row[where]["with features"] = runs(value_B, wide, Rule(worthless=least, cap=len(value_B)), orders)
+    return row
+
+
+def runs(value_B: Floats, bounds: Population, rule: Rule, orders: int) -> dict[str, Any]:
+    """Mean of the blocks drawn over random orders, and the answers."""
+    found = [
+        decide(lambda places: value_B[places], np.random.default_rng(n).permutation(len(value_B)), bounds, rule) for n in range(orders)
+    ]
+    wrong = {"better": value_B.mean() <= 0, "not better": value_B.mean() >= rule.worthless}
+    return {
+        "drawn": round(float(np.mean([one.drawn for one in found])), 1), "wrong": sum(bool(wrong.get(one.outcome)) for one in found),
+        **{outcome: sum(one.outcome == outcome for one in found) for outcome in ("better", "not better", "undecided")},
+    }  # fmt: skip
+
+
+def together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over changes of one kind; N over the blocks drawn, worst and median."""
+    middle = {
+        f"{name}, {where}": round(float(np.median([row[where][name] for row in rows])), 2)
+        for where in ("touched", "all") for name in ("r", "deviation_over_least")
+    }  # fmt: skip
+    drawn = {
+        where: np.array([row[place][how]["drawn"] for row in rows])
+        for where, place, how in (("touched", "touched", "plain"), ("features", "touched", "with features"), ("all", "all", "plain"))
+    }
+    whole = rows[0]["N"]
+    return {
+        "N": whole, "share_touched": round(float(np.median([row["may_differ"] / row["blocks"] for row in rows])), 3), **middle,
+        **{f"drawn, {where}": round(float(np.median(some)), 1) for where, some in drawn.items()},
+        **{f"N over drawn, {where}": [round(float(whole / some.max()), 1), round(float(np.median(whole / some)), 1)]
+           for where, some in drawn.items()},
+        **{outcome: sum(row["touched"]["plain"][outcome] for row in rows) for outcome in ("better", "not better", "undecided", "wrong")},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("forest", help="or an ensemble, whose temperature is taken; of a forest it is 0.08, with the seed at 0.992")
+    parser.add_argument("--documents", type=int, help="at most so many held-out documents")
+    parser.add_argument("--every", type=int, default=1, help="add every so many-th expert")
+    parser.add_argument("--replaced", nargs="*", default=[], help="names of experts, up to the number of their domain")
+    parser.add_argument("--merges", nargs="*", default=[], help="names of merges")
+    parser.add_argument("--unrouted", action="store_true", help="as well: needs all columns on all blocks")
+    parser.add_argument("--orders", type=int, default=20, help="random orders of each change")
+    asked = parser.parse_args()
+    real = opened(Store(asked.store), asked.forest, asked.documents)
+    decide_all(real, changes(real, asked.every, asked.replaced, asked.merges, asked.unrouted), asked.orders)
+
+
+if __name__ == "__main__":
+    main()
