@@ -1,19 +1,26 @@
 """Mixtures of a forest's experts, untuned and tuned, beside dense training at equal total tokens, the ensemble and the merges.
 
-    python benches/bench_mixture.py STORE FOREST --ensemble NAME --dense NAME [--tokens 200k] [--documents 120] [--low-rank] [--quick]
+    python benches/bench_mixture.py STORE FOREST --dense NAME [--dense NAME ...] [--ensemble NAME] [--random FOREST]
+        [--tokens 500k] [--documents 100] [--rows PATTERN]
 
-FOREST, its ensemble and its dense control stand in STORE (benches/forest.py makes them). The tokens of tuning come on top of the
-experts', so `--dense` is trained anew for as many more steps, and gains are over that: paired, on the test half. Scales and rates are
-chosen on the tune half. One JSON line per row: bits per byte, gain, parameters in all and at work on a token, tokens scored per second,
-seconds of tuning. `--low-rank` adds the mixture of adapters over one shared feed-forward; `--quick` leaves out the ablations.
+All of them stand in STORE (benches/forest.py makes them). Tuning takes tokens on top of the experts', so every `--dense` is trained anew
+for as many more; gains are over the better of them, paired, on the test half. `--random`: experts of clusters without meaning, in the same
+mixture. Rates, scales and what dense is best are chosen on the tune half, never on the half that is reported. `--rows`: only those whose
+name matches this expression. What STORE has is not done again, so a run that was stopped goes on, and rows can be asked for one by one.
+
+One JSON line per row: bits per byte; gain over dense, over the same mixture untuned and over the best merge, each with its standard error;
+parameters in all and at work on a token, CPU seconds of tuning, loads.
 """
 
 import argparse
 import json
-from time import perf_counter
-from typing import Any
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors import safe_open
 
 from elmwood import evaluate
@@ -30,8 +37,52 @@ from elmwood.store import Store
 from elmwood.train import train, tune
 from elmwood.train.router import tune_key
 
-SCALES = (0.05, 0.1, 0.2)  # of task arithmetic: the sum of eight deltas is added to the seed
-RATES = {"routers": (3e-3, 1e-2), "norms": (3e-3,), "shared": (1e-3,), "everything": (5e-4, 2e-3)}
+DENSE = "dense, equal total tokens"
+MERGED = (0.05, 0.1, 0.2)  # scales of task arithmetic: the sum of the deltas is added to the seed
+SCALES = (0.5, 1.0, 2.0, 4.0)  # of gates
+WHOLE, NARROW = (1e-3, 2e-3), (3e-3, 1e-2)  # rates
+
+
+class Plan(NamedTuple):
+    """One row."""
+
+    name: str
+    gates: str = "hidden"
+    top_k: int | None = 2  # None: all, soft routing
+    seed_bias: float | None = 0.0
+    scales: tuple[float, ...] = (1.0,)  # of the gates; the best on the tune half
+    layout: str = "checkpoint"
+    method: str = "seed"  # of what all share
+    settings: tuple[tuple[str, float], ...] = ()
+    tuned: str | None = None
+    rates: tuple[float, ...] = WHOLE
+    balance: float = 0.01
+    random: bool = False  # of the forest of random clusters
+
+
+EVERYTHING = "everything tuned"
+PLANS = (
+    Plan("untuned"),
+    Plan("untuned, soft", top_k=None),
+    Plan("untuned, shared averaged", method="average"),
+    Plan("untuned, shared averaged at 0.1", method="task_arithmetic", settings=(("scale", 0.1),)),
+    Plan("untuned, scale chosen", scales=SCALES),
+    Plan("untuned, Arrow's gates", gates="arrow", scales=SCALES),
+    Plan("untuned, random gates", gates="random"),
+    Plan(EVERYTHING, tuned="everything"),
+    Plan("routers tuned", tuned="routers", rates=NARROW),
+    Plan("experts frozen", tuned="shared"),
+    Plan(f"{EVERYTHING}, soft", top_k=None, tuned="everything"),
+    Plan(f"{EVERYTHING}, top-1", top_k=1, tuned="everything"),
+    Plan(f"{EVERYTHING}, no load balancing", tuned="everything", balance=0.0),
+    Plan(f"{EVERYTHING}, without the seed's expert", seed_bias=None, tuned="everything"),
+    Plan(f"{EVERYTHING}, shared averaged", method="average", tuned="everything"),
+    Plan(f"{EVERYTHING}, shared averaged at 0.1", method="task_arithmetic", settings=(("scale", 0.1),), tuned="everything"),
+    Plan(f"{EVERYTHING}, random gates", gates="random", tuned="everything"),
+    Plan(f"{EVERYTHING}, random clusters", gates="random", tuned="everything", random=True),
+    Plan("low-rank, untuned", layout="low-rank"),
+    Plan("low-rank, routers tuned", layout="low-rank", tuned="routers", rates=NARROW),
+)
 
 
 class Bench:
@@ -49,54 +100,74 @@ class Bench:
         self.columns: dict[str, np.ndarray] = {}
         self.data = self.store.load(self.division.corpus, Corpus).train  # as the dense control's, so packed before
 
-    def column(self, record: Record) -> tuple[np.ndarray, float | None]:
-        """And the tokens per second, where the model was run now."""
-        started, ran = perf_counter(), []
+    def partial(self, record: Record) -> evaluate.Partial:
+        return evaluate.Partial(record, lambda: open_model(record, self.store), self.held, self.store)
 
-        def load() -> Any:
-            ran.append(perf_counter())
-            return open_model(record, self.store)
+    def column(self, record: Record) -> np.ndarray:
+        one = self.partial(record)
+        one.fill(np.arange(len(one.known_W)))
+        one.seal()
+        return one.loglik_N
 
-        score = evaluate.score(record, load, self.held, self.store)
-        found = evaluate.column(score, self.held, self.store)
-        return found, round(len(found) / (perf_counter() - started)) if ran else None
+    def best(self, made: Sequence[tuple[Any, Record]]) -> tuple[Any, Record]:
+        """That with the least loss on the tune half; no more is scored of the others."""
+        losses = []
+        for _, record in made if len(made) > 1 else ():
+            one = self.partial(record)
+            one.fill(np.unique(one.window_N[self.held.tune_N]))
+            one.seal()
+            losses.append(evaluate.bits_per_byte(one.loglik_N, self.held, self.held.tune_D).value)
+        return made[int(np.argmin(losses))] if losses else made[0]
 
-    def tuned_loss(self, name: str) -> float:
-        return evaluate.bits_per_byte(self.columns[name], self.held, self.held.tune_D).value
+    def wanted(self, name: str) -> bool:
+        return re.search(self.asked.rows, name) is not None
 
     def tell(self, name: str, record: Record | None = None, **facts: object) -> None:
         if record is not None:
-            self.columns[name], facts["tokens_per_second"] = self.column(record)
+            self.columns[name] = self.column(record)
         found = evaluate.row(name, self.columns[name], self.held, domains=len(self.division.domains))
-        line = {"bench": "mixture", "row": name, "bits_per_byte": round(found.bits_per_byte, 4), "error": round(found.standard_error, 4)}
-        if "dense, equal total tokens" in self.columns:
-            gain = evaluate.difference(
-                self.columns["dense, equal total tokens"], self.columns[name], self.held, ~self.held.tune_D
-            )  # fmt: skip
-            line |= {"gain": round(gain.value, 4), "gain_error": round(gain.standard_error, 4)}
-        print(json.dumps(line | {"tune_half": round(self.tuned_loss(name), 4)} | facts), flush=True)
+        line = {"bench": "mixture", "forest": self.asked.forest, "row": name}
+        line |= {"bits_per_byte": round(found.bits_per_byte, 4), "error": round(found.standard_error, 4)}
+        merges = [other for other in self.columns if other.startswith("merge")]
+        best = min(merges, default="", key=lambda other: evaluate.bits_per_byte(self.columns[other], self.held, self.held.tune_D).value)
+        for other, label in ((DENSE, "gain"), ("seed", "over_seed"), (best, "over_merge"), ("mixture: untuned", "over_untuned")):
+            if other in self.columns and other != name:
+                gain = evaluate.difference(self.columns[other], self.columns[name], self.held, ~self.held.tune_D)
+                line |= {label: round(gain.value, 4), f"{label}_error": round(gain.standard_error, 4)}
+        line["tune_half"] = round(evaluate.bits_per_byte(self.columns[name], self.held, self.held.tune_D).value, 4)
+        print(json.dumps(line | facts), flush=True)
 
     # ---- rows
 
     def controls(self) -> None:
-        dense = self.store.load(self.asked.dense, Expert)
-        steps = dense.recipe.steps + round(self.tokens / (dense.recipe.batch * dense.recipe.length))
-        longer = train(self.seed, self.data, dense.recipe.model_copy(update={"steps": steps, "threads": 1}), self.store)
-        self.columns["dense, equal total tokens"], _ = self.column(longer)
-        self.tell("dense, equal total tokens", tokens=longer.recipe.tokens)
-        self.tell("dense, the experts' tokens", dense, tokens=dense.recipe.tokens)
+        made: list[tuple[str, Expert]] = []
+        for name in self.asked.dense:
+            dense = self.store.load(name, Expert)
+            steps = dense.recipe.steps + round(self.tokens / (dense.recipe.batch * dense.recipe.length))
+            recipe = dense.recipe.model_copy(update={"steps": steps, "threads": 1})
+            made.append((name, train(self.seed, self.data, recipe, self.store)))
+        for rate in self.asked.dense_rate:
+            steps = made[0][1].recipe.tokens // (8 * self.length)
+            recipe = Recipe(steps=steps, batch=8, length=self.length, learning_rate=rate)
+            made.append((f"batch 8, rate {rate:g}", train(self.seed, self.data, recipe, self.store)))
+        name, longer = self.best(made)
+        self.tell(DENSE, longer, which=name, among=[name for name, _ in made], tokens=longer.recipe.tokens)  # type: ignore[attr-defined]
+        if self.wanted("dense, the experts' tokens"):
+            self.tell("dense, the experts' tokens", self.store.load(self.asked.dense[0]))
         self.tell("seed", self.seed)
-        self.ensemble()
-        members = {digest: everywhere(1.0) for digest in self.forest.experts}
-        answers = [Answer("average", {}), *(Answer("task_arithmetic", {"scale": scale}) for scale in SCALES)]
-        for answer, made in zip(answers, merge(self.seed, members, answers, self.store), strict=True):
-            self.tell(f"merge: {answer.method} {answer.settings.get('scale', '')}".strip(), made)
+        if self.asked.ensemble and self.wanted("ensemble"):
+            self.ensemble()
+        if self.wanted("merge"):
+            members = {digest: everywhere(1.0) for digest in self.forest.experts}
+            answers = [Answer("average", {}), *(Answer("task_arithmetic", {"scale": scale}) for scale in MERGED)]
+            for answer, one in zip(answers, merge(self.seed, members, answers, self.store), strict=True):
+                self.tell(f"merge: {answer.method} {answer.settings.get('scale', '')}".strip(), one)
 
     def ensemble(self) -> None:
         """From the columns of its experts, as the table has it."""
         record = self.store.load(self.asked.ensemble, Ensemble)
-        experts = [self.store.load(digest, Expert) for digest in self.forest.experts]
-        loglik_NE = np.column_stack([self.column(expert)[0] for expert in experts] + [self.columns["seed"]])
+        experts = [self.store.load(digest, Expert) for digest in self.store.load(record.forest, Forest).experts]
+        loglik_NE = np.column_stack([*(self.column(expert) for expert in experts), self.columns["seed"]])
         dist2_NK = evaluate.distances(self.held, self.division, self.store)
         weight_NE = weights(
             dist2_NK[:, [expert.domain or 0 for expert in experts]], record.router, record.top_k, record.temperature, record.seed_distance
@@ -105,36 +176,42 @@ class Bench:
         self.columns[name] = evaluate.mix(loglik_NE[:, : weight_NE.shape[1]], weight_NE)
         self.tell(name)
 
-    def mixture(
-        self, kind: str, top_k: int = 2, seed_bias: float | None = 0.0, layout: str = "checkpoint", method: str = "average"
-    ) -> Mixture:
-        gates = Gates(kind=kind, top_k=top_k, seed_bias=seed_bias)
-        return mix(self.forest, rows_of(self.forest, gates, self.store), Mixing(gates=gates, layout=layout, method=method), self.store)
+    def untuned(self, plan: Plan) -> tuple[float, Mixture]:
+        """With the scale of its gates."""
+        forest = self.store.load(self.asked.random, Forest) if plan.random else self.forest
+        top_k = plan.top_k or len(forest.experts) + (plan.seed_bias is not None)
+        made = []
+        for scale in plan.scales:
+            gates = Gates(kind=plan.gates, top_k=top_k, scale=scale, seed_bias=plan.seed_bias)
+            mixing = Mixing(gates=gates, layout=plan.layout, method=plan.method, settings=dict(plan.settings))
+            made.append((scale, mix(forest, rows_of(forest, gates, self.store), mixing, self.store)))
+        return self.best(made)  # type: ignore[return-value]
 
-    def tune(self, name: str, untuned: Mixture, tuned: str, rates: tuple[float, ...], balance: float = 0.01) -> tuple[Mixture, float]:
-        """At each rate; the best on the tune half is the row."""
-        found = []
-        for rate in rates:
+    def mixture(self, plan: Plan) -> None:
+        scale, start = self.untuned(plan)
+        if plan.tuned is None:
+            self.tell(f"mixture: {plan.name}", start, scale=scale, shared=start.method, **self.sizes(start))
+            return
+        made = []
+        for rate in plan.rates:
             recipe = Recipe(
-                method="router", steps=self.tokens // (8 * self.length), batch=8, length=self.length, learning_rate=rate, balance=balance,
-                tuned=tuned, weight_decay=0.0,
+                method="router", steps=self.tokens // (8 * self.length), batch=8, length=self.length, learning_rate=rate,
+                balance=plan.balance, tuned=plan.tuned, weight_decay=0.0,
             )  # fmt: skip
-            made = tune(untuned, self.data, recipe, self.store)
-            logged = self.store.logged(tune_key(untuned, self.data, recipe))
-            seconds = next(line["seconds"] for line in reversed(logged) if line.get("event") == "done")
-            loads = [json.loads(line["load"]) for line in logged if line.get("event") == "load"]
-            share = np.array(list(next(load for load in reversed(loads) if load).values()))
-            column, speed = self.column(made)
-            loss = evaluate.bits_per_byte(column, self.held, self.held.tune_D).value
-            found.append((loss, rate, made, column, speed, seconds, share))
-        _, rate, made, self.columns[name], speed, seconds, share = min(found, key=lambda one: one[0])
-        even = 1 / share.shape[1]
+            began = time.process_time()
+            made.append(((rate, recipe), tune(start, self.data, recipe, self.store)))
+            self.store.log(tune_key(start, self.data, recipe), event="bench", cpu=round(time.process_time() - began, 1))
+        (rate, recipe), best = self.best(made)
+        logged = self.store.logged(tune_key(start, self.data, recipe))
+        cpu = next(line["cpu"] for line in logged if line.get("event") == "bench")
+        load = next(found for line in reversed(logged) if line.get("event") == "load" and (found := json.loads(line["load"])))
+        share_LE = np.array(list(load.values()))
+        even = 1 / share_LE.shape[1]
         self.tell(
-            name, rate=rate, rates=len(rates), tuning_tokens=self.tokens, tuning_seconds=seconds, tokens_per_second=speed,
-            load=[round(float(share.min() / even), 2), round(float(share.max() / even), 2)], dead=int((share < 0.1 * even).sum()),
-            **self.sizes(made),
+            f"mixture: {plan.name}", best, rate=rate, rates=plan.rates, scale=scale, shared=start.method, tuning_tokens=recipe.tokens,
+            tuning_cpu=cpu, load=[round(float(share_LE.min() / even), 2), round(float(share_LE.max() / even), 2)],
+            dead=int((share_LE < 0.1 * even).sum()), **self.sizes(best),  # type: ignore[arg-type]
         )  # fmt: skip
-        return made, rate
 
     def sizes(self, mixture: Mixture) -> dict[str, int]:
         """Numbers in all, and those at work on one token."""
@@ -149,43 +226,26 @@ class Bench:
         share = mixture.gates.top_k / len(mixture.experts)
         return {"parameters": total, "active": round(total - expert * (1 - share))}
 
-    def mixtures(self) -> None:
-        hidden = self.mixture("hidden")
-        self.tell("mixture: hidden gates, untuned", hidden, **self.sizes(hidden))
-        random = self.mixture("random")
-        self.tell("mixture: random gates, untuned", random)
-        _, rate = self.tune("mixture: routers tuned", hidden, "routers", RATES["routers"])
-        self.tune("mixture: random gates, routers tuned", random, "routers", (rate,))
-        self.tune("mixture: routers and norms tuned", hidden, "norms", RATES["norms"])
-        self.tune("mixture: all but experts tuned", hidden, "shared", RATES["shared"])
-        _, whole = self.tune("mixture: everything tuned", hidden, "everything", RATES["everything"])
-        if self.asked.low_rank:
-            low = self.mixture("hidden", layout="low-rank")
-            self.tell("low-rank mixture: hidden gates, untuned", low, **self.sizes(low))
-            self.tune("low-rank mixture: routers tuned", low, "routers", (rate,))
-        if self.asked.quick:
-            return
-        soft = len(self.forest.experts) + 1
-        self.tune("mixture: everything tuned, top-1", self.mixture("hidden", top_k=1), "everything", (whole,))
-        self.tune("mixture: everything tuned, soft", self.mixture("hidden", top_k=soft), "everything", (whole,))
-        self.tune("mixture: everything tuned, no load balancing", hidden, "everything", (whole,), balance=0.0)
-        self.tune("mixture: everything tuned, without the seed's expert", self.mixture("hidden", seed_bias=None), "everything", (whole,))
-        self.tune("mixture: everything tuned, shared parts the seed's", self.mixture("hidden", method="seed"), "everything", (whole,))
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("store")
     parser.add_argument("forest")
-    parser.add_argument("--ensemble", required=True)
-    parser.add_argument("--dense", required=True)
-    parser.add_argument("--tokens", default="200k")
-    parser.add_argument("--documents", type=int, default=120)
-    parser.add_argument("--low-rank", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    bench = Bench(parser.parse_args())
+    parser.add_argument("--ensemble")
+    parser.add_argument("--dense", action="append", required=True)
+    parser.add_argument("--dense-rate", type=float, action="append", default=[], help="one more dense, with the batch of tuning")
+    parser.add_argument("--random")
+    parser.add_argument("--tokens", default="500k")
+    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--rows", default="")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench(asked)
     bench.controls()
-    bench.mixtures()
+    full = any(bench.store.load(digest, Expert).recipe.method == "full" for digest in bench.forest.experts)
+    for plan in PLANS:
+        if bench.wanted(f"mixture: {plan.name}") and not (full and plan.layout == "low-rank") and (asked.random or not plan.random):
+            bench.mixture(plan)
 
 
 if __name__ == "__main__":
