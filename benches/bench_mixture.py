@@ -1,7 +1,7 @@
 """Mixtures of a forest's experts, untuned and tuned, beside dense training at equal total tokens, the ensemble and the merges.
 
     python benches/bench_mixture.py STORE FOREST --dense NAME [--dense NAME ...] [--ensemble NAME] [--random FOREST]
-        [--tokens 500k] [--documents 100] [--rows PATTERN]
+        [--tokens 500k] [--batch 32] [--documents 100] [--rows PATTERN]
 
 All of them stand in STORE (benches/forest.py makes them). Tuning takes tokens on top of the experts', so every `--dense` is trained anew
 for as many more; gains are over the better of them, paired, on the test half. `--random`: experts of clusters without meaning, in the same
@@ -114,7 +114,7 @@ class Bench:
         losses = []
         for _, record in made if len(made) > 1 else ():
             one = self.partial(record)
-            one.fill(np.unique(one.window_N[self.held.tune_N]))
+            one.fill(np.unique(self.held.window_N[self.held.tune_N]))
             one.seal()
             losses.append(evaluate.bits_per_byte(one.loglik_N, self.held, self.held.tune_D).value)
         return made[int(np.argmin(losses))] if losses else made[0]
@@ -146,10 +146,6 @@ class Bench:
             steps = dense.recipe.steps + round(self.tokens / (dense.recipe.batch * dense.recipe.length))
             recipe = dense.recipe.model_copy(update={"steps": steps, "threads": 1})
             made.append((name, train(self.seed, self.data, recipe, self.store)))
-        for rate in self.asked.dense_rate:
-            steps = made[0][1].recipe.tokens // (8 * self.length)
-            recipe = Recipe(steps=steps, batch=8, length=self.length, learning_rate=rate)
-            made.append((f"batch 8, rate {rate:g}", train(self.seed, self.data, recipe, self.store)))
         name, longer = self.best(made)
         self.tell(DENSE, longer, which=name, among=[name for name, _ in made], tokens=longer.recipe.tokens)  # type: ignore[attr-defined]
         if self.wanted("dense, the experts' tokens"):
@@ -180,11 +176,13 @@ class Bench:
         """With the scale of its gates."""
         forest = self.store.load(self.asked.random, Forest) if plan.random else self.forest
         top_k = plan.top_k or len(forest.experts) + (plan.seed_bias is not None)
+        gates = Gates(kind=plan.gates, top_k=top_k, seed_bias=plan.seed_bias)
         made = []
-        for scale in plan.scales:
-            gates = Gates(kind=plan.gates, top_k=top_k, scale=scale, seed_bias=plan.seed_bias)
-            mixing = Mixing(gates=gates, layout=plan.layout, method=plan.method, settings=dict(plan.settings))
-            made.append((scale, mix(forest, rows_of(forest, gates, self.store), mixing, self.store)))
+        for scale, rows in zip(plan.scales, rows_of(forest, gates, plan.scales, self.store), strict=True):
+            mixing = Mixing(
+                gates=gates.model_copy(update={"scale": scale}), layout=plan.layout, method=plan.method, settings=dict(plan.settings)
+            )  # fmt: skip
+            made.append((scale, mix(forest, rows, mixing, self.store)))
         return self.best(made)  # type: ignore[return-value]
 
     def mixture(self, plan: Plan) -> None:
@@ -195,8 +193,8 @@ class Bench:
         made = []
         for rate in plan.rates:
             recipe = Recipe(
-                method="router", steps=self.tokens // (8 * self.length), batch=8, length=self.length, learning_rate=rate,
-                balance=plan.balance, tuned=plan.tuned, weight_decay=0.0,
+                method="router", steps=self.tokens // (self.asked.batch * self.length), batch=self.asked.batch, length=self.length,
+                learning_rate=rate, balance=plan.balance, tuned=plan.tuned, weight_decay=0.0,
             )  # fmt: skip
             began = time.process_time()
             made.append(((rate, recipe), tune(start, self.data, recipe, self.store)))
@@ -233,9 +231,9 @@ def main() -> None:
     parser.add_argument("forest")
     parser.add_argument("--ensemble")
     parser.add_argument("--dense", action="append", required=True)
-    parser.add_argument("--dense-rate", type=float, action="append", default=[], help="one more dense, with the batch of tuning")
     parser.add_argument("--random")
     parser.add_argument("--tokens", default="500k")
+    parser.add_argument("--batch", type=int, default=32, help="of tuning")
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--rows", default="")
     asked = parser.parse_args()

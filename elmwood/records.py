@@ -420,7 +420,8 @@ class Mixture(Record):
     method: str = "average"  # of what all share: a row of the table of merge rules, or seed
     settings: dict[str, float] = {}
     contributions: tuple[Contribution, ...] = ()  # to what all share; none where it is the seed's
-    parent: Digest | None = None  # the mixture this one was tuned from
+    parent: Digest | None = None  # the mixture this one was tuned from, or an expert was taken out of
+    removed: tuple[Digest, ...] = ()  # experts that were taken out, the last one last
     data: tuple[Blob, ...] = ()  # the shards it was tuned on
     recipe: Recipe | None = None
     curve: tuple[Point, ...] = ()

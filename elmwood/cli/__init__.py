@@ -53,6 +53,11 @@ def _verb(module: str, verb: str, **arguments: Any) -> None:
     getattr(import_module(f"elmwood.cli.{module}"), verb)(**arguments)
 
 
+def _given(context: typer.Context) -> set[str]:
+    """The options that were typed."""
+    return {option for option in context.params if getattr(context.get_parameter_source(option), "name", "") == "COMMANDLINE"}
+
+
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Grow one language model out of many small experts."""
@@ -174,6 +179,7 @@ def seed_train(
 
 @app.command()
 def train(
+    context: typer.Context,
     partition: Annotated[str, typer.Argument(help="Name or digest; with --method router the mixture to tune.")],
     seed: Annotated[str | None, typer.Option(help="Name or digest; a mixture knows its own.")] = None,
     domains: Annotated[str, typer.Option(help="'all', or numbers: 0,3-5. 'pooled' trains one control on everything.")] = "all",
@@ -211,12 +217,15 @@ def train(
 ) -> None:
     """Branch experts from the seed, one per domain, with no communication; or tune a mixture. Stop and re-run it: it goes on."""
     if method == "router":
-        _verb("mix", "tune_verb", mixture=partition, tokens=tokens, batch=batch, length=length, learning_rate=learning_rate,
-              schedule=schedule, tuned=tuned, balance=balance, rng_seed=rng_seed, threads=threads or 1, name=name, store=store,
+        _verb("mix", "tune_verb", given=_given(context), mixture=partition, tokens=tokens, batch=batch, length=length,
+              learning_rate=learning_rate, schedule=schedule, tuned=tuned, balance=balance, rng_seed=rng_seed, threads=threads or 1,
+              accumulate=accumulate, checkpointing=checkpointing, optimiser=optimiser, patience=patience, name=name, store=store,
               as_json=as_json)  # fmt: skip
         return
     if seed is None:
         raise BadInput("experts branch from a seed: name it with --seed")
+    if wrong := _given(context) & {"tuned", "balance"}:
+        raise BadInput(f"--{min(wrong)} is of mixtures: leave it out, or tune one with --method router")
     _verb("training", "train", partition=partition, seed=seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length,
           learning_rate=learning_rate, schedule=schedule, rank=rank, alpha=alpha, targets=targets, late=late, accumulate=accumulate,
           checkpointing=checkpointing, optimiser=optimiser, patience=patience, together=together, report_to=report_to or [],
@@ -322,28 +331,49 @@ def merge(
 
 @app.command()
 def mix(
-    forest: Annotated[str, typer.Argument(help="Name or digest.")],
+    context: typer.Context,
+    forest: Annotated[str, typer.Argument(help="Name or digest; or a mixture, to take experts out --without anything else.")],
     gates: Annotated[
-        str, typer.Option(help="How experts are chosen at first: hidden (what each domain looks like to the seed), random.")
+        str,
+        typer.Option(
+            help="How experts are chosen at first: hidden (what each domain looks like to the seed), arrow (what adapters change), random."
+        ),
     ] = "hidden",
     top_k: Annotated[int, typer.Option(help="Experts a token goes through; as many as there are is soft routing.")] = 2,
-    scale: Annotated[float, typer.Option(help="Of the gates: the larger, the more the first choice counts.")] = 1.0,
+    scale: Annotated[
+        str,
+        typer.Option(help="Of the gates: the larger, the more the first choice counts; of several, 0.5,1,2, the best on held-out text."),
+    ] = "1",
     method: Annotated[
         str, typer.Option(help="Of what all share: a merge rule, or seed. What no expert changed is the seed's anyway.")
     ] = "average",
+    settings: SettingOption = None,
     low_rank: Annotated[bool, typer.Option("--low-rank", help="Keep adapters as factors over one shared feed-forward.")] = False,
     seed_expert: Annotated[bool, typer.Option(help="The seed's own feed-forward as one more expert.")] = True,
     seed_bias: Annotated[float, typer.Option(help="Of hidden gates: added to the logit of the seed's own expert.")] = 0.0,
     without: Annotated[list[str] | None, typer.Option(help="Leave this expert out (repeatable).")] = None,
+    documents: Annotated[int | None, typer.Option(help="Held-out documents to choose a scale on, at most.")] = None,
     rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
     name: NameOption = None,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
     """Make experts the experts of one mixture-of-experts model, in a standard architecture."""
-    _verb("mix", "mix_verb", forest=forest, gates=gates, top_k=top_k, scale=scale, method=method, low_rank=low_rank,
-          seed_expert=seed_expert, seed_bias=seed_bias, without=without or [], rng_seed=rng_seed, name=name, store=store,
-          as_json=as_json)  # fmt: skip
+    _verb("mix", "mix_verb", given=_given(context), forest=forest, gates=gates, top_k=top_k, scale=scale, method=method,
+          settings=settings or [], low_rank=low_rank, seed_expert=seed_expert, seed_bias=seed_bias, without=without or [],
+          documents=documents, rng_seed=rng_seed, name=name, store=store, as_json=as_json)  # fmt: skip
+
+
+@app.command()
+def loads(
+    mixture: Annotated[str, typer.Argument(help="Name or digest.")],
+    documents: Annotated[int, typer.Option(help="Held-out documents of each domain.")] = 32,
+    plot: Annotated[Path | None, typer.Option(help="Draw loads by layer and domain into this SVG file.")] = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Who does the work in a mixture: the weight that each expert has in each layer, on each domain's text, and who is dead."""
+    _verb("mix", "loads_verb", mixture=mixture, documents=documents, plot=plot, store=store, as_json=as_json)
 
 
 @state_app.command("make")

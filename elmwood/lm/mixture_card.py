@@ -12,17 +12,40 @@ def card(made: Mixture, seed: Seed) -> str:
     lines += [f"Gates: {gates.kind}, scale {gates.scale:g}, top-{gates.top_k}. {_tuned(made)}", ""]
     lines += ["| number | expert |", "|---|---|"]
     lines += [f"| {e} | `{digest}`{' (the seed itself)' if digest == seed.digest else ''} |" for e, digest in enumerate(made.experts)]
-    lines += ["", "Feed-forward layers are the experts' own, bit by bit. " + _shared(made), ""]
+    lines += ["", f"Feed-forward layers are the experts' own{_own(made)}. {_shared(made)}", ""]
+    lines += [line for digest in made.removed for line in (_remains(made, digest), "")]
     return "\n".join(lines)
+
+
+def _own(made: Mixture) -> str:
+    return ", tuned" if made.recipe and made.recipe.tuned == "everything" else ", bit by bit"
 
 
 def _tuned(made: Mixture) -> str:
     if made.recipe is None:
         return "Never tuned."
-    return f"Tuned for {made.recipe.tokens} tokens: {made.recipe.tuned}, from mixture `{made.parent}`."
+    origin = "" if made.removed else f", from mixture `{made.parent}`"
+    return f"Tuned for {made.recipe.tokens} tokens: {made.recipe.tuned}{origin}."
 
 
 def _shared(made: Mixture) -> str:
+    tuned = ", then tuned" if made.recipe and made.recipe.tuned in ("shared", "everything") else ""
+    tuned = ", norms then tuned" if made.recipe and made.recipe.tuned == "norms" else tuned
     if not made.contributions:
-        return "Everything else is the seed's."
-    return f"Everything else: `{made.method}` of {len(made.contributions)} experts."
+        return f"Everything else is the seed's{tuned}."
+    return f"Everything else: `{made.method}` of {len(made.contributions)} experts{tuned}."
+
+
+def _remains(made: Mixture, digest: str) -> str:
+    """What is left of an expert that was taken out."""
+    first = f"Expert `{digest}` was taken out: its feed-forward layers and its rows of the gates."
+    if any(one.expert == digest for one in made.contributions):
+        among = len(made.contributions) + (made.seed in (*made.experts, *made.removed))
+        return (
+            f"{first} What all share holds it still: it was one of {among} in `{made.method}`, so {1 / among:.1%} of that, and tuning has "
+            "changed the sum since, so it cannot be subtracted; mix again without it and tune again to be rid of it."
+        )
+    beside = "" if made.recipe is None else " What was tuned was tuned beside it."
+    if made.contributions:
+        return f"{first} What all share was averaged again without it, exactly.{beside}"
+    return f"{first} Nothing else had anything of it.{beside}"

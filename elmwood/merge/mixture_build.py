@@ -7,7 +7,7 @@ E experts, H width, L layers, N numbers of a piece
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +19,13 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.lm.mixture_card import card
 from elmwood.merge.make import Finisher
-from elmwood.merge.mixture_gates import random_rows
+from elmwood.merge.mixture_gates import direction, layers_of, random_rows
 from elmwood.merge.mixture_layout import FEED_FORWARD, Cell, cells, family_of, mixed_config
 from elmwood.merge.mixture_shards import Shards
 from elmwood.merge.mixture_trial import try_copies
 from elmwood.merge.rules import settle
 from elmwood.merge.sources import Low, Source, Whole
-from elmwood.merge.states import contributions, open_all, pass_over, seed_folder, statistics_of
+from elmwood.merge.states import contributions, open_all, open_expert, pass_over, seed_folder, seed_places, statistics_of
 from elmwood.merge.sums import Wanted
 from elmwood.merge.tensors import PIECE, Bytes, Files, Place, decode, places
 from elmwood.merge.values import everywhere
@@ -70,6 +70,21 @@ def opened(forest: Forest, with_seed: bool, store: Store) -> Parts:
     family_of(config)
     tensors, sources, _ = open_all(seed, {digest: everywhere(1.0) for digest in forest.experts}, store, False)
     return Parts(seed.digest, config, tensors, sources, order_of(forest, with_seed, store), store)
+
+
+def directions(forest: Forest, order: Sequence[str], store: Store) -> dict[str, list[NDArray[np.floating] | None]]:
+    """Layer -> for each expert the input that its adapters of gate_proj and up_proj change most; none for the seed. Raises BadInput."""
+    seed = store.load(forest.seed, Seed)
+    tensors = seed_places(seed, store)
+    found: dict[str, list[NDArray[np.floating] | None]] = {layer: [] for layer in layers_of(tensors)}
+    for digest in order:
+        one = None if digest == seed.digest else open_expert(store.load(digest, Expert), seed, tensors, store)
+        if isinstance(one, Whole):
+            raise BadInput(f"expert {digest[:8]} is a full checkpoint, and Arrow reads its gates off adapters: take --gates hidden")
+        for layer, column in found.items():
+            names = [f"{layer}.mlp.{part}.weight" for part in ("gate_proj", "up_proj")]
+            column.append(direction([one.pair(name) for name in names if one.has(name)]) if one else None)
+    return found
 
 
 def mix(forest: Forest, rows: Rows, mixing: Mixing, store: Store, progress: Progress = silent) -> Mixture:

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import pack
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
@@ -87,14 +89,14 @@ class Watch:
         self.weight = weight
         self.logits: dict[str, Tensor] = {}  # layer -> [N, E]
         self.chosen: dict[str, Tensor] = {}  # layer -> [N, K]
-        self.load: dict[str, Tensor] = {}  # layer -> counts [E] since they were taken
+        self.load: dict[str, Tensor] = {}  # layer -> sum of weights [E] since they were taken: soft routing chooses all
 
     def hear(self, layer: str) -> Callable[..., None]:
         def hook(module: Any, given: Any, said: Any) -> None:
-            logit_NE, _, chosen_NK = said
+            logit_NE, weight_NK, chosen_NK = said
             self.logits[layer], self.chosen[layer] = logit_NE, chosen_NK
-            count_E = torch.bincount(chosen_NK.flatten(), minlength=logit_NE.shape[-1]).double().cpu()
-            self.load[layer] = self.load.get(layer, torch.zeros_like(count_E)) + count_E
+            weight_E = torch.bincount(chosen_NK.flatten(), weight_NK.detach().flatten().double(), logit_NE.shape[-1]).cpu()
+            self.load[layer] = self.load.get(layer, torch.zeros_like(weight_E)) + weight_E
 
         return hook
 
@@ -110,8 +112,8 @@ class Watch:
         return self.weight * torch.stack(losses).mean()
 
     def taken(self) -> dict[str, list[float]]:
-        """Layer -> the share of choices that fell on each expert since this was last asked."""
-        shares = {layer: (count_E / count_E.sum()).tolist() for layer, count_E in self.load.items()}
+        """Layer -> the share of the weight that each expert has had since this was last asked."""
+        shares = {layer: (weight_E / weight_E.sum()).tolist() for layer, weight_E in self.load.items()}
         self.load.clear()
         return shares
 
@@ -126,6 +128,31 @@ def watched(model: Any, weight: float = 0.0) -> Iterator[Watch]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.inference_mode()
+def loads(
+    mixture: Mixture, domains: Sequence[Sequence[Shard]], store: Store, count: int = 32, length: int = 256, *,
+    device: torch.device | str | None = None, progress: Progress = silent,
+) -> dict[str, list[list[float]]]:  # fmt: skip
+    """Layer -> for each domain the share of the weight that each expert has on its text: the first `length` tokens of `count` documents.
+
+    Raises BadInput where a domain has no text.
+    """
+    seed = store.load(mixture.seed, Seed)
+    model, words = opened(mixture, store, device), tokenizer(seed, store)
+    found: dict[str, list[list[float]]] = {}
+    with watched(model) as watch:
+        for done, shards in enumerate(domains):
+            for document in islice(documents(shards, store), count):
+                ids = [seed.separator, *words.encode(document.text[: 16 * length], add_special_tokens=False).ids]
+                model(torch.tensor([ids[: min(length, seed.context)]], device=model.device), use_cache=False)
+            if not (shares := watch.taken()):
+                raise BadInput(f"domain {done} has no such text: loads are of what is read")
+            for layer, share_E in shares.items():
+                found.setdefault(layer, []).append(share_E)
+            progress("read", done + 1, len(domains), "domains")
+    return found
 
 
 def patched(mixture: Mixture, model: Any, weights: dict[str, Tensor], store: Store) -> dict[str, str]:
