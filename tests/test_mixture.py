@@ -1,10 +1,13 @@
 """Mixtures of experts: the laws of what is written, and that other tools open it."""
 
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from tiny_models import WORDS, config_seed, full_expert, lora_expert, tiny_seed
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, Qwen3Config
@@ -13,13 +16,15 @@ from elmwood.corpus.build import build
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, BadSeed
 from elmwood.merge import mixture_layout
-from elmwood.merge.mixture_build import Mixing, mix, order_of
-from elmwood.merge.mixture_gates import hidden_rows, random_rows
+from elmwood.merge.mixture_build import Mixing, directions, mix, order_of
+from elmwood.merge.mixture_gates import arrow_rows, direction, hidden_rows, random_rows
+from elmwood.merge.mixture_remove import remove, renamed
 from elmwood.merge.states import seed_places
 from elmwood.records import Expert, Forest, Gates, Mixture, Recipe, Seed
+from elmwood.report.loads import loads_plot
 from elmwood.store import Store
 from elmwood.train import loop
-from elmwood.train.router import tune, tune_key
+from elmwood.train.router import loads, tune, tune_key
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -133,6 +138,52 @@ def test_what_nobody_changed_is_the_seeds(grown, store):
             assert ".mlp." in name or mine[name] == file.get_tensor(name).numpy().tobytes()
 
 
+@pytest.mark.parametrize("kind", ["full", "lora", "low-rank", "shared from the seed"])
+def test_an_expert_taken_out_is_a_mixture_without_it(kind, grown, store):
+    """Every other tensor keeps its bytes; what was averaged is averaged again without it."""
+    forest, layout = grown[1] if kind in ("full", "shared from the seed") else grown[2], "low-rank" if kind == "low-rank" else "checkpoint"
+    method = "seed" if kind == "shared from the seed" else "average"
+    whole = mixed(forest, store, layout=layout, method=method)
+    gone = whole.experts[1]
+    rest = forest_of(grown[0], [store.load(digest, Expert) for digest in forest.experts if digest != gone], store)
+    after, wanted = remove(whole, gone, store), mixed(rest, store, layout=layout, method=method)
+    assert {name: blob for name, blob in after.files.items() if name != "README.md"} == {
+        name: blob for name, blob in wanted.files.items() if name != "README.md"
+    }
+    assert (after.experts, after.forest, after.removed) == (wanted.experts, wanted.forest, (gone,))
+    assert ("averaged again without it" if method == "average" else "Nothing else had anything of it") in readme(after, store)
+
+
+def test_what_stays_of_an_expert_taken_out_of_a_tuned_mixture_is_said(grown, store, text):
+    tuned = tune(
+        mixed(grown[1], store), text, RECIPE.model_copy(update={"tuned": "everything", "learning_rate": 1e-3}), store, device="cpu"
+    )
+    gone = tuned.experts.index(grown[1].experts[0])
+    after = remove(tuned, grown[1].experts[0], store)
+    mine, its = tensors_of(tuned, store), tensors_of(after, store)
+    assert {new for name in mine if (new := renamed(name, gone))} == its.keys()
+    for name, value in mine.items():
+        new = renamed(name, gone)
+        if name.endswith("gate.weight"):
+            assert its[name] == np.delete(np.frombuffer(value, np.float32).reshape(len(tuned.experts), -1), gone, 0).tobytes()
+        elif new:
+            assert its[new] == value
+    assert "25.0% of that, and tuning has changed the sum since" in readme(after, store)
+    assert torch.isfinite(open_model(after, store, "cpu").score(TOKENS_BT)).all()
+
+
+def test_what_can_not_be_taken_out_is_refused(grown, store):
+    record = mixed(grown[1], store, gates={"top_k": 4})
+    with pytest.raises(BadInput, match="not in this mixture"):
+        remove(record, "0" * 64, store)
+    with pytest.raises(BadInput, match="for top-4"):
+        remove(record, record.experts[0], store)
+
+
+def readme(record: Mixture, store: Store) -> str:
+    return store.get(record.files["README.md"]).read_text()
+
+
 def test_nonsense_is_refused(grown, store):
     with pytest.raises(BadInput, match="top-9"):
         mixed(grown[1], store, gates={"top_k": 9})
@@ -196,3 +247,42 @@ def test_gates_of_hidden_states_know_the_domains():
     rows_EH = hidden_rows(mean_DH, np.eye(16) * 0.1, [0, 1, 2, None], 1.0, 0.0)
     found = np.concatenate([(mean + 0.3 * chance.standard_normal((50, 16))) @ rows_EH[:3].T for mean in mean_DH]).argmax(1)
     assert (found == np.repeat([0, 1, 2], 50)).mean() > 0.95
+
+
+@given(seed=st.integers(0, 1000), rank=st.integers(1, 4))
+def test_arrow_points_where_adapters_change_most(seed, rank):
+    """The first right singular vector of the products one above another, found without making them."""
+    chance = np.random.default_rng(seed)
+    pairs = [(chance.standard_normal((rank, 8)), chance.standard_normal((12, rank)), scale) for scale in (1.0, 0.5)]
+    found = direction(pairs)
+    stacked = np.concatenate([scale * b_OR @ a_RH for a_RH, b_OR, scale in pairs])
+    assert np.linalg.norm(stacked @ found) == pytest.approx(np.linalg.norm(stacked, 2))
+    mean_DH = chance.standard_normal((2, 8)) + 1
+    rows_EH = arrow_rows([found, -found, None], mean_DH, np.eye(8), [0, 0, None], 2.0, 0.0)
+    assert np.allclose(rows_EH[0], rows_EH[1])  # a singular vector has no sign: the text gives it one
+    assert rows_EH[0] @ (mean_DH[0] - mean_DH.mean(0)) >= 0
+    assert not rows_EH[2].any()
+
+
+def test_arrow_reads_adapters_alone(grown, store):
+    found = directions(grown[2], (*grown[2].experts, grown[0].digest), store)
+    assert all(column[-1] is None and np.isclose(np.linalg.norm(column[0]), 1) for column in found.values())
+    assert direction([(np.ones((2, 8)), np.zeros((12, 2)), 1.0)]) is None
+    with pytest.raises(BadInput, match="--gates hidden"):
+        directions(grown[1], grown[1].experts, store)
+
+
+def test_loads_are_shares_of_the_weight(grown, store, text):
+    record = mixed(grown[1], store, gates={"top_k": 4})
+    found = loads(record, [text, text], store, 4, device="cpu")
+    assert list(found) == ["model.layers.0", "model.layers.1"]
+    share_LDE = np.array(list(found.values()))
+    assert share_LDE.shape == (2, 2, 4)
+    assert np.allclose(share_LDE.sum(2), 1)
+    drawn = loads_plot(share_LDE, ["0", "1"], ["a & b", "c"], ["0", "1", "2", "seed"], 0.99)
+    cells = ElementTree.fromstring(drawn).findall(".//{http://www.w3.org/2000/svg}rect")
+    assert len(cells) == 1 + 3 * 2 * 4 + sum(
+        int((part < 0.99 / 4).sum()) for part in (share_LDE.mean(1), *share_LDE)
+    )  # the ground, a cell for each share, a frame for the dead
+    with pytest.raises(BadInput, match="domain 1 has no such text"):
+        loads(record, [text, ()], store, 4, device="cpu")

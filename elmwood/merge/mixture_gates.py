@@ -87,6 +87,7 @@ def arrow_rows(
         if direction_H is None or k is None:
             rows.append(seed_bias * shared.along_H)
             continue
-        side = 1.0 if direction_H @ (mean_DH[k] - shared.overall_H) >= 0 else -1.0
-        rows.append(scale * side * (direction_H - (direction_H @ shared.overall_H) * shared.along_H))
+        row_H = direction_H - (direction_H @ shared.overall_H) * shared.along_H
+        side = 1.0 if row_H @ (mean_DH[k] - shared.overall_H) >= 0 else -1.0
+        rows.append(scale * side * row_H)
     return np.stack(rows)
