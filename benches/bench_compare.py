@@ -4,10 +4,10 @@
 
 The changes that people make: an expert is added to the others, or replaced by PREFIX/domain; the temperature is half as high again; a
 second expert speaks; a merge stands in for the seed. What is missing of the columns is run first, only where a model has weight. Then
-all differences on the gate split are known, and each is decided in many random orders, as `elmwood compare` would decide it: drawing
-from the blocks that the change can touch, without and with control variates, and drawing from all. Every block is there as often as
-makes a full evaluation of 10,000 blocks: mean, spread and share that is touched stay the same. One JSON line for each change with r,
-the standard deviation over the mean, and one for all of a kind.
+all differences on the gate split are known, and each is decided in many random orders: drawing from all blocks alike; from those that the
+change can touch alike; from these by the weight that moves, as `elmwood compare` does; and so with control variates. Every block is
+there as often as makes a full evaluation of 10,000 blocks: mean, spread and the share that is touched stay the same. One JSON line for
+each change, with r, the standard deviation over the mean, and one for all of a kind.
 
 G blocks of the gate split, B of them that may be drawn, N scored tokens in them, M models, K domains
 """
@@ -26,6 +26,7 @@ from elmwood.cli.compare import Sides, bounded, parts, weights
 from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.screen import expand
 from elmwood.engine import silent
+from elmwood.evaluate.budget import order
 from elmwood.evaluate.holdout import GATE
 from elmwood.evaluate.sequential import Population, Rule, decide, per_byte, worst
 from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
@@ -35,6 +36,7 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
 LEAST = 0.002  # bits per byte
+CLIP = 0.5
 WHOLE = 10_000  # blocks of a full evaluation
 
 
@@ -72,7 +74,7 @@ class Change(NamedTuple):
     label: str
     a: Record
     b: Record
-    new: str | None  # the model whose column is not known beforehand
+    new: str | None  # the model whose column is not known beforehand; None: all are taken as unknown
 
 
 def opened(store: Store, name: str, documents: int | None) -> Real:
@@ -135,69 +137,79 @@ def decide_all(real: Real, asked: Iterable[Change], orders: int) -> None:
         say(measured="change", way=change.way, change=change.what, label=change.label, **row)
         rows.setdefault((change.way, change.what), []).append(row)
     for (way, what), mine in rows.items():
-        say(measured="together", way=way, change=what, count=len(mine), **together([row for row in mine if row["may_differ"]]))
+        say(measured="together", way=way, change=what, count=len(mine), **together([row for row in mine if row["may_differ"] > 0]))
 
 
 def measure(change: Change, sides: Sides, held: evaluate.Holdout, loglik_NM: Floats, orders: int) -> dict[str, Any]:
-    """What the differences look like, and how many blocks it takes to know, from all N and from those that are touched."""
+    """What the differences look like, and how many blocks it takes to know, in four ways."""
     touched_G, blocks = sides.touched_G, len(sides.block_G)
     here_N = touched_G[sides.block_N]
     sides, loglik_NM = sides.within(touched_G), loglik_NM[here_N]
     gain_N = worst(loglik_NM, sides.weight_b_NM) - worst(loglik_NM, sides.weight_a_NM)
     value_G = per_byte(np.bincount(sides.block_N, gain_N, blocks).astype(float), held.block_bytes_B[sides.block_G])
-    known_NM = np.where(np.array([digest == change.new for digest in sides.models]), np.nan, loglik_NM)
-    copies = -(-WHOLE // len(value_G))  # every block so many times: N blocks at least, the same mean and spread
-    row: dict[str, Any] = {"blocks": len(value_G), "copies": copies, "N": copies * len(value_G), "may_differ": int(touched_G.sum())}
-    for where, place_T in (("touched", np.flatnonzero(touched_G)), ("all", np.arange(len(value_G)))):
-        if not touched_G.any():
-            continue
-        value_B = np.tile(value_G[place_T], copies)
-        spread, mean = float(value_B.std()), float(value_B.mean())
-        least = LEAST if where == "touched" else LEAST * float(touched_G.mean())
-        bounds = bounded(sides, known_NM, held, place_T, 0.5)
-        assert bounds.feature_BF is not None
-        wide = bounds._replace(low_B=np.tile(bounds.low_B, copies), high_B=np.tile(bounds.high_B, copies), total=len(value_B),
-                               feature_BF=np.tile(bounds.feature_BF, (copies, 1)))  # fmt: skip
-        row[where] = {
-            "effect": round(mean, 5), "r": round(spread / abs(mean), 2) if mean else None, "deviation": round(spread, 5),
-            "deviation_over_least": round(spread / least, 1), "floor": round(float(bounds.low_B.min()), 3), "proven": bounds.proven_low,
-            "plain": runs(value_B, wide._replace(feature_BF=None), Rule(worthless=least, cap=len(value_B)), orders),
-        }  # fmt: skip
-        if where == "touched":
-            row[where]["with features"] = runs(value_B, wide, Rule(worthless=least, cap=len(value_B)), orders)
-    return row
+    known_NM = np.where(np.array([change.new in (None, digest) for digest in sides.models]), np.nan, loglik_NM)
+    bounds = bounded(sides, known_NM, held, np.flatnonzero(touched_G), CLIP)
+    copies = -(-WHOLE // blocks)  # every block so many times: N blocks at least, the same mean and spread
+    value_B, all_B = np.tile(value_G[touched_G], copies), np.tile(value_G, copies)
+    by_weight = copied(bounds, copies)
+    wide_B = np.full(len(value_B), CLIP)
+    everywhere = np.full(len(all_B), CLIP)
+    share = len(value_B) / len(all_B)
+    assert bounds.feature_BF is not None
+    row = {
+        "blocks": blocks, "copies": copies, "N": len(all_B), "may_differ": round(share, 4),
+        "moved": round(float(bounds.feature_BF[:, 0].mean()), 3), "effect": round(float(value_B.mean()), 5), "r": spread(value_B),
+        "r_all": spread(all_B), "deviation_over_least": round(float(value_B.std()) / LEAST, 1), "proven": bounds.proven_low,
+    }  # fmt: skip
+    ways = {
+        "all alike": (all_B, Population(-everywhere, everywhere, len(all_B)), LEAST * share),
+        "touched alike": (value_B, Population(-wide_B, wide_B, len(all_B)), LEAST),
+        "by weight": (value_B, by_weight._replace(feature_BF=None), LEAST),
+        "by weight, predicted": (value_B, by_weight, LEAST),
+    }
+    return row | {
+        way: runs(some_B, population, Rule(worthless=least, cap=len(some_B)), orders) for way, (some_B, population, least) in ways.items()
+    }
+
+
+def copied(bounds: Population, copies: int) -> Population:
+    assert bounds.scale_B is not None
+    assert bounds.feature_BF is not None
+    return bounds._replace(
+        low_B=np.tile(bounds.low_B, copies), high_B=np.tile(bounds.high_B, copies), scale_B=np.tile(bounds.scale_B, copies),
+        feature_BF=np.tile(bounds.feature_BF, (copies, 1)),
+    )  # fmt: skip
+
+
+def spread(value_B: Floats) -> float | None:
+    """r: the standard deviation over the mean."""
+    return round(float(value_B.std() / abs(value_B.mean())), 2) if value_B.mean() else None
 
 
 def runs(value_B: Floats, bounds: Population, rule: Rule, orders: int) -> dict[str, Any]:
     """Mean of the blocks drawn over random orders, and the answers."""
     found = [
-        decide(lambda places: value_B[places], np.random.default_rng(n).permutation(len(value_B)), bounds, rule) for n in range(orders)
+        decide(lambda places: value_B[places], order(f"{n}".encode(), len(value_B), bounds.scale_B), bounds, rule) for n in range(orders)
     ]
     wrong = {"better": value_B.mean() <= 0, "not better": value_B.mean() >= rule.worthless}
     return {
-        "drawn": round(float(np.mean([one.drawn for one in found])), 1), "wrong": sum(bool(wrong.get(one.outcome)) for one in found),
+        "drawn": round(float(np.mean([one.drawn for one in found])), 1), "clipped": sum(one.clipped for one in found),
+        "wrong": sum(bool(wrong.get(one.outcome)) for one in found),
         **{outcome: sum(one.outcome == outcome for one in found) for outcome in ("better", "not better", "undecided")},
     }  # fmt: skip
 
 
 def together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over changes of one kind; N over the blocks drawn, worst and median."""
-    middle = {
-        f"{name}, {where}": round(float(np.median([row[where][name] for row in rows])), 2)
-        for where in ("touched", "all") for name in ("r", "deviation_over_least")
-    }  # fmt: skip
-    drawn = {
-        where: np.array([row[place][how]["drawn"] for row in rows])
-        for where, place, how in (("touched", "touched", "plain"), ("features", "touched", "with features"), ("all", "all", "plain"))
-    }
+    """Medians over changes of one kind; N over the blocks drawn, the worst and the median."""
+    made: dict[str, Any] = {name: round(float(np.median([row[name] for row in rows])), 3)
+                            for name in ("may_differ", "moved", "r", "r_all", "deviation_over_least")}  # fmt: skip
     whole = rows[0]["N"]
-    return {
-        "N": whole, "share_touched": round(float(np.median([row["may_differ"] / row["blocks"] for row in rows])), 3), **middle,
-        **{f"drawn, {where}": round(float(np.median(some)), 1) for where, some in drawn.items()},
-        **{f"N over drawn, {where}": [round(float(whole / some.max()), 1), round(float(np.median(whole / some)), 1)]
-           for where, some in drawn.items()},
-        **{outcome: sum(row["touched"]["plain"][outcome] for row in rows) for outcome in ("better", "not better", "undecided", "wrong")},
-    }  # fmt: skip
+    for way in ("all alike", "touched alike", "by weight", "by weight, predicted"):
+        drawn = np.array([row[way]["drawn"] for row in rows])
+        made[way] = {"drawn": round(float(np.median(drawn)), 1), "N_over_drawn": [round(float(whole / drawn.max()), 1),
+                     round(float(np.median(whole / drawn)), 1)], **{outcome: sum(row[way][outcome] for row in rows)
+                     for outcome in ("better", "not better", "undecided", "wrong", "clipped")}}  # fmt: skip
+    return {"N": whole, **made}
 
 
 def main() -> None:

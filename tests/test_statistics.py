@@ -67,6 +67,42 @@ def test_wealth_has_no_trend_whatever_is_predicted():
     np.testing.assert_allclose(np.exp(path).mean(0), 1, atol=1e-9)
 
 
+def weighted(rng, size):
+    """Weights of mean one, and values whose weighted mean is zero."""
+    weight_B = rng.dirichlet(np.ones(size)) * size
+    value_B = rng.normal(size=size)
+    return weight_B, value_B - (weight_B * value_B).sum() / size
+
+
+def test_wealth_has_no_trend_where_chances_differ_and_something_is_predicted():
+    """Over every order with its chance: exactly one, at every look."""
+    from itertools import permutations
+
+    rng = np.random.default_rng(4)
+    (weight_B, value_B), guess_B = weighted(rng, 6), rng.normal(size=6)
+    order_SB = np.array(list(permutations(range(6))))
+    weight_SB, seen_SB = weight_B[order_SB], (weight_B * guess_B)[order_SB]
+    left_SB = 6 - (np.cumsum(weight_SB, 1) - weight_SB)
+    chance_S = (weight_SB / left_SB).prod(1)
+    assert chance_S.sum() == pytest.approx(1)
+    guess_SB = (seen_SB.sum(1, keepdims=True) - (np.cumsum(seen_SB, 1) - seen_SB)) / left_SB
+    for shift_SB, low_SB in ((0.0, None), (guess_SB - guess_B[order_SB], (value_B - guess_B).min() + guess_SB)):
+        drawn = Draws(value_B[order_SB], 6, value_B.min(), value_B.max(), shift_SB, weight_SB)
+        np.testing.assert_allclose(chance_S @ np.exp(wealth(drawn, np.array(0.0), low_SB)), 1, atol=1e-9)
+
+
+def test_a_right_weighted_mean_is_rarely_rejected_at_any_look():
+    rng, wrong = np.random.default_rng(5), 0
+    for run in range(300):
+        weight_B, _ = weighted(rng, 500)
+        value_B = rare(rng, 500) / np.maximum(weight_B, 0.1)
+        value_B -= (weight_B * value_B).mean()
+        order_B = budget.order(f"{run}".encode(), 500, weight_B)
+        drawn = Draws(value_B[order_B], 500, value_B.min(), value_B.max(), weight_T=weight_B[order_B])
+        wrong += int(rejected(wealth(drawn, np.array(0.0)), 0.05)) > 0
+    assert wrong / 300 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
+
+
 def test_a_mean_that_cannot_be_any_more_is_refuted():
     path_T = wealth(Draws(np.array([1.0, 1.0, 1.0, 0.0]), 4, 0.0, 1.0), np.array(0.5))
     assert path_T[0] < np.inf
@@ -188,10 +224,29 @@ def test_a_good_prediction_saves_draws_and_a_worthless_one_costs_few():
 def test_predictions_come_from_earlier_draws_alone():
     rng = np.random.default_rng(8)
     value_B, place_T = rng.standard_normal(400), np.arange(400)
-    blocks = bounds(400, feature_BF=rng.standard_normal((400, 3)))
-    whole, part = predicted(value_B, place_T, blocks), predicted(value_B[:250], place_T[:250], blocks)
+    known = rng.standard_normal((400, 3)), np.ones(400), (np.full(400, -6.0), np.full(400, 6.0))
+    whole, part = predicted(value_B, place_T, *known), predicted(value_B[:250], place_T[:250], *known)
     for one, other in zip(whole, part, strict=True):
         np.testing.assert_allclose(one[:250], other)
+
+
+def test_blocks_drawn_by_the_weight_that_moves_save_draws_and_change_no_mean():
+    rng, drawn = np.random.default_rng(10), {"alike": [], "by weight": []}
+    for run in range(8):
+        moved_B = rng.beta(0.4, 2.0, 2000)
+        value_B = np.maximum(moved_B, 0.02) * (0.03 + 0.1 * rng.standard_normal(2000)).clip(-0.5, 0.5)
+        endless = np.full(2000, np.inf)
+        for name, share_B in (("alike", None), ("by weight", moved_B)):
+            blocks = population(-endless, endless, 9000, moved_B=share_B)
+            order_B = budget.order(f"{run}".encode(), 2000, blocks.scale_B)
+            found = decide(lambda places, value_B=value_B: value_B[places], order_B, blocks, Rule(cap=2000))
+            drawn[name].append(found.drawn)
+            assert found.low <= value_B.mean()
+            assert found.outcome == "better"
+            whole = look(value_B[order_B], order_B, blocks, Rule())
+            assert whole.effect == pytest.approx(value_B.mean())
+            assert whole.low == whole.high == pytest.approx(value_B.mean())
+    assert np.mean(drawn["by weight"]) < 0.3 * np.mean(drawn["alike"])
 
 
 # ---- bounds and populations
@@ -279,6 +334,10 @@ def test_worthless_submissions_are_rarely_accepted_though_all_look_at_the_same_b
 
 def test_orders_are_fresh_secret_and_repeatable():
     keys = [budget.seal(secret, name) for secret, name in ((b"a", "x"), (b"a", "y"), (b"b", "x"))]
+    weight_B = np.repeat([1.0, 3.0], [10, 10])
+    first = np.array([budget.order(f"{n}".encode(), 20, weight_B)[0] for n in range(2000)])
+    assert (first >= 10).mean() == pytest.approx(0.75, abs=0.04)
+    assert sorted(budget.order(b"x", 20, weight_B)) == list(range(20))
     orders = [budget.order(key, 500) for key in keys]
     assert all(sorted(one) == list(range(500)) for one in orders)
     assert len({one.tobytes() for one in orders}) == 3

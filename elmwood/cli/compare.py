@@ -157,7 +157,7 @@ def judge(
     unknown = int(missing_NM.any(0).sum())
     bounds = bounded(sides, loglik_NM, held, place_T, clip if unknown else None)
     draw = drawing(sides, columns, place_T, progress)
-    order_B = order(key, len(place_T))
+    order_B = order(key, len(place_T), bounds.scale_B)
     # where nothing need be run, all blocks are known and the answer is exact
     found = decide(draw, order_B, bounds, rule) if unknown else look(draw(order_B), order_B, bounds, rule)
     return found._replace(total=int(among_G.sum())), {
@@ -199,10 +199,10 @@ def bounded(sides: Sides, loglik_NM: Floats, held: evaluate.Holdout, place_T: In
     floor_B, ceiling_B = (block(low_N) - block(high_N) for low_N, high_N in (
         (worst(loglik_NM, b_NM), best(loglik_NM, a_NM)), (best(loglik_NM, b_NM), worst(loglik_NM, a_NM)),
     ))  # fmt: skip
-    moved_N = np.abs(sides.weight_b_NM - sides.weight_a_NM).sum(1)
-    whole_M = known_NM.all(0)
-    feature_BF = np.column_stack([block(moved_N), block(np.ones(len(sides.token_N))), *(block(-one_N) for one_N in loglik_NM.T[whole_M])])
-    return population(floor_B, ceiling_B, len(sides.block_G), clip=clip, feature_BF=feature_BF)
+    size_B = block(np.ones(len(sides.token_N)))
+    moved_B = block(np.abs(sides.weight_b_NM - sides.weight_a_NM).sum(1) / 2) / size_B
+    feature_BF = np.column_stack([moved_B, size_B, *(block(-one_N) for one_N in loglik_NM.T[known_NM.all(0)])])
+    return population(floor_B, ceiling_B, len(sides.block_G), clip=clip, moved_B=moved_B, feature_BF=feature_BF)
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------------

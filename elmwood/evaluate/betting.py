@@ -1,10 +1,14 @@
-"""Is a mean above m? Tests by betting, valid at every look (Waudby-Smith & Ramdas, arXiv:2010.09686, section 4: without replacement).
+"""Is a mean above m? Tests by betting, valid at every look (Waudby-Smith & Ramdas, arXiv:2010.09686, section 4: without replacement;
+with unequal chances, arXiv:2305.06884).
 
 T draws in random order out of `size` blocks, S independent runs (any leading axes), G candidate means.
 
 A gambler who doubts that the mean of all blocks is at most m bets on each next block before seeing it. If m is right the wealth
 has no trend, so it ever grows to 1/alpha with probability at most alpha (Ville), whenever and however often one looks. Nothing
 is assumed of the blocks but that their order is random and that none lies below its floor.
+
+Blocks may have weights: then each next block is drawn with a chance in proportion to its weight among those that are left, and the
+mean is the weighted one.
 """
 
 from collections.abc import Callable
@@ -33,6 +37,7 @@ class Draws(NamedTuple):
     low: float  # no value of the population is below
     high: float  # none is above
     shift_T: Floats | float = 0.0  # what a control variate adds to each value; of mean zero over the blocks that were left
+    weight_T: Floats | float = 1.0  # of the blocks drawn; all blocks together weigh `size`
 
     @property
     def values(self) -> Floats:
@@ -50,23 +55,25 @@ def wealth(drawn: Draws, mean: ArrayLike, low_T: Floats | float | None = None) -
     if shifted.shape[-1] > drawn.size:
         raise BadInput(f"{shifted.shape[-1]} draws from {drawn.size} blocks: each is drawn once")
     low = np.asarray(drawn.low if low_T is None else low_T, np.float64)
-    left = conditional(value, drawn.size, mean)
+    left = conditional(value, drawn.size, mean, drawn.weight_T)
     scale = max(drawn.high - drawn.low, 1e-12)
     room = np.maximum(left - low, TINY * scale)
     bet = np.clip(guess(shifted, left, low), 0.0, STAKE / room)
     with np.errstate(divide="ignore"):
         growth = np.log1p(np.maximum(bet * (shifted - left), -1.0))
-    undrawn = drawn.size - 1 - np.arange(value.shape[-1])
-    rest = drawn.size * np.asarray(mean, np.float64)[..., None] - np.cumsum(value, axis=-1)  # what the others would have to add up to
+    weight_T = np.broadcast_to(drawn.weight_T, value.shape)
+    undrawn = np.maximum(drawn.size - np.cumsum(weight_T, axis=-1), 0)
+    rest = drawn.size * np.asarray(mean, np.float64)[..., None] - np.cumsum(weight_T * value, axis=-1)  # what the others add up to
     refuted = np.maximum.accumulate(rest < undrawn * drawn.low - TINY * scale, axis=-1)
     return np.where(refuted, np.inf, np.cumsum(growth, axis=-1))
 
 
-def conditional(value: Floats, size: int, mean: ArrayLike) -> Floats:
+def conditional(value: Floats, size: int, mean: ArrayLike, weight_T: Floats | float = 1.0) -> Floats:
     """Mean of the blocks still undrawn before each draw, were `mean` the mean of all [..., T]."""
-    count = np.arange(value.shape[-1])
-    before = np.cumsum(value, axis=-1) - value
-    return (size * np.asarray(mean, np.float64)[..., None] - before) / (size - count)
+    weight_T = np.broadcast_to(weight_T, value.shape)
+    before = np.cumsum(weight_T * value, axis=-1) - weight_T * value
+    left_T = size - (np.cumsum(weight_T, axis=-1) - weight_T)
+    return (size * np.asarray(mean, np.float64)[..., None] - before) / np.maximum(left_T, 1e-12)
 
 
 def guess(value: Floats, left: Floats, low: Floats) -> Floats:

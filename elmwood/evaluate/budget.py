@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from elmwood.errors import BadInput
 from elmwood.records import Digest, Entry, Ledger
 
+Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
 USES = 20  # submissions per slice
@@ -58,10 +59,12 @@ def sealed(key: bytes) -> str:
     return "key-" + hashlib.sha256(key).hexdigest()
 
 
-def order(key: bytes, size: int) -> Ints:
-    """The places 0 ... size - 1 in the random order of a key."""
+def order(key: bytes, size: int, weight_B: Floats | None = None) -> Ints:
+    """The places 0 ... size - 1 in the random order of a key. With weights, each next place is drawn with a chance in proportion to its
+    weight among those that are left: whoever waits least, when each waits an exponential time of that rate (Efraimidis & Spirakis 2006)."""
     seed = int.from_bytes(hashlib.sha256(key).digest(), "big")
-    return np.random.Generator(np.random.PCG64(seed)).permutation(size)
+    chance = np.random.Generator(np.random.PCG64(seed))
+    return chance.permutation(size) if weight_B is None else np.argsort(chance.exponential(size=size) / weight_B, kind="stable")
 
 
 def serving(secret: bytes, blocks: int, slices: int, submission: int, uses: int = USES) -> Ints:

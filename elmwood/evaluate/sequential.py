@@ -7,6 +7,9 @@ Two gamblers (betting.py) may be looked at after every block: one doubts that B 
 effect. What they say is about these blocks: what the full run would have said. Blocks that the change cannot touch differ by
 exactly zero, so they are counted and never drawn.
 
+Where a change moves little weight it changes little. So blocks are drawn with chances in proportion to the share of the weight that
+moves in them, and a difference counts over that share: the mean stays what it was, and both its range and its spread shrink.
+
 With features, half of each gambler's money goes to one who bets on the differences less a prediction from earlier draws: that
 leaves the mean as it is, whatever the prediction, and takes out the variance it explains.
 """
@@ -29,6 +32,7 @@ Some = Floats | float
 Outcome = Literal["better", "not better", "undecided"]
 
 FIRST = 100  # draws before anything is predicted, and again at each doubling
+FAINT = 0.02  # share of the weight: blocks in which less moves are drawn as if so much did
 ROUNDING = 1e-9  # of the distance from floor to ceiling
 RIDGE = 0.02  # of the features' own variance
 BATCH = 32  # blocks drawn before the first look
@@ -55,6 +59,7 @@ class Population(NamedTuple):
     feature_BF: Floats | None = None
     proven_low: bool = False  # by mathematics; otherwise differences are clipped there, and the clipped mean is what is judged
     proven_high: bool = False
+    scale_B: Floats | None = None  # chance of being drawn, over that of the mean block; None: all alike
 
     @property
     def share(self) -> float:
@@ -86,8 +91,12 @@ class Finding(NamedTuple):
 # ---- before drawing -------------------------------------------------------------------------------------------------
 
 
-def population(floor_B: Floats, ceiling_B: Floats, total: int, *, clip: float | None = 0.5, feature_BF: Floats | None = None) -> Population:
-    """Bounds from mathematics where they are tighter than the clip (bits per byte, chosen before looking). Raises BadInput."""
+def population(
+    floor_B: Floats, ceiling_B: Floats, total: int, *, clip: float | None = 0.5, moved_B: Floats | None = None,
+    feature_BF: Floats | None = None,
+) -> Population:  # fmt: skip
+    """Bounds from mathematics where they are tighter than the clip (bits per byte, chosen before looking). `moved_B`: the share of the
+    weight that moves in each block; the clip is for a block where all of it does, and in proportion for the others. Raises BadInput."""
     if not len(floor_B):
         raise BadInput("the change touches no block: the two models are the same on this holdout, so there is nothing to test")
     if clip is not None and not clip > 0:
@@ -97,9 +106,11 @@ def population(floor_B: Floats, ceiling_B: Floats, total: int, *, clip: float | 
         raise BadInput("mathematics bounds no difference where nothing is known of the changed model: state a clip")
     if (low_B > high_B + ROUNDING).any():
         raise BadInput("a floor lies above its ceiling: the bounds are of other blocks, or of other models")
-    high_B, at = np.maximum(low_B, high_B), np.inf if clip is None else clip
-    proven_low, proven_high = bool((low_B >= -at).all()), bool((high_B <= at).all())
-    return Population(np.clip(low_B, -at, at), np.clip(high_B, -at, at), total, feature_BF, proven_low, proven_high)
+    share_B = np.ones(len(low_B)) if moved_B is None else np.maximum(moved_B, FAINT)
+    high_B, at_B = np.maximum(low_B, high_B), np.full(len(low_B), np.inf) if clip is None else clip * share_B
+    proven_low, proven_high = bool((low_B >= -at_B).all()), bool((high_B <= at_B).all())
+    scale_B = None if moved_B is None else share_B / share_B.mean()
+    return Population(np.clip(low_B, -at_B, at_B), np.clip(high_B, -at_B, at_B), total, feature_BF, proven_low, proven_high, scale_B)
 
 
 def per_byte(nats_B: Floats, bytes_B: Ints) -> Floats:
@@ -155,22 +166,23 @@ def look(value_T: Floats, order_B: Ints, blocks: Population, rule: Rule) -> Find
     """What the first draws say. Whichever gambler was first decides; where all blocks are drawn there is no doubt, and size does."""
     value_T = np.asarray(value_T, np.float64)
     bets = _Bets(value_T, order_B, blocks, rule)
-    whole, kept_T, outcome = bets.whole, bets.kept_T, bets.outcome
+    whole, outcome = bets.whole, bets.outcome
     proven = {"better": blocks.proven_low, "not better": blocks.proven_high}.get(outcome, blocks.proven_low and blocks.proven_high)
-    beyond_T = np.abs(kept_T - value_T) > ROUNDING * (bets.high - bets.low)
+    raw_T = value_T / bets.scale_T
+    beyond_T = np.abs(bets.kept_T - raw_T) > ROUNDING * (bets.high - bets.low)
     exact = whole and not beyond_T.any()
-    effect = float(kept_T.mean())
+    effect, kept = bets.mean(raw_T), bets.mean(bets.kept_T)
     return Finding(
         outcome=outcome,
         drawn=len(value_T),
         size=len(order_B),
         total=blocks.total,
-        effect=float(value_T.mean()),
+        effect=effect,
         # means up to rule.better were rejected together, and the search rounds down
-        low=effect if whole else max(limit(bets.above, rule.alpha, bets.low, bets.high), rule.better if outcome == "better" else -np.inf),
-        high=effect if whole else limit(bets.below, rule.beta, bets.high, bets.low),
+        low=kept if whole else max(limit(bets.above, rule.alpha, bets.low, bets.high), rule.better if outcome == "better" else -np.inf),
+        high=kept if whole else limit(bets.below, rule.beta, bets.high, bets.low),
         clipped=int(beyond_T.sum()),
-        clip_effect=float((value_T - kept_T).mean()),
+        clip_effect=effect - kept,
         estimand="mean" if proven or exact else "clipped mean",
         for_T=bets.for_T,
         against_T=bets.against_T,
@@ -178,61 +190,73 @@ def look(value_T: Floats, order_B: Ints, blocks: Population, rule: Rule) -> Find
 
 
 class _Bets:
-    """The gamblers on some draws: with the plain differences and, where there are features, with predicted ones too."""
+    """The gamblers on some draws, each difference over its chance: plain and, where there are features, with predicted ones too."""
 
     def __init__(self, value_T: Floats, order_B: Ints, blocks: Population, rule: Rule):
         place_T = order_B[: len(value_T)]
-        self.kept_T = np.clip(value_T, blocks.low_B[place_T], blocks.high_B[place_T])
+        scale_B = np.ones(len(order_B)) if blocks.scale_B is None else blocks.scale_B
+        self.scale_T = scale_B[place_T]
+        self.kept_T = np.clip(value_T, blocks.low_B[place_T], blocks.high_B[place_T]) / self.scale_T
         self.size, self.whole = len(order_B), len(value_T) == len(order_B)
-        self.low, self.high = float(blocks.low_B.min()), float(blocks.high_B.max())
-        learnt = blocks.feature_BF is not None and len(value_T) > FIRST
+        low_B, high_B = blocks.low_B / scale_B, blocks.high_B / scale_B
+        self.low, self.high = float(low_B.min()), float(high_B.max())
         self.shifts: list[tuple[Some, Some, Some]] = [(0.0, self.low, self.high)]
-        self.shifts += [predicted(self.kept_T, place_T, blocks)] if learnt else []
+        if blocks.feature_BF is not None and len(value_T) > FIRST:
+            self.shifts.append(predicted(self.kept_T, place_T, np.asarray(blocks.feature_BF, np.float64), scale_B, (low_B, high_B)))
         self.for_T, self.against_T = self.above(np.array(rule.better)), self.below(np.array(rule.worthless))
         self.outcome = self._outcome(int(rejected(self.for_T, rule.alpha)), int(rejected(self.against_T, rule.beta)), rule)
+
+    def mean(self, value_T: Floats) -> float:
+        """An estimate of the mean of all blocks, which it is where all are drawn: those drawn, and the others as these on average."""
+        seen = float((self.scale_T * value_T).sum())
+        return (seen + max(self.size - float(self.scale_T.sum()), 0.0) * float(value_T.mean()) * (not self.whole)) / self.size
 
     def _outcome(self, first: int, second: int, rule: Rule) -> Outcome:
         """Draws that "better" and "not better" took (0: not yet) -> who was first; the effect's size where that is no answer."""
         if self.whole or first == second != 0:
-            return "better" if self.kept_T.mean() >= rule.worthless else "not better"
+            return "better" if self.mean(self.kept_T) >= rule.worthless else "not better"
         if first and (not second or first < second):
             return "better"
         return "not better" if second else "undecided"
 
     def above(self, mean: Floats) -> Floats:
         """log wealth against "at most this mean"."""
-        return self._together([(Draws(self.kept_T, self.size, self.low, self.high, shift), low) for shift, low, _ in self.shifts], mean)
+        return self._together([(self._draws(1, shift), low) for shift, low, _ in self.shifts], mean)
 
     def below(self, mean: Floats) -> Floats:
         """log wealth against "at least this mean"."""
-        mirrored = [(Draws(-self.kept_T, self.size, -self.high, -self.low, -shift), -high) for shift, _, high in self.shifts]
-        return self._together(mirrored, -mean)
+        return self._together([(self._draws(-1, shift), -high) for shift, _, high in self.shifts], -mean)
+
+    def _draws(self, sign: int, shift_T: Some) -> Draws:
+        low, high = (self.low, self.high) if sign > 0 else (-self.high, -self.low)
+        return Draws(sign * self.kept_T, self.size, low, high, sign * shift_T, self.scale_T)
 
     def _together(self, drawn: list[tuple[Draws, Some]], mean: Floats) -> Floats:
         return average(np.stack([wealth(one, mean, low_T) for one, low_T in drawn]))
 
 
-def predicted(kept_T: Floats, place_T: Ints, blocks: Population) -> tuple[Floats, Floats, Floats]:
+def predicted(
+    kept_T: Floats, place_T: Ints, feature_BF: Floats, scale_B: Floats, bounds: tuple[Floats, Floats]
+) -> tuple[Floats, Floats, Floats]:
     """For each draw, what a prediction from the draws before adds to it [T], and the floor and ceiling that leaves [T], [T].
 
     Ridge regression, fitted anew at FIRST draws and each doubling; before that nothing is predicted. What is added is the mean
-    prediction of the blocks that were left less that of the block drawn: nothing, on average over the draw.
+    prediction of the blocks that were left, by their chances, less that of the block drawn: nothing, on average over the draw.
     """
-    assert blocks.feature_BF is not None
-    feature_BF = np.asarray(blocks.feature_BF, np.float64)
     spread_F = feature_BF.std(0)
     feature_BF = (feature_BF - feature_BF.mean(0)) / np.where(spread_F > 0, spread_F, 1)
-    size, length = len(feature_BF), len(kept_T)
-    shift_T, low_T, high_T = np.zeros(length), np.full(length, blocks.low_B.min()), np.full(length, blocks.high_B.max())
+    size, length, (low_B, high_B) = len(feature_BF), len(kept_T), bounds
+    shift_T, low_T, high_T = np.zeros(length), np.full(length, low_B.min()), np.full(length, high_B.max())
     start = FIRST
     while start < length:
         end = min(2 * start, length)
         guess_B = feature_BF @ _ridge(feature_BF[place_T[:start]], kept_T[:start])
-        drawn_T = guess_B[place_T[:end]]
-        left_T = (guess_B.sum() - (np.cumsum(drawn_T) - drawn_T)) / (size - np.arange(end))
+        drawn_T, weight_T = guess_B[place_T[:end]], scale_B[place_T[:end]]
+        gone_T, sum_T = np.cumsum(weight_T) - weight_T, np.cumsum(weight_T * drawn_T) - weight_T * drawn_T
+        left_T = (float((scale_B * guess_B).sum()) - sum_T) / np.maximum(size - gone_T, 1e-12)
         shift_T[start:end] = (left_T - drawn_T)[start:]
-        low_T[start:end] = (blocks.low_B - guess_B).min() + left_T[start:]
-        high_T[start:end] = (blocks.high_B - guess_B).max() + left_T[start:]
+        low_T[start:end] = (low_B - guess_B).min() + left_T[start:]
+        high_T[start:end] = (high_B - guess_B).max() + left_T[start:]
         start = end
     return shift_T, low_T, high_T
 
