@@ -5,6 +5,7 @@ namesake in the module of its family.
 """
 
 import errno
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -583,6 +584,7 @@ def report(
 
 def main() -> None:
     """The entry point: errors of ours become one line and a non-zero exit."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait starve one another on a machine with other work
     try:
         app()
     except ElmwoodError as error:
