@@ -1,48 +1,50 @@
 """Every merge rule on the experts of a forest: bits per byte beside the output ensemble, the seed, and every control.
 
-    python benches/bench_merge_quality.py STORE FOREST [--dense NAME …] [--random NAME/] [--rules a,b] [--scales 0.1,0.3,0.6,1]
-        [--ranks 0,16] [--temperatures 0.1,1] [--documents N]
+    python benches/bench_merge_quality.py STORE FOREST [--dense NAME …] [--random NAME/] [--rules a,b] [--scales 0.2,0.5,1]
+        [--ranks 16] [--temperatures 0.1] [--documents 300] [--tune 40] [--statistics 32]
 
-STORE and its forests can be made with benches/forest.py (lab/forest, lab/lora-forest; --dense lab/dense/large --random lab/random/).
-A rule's answers at all scales come from one reading of the experts; the best is chosen on the tune half of the held-out documents, and
-what is printed is of the other half. LoRA experts are merged to one LoRA besides, and mixed for each prompt. Rules that need statistics
-which these experts did not leave say so. One JSON line for each row: `gain` is over the strongest dense control (the seed, where there is
-none), paired, with its standard error. `documents` bounds the work: each answer reads the tune half once.
+STORE and its forests can be made with benches/forest.py (lab/forest, lab/lora-forest; --dense lab/dense/large --random lab/random/), or
+with `elmwood demo` (demo/forest --dense demo/dense/large --random demo/random/; `elmwood show` lists the names).
+A rule's answers at all scales come from one reading of the experts. Scales count averages: a rule that sums takes each divided by the
+number of experts. The best answer is the one with the least loss on `tune` documents of the tune half; what is printed is of the other
+half. LoRA experts are merged to one LoRA besides, and mixed for each prompt. Experts without statistics leave them first, of so many rows
+(0: rules that need them say so). One JSON line for each row: `gain` is over the strongest dense control (the seed, where there is none),
+paired, with its standard error; `over_seed` and `over_ensemble` are over those.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 
 from elmwood import evaluate
-from elmwood.cli.jobs import open_holdout
+from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.merge import both, title
 from elmwood.cli.screen import bars, expand
 from elmwood.engine import Progress
-from elmwood.ensemble.mixture import open_model
-from elmwood.errors import ElmwoodError
-from elmwood.evaluate.compare import top_ks
-from elmwood.evaluate.partial import Partial
+from elmwood.errors import BadInput, ElmwoodError
+from elmwood.evaluate.compare import mixed, other_signals
 from elmwood.merge.adapters import LOW_RULES
 from elmwood.merge.make import Answer
 from elmwood.merge.rules import RULES
+from elmwood.merge.statistics import found
 from elmwood.merge.values import everywhere
 from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store
+from elmwood.train import statistics
 
 
-def answers_of(rule: str, scales: Sequence[float], ranks: Sequence[float]) -> list[Answer]:
+def answers_of(rule: str, scales: Sequence[float], ranks: Sequence[float], experts: int) -> list[Answer]:
     """A rule at every scale, and of adapters at every rank, that it knows. An average is one already: it is not scaled."""
     known = LOW_RULES[rule].settings if rule in LOW_RULES else {**RULES[rule].begins, **RULES[rule].ends}
     grid: dict[str, Sequence[float]] = {}
     if "scale" in known and rule != "average":
-        grid["scale"] = scales
+        sums = known.get("normalise") == 0 or rule == "iso_c"
+        grid["scale"] = [scale / experts for scale in scales] if sums else scales
     if "rank" in known and rule in LOW_RULES:
         grid["rank"] = ranks
     return [Answer(rule, dict(zip(grid, values, strict=True))) for values in product(*grid.values())]
@@ -58,27 +60,31 @@ class Bench:
         self.experts = [self.store.load(digest, Expert) for digest in self.forest.experts]
         length = min(self.seed.context, 1024)
         self.spec = evaluate.HoldoutSpec(partition=self.partition.digest, seed=self.seed.digest, length=length, documents=asked.documents)
-        self.held = open_holdout(self.spec, self.store)
+        self.columns = Columns(self.spec, self.store)
+        self.held = self.columns.held
+        self.test_D, self.tune_D = ~self.held.tune_D, self.held.tune_D.copy()
+        self.tune_D[np.flatnonzero(self.tune_D)[asked.tune :]] = False  # documents are in order of id, which is chance
         self.adapters = all(one.recipe.method == "lora" for one in self.experts)
         self.seed_N = self.column(self.seed)
 
-    def column(self, model: Record) -> np.ndarray:
-        """Every held-out token under a model; what was scored before is found."""
-        self.store.add(model)
-        made = evaluate.score(model, partial(open_model, model, self.store), self.held, self.store, self.progress)
-        return evaluate.column(made, self.held, self.store)
-
-    def tuned(self, model: Record) -> float:
-        """Bits per byte on the tune half, of which alone the model is asked."""
-        self.store.add(model)
-        one = Partial(model, partial(open_model, model, self.store), self.held, self.store)
-        one.fill(np.unique(self.held.window_N[self.held.tune_N]), self.progress)
-        return evaluate.bits_per_byte(one.loglik_N, self.held, self.held.tune_D).value
+    def column(self, model: Record, document_D: np.ndarray | None = None) -> np.ndarray:
+        """Tokens of these documents (all) under a model; what was scored before is found."""
+        digest = self.store.add(model)
+        windows = {} if document_D is None else {digest: np.unique(self.held.window_N[document_D[self.held.document_N]])}
+        return ensure([("score", digest)], self.columns, windows=windows, progress=self.progress).columns[digest]
 
     def side(self, names: Sequence[Record], partition: Partition) -> evaluate.Side:
         experts = sorted(names, key=lambda one: getattr(one, "domain", 0) or 0)
         distances = evaluate.distances(self.held, partition, self.store, self.progress)
         return evaluate.Side(np.column_stack([self.column(one) for one in experts]), distances)
+
+    def leave(self, rows: int) -> None:
+        """Let experts without statistics make them."""
+        for expert in self.experts:
+            try:
+                found(expert.digest, self.store)
+            except BadInput:
+                statistics(expert, self.store, rows=rows, progress=self.progress)
 
     def controls(self) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
         """The rows of the honest table, and the best single expert; sets what gains are over."""
@@ -89,9 +95,9 @@ class Bench:
             others = [self.store.load(name, Expert) for name in expand(self.store, [self.asked.random])]
             random = self.side(others, self.store.load(others[0].partition or "", Partition))
         table = evaluate.compare(self.held, self.seed_N, side, [evaluate.Control(name, one) for name, one in dense.items()], random)
-        test_D = ~self.held.tune_D
-        self.against = min([*dense.values()] or [self.seed_N], key=lambda one: evaluate.bits_per_byte(one, self.held, test_D).value)
-        self.best = table.best
+        self.against = min([*dense.values()] or [self.seed_N], key=lambda one: evaluate.bits_per_byte(one, self.held, self.test_D).value)
+        signals = {"centroid": side.dist2_NK} | other_signals(self.held, self.seed_N, side)
+        self.ensemble_N = mixed(self.seed_N, side, table.best, signals[table.best.router])
         for row in table.rows:
             emit(self.asked, row.name, row.bits_per_byte, row.standard_error, row.gain, row.gain_error, role=row.role)
         tune_E = [evaluate.bits_per_byte(column, self.held, self.held.tune_D).value for column in side.loglik_NK.T]
@@ -101,9 +107,10 @@ class Bench:
     def chosen(self, name: str, made: Mapping[str, Record], **about: Any) -> tuple[str, np.ndarray, dict[str, Any]]:
         """Of several models the best on the tune half."""
         started = time.process_time()
-        losses = {one: self.tuned(model) for one, model in made.items()}
+        columns = {one: self.column(model, self.tune_D) for one, model in made.items()}
+        losses = {one: evaluate.bits_per_byte(column, self.held, self.tune_D).value for one, column in columns.items()}
         best = min(losses, key=lambda one: losses[one])
-        column = self.column(made[best])
+        column = self.column(made[best], self.test_D)
         about |= {"answer": best, "answers": len(made), "tune": round(losses[best], 5)}
         return name, column, {"role": "result", **about, "search_cpu": round(time.process_time() - started, 1)}
 
@@ -112,7 +119,7 @@ class Bench:
         rules = self.asked.rules.split(",") if self.asked.rules else [*RULES, *(LOW_RULES if self.adapters else ())]
         members = {one.digest: everywhere(1.0) for one in self.experts}
         for rule in rules:
-            answers = answers_of(rule, numbers(self.asked.scales), numbers(self.asked.ranks))
+            answers = answers_of(rule, numbers(self.asked.scales), numbers(self.asked.ranks), len(members))
             started = time.process_time()
             try:
                 made = both(self.seed, members, answers, self.store, False, self.progress)
@@ -129,11 +136,9 @@ class Bench:
         plain = Ensemble(forest=self.forest.digest, mixing="weights")
         made = {
             f"top-{top_k} temperature={t:g}": plain.model_copy(update={"top_k": top_k, "temperature": t})
-            for top_k in top_ks(len(self.experts))
+            for top_k in (2, len(self.experts))
             for t in numbers(self.asked.temperatures)
         }
-        for one in made.values():
-            self.store.add(one)
         yield self.chosen("weights mixed for each prompt", made)
 
 
@@ -154,17 +159,24 @@ def main() -> None:
     parser.add_argument("--dense", nargs="*", default=[])
     parser.add_argument("--random")
     parser.add_argument("--rules")
-    parser.add_argument("--scales", default="0.1,0.2,0.3,0.5,0.7,1")
-    parser.add_argument("--ranks", default="0,16")
-    parser.add_argument("--temperatures", default="0.03,0.1,0.3,1", help="of the weights mixed for each prompt")
+    parser.add_argument("--scales", default="0.2,0.5,1")
+    parser.add_argument("--ranks", default="16")
+    parser.add_argument("--temperatures", default="0.1", help="of the weights mixed for each prompt")
     parser.add_argument("--documents", type=int, default=300)
+    parser.add_argument("--tune", type=int, default=40)
+    parser.add_argument("--statistics", type=int, default=32)
     asked = parser.parse_args()
     with bars() as progress:
         bench = Bench(asked, progress)
+        if asked.statistics:
+            bench.leave(asked.statistics)
         for rows in (bench.controls(), bench.merges(), bench.mixed() if bench.adapters else []):
             for name, column, about in rows:
-                loss = evaluate.bits_per_byte(column, bench.held, ~bench.held.tune_D)
-                worse = evaluate.difference(column, bench.against, bench.held, ~bench.held.tune_D)
+                loss = evaluate.bits_per_byte(column, bench.held, bench.test_D)
+                worse = evaluate.difference(column, bench.against, bench.held, bench.test_D)
+                for key, other in (("over_seed", bench.seed_N), ("over_ensemble", bench.ensemble_N)):
+                    value, error = evaluate.difference(column, other, bench.held, bench.test_D)
+                    about |= {key: round(-value, 5), f"{key}_error": round(error, 5)}
                 emit(asked, name, *loss, -worse.value, worse.standard_error, **about)
 
 

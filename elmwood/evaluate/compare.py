@@ -87,10 +87,10 @@ def compare(
     if random:
         tried = [_fit(holdout, seed_N, random, top_k, random.dist2_NK) for top_k in top_ks(random.loglik_NK.shape[1])]
         chosen = min(tried, key=lambda one: one.nats)
-        lines += [(f"random clusters, {_top(chosen, random)}", "control", _mixed(seed_N, random, chosen, random.dist2_NK), random.cost)]
+        lines += [(f"random clusters, {_top(chosen, random)}", "control", mixed(seed_N, random, chosen, random.dist2_NK), random.cost)]
         lines += [("random clusters, uniform", "control", _uniform(random), random.cost)]
     lines += [("uniform routing", "control", _uniform(experts), experts.cost)]
-    lines += [(_name(one, experts), "result", _mixed(seed_N, experts, one, signals[one.router]), experts.cost) for one in fits]
+    lines += [(_name(one, experts), "result", mixed(seed_N, experts, one, signals[one.router]), experts.cost) for one in fits]
     own_N = np.take_along_axis(experts.loglik_NK, np.array(experts.owner_K)[holdout.domain_D[holdout.document_N], None], 1)[:, 0]
     lines += [("oracle routing", "bound", own_N, experts.cost)]
 
@@ -141,7 +141,8 @@ def _fit(holdout: Holdout, seed_N: Floats, side: Side, top_k: int, signal_NS: Fl
     return fit(np.column_stack([side.loglik_NK[tune_N], seed_N[tune_N]]), signal_NS[tune_N], top_k, router)
 
 
-def _mixed(seed_N: Floats, side: Side, chosen: Fit, signal_NS: Floats) -> Floats:
+def mixed(seed_N: Floats, side: Side, chosen: Fit, signal_NS: Floats) -> Floats:
+    """The column [N] of an ensemble of these experts and the seed."""
     return mix(np.column_stack([side.loglik_NK, seed_N]), weights(signal_NS, *chosen[:4]))
 
 

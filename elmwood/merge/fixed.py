@@ -33,31 +33,77 @@ def reach(part_N: Floats) -> float:
 
 
 class Sum:
-    """A sum of N numbers under way. Addends are left with MAGIC_BITS too much, which are taken off once, at the end."""
+    """A sum of N numbers under way, in `total_N` where it is given. What addends have too much is taken off once, at the end."""
 
-    def __init__(self, numbers: int):
-        self.total_N = np.zeros(numbers, np.int64)
-        self.parts = 0
+    def __init__(self, numbers: int, total_N: Ints | None = None):
+        self.total_N = np.zeros(numbers, np.int64) if total_N is None else total_N
+        self.excess = 0
 
     def add(self, part_N: Floats, largest: float, scratch_N: Floats) -> None:
         """`largest` is reach(part) or more; `scratch` is float64 of the same size. Raises BadInput."""
-        if largest < NARROW:
-            np.add(part_N, MAGIC, out=scratch_N)
-            np.add(self.total_N, scratch_N.view(np.int64), out=self.total_N)
-            self.parts += 1
-            return
-        bound(largest)
-        np.multiply(part_N, np.float64(1 / LSB), out=scratch_N)
-        np.rint(scratch_N, out=scratch_N)
-        self.total_N += scratch_N.astype(np.int64)
+        self.add_whole(*_whole(part_N, largest, scratch_N))
+
+    def add_whole(self, whole_N: Ints, excess: int) -> None:
+        """Whole numbers, each with `excess` too much."""
+        np.add(self.total_N, whole_N, out=self.total_N)
+        self.excess += excess
 
     def close(self) -> Ints:
         """The sum, in units of 2^-44."""
-        if self.parts:
-            excess = self.parts * MAGIC_BITS % (1 << 64)  # 64-bit integers wrap around: a group all the same
+        if self.excess:
+            excess = self.excess % (1 << 64)  # 64-bit integers wrap around: a group all the same
             self.total_N -= np.int64(excess - (1 << 64) if excess >> 63 else excess)
-            self.parts = 0
+            self.excess = 0
         return self.total_N
+
+
+def _whole(part_N: Floats, largest: float, scratch_N: Floats) -> tuple[Ints, int]:
+    """Numbers in units of 2^-44, each with so much too much; they may stand in `scratch`. Raises BadInput."""
+    if largest < NARROW:
+        np.add(part_N, MAGIC, out=scratch_N)
+        return scratch_N.view(np.int64), MAGIC_BITS
+    bound(largest)
+    np.multiply(part_N, np.float64(1 / LSB), out=scratch_N)
+    np.rint(scratch_N, out=scratch_N)
+    return scratch_N.astype(np.int64), 0
+
+
+class Ballot:
+    """Four sums of N numbers under way: what speaks for plus, what for minus, and the weights of either side (TIES, arXiv:2306.01708)."""
+
+    def __init__(self, total_FN: Ints):
+        """`total_FN`: zeros, one row for each sum."""
+        self.total_FN = total_FN
+        numbers = total_FN.shape[1]
+        self.plus, self.both = Sum(numbers, total_FN[0]), Sum(numbers, total_FN[1])
+        self.weight, self.count = 0.0, 0
+        self.votes_2N = np.zeros((2, numbers), np.uint8)  # of those with the present weight
+
+    def add(self, part_N: Floats, weight: float, largest: float, scratch_N: Floats) -> None:
+        """One vote for each number but 0. `largest` and `scratch` as in Sum. Raises BadInput."""
+        if weight != self.weight or self.count == 255:
+            self._count()
+            self.weight = weight
+        self.count += 1
+        self.votes_2N[0] += (part_N > 0).view(np.uint8)
+        self.votes_2N[1] += (part_N < 0).view(np.uint8)
+        whole_N, excess = _whole(part_N, largest, scratch_N)
+        self.both.add_whole(whole_N, excess)
+        np.maximum(whole_N, excess, out=whole_N)
+        self.plus.add_whole(whole_N, excess)
+
+    def _count(self) -> None:
+        unit = round(self.weight / LSB)
+        for total_N, votes_N in zip(self.total_FN[2:], self.votes_2N, strict=True):
+            total_N += votes_N.astype(np.int64) * unit
+        self.votes_2N[:] = 0
+        self.count = 0
+
+    def close(self) -> None:
+        """Leave plus, minus and their weights in the rows, in units of 2^-44."""
+        self._count()
+        self.plus.close()
+        np.subtract(self.both.close(), self.total_FN[0], out=self.total_FN[1])
 
 
 def value(total_N: Ints) -> NDArray[np.float64]:

@@ -22,9 +22,9 @@ def fold(seed: Mapping[str, Place], adapter: Path, digest: str, folder: Path, pr
     low, magnitudes = Low(digest, adapter, dict(seed), dora=True), _magnitudes(adapter / "adapter_model.safetensors")
     if magnitudes and low.turned:
         raise BadInput(f"expert {digest[:8]} decomposes layers whose matrix stands the other way round (Conv1D): fold it with PEFT")
-    twin, files, done = Twin(seed, folder), Files(), 0
+    twin, files, done = Twin(seed, folder, low.factors), Files(), 0
     total = sum(seed[name].numbers for name in low.factors)
-    for name in low.factors:
+    for name in (name for name in seed if name in low.factors):
         place, width = seed[name], seed[name].shape[-1]
         step = max(1, PIECE // width) * width  # whole rows
         for first in range(0, place.numbers, step):
@@ -38,7 +38,7 @@ def fold(seed: Mapping[str, Place], adapter: Path, digest: str, folder: Path, pr
             done += last - first
             progress("fold", done, total, "numbers")
     files.close()
-    twin.close(low.factors)
+    twin.close()
 
 
 def _magnitudes(path: Path) -> dict[str, NDArray[np.float64]]:

@@ -5,7 +5,6 @@ N numbers of a piece of one tensor
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -55,8 +54,8 @@ def merge(
         if Wanted(rule, begins) not in wanted:
             wanted.append(Wanted(rule, begins))
     work = pass_over(tensors, sources, weights, wanted, (0, 1), store, progress)
-    folders = [store.work(key) / "out" for key in keys]
-    twins = [Twin(tensors, folder) for folder in folders]
+    names = work.names()
+    twins = [Twin(tensors, store.work(key) / "out", names) for key in keys]
     finishers = [
         (place := wanted.index(Wanted(rule, begins)), Finisher(rule, begins | ends, tensors, partial(work.total, place), twin))
         for (rule, begins, ends), twin in zip(rules, twins, strict=True)
@@ -66,10 +65,9 @@ def merge(
             if piece.sums[place]:
                 one.write(piece, piece.sums[place])
     made = []
-    for answer, (rule, begins, ends), key, folder, (place, _), twin in zip(answers, rules, keys, folders, finishers, twins, strict=True):
-        twin.close(set(work.names()))
+    for answer, (rule, begins, ends), key, (place, _), twin in zip(answers, rules, keys, finishers, twins, strict=True):
         rows = contributions(sources, weights, work.reach[place], left if rule.needs else {})
-        made.append(_stored(seed, answer.method, begins | ends, rows, folder, store))
+        made.append(_stored(seed, answer.method, begins | ends, rows, twin, store))
         store.finish(key, made[-1])
     return made
 
@@ -101,12 +99,12 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
         store.finish(key, made)
         return made
     tensors = seed_places(seed, store)
-    twin = Twin(tensors, folder := store.work(key) / "out")
+    held = [(one, sum_places(one, store)) for one in sorted(states, key=lambda one: one.part)]
+    summed = {key.rpartition("|")[0] for _, found in held for key in found}
+    twin = Twin(tensors, store.work(key) / "out", summed)
     finisher = Finisher(rule, begins | ends, tensors, _recorded(first, tensors), twin)
-    held = [(one, sum_places(one, store)) for one in states]
     files = Files()
-    names = {key.rpartition("|")[0] for _, found in held for key in found}
-    for name in sorted(names):
+    for name in (name for name in tensors if name in summed):
         spans = Pass(tensors, [], lambda e, name: 0.0, [])
         mine = on(rule, name, tensors[name].shape)
         keys = [f"{name}|{field}" for field in mine.stored()]
@@ -122,12 +120,11 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
                 seed_raw = files.read(tensors[name], start, stop) if finisher.with_seed(name) else None
                 finisher.write(Piece(name, start, stop, seed_raw, []), sums)
     files.close()
-    twin.close(names)
     rows = tuple(
         row.model_copy(update={"reach": max(c.reach for one in states for c in one.contributions if c.expert == row.expert)})
         for row in first.contributions
     )
-    made = _stored(seed, first.method, begins | ends, rows, folder, store)
+    made = _stored(seed, first.method, begins | ends, rows, twin, store)
     store.finish(key, made)
     return made
 
@@ -145,21 +142,18 @@ def assemble(choice: Mapping[str, Merged], store: Store) -> Merged:
     if done := store.done(key):
         return store.load(done, Merged)
     seed = store.load(first.seed, Seed)
-    tensors, folder, files = seed_places(seed, store), store.work(key) / "out", Files()
+    tensors, files = seed_places(seed, store), Files()
     held = {layer: places(sorted(store.folder(one.files).glob("*.safetensors"))) for layer, one in choice.items()}
-    twin, written = Twin(tensors, folder), set()
-    for name, place in tensors.items():
-        layer = layer_of(name)
-        mine = held.get("outside" if layer is None else str(layer))
-        if mine is None or place.dtype not in SIZES:
-            continue
+    where = {name: "outside" if (layer := layer_of(name)) is None else str(layer) for name in tensors}
+    chosen = [name for name, place in tensors.items() if where[name] in held and place.dtype in SIZES]
+    twin = Twin(tensors, store.work(key) / "out", chosen)
+    for name in chosen:
+        place, mine = tensors[name], held[where[name]][name]
         for start in range(0, place.numbers, PIECE):
-            twin.put(place, start, files.read(mine[name], start, min(place.numbers, start + PIECE)))
-        written.add(name)
-    twin.close(written)
+            twin.put(place, start, files.read(mine, start, min(place.numbers, start + PIECE)))
     files.close()
     rows = tuple(row.model_copy(update={"statistics": None, "reach": 0}) for row in first.contributions)
-    made = _stored(seed, "by_layer", {}, rows, folder, store).model_copy(update={"layers": layers})
+    made = _stored(seed, "by_layer", {}, rows, twin, store).model_copy(update={"layers": layers})
     store.finish(key, made)
     return made
 
@@ -234,8 +228,8 @@ def _opened(rule: Rule, place: Place, sums: Sequence[Any]) -> tuple[Floats, ...]
     return tuple(fixed.wide_value(high_N, low_N).reshape(size) for high_N, low_N, size in pairs)
 
 
-def _stored(seed: Seed, method: str, settings: dict[str, float], rows: tuple[Contribution, ...], folder: Path, store: Store) -> Merged:
-    weights = {path.name: store.put(path) for path in sorted(folder.iterdir())}
+def _stored(seed: Seed, method: str, settings: dict[str, float], rows: tuple[Contribution, ...], twin: Twin, store: Store) -> Merged:
+    weights = {name: store.take(twin.folder / name, digest) for name, digest in sorted(twin.close().items())}
     source = seed_folder(seed, store)
     kept = {name: digest if seed.hub is None else store.put(source / name) for name, digest in seed.files.items() if name not in weights}
     rule = RULES.get(method)  # none where layers come from several

@@ -19,28 +19,22 @@ def scaled(delta_N: Floats, weight: float, local: Local, settings: Settings) -> 
 
 def dropped(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
     """Each number kept with probability `density`, and made larger by as much (DARE, arXiv:2311.03099)."""
-    return (np.where(local.chance() < settings["density"], delta_N * (weight / settings["density"]), 0.0),)
+    return (delta_N * (weight / settings["density"]) * (local.chance() < settings["density"]),)
 
 
 def cut(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
     """Without the smallest and the largest magnitudes (breadcrumbs, arXiv:2312.06795)."""
-    return (np.where(_kept(delta_N, local), delta_N * weight, 0.0),)
+    magnitude_N = np.abs(delta_N)
+    kept_N = magnitude_N >= local.low
+    if local.high != np.inf:
+        kept_N &= magnitude_N < local.high
+    return (np.multiply(delta_N if weight == 1 else delta_N * weight, kept_N, out=magnitude_N),)
 
 
 def voted(trimmed_N: Floats, weight: float) -> tuple[Floats, ...]:
-    """A ballot: what speaks for plus, what for minus, and with what weight."""
+    """A ballot (see fixed.Ballot) as four addends: what speaks for plus, what for minus, and with what weight."""
     plus_N, minus_N = np.maximum(trimmed_N, 0), np.minimum(trimmed_N, 0)
     return plus_N, minus_N, (trimmed_N > 0) * weight, (trimmed_N < 0) * weight
-
-
-def trimmed(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
-    """The ballot of what is left of delta after trimming (TIES, arXiv:2306.01708)."""
-    return voted(cut(delta_N, weight, local, settings)[0], weight)
-
-
-def drawn(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
-    """The ballot of what chance leaves of delta (DARE with TIES, arXiv:2311.03099)."""
-    return voted(dropped(delta_N, weight, local, settings)[0], weight)
 
 
 def ranked(delta: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
@@ -52,7 +46,7 @@ def ranked(delta: Floats, weight: float, local: Local, settings: Settings) -> tu
     place_RN = magnitude_RN.argsort(axis=-1, kind="stable").argsort(axis=-1, kind="stable").reshape(delta.shape)
     share = place_RN / max(1, magnitude_RN.shape[-1] - 1)
     kept = settings["density"] - settings["epsilon"] + share * (2 * settings["epsilon"])
-    return (np.where(local.chance() < kept, delta * weight / kept, 0.0),)
+    return (delta * weight / kept * (local.chance() < kept),)
 
 
 def ranked_votes(delta: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
@@ -88,12 +82,6 @@ def _fisher(delta: Floats, local: Local) -> Floats:
     return np.ones_like(delta) if found is None else found.reshape(delta.shape)
 
 
-def _kept(delta_N: Floats, local: Local) -> NDArray[np.bool_]:
-    magnitude_N = np.abs(delta_N).astype(np.float32)
-    kept_N = magnitude_N >= local.low
-    return kept_N if local.high == np.inf else kept_N & (magnitude_N < local.high)
-
-
 # ---- ends: from the sums of all ---------------------------------------------------------------------------------
 
 
@@ -112,13 +100,21 @@ def elected(sums: tuple[Floats, ...], seed_N: Floats, total: Total, settings: Se
     """The side with more mass wins (plus, where they are equal); the mean of those on it (TIES, arXiv:2306.01708)."""
     plus_N, minus_N, plus_weight_N, minus_weight_N = sums
     wins_N = plus_N + minus_N >= 0
-    mass_N = np.where(wins_N, plus_N, minus_N)
+    mass_N = _side(wins_N, plus_N, minus_N)
     if settings["normalise"]:
-        weight_N = np.where(wins_N, plus_weight_N, minus_weight_N)
-        np.divide(mass_N, weight_N, out=mass_N, where=weight_N != 0)
+        weight_N = _side(wins_N, plus_weight_N, minus_weight_N)
+        weight_N += weight_N == 0  # nobody: a mass of 0, whatever divides it
+        mass_N /= weight_N
     mass_N *= settings["scale"]
     mass_N += seed_N
     return mass_N
+
+
+def _side(wins_N: NDArray[np.bool_], plus_N: Floats, minus_N: Floats) -> Floats:
+    """np.where, without a branch for each number."""
+    side_N = plus_N * wins_N
+    side_N += minus_N * ~wins_N
+    return side_N
 
 
 def spanned(sums: tuple[Floats, ...], seed_N: Floats, total: Total, settings: Settings) -> Floats:

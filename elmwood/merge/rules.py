@@ -9,7 +9,6 @@ from elmwood.merge.numbers import (
     cut,
     directed,
     divided,
-    drawn,
     dropped,
     elected,
     energetic,
@@ -22,7 +21,6 @@ from elmwood.merge.numbers import (
     shifted,
     spanned,
     stocked,
-    trimmed,
 )
 from elmwood.merge.rule import Rule, Settings, Shape
 from elmwood.merge.spheres import arc, karcher, mean_direction
@@ -50,11 +48,11 @@ def _crumbs(settings: Settings) -> tuple[float, float]:
 RULES: dict[str, Rule] = {
     "average": Rule("arXiv:2203.05482", SUM, scaled, shifted, {}, VOTE, linear=True),
     "task_arithmetic": Rule("arXiv:2212.04089", SUM, scaled, shifted, {}, ADD, linear=True),
-    "ties": Rule("arXiv:2306.01708", BALLOT, trimmed, elected, {"density": 0.2, "across": 0.0}, VOTE, ranks=_densest),
+    "ties": Rule("arXiv:2306.01708", BALLOT, cut, elected, {"density": 0.2, "across": 0.0}, VOTE, ballot=True, ranks=_densest),
     "dare": Rule("arXiv:2311.03099", SUM, dropped, shifted, {"density": 0.5, "rng_seed": 0.0}, ADD),
-    "dare_ties": Rule("arXiv:2311.03099", BALLOT, drawn, elected, {"density": 0.5, "rng_seed": 0.0}, VOTE),
+    "dare_ties": Rule("arXiv:2311.03099", BALLOT, dropped, elected, {"density": 0.5, "rng_seed": 0.0}, VOTE, ballot=True),
     "breadcrumbs": Rule("arXiv:2312.06795", SUM, cut, shifted, CUT, ADD, ranks=_crumbs),
-    "breadcrumbs_ties": Rule("arXiv:2312.06795", BALLOT, trimmed, elected, CUT, VOTE, ranks=_crumbs),
+    "breadcrumbs_ties": Rule("arXiv:2312.06795", BALLOT, cut, elected, CUT, VOTE, ballot=True, ranks=_crumbs),
     "della": Rule("arXiv:2406.11617", SUM, ranked, shifted, DRAWN, ADD, entire=True),
     "della_ties": Rule("arXiv:2406.11617", BALLOT, ranked_votes, elected, DRAWN, VOTE, entire=True),
     "sce": Rule("arXiv:2408.07990", ("sum", *BALLOT), energetic, erased, {}, SCALE, entire=True),

@@ -13,7 +13,7 @@ SPREAD = 6  # standard errors of a sample's quantile that the window reaches to 
 
 
 class Kth:
-    """Finds the `rank`-th largest of `numbers` magnitudes (float32). Rank 0: infinity; a rank of all or more: 0."""
+    """Finds the `rank`-th largest of `numbers` magnitudes. Rank 0: infinity; a rank of all or more: 0."""
 
     def __init__(self, numbers: int, rank: int, sample_N: Floats | None):
         self.numbers, self.rank = numbers, rank
@@ -40,15 +40,14 @@ class Kth:
         inside_N ^= over_N
         self.inside.append(magnitude_N[inside_N])
 
-    def settle(self) -> bool:
-        """Whether it is known; if not, the window has moved to where it must be, and everything is to be pushed again."""
+    def settle(self) -> None:
+        """After all were pushed: it is known; or the window has moved to where it must be, and all are to be pushed again."""
         if self.found is not None:
-            return True
-        inside_N = np.concatenate(self.inside) if self.inside else np.empty(0, np.float32)
+            return
+        inside_N = np.concatenate(self.inside) if self.inside else np.empty(0)
         place = self.rank - self.above  # among those inside, counted from the largest
         if 1 <= place <= inside_N.size:
             self.found = float(np.partition(inside_N, inside_N.size - place)[inside_N.size - place])
-            return True
+            return
         self.low, self.high = (self.high, np.inf) if place < 1 else (0.0, self.low)
         self.above, self.inside = 0, []
-        return False

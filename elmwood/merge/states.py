@@ -244,7 +244,7 @@ def _write_sums(store: Store, key: str, layout: Mapping[str, int], pieces: Itera
         file.truncate(len(top) + sum(size for *_, size in entries))
         for name, first, sum_N in pieces:
             os.pwrite(file.fileno(), sum_N.tobytes(), starts[name] + 8 * first)
-    return {SUMS: store.put(path)}
+    return {SUMS: store.take(path)}
 
 
 def _starts(entries: Sequence[tuple[str, str, tuple[int, ...], int]], begin: int) -> dict[str, int]:

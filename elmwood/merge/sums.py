@@ -19,11 +19,11 @@ from elmwood.merge.rules import on
 from elmwood.merge.select import Kth
 from elmwood.merge.sources import Source, Whole
 from elmwood.merge.statistics import Opened
-from elmwood.merge.tensors import BLOCK, PIECE, SIZES, Place, Reader, Request, decode
+from elmwood.merge.tensors import BLOCK, PIECE, SIZES, Files, Place, Reader, Request, decode
 
 Floats = NDArray[np.floating[Any]]
 GROUP = 32  # experts whose pieces stand in memory at once
-SAMPLE = 1 << 17  # magnitudes that say about where a threshold lies
+SAMPLE, STRIP = 1 << 16, 1 << 12  # magnitudes that say about where a threshold lies, and how many of them stand side by side
 
 
 class Wanted(NamedTuple):
@@ -43,6 +43,16 @@ class Piece(NamedTuple):
     sums: list[list[Any]]  # [wanted][key] whole numbers; nothing for those whose sums come with another piece of the tensor
 
 
+class Block(NamedTuple):
+    """Sums of a block under way."""
+
+    name: str
+    first: int
+    at: int  # of its piece
+    end: int
+    sums: list[list[fixed.Sum | fixed.Ballot]]  # [wanted]; nothing for those whose sums come with another piece of the tensor
+
+
 class Pass:
     """Reads experts of one seed. Weights are a function of the expert's place and the tensor's name."""
 
@@ -60,7 +70,7 @@ class Pass:
         self.statistics = statistics
         self.reach = [[0] * len(sources) for _ in wanted]  # the bound of what each expert added
         self.shares: list[dict[str, Floats]] = [{} for _ in wanted]  # weights that a rule chose, by tensor
-        self.scratch_N = np.empty(BLOCK)
+        self.scratch_N, self.delta_N = np.empty(BLOCK), np.empty(BLOCK)
 
     def names(self) -> list[str]:
         """Tensors that are merged: those of numbers, that some expert changes or has statistics of."""
@@ -145,55 +155,67 @@ class Pass:
         seed = with_seed or self._needs_seed(name)
         places = [e for e, one in enumerate(self.sources) if one.has(name)]
         groups = [places[at : at + GROUP] for at in range(0, len(places), GROUP)]
+        rules = [self.rule(number, name) for number in range(len(self.wanted))]
+        weights = [self.weights(number, name) for number in range(len(self.wanted))]
         plan = list(self._plan(name, seed, [[self.sources[e] for e in group] for group in groups]))
-        sums: list[list[list[fixed.Sum]]] = []
+        totals: list[fixed.Ints] = []
+        blocks: list[Block] = []
         for (first, last, number, _), raws in zip(plan, reader.stream(step for *_, step in plan), strict=True):
-            starts = range(0, last - first, BLOCK)
             if number == 0:
-                rules = [self.rule(number, name) for number in range(len(self.wanted))]
-                sums = [
-                    [[fixed.Sum(min(BLOCK, last - first - at)) for _ in ([] if rule.entire else rule.fields)] for at in starts]
-                    for rule in rules
+                totals = [np.zeros((0 if rule.entire else len(rule.fields), last - first), np.int64) for rule in rules]
+                blocks = [
+                    Block(
+                        name,
+                        first + at,
+                        at,
+                        end := min(last - first, at + BLOCK),
+                        [_begun(*pair, at, end) for pair in zip(rules, totals, strict=True)],
+                    )
+                    for at in range(0, last - first, BLOCK)
                 ]
-            for block, at in enumerate(starts):
-                self._block(name, first, at, min(last - first, at + BLOCK), groups[number], raws, seed, cuts, [one[block] for one in sums])
+            for block in blocks:
+                self._block(block, groups[number], raws, seed, rules, weights, cuts)
             if number == len(groups) - 1:
-                fields = [[_joined([block[f] for block in one]) for f in range(len(one[0]))] for one in sums]
-                yield Piece(name, first, last, raws[0] if seed else None, fields)
+                for one in (one for block in blocks for sums in block.sums for one in sums):
+                    one.close()
+                yield Piece(name, first, last, raws[0] if seed else None, [list(total_FN) for total_FN in totals])
 
     def _block(
-        self, name: str, first: int, at: int, end: int, group: Sequence[int], raws: Sequence[Any], seed: bool, cuts: Sequence[Any],
-        sums: Sequence[Sequence[fixed.Sum]],
+        self, block: Block, group: Sequence[int], raws: Sequence[Any], seed: bool, rules: Sequence[Rule], weights: Sequence[Floats],
+        cuts: Sequence[Any],
     ) -> None:  # fmt: skip
         """Add one block of some experts."""
-        place = self.seed[name]
+        name, first, at, end, sums = block
+        place, count = self.seed[name], end - at
         seed_N = decode(raws[0][at * place.width : end * place.width], place.dtype).astype(np.float64) if seed else None
-        rest = iter(raws[1:] if seed else raws)
-        scratch_N = self.scratch_N[: end - at]
-        weights = [self.weights(number, name) for number in range(len(self.wanted))]
+        rest, scratch_N = iter(raws[1:] if seed else raws), self.scratch_N[:count]
         for e in group:
             one = self.sources[e]
             raw = next(rest) if isinstance(one, Whole) else None
-            value_N, delta_N = numbers_of(one, name, first + at, first + end, at, place, raw, seed_N)
+            value_N, delta_N = numbers_of(one, name, first, first + count, at, place, raw, seed_N)
             largest = finite_reach(value_N, one, name)
-            for number, (wanted, mine) in enumerate(zip(self.wanted, sums, strict=True)):
-                weight, rule = float(weights[number][e]), self.rule(number, name)
+            for number, (wanted, rule, mine) in enumerate(zip(self.wanted, rules, sums, strict=True)):
+                weight = float(weights[number][e])
                 if not weight or rule.entire:
                     continue
                 if rule.linear:
-                    scaled = fixed.reach(np.array([largest * weight]))
-                    parts: Sequence[Floats] = (value_N if weight == 1 else value_N.astype(np.float64) * weight,)
+                    reach = fixed.reach(np.array([largest * weight]))
+                    part_N = value_N if weight == 1 else value_N.astype(np.float64) * weight
                 else:
                     if delta_N is None:
-                        delta_N = value_N if seed_N is None or not one.whole else value_N.astype(np.float64) - seed_N
+                        delta_N = value_N if seed_N is None or not one.whole else np.subtract(value_N, seed_N, out=self.delta_N[:count])
                     low, high = cuts[number][e] if cuts[number] else (0.0, np.inf)
-                    drawn = chance(one.digest, name, wanted.begins, first + at, end - at)
-                    parts = rule.part(delta_N, weight, Local(low, high, drawn), wanted.begins)
-                    scaled = None
-                for sum_N, part_N in zip(mine, parts, strict=True):
-                    reach = scaled if scaled is not None else fixed.reach(part_N)
-                    self.reach[number][e] = max(self.reach[number][e], fixed.bound(reach))
+                    (part_N,) = rule.part(
+                        delta_N, weight, Local(low, high, chance(one.digest, name, wanted.begins, first, count)), wanted.begins
+                    )
+                    reach = fixed.reach(part_N)
+                (sum_N,) = mine
+                if isinstance(sum_N, fixed.Ballot):
+                    sum_N.add(part_N, weight, reach, scratch_N)
+                    self.reach[number][e] = max(self.reach[number][e], fixed.bound(abs(weight)))
+                else:
                     sum_N.add(part_N, reach, scratch_N)
+                self.reach[number][e] = max(self.reach[number][e], fixed.bound(reach))
 
     def _entire(self, name: str, whole: set[int], reader: Reader) -> Piece:
         """The sums of those that look at a whole tensor."""
@@ -253,11 +275,13 @@ class Pass:
         found: list[tuple[float, float]] = []
         for start in range(0, len(self.sources), 8):
             group = self.sources[start : start + 8]
-            samples = [self._sample(one, names, numbers, reader) if numbers > 4 * BLOCK else None for one in group]
+            samples = self._samples(group, names, numbers, reader.files) if numbers > 4 * BLOCK else [None] * len(group)
             kths = [[Kth(numbers, rank, sample) for rank in wanted_ranks] for sample in samples]
-            while not all([one.settle() for pair in kths for one in pair]):  # noqa: C419  (each of them must look)
+            while any(one.found is None for pair in kths for one in pair):
                 for name in names:
                     self._push(name, group, kths, reader)
+                for one in (one for pair in kths for one in pair):
+                    one.settle()
             found += [(low.found or 0.0, high.found if high.found is not None else np.inf) for low, high in kths]
         return found
 
@@ -278,29 +302,38 @@ class Pass:
                     for kth in pair:
                         kth.push(magnitude_N)
 
-    def _sample(self, one: Source, names: Sequence[str], numbers: int, reader: Reader) -> Floats:
-        """Magnitudes from strips evenly over the tensors."""
-        strip, found = 1024, []
+    def _samples(self, group: Sequence[Source], names: Sequence[str], numbers: int, files: Files) -> list[Floats | None]:
+        """Magnitudes of each expert, from strips evenly over the tensors."""
+        found: list[list[Floats]] = [[] for _ in group]
         for name in names:
             place = self.seed[name]
-            count = max(1, SAMPLE * place.numbers // numbers // strip)
-            for first in np.linspace(0, max(0, place.numbers - strip), count).astype(int).tolist():
-                last = min(place.numbers, first + strip)
-                seed_N = decode(reader.files.read(place, first, last), place.dtype).astype(np.float64)
-                raw = None
+            files.expect(place)
+            for one in group:
                 if isinstance(one, Whole):
-                    known = one.reads(name, last)
-                    raw = reader.files.read(one.places[name], min(first, known), known)
-                found.append(_magnitude(one, name, first, last, 0, place, raw, seed_N))
-        return np.concatenate(found)
+                    files.expect(one.places[name])
+            count = max(1, SAMPLE * place.numbers // numbers // STRIP)
+            for first in np.linspace(0, max(0, place.numbers - STRIP), count).astype(int).tolist():
+                last = min(place.numbers, first + STRIP)
+                seed_N = decode(files.read(place, first, last), place.dtype).astype(np.float64)
+                for one, mine in zip(group, found, strict=True):
+                    raw = None
+                    if isinstance(one, Whole):
+                        known = one.reads(name, last)
+                        raw = files.read(one.places[name], min(first, known), known)
+                    mine.append(_magnitude(one, name, first, last, 0, place, raw, seed_N))
+        return [np.concatenate(mine) for mine in found]
 
 
 def _magnitude(one: Source, name: str, first: int, last: int, at: int, place: Place, raw: Any, seed_N: Floats) -> Floats:
     value_N, delta_N = numbers_of(one, name, first, last, at, place, raw, seed_N)
-    magnitude_N = np.abs(value_N - seed_N if delta_N is None else delta_N).astype(np.float32)
+    magnitude_N = np.subtract(value_N, seed_N) if delta_N is None else delta_N
+    magnitude_N = np.abs(magnitude_N, out=magnitude_N if delta_N is None else None)
     finite_reach(magnitude_N, one, name)  # a threshold among numbers that are none would never be found
     return magnitude_N
 
 
-def _joined(blocks: Sequence[fixed.Sum]) -> fixed.Ints:
-    return blocks[0].close() if len(blocks) == 1 else np.concatenate([block.close() for block in blocks])
+def _begun(rule: Rule, total_FN: fixed.Ints, at: int, end: int) -> list[fixed.Sum | fixed.Ballot]:
+    """Where a rule's parts of a block are added."""
+    if not len(total_FN):
+        return []
+    return [fixed.Ballot(total_FN[:, at:end])] if rule.ballot else [fixed.Sum(end - at, total_FN[0, at:end])]

@@ -5,12 +5,13 @@ A memory map would count as resident memory and cost a page fault for every 4 Ki
 N numbers of one tensor, or a part of it
 """
 
+import hashlib
 import json
 import math
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ Bytes = NDArray[np.uint8]
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that can be merged -> bytes of a number
 BLOCK = fixed.BLOCK  # numbers worked on at once: they stay in the second-level cache
 PIECE = 4 * BLOCK  # numbers read at once
+SETTLED = 1 << 24  # bytes hashed and brought to the disk at once
 
 
 class Place(NamedTuple):
@@ -124,6 +126,10 @@ class Files:
         while self.handles:
             os.close(self.handles.popitem()[1])
 
+    def expect(self, place: Place) -> None:
+        """Let the system begin to read a tensor."""
+        os.posix_fadvise(self.handle(place.path), place.start, place.numbers * place.width, os.POSIX_FADV_WILLNEED)
+
     def read(self, place: Place, first: int, last: int, into: memoryview | None = None) -> Bytes:
         """Numbers first to last of a tensor, as bytes, in `into` where it is given. Raises Damaged."""
         size, offset = (last - first) * place.width, place.start + first * place.width
@@ -185,36 +191,67 @@ def check_finite(name: str, place: Place) -> None:
 
 
 class Twin:
-    """Files like those where these tensors stand: the same names, headers and places. What is not put is copied."""
+    """Files like those where these tensors stand: the same names, headers and places. Those not in `written` are copied.
 
-    def __init__(self, tensors: Mapping[str, Place], folder: Path):
-        self.tensors = tensors
+    What is written is put in the order of the files; what stands before is final, and a thread hashes it and brings it to the disk
+    meanwhile, so that neither is left for the end.
+    """
+
+    def __init__(self, tensors: Mapping[str, Place], folder: Path, written: Collection[str]):
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.thread = folder, ThreadPoolExecutor(1)
         self.handles: dict[Path, int] = {}
+        self.settled: dict[Path, tuple[int, Any]] = {}  # bytes from the beginning that are or will soon be hashed, and their hash
+        self.waits: list[Future[None]] = []
         for path in {place.path for place in tensors.values()}:
             handle = os.open(folder / path.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.pwrite(handle, header(path).raw, 0)
+            top = header(path)
+            os.pwrite(handle, top.raw, 0)
             os.ftruncate(handle, path.stat().st_size)
-            self.handles[path] = handle
+            self.handles[path], self.settled[path] = handle, (0, hashlib.sha256())
+            for name in top.tensors.keys() - set(written):
+                begin, end = (top.begin + offset for offset in top.tensors[name]["data_offsets"])
+                _copy(path, handle, begin, end)
 
     def put(self, place: Place, first: int, raw: Bytes) -> None:
         """Numbers from `first` on, of a tensor that stands at `place` in the other files."""
-        os.pwrite(self.handles[place.path], raw.tobytes(), place.start + first * place.width)
+        at = place.start + first * place.width
+        assert at >= self.settled[place.path][0], "tensors are put in the order in which they stand"
+        os.pwrite(self.handles[place.path], raw.data, at)
+        if at - self.settled[place.path][0] >= SETTLED:
+            self._settle(place.path, at)
 
-    def close(self, written: Collection[str]) -> None:
-        """Copy all tensors that are not in `written`, and close the files."""
-        for name, place in self.tensors.items():
-            if name not in written:
-                begin, end = header(place.path).tensors[name]["data_offsets"]
-                self._copy(place, end - begin)
+    def _settle(self, path: Path, end: int) -> None:
+        begin, sha = self.settled[path]
+        self.settled[path] = end, sha
+        self.waits.append(self.thread.submit(_settle, self.handles[path], begin, end, sha))
+
+    def close(self) -> dict[str, str]:
+        """Name of each file -> sha256, hex; its bytes are on the disk."""
+        for path, handle in self.handles.items():
+            self._settle(path, os.fstat(handle).st_size)
+        self.thread.shutdown()
+        for one in self.waits:
+            one.result()
         for handle in self.handles.values():
             os.close(handle)
+        return {path.name: sha.hexdigest() for path, (_, sha) in self.settled.items()}
 
-    def _copy(self, place: Place, size: int) -> None:
-        source = os.open(place.path, os.O_RDONLY)
-        for first in range(0, size, 1 << 22):
-            os.pwrite(self.handles[place.path], os.pread(source, min(1 << 22, size - first), place.start + first), place.start + first)
-        os.close(source)
+
+def _copy(source: Path, into: int, begin: int, end: int) -> None:
+    """The bytes of a file, to the same place in another one."""
+    with source.open("rb") as file:
+        for first in range(begin, end, 1 << 22):
+            os.pwrite(into, os.pread(file.fileno(), min(1 << 22, end - first), first), first)
+
+
+def _settle(handle: int, begin: int, end: int, sha: Any) -> None:
+    buffer = memoryview(bytearray(1 << 20))
+    while begin < end:
+        got = os.preadv(handle, [buffer[: end - begin]], begin)
+        sha.update(buffer[:got])
+        begin += got
+    os.fdatasync(handle)
 
 
 # ---- bytes <-> numbers ------------------------------------------------------------------------------------------
@@ -223,9 +260,8 @@ class Twin:
 def decode(raw: Bytes, dtype: str) -> Floats:
     """Numbers from their bytes, exactly: float32 (or float64 for F64)."""
     if dtype == "BF16":
-        half_N = raw.view("<u2")
-        bits_N = np.zeros(half_N.size, np.uint32)
-        bits_N.view(np.uint16)[1::2] = half_N
+        bits_N = raw.view("<u2").astype(np.uint32)
+        bits_N <<= 16
         return bits_N.view(np.float32)
     if dtype == "F16":
         return raw.view("<f2").astype(np.float32)

@@ -33,6 +33,8 @@ def weight_of(shares: Sequence[Share], name: str, depth: int) -> float:
     for share in shares:
         inside = share.layers is None or (layer is not None and share.layers[0] <= layer < share.layers[1])
         if share.tensors in name and inside:
+            if len(share.values) == 1:
+                return share.values[0]
             early = re.search(r"embed|wte|wpe", name) is not None
             where = layer / max(1, depth - 1) if layer is not None else 0.0 if early else 1.0
             return float(np.interp(where, np.linspace(0, 1, len(share.values)), share.values))
