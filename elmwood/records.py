@@ -312,6 +312,37 @@ class Comparison(Record):
     routing: tuple[tuple[float, ...], ...] = ()  # [domain of the document][expert] mean weight; the last column is the seed
     fitted: dict[str, float] = {}  # temperature, seed distance, ... chosen on the tune half
     chosen: str | None = None  # name of the row with the least loss on the tune half: the result, before the test half was seen
+    growth: tuple[tuple[float, float], ...] = ()  # bits per byte and its error with 1, 2, ... experts, in the order chosen on the tune half
+
+
+class Contest(Record):
+    """Whether one model is better than another, and how surely: blocks drawn until it was known."""
+
+    kind: Literal["contest"] = "contest"
+    a: Digest
+    b: Digest
+    names: tuple[str, str]  # what they were called
+    holdout: str
+    protocol: str
+    split: str = "gate"
+    outcome: Literal["better", "not better", "undecided"]
+    estimand: str  # "mean", or "clipped mean"
+    effect: float  # bits per byte that b is better by, over the blocks in which it can differ
+    low: float
+    high: float
+    drawn: int  # blocks
+    touched: int  # in which the two can differ
+    blocks: int
+    moved: float = 1.0  # share of the weight that differs, mean over these
+    alpha: float
+    beta: float
+    min_effect: float
+    cap: int
+    clip: float
+    clipped: int = 0
+    clip_effect: float = 0.0
+    order: str  # what the order of drawing was made from
+    wealth: tuple[tuple[int, float, float], ...] = ()  # draws, and log10 wealth of "better" and of "not better by min_effect"
 
 
 class Check(Frozen):
@@ -431,7 +462,7 @@ class Mixture(Record):
 KINDS: dict[str, type[Record]] = {
     cls.model_fields["kind"].default: cls
     for cls in (
-        Corpus, Packing, Partition, Seed, Expert, Statistics, Forest, Ensemble, Score, Comparison, Verdict, Ledger, State, Merged,
+        Corpus, Packing, Partition, Seed, Expert, Statistics, Forest, Ensemble, Score, Comparison, Contest, Verdict, Ledger, State, Merged,
         Mixture,
     )
 }  # fmt: skip

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from tiny_models import full_expert, lora_expert, tiny_seed
 from typer.testing import CliRunner
 
@@ -18,7 +19,10 @@ from elmwood.errors import BadInput, UnknownName
 from elmwood.evaluate.partial import Partial
 from elmwood.evaluate.sequential import best, per_byte, worst
 from elmwood.lm.load import tokenizer
-from elmwood.records import Ensemble, Forest
+from elmwood.records import Contest, Ensemble, Forest
+from elmwood.report import Report, html
+from elmwood.report.charts import betting
+from elmwood.report.contest import headline, lines
 from elmwood.report.sequential import Line, experts_plot, wealth_plot
 from elmwood.store import Store
 
@@ -80,9 +84,9 @@ def test_a_routed_change_is_run_only_where_it_acts(grown):
     full_G = differences(store, held, "fewer", "all")
     told = asked(store, "fewer", "all", "--cap", "100000", "--alpha", "1e-9", "--beta", "1e-9")
     assert told["blocks"] == len(full_G)
-    assert told["blocks_touched"] == (np.abs(full_G) > 0).sum() < told["blocks"]
-    assert told["blocks_drawn"] == told["blocks_touched"]  # such small errors ask for everything
-    assert told["effect"] == pytest.approx(full_G.sum() / told["blocks_touched"], abs=1e-5)
+    assert told["touched"] == (np.abs(full_G) > 0).sum() < told["blocks"]
+    assert told["drawn"] == told["touched"]  # such small errors ask for everything
+    assert told["effect"] == pytest.approx(full_G.sum() / told["touched"], abs=1e-5)
     assert told["overall"] == pytest.approx(full_G.mean(), abs=1e-5)
     assert 0 < told["tokens_forwarded"] < told["full_tokens"]
     again = asked(store, "fewer", "all", "--cap", "100000", "--alpha", "1e-9", "--beta", "1e-9")
@@ -93,7 +97,7 @@ def test_a_clear_answer_costs_few_tokens(grown):
     store, held = grown
     told = asked(store, "last", "seed", "--clip", "0.6")
     assert (told["outcome"] == "better") == (differences(store, held, "last", "seed").mean() > 0)
-    assert told["blocks_drawn"] < told["blocks"]
+    assert told["drawn"] < told["blocks"]
     assert told["low"] <= told["effect"] <= told["high"]
     assert told["tokens_forwarded"] < told["full_tokens"]
 
@@ -116,6 +120,37 @@ def test_words_for_people(grown):
     assert done.exit_code == 0
     for word in ("bits per byte", "cannot differ", "forwarded", "gate split", "not run"):
         assert word in done.stdout
+    kept = [one for digest in store.records() if isinstance(one := store.load(digest), Contest) and one.names == ("fewer", "all")]
+    assert headline(kept[0]) in done.stdout
+    page = html(Report(title="contests", contests=tuple(kept)))
+    for _, text in lines(kept[0]):
+        assert str(escape(text)) in page
+
+
+def test_a_contest_is_told_whichever_way_it_went(grown):
+    store, _ = grown
+    found = [
+        Contest(
+            a="a" * 64, b="b" * 64, names=("old", "new"), holdout="holdout-x", protocol="p", outcome=outcome, estimand="clipped mean",
+            effect=0.01, low=-0.01, high=0.03, drawn=32, touched=100, blocks=1000, moved=0.2, alpha=0.05, beta=0.1, min_effect=0.002,
+            cap=50, clip=0.5, order="o", wealth=((1, 0.1, -0.1), (32, 99.0, -99.0)),
+        )
+        for outcome in ("better", "not better", "undecided")
+    ]  # fmt: skip
+    for one, words in zip(found, ("new is better than old", "not better than old by 0.002", "undecided after 32"), strict=True):
+        told = " ".join(text for _, text in lines(one))
+        assert words in headline(one)
+        for part in (
+            "+0.0100",
+            "+0.00100 over all",
+            "32 of 100 drawn by the weight",
+            "900 of 1,000 cannot differ",
+            "clipped at 0.5",
+            "20 decide",
+        ):
+            assert part in told
+        assert store.load(store.add(one), Contest) == one
+        ElementTree.fromstring(str(betting(one, "wealth")))
 
 
 def test_what_cannot_be_compared_is_refused(grown):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elmwood.records import Row
+from elmwood.records import Contest, Row
 from elmwood.report import Ancestor, Area, Curve, Place, Report, domain_map, html, project
 from elmwood.report.charts import Scale, curves, whisker
 from elmwood.report.domains import HEIGHT, WIDTH, arrange
@@ -77,6 +77,31 @@ def full(text: str = "") -> Report:
         rows=rows,
         chosen="c-BTM top-2",
         routing=((0.9, 0.1, 0.0), (0.2, 0.7, 0.1)),
+        growth=((2.29, 0.04), (2.25, 0.03)),
+        contests=(
+            Contest(
+                a="a" * 64,
+                b="b" * 64,
+                names=(f"old{text}", "new"),
+                holdout="holdout-x",
+                protocol="p",
+                outcome="better",
+                estimand="mean",
+                effect=0.01,
+                low=0.002,
+                high=0.03,
+                drawn=32,
+                touched=100,
+                blocks=1000,
+                alpha=0.05,
+                beta=0.1,
+                min_effect=0.002,
+                cap=50,
+                clip=0.5,
+                order="o",
+                wealth=((1, 0.1, -0.1), (32, 1.4, -2.0)),
+            ),
+        ),  # fmt: skip
         lineage=(
             Ancestor(depth=0, kind="forest", digest="f" * 64, summary=f"forest{text}"),
             seed,
@@ -105,6 +130,9 @@ def test_the_page_stands_alone_and_shows_everything():
         "1 min 6 s",
         "2 cores",
         "reference",
+        "Number of experts",
+        "new is better than old",
+        "32 of 100 drawn",
     ):
         assert words in page.text, words
     assert [tag for tag, _ in page.tags].count("h1") == 1

@@ -24,13 +24,19 @@ from elmwood.errors import UnknownName
 from elmwood.evaluate.budget import order
 from elmwood.evaluate.holdout import GATE
 from elmwood.evaluate.sequential import Finding, Population, Rule, best, decide, look, per_byte, population, touched, worst
-from elmwood.records import Digest, Ensemble, Expert, Forest, Partition, Record, Seed, fingerprint
+from elmwood.records import Contest, Digest, Ensemble, Expert, Forest, Partition, Record, Seed, fingerprint
+from elmwood.report.contest import headline, lines
 from elmwood.report.sequential import wealth_plot
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
+
+
+PRECISION = "as each model is stored"
+LOOKS = 200  # of a wealth that are kept
+LEAST_WEALTH = 99.0  # powers of ten
 
 
 class Sides(NamedTuple):
@@ -47,6 +53,12 @@ class Sides(NamedTuple):
     def touched_G(self) -> Bools:
         """Blocks in which the two can differ."""
         return touched(self.weight_a_NM, self.weight_b_NM, self.block_N, len(self.block_G))
+
+    def moved_B(self, place_T: Ints) -> Floats:
+        """The share of the weight that differs in some blocks."""
+        moved_N = np.abs(self.weight_b_NM - self.weight_a_NM).sum(1) / 2
+        tokens_G, moved_G = (np.bincount(self.block_N, some_N, len(self.block_G)) for some_N in (None, moved_N))
+        return moved_G[place_T] / tokens_G[place_T]
 
     def within(self, among_G: Bools) -> "Sides":
         """The same on the tokens of some blocks."""
@@ -67,20 +79,35 @@ def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap,
         sides = mix_up(one, other, seed, held, home, progress)
         key = fingerprint("compare", one.digest, other.digest, held.name)
         found, cost = judge(sides, columns, rule, clip, key.encode(), progress)
+    made = contest(found, rule, a=one.digest, b=other.digest, names=(a, b), holdout=held.name, protocol=held.protocol, clip=clip, order=key)
+    home.add(made)
     if plot:
         Path(plot).write_text(wealth_plot(found.for_T, found.against_T, alpha=alpha, beta=beta, names=("better", "not better")))
-    told = {"a": one.digest, "b": other.digest, **facts(found, rule, clip), **cost, "order": key, "holdout": held.name}
-    told |= {
-        "protocol": held.protocol,
-        "split": "gate",
-        "machine": platform.machine(),
-        "precision": "as each model is stored",
-        "plot": plot and str(plot),
-    }
     if as_json:
-        emit(told)
-    else:
-        tell(a, b, found, rule, told)
+        cost |= {"machine": platform.machine(), "precision": PRECISION, "plot": plot and str(plot)}
+        emit(made.model_dump(mode="json") | {"digest": made.digest, "overall": found.effect * found.share} | cost)
+        return
+    out.print(headline(made), style="bold", soft_wrap=True)
+    said = lines(made)
+    tokens = f"{short(cost['tokens_forwarded'])} forwarded; running what is missing on all blocks: {short(cost['full_tokens'])}"
+    run = f"{cost['models_known']} models were known, {cost['models_run']} were run, on {platform.machine()}, {PRECISION}"
+    for word, text in (*said[:2], ("tokens", tokens), *said[2:-1], ("models", run), said[-1]):
+        out.print(f"{word:<9} {text}", soft_wrap=True, markup=False)
+    if plot:
+        talk.print(f"wealth over blocks: {plot}")
+
+
+def contest(found: Finding, rule: Rule, **fields: Any) -> Contest:
+    """The record of a finding."""
+    count = len(found.for_T)
+    looks = np.unique(np.linspace(0, count - 1, min(count, LOOKS)).astype(int))
+    path_T2 = np.clip(np.stack([found.for_T, found.against_T], 1) / np.log(10), -LEAST_WEALTH, LEAST_WEALTH).round(4)
+    return Contest(
+        outcome=found.outcome, estimand=found.estimand, effect=found.effect, low=found.low, high=found.high, drawn=found.drawn,
+        touched=found.size, blocks=found.total, moved=found.moved, alpha=rule.alpha, beta=rule.beta, min_effect=rule.worthless,
+        cap=rule.cap, clipped=found.clipped, clip_effect=found.clip_effect,
+        wealth=tuple((int(t) + 1, *path_T2[t].tolist()) for t in looks), **fields,
+    )  # fmt: skip
 
 
 # ---- two models as mixtures -----------------------------------------------------------------------------------------
@@ -160,7 +187,7 @@ def judge(
     order_B = order(key, len(place_T), bounds.scale_B)
     # where nothing need be run, all blocks are known and the answer is exact
     found = decide(draw, order_B, bounds, rule) if unknown else look(draw(order_B), order_B, bounds, rule)
-    return found._replace(total=int(among_G.sum())), {
+    return found._replace(total=int(among_G.sum()), moved=float(sides.moved_B(place_T).mean())), {
         "tokens_forwarded": sum(one.forwarded for one in parts) - before,
         "full_tokens": unknown * int(held.windows.length_W[window].sum()),
         "models_known": len(sides.models) - unknown, "models_run": unknown,
@@ -199,53 +226,6 @@ def bounded(sides: Sides, loglik_NM: Floats, held: evaluate.Holdout, place_T: In
     floor_B, ceiling_B = (block(low_N) - block(high_N) for low_N, high_N in (
         (worst(loglik_NM, b_NM), best(loglik_NM, a_NM)), (best(loglik_NM, b_NM), worst(loglik_NM, a_NM)),
     ))  # fmt: skip
-    size_B = block(np.ones(len(sides.token_N)))
-    moved_B = block(np.abs(sides.weight_b_NM - sides.weight_a_NM).sum(1) / 2) / size_B
+    moved_B, size_B = sides.moved_B(place_T), block(np.ones(len(sides.token_N)))
     feature_BF = np.column_stack([moved_B, size_B, *(block(-one_N) for one_N in loglik_NM.T[known_NM.all(0)])])
     return population(floor_B, ceiling_B, len(sides.block_G), clip=clip, moved_B=moved_B, feature_BF=feature_BF)
-
-
-# ---- what is said ---------------------------------------------------------------------------------------------------
-
-
-def facts(found: Finding, rule: Rule, clip: float) -> dict[str, Any]:
-    """A finding as JSON. Effects are of the blocks the change can touch, `overall` ones of all blocks."""
-    return {
-        "outcome": found.outcome, "effect": found.effect, "low": found.low, "high": found.high, "overall": found.effect * found.share,
-        "blocks_drawn": found.drawn, "blocks_touched": found.size, "blocks": found.total, "estimand": found.estimand,
-        "clip": clip, "clipped": found.clipped, "clip_effect": found.clip_effect, "alpha": rule.alpha, "beta": rule.beta,
-        "min_effect": rule.worthless, "cap": rule.cap,
-    }  # fmt: skip
-
-
-def tell(a: str, b: str, found: Finding, rule: Rule, told: dict[str, Any]) -> None:
-    """The answer, and everything one must know to weigh it."""
-    words = {
-        "better": f"{b} is better than {a}",
-        "not better": f"{b} is not better than {a} by {rule.worthless:g} bits per byte",
-        "undecided": f"undecided after {found.drawn:,} blocks: raise --cap, or ask for a larger --min-effect",
-    }
-    out.print(words[found.outcome], style="bold", soft_wrap=True)
-    exact = found.drawn == found.size
-    interval = "exact for these blocks" if exact else (
-        f"from {found.low:+.4f} to {found.high:+.4f}, wrong below {rule.alpha:.0%} and above {rule.beta:.0%} of the time, at any look"
-    )  # fmt: skip
-    where = "where it can differ" if found.size < found.total else "over all blocks"
-    over = f"; {found.effect * found.share:+.5f} over all blocks" if found.size < found.total else ""
-    lines = [
-        f"effect    {found.effect:+.4f} bits per byte {where} ({interval}){over}",
-        f"blocks    {found.drawn:,} of {found.size:,} drawn" + (f"; the other {found.total - found.size:,} of {found.total:,} cannot differ"
-                                                                if found.size < found.total else ""),
-        f"tokens    {short(told['tokens_forwarded'])} forwarded; running what is missing on all blocks: {short(told['full_tokens'])}",
-        f"judged    the {found.estimand} over the gate split of {told['holdout'][:24]}… ({told['protocol']})",
-    ]  # fmt: skip
-    if found.estimand != "mean":
-        lines[-1] += f", clipped at {told['clip']:g}: {found.clipped} drawn blocks beyond, {found.clip_effect:+.5f} on the mean"
-    lines += [
-        f"order     {told['order'][:16]}…; {told['models_known']} models were known, {told['models_run']} were run, on {told['machine']}",
-        "not run   text generation, benchmarks, the audit split; no error budget was charged",
-    ]
-    for line in lines:
-        out.print(line, soft_wrap=True)
-    if told["plot"]:
-        talk.print(f"wealth over blocks: {told['plot']}")

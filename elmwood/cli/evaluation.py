@@ -117,7 +117,7 @@ def keep_comparison(
     )
     comparison = Comparison(
         forest=forest.digest, controls=controls, holdout=held.name, rows=compared.rows, routing=compared.routing,
-        fitted=compared.fitted, chosen=compared.chosen,
+        fitted=compared.fitted, chosen=compared.chosen, growth=compared.growth,
     )  # fmt: skip
     for record in (forest, ensemble, comparison):
         store.add(record)

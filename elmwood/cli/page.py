@@ -14,7 +14,7 @@ from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.engine import cores
 from elmwood.errors import BadInput
-from elmwood.records import Comparison, Corpus, Expert, Forest, Partition, Record, Seed
+from elmwood.records import Comparison, Contest, Corpus, Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store, lineage
 
 PLACES = 2000  # documents on the map
@@ -49,6 +49,8 @@ def page(comparison: Comparison, store: Store) -> str:
             rows=comparison.rows,
             chosen=comparison.chosen,
             routing=comparison.routing,
+            growth=comparison.growth,
+            contests=_contests(forest, store),
             lineage=_lineage(forest, store),
             facts=facts,
         )
@@ -105,6 +107,19 @@ def _curves(seed: Seed, forest: Forest, comparison: Comparison, store: Store) ->
         for name, role, model, domain in found
         if model.curve
     )
+
+
+def _contests(forest: Forest, store: Store) -> tuple[Contest, ...]:
+    """Comparisons of this forest, its ensembles and its experts with other models."""
+    mine = {forest.digest, *forest.experts}
+    found = []
+    for digest in store.records():
+        record = store.load(digest)
+        if isinstance(record, Ensemble) and record.forest == forest.digest:
+            mine.add(digest)
+        elif isinstance(record, Contest):
+            found.append(record)
+    return tuple(one for one in found if {one.a, one.b} & mine)
 
 
 def _lineage(record: Record, store: Store) -> tuple[report.Ancestor, ...]:

@@ -10,6 +10,7 @@ from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.errors import BadInput
 from elmwood.records import (
     Comparison,
+    Contest,
     Corpus,
     Ensemble,
     Expert,
@@ -24,6 +25,7 @@ from elmwood.records import (
     Statistics,
     Verdict,
 )
+from elmwood.report.contest import headline
 from elmwood.store import Store, lineage
 from elmwood.store import verify as check
 
@@ -91,6 +93,8 @@ def summary(record: Record) -> str:
             return "accepted" if record.accepted else f"refused: {failed[0]}"
         case Ledger():
             return f"{len(record.entries)} submissions, {sum(entry.accepted is True for entry in record.entries)} accepted"
+        case Contest():
+            return f"{headline(record)}: {record.effect:+.4f} bits per byte, {record.drawn} of {record.touched} blocks"
         case Comparison():
             best = min(record.rows, key=lambda row: row.bits_per_byte)
             return f"{len(record.rows)} rows; lowest {best.bits_per_byte:.4f} bits/byte: {best.name}"

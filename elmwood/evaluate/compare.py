@@ -9,16 +9,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.domains.route import posterior_scores
+from elmwood.domains.route import ROUTERS, posterior_scores
 from elmwood.errors import BadInput
 from elmwood.evaluate.fit import Fit, fit, weights
 from elmwood.evaluate.holdout import Holdout
-from elmwood.evaluate.table import mix, nats, row
+from elmwood.evaluate.subsets import greedy
+from elmwood.evaluate.table import bits_per_byte, mix, nats, row
 from elmwood.records import Frozen, Row
 
 Floats = NDArray[np.floating]
 
 TOP_K = (1, 2, 4)  # and all
+MOST_GROWN = 16  # experts that are chosen one by one
 
 
 class Cost(Frozen):
@@ -62,6 +64,7 @@ class Compared(NamedTuple):
     chosen: str  # the name of its row
     routing: tuple[tuple[float, ...], ...]  # [domain of the document][expert, the seed last] mean weight under `best`, test half
     fitted: dict[str, float]  # the settings by name, for the record
+    growth: tuple[tuple[float, float], ...]  # bits per byte and its error with 1, 2, ... experts under `best`, chosen on the tune half
 
 
 def compare(
@@ -101,8 +104,8 @@ def compare(
         for name, role, one_N, cost in lines
     )
     best = min((one for one in fits if one.router == router or (router is None and one.router != "posterior")), key=lambda one: one.nats)
-    who = routing(holdout, experts, best, signals[best.router])
-    return Compared(rows, tuple(fits), best, _name(best, experts), who, _fitted(fits, best, experts))
+    who, more = routing(holdout, experts, best, signals[best.router]), growth(holdout, seed_N, experts, best, signals[best.router])
+    return Compared(rows, tuple(fits), best, _name(best, experts), who, _fitted(fits, best, experts), more)
 
 
 def other_signals(holdout: Holdout, seed_N: Floats, side: Side) -> dict[str, Floats]:
@@ -117,6 +120,23 @@ def other_signals(holdout: Holdout, seed_N: Floats, side: Side) -> dict[str, Flo
 def top_ks(experts: int) -> list[int]:
     """1, 2, 4 where there are so many experts, and all of them with the seed."""
     return [k for k in TOP_K if k < experts] + [experts + 1]
+
+
+def growth(holdout: Holdout, seed_N: Floats, side: Side, chosen: Fit, signal_NS: Floats) -> tuple[tuple[float, float], ...]:
+    """Bits per byte on the test half with ever more experts, the one that lowers the loss of the tune half most first; nothing where
+    experts are many, or are routed by what all of them say."""
+    loglik_NE, experts = np.column_stack([side.loglik_NK, seed_N]), side.loglik_NK.shape[1]
+    if not 1 < experts <= MOST_GROWN or ROUTERS[chosen.router].signal == "loglik":
+        return ()
+
+    def mixed(members: tuple[int, ...], some_N: NDArray[np.bool_]) -> Floats:
+        weight_NE = weights(signal_NS[some_N][:, list(members)], *chosen[:4])
+        return mix(loglik_NE[some_N][:, [*members, experts]], weight_NE)
+
+    tune_N, every_N = holdout.tune_N, np.ones(len(loglik_NE), bool)
+    order = greedy(lambda members: -float(mixed(members, tune_N).mean()), range(experts), experts).order
+    losses = [bits_per_byte(mixed(tuple(sorted(order[: n + 1])), every_N), holdout, ~holdout.tune_D) for n in range(len(order))]
+    return tuple((loss.value, loss.standard_error) for loss in losses)
 
 
 def routing(holdout: Holdout, side: Side, chosen: Fit, signal_NS: Floats) -> tuple[tuple[float, ...], ...]:

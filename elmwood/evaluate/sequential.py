@@ -82,6 +82,7 @@ class Finding(NamedTuple):
     estimand: str  # "mean", or "clipped mean" where the side that decides is bounded by a clip
     for_T: Floats  # log wealth of the gambler who says "better"
     against_T: Floats  # log wealth of the one who says "not better by the least effect"
+    moved: float = 1.0  # share of the weight that differs in these blocks
 
     @property
     def share(self) -> float:

@@ -3,11 +3,13 @@
 Colours, type and dark mode are the style sheet's.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from markupsafe import Markup
 
+from elmwood.records import Contest
 from elmwood.report.data import Curve
 from elmwood.report.domains import COLOURS
 from elmwood.report.numbers import shared, short, ticks
@@ -92,17 +94,61 @@ def heat(weight: float, *, digits: bool = True, own: bool = False, label: str = 
 
 def curves(found: Sequence[Curve], about: str) -> Markup:
     """Loss against tokens, one panel. Loss is cut off above where nearly all points lie, for early training dwarfs the rest."""
-    points = [point for curve in found for point in curve.points]
-    losses = sorted(loss for _, loss in points)
+    losses = sorted(loss for curve in found for _, loss in curve.points)
     top = losses[-1] if len(losses) < 20 else min(losses[-1], losses[0] + 1.6 * (losses[int(0.9 * len(losses))] - losses[0]))
-    x_scale, y_scale = Scale(0, max((tokens for tokens, _ in points), default=1) or 1), spanning([losses[0], top] if losses else [0, 1])
+    return _panel(found, about, spanning([losses[0], top] if losses else [0, 1]))
+
+
+def growing(losses: Sequence[tuple[float, float]], seed: float | None, about: str) -> Markup:
+    """Loss and its standard error against the number of experts; the seed is where there is none."""
+    line = Curve(name="with so many experts", role="result", points=tuple((n + 1, loss) for n, (loss, _) in enumerate(losses)))
+    ends = [loss + sign * error for loss, error in losses for sign in (-1, 1)]
+    y_scale = spanning([*ends, *([seed] if seed else [])])
+    x_scale = Scale(0, len(losses))
+    spots = Markup("").join(
+        Markup('<line x1="{0}%" x2="{0}%" y1="{1}%" y2="{2}%"/><circle cx="{0}%" cy="{3}%" r="3.5"/>').format(
+            x_scale(n + 1), *(round(100 - y_scale(value), 2) for value in (loss - error, loss + error, loss))
+        )
+        for n, (loss, error) in enumerate(losses)
+    )
+    return _panel([line], about, y_scale, marks=[(seed, "the seed")] if seed else [], over=spots, whole=True)
+
+
+def betting(found: Contest, about: str) -> Markup:
+    """Log wealth of both gamblers over the blocks drawn, and what each needs."""
+    paths = [tuple((float(look[0]), look[place]) for look in found.wealth) for place in (1, 2)]
+    goals = [(-math.log10(error), text) for error, text in ((found.alpha, "better"), (found.beta, "not better"))]
+    top, floor = max(goal for goal, _ in goals) + 0.8, max(-4.0, min(-0.5, *(point[1] for path in paths for point in path)))
+    lines = [
+        Curve(name=name, role="result", points=((0.0, 0.0), *path)) for name, path in zip(("better", "not better"), paths, strict=True)
+    ]
+    return _panel(lines, about, Scale(floor, top), marks=[(goal, f"{text} is decided") for goal, text in goals], words=_tens, whole=True)
+
+
+def _tens(levels: list[float]) -> list[str]:
+    return [f"{10**level:g}" if level == int(level) else "" for level in levels]
+
+
+def _panel(
+    found: Sequence[Curve], about: str, y_scale: Scale, *, marks: Sequence[tuple[float, str]] = (), over: Markup | str = "",
+    words: Callable[[list[float]], list[str]] = shared, whole: bool = False,
+) -> Markup:  # fmt: skip
+    """Lines on a grid. `marks` are levels with a name, `over` stands above the lines; of a `whole` axis only whole numbers have ticks."""
+    x_scale = Scale(0, max((x for curve in found for x, _ in curve.points), default=1) or 1)
     lines = Markup("").join(_line(curve, dress, x_scale, y_scale) for curve, dress in zip(found, dresses(found), strict=True))
-    levels, steps = ticks(y_scale.low, y_scale.high, 4), [value for value in ticks(0, x_scale.high, 4) if value]
+    levels = [level for level in ticks(y_scale.low, y_scale.high, 4) if words is shared or level == int(level)]
+    steps = [value for value in ticks(0, x_scale.high, 4) if value and not (whole and value != int(value))]
     across = Markup("").join(
         Markup('<line class="grid" x1="0" x2="100%" y1="{0}%" y2="{0}%"/><text class="level" x="-8" y="{0}%" dy="4">{1}</text>').format(
             round(100 - y_scale(value), 2), text
         )
-        for value, text in zip(levels, shared(levels), strict=True)
+        for value, text in zip(levels, words(levels), strict=True)
+    )
+    across += Markup("").join(
+        Markup('<line class="goal" x1="0" x2="100%" y1="{0}%" y2="{0}%"/><text class="named" x="4" y="{0}%" dy="-5">{1}</text>').format(
+            round(100 - y_scale(value), 2), text
+        )
+        for value, text in marks
     )
     along = Markup("").join(
         Markup('<text class="{}" x="{}%" y="100%" dy="16">{}</text>').format(
@@ -112,8 +158,8 @@ def curves(found: Sequence[Curve], about: str) -> Markup:
     )
     return Markup(
         '<svg class="curves" width="100%" height="240" role="img" aria-label="{}">{}<svg viewBox="0 0 100 100" preserveAspectRatio="none" '
-        'width="100%" height="100%">{}</svg>{}</svg>'
-    ).format(about, across, lines, along)
+        'width="100%" height="100%">{}</svg>{}{}</svg>'
+    ).format(about, across, lines, over, along)
 
 
 def dresses(found: Sequence[Curve]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from elmwood.records import Frozen, Row
+from elmwood.records import Contest, Frozen, Row
 
 
 class Area(Frozen):
@@ -54,5 +54,7 @@ class Report(Frozen):
     rows: tuple[Row, ...] = ()  # of a Comparison
     chosen: str = ""  # the row that stands for the result
     routing: tuple[tuple[float, ...], ...] = ()  # [domain of the document][expert, the seed last] mean weight
+    growth: tuple[tuple[float, float], ...] = ()  # bits per byte and its standard error with 1, 2, ... experts
+    contests: tuple[Contest, ...] = ()
     lineage: tuple[Ancestor, ...] = ()
     facts: dict[str, str] = Field(default_factory=dict)  # what else one must know: versions, machine, time, settings

@@ -9,8 +9,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from elmwood import __version__
-from elmwood.records import Row
+from elmwood.records import Contest, Row
 from elmwood.report import charts, lineage
+from elmwood.report.contest import headline, lines
 from elmwood.report.data import Curve, Report
 from elmwood.report.domains import COLOURS, DARK, LIGHT, caption, domain_map, style, swatch
 from elmwood.report.numbers import digits, duration, short, signed
@@ -28,6 +29,15 @@ class Line(NamedTuple):
     loss_text: str
     gain: Markup
     gain_text: str
+
+
+class Duel(NamedTuple):
+    """A contest, in words and drawn."""
+
+    headline: str
+    lines: list[tuple[str, str]]
+    svg: Markup
+    key: tuple[tuple[str, str], ...] = (("line-0", "better"), ("line-1", "not better by the least effect"))
 
 
 class Panel(NamedTuple):
@@ -57,6 +67,8 @@ def html(report: Report) -> str:
         costed=[row for row in report.rows if row.tokens or row.steps or row.wall_seconds],
         parted=[row for row in report.rows if any(loss is not None for loss in row.domains)],
         panels=_panels(report.curves),
+        growth=_growth(report),
+        contests=[_duel(one) for one in report.contests],
         tree=lineage.draw(lineage.tree(report.lineage)),
         bar=charts.bar,
         heat=charts.heat,
@@ -132,6 +144,19 @@ def _panels(curves: Sequence[Curve]) -> list[Panel]:
         key = tuple(zip(charts.dresses(mine), (curve.name for curve in mine), strict=True))
         panels.append(Panel(title, charts.curves(mine, about), key if len(mine) > 1 else ()))
     return panels
+
+
+def _growth(report: Report) -> Markup:
+    if not report.growth:
+        return Markup()
+    seed = next((row.bits_per_byte for row in report.rows if row.role == "seed"), None)
+    about = "Bits per byte with " + ", ".join(f"{n + 1}: {loss:.3f}" for n, (loss, _) in enumerate(report.growth)) + " experts"
+    return charts.growing(report.growth, seed, about)
+
+
+def _duel(found: Contest) -> Duel:
+    svg = charts.betting(found, f"{headline(found)}: wealth over {found.drawn} blocks") if found.wealth else Markup()
+    return Duel(headline(found), lines(found), svg)
 
 
 def _best(rows: Sequence[Row], domain: int) -> float | None:
