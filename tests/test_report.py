@@ -101,7 +101,7 @@ def full(text: str = "") -> Report:
                 order="o",
                 wealth=((1, 0.1, -0.1), (32, 1.4, -2.0)),
             ),
-        ),  # fmt: skip
+        ),
         lineage=(
             Ancestor(depth=0, kind="forest", digest="f" * 64, summary=f"forest{text}"),
             seed,
