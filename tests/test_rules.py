@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import WORDS, full_expert, tiny_seed
+from tiny_models import WORDS, full_expert, lora_expert, tiny_seed
 from typer.testing import CliRunner
 
 from elmwood.cli import app
+from elmwood.cli.choose import by_columns, tuned
 from elmwood.corpus.build import build
 from elmwood.corpus.tokens import pack
+from elmwood.engine import silent
 from elmwood.errors import BadInput
 from elmwood.lm.load import load_model, tokenizer
 from elmwood.merge.estimate import by_layer, estimates
 from elmwood.merge.make import Answer, merge
 from elmwood.merge.statistics import opened
 from elmwood.merge.values import everywhere
-from elmwood.records import Domain, Embedder, Partition, Recipe, Statistics
+from elmwood.records import Domain, Embedder, Merged, Partition, Recipe, Statistics
 from elmwood.store import Store
 from elmwood.train import statistics, train
 from elmwood.train.data import batches
@@ -156,6 +158,42 @@ def test_estimates_choose_layers_and_true_losses_decide(grown):
     said = json.loads(done.stdout)
     assert said["cost"]["answers"] <= 3
     assert said["digest"] == min(said["answers"], key=lambda row: row["tune"]["value"])["digest"]
+    assert said["test"]["b"] == said["digest"]  # against the seed, on blocks that nothing was chosen on
+    assert said["test"]["split"] == "gate"
+
+
+def test_where_statistics_are_missing_columns_put_answers_in_order(grown):
+    """Of weighted sums of experts the pool of their columns is near the merge; of the seed alone it is the seed."""
+    store, seed, corpus, _ = grown
+    experts = [lora_expert(seed, store, rng_seed=20 + n) for n in range(2)]
+    store.name("p", store.add(_partition(corpus)))
+    for place, one in enumerate(experts):
+        store.name(f"bare/{place}", one.digest)
+    asked = [
+        "merge",
+        "bare/0",
+        "bare/1",
+        "--method",
+        "task_arithmetic",
+        "--scale",
+        "0.01,0.2,3",
+        "--choose",
+        "--run",
+        "2",
+        "--partition",
+        "p",
+    ]
+    done = CliRunner().invoke(app, [*asked, "--documents", "4", "--store", str(store.root), "--json"])
+    assert done.exit_code == 0, done.output
+    assert "log-linear pools" in done.stderr
+    assert len(json.loads(done.stdout)["answers"]) == 2
+    merged = [one for digest in store.records() if isinstance(one := store.load(digest), Merged)]
+    mine = {one.digest for one in experts}
+    made = {str(one.settings["scale"]): one for one in merged if {part.expert for part in one.contributions} == mine}
+    guessed = by_columns(made, seed, "p", 4, store, silent)
+    true = tuned(made, seed, "p", 4, store, silent).losses
+    assert guessed["0.01"] == pytest.approx(true["0.01"].value, abs=0.02)
+    assert sorted(guessed, key=guessed.__getitem__)[-1] == "3.0"
 
 
 def _partition(corpus):

@@ -1,15 +1,28 @@
-"""Answers held against one another on the tune half: each model reads it once."""
+"""Merges held against one another: put in order without running them, scored on the tune half once each, and the best one tested on
+blocks that nothing was chosen on.
+
+N scored tokens, E experts
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elmwood import evaluate
+from elmwood.cli.compare import contest, judge, mix_up
 from elmwood.cli.ensure import Columns, ensure
 from elmwood.engine import Progress
-from elmwood.records import Partition, Record, Seed
+from elmwood.evaluate.sequential import Rule
+from elmwood.evaluate.surrogate import pool
+from elmwood.records import Contest, Digest, Merged, Partition, Record, Seed, fingerprint
 from elmwood.store import Store
+
+Floats = NDArray[np.floating]
+
+CAP = 1000  # blocks that the test of the best may draw
+CLIP = 0.5  # bits per byte
 
 
 class Tuned(NamedTuple):
@@ -20,18 +33,63 @@ class Tuned(NamedTuple):
     tokens: int
 
 
-def tuned(
-    models: Mapping[str, Record], seed: Seed, partition: str, documents: int | None, store: Store, progress: Progress
-) -> Tuned:  # fmt: skip
+def opened(seed: Seed, partition: Digest, documents: int | None, store: Store, *, stay: bool = False) -> Columns:
+    """The holdout that merges are chosen on."""
     division = store.load(partition, Partition)
     length = min(seed.context, 1024)
-    spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length, documents=documents)
-    table = Columns(spec, store)
+    return Columns(evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length, documents=documents), store, stay=stay)
+
+
+def tuned(
+    models: Mapping[str, Record], seed: Seed, partition: Digest, documents: int | None, store: Store, progress: Progress
+) -> Tuned:  # fmt: skip
+    """Score answers on the tune half."""
+    table = opened(seed, partition, documents, store)
     held = table.held
-    tune_W = np.unique(held.window_N[held.tune_N])
     asked = [(name, record.digest) for name, record in models.items()]
-    found = ensure(asked, table, windows={digest: tune_W for _, digest in asked}, progress=progress)
+    found = ensure(asked, table, windows=dict.fromkeys((digest for _, digest in asked), _tune(held)), progress=progress)
     columns = {name: found.columns[digest] for name, digest in asked}
     losses = {name: evaluate.bits_per_byte(column, held, held.tune_D) for name, column in columns.items()}
     best = columns[min(losses, key=lambda name: losses[name].value)]
     return Tuned(losses, {name: evaluate.difference(column, best, held, held.tune_D) for name, column in columns.items()}, found.tokens)
+
+
+def by_columns(
+    models: Mapping[str, Merged], seed: Seed, partition: Digest, documents: int | None, store: Store, progress: Progress
+) -> dict[str, float]:  # fmt: skip
+    """Bits per byte on the tune half, as the columns of the experts have it: log-linear pools, no merge is run. They rank weighted sums
+    and know nothing of trimming and votes (docs/log.md)."""
+    table = opened(seed, partition, documents, store)
+    held = table.held
+    experts = sorted({one.expert for merged in models.values() for one in merged.contributions})
+    asked = [("seed", seed.digest), *((digest[:8], digest) for digest in experts)]
+    found = ensure(asked, table, windows=dict.fromkeys((digest for _, digest in asked), _tune(held)), progress=progress)
+    loglik_NE = np.column_stack([found.columns[digest][held.tune_N] for digest in experts])
+    seed_N, size = found.columns[seed.digest][held.tune_N], float(np.log(2) * held.bytes_D[held.tune_D].sum())
+    return {name: -float(pool(loglik_NE, seed_N, coefficients(one, experts)).sum()) / size for name, one in models.items()}
+
+
+def coefficients(merged: Merged, experts: list[Digest]) -> Floats:
+    """What each expert's delta is multiplied by in a weighted sum [E]; of other rules, what it would be if nothing were trimmed."""
+    weight_of = {one.expert: float(np.mean(one.weight[0].values)) for one in merged.contributions}
+    weight_E = np.array([weight_of.get(digest, 0.0) for digest in experts])
+    scale = merged.settings.get("scale", 1.0)
+    return scale * weight_E / (weight_E.sum() if merged.settings.get("normalise") else 1.0)
+
+
+def tested(
+    winner: Merged, name: str, seed: Seed, partition: Digest, documents: int | None, store: Store, progress: Progress
+) -> tuple[Contest, int]:  # fmt: skip
+    """Whether the best is better than the seed, on blocks of the gate split; and the tokens forwarded to know."""
+    table, rule = opened(seed, partition, documents, store, stay=True), Rule(cap=CAP)
+    held = table.held
+    key = fingerprint("compare", seed.digest, winner.digest, held.name)
+    found, cost = judge(mix_up(seed, winner, seed, held, store, progress), table, rule, CLIP, key.encode(), progress)
+    made = contest(found, rule, a=seed.digest, b=winner.digest, names=(seed.name, name), holdout=held.name, protocol=held.protocol,
+                   clip=CLIP, order=key)  # fmt: skip
+    store.add(made)
+    return made, int(cost["tokens_forwarded"])
+
+
+def _tune(held: evaluate.Holdout) -> NDArray[np.integer]:
+    return np.unique(held.window_N[held.tune_N])

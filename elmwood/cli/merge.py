@@ -16,8 +16,11 @@ from elmwood.merge.make import Answer, assemble, finalize, merge
 from elmwood.merge.rules import RULES, settle
 from elmwood.merge.spread import StateJob, make_state, spread
 from elmwood.merge.states import add, remove, seed_places
+from elmwood.merge.statistics import found as statistics
 from elmwood.merge.values import depth_of
 from elmwood.records import Expert, Forest, Merged, Seed, Share, State, parse
+from elmwood.report.contest import headline
+from elmwood.report.contest import lines as told
 from elmwood.store import Store
 
 Members = dict[str, tuple[Share, ...]]
@@ -129,9 +132,11 @@ def merge_verb(
         else:
             made = both(seed, members, answers, home, resize, progress)
     if choose and (per_layer or run):
-        made, answers = estimated(made, answers, seed, members, home, per_layer, run)
+        where = place_of(members, home, partition)
+        made, answers = estimated(made, answers, seed, members, home, per_layer, run, where, documents)
     if choose:
-        chosen(made, answers, seed, members, home, partition=partition, documents=documents, name=name, as_json=as_json)
+        where = place_of(members, home, partition)
+        chosen(made, answers, seed, members, home, where=where, documents=documents, name=name, as_json=as_json)
     elif len(made) == 1:
         keep(home, made[0], name, as_json)
     else:
@@ -174,42 +179,60 @@ def listed(made: Sequence[Merged], answers: Sequence[Answer], store: Store, name
         out.print(f"{record.digest}  {called or title(answer)}", soft_wrap=True)
 
 
+def place_of(members: Members, store: Store, partition: str | None) -> str:
+    """The partition whose held-out text decides. Raises BadInput."""
+    where = partition or next((one for digest in members if (one := store.load(digest, Expert).partition)), None)
+    if not where:
+        raise BadInput("none of these experts names a partition: say whose held-out text to choose on with --partition")
+    return where
+
+
 def estimated(
-    made: list[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, per_layer: bool, run: int | None
+    made: list[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, per_layer: bool, run: int | None,
+    where: str, documents: int | None,
 ) -> tuple[list[Merged], list[Answer]]:  # fmt: skip
-    """The `run` answers with the least estimate, by what the experts left of their text; and one more, the best of all in each layer."""
+    """The `run` answers with the least estimate, and one more, the best of all in each layer. Estimates are by what the experts left of
+    their text; where some left nothing, by their columns, which know nothing of layers."""
+    from elmwood.cli.choose import by_columns  # torch
+
     started = time.perf_counter()
     titles = [title(answer) for answer in answers]
+    named, found = dict(zip(titles, made, strict=True)), {}
     with bars() as progress:
-        found = estimates(seed, sorted(members), dict(zip(titles, made, strict=True)), store, "fisher", progress)
-    totals = {name: sum(layers.values()) for name, layers in found.items()}
+        if per_layer or _left_statistics(members, store):
+            found = estimates(seed, sorted(members), named, store, "fisher", progress)
+            totals = {name: sum(layers.values()) for name, layers in found.items()}
+            by = "estimates from statistics alone, no model run (in {}): distance from all experts by their Fisher matrices"
+        else:
+            totals = by_columns(named, seed, where, documents, store, progress)
+            by = "some expert left no statistics, so estimates are from columns, no merge run (in {}): log-linear pools, bits per byte"
     order = sorted(range(len(made)), key=lambda place: totals[titles[place]])
     spent = duration(time.perf_counter() - started)
     lines = [[titles[place], f"{totals[titles[place]]:.4g}"] for place in order]
-    table(
-        f"estimates from statistics alone, no model run (in {spent}): distance from all experts by their Fisher matrices",
-        ["", "estimate"],
-        lines,
-        to=talk,
-    )
+    table(by.format(spent), ["", "estimate"], lines, to=talk)
     kept = order[: run or len(order)]
     choice = by_layer(found) if per_layer else {}
-    where = {layer: made[titles.index(name)] for layer, name in choice.items()}
-    mixed = [assemble(where, store)] if len(set(choice.values())) > 1 else []
+    source = {layer: made[titles.index(name)] for layer, name in choice.items()}
+    mixed = [assemble(source, store)] if len(set(choice.values())) > 1 else []
     if mixed:
         talk.print("by layer: " + ", ".join(f"{layer} {name}" for layer, name in choice.items()))
     return [made[place] for place in kept] + mixed, [answers[place] for place in kept] + [Answer("by_layer", {}) for _ in mixed]
 
 
-def chosen(
-    made: Sequence[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, *, partition, documents, name, as_json
-) -> None:  # fmt: skip
-    """Score the answers on the tune half, once each, and name the best; say what the search cost."""
-    from elmwood.cli.choose import tuned  # torch
+def _left_statistics(members: Members, store: Store) -> bool:
+    """Whether all of them did."""
+    try:
+        return bool([statistics(digest, store) for digest in members])
+    except BadInput:
+        return False
 
-    where = partition or next((one for digest in members if (one := store.load(digest, Expert).partition)), None)
-    if not where:
-        raise BadInput("none of these experts names a partition: say whose held-out text to choose on with --partition")
+
+def chosen(
+    made: Sequence[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, *, where, documents, name, as_json
+) -> None:  # fmt: skip
+    """Score the answers on the tune half, once each, name the best, and test it on blocks that nobody chose on; say what it all cost."""
+    from elmwood.cli.choose import tested, tuned  # torch
+
     started = time.perf_counter()
     titles = [title(answer) for answer in answers]
     with bars() as progress:
@@ -218,18 +241,22 @@ def chosen(
     winner = made[titles.index(best)]
     if name:
         store.name(name, winner.digest)
-    cost = {"answers": len(made), "tokens": found.tokens, "seconds": round(time.perf_counter() - started, 1)}
+    with bars() as progress:
+        test, tokens = tested(winner, name or best, seed, where, documents, store, progress)
+    cost = {"answers": len(made), "tokens": found.tokens, "tested_tokens": tokens, "seconds": round(time.perf_counter() - started, 1)}
     if as_json:
         rows = [
             {"answer": one, "digest": record.digest, "tune": found.losses[one]._asdict(), "behind": found.behind[one]._asdict()}
             for one, record in zip(titles, made, strict=True)
         ]
-        emit({"name": name, "digest": winner.digest, "record": winner.model_dump(mode="json"), "answers": rows, "cost": cost})
+        emit({"name": name, "digest": winner.digest, "record": winner.model_dump(mode="json"), "answers": rows,
+              "test": test.model_dump(mode="json"), "cost": cost})  # fmt: skip
         return
     lines = [[one, *(f"{number:.4f}" for number in (*found.losses[one], *found.behind[one]))] for one in titles]
     table("bits per byte on the tune half, and behind the best (paired)", ["", "bits/byte", "±", "behind", "±"], lines, to=talk)
     spent = duration(time.perf_counter() - started)
-    talk.print(f"the search read {short(found.tokens)} tokens in {spent}; elmwood eval has the other half")
+    talk.print(f"the search read {short(found.tokens)} tokens and the test {short(tokens)}, in {spent}")
+    talk.print(f"on fresh blocks {headline(test)}: {dict(told(test))['effect']}; {test.drawn:,} of {test.touched:,} blocks")
     out.print(f"{winner.digest}  {name or best}", soft_wrap=True)
 
 
