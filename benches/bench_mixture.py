@@ -1,10 +1,10 @@
 """Mixtures of a forest's experts, untuned and tuned, beside dense training at equal total tokens, the ensemble and the merges.
 
-    python benches/bench_mixture.py STORE FOREST --dense NAME [--dense NAME ...] [--ensemble NAME] [--random FOREST]
-        [--tokens 500k] [--batch 32] [--documents 100] [--rows PATTERN]
+    python benches/bench_mixture.py STORE FOREST --dense NAME|BATCH:RATE [--dense …] [--ensemble NAME] [--random FOREST]
+        [--tokens 500k] [--batch 8] [--rates 5e-4,1e-3] [--rng-seed 0] [--documents 100] [--rows PATTERN]
 
-All of them stand in STORE (benches/forest.py makes them). Tuning takes tokens on top of the experts', so every `--dense` is trained anew
-for as many more; gains are over the better of them, paired, on the test half. `--random`: experts of clusters without meaning, in the same
+All of them stand in STORE (benches/forest.py makes them). Tuning takes tokens on top of the experts', so every `--dense` is trained for
+both together; gains are over the better of them, paired, on the test half. `--random`: experts of clusters without meaning, in the same
 mixture. Rates, scales and what dense is best are chosen on the tune half, never on the half that is reported. `--rows`: only those whose
 name matches this expression. What STORE has is not done again, so a run that was stopped goes on, and rows can be asked for one by one.
 
@@ -40,7 +40,7 @@ from elmwood.train.router import tune_key
 DENSE = "dense, equal total tokens"
 MERGED = (0.05, 0.1, 0.2)  # scales of task arithmetic: the sum of the deltas is added to the seed
 SCALES = (0.5, 1.0, 2.0, 4.0)  # of gates
-WHOLE, NARROW = (1e-3, 2e-3), (3e-3, 1e-2)  # rates
+NARROW = (3e-3, 1e-2)  # rates of gates alone
 
 
 class Plan(NamedTuple):
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     method: str = "seed"  # of what all share
     settings: tuple[tuple[str, float], ...] = ()
     tuned: str | None = None
-    rates: tuple[float, ...] = WHOLE
+    rates: tuple[float, ...] = ()  # none: those asked for
     balance: float = 0.01
     random: bool = False  # of the forest of random clusters
 
@@ -141,15 +141,10 @@ class Bench:
 
     def controls(self) -> None:
         made: list[tuple[str, Expert]] = []
-        for name in self.asked.dense:
-            dense = self.store.load(name, Expert)
-            steps = dense.recipe.steps + round(self.tokens / (dense.recipe.batch * dense.recipe.length))
-            recipe = dense.recipe.model_copy(update={"steps": steps, "threads": 1})
-            made.append((name, train(self.seed, self.data, recipe, self.store)))
+        for spelled in self.asked.dense:
+            made.append((spelled, train(self.seed, self.data, self.dense(spelled), self.store)))
         name, longer = self.best(made)
         self.tell(DENSE, longer, which=name, among=[name for name, _ in made], tokens=longer.recipe.tokens)  # type: ignore[attr-defined]
-        if self.wanted("dense, the experts' tokens"):
-            self.tell("dense, the experts' tokens", self.store.load(self.asked.dense[0]))
         self.tell("seed", self.seed)
         if self.asked.ensemble and self.wanted("ensemble"):
             self.ensemble()
@@ -158,6 +153,18 @@ class Bench:
             answers = [Answer("average", {}), *(Answer("task_arithmetic", {"scale": scale}) for scale in MERGED)]
             for answer, one in zip(answers, merge(self.seed, members, answers, self.store), strict=True):
                 self.tell(f"merge: {answer.method} {answer.settings.get('scale', '')}".strip(), one)
+
+    def dense(self, spelled: str) -> Recipe:
+        """A trained control's recipe, or BATCH:RATE, for as many tokens as the experts' and the tuning's."""
+        batch, colon, rate = spelled.partition(":")
+        total = self.tokens + sum(self.store.load(digest, Expert).recipe.tokens for digest in self.forest.experts)
+        if colon:
+            return Recipe(
+                steps=total // (int(batch) * self.length), batch=int(batch), length=self.length, learning_rate=float(rate), rng_seed=1
+            )
+        recipe = self.store.load(spelled, Expert).recipe
+        steps = recipe.steps + round(self.tokens / (recipe.batch * recipe.length))
+        return recipe.model_copy(update={"steps": steps, "threads": 1})
 
     def ensemble(self) -> None:
         """From the columns of its experts, as the table has it."""
@@ -191,10 +198,12 @@ class Bench:
             self.tell(f"mixture: {plan.name}", start, scale=scale, shared=start.method, **self.sizes(start))
             return
         made = []
-        for rate in plan.rates:
+        rates = plan.rates or tuple(float(rate) for rate in self.asked.rates.split(","))
+        for rate in rates:
             recipe = Recipe(
                 method="router", steps=self.tokens // (self.asked.batch * self.length), batch=self.asked.batch, length=self.length,
                 learning_rate=rate, balance=plan.balance, tuned=plan.tuned, weight_decay=0.0,
+                rng_seed=self.asked.rng_seed,
             )  # fmt: skip
             began = time.process_time()
             made.append(((rate, recipe), tune(start, self.data, recipe, self.store)))
@@ -206,7 +215,7 @@ class Bench:
         share_LE = np.array(list(load.values()))
         even = 1 / share_LE.shape[1]
         self.tell(
-            f"mixture: {plan.name}", best, rate=rate, rates=plan.rates, scale=scale, shared=start.method, tuning_tokens=recipe.tokens,
+            f"mixture: {plan.name}", best, rate=rate, rates=rates, scale=scale, shared=start.method, tuning_tokens=recipe.tokens,
             tuning_cpu=cpu, load=[round(float(share_LE.min() / even), 2), round(float(share_LE.max() / even), 2)],
             dead=int((share_LE < 0.1 * even).sum()), **self.sizes(best),  # type: ignore[arg-type]
         )  # fmt: skip
@@ -233,7 +242,9 @@ def main() -> None:
     parser.add_argument("--dense", action="append", required=True)
     parser.add_argument("--random")
     parser.add_argument("--tokens", default="500k")
-    parser.add_argument("--batch", type=int, default=32, help="of tuning")
+    parser.add_argument("--batch", type=int, default=8, help="of tuning")
+    parser.add_argument("--rates", default="5e-4,1e-3", help="of tuning more than gates")
+    parser.add_argument("--rng-seed", type=int, default=0, help="of tuning: 1, and it reads other text than the seed did first")
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--rows", default="")
     asked = parser.parse_args()

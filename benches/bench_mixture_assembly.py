@@ -9,21 +9,21 @@ kept until `--clean` (300M: 0.6 GB for the seed and for each expert; 1B: 2.1 GB)
 compared (eight experts of the 1B shape: 11 GB on each side).
 
 `peak_MB`: of the process. `beyond_layer_MB`: what remains of it without one layer's experts, which the claim allows besides 300 MB.
-`trial_cpu`: the first assembly of an architecture tries itself on a small mixture of copies, with torch; that is remembered, so
-it is paid once for all sizes, and shown by itself. One JSON line for each; 300M: about three minutes, everything about twenty.
+`trial_cpu`, `trial_peak_MB`: the first assembly of an architecture tries itself on a small mixture of copies, with torch; that is
+remembered, so it is paid once for all sizes, and shown by itself. One JSON line for each; 300M: about three minutes, everything
+about twenty.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import rmtree
 
 import numpy as np
 from bench_merge import SHAPES, Run, drop, measure, prepare
 
-from elmwood.corpus.tokens import train_tokenizer
 from elmwood.merge.mixture_build import Mixing, mix
 from elmwood.merge.mixture_gates import random_rows
 from elmwood.merge.states import seed_places
@@ -60,6 +60,8 @@ def forget(store: Store, made: Mixture) -> None:
 
 def theirs(python: Path, store: Store, seed: Seed, experts: Sequence[Expert], folder: Path) -> tuple[Run, Path]:
     """`mergekit-moe` of the environment that `python` stands in."""
+    from elmwood.corpus.tokens import train_tokenizer  # takes as long to import as all that is measured
+
     base = folder / "base"  # it wants a tokenizer, also where it copies none
     rmtree(base, ignore_errors=True)
     base.mkdir()
@@ -95,7 +97,7 @@ def differing(mine: Path, its: Path, count: int) -> float:
     return differ / total
 
 
-def bench(asked: argparse.Namespace, shape: str, count: int, trial: float) -> None:
+def bench(asked: argparse.Namespace, shape: str, count: int, trial: Mapping[str, float]) -> None:
     store, seed, experts = prepare(asked.folder, shape, max(map(int, asked.experts.split(","))))
     # experts stand by digest in a mixture
     experts = sorted(experts[:count], key=lambda one: one.digest)
@@ -108,7 +110,7 @@ def bench(asked: argparse.Namespace, shape: str, count: int, trial: float) -> No
     for shared in asked.shared.split(","):
         drop(inputs)
         run, made = ours(store, seed, experts, shared, asked.folder)
-        found = {"bench": "mixture assembly", "shape": shape, "experts": count, "shared": shared, "trial_cpu": trial}
+        found = {"bench": "mixture assembly", "shape": shape, "experts": count, "shared": shared, **trial}
         found |= {"bytes_out": sum(store.get(digest).stat().st_size for digest in set(made.files.values()))}
         found |= {"cpu": run.cpu, "wall": run.wall, "peak_MB": run.rss, "layer_MB": layer, "beyond_layer_MB": run.rss - layer}
         if other and its:
@@ -142,7 +144,7 @@ def main() -> None:
         again, made = ours(store, seed, experts, "seed", asked.folder)
         forget(store, made)
         for count in map(int, asked.experts.split(",")):
-            bench(asked, shape, count, max(0.0, first.cpu - again.cpu))
+            bench(asked, shape, count, {"trial_cpu": max(0.0, first.cpu - again.cpu), "trial_peak_MB": first.rss})
         if asked.clean:
             rmtree(asked.folder / shape)
 

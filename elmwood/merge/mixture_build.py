@@ -138,12 +138,13 @@ def write(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: Prog
     (folder / "config.json").write_text(json.dumps(said, indent=1, sort_keys=True))
     by_digest = {one.digest: one for one in parts.sources}
     files = Files()
-    for done, cell in enumerate(cell for cell in plan if cell.gate or cell.expert is not None):
+    own = [cell for cell in plan if cell.gate or cell.expert is not None]
+    for done, cell in enumerate(own, 1):
         if cell.gate:
             shards.put_numbers(cell.name, _fitting(rows, cell))
         else:
             _expert(cell, by_digest.get(parts.order[cell.expert or 0]), parts.tensors[cell.source], shards, files)
-        progress("experts", done + 1, len(plan), "tensors")
+        progress("experts", done, len(own), "tensors")
     found = share(parts, mixing, shards, files, progress)
     files.close()
     shards.close()

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.merge.tensors import PIECE, SIZES, Files, Place, decode, encode, pack_header
+from elmwood.merge.tensors import SIZES, Files, Place, decode, encode, pack_header
 
 SHARD = 4 << 30  # bytes of a file, about
+COPIED = 1 << 18  # bytes at once: with 2 MiB a copy takes several times the CPU, since they do not stay in the cache
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
@@ -33,6 +34,7 @@ class Shards:
                 filled = 0
             groups[-1].append((name, dtype, shape, size))
             filled += size
+        self.buffer = memoryview(bytearray(COPIED))
         self.index, self.places, self.handles = folder / f"{stem}.safetensors.index.json", dict[str, Place](), dict[Path, int]()
         for number, group in enumerate(groups, 1):
             path, top = folder / f"{stem}-{number:05}-of-{len(groups):05}.safetensors", pack_header(group, {"format": "pt"})
@@ -55,9 +57,10 @@ class Shards:
 
     def copy(self, name: str, source: Place, files: Files, first: int = 0) -> None:
         """A tensor of another file, byte by byte where the dtypes are alike."""
-        same, buffer = source.dtype == self.places[name].dtype, memoryview(bytearray(PIECE * 8))
-        for at in range(0, source.numbers, PIECE):
-            raw = files.read(source, at, min(source.numbers, at + PIECE), buffer)
+        same = source.dtype == self.places[name].dtype
+        step = COPIED // source.width
+        for at in range(0, source.numbers, step):
+            raw = files.read(source, at, min(source.numbers, at + step), self.buffer)
             if same:
                 self.put(name, first + at, raw)
             else:
