@@ -24,7 +24,8 @@ from elmwood.records import Expert, Forest, Gates, Mixture, Recipe, Seed
 from elmwood.report.loads import loads_plot
 from elmwood.store import Store
 from elmwood.train import loop
-from elmwood.train.router import loads, tune, tune_key
+from elmwood.train.fit_mixture import fit_mixture
+from elmwood.train.router import choose, loads, opened, tune, tune_key
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -286,3 +287,23 @@ def test_loads_are_shares_of_the_weight(grown, store, text):
     )  # the ground, a cell for each share, a frame for the dead
     with pytest.raises(BadInput, match="domain 1 has no such text"):
         loads(record, [text, ()], store, 4, device="cpu")
+
+
+@pytest.mark.parametrize("layout", ["checkpoint", "low-rank"])
+def test_fit_counts_what_is_tuned(layout, grown, store):
+    record = mixed(grown[2], store, layout=layout)
+    model = opened(record, store, "cpu")
+    choose(model, "routers")
+    found = fit_mixture(record, RECIPE, store, memory=10**12, device="cpu")
+    assert found.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert found.total == sum(found.components.values())
+    assert found.fits
+    assert found.batch > RECIPE.batch
+    if layout == "checkpoint":
+        assert found.parameters == model.num_parameters()
+        whole = fit_mixture(record, RECIPE.model_copy(update={"tuned": "everything"}), store, memory=10**12, device="cpu")
+        assert whole.trained == found.parameters
+        assert whole.total > found.total
+    assert "does not fit" in fit_mixture(record, RECIPE, store, memory=10, device="cpu").verdict
+    with pytest.raises(BadInput, match="--method router"):
+        fit_mixture(record, Recipe(steps=1), store)

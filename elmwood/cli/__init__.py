@@ -35,7 +35,7 @@ LayersOption = Annotated[str | None, typer.Option(help="Merge these layers alone
 TensorsOption = Annotated[str, typer.Option(help="Merge only tensors with this in their name.")]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes side by side; default: one per core for small models, else 1.")]
 EngineOption = Annotated[str, typer.Option(help="Where tasks run: local, or ray.")]
-MethodOption = Annotated[str, typer.Option(help="full, lora, qlora (the seed in four bits) or dora.")]
+MethodOption = Annotated[str, typer.Option(help="full, lora, qlora (the seed in four bits) or dora; of a mixture: router.")]
 BatchOption = Annotated[int, typer.Option(help="Sequences per step.")]
 LengthOption = Annotated[int | None, typer.Option(help="Tokens per sequence; default: the seed's context, at most 1024.")]
 RankOption = Annotated[int, typer.Option(help="Of adapters.")]
@@ -45,6 +45,7 @@ CheckpointingOption = Annotated[
     bool, typer.Option("--checkpointing", help="Compute activations again instead of keeping them: less memory.")
 ]
 OptimiserOption = Annotated[str, typer.Option(help="adamw, or adamw8bit: its moments in a quarter of the bytes.")]
+TunedOption = Annotated[str, typer.Option(help="Of a mixture: routers, norms, shared or everything, each with those before it.")]
 TogetherOption = Annotated[int, typer.Option(help="So many LoRA experts at once, over one copy of the seed.")]
 ShardsOption = Annotated[int, typer.Option("--workers", help="Shards of text worked on at once; their number does not change the result.")]
 STORE = Path(".elmwood")
@@ -200,7 +201,7 @@ def train(
     patience: Annotated[int | None, typer.Option(help="Stop after so many looks at a validation loss without a better one.")] = None,
     together: TogetherOption = 1,
     report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, trackio, wandb or mlflow (repeatable).")] = None,
-    tuned: Annotated[str, typer.Option(help="Of a mixture: routers, norms, shared or everything, each with those before it.")] = "routers",
+    tuned: TunedOption = "routers",
     balance: Annotated[float, typer.Option(help="Of a mixture: weight of the load-balancing loss.")] = 0.01,
     rng_seed: Annotated[int, typer.Option(help="Where chance starts.")] = 0,
     statistics: Annotated[
@@ -262,7 +263,9 @@ def statistics(
 
 @app.command()
 def fit(
-    seed: Annotated[str | None, typer.Argument(help="A seed here, a folder with config.json, or a hub id (downloads its config).")] = None,
+    seed: Annotated[
+        str | None, typer.Argument(help="A seed or mixture here, a folder with config.json, or a hub id (downloads its config).")
+    ] = None,
     method: MethodOption = "lora",
     batch: BatchOption = 1,
     length: LengthOption = None,
@@ -272,6 +275,7 @@ def fit(
     checkpointing: CheckpointingOption = False,
     optimiser: OptimiserOption = "adamw",
     together: TogetherOption = 1,
+    tuned: TunedOption = "routers",
     memory: Annotated[str | None, typer.Option(help="What there is, e.g. 24GB; default: this machine's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where this machine has one.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Train two steps, and hold what they took against the prediction.")] = False,
@@ -283,8 +287,8 @@ def fit(
 ) -> None:
     """Say before a run what memory and time it will take, and what would fit. The config of the seed is enough."""
     _verb("fitting", "fit", seed=seed, method=method, batch=batch, length=length, rank=rank, late=late, accumulate=accumulate,
-          checkpointing=checkpointing, optimiser=optimiser, together=together, memory=memory, device=device, measure=measure, table=table,
-          store=store, as_json=as_json)  # fmt: skip
+          checkpointing=checkpointing, optimiser=optimiser, together=together, tuned=tuned, memory=memory, device=device,
+          measure=measure, table=table, store=store, as_json=as_json)  # fmt: skip
 
 
 @app.command()

@@ -6,11 +6,11 @@ from elmwood.cli.screen import count, duration, emit, out, short, table
 from elmwood.cli.training import checked
 from elmwood.engine import cores
 from elmwood.errors import BadInput
-from elmwood.records import Seed
+from elmwood.records import Mixture, Recipe, Seed
 from elmwood.store import Store
 
 
-def fit(*, seed, length, memory, device, measure, table, store, as_json, **how) -> None:
+def fit(*, seed, length, memory, device, measure, table, tuned, store, as_json, **how) -> None:
     from elmwood.train.fit import best_device, config_of  # torch
     from elmwood.train.fit import fit as predict
 
@@ -19,7 +19,12 @@ def fit(*, seed, length, memory, device, measure, table, store, as_json, **how) 
     if seed is None:
         raise BadInput("fit needs a seed: name one, a folder with its config.json, or a hub id; or ask for --table")
     home = Store(store)
-    known = home.load(seed, Seed) if seed in home.names() or len(seed) == 64 else None
+    here = home.load(seed) if seed in home.names() or len(seed) == 64 else None
+    if isinstance(here, Mixture) or how["method"] == "router":
+        return fit_tuning(
+            seed, here, home, length=length, memory=memory, device=device, measure=measure, tuned=tuned, as_json=as_json, **how
+        )
+    known = home.load(seed, Seed) if here else None
     length = length or min(known.context if known else 1024, 1024)
     recipe = checked(steps=1, length=length, threads=cores(), **how)
     answer = predict(known or seed, recipe, home, memory=memory and count(memory), device=device)
@@ -36,6 +41,33 @@ def fit(*, seed, length, memory, device, measure, table, store, as_json, **how) 
         emit(answer.model_dump(mode="json") | ({"measured": found._asdict() | {"predicted": told}} if found else {}))
         return
     print_fit(seed, recipe, answer, found, told)
+
+
+def fit_tuning(name, mixture, home, *, length, memory, device, measure, tuned, as_json, **how) -> None:
+    """As `fit`, of a mixture that is tuned."""
+    from elmwood.train.fit_mixture import fit_mixture  # torch
+
+    if not isinstance(mixture, Mixture):
+        raise BadInput(f"{name} is no mixture, and routers are of mixtures: make one with `elmwood mix`, or ask for another --method")
+    if measure:
+        raise BadInput("--measure is of seeds and experts: of a mixture there is a prediction only; leave it out")
+    length = length or min(home.load(mixture.seed, Seed).context, 1024)
+    kept = {option: how[option] for option in ("method", "batch", "accumulate", "optimiser", "checkpointing")}
+    if wrong := [option for option in ("optimiser", "checkpointing") if kept[option] != Recipe.model_fields[option].default]:
+        raise BadInput(f"--{wrong[0]}: predictions for mixtures do not know it yet; leave it out")
+    answer = fit_mixture(
+        mixture, checked(steps=1, length=length, threads=cores(), tuned=tuned, **kept), home, memory=memory and count(memory), device=device
+    )  # fmt: skip
+    if as_json:
+        emit(answer.model_dump(mode="json"))
+        return
+    rows = [(what, short(size) + "B") for what, size in answer.components.items() if size]
+    title = f"{tuned} of {name}: {short(answer.parameters)} parameters, {short(answer.trained)} of them tuned"
+    table(title, (f"peak memory, {answer.device}", ""), [*rows, ("total", short(answer.total) + "B")])
+    if answer.tokens_per_second:
+        speed = answer.tokens_per_second
+        out.print(f"{short(speed)} tokens/s here; a million tokens take {duration(1e6 / speed)}")
+    out.print(answer.verdict)
 
 
 def print_fit(seed: str, recipe: Any, answer: Any, found: Any, told: int) -> None:

@@ -28,6 +28,8 @@ from elmwood.store import Store
 from elmwood.train.loop import run
 from elmwood.train.tasks import _check_length, _finish, held
 
+ORDER = ("routers", "norms", "shared", "everything")  # what is tuned, each with those before it
+
 
 def tune_key(mixture: Mixture, data: Sequence[Shard], recipe: Recipe) -> str:
     return fingerprint("tune", mixture.digest, [shard.blob for shard in data], recipe)
@@ -73,13 +75,19 @@ def opened(mixture: Mixture, store: Store, device: torch.device | str | None = N
     return load_model(store.load(mixture.seed, Seed), store, stand_in, device, torch.float32)
 
 
+def kind_of(name: str) -> str:
+    """What a tensor of a mixture belongs to: one of ORDER."""
+    if name.endswith(".gate.weight"):
+        return "routers"
+    if ".experts." in name or ".mlp.base." in name:
+        return "everything"
+    return "norms" if "norm" in name else "shared"
+
+
 def choose(model: Any, tuned: str) -> None:
     """Let a gradient be taken of what is tuned, and of nothing else."""
     for name, weight in model.named_parameters():
-        kind = "routers" if name.endswith(".mlp.gate.weight") else "norms" if "norm" in name else "shared"
-        kind = "everything" if ".mlp.experts." in name or ".mlp.base." in name else kind
-        order = ("routers", "norms", "shared", "everything")
-        weight.requires_grad_(order.index(kind) <= order.index(tuned))
+        weight.requires_grad_(ORDER.index(kind_of(name)) <= ORDER.index(tuned))
 
 
 class Watch:
