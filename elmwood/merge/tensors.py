@@ -280,13 +280,15 @@ def _to_bf16(value_N: NDArray[np.float64]) -> NDArray[np.uint16]:
     """Through float32, but for those that float32 rounds onto the middle between two bf16 numbers: they remember their side."""
     single_N = value_N.astype(np.float32)
     bits_N = single_N.view(np.uint32)
-    low_N = bits_N.astype(np.uint16)  # the half that goes
-    middle = np.flatnonzero(low_N == 0x8000)
-    if middle.size:
+    middle_N = bits_N.astype(np.uint16) == 0x8000  # of the half that goes
+    if middle_N.any():
+        middle_N &= single_N != value_N
+        middle = np.flatnonzero(middle_N)
         side = np.sign(np.abs(value_N[middle]) - np.abs(single_N[middle].astype(np.float64)))
         bits_N[middle] += side.astype(np.int32).view(np.uint32)
     odd_N = bits_N >> 16
     odd_N &= 1
+    odd_N += 0x7FFF
     bits_N += odd_N
-    bits_N += 0x7FFF
-    return (bits_N >> 16).astype(np.uint16)
+    bits_N >>= 16
+    return bits_N.astype(np.uint16)
