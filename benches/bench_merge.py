@@ -279,12 +279,18 @@ def bench(asked: argparse.Namespace, shape: str, count: int, rule: str) -> dict[
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}
 
 
-def main() -> None:
+def sizes() -> argparse.ArgumentParser:
+    """What a bench against mergekit is asked: where, against what, of which sizes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--mergekit", type=Path, help="python of an environment with mergekit")
     parser.add_argument("--shapes", default="300M,1B")
     parser.add_argument("--experts", default="4,8")
+    return parser
+
+
+def main() -> None:
+    parser = sizes()
     parser.add_argument("--rules", default="average,ties")
     parser.add_argument("--parts", type=int, default=0, help="of ours: so many tasks, two at a time; the peak is of the largest process")
     asked = parser.parse_args()

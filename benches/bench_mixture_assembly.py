@@ -22,7 +22,7 @@ from pathlib import Path
 from shutil import rmtree
 
 import numpy as np
-from bench_merge import SHAPES, Run, drop, measure, prepare
+from bench_merge import SHAPES, Run, drop, measure, prepare, sizes
 
 from elmwood.merge.mixture_build import Mixing, mix
 from elmwood.merge.mixture_gates import random_rows
@@ -124,11 +124,7 @@ def bench(asked: argparse.Namespace, shape: str, count: int, trial: Mapping[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--mergekit", type=Path, help="python of an environment with mergekit")
-    parser.add_argument("--shapes", default="300M,1B")
-    parser.add_argument("--experts", default="4,8")
+    parser = sizes()
     parser.add_argument("--shared", default="seed,average")
     parser.add_argument("--clean", action="store_true", help="delete the inputs of a shape when it is done")
     parser.add_argument("--assemble", help=argparse.SUPPRESS)

@@ -1,5 +1,20 @@
-"""The story is the longest file: it starts first, so that files run side by side end at about the same time."""
+"""What several files share. The story is the longest file: it starts first, so that files run side by side end at about the same time."""
+
+import pytest
+from tiny_models import tiny_seed
+
+from elmwood.store import Store
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_story.py")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def seed(store):
+    return tiny_seed(store)

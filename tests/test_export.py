@@ -16,7 +16,7 @@ import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, dequantize, get_tensor_name_map
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import SHAPE, config_seed, full_expert, lora_expert, louder, tiny_seed, tiny_tokenizer
+from tiny_models import SHAPE, config_seed, full_expert, lora_expert, louder, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -49,7 +49,6 @@ from elmwood.merge.states import seed_places
 from elmwood.merge.values import everywhere
 from elmwood.merge.vocabulary import SPLITS, pre_tokenizer
 from elmwood.records import Forest, Gates
-from elmwood.store import Store
 
 TEXT = "the cat sat — naïve café 海 and 1234 猫 don't  stop\n\n x"
 
@@ -58,16 +57,6 @@ SMALL = {
     "vocab_size": SHAPE.vocabulary, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return Store(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
-def seed(store):
-    return tiny_seed(store)
 
 
 @pytest.fixture(scope="module")

@@ -45,16 +45,6 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return Store(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
-def seed(store):
-    return tiny_seed(store)
-
-
-@pytest.fixture(scope="module")
 def forest(seed, store):
     """Three adapters of differing rank and settings, and two full experts."""
     return [

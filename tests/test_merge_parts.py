@@ -5,17 +5,20 @@ import os
 from pathlib import Path
 
 import dying
+import numpy as np
 import pytest
 from dying import killed_once
+from safetensors.numpy import load_file, save
 from tiny_models import config_seed, full_expert, tiny_tokenizer
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from elmwood.cli import app
 from elmwood.engine import run
-from elmwood.errors import DoesNotFit
+from elmwood.errors import BadInput, DoesNotFit, ElmwoodError
 from elmwood.merge.make import Answer, merge
 from elmwood.merge.spread import StateJob, spread
+from elmwood.merge.states import check, state
 from elmwood.merge.values import everywhere
 from elmwood.records import Merged
 from elmwood.store import Store
@@ -103,6 +106,31 @@ def test_sums_of_strangers_come_as_folders_and_add_to_the_same_bytes(forest, tmp
     refused = runner.invoke(app, ["state", "add", *folders[:2], "--store", str(last.root)])
     assert refused.exit_code
     assert "not what its record says" in str(refused.exception)
+
+
+@pytest.mark.parametrize("method", ["average", "model_stock"])
+def test_a_stranger_s_state_that_none_could_have_made_is_refused(forest, tmp_path, method):
+    """Its record and its bytes agree: what is wrong is what they say."""
+    store, seed, experts = forest
+    mine = state(seed, {experts[0].digest: everywhere(1.0)}, method, {}, store)
+    check(mine, store)
+    sums = load_file(store.get(mine.files["sums.safetensors"]))
+    key = next(iter(sorted(sums)))
+    many = sums[key].copy()
+    many[0] = 1 << 60  # within 64 bits, beyond what one such expert can add
+    wrong = {
+        "larger": sums | {key: many},
+        "as .* makes them": {name: value for name, value in sums.items() if name != key},
+        "does not have": sums | {"strange|sum": many},
+        "makes them for this seed": sums | {key: sums[key].astype(np.float64)},
+    }
+    for said, made in wrong.items():
+        with pytest.raises(ElmwoodError, match=said):
+            check(mine.model_copy(update={"files": {"sums.safetensors": store.put(save(made))}}), store)
+    with pytest.raises(BadInput, match="the part"):
+        check(mine.model_copy(update={"part": (3, 2)}), store)
+    with pytest.raises(BadInput, match="fewer experts"):
+        check(mine.model_copy(update={"contributions": tuple(c.model_copy(update={"reach": 1 << 20}) for c in mine.contributions)}), store)
 
 
 def knows(folder: Path, store: Store, *records) -> Store:

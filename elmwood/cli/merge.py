@@ -15,7 +15,7 @@ from elmwood.merge.estimate import by_layer, estimates
 from elmwood.merge.make import Answer, assemble, finalize, merge
 from elmwood.merge.rules import RULES, settle
 from elmwood.merge.spread import StateJob, make_state, spread
-from elmwood.merge.states import add, remove, seed_places
+from elmwood.merge.states import add, check, remove, seed_places
 from elmwood.merge.statistics import found as statistics
 from elmwood.merge.values import depth_of
 from elmwood.records import Expert, Forest, Merged, Seed, Share, State, parse
@@ -320,5 +320,6 @@ def opened(store: Store, name: str) -> State:
     for file, digest in record.files.items():
         if store.put(folder / file) != digest:
             raise Damaged(f"{folder / file} is not what its record says: fetch it again")
+    check(record, store)
     store.add(record)
     return record

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.merge import fixed
-from elmwood.merge.rule import Settings
+from elmwood.merge.rule import Rule, Settings
 from elmwood.merge.rules import on, settle
 from elmwood.merge.sources import Low, Source, Whole
 from elmwood.merge.statistics import Opened, found
 from elmwood.merge.sums import Pass, Wanted
-from elmwood.merge.tensors import PIECE, Files, Place, pack_header, places
+from elmwood.merge.tensors import PIECE, SIZES, Files, Place, pack_header, places
 from elmwood.merge.values import depth_of, weight_of
 from elmwood.records import Contribution, Expert, Seed, Share, State, Statistics, fingerprint
 from elmwood.store import Store
@@ -121,17 +121,7 @@ def state(
         store.finish(key, made)
         return made
     work = pass_over(tensors, sources, weights, [Wanted(rule, begins)], part, store, progress)
-    layout: dict[str, int] = {}
-    for name in work.names():
-        mine = on(rule, name, tensors[name].shape)
-        first, last = work.span(name)
-        sizes = (
-            [math.prod(size) for size in mine.sizes(tensors[name].shape) for _ in "ab"]
-            if mine.entire
-            else [last - first] * len(mine.fields)
-        )
-        if not mine.entire or work.mine(name):
-            layout |= {f"{name}|{field}": size for field, size in zip(mine.stored(), sizes, strict=True)}
+    layout = layout_of(rule, work, work.names())
 
     def pieces() -> Iterator[tuple[str, int, fixed.Ints]]:
         for piece in work.run(lambda name: False):
@@ -143,6 +133,52 @@ def state(
     made = State(**fields, contributions=contributions(sources, weights, work.reach[0], left), files=files)
     store.finish(key, made)
     return made
+
+
+def layout_of(rule: Rule, work: Pass, names: Iterable[str]) -> dict[str, int]:
+    """The sums of a part of a state, by name, with their numbers."""
+    layout: dict[str, int] = {}
+    for name in names:
+        shape = work.seed[name].shape
+        mine = on(rule, name, shape)
+        first, last = work.span(name)
+        sizes = [math.prod(size) for size in mine.sizes(shape) for _ in "ab"] if mine.entire else [last - first] * len(mine.fields)
+        if not mine.entire or work.mine(name):
+            layout |= {f"{name}|{field}": size for field, size in zip(mine.stored(), sizes, strict=True)}
+    return layout
+
+
+def check(one: State, store: Store) -> None:
+    """Look at a state that somebody else made: whether its sums are those of its rule and seed, and within the bounds that its
+    contributions give, so that nothing overflows later. Reads it all. Raises BadInput, ForeignExpert, UnknownName."""
+    rule, begins, _ = settle(one.method, one.settings)
+    if begins != one.settings or not 0 <= one.part[0] < one.part[1]:
+        raise BadInput(f"this state of {one.method} has the settings {one.settings} and the part {one.part}: none that elmwood makes")
+    if not rule.sums:
+        return
+    tensors, held = seed_places(store.load(one.seed, Seed), store), sum_places(one, store)
+    names = {key.rpartition("|")[0] for key in held}
+    if strange := sorted(name for name in names if name not in tensors or tensors[name].dtype not in SIZES):
+        raise ForeignExpert(f"this state sums {strange[0]!r}, which its seed does not have: ask for the state of this seed")
+    if rule.needs or any(row.whole for row in one.contributions):  # only adapters leave tensors out
+        names = {name for name, place in tensors.items() if place.dtype in SIZES}
+    wanted = layout_of(rule, Pass(tensors, [], lambda e, name: 0.0, [], one.part), names)
+    found = {key: place.numbers if place.dtype == "I64" else -1 for key, place in held.items()}
+    if wrong := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
+        raise BadInput(f"this state holds no sums of {wrong[0]!r} as {one.method} makes them for this seed: do not use it")
+    together, files = sum(row.reach for row in one.contributions), Files()
+    fixed.check_room(together)
+    for key, place in held.items():
+        name, _, field = key.rpartition("|")
+        if field.endswith(".low"):  # what is left of the number beside it
+            continue
+        entire = on(rule, name, tensors[name].shape).entire
+        most = together * (fixed.WIDER << fixed.HIGH if entire else 1 << fixed.BITS)
+        for first in range(0, place.numbers, PIECE):
+            sum_N = files.read(place, first, min(place.numbers, first + PIECE)).view(np.int64)
+            if max(int(sum_N.max()), -int(sum_N.min())) > most:
+                raise BadInput(f"this state's sums of {name} are larger than its contributions can be: do not use it")
+    files.close()
 
 
 def add(one: State, other: State, store: Store) -> State:
