@@ -1,0 +1,113 @@
+"""A scale for each layer: does a search by layers, guided by the estimate and checked by true losses, beat the best scale for all?
+
+    python benches/bench_merge_layers.py STORE FOREST [--rule task_arithmetic] [--scales 0,0.1,0.2,0.35,0.5,0.75,1] [--kind fisher]
+        [--documents 300] [--tune 40]
+
+As benches/bench_merge_quality.py, whose settings these are. Experts must have left statistics (that bench makes them). One JSON line for
+each way: the best scale for all layers; each layer from the merge with the least estimate there; and a coordinate search that begins at
+the best scale and goes through the layers once, most promising first, trying the next scale up and down and keeping what lowers the loss
+on the tune documents. Bits per byte of the test half, the gain over the best scale for all with its paired standard error, and what the
+search cost: answers scored, tokens read, CPU seconds.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+
+from bench_merge_quality import Bench, numbers
+
+from elmwood import evaluate
+from elmwood.cli.screen import bars
+from elmwood.merge.estimate import by_layer, estimates
+from elmwood.merge.make import Answer, assemble, merge
+from elmwood.merge.values import everywhere
+from elmwood.records import Merged
+
+
+class Search:
+    """Answers at every scale, and what was spent on true losses."""
+
+    def __init__(self, bench: Bench, asked: argparse.Namespace):
+        self.bench, self.known, self.started = bench, dict[str, float](), time.process_time()
+        members = {one.digest: everywhere(1.0) for one in bench.experts}
+        scales = [scale / len(members) if asked.rule in ("task_arithmetic", "iso_c", "tsv") else scale for scale in numbers(asked.scales)]
+        made = merge(bench.seed, members, [Answer(asked.rule, {"scale": scale}) for scale in scales], bench.store)
+        self.made = {f"{scale:g}": one for scale, one in zip(scales, made, strict=True)}
+        self.scales = list(self.made)
+        found = estimates(bench.seed, sorted(members), self.made, bench.store, asked.kind)
+        self.estimated = {scale: dict(layers) for scale, layers in found.items()}
+        self.layers = list(next(iter(self.estimated.values())))
+        self.estimating = time.process_time() - self.started
+
+    def model(self, choice: Mapping[str, str]) -> Merged:
+        return assemble({layer: self.made[scale] for layer, scale in choice.items()}, self.bench.store)
+
+    def loss(self, choice: Mapping[str, str]) -> float:
+        """Bits per byte on the tune documents."""
+        model = self.model(choice)
+        if model.digest not in self.known:
+            column = self.bench.column(model, self.bench.tune_D)
+            self.known[model.digest] = evaluate.bits_per_byte(column, self.bench.held, self.bench.tune_D).value
+        return self.known[model.digest]
+
+    def everywhere(self) -> dict[str, str]:
+        """The best scale for all layers."""
+        return min((dict.fromkeys(self.layers, scale) for scale in self.scales), key=self.loss)
+
+    def by_coordinates(self, choice: dict[str, str]) -> dict[str, str]:
+        """One pass over the layers, those first whose estimate could fall most."""
+        best = self.loss(choice)
+
+        def promise(layer: str) -> float:
+            return self.estimated[choice[layer]][layer] - min(self.estimated[scale][layer] for scale in self.near(choice[layer]))
+
+        for layer in sorted(self.layers, key=promise, reverse=True):
+            for scale in sorted(self.near(choice[layer]), key=lambda one: self.estimated[one][layer]):
+                other = {**choice, layer: scale}
+                if (loss := self.loss(other)) < best:
+                    choice, best = other, loss
+                    break
+        return choice
+
+    def near(self, scale: str) -> list[str]:
+        place = self.scales.index(scale)
+        return [self.scales[at] for at in (place - 1, place + 1) if 0 <= at < len(self.scales)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("store")
+    parser.add_argument("forest")
+    parser.add_argument("--rule", default="task_arithmetic")
+    parser.add_argument("--scales", default="0,0.1,0.2,0.35,0.5,0.75,1", help="of averages, rising")
+    parser.add_argument("--kind", default="fisher", choices=("fisher", "gram"))
+    parser.add_argument("--documents", type=int, default=300)
+    parser.add_argument("--tune", type=int, default=40)
+    asked = parser.parse_args()
+    with bars() as progress:
+        bench = Bench(asked, progress)
+        search = Search(bench, asked)
+        ways = {"one scale for all layers": search.everywhere()}
+        spent = {name: (len(search.known), time.process_time() - search.started) for name in ways}
+        ways["each layer by its estimate"] = by_layer(search.estimated)
+        spent["each layer by its estimate"] = (0, search.estimating)
+        ways["by coordinates"] = search.by_coordinates(ways["one scale for all layers"])
+        spent["by coordinates"] = (len(search.known), time.process_time() - search.started)
+        columns = {name: bench.column(search.model(choice), bench.test_D) for name, choice in ways.items()}
+    tokens = int(bench.held.windows.length_W[list({*bench.held.window_N[bench.tune_D[bench.held.document_N]].tolist()})].sum())
+    reference = columns["one scale for all layers"]
+    for name, column in {"seed": bench.seed_N, **columns}.items():
+        loss = evaluate.bits_per_byte(column, bench.held, bench.test_D)
+        behind = evaluate.difference(column, reference, bench.held, bench.test_D)
+        line = {"bench": "merge_layers", "forest": asked.forest, "rule": asked.rule, "way": name}
+        line |= {"bits_per_byte": round(loss.value, 5), "error": round(loss.standard_error, 5)}
+        line |= {"gain": round(-behind.value, 5), "gain_error": round(behind.standard_error, 5)}
+        if name in ways:
+            answers, cpu = spent[name]
+            line |= {"layers": ways[name], "answers": answers, "tokens": answers * tokens, "cpu": round(cpu, 1)}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
