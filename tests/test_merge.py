@@ -381,6 +381,20 @@ def test_an_adapter_merges_like_the_checkpoint_it_stands_for(forest, tmp_path):
         np.testing.assert_allclose(one[name], other[name], atol=1e-6)
 
 
+def test_what_no_adapter_changes_stays_the_seed_s_under_every_rule(forest):
+    store, seed, experts = forest
+    base, deltas = deltas_of(seed, experts[3:], store)
+    untouched = [name for name in base if not any(delta[name].any() for delta in deltas)]
+    assert "model.embed_tokens.weight" in untouched
+    made = merge(seed, equally(experts[3:]), [Answer(method, {}) for method in RULES], store)
+    for method, one in zip(RULES, made, strict=True):
+        got = weights_of(one, store)
+        for name in untouched:
+            np.testing.assert_allclose(got[name], base[name], atol=1e-12, err_msg=f"{method} {name}")
+        changed = sum(np.abs(got[name] - base[name]).sum() for name in base)
+        assert 0 < changed < 9 * sum(np.abs(delta[name]).sum() for delta in deltas for name in base), method
+
+
 def test_an_adapter_for_other_modules_is_refused(forest):
     """Modules the seed does not have, or has in another shape: the adapter of a wider seed, and one of another layout."""
     store, seed, experts = forest

@@ -138,7 +138,8 @@ def stocked(sums: tuple[Floats, ...], seed_N: Floats, total: Total, settings: Se
     pairs = total.weight**2 - total.squares
     cosine = (fixed.inner(sums[1], sums[1]) - total.squares) / pairs if pairs else 1.0
     count = total.weight**2 / total.squares  # of experts, where they weigh the same
-    share = count * cosine / (1 + (count - 1) * cosine)
+    apart = 1 + (count - 1) * cosine  # 0 where the directions cancel, as do those of experts that change nothing here
+    share = count * cosine / apart if apart > 1e-12 else 0.0
     return seed_N + share * sums[0] / total.weight
 
 

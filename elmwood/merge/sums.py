@@ -154,7 +154,7 @@ class Pass:
     def _tensor(self, name: str, cuts: Sequence[Any], reader: Reader, with_seed: bool) -> Iterator[Piece]:
         seed = with_seed or self._needs_seed(name)
         places = [e for e, one in enumerate(self.sources) if one.has(name)]
-        groups = [places[at : at + GROUP] for at in range(0, len(places), GROUP)]
+        groups = [places[at : at + GROUP] for at in range(0, len(places), GROUP)] or [[]]  # nobody: another rule asks for this tensor
         rules = [self.rule(number, name) for number in range(len(self.wanted))]
         weights = [self.weights(number, name) for number in range(len(self.wanted))]
         plan = list(self._plan(name, seed, [[self.sources[e] for e in group] for group in groups]))
@@ -189,11 +189,12 @@ class Pass:
         place, count = self.seed[name], end - at
         seed_N = decode(raws[0][at * place.width : end * place.width], place.dtype).astype(np.float64) if seed else None
         rest, scratch_N = iter(raws[1:] if seed else raws), self.scratch_N[:count]
+        linear = any(rule.linear for rule in rules)
         for e in group:
             one = self.sources[e]
             raw = next(rest) if isinstance(one, Whole) else None
             value_N, delta_N = numbers_of(one, name, first, first + count, at, place, raw, seed_N)
-            largest = finite_reach(value_N, one, name)
+            largest = finite_reach(value_N, one, name) if linear else 0.0
             for number, (wanted, rule, mine) in enumerate(zip(self.wanted, rules, sums, strict=True)):
                 weight = float(weights[number][e])
                 if not weight or rule.entire:
@@ -208,7 +209,7 @@ class Pass:
                     (part_N,) = rule.part(
                         delta_N, weight, Local(low, high, chance(one.digest, name, wanted.begins, first, count)), wanted.begins
                     )
-                    reach = fixed.reach(part_N)
+                    reach = finite_reach(part_N, one, name)
                 (sum_N,) = mine
                 if isinstance(sum_N, fixed.Ballot):
                     sum_N.add(part_N, weight, reach, scratch_N)
@@ -328,7 +329,7 @@ def _magnitude(one: Source, name: str, first: int, last: int, at: int, place: Pl
     value_N, delta_N = numbers_of(one, name, first, last, at, place, raw, seed_N)
     magnitude_N = np.subtract(value_N, seed_N) if delta_N is None else delta_N
     magnitude_N = np.abs(magnitude_N, out=magnitude_N if delta_N is None else None)
-    finite_reach(magnitude_N, one, name)  # a threshold among numbers that are none would never be found
+    finite_reach(magnitude_N.max(keepdims=True), one, name)  # a threshold among numbers that are none would never be found
     return magnitude_N
 
 
