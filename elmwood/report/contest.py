@@ -22,9 +22,10 @@ def lines(found: Contest) -> list[tuple[str, str]]:
     exact = found.drawn == found.touched
     interval = f"from {number(found.low)} to {number(found.high)}, wrong below {found.alpha:.0%} and above {found.beta:.0%} of the time"
     interval = "exact for these blocks" if exact else f"{interval}, at any look"
-    effect = f"{number(found.effect)} bits per byte {'where it can differ' if part else 'over all blocks'} ({interval})"
+    value = found.effect if found.estimand == "mean" else found.effect - found.clip_effect  # what the interval is of
+    effect = f"{number(value)} bits per byte {'where it can differ' if part else 'over all blocks'} ({interval})"
     if part:
-        effect += f"; {number(found.effect * found.touched / found.blocks, 5)} over all blocks"
+        effect += f"; {number(value * found.touched / found.blocks, 5)} over all blocks"
     blocks = f"{found.drawn:,} of {found.touched:,} drawn"
     if found.moved < 1 and not exact:
         blocks += f" by the weight that moves, {found.moved:.0%} of it on average"
@@ -32,8 +33,8 @@ def lines(found: Contest) -> list[tuple[str, str]]:
         blocks += f"; the other {found.blocks - found.touched:,} of {found.blocks:,} cannot differ"
     judged = f"the {found.estimand} over the {found.split} split of {found.holdout[:24]}… ({found.protocol})"
     if found.estimand != "mean":
-        judged += f", clipped at {found.clip:g} where all weight moves: {found.clipped} drawn blocks beyond, "
-        judged += f"{number(found.clip_effect, 5)} on the mean"
+        judged += f", clipped at {found.clip:g} where all weight moves: {found.clipped} drawn blocks beyond"
+        judged += f", {number(found.effect)} as they are" if found.clipped else ""
     said = [("effect", effect), ("blocks", blocks)]
     if found.wealth and not exact:
         _, above, below = found.wealth[-1]
