@@ -35,6 +35,7 @@ from elmwood.store import Store
 KEPT = "seed"  # the method that leaves what all share as it is
 LOW = "mixture.json"  # of a low-rank mixture, beside its shards
 Rows = Mapping[str, NDArray[np.floating]]  # layer, as in model.layers.0 -> [E, H]
+Written = tuple[tuple[Contribution, ...], dict[str, str | None]]  # what each expert brought to what all share; hashes of the files
 
 
 class Mixing(Frozen):
@@ -97,16 +98,22 @@ def mix(forest: Forest, rows: Rows, mixing: Mixing, store: Store, progress: Prog
     folder = store.work(key) / "out"
     if mixing.layout == "checkpoint":
         try_copies(parts.config, copies, store)
-    rows_of = (write_low if mixing.layout == "low-rank" else write)(parts, rows, mixing, folder, progress)
-    if not rows_of:
+    brought, hashes = (write_low if mixing.layout == "low-rank" else write)(parts, rows, mixing, folder, progress)
+    if not brought:
         mixing = mixing.model_copy(update={"method": KEPT, "settings": {}})
     made = Mixture(
         seed=parts.seed, forest=forest.digest, experts=parts.order, gates=mixing.gates, layout=mixing.layout,  # type: ignore[arg-type]
-        method=mixing.method, settings=mixing.settings, contributions=rows_of, files=store.put_folder(folder),
+        method=mixing.method, settings=mixing.settings, contributions=brought,
+        files=moved(folder, hashes, store),
     )  # fmt: skip
     made = finished(made, store.load(parts.seed, Seed), store)
     store.finish(key, made)
     return made
+
+
+def moved(folder: Path, hashes: Mapping[str, str | None], store: Store) -> dict[str, str]:
+    """The files of a folder below the store's own root, which go into the store. `hashes`: of those that are known."""
+    return {path.name: store.take(path, hashes.get(path.name)) for path in sorted(folder.iterdir())}
 
 
 def copies(config: Mapping[str, Any], source: Path, number: int, top_k: int, folder: Path) -> None:
@@ -127,8 +134,8 @@ def finished(made: Mixture, seed: Seed, store: Store) -> Mixture:
     return made.model_copy(update={"files": files | {"README.md": store.put(card(made, seed).encode())}})
 
 
-def write(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: Progress) -> tuple[Contribution, ...]:
-    """The checkpoint's config and shards; what each expert brought to the average."""
+def write(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: Progress) -> Written:
+    """The checkpoint's config and shards."""
     family = family_of(parts.config)
     plan = cells(family, parts.tensors, len(parts.order))
     if len(parts.order) < 2:
@@ -138,20 +145,19 @@ def write(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: Prog
     (folder / "config.json").write_text(json.dumps(said, indent=1, sort_keys=True))
     by_digest = {one.digest: one for one in parts.sources}
     files = Files()
-    own = [cell for cell in plan if cell.gate or cell.expert is not None]
-    for done, cell in enumerate(own, 1):
+    for cell in plan:
         if cell.gate:
             shards.put_numbers(cell.name, _fitting(rows, cell))
-        else:
-            _expert(cell, by_digest.get(parts.order[cell.expert or 0]), parts.tensors[cell.source], shards, files)
-        progress("experts", done, len(own), "tensors")
     found = share(parts, mixing, shards, files, progress)
+    own = [cell for cell in plan if cell.expert is not None]
+    for done, cell in enumerate(own, 1):
+        _expert(cell, by_digest.get(parts.order[cell.expert or 0]), parts.tensors[cell.source], shards, files)
+        progress("experts", done, len(own), "tensors")
     files.close()
-    shards.close()
-    return found
+    return found, shards.close()
 
 
-def write_low(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: Progress) -> tuple[Contribution, ...]:
+def write_low(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: Progress) -> Written:
     """The factors of every expert's feed-forward (scale in B), gates, and what all share where it is not the seed's. Raises BadInput."""
     if whole := next((one for one in parts.sources if isinstance(one, Whole)), None):
         raise BadInput(f"expert {whole.digest[:8]} is a full checkpoint: only adapters stay low-rank; take the layout checkpoint")
@@ -175,9 +181,8 @@ def write_low(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: 
         shards.put_numbers(name, value)
     found = share(parts, mixing, shards, files, progress)
     files.close()
-    shards.close()
     (folder / LOW).write_text(json.dumps({"experts": len(parts.order), "top_k": mixing.gates.top_k}, indent=1))
-    return found
+    return found, shards.close()
 
 
 def _fitting(rows: Rows, cell: Cell) -> NDArray[np.floating]:
@@ -231,8 +236,9 @@ def share(parts: Parts, mixing: Mixing, shards: Shards, files: Files, progress: 
             finisher.write(piece, piece.sums[0])
         written = set(work.names())
         rows = contributions(sources, weights, work.reach[0], statistics_of(bool(rule.needs), [one.digest for one in sources], parts.store))
-    for name in shared.keys() - written:
-        shards.copy(name, shared[name], files)
+    for name in shared:
+        if name not in written:
+            shards.copy(name, shared[name], files)
     return rows
 
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
-from elmwood.merge.mixture_build import KEPT, LOW, Mixing, changed, finished, opened, share
+from elmwood.merge.mixture_build import KEPT, LOW, Mixing, Written, changed, finished, moved, opened, share
 from elmwood.merge.mixture_shards import Shards
 from elmwood.merge.tensors import Files, Place, decode, places
-from elmwood.records import Contribution, Forest, Mixture, Seed, fingerprint
+from elmwood.records import Forest, Mixture, Seed, fingerprint
 from elmwood.store import Store
 
 EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
@@ -39,10 +39,10 @@ def remove(mixture: Mixture, expert: str, store: Store, progress: Progress = sil
     forest = old.model_copy(update={"experts": tuple(digest for digest in old.experts if digest != expert)})
     store.add(forest)
     folder = store.work(key) / "out"
-    rows = _write(mixture, mixture.experts.index(expert), forest, folder, store, progress)
+    rows, hashes = _write(mixture, mixture.experts.index(expert), forest, folder, store, progress)
     facts: dict[str, object] = {"forest": forest.digest, "experts": rest, "parent": mixture.digest, "removed": (*mixture.removed, expert)}
     facts |= {"method": mixture.method if rows else KEPT, "settings": mixture.settings if rows else {}}
-    made = mixture.model_copy(update={**facts, "contributions": rows, "files": store.put_folder(folder)})
+    made = mixture.model_copy(update={**facts, "contributions": rows, "files": moved(folder, hashes, store)})
     made = finished(made, store.load(mixture.seed, Seed), store)
     store.finish(key, made)
     return made
@@ -53,8 +53,8 @@ def again(mixture: Mixture) -> bool:
     return bool(mixture.contributions) and (mixture.recipe is None or mixture.recipe.tuned == "routers")
 
 
-def _write(mixture: Mixture, gone: int, forest: Forest, folder: Path, store: Store, progress: Progress) -> tuple[Contribution, ...]:
-    """Config and shards of all but one expert; what the others brought to what all share."""
+def _write(mixture: Mixture, gone: int, forest: Forest, folder: Path, store: Store, progress: Progress) -> Written:
+    """Config and shards of all but one expert."""
     found = places(sorted(store.folder(mixture.files).glob("*.safetensors")))
     kept = {name: new for name in found if (new := renamed(name, gone))}
     parts = opened(forest, mixture.seed in mixture.experts and mixture.experts[gone] != mixture.seed, store)
@@ -75,9 +75,8 @@ def _write(mixture: Mixture, gone: int, forest: Forest, folder: Path, store: Sto
     mixing = Mixing(gates=mixture.gates, layout=mixture.layout, method=mixture.method, settings=mixture.settings)
     rows = share(parts, mixing, shards, files, progress) if anew else mixture.contributions  # what was tuned keeps what it brought
     files.close()
-    shards.close()
     _settings(mixture, store.folder(mixture.files), folder)
-    return rows
+    return rows, shards.close()
 
 
 def renamed(name: str, gone: int) -> str | None:

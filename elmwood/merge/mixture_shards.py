@@ -4,11 +4,13 @@ again leaves every other file, and so every other blob, as it was.
 N numbers of one tensor, or a part of it
 """
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +38,13 @@ class Shards:
             filled += size
         self.buffer = memoryview(bytearray(COPIED))
         self.index, self.places, self.handles = folder / f"{stem}.safetensors.index.json", dict[str, Place](), dict[Path, int]()
+        self.hashed: dict[Path, tuple[int, Any]] = {}  # file -> how far it has been written from its beginning on, and the hash so far
         for number, group in enumerate(groups, 1):
             path, top = folder / f"{stem}-{number:05}-of-{len(groups):05}.safetensors", pack_header(group, {"format": "pt"})
             handle = self.handles[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             os.pwrite(handle, top, 0)
             at = len(top)
+            self.hashed[path] = at, hashlib.sha256(top)
             for name, dtype, shape, size in group:
                 self.places[name] = Place(path, dtype, shape, at)
                 at += size
@@ -49,7 +53,12 @@ class Shards:
     def put(self, name: str, first: int, raw: NDArray[np.uint8]) -> None:
         """The bytes of a tensor from its number `first` on."""
         place = self.places[name]
-        os.pwrite(self.handles[place.path], raw.data, place.start + first * place.width)
+        at = place.start + first * place.width
+        os.pwrite(self.handles[place.path], raw.data, at)
+        end, sha = self.hashed[place.path]
+        if at == end:  # written from the beginning on, as all but averages are: then nothing has to be read again
+            sha.update(raw.data)
+            self.hashed[place.path] = at + raw.nbytes, sha
 
     def put_numbers(self, name: str, value_N: NDArray[np.floating], first: int = 0) -> None:
         """Numbers, rounded to the tensor's dtype."""
@@ -66,10 +75,12 @@ class Shards:
             else:
                 self.put_numbers(name, decode(raw, source.dtype), first + at)
 
-    def close(self) -> None:
-        """Write the index, and close the files."""
+    def close(self) -> dict[str, str | None]:
+        """Write the index, and close the files: name -> sha256, hex; none where a file was not written in order."""
+        sizes_of = {path: os.fstat(handle).st_size for path, handle in self.handles.items()}
         for handle in self.handles.values():
             os.close(handle)
         sizes = [place.numbers * place.width for place in self.places.values()]
         said = {"metadata": {"total_size": sum(sizes)}, "weight_map": {name: place.path.name for name, place in self.places.items()}}
         self.index.write_text(json.dumps(said, indent=1, sort_keys=True))
+        return {path.name: sha.hexdigest() if end == sizes_of[path] else None for path, (end, sha) in self.hashed.items()}
