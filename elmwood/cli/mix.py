@@ -15,7 +15,7 @@ from elmwood.merge.mixture_build import KEPT, Mixing, Rows, directions, mix, ord
 from elmwood.merge.mixture_gates import arrow_rows, hidden_rows, random_rows
 from elmwood.merge.mixture_remove import remove
 from elmwood.merge.states import seed_places
-from elmwood.records import Expert, Forest, Gates, Mixture, Partition, Seed
+from elmwood.records import Corpus, Expert, Forest, Gates, Mixture, Partition, Seed, Shard
 from elmwood.report.loads import loads_plot
 from elmwood.store import Store
 
@@ -138,13 +138,20 @@ def tune_verb(
         method="router", steps=max(1, count(tokens) // (batch * length)), batch=batch, length=length, learning_rate=learning_rate or 3e-3,
         schedule=schedule, tuned=tuned, balance=balance, rng_seed=rng_seed, threads=threads, weight_decay=0.0, **how,
     )  # fmt: skip
-    data = shards(home.load(home.load(start.forest, Forest).partition, Partition), None)
+    data = mixed_text(home.load(home.load(start.forest, Forest).partition, Partition), home)
     with bars() as progress:
         made = tune(start, data, recipe, home, progress=progress)
     loads = [json.loads(line["load"]) for line in home.logged(tune_key(start, data, recipe)) if line.get("event") == "load"]
     if found := next((load for load in reversed(loads) if load), None):
-        talk.print(said(found))
+        talk.print(said(found), soft_wrap=True)
     keep(home, made, name, as_json)
+
+
+def mixed_text(division: Partition, store: Store) -> tuple[Shard, ...]:
+    """The training text of all domains; as the corpus has it, where that is the same, since a seed trained on it has packed it."""
+    whole = store.load(division.corpus, Corpus).train
+    alike = sum(one.documents for one in whole) == sum(domain.documents for domain in division.domains)
+    return whole if alike else shards(division, None)
 
 
 def loads_verb(*, mixture, documents, plot, store, as_json) -> None:
