@@ -18,6 +18,7 @@ from elmwood.errors import BadInput, ForeignExpert, UnknownName
 from elmwood.lm.load import load_model
 from elmwood.merge import fixed
 from elmwood.merge.make import Answer, finalize, merge
+from elmwood.merge.numbers import voted
 from elmwood.merge.rules import RULES
 from elmwood.merge.states import add, remove, state
 from elmwood.merge.tensors import decode, encode
@@ -84,6 +85,21 @@ def test_sums_have_the_same_bits_in_any_order_and_addends_come_out_again(values,
     assert total(values) == total(other)
     assert total(values, minus=values[:1]) == total(values[1:])
     assert abs(total(values) * fixed.LSB - np.sum(values)) < 1e-12 * max(1, len(values))
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 300, [0.3, 2.0, 0.3, 0.7] * 4, [100.0, 1.0, -0.5]])
+def test_a_ballot_is_four_sums(weights):
+    """More votes of a weight than a byte counts, weights that change, numbers beyond the quick way of rounding."""
+    rng, numbers = np.random.default_rng(len(weights)), 50
+    total_4N, scratch_N = np.zeros((4, numbers), np.int64), np.empty(numbers)
+    ballot, plain = fixed.Ballot(total_4N), [fixed.Sum(numbers) for _ in range(4)]
+    for weight in weights:
+        part_N = rng.standard_normal(numbers) * (rng.random(numbers) < 0.6) * weight
+        ballot.add(part_N, weight, fixed.reach(part_N), scratch_N)
+        for sum_N, each_N in zip(plain, voted(part_N, weight), strict=True):
+            sum_N.add(each_N, fixed.reach(each_N), scratch_N)
+    ballot.close()
+    assert np.array_equal(total_4N, [sum_N.close() for sum_N in plain])
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=12), st.integers(0, 99))

@@ -263,3 +263,18 @@ def test_progress_of_other_processes_arrives():
     seen = []
     engine.run(double, [1, 2, 3], workers=2, progress=lambda *event: seen.append(event))
     assert set(seen) == {("double", 1, 3, "items"), ("double", 2, 3, "items"), ("double", 3, 3, "items")}
+
+
+def test_a_finished_file_is_taken_without_a_copy(store, tmp_path):
+    """By what it holds, whether its digest is known or not; a second one like it goes."""
+    content = b"summed" * 1000
+    for known in (None, hashlib.sha256(content).hexdigest()):
+        path = store.work("key") / "out"
+        path.write_bytes(content)
+        number = path.stat().st_ino
+        digest = store.take(path, known)
+        assert digest == "sha256:" + hashlib.sha256(content).hexdigest()
+        assert not path.exists()
+        assert store.get(digest).read_bytes() == content
+        assert known or store.get(digest).stat().st_ino == number
+    assert not list(verify(store))
