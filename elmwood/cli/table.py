@@ -181,7 +181,7 @@ def tell(told: dict[str, Any], plot: Path | None) -> None:
     rows = [
         [one["name"], f"{one['weight']:.4f}", f"{one['value']:+.5f}", str(order.get(e, "")),
          f"{told['chosen'][order[e] - 1]['test']['value']:.4f}" if e in order else ""]
-        for e, one in enumerate(experts)
+        for e, one in sorted(enumerate(experts), key=lambda item: order.get(item[0], len(order) + 1))
     ]  # fmt: skip
     draw("value: what is lost without it; chosen: in which order on the tune half, and the loss with those up to it",
          ["expert", "static weight", "value", "chosen", "bits/byte"], rows)  # fmt: skip
@@ -189,10 +189,10 @@ def tell(told: dict[str, Any], plot: Path | None) -> None:
     lines = [
         f"seed      {seed['value']:.4f} ± {seed['standard_error']:.4f} bits per byte on the test half",
         f"routed    {mixed['value']:.4f} ± {mixed['standard_error']:.4f} (top-{told['top_k']}, temperature {told['temperature']:.3g})",
-        f"static    {static['value']:.4f} ± {static['standard_error']:.4f}, the seed weighing {static['seed_weight']:.3f}; on the tune",
-        f"          half none are better by more than {static['gap_nats_per_token']:.1e} nats per token ({static['passes']} passes)",
-        f"cost      {cost['models_run']} models run, {short(cost['tokens'])} tokens in {duration(cost['seconds'])}; {cost['brought']}",
-        f"          columns brought in; {told['looked']} subsets looked at for the choice, none run",
+        f"static    {static['value']:.4f} ± {static['standard_error']:.4f}, the seed weighing {static['seed_weight']:.3f}",
+        f"          no weights are better by more than {static['gap_nats_per_token']:.1e} nats per token ({static['passes']} passes)",
+        f"cost      {cost['models_run']} models run, {short(cost['tokens'])} tokens in {duration(cost['seconds'])}",
+        f"          {cost['brought']} columns brought in; {told['looked']} subsets looked at for the choice, none run",
     ]
     if cost["known"] < 1:
         lines.append(f"absent    {1 - cost['known']:.0%} of all entries; the seed stands in, and whatever they are the routed loss lies")

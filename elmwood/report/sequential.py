@@ -61,7 +61,8 @@ def wealth_plot(for_T: NDArray[np.floating], against_T: NDArray[np.floating], *,
 
 def experts_plot(lines: Sequence[Line], *, reference: tuple[str, float] | None = None, by: str = "number of experts") -> str:
     """Bits per byte against the number of experts, or what `by` names, a line for each way. `reference` is a level to compare with."""
-    levels = [value for line in lines for value in line.y] + ([reference[1]] if reference else [])
+    ends = [(value, error) for line in lines for value, error in zip(line.y, line.error or [0.0] * len(line.y), strict=True)]
+    levels = [value + sign * error for value, error in ends for sign in (-1, 1)] + ([reference[1]] if reference else [])
     numbers = [value for line in lines for value in line.x]
     y = _linear(levels, "bits per byte", 0.08)
     x = _linear(numbers, by, 0.04)
