@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 from elmwood.cli import app, board
 from elmwood.cli.board import Board, Entry, Line
-from elmwood.corpus.build import build
+from elmwood.corpus.build import build, documents
 from elmwood.domains.partition import partition
 from elmwood.errors import BadInput, ElmwoodError
-from elmwood.lm.load import load_model
-from elmwood.records import Expert, Merged, Recipe, Seed
+from elmwood.lm.experts import Experts
+from elmwood.lm.load import load_model, tokenizer
+from elmwood.records import Expert, Merged, Partition, Recipe, Seed
 from elmwood.store import Store
 
 SHORT = ["--tokens", "500", "--length", "32", "--batch", "4", "--rank", "4", "--workers", "1"]
@@ -111,6 +112,20 @@ def test_an_adapter_made_elsewhere_is_adopted(home, tmp_path):
     for words in (["--domain", "2"], ["--partition", "domains"], ["--partition", "domains", "--domain", "3"]):
         with pytest.raises(ElmwoodError):
             typed(home, "adopt", str(tmp_path), "--seed", "seed", *words)
+
+
+def test_a_seed_from_a_gguf_file_is_trained_and_speaks(home, tmp_path):
+    typed(home, "export", "seed", str(tmp_path / "out"), "--format", "gguf")
+    typed(home, "seed", "import", str(tmp_path / "out" / "model.gguf"), "--name", "found")
+    (digest,) = trained(home, "--seed", "found", "--domains", "1", "--learning-rate", "0.05", "--name", "grown")
+    seed, expert = home.load("found", Seed), home.load("grown/1", Expert)
+    assert (expert.digest, expert.seed, seed.digest == home.load("seed", Seed).digest) == (digest, seed.digest, False)
+    own = [document.text for document in documents(home.load("domains", Partition).domains[1].holdout, home)]
+    tokens_T = [seed.separator, *tokenizer(seed, home).encode(own[0], add_special_tokens=False).ids][: seed.context]
+    lms = Experts(seed, [expert], home, device="cpu")
+    assert lms.score(0, [tokens_T]).sum() > lms.score(1, [tokens_T]).sum() + 1  # nats, over text that nobody trained on
+    first, other = (typed(home, "chat", name, "--prompt", own[0][:8], "--max-tokens", "8", "--json") for name in ("grown/1", "found"))
+    assert json.loads(first)["text"] != json.loads(other)["text"]
 
 
 # ---- the table --------------------------------------------------------------------------------------------------
