@@ -5,8 +5,9 @@
 
 `ranks`: k experts, in full, and as adapters of several ranks on all layers or on the last third, every arm at the same tokens; the
 learning rate of each kind is the one that was best on the tune half at the middle rank.
-`numbers`: one adapter, then 4, 16, 64, 256 on ever smaller domains with ranks that fall, so that tokens and adapter numbers stay the same;
-random clusters of the same sizes beside them. One JSON line per arm; what was done in FOLDER is found again.
+`numbers`: one adapter, then 4, 16, 64, 256 on ever smaller domains with ranks that fall, so that tokens and adapter numbers stay the same
+(`--product` is rank times experts); beside them random clusters of the same sizes, and one model tuned in full on all the text. With
+`--together 16` so many experts train at once over one copy of the seed. One JSON line per arm; what was done in FOLDER is found again.
 """
 
 import argparse
@@ -19,40 +20,35 @@ import numpy as np
 from bench_clusters import Bench
 
 from elmwood import evaluate
-from elmwood.cli.jobs import TrainJob, open_holdout
+from elmwood.cli.jobs import experts_job, keys, open_holdout
 from elmwood.cli.screen import bars, count
 from elmwood.cli.study import Study, scratch
-from elmwood.cli.training import shards
+from elmwood.cli.training import training_job
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
-from elmwood.engine import cores
+from elmwood.engine import cores, run
 from elmwood.evaluate.fit import weights
 from elmwood.records import Expert, Partition, Recipe, Seed
 from elmwood.report.sequential import Line, experts_plot
 from elmwood.store import Store
-from elmwood.train import train_key
 
 LATE = 1 / 3
-PARAMETERS = 64  # rank times experts, where the rank is not capped
 
 
-def grown(bench: Bench, division: Partition, recipe: Recipe) -> tuple[list[str], list[float]]:
+def grown(bench: Bench, division: Partition, recipe: Recipe, together: int = 1) -> tuple[list[str], list[float]]:
     """One expert per domain, and the seconds each took."""
-    jobs = [
-        TrainJob(
-            store=bench.store.root, label=f"{recipe.method} {place}/{len(division.domains)}", seed=bench.seed.digest,
-            data=shards(division, place), recipe=recipe, partition=division.digest, domain=place,
-        )
-        for place in range(len(division.domains))
-    ]  # fmt: skip
-    made = bench.train(jobs)
-    keys = [train_key(bench.seed, job.data, recipe, job.partition, job.domain) for job in jobs]
-    return made, [line["seconds"] for key in keys for line in bench.store.logged(key) if line.get("event") == "done"]
+    places = range(len(division.domains))
+    groups = [places[first : first + together] for first in range(0, len(places), together)]
+    jobs = [training_job(division, group, bench.seed, recipe, bench.store.root, ()) for group in groups]
+    made = run(experts_job, jobs, workers=bench.workers, progress=bench.progress)
+    names = [key for job in jobs for key in keys(job, bench.store)]
+    seconds = [line["seconds"] for key in names for line in bench.store.logged(key) if line.get("event") == "done"]
+    return [digest for digests in made for digest in digests], seconds
 
 
-def arm(bench: Bench, division: Partition, recipe: Recipe) -> tuple[dict[str, object], evaluate.Compared, np.ndarray]:
-    """Train, score and mix: the facts of one arm, the table, and its mixed column with the settings of the tune half."""
-    digests, seconds = grown(bench, division, recipe)
+def arm(bench: Bench, division: Partition, recipe: Recipe, together: int = 1) -> tuple[dict[str, object], np.ndarray]:
+    """Train, score and mix: the facts of one arm, and its mixed column with the settings of the tune half."""
+    digests, seconds = grown(bench, division, recipe, together)
     spec = bench.holdout(division)
     columns = bench.columns([*digests, bench.seed.digest], spec)
     held, seed_N = open_holdout(spec, bench.store), columns[bench.seed.digest]
@@ -73,7 +69,7 @@ def arm(bench: Bench, division: Partition, recipe: Recipe) -> tuple[dict[str, ob
         "megabytes": round(sum(sizes) / 1e6, 3), "train_seconds": round(sum(seconds), 1),
         "seconds_per_expert": round(median(seconds), 2) if seconds else None,
     }  # fmt: skip
-    return facts, compared, mixed_N
+    return facts, mixed_N
 
 
 def size(store: Store, digest: str) -> int:
@@ -106,14 +102,14 @@ def ranks(bench: Bench, division: Partition, asked: argparse.Namespace) -> list[
     for name, (recipe, grid) in kinds.items():
         tried = []
         for rate in map(float, grid.split(",")):
-            facts, _, mixed_N = arm(bench, division, recipe.model_copy(update={"learning_rate": rate}))
+            facts, mixed_N = arm(bench, division, recipe.model_copy(update={"learning_rate": rate}))
             tell(study="ranks", arm=name, tuning=True, **facts)
             tried.append((float(str(facts["tune_nats"])), rate, facts, mixed_N))
         _, rate, facts, mixed_N = min(tried, key=lambda one: one[0])
         found[name] = {recipe.rank: (facts, mixed_N)}
         for rank in levels if name != "full" else []:
             if rank != middle:
-                facts, _, mixed_N = arm(bench, division, recipe.model_copy(update={"learning_rate": rate, "rank": rank}))
+                facts, mixed_N = arm(bench, division, recipe.model_copy(update={"learning_rate": rate, "rank": rank}))
                 found[name][rank] = (facts, mixed_N)
     full_N = next(iter(found["full"].values()))[1]
     for name, arms in found.items():
@@ -130,15 +126,19 @@ def numbers(bench: Bench, asked: argparse.Namespace, divisions: Sequence[Partiti
     single_N = None
     for division in divisions:
         k = len(division.domains)
-        rank = max(1, min(asked.cap, PARAMETERS // k))
+        rank = max(1, min(asked.cap, asked.product // k))
         batch = min(bench.study.batch, max(1, bench.study.tokens // (k * bench.study.length * asked.least)))
         recipe = Recipe(
             method="lora", rank=rank, batch=batch, length=bench.study.length, steps=bench.study.tokens // (k * batch * bench.study.length),
             learning_rate=float(asked.rates.split(",")[0]) * (batch / bench.study.batch) ** 0.5, threads=max(1, cores() // asked.workers),
         )  # fmt: skip
-        facts, _, mixed_N = arm(bench, division, recipe)
-        single_N = mixed_N if single_N is None else single_N
         held = open_holdout(bench.holdout(division), bench.store)
+        facts, mixed_N = arm(bench, division, recipe, asked.together)
+        single_N = mixed_N if single_N is None else single_N
+        if k == 1:
+            dense = recipe.model_copy(update={"method": "full", "learning_rate": float(asked.full_rates.split(",")[0])})
+            told, dense_N = arm(bench, division, dense)
+            tell(study="numbers", batch=batch, **told, over_one=paired(dense_N, single_N, held, k))
         tell(study="numbers", batch=batch, **facts, over_one=paired(mixed_N, single_N, held, k))
         lines.setdefault(division.method, {})[k] = float(str(facts["bits_per_byte"]))
     return [Line(name, [float(k) for k in points], list(points.values())) for name, points in lines.items()]
@@ -157,6 +157,8 @@ def main() -> None:
     parser.add_argument("--random", default="", help="numbers of random clusters beside them")
     parser.add_argument("--ranks", default="2,8,32,128")
     parser.add_argument("--cap", type=int, default=64, help="the largest rank of `numbers`")
+    parser.add_argument("--product", type=int, default=64, help="rank times experts of `numbers`, where the rank is not capped")
+    parser.add_argument("--together", type=int, default=1, help="experts of `numbers` that train at once over one copy of the seed")
     parser.add_argument("--least", type=int, default=12, help="steps an expert gets at least, by smaller batches")
     parser.add_argument("--rates", default="6e-3,1.2e-2", help="of adapters")
     parser.add_argument("--full-rates", default="1.5e-3")
