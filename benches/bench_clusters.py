@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from elmwood import evaluate
-from elmwood.cli.ensure import ensure
+from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.jobs import TrainJob, open_holdout, train_job
 from elmwood.cli.screen import bars, count
 from elmwood.cli.study import Study, scratch
@@ -58,7 +58,7 @@ class Bench(NamedTuple):
 
     def columns(self, models: list[Digest], spec: evaluate.HoldoutSpec) -> dict[Digest, np.ndarray]:
         named = [(model[:8], model) for model in models]
-        return ensure(named, spec, self.store, workers=self.workers, progress=self.progress).columns
+        return ensure(named, Columns(spec, self.store), workers=self.workers, progress=self.progress).columns
 
 
 def experts(bench: Bench, division: Partition, rate: float) -> list[Digest]:
