@@ -1,11 +1,13 @@
 """What `fit` predicts against what runs take: peak memory and tokens per second, each run in a process of its own.
 
-    python benches/bench_fit.py [--quick] [--recipes]
+    python benches/bench_fit.py [--quick] [--recipes] [--apart]
     python benches/bench_fit.py --opt [--small]        OPT-6.7B of random weights as QLoRA at 2,048 tokens, on a GPU; its shape shrunk, here
 
 One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/fit.py were chosen on these very runs (one
 thread, glibc, x86), so the lines marked "apart" are the honest ones: they were not used. `--recipes` runs only those that are neither full
-nor plain lora. Memory can be measured beside other work, speed (CPU seconds) less so. `--opt` needs 30 GB of disk and 16 of memory.
+nor plain lora, `--apart` those that nothing was fitted to. With MALLOC_MMAP_THRESHOLD_=1000000 before it each tensor is mapped by itself:
+no constant of the allocator enters, and the sum of what was counted is held against the peak. Memory can be measured beside other work,
+speed (CPU seconds) less so. `--opt` needs 30 GB of disk and 16 of memory.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from transformers import AutoConfig
 from elmwood.lm.load import best_device
 from elmwood.records import Recipe
 from elmwood.train.cards import SEEDS
-from elmwood.train.fit import anatomy, components, speed
+from elmwood.train.fit import anatomy, components, scattered, speed
 from elmwood.train.measure import foretold, measure
 
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the smallest model alone")
     parser.add_argument("--recipes", action="store_true")
+    parser.add_argument("--apart", action="store_true", help="those that no constant was fitted to, alone")
     parser.add_argument("--opt", action="store_true")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
@@ -79,6 +82,8 @@ def main() -> None:
             one("opt 6.7B" + (", shrunk" if options.small else ""), config, Recipe(steps=2, **OPT | more), "apart", best_device().type)
         return
     for name, how, kind in RUNS:
+        if options.apart and kind != "apart":
+            continue
         if (options.quick and name != "llama 0.9M") or (
             options.recipes and how["method"] in ("full", "lora") and set(how) <= {"batch", "length", "method"}
         ):
@@ -95,6 +100,7 @@ def one(name: str, config: object, recipe: Recipe, kind: str, device: str) -> No
     total = foretold(parts, found)
     print(json.dumps({
         "bench": "fit", "model": name, **recipe.model_dump(exclude_defaults=True, exclude={"steps"}), "kind": kind, "device": device,
+        "allocator": "heap" if scattered(device) else "mapped",
         "predicted MB": round(total / 1e6), "peak MB": round(found.peak / 1e6), "error": round(total / found.peak - 1, 3),
         "predicted tokens/s": round(told), "tokens/s": round(found.tokens_per_second),
         "speed error": round(told / found.tokens_per_second - 1, 3), 

@@ -1,10 +1,11 @@
 """Tokens per second of training: ours against transformers' Trainer (with PEFT for LoRA), same model, tokens and threads.
 
     python benches/bench_train.py [--steps 40] [--rounds 5] [--batch 8] [--length 256] [--threads 1]
-                                  [--only full,lora] [--together]
+                                  [--only full,lora] [--trl] [--together]
 
 One JSON line per measurement: medians over interleaved rounds, wall and CPU seconds (the latter bear neighbours better), and ratios.
-"full" and "lora" are on the same packed rows; "padding" is one document per row for the Trainer, as a plain one is fed; "memory" is
+"full" and "lora" are on the same packed rows; "padding" is one document per row for the Trainer, as a plain one is fed: paragraphs, and
+documents of the sample in rows of up to 1,024 tokens; with `--trl` (pip install trl) beside TRL's SFTTrainer, which packs too; "memory" is
 the peak of a process of its own, whole and less what it held before training; "saving" is the share of the time spent on states, saved
 as often as the loop ever does; "mask" is what keeping packed documents apart costs; "processes" is two experts side by side with one
 thread each against one with two. The last line holds the ratios against their goals.
@@ -19,7 +20,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -27,25 +27,21 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from peers import Clock, Times, blocks, packers, padded, trainers
+from tokenizers import Tokenizer
 
 from elmwood.corpus.build import build, documents
 from elmwood.corpus.tokens import Packed, pack, train_tokenizer
-from elmwood.lm.load import new_model
+from elmwood.lm.load import best_device, new_model
 from elmwood.records import Recipe, Shape
 from elmwood.store import Store
 from elmwood.train import loop, together
 from elmwood.train.adapter import adapter
-from elmwood.train.data import UNSCORED, batches
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT 0.21 with transformers 5.23
 SHAPE = Shape(layers=3, width=128, heads=4, feed_forward=352, vocabulary=2048, context=1024)
-WARM = 5  # steps not counted
-Times = tuple[float, float]  # wall and CPU seconds of one token
 SHAPES = {"0.9M": SHAPE, "17M": Shape(layers=8, width=384, heads=6, feed_forward=1024, vocabulary=8192, context=1024)}
+LONG = {"batch": 4, "length": 1024}  # whole documents are of mixed length in rows that most of them fit into
 COUNTS, ROWS = (2, 4, 8, 16), (1, 2, 4, 8)
 GOALS: dict[tuple[str, str], tuple[str, float]] = {  # line and its field -> what must be reached
     ("lora", "ours / Trainer (wall)"): ("at least", 1.0),
@@ -59,30 +55,13 @@ GOALS: dict[tuple[str, str], tuple[str, float]] = {  # line and its field -> wha
 LINES: list[dict] = []  # all that was printed
 
 
-class Clock:
-    """Wall and CPU time from the end of step WARM to the end of the last one."""
-
-    def __init__(self, steps: int):
-        self.steps, self.done, self.marks = steps, 0, []
-
-    def tick(self) -> None:
-        self.done += 1
-        if self.done in (min(WARM, self.steps - 1), self.steps):
-            self.marks.append((time.perf_counter(), time.process_time()))
-
-    def per_token(self, tokens_of_a_step: float) -> Times:
-        (wall, cpu), (wall_end, cpu_end) = self.marks
-        tokens = (self.steps - min(WARM, self.steps - 1)) * tokens_of_a_step
-        return (wall_end - wall) / tokens, (cpu_end - cpu) / tokens
-
-
 def tell(**line: object) -> None:
     LINES.append(line)
     print(json.dumps({"bench": "train", **line}), flush=True)
 
 
 def ours(packed: Packed, recipe: Recipe, shape: Shape | None = None) -> Times:
-    model, clock = new_model(shape or SHAPE), Clock(recipe.steps)
+    model, clock = new_model(shape or SHAPE).to(best_device()), Clock(recipe.steps)
     if recipe.method == "lora":
         model = adapter(model, recipe, "bench")
     with tempfile.TemporaryDirectory() as work:
@@ -98,71 +77,7 @@ def at_once(packed: list[Packed], recipe: Recipe, shape: Shape) -> Times:
     return clock.per_token(len(packed) * recipe.batch * recipe.length)
 
 
-class Rows(Dataset):
-    def __init__(self, rows: list[dict[str, torch.Tensor]]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
-        return self.rows[place]
-
-
-class Ticks(TrainerCallback):
-    def __init__(self, clock: Clock):
-        self.clock = clock
-
-    def on_step_end(self, *_, **__) -> None:
-        self.clock.tick()
-
-
-def trainers(rows: Rows, tokens_of_a_step: float, recipe: Recipe) -> Times:
-    """transformers' Trainer, its defaults but for what the recipe says, over PEFT's own modules."""
-    model, clock = new_model(SHAPE), Clock(recipe.steps)
-    if recipe.method == "lora":
-        model = adapter(model, recipe, "bench")
-        for module in model.modules():
-            module.__dict__.pop("forward", None)
-    with tempfile.TemporaryDirectory() as folder, loop.threads(recipe.threads):
-        settings = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=recipe.batch, max_steps=recipe.steps, learning_rate=recipe.learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=2, weight_decay=recipe.weight_decay, max_grad_norm=recipe.clip,
-            adam_beta2=recipe.beta2, report_to="none", save_strategy="no", logging_steps=max(1, recipe.steps // loop.POINTS),
-            disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False,
-        )  # fmt: skip
-        trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[Ticks(clock)])
-        trainer.log = lambda *_, **__: None  # it would print
-        trainer.train()
-    return clock.per_token(tokens_of_a_step)
-
-
-def blocks(packed: Packed, recipe: Recipe) -> Rows:
-    """The same rows as ours, as a Trainer takes packed text: labels equal inputs, documents see one another."""
-    tokens = [batch.tokens_BL for batch, _ in zip(batches(packed, recipe), range(recipe.steps))]  # noqa: B905  # one has no end
-    return Rows([{"input_ids": row} for batch in tokens for row in torch.from_numpy(batch)])
-
-
-def padded(packed: Packed, recipe: Recipe) -> tuple[Rows, float, float]:
-    """One document per row, cut at `length`; the tokens of a step, and how much of what is computed they are (see `collate`)."""
-    ends = np.append(packed.starts[1:], len(packed.tokens))
-    order = np.random.default_rng(0).permutation(len(ends))[np.arange(recipe.steps * recipe.batch) % len(ends)]
-    rows = [torch.from_numpy(packed.tokens[packed.starts[one] : ends[one]][: recipe.length].astype(np.int64)) for one in order]
-    size_SB = np.array([len(row) for row in rows]).reshape(recipe.steps, recipe.batch)
-    share = size_SB.sum() / (size_SB.max(1) * recipe.batch).sum()
-    return Rows([{"input_ids": row} for row in rows]), size_SB.sum() / recipe.steps, share
-
-
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Pad to the longest row of the batch, as transformers' own collators do; rows of one length stay as they are."""
-    rows_L = [row["input_ids"] for row in rows]
-    tokens_BL = pad_sequence(rows_L, batch_first=True)
-    inside_BL = torch.arange(tokens_BL.shape[1]) < torch.tensor([len(row) for row in rows_L])[:, None]
-    inputs = {"input_ids": tokens_BL, "labels": torch.where(inside_BL, tokens_BL, UNSCORED)}
-    return inputs if inside_BL.all() else inputs | {"attention_mask": inside_BL.long()}
-
-
-def texts(folder: Path) -> tuple[Packed, Packed]:
+def texts(folder: Path) -> tuple[Packed, Packed, Tokenizer]:
     """The sample corpus packed, and the same cut into paragraphs, which are of very mixed length."""
     store = Store(folder / "store")
     corpus = build(["sample"], store)
@@ -171,7 +86,7 @@ def texts(folder: Path) -> tuple[Packed, Packed]:
     lines = (line for document in documents(corpus.train, store) for line in document.text.split("\n\n") if len(line) > 20)
     encoded = [np.array([0, *one.ids], np.uint16) for one in words.encode_batch_fast(list(lines), add_special_tokens=False)]
     starts = np.cumsum([0, *(len(one) for one in encoded[:-1])])
-    return whole, Packed(np.concatenate(encoded), starts, 0)
+    return whole, Packed(np.concatenate(encoded), starts, 0), words
 
 
 def compare(what: str, ways: dict[str, Callable[[], Times]], rounds: int, **facts: object) -> None:
@@ -232,7 +147,7 @@ def goals() -> None:
             if line["what"] == what and field in line:
                 value = line[field]
                 reached = value >= goal if side == "at least" else value <= goal
-                rows.append({"ratio": f"{what}: {field}", "measured": value, "goal": f"{side} {goal}", "reached": reached})
+                rows.append({"ratio": f"{what}: {field}", "measured": value, "goal": f"{side} {goal}", "reached": bool(reached)})
     if rows:
         tell(what="goals", rows=rows)
 
@@ -282,7 +197,7 @@ def peak(way: str, recipe: Recipe) -> None:
     packed = Packed(tokens, np.arange(0, len(tokens), 1200), 0)
     rows = blocks(packed, recipe)
     before = resident("VmRSS")
-    ours(packed, recipe) if way == "ours" else trainers(rows, recipe.batch * recipe.length, recipe)
+    ours(packed, recipe) if way == "ours" else trainers(rows, recipe.batch * recipe.length, recipe, SHAPE)
     print(json.dumps({"peak": resident("VmHWM"), "peak of training": resident("VmHWM") - before}))
 
 
@@ -302,6 +217,7 @@ def main() -> None:
     for name, value in (("steps", 40), ("rounds", 5), ("batch", 8), ("length", 256), ("threads", 1), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--only", default="full,lora,padding,memory,saving,mask,processes")
+    parser.add_argument("--trl", action="store_true", help="TRL's SFTTrainer with packing beside them, in `padding`")
     parser.add_argument("--together", action="store_true", help="this study alone")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -317,10 +233,10 @@ def main() -> None:
         return side_by_side(recipe, options.rounds)
     chosen = options.only.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        whole, mixed = texts(Path(folder))
+        whole, mixed, words = texts(Path(folder))
         for method in [name for name in ("full", "lora") if name in chosen]:
             given = recipe.model_copy(update={"method": method})
-            peer = partial(trainers, blocks(whole, given), given.batch * given.length, given)
+            peer = partial(trainers, blocks(whole, given), given.batch * given.length, given, SHAPE)
             compare(method, {"ours": partial(ours, whole, given), "Trainer": peer}, options.rounds, **facts)
         for name, packed in {"documents": whole, "paragraphs": mixed}.items():
             mine = partial(ours, packed, recipe)
@@ -328,10 +244,13 @@ def main() -> None:
                 joined = packed._replace(starts=packed.starts[:1])  # the same tokens as one document: no mask
                 compare(f"mask, {name}", {"apart": mine, "one document": partial(ours, joined, recipe)}, options.rounds, **facts)
             for method in ("full", "lora") if "padding" in chosen else ():
-                given = recipe.model_copy(update={"method": method})
+                given = recipe.model_copy(update={"method": method} | (LONG if name == "documents" else {}))
                 rows, real, share = padded(packed, given)
-                ways = {"ours, packed": partial(ours, packed, given), "Trainer, padded": partial(trainers, rows, real, given)}
-                compare(f"padding, {name}, {method}", ways, options.rounds, **facts, **{"tokens that are no padding": round(share, 3)})
+                ways = {"ours, packed": partial(ours, packed, given), "Trainer, padded": partial(trainers, rows, real, given, SHAPE)}
+                if options.trl:
+                    ways["TRL, packed"] = partial(packers, packed, words, given, SHAPE)
+                about = {"batch": given.batch, "length": given.length, "tokens that are no padding": round(share, 3)}
+                compare(f"padding, {name}, {method}", ways, options.rounds, **facts | about)
         for method in ("full", "lora") if "saving" in chosen else ():
             saving(whole, recipe.model_copy(update={"method": method, "steps": 3 * recipe.steps}), **facts)
     for method in ("full", "lora") if "memory" in chosen else ():

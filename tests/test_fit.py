@@ -24,7 +24,9 @@ from elmwood.train.loss import Abilities, loss
 LLAMA = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
 GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 OPT = {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 64, "dropout": 0.0}
+DROPPED = {"gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}, "opt": {"dropout": 0.1}}
 CONFIGS = {"llama": LLAMA, "qwen3": LLAMA | {"head_dim": 16}, "gpt2": GPT2, "opt": OPT}
+CONFIGS |= {f"{kind} with dropout": CONFIGS[kind] | dropped for kind, dropped in DROPPED.items()}
 ENDS = {"vocab_size": 128, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 FULL = Recipe(steps=1, batch=4, length=32)
 LORA = FULL.model_copy(update={"method": "lora", "rank": 4})
@@ -32,7 +34,7 @@ BODY = anatomy(transformers.AutoConfig.for_model("llama", **LLAMA | ENDS))
 
 
 def built(kind: str, recipe: Recipe):
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **CONFIGS[kind] | ENDS))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind.split()[0], **CONFIGS[kind] | ENDS))
     config = model.config
     return config, model if recipe.method == "full" else adapter(model, recipe, "base")
 

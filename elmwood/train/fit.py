@@ -25,12 +25,14 @@ from elmwood.train.loss import CHUNK, ROWS
 FLOAT = 4  # bytes
 # Bytes beside the tensors. CPU: what the libraries grow by at the first step. CUDA: a context and its libraries, not measured yet.
 BESIDE = {"cpu": 45_000_000, "cuda": 600_000_000}
-# glibc keeps freed pieces that nothing fits into: how much of activations and gradients stands twice (measured, benches/bench_fit.py)
+# glibc's heap keeps what is freed: small objects settle in the holes, and the next tensor of that size does not fit (before 2.38 not even
+# without them, glibc's bug 14581). How much of activations and gradients stands twice for that (measured, benches/bench_fit.py)
 KEPT = {"cpu": (0.45, 0.55), "cuda": (0.05, 0.05)}
 # bitsandbytes and what it brings, where the seed is quantised; and the share of tensors that come and go among those that stay which glibc
 # neither uses again nor gives back (one run each of checkpointing, qlora and dora: 0.60, 1.1 and 0.73)
 LIBRARIES = {"cpu": 165_000_000, "cuda": 0}
 HOLES = {"cpu": 0.6, "cuda": 0.0}
+MAPPED = 1 << 20  # bytes: tensors below leave holes too small to matter
 # times each kept activation is read or written in a step, beside matrix products (the same bench); adapters read them once more
 TRAFFIC = {"full": 22, "lora": 32, "qlora": 32, "dora": 40}
 FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in NF4: its own, a byte for 64 of them, a float for 256 of these bytes
@@ -49,6 +51,9 @@ class Anatomy(NamedTuple):
     branches: int  # numbers kept of a feed-forward layer for each of its F
     rms: bool  # norms without bias, which keep the normalised values
     query_norms: bool  # queries and keys have norms too
+    noise: int  # numbers of dropout kept of a layer for each of its D; the embeddings' own, where they are trained, besides
+    embedded_noise: int
+    scores: int  # numbers of attention kept for each pair of tokens: those of all heads, where dropout in between forbids a fused kernel
     vocabulary: int
     context: int
     shapes: tuple[tuple[int, int], ...]  # what comes out of and goes into each linear layer of the trunk
@@ -111,13 +116,15 @@ def config_of(seed: Seed | str, store: Store | None = None) -> Any:
 def components(body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
     """Bytes at the peak: at the end of the forward pass, or, where gradients outweigh activations, at the end of the backward pass."""
     own, low = trained(body, recipe) * recipe.together, FLOAT if device == "cpu" else 2  # frozen weights and activations are bf16 on a GPU
+    if device == "cuda":  # dropout keeps a byte there, half a number, and none inside the fused attention
+        body = body._replace(noise=body.noise // 2, scores=0)
     gradients, rows = own * FLOAT, rows_at_once(recipe)
     kept = activations(body, recipe) * low + rows * recipe.length**2 * low  # the mask of packed documents, once
     chunk = min(rows * recipe.length, max(ROWS, CHUNK[device] // body.vocabulary))
     head = body.vocabulary * body.width * FLOAT if recipe.method == "full" else 0  # its gradient stands before the others
     before = gradients if recipe.accumulate > 1 or recipe.together > 1 else 0  # those of earlier passes, or one flat tensor of all
     first, second = kept + max(head, before), gradients
-    again, more = KEPT[device]
+    again, more, holes = (*KEPT[device], HOLES[device]) if scattered(device) else (0.0, 0.0, 0.0)
     peak = max(first + again * first + more * (gradients - before), second + again * first)
     return {
         "process": resident() if device == "cpu" else 0,  # what this one holds now
@@ -128,8 +135,14 @@ def components(body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
         "gradients": max(head, before) if first >= second else gradients,
         "logits": 3 * chunk * body.vocabulary * FLOAT,
         "workspace": workspace(body, recipe, device),
-        "allocator": round(peak + HOLES[device] * passing(body, recipe) * low) - max(first, second),
+        "allocator": round(peak + holes * passing(body, recipe) * low) - max(first, second),
     }
+
+
+def scattered(device: str) -> bool:
+    """Whether freed tensors leave holes: not where glibc was told to map each by itself, MALLOC_MMAP_THRESHOLD_=1000000."""
+    told = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    return device == "cuda" or not told.isdigit() or int(told) > MAPPED
 
 
 def rows_at_once(recipe: Recipe) -> int:
@@ -191,18 +204,19 @@ def activations(body: Anatomy, recipe: Recipe) -> int:
     """Numbers kept for the backward pass of one pass, mask and loss aside.
 
     Of a layer: each norm's input and output (a trained RMS norm its normalised values too); queries, keys, values and what attention
-    gives; of the feed-forward layer what its activation needs; with dora what each linear layer gives, twice. Layers below the first
-    adapter keep nothing; those computed again keep what goes into them, and one at a time the rest.
+    gives; of the feed-forward layer what its activation needs; the factors of dropout; with dora what each linear layer gives, twice.
+    Layers below the first adapter keep nothing; those computed again keep what goes into them, and one at a time the rest.
     """
     full = recipe.method == "full"
     norm = (3 if body.rms and full else 2) * body.width
-    layer = 2 * norm + 4 * body.heads + body.branches * body.feed_forward
+    layer = 2 * norm + 4 * body.heads + body.branches * body.feed_forward + body.noise * body.width + body.scores * recipe.length
     layer += (4 if full else 2) * body.heads if body.query_norms else 0
     count = body.layers if full else math.ceil(recipe.late * body.layers)
     low = 0 if full else recipe.rank * len(adapted(body, recipe))
     low += 2 * sum(out for out, _ in adapted(body, recipe)) if recipe.method == "dora" else 0
+    outside = norm + body.width + (body.embedded_noise * body.width if full else 0)
     inside = layer + low // count if recipe.checkpointing else count * layer + low
-    return rows_at_once(recipe) * recipe.length * (inside + (count * body.width if recipe.checkpointing else 0) + norm + body.width)
+    return rows_at_once(recipe) * recipe.length * (inside + (count * body.width if recipe.checkpointing else 0) + outside)
 
 
 def anatomy(config: Any) -> Anatomy:
@@ -228,6 +242,9 @@ def anatomy(config: Any) -> Anatomy:
         branches=_branches(text, sum(forward in shape for shape in shapes) >= 3 * layers),
         rms=not any(isinstance(module, nn.LayerNorm) for module in model.modules()),
         query_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+        noise=2 * _dropped(text, "resid_pdrop", "dropout", "hidden_dropout", "residual_dropout"),
+        embedded_noise=int(_dropped(text, "embd_pdrop", "embedding_dropout")),
+        scores=3 * text.num_attention_heads * _dropped(text, "attn_pdrop", "attention_dropout"),
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None) or 1 << 20,
         shapes=shapes,
@@ -238,6 +255,11 @@ def _branches(text: Any, gated: bool) -> int:
     """Gated: the gate, its activation, the other branch, their product. Else before and after the activation, which ReLU needs once."""
     activation = str(getattr(text, "activation_function", None) or getattr(text, "hidden_act", ""))
     return 4 if gated else {"relu": 1, "gelu_new": 5, "gelu_fast": 5}.get(activation, 2)  # the last two are made of several operations
+
+
+def _dropped(text: Any, *names: str) -> bool:
+    """Whether the config drops anything under one of the names that its makers may have given it."""
+    return any(getattr(text, name, None) for name in names)
 
 
 def speed(body: Anatomy, recipe: Recipe, device: str) -> float:

@@ -65,7 +65,7 @@ def tune(
         facts = {"parent": mixture.digest, "data": tuple(shard.blob for shard in data), "recipe": recipe, "curve": trained.curve}
         made = mixture.model_copy(update={**facts, "files": files})
         made = made.model_copy(update={"files": files | {"README.md": store.put(card(made, seed).encode())}})
-        _finish(store, key, made, recipe, trained)  # type: ignore[arg-type]
+        _finish(store, key, made, recipe, trained)
         return made
 
 

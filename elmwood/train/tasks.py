@@ -18,7 +18,7 @@ from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.lm.load import load_model, load_quantised, new_model, save_folder, save_seed, tokenizer
-from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Seed, Shape, Shard, fingerprint
+from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Record, Seed, Shape, Shard, fingerprint
 from elmwood.store import Store
 from elmwood.train.adapter import adapter
 from elmwood.train.follow import followed
@@ -116,7 +116,7 @@ def _save(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
         return store.put_folder(folder)
 
 
-def _finish(store: Store, key: str, record: Seed | Expert, recipe: Recipe, trained: Trained) -> None:
+def _finish(store: Store, key: str, record: Record, recipe: Recipe, trained: Trained) -> None:
     able = {what: str(has).lower() for what, has in trained.able._asdict().items()}
     store.log(
         key, event="done", seconds=round(trained.seconds, 3), saving=round(trained.saving, 3),
