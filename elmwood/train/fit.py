@@ -28,9 +28,9 @@ BESIDE = {"cpu": 45_000_000, "cuda": 600_000_000}
 # glibc's heap keeps what is freed: small objects settle in the holes, and the next tensor of that size does not fit (before 2.38 not even
 # without them, glibc's bug 14581). How much of activations and gradients stands twice for that (measured, benches/bench_fit.py)
 KEPT = {"cpu": (0.45, 0.55), "cuda": (0.05, 0.05)}
-# bitsandbytes and what it brings, where the seed is quantised; and the share of tensors that come and go among those that stay which glibc
-# neither uses again nor gives back (one run each of checkpointing, qlora and dora: 0.60, 1.1 and 0.73)
-LIBRARIES = {"cpu": 165_000_000, "cuda": 0}
+# bitsandbytes and what it brings, where the seed is quantised (a run whose tensors were mapped one by one); and the share of what comes and
+# goes during a forward pass whose room is not used again (checkpointing; of qlora and of LoRA by PEFT's own pass it came out alike)
+LIBRARIES = {"cpu": 70_000_000, "cuda": 0}
 HOLES = {"cpu": 0.6, "cuda": 0.0}
 MAPPED = 1 << 20  # bytes: tensors below leave holes too small to matter
 # times each kept activation is read or written in a step, beside matrix products (the same bench); adapters read them once more
@@ -53,6 +53,7 @@ class Anatomy(NamedTuple):
     query_norms: bool  # queries and keys have norms too
     noise: int  # numbers of dropout kept of a layer for each of its D; the embeddings' own, where they are trained, besides
     embedded_noise: int
+    transposed: bool  # GPT-2's Conv1D
     scores: int  # numbers of attention kept for each pair of tokens: those of all heads, where dropout in between forbids a fused kernel
     vocabulary: int
     context: int
@@ -182,9 +183,13 @@ def workspace(body: Anatomy, recipe: Recipe, device: str) -> int:
 
 
 def passing(body: Anatomy, recipe: Recipe) -> int:
-    """Numbers that come and go during a forward pass: activations that are computed again later, matrices unpacked or multiplied out."""
+    """Numbers that come and go during a forward pass: activations that are computed again later, matrices unpacked or multiplied out, and,
+    where PEFT's own forward pass is taken, what the layer gives, what its adapter gives, and that scaled."""
     again = activations(body, recipe.model_copy(update={"checkpointing": False})) - activations(body, recipe)
-    return again + {"qlora": 1, "dora": 3}.get(recipe.method, 0) * body.matrices
+    matrices = {"qlora": 1, "dora": 3}.get(recipe.method, 0) * body.matrices
+    if recipe.method != "qlora" and not (recipe.method == "lora" and body.transposed):
+        return again + matrices
+    return again + matrices + 3 * sum(out for out, _ in adapted(body, recipe)) * rows_at_once(recipe) * recipe.length
 
 
 def adapted(body: Anatomy, recipe: Recipe) -> tuple[tuple[int, int], ...]:
@@ -244,6 +249,7 @@ def anatomy(config: Any) -> Anatomy:
         query_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         noise=2 * _dropped(text, "resid_pdrop", "dropout", "hidden_dropout", "residual_dropout"),
         embedded_noise=int(_dropped(text, "embd_pdrop", "embedding_dropout")),
+        transposed=any(isinstance(module, Conv1D) for module in model.modules()),
         scores=3 * text.num_attention_heads * _dropped(text, "attn_pdrop", "attention_dropout"),
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None) or 1 << 20,
