@@ -26,7 +26,10 @@ def loads_plot(share_LDE: Floats, layers: Sequence[str], domains: Sequence[str],
     """The share of the weight that each expert has, in per cent: in each layer over all domains alike, and by domain in three layers.
     The more ink, the more weight; an expert with less than `dead` of an even share is framed."""
     chosen = sorted({0, len(layers) // 2, len(layers) - 1}) if len(layers) > SHOWN else range(len(layers))
-    panels = [("all text", list(layers), share_LDE.mean(1)), *((f"layer {layers[n]}", list(domains), share_LDE[n]) for n in chosen)]
+    panels = [
+        ("all text", [f"layer {layer}" for layer in layers], share_LDE.mean(1)),
+        *((f"layer {layers[n]}", list(domains), share_LDE[n]) for n in chosen),
+    ]
     rows = sum(len(names) for _, names, _ in panels)
     width, height = LEFT + CELL * len(experts) + 24, TOP + rows * TALL + GAP * len(panels)
     drawn, top = [], TOP
