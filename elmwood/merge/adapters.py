@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, UnknownName
 from elmwood.merge.card import card
-from elmwood.merge.rules import Settings
+from elmwood.merge.rule import REVISION, Settings
 from elmwood.merge.sources import Low
 from elmwood.merge.states import Weights, open_all
 from elmwood.merge.tensors import Place, pack_header
@@ -159,7 +159,7 @@ def merge_adapters(
         raise BadInput("a merge takes two experts or more; one alone is exported as it is: `elmwood export`")
     plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
     rules = [settle_low(*answer) for answer in answers]
-    keys = [fingerprint("merge", seed, plain, name, settings) for (name, _), (_, settings) in zip(answers, rules, strict=True)]
+    keys = [fingerprint("merge", REVISION, seed, plain, name, settings) for (name, _), (_, settings) in zip(answers, rules, strict=True)]
     if all(store.done(key) for key in keys):
         return [store.load(store.done(key) or "", Merged) for key in keys]
     tensors, sources, weights = open_all(seed, members, store, False)

@@ -13,7 +13,7 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.merge import fixed
 from elmwood.merge.card import EXACT, KERNELS, card
-from elmwood.merge.rule import Floats, Rule, Settings, Total
+from elmwood.merge.rule import REVISION, Floats, Rule, Settings, Total
 from elmwood.merge.rules import RULES, on, settle
 from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_folder, seed_places, statistics_of, sum_places
 from elmwood.merge.sums import Pass, Piece, Wanted
@@ -43,7 +43,7 @@ def merge(
     rules = [settle(*answer) for answer in answers]
     left = statistics_of(any(rule.needs for rule, _, _ in rules), members, store)
     keys = [
-        fingerprint("merge", seed, plain, a.method, begins, ends, resize, *([left] if rule.needs else []))
+        fingerprint("merge", REVISION, seed, plain, a.method, begins, ends, resize, *([left] if rule.needs else []))
         for a, (rule, begins, ends) in zip(answers, rules, strict=True)
     ]
     if all(store.done(key) for key in keys):
@@ -90,7 +90,7 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
     if begins != first.settings:
         raise BadInput(f"{sorted(set(settings) & set(begins))} decided this state when it was made: make the state again to change them")
     seed = store.load(first.seed, Seed)
-    key = fingerprint("finalize", *sorted(one.digest for one in states), ends)
+    key = fingerprint("finalize", REVISION, *sorted(one.digest for one in states), ends)
     if done := store.done(key):
         return store.load(done, Merged)
     if not rule.sums:  # its experts are looked at together, and now

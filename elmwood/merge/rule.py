@@ -13,6 +13,8 @@ Floats = NDArray[np.floating[Any]]
 Settings = Mapping[str, float]
 Shape = tuple[int, ...]
 
+REVISION = 2  # raised when a mended rule gives other numbers: what was merged before is then merged anew
+
 
 class Local(NamedTuple):
     """What a rule knows of one expert's tensor beside a block of it."""
