@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from zlib import crc32
 
 import numpy as np
-from datasketch import MinHash
 
 SIMILAR = 0.8
 SHINGLE = 5  # words
@@ -36,6 +35,8 @@ def shingles(text: str) -> np.ndarray:
 
 def signatures(texts: Iterable[str]) -> Iterator[np.ndarray]:
     """MinHash of each text: uint32 [H]. Two of them agree in a share of places that estimates the texts' similarity."""
+    from datasketch import MinHash  # half a second that only looking for duplicates needs
+
     hashed = (shingles(text).tolist() for text in texts)
     for sketch in MinHash.generator(hashed, num_perm=HASHES, seed=1, hashfunc=int, scheme="affine32"):
         yield sketch.hashvalues

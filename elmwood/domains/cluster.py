@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from sklearn.cluster import kmeans_plusplus
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
@@ -59,7 +58,7 @@ def kmeans(
     order_N = np.random.default_rng(rng_seed).permutation(n)
     if start_KD is None:
         x_SD = np.asarray(x_ND[np.sort(order_N[: max(SAMPLE, 8 * k)])], np.float32)
-        plus_KD = [kmeans_plusplus(x_SD, k, random_state=rng_seed + trial)[0] for trial in range(STARTS)]
+        plus_KD = [_start(x_SD, k, rng_seed + trial) for trial in range(STARTS)]
         trials = [_passes(x_SD, [np.arange(len(x_SD))], start, balanced, 10 * TOLERANCE, silent) for start in plus_KD]
         start_KD = min(trials, key=lambda trial: trial.objective).centroid_KD
     size = max(BLOCK // k * k, k)
@@ -251,5 +250,6 @@ def _cheapest_path(gap_KK: Floats, sources: NDArray[np.bool_], sinks: NDArray[np
 
 def _start(x_ND: Floats, k: int, rng_seed: int) -> Floats:
     """k-means++ centroids [K, D]."""
-    centroid_KD, _ = kmeans_plusplus(np.asarray(x_ND, np.float32), k, random_state=rng_seed)
-    return centroid_KD.astype(np.float64)
+    from sklearn.cluster import kmeans_plusplus  # two seconds that only clustering needs
+
+    return kmeans_plusplus(np.asarray(x_ND, np.float32), k, random_state=rng_seed)[0]

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from sklearn.utils.extmath import randomized_svd
 
 from elmwood.domains.words import spans
 from elmwood.engine import Progress, silent
@@ -154,6 +153,8 @@ def fit_dense(
     name: str, texts: Iterable[str], model: Model, *, dimension: int = 100, rng_seed: int = 0, progress: Progress = silent
 ) -> Dense:
     """Find the mean and the main directions of a model's vectors. Raises BadCorpus, BadInput."""
+    from sklearn.utils.extmath import randomized_svd  # two seconds that only fitting needs
+
     sample = list(islice(texts, SAMPLE))
     rows = []
     for first in range(0, len(sample), BATCH):

@@ -20,7 +20,6 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 from scipy import sparse
-from sklearn.utils.extmath import randomized_svd
 
 from elmwood.domains.dense import DENSE, Dense, Model, Open, fit_dense, load_dense
 from elmwood.domains.words import Lexicon, finished
@@ -167,6 +166,8 @@ def fit_terms(name: str, texts: Iterable[str], *, dimension: int = 100, rng_seed
     if name not in EMBEDDERS:
         raise UnknownName(f"no embedder {name!r}; have {', '.join((*EMBEDDERS, *DENSE))}")
     kind = EMBEDDERS[name]
+    from sklearn.utils.extmath import randomized_svd  # two seconds that only fitting needs
+
     counted = _Counted(kind.hashed)
     sample = _Sample()
     for done, text in enumerate(texts, 1):

@@ -5,8 +5,6 @@ N documents, D dimensions
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 Floats = NDArray[np.floating]
 
@@ -16,6 +14,9 @@ FEWEST = 12  # below this there are no neighbourhoods to keep
 
 def project(x_ND: Floats, rng_seed: int = 0) -> Floats:
     """Places [N, 2] from 0 to 1: principal components, then t-SNE (van der Maaten & Hinton 2008) for up to 3,000 documents."""
+    from sklearn.decomposition import PCA  # two seconds that other verbs need not spend
+    from sklearn.manifold import TSNE
+
     count = len(x_ND)
     if count < 2 or not np.ptp(x_ND, axis=0).any():
         return np.full((count, 2), 0.5)

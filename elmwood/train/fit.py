@@ -304,15 +304,23 @@ def _probe(body: Anatomy, recipe: Recipe, device: str) -> tuple[float, float]:
 def _rate(work: Callable[[], Any], device: str) -> float:
     """Calls per second, by the fastest of some. On a CPU its own time is counted, so that others at work do not enter a prediction."""
     clock = time.perf_counter if device == "cuda" else lambda: time.process_time() / torch.get_num_threads()
-    fastest, start = float("inf"), time.monotonic()
-    work()
-    while time.monotonic() - start < 0.2 or fastest == float("inf"):
+
+    def took(calls: int) -> float:
         before = clock()
-        work()
+        for _ in range(calls):
+            work()
         if device == "cuda":
             torch.cuda.synchronize()
-        fastest = min(fastest, clock() - before)
-    return 1 / fastest
+        return clock() - before
+
+    took(1)  # sets things up
+    calls = 1
+    while (fastest := took(calls)) < 0.01:  # some systems count a process's time in steps of milliseconds
+        calls *= 2
+    start = time.monotonic()
+    while time.monotonic() - start < 0.2:
+        fastest = min(fastest, took(calls) or fastest)
+    return calls / fastest
 
 
 # ---- what would fit ---------------------------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def take(seed: Seed, recipe: Recipe, store: Store, device: str) -> Measured:
             together.run(model, texts, recipe, Path(work), lambda *_, **__: None, tick)
         else:
             loop.run(model, texts[0], recipe, Path(work), lambda **_: None, tick)
-    speed = recipe.together * recipe.batch * recipe.length / (marks[1] - marks[0])
+    step = max(marks[1] - marks[0], 1e-3)  # some systems count a process's time in steps of milliseconds
+    speed = recipe.together * recipe.batch * recipe.length / step
     return Measured(peak(device), held, speed)
 
 
