@@ -3,7 +3,7 @@
     python benches/bench_fit.py [--quick] [--recipes] [--apart]
     python benches/bench_fit.py --opt [--small]        OPT-6.7B of random weights as QLoRA at 2,048 tokens, on a GPU; its shape shrunk, here
 
-One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/fit.py were chosen on these very runs (one
+One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/formulas.py were chosen on these very runs (one
 thread, glibc, x86), so the lines marked "apart" are the honest ones: they were not used. `--recipes` runs only those that are neither full
 nor plain lora, `--apart` those that nothing was fitted to. With MALLOC_MMAP_THRESHOLD_=1000000 before it each tensor is mapped by itself:
 no constant of the allocator enters, and the sum of what was counted is held against the peak. Memory can be measured beside other work,
@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from elmwood.lm.load import best_device
 from elmwood.records import Recipe
 from elmwood.train.cards import SEEDS
-from elmwood.train.fit import anatomy, components, scattered, speed
+from elmwood.train.formulas import anatomy, components, scattered, speed
 from elmwood.train.measure import foretold, measure
 
 

@@ -18,6 +18,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
 
@@ -200,10 +201,13 @@ class Store:
             file.write(json.dumps(measured) + "\n")
 
     def logged(self, key: str) -> list[dict]:
-        """The lines of a task's log; a line cut short by a crash is left out."""
+        """The lines of a task's log; one cut short by a crash is left out, with what was then written behind it."""
         path = self.root / "logs" / f"{key}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        found = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     # ---- writing
 

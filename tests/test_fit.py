@@ -11,14 +11,17 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
 from typer.testing import CliRunner
 
 from elmwood.cli import app
-from elmwood.errors import BadSeed
+from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.load import new_model
 from elmwood.records import Recipe, Shape
 from elmwood.train.adapter import adapter
-from elmwood.train.fit import _verdict, activations, anatomy, components, fit, trained
+from elmwood.train.fit import Place, asked, fit, largest, machine_memory, verdict
+from elmwood.train.formulas import activations, anatomy, components, trained
 from elmwood.train.loss import Abilities, loss
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -50,6 +53,12 @@ def test_counts_and_activations_are_those_of_the_model(kind, recipe):
     body = anatomy(config)
     assert body.parameters + (0 if recipe.method == "full" else trained(body, recipe)) == sum(one.numel() for one in model.parameters())
     assert trained(body, recipe) == sum(one.numel() for one in model.parameters() if one.requires_grad)
+    head = 4 * 128 * 64 if recipe.method == "full" else 0  # the head's gradient, a component of its own
+    assert 4 * activations(body, recipe) == pytest.approx(kept_by(model) - head, rel=0.25 if recipe.method == "dora" else 0.1)
+
+
+def kept_by(model) -> int:
+    """Bytes that a step's forward pass keeps beside the weights."""
     kept: dict[int, int] = {}
     own = {one.untyped_storage().data_ptr() for one in model.parameters()}
 
@@ -62,8 +71,27 @@ def test_counts_and_activations_are_those_of_the_model(kind, recipe):
     tokens = torch.randint(0, 128, (4, 32))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss(model, Abilities("no", True), tokens, tokens, None)
-    head = 4 * 128 * 64 if recipe.method == "full" else 0  # the head's gradient, a component of its own
-    assert 4 * activations(body, recipe) == pytest.approx(sum(kept.values()) - head, rel=0.25 if recipe.method == "dora" else 0.1)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt"])
+@pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
+def test_activations_of_a_gpu_are_those_of_bf16(kind, recipe, monkeypatch):
+    """As there: frozen weights in bf16, the others under autocast, whose list for CUDA (not that for CPUs) has layer norms in float32."""
+
+    def whole(module, x):
+        with torch.autocast("cpu", enabled=False):
+            return functional.layer_norm(x.float(), module.normalized_shape, module.weight.float(), module.bias.float(), module.eps)
+
+    monkeypatch.setattr(nn.LayerNorm, "forward", whole)
+    config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind] | ENDS)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = model if recipe.method == "full" else adapter(model.to(torch.bfloat16), recipe, "base")
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = kept_by(model)
+    body = anatomy(config)
+    copies = 2 * body.matrices + 4 * 128 * 64 if recipe.method == "full" else 0  # of weights, and the head's gradient: other components
+    assert 2 * activations(body, recipe, "cuda") == pytest.approx(kept - copies, rel=0.05)
 
 
 @given(
@@ -82,9 +110,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(memory, batch, length,
 
 
 def fit_quickly(recipe: Recipe, memory: int) -> dict[str, int]:
-    from elmwood.train.fit import _largest
-
-    return {what: _largest(BODY, recipe, "cpu", memory, what) for what in ("batch", "length", "rank")}
+    return {what: largest(BODY, recipe, Place("cpu", memory, True), what) for what in ("batch", "length", "rank")}
 
 
 def size(recipe: Recipe, what: str, value: int) -> int:
@@ -111,6 +137,19 @@ def test_fit_needs_only_a_config(tmp_path):
     passes = int(re.search(r"--accumulate (\d+) would", small.verdict)[1])
     assert fit(str(tmp_path), FULL.model_copy(update={"batch": 4096, "accumulate": passes}), memory=answer.total * 2).fits
     assert fit(str(tmp_path), FULL, memory=10**6).verdict.endswith("or a machine with more memory")
+    long = fit(str(tmp_path), FULL.model_copy(update={"length": 4096}), memory=10**15, device="cuda")
+    assert not long.fits
+    assert long.verdict.endswith("ask for --length 2048")
+
+
+def test_a_device_that_is_not_here_needs_its_memory_named():
+    assert asked("cpu", None) == Place("cpu", machine_memory("cpu"), True)
+    assert asked("cuda", 8).memory == 8
+    with pytest.raises(BadInput, match="cpu and cuda"):
+        asked("mps", 8)
+    if not torch.cuda.is_available():
+        with pytest.raises(BadInput, match="--memory 12GB"):
+            asked("cuda", None)
 
 
 def test_a_seven_billion_model_is_predicted_without_its_weights(tmp_path):
@@ -146,11 +185,11 @@ def test_the_cheapest_change_fits(tmp_path, memory):
     body = anatomy(transformers.AutoConfig.for_model("llama", **shape))
     recipe = Recipe(steps=1, batch=8, length=2048)
     total = sum(components(body, recipe, "cuda").values())
-    verdict = _verdict(body, recipe, "cuda", total, memory * 10**9, {})
+    said = verdict(body, recipe, Place("cuda", memory * 10**9, False), total, {})
     if memory in (3, 300):
-        assert verdict.startswith("fits") if memory == 300 else verdict.endswith("or a machine with more memory")
+        assert said.startswith("fits") if memory == 300 else said.endswith("or a machine with more memory")
         return
-    words = re.search(r"; (--.*) would", verdict)[1].split()
+    words = re.search(r"; (--.*) would", said)[1].split()
     values = [*words[1:], "--"]
     change = {one[2:]: True if value.startswith("--") else value for one, value in zip(words, values, strict=True) if one.startswith("--")}
     changed = Recipe.model_validate(recipe.model_dump() | change)
@@ -186,7 +225,7 @@ from elmwood.corpus.tokens import Packed
 from elmwood.lm.load import new_model
 from elmwood.records import Recipe, Shape
 from elmwood.train import loop
-from elmwood.train.fit import anatomy, components
+from elmwood.train.formulas import anatomy, components
 shape, recipe = Shape.model_validate_json(sys.argv[1]), Recipe.model_validate_json(sys.argv[2])
 config = new_model(shape.model_copy(update={"layers": 1})).config
 config.num_hidden_layers = shape.layers

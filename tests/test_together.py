@@ -48,13 +48,13 @@ def weights(model) -> list[torch.Tensor]:
 def test_each_is_what_it_would_be_alone(kind, change, tmp_path):
     recipe = LORA.model_copy(update={"steps": 4, "length": 20, **change})
     group = adapter(tiny(kind, **MODELS[kind]), recipe, "base")
-    stack, stand, _ = room.run(group, texts(3), recipe, tmp_path, lambda *_, **__: None)
+    stack, trained = room.run(group, texts(3), recipe, tmp_path, lambda *_, **__: None)
     for number, packed in enumerate(texts(3)):
         one = adapter(tiny(kind, **MODELS[kind]), recipe, "base")
         (tmp_path / str(number)).mkdir()
         alone = loop.run(one, packed, recipe, tmp_path / str(number), lambda **_: None)
         stack.put(number)
-        assert [point.loss for point in stand.curves[number]] == pytest.approx([point.loss for point in alone.curve], rel=1e-5)
+        assert [point.loss for point in trained[number].curve] == pytest.approx([point.loss for point in alone.curve], rel=1e-5)
         for mine, its in zip(weights(group), weights(one), strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
 

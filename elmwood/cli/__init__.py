@@ -267,7 +267,7 @@ def fit(
         str | None, typer.Argument(help="A seed or mixture here, a folder with config.json, or a hub id (downloads its config).")
     ] = None,
     method: MethodOption = "lora",
-    batch: BatchOption = 1,
+    batch: BatchOption = 8,
     length: LengthOption = None,
     rank: RankOption = 16,
     late: LateOption = 1.0,

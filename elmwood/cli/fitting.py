@@ -11,7 +11,8 @@ from elmwood.store import Store
 
 
 def fit(*, seed, length, memory, device, measure, table, tuned, store, as_json, **how) -> None:
-    from elmwood.train.fit import best_device, config_of  # torch
+    from elmwood.lm.load import best_device  # torch
+    from elmwood.train.fit import config_of
     from elmwood.train.fit import fit as predict
 
     if table:

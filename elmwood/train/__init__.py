@@ -1,4 +1,4 @@
-"""Training: seeds from scratch and experts, full or adapters, by one loop that resumes exactly. `train.fit` predicts what it takes."""
+"""Training: seeds from scratch and experts, full or adapters, by one loop that resumes exactly. `train.fit` says before if it fits."""
 
 from elmwood.train.adopt import import_adapter
 from elmwood.train.moments import statistics

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig
 
 from elmwood.records import Recipe
-from elmwood.train.fit import Anatomy, anatomy, components
+from elmwood.train.formulas import Anatomy, anatomy, components
 
 MEMORY = (8, 12, 16, 24, 80)  # GB
+FREE = 0.1  # of a card, for what the formulas miss
 LENGTH, ROWS, RANK = 2048, 8, 16
 LLAMA = {"model_type": "llama", "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 SEEDS: dict[str, dict[str, Any]] = {  # name -> config, as the makers publish them
@@ -41,9 +42,9 @@ def recipes() -> Iterator[Recipe]:
 
 
 def best(body: Anatomy, memory: int) -> Choice | None:
-    """The first of these recipes that fits a GPU with so many bytes."""
+    """The first of these recipes that fits a GPU with so many bytes, and leaves a tenth of them free."""
     tried = (Choice(recipe, sum(components(body, recipe, "cuda").values())) for recipe in recipes())
-    return next((choice for choice in tried if choice.total <= memory), None)
+    return next((choice for choice in tried if choice.total <= (1 - FREE) * memory), None)
 
 
 def cards() -> list[tuple[str, list[Choice | None]]]:

@@ -5,14 +5,13 @@ N numbers, K experts that a token goes through, D width, F width of a feed-forwa
 
 import json
 import math
-from typing import Any
 
 from elmwood.errors import BadInput
 from elmwood.lm.lowrank import FILE
 from elmwood.records import Frozen, Mixture, Recipe, Seed
 from elmwood.store import Store
-from elmwood.train.fit import BESIDE, FLOAT, KEPT, activations, anatomy, best_device, config_of, machine_memory, resident, speed
-from elmwood.train.loss import CHUNK, ROWS
+from elmwood.train.fit import asked, config_of, in_passes, most_that
+from elmwood.train.formulas import BESIDE, FLOAT, Anatomy, activations, anatomy, highest, logits, resident, rows_at_once, speed, width_of
 from elmwood.train.router import ORDER, kind_of
 
 
@@ -35,28 +34,26 @@ def fit_mixture(mixture: Mixture, recipe: Recipe, store: Store, *, memory: int |
     """What tuning a mixture by this recipe takes. Raises BadInput."""
     if recipe.method != "router":
         raise BadInput(f"a mixture is tuned, not trained with method {recipe.method!r}: ask with --method router")
-    here = best_device().type
-    device = device or here
-    there = machine_memory(here) if memory is None else memory
-    parts = components(mixture, recipe, store, device)
+    place, count, body = asked(device, memory), counted(mixture, store), _body(mixture, store)
+
+    def fits(recipe: Recipe) -> bool:
+        return sum(components(mixture, count, body, recipe, place.device).values()) <= place.memory
+
+    parts = components(mixture, count, body, recipe, place.device)
     total = sum(parts.values())
-    low, high = 0, 1 << 16
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = recipe.model_copy(update={"batch": middle, "accumulate": 1})
-        low, high = (middle, high) if sum(components(mixture, tried, store, device).values()) <= there else (low, middle - 1)
-    count = counted(mixture, store)
-    have = f"{total / 1e9:.2f} GB of {there / 1e9:.2f} GB"
-    if total <= there:
-        verdict = f"fits: {have}; it would with batch {low}"
-    elif low:
-        verdict = f"does not fit: {have}; --accumulate {math.ceil(recipe.batch / low)} would"
+    most = most_that(lambda batch: fits(recipe.model_copy(update={"batch": batch, "accumulate": 1})), 1 << 16)
+    have = f"{total / 1e9:.2f} GB of {place.memory / 1e9:.2f} GB"
+    if total <= place.memory:
+        verdict = f"fits: {have}; it would with batch {most}"
+    elif spread := in_passes(recipe, fits):
+        verdict = f"does not fit: {have}; --accumulate {spread.accumulate} would"
     else:
         verdict = f"does not fit: {have}; tune less (--tuned routers), shorter rows, or mix --low-rank"
     return Tuning(
-        device=device, parameters=sum(count.values()), trained=_trained(count, recipe), components=parts, total=total, memory=there,
-        fits=total <= there, tokens_per_second=_speed(mixture, recipe, store, device) if device in (here, "cpu") else None, batch=low,
-        verdict=verdict,
+        device=place.device, parameters=sum(count.values()), trained=_trained(count, recipe), components=parts, total=total,
+        memory=place.memory, fits=total <= place.memory,
+        tokens_per_second=speed(body, recipe.model_copy(update={"method": "full"}), place.device) if place.here else None,
+        batch=most, verdict=verdict,
     )  # fmt: skip
 
 
@@ -76,31 +73,25 @@ def counted(mixture: Mixture, store: Store) -> dict[str, int]:
     return found
 
 
-def components(mixture: Mixture, recipe: Recipe, store: Store, device: str) -> dict[str, int]:
-    """Bytes at the peak of a pass; constants of the allocator and the libraries are those of `fit`."""
-    count, body = counted(mixture, store), _body(mixture, store)
-    own, low, rows = _trained(count, recipe), FLOAT if device == "cpu" else 2, math.ceil(recipe.batch / recipe.accumulate)
+def components(mixture: Mixture, count: dict[str, int], body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
+    """Bytes at the peak of a pass, of a mixture with so many numbers of each kind; the constants are those of `formulas`."""
+    own, low, positions = _trained(count, recipe), width_of(device), rows_at_once(recipe) * recipe.length
     sent = 3 * mixture.gates.top_k * body.width + 3 * len(mixture.experts)  # of a token and layer: to its experts, and back; logits
-    kept = (activations(body, recipe.model_copy(update={"method": "full"})) + rows * recipe.length * body.layers * sent) * low
-    kept += rows * recipe.length**2 * low
+    numbers = activations(body, recipe.model_copy(update={"method": "full"}), device) + positions * (body.layers * sent + recipe.length)
     head = body.vocabulary * body.width * FLOAT if recipe.tuned in ("shared", "everything") else 0
-    gradients, again, more = own * FLOAT, *KEPT[device]
-    first, second = kept + max(head, gradients if recipe.accumulate > 1 else 0), gradients
-    peak = max(first + again * first + more * (gradients if recipe.accumulate == 1 else 0), second + again * first)
-    chunk = min(rows * recipe.length, max(ROWS, CHUNK[device] // body.vocabulary))
+    gradients = own * FLOAT
+    before = gradients if recipe.accumulate > 1 else 0
     return {
         "process": resident() if device == "cpu" else 0,
         "libraries": BESIDE[device],
         "weights": sum(count.values()) * FLOAT,
         "optimiser": 2 * own * FLOAT,
-        "activations": kept if first >= second else 0,
-        "gradients": first - kept if first >= second else gradients,
-        "logits": 3 * chunk * body.vocabulary * FLOAT,
-        "allocator": round(peak) - max(first, second),
+        "logits": logits(body.vocabulary, positions, device),
+        **highest(numbers * low, max(head, before), gradients, gradients - before, 0, device),
     }
 
 
-def _body(mixture: Mixture, store: Store) -> Any:
+def _body(mixture: Mixture, store: Store) -> Anatomy:
     """The seed, with as many feed-forward layers side by side as a token goes through (all of a low-rank one share one)."""
     body = anatomy(config_of(store.load(mixture.seed, Seed), store))
     more = mixture.gates.top_k - 1
@@ -111,7 +102,3 @@ def _body(mixture: Mixture, store: Store) -> Any:
 
 def _trained(count: dict[str, int], recipe: Recipe) -> int:
     return sum(count[kind] for kind in ORDER[: ORDER.index(recipe.tuned) + 1])
-
-
-def _speed(mixture: Mixture, recipe: Recipe, store: Store, device: str) -> float:
-    return speed(_body(mixture, store), recipe.model_copy(update={"method": "full"}), device)

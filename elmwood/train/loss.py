@@ -110,7 +110,7 @@ def _apart(model: Any, way: Way, tokens_2L: Tensor) -> bool:
     half = tokens_2L.shape[1] // 2
     positions_2L = torch.arange(half, device=tokens_2L.device).repeat(2, 2)
     try:
-        logit_2LV = model(**_inputs(way, tokens_2L, positions_2L, model.dtype)).logits[:, half:]
+        logit_2LV = model(**inputs(way, tokens_2L, positions_2L, model.dtype)).logits[:, half:]
     except (TypeError, ValueError, RuntimeError, IndexError):  # how a model refuses a mask of its rows' own
         return False
     alone_LV = model(input_ids=tokens_2L[:1, half:], use_cache=False).logits[0]
@@ -118,27 +118,28 @@ def _apart(model: Any, way: Way, tokens_2L: Tensor) -> bool:
     return torch.equal(logit_2LV[0], logit_2LV[1]) and torch.allclose(logit_2LV[0], alone_LV, near, near * alone_LV.std().item())
 
 
-def _inputs(way: Way, tokens_BL: Tensor, positions_BL: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What the model is given. One mask made here serves all layers; from positions each layer makes its own again."""
-    inputs: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": False}
+def inputs(way: Way, tokens_BL: Tensor, positions_BL: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What a transformers model is given, `dtype` being that of its attention. One mask made here serves all layers; from positions each
+    layer makes its own again. positions_BL None: every row is of one document."""
+    given: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": False}
     if way == "no" or positions_BL is None:
-        return inputs
-    inputs["position_ids"] = positions_BL
+        return given
+    given["position_ids"] = positions_BL
     if way == "mask":
         place_L = torch.arange(positions_BL.shape[1], device=positions_BL.device)
         begun_BL = place_L - positions_BL
         hidden_BLL = (begun_BL[:, :, None] != begun_BL[:, None, :]) | (place_L[:, None] < place_L)
         mask_B1LL = torch.zeros(hidden_BLL.shape, dtype=dtype, device=place_L.device).masked_fill_(hidden_BLL, -torch.inf)[:, None]
-        inputs["attention_mask"] = mask_B1LL
-    return inputs
+        given["attention_mask"] = mask_B1LL
+    return given
 
 
 def loss(model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None) -> Tensor:
     """Mean cross-entropy in nats over the scored targets. positions_BL None: every row is of one document."""
     model, kind = bare(model), tokens_BL.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    inputs = _inputs(able.packed, tokens_BL, positions_BL, dtype)
+    given = inputs(able.packed, tokens_BL, positions_BL, dtype)
     if not able.chunked:
-        return cross_entropy(model(**inputs).logits.float().flatten(0, 1), targets_BL.flatten(), ignore_index=UNSCORED)
-    hidden_BLD = model.base_model(**inputs)[0]
+        return cross_entropy(model(**given).logits.float().flatten(0, 1), targets_BL.flatten(), ignore_index=UNSCORED)
+    hidden_BLD = model.base_model(**given)[0]
     return ChunkedLoss.apply(hidden_BLD.flatten(0, 1), model.get_output_embeddings().weight, targets_BL.flatten())

@@ -16,12 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from elmwood.corpus.tokens import Packed
-from elmwood.errors import DoesNotFit
+from elmwood.errors import BadInput, DoesNotFit
 from elmwood.lm.load import add_seed
 from elmwood.records import Recipe, Seed
 from elmwood.store import Store
 from elmwood.train import loop, together
-from elmwood.train.fit import resident
+from elmwood.train.formulas import resident
 from elmwood.train.tasks import opened
 
 STEPS = 2
@@ -39,7 +39,7 @@ class Measured(NamedTuple):
 def measure(seed: Seed | Any, recipe: Recipe, store: Store | None = None, device: str = "cpu") -> Measured:
     """Two steps over random tokens, from a seed or from a config, which gets random weights on the disk for as long as it takes.
 
-    Raises DoesNotFit where the process died.
+    Raises DoesNotFit where the process was killed or ran out of memory, BadInput where it failed otherwise.
     """
     with tempfile.TemporaryDirectory() as scratch:
         if not isinstance(seed, Seed):
@@ -49,8 +49,10 @@ def measure(seed: Seed | Any, recipe: Recipe, store: Store | None = None, device
         words = [str(store.root if store else Path(".elmwood")), seed.digest, recipe.model_dump_json(), device]
         done = subprocess.run([sys.executable, "-W", "ignore", "-m", __spec__.name, *words], capture_output=True, text=True)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"it was killed (status {done.returncode})"]
-        raise DoesNotFit(f"two steps of this recipe did not come to their end ({last[0]}): ask for less, as `elmwood fit` says")
+        last = (done.stderr.strip().splitlines() or [f"killed, status {done.returncode}"])[-1]
+        if done.returncode < 0 or "memory" in last.lower():
+            raise DoesNotFit(f"two steps of this recipe did not come to their end ({last}): ask for less, as `elmwood fit` says")
+        raise BadInput(f"two steps of this recipe did not come to their end: {last}")
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -26,7 +26,7 @@ from elmwood.lm.mixture_card import card
 from elmwood.records import Expert, Mixture, Recipe, Seed, Shard, fingerprint
 from elmwood.store import Store
 from elmwood.train.loop import run
-from elmwood.train.tasks import _check_length, _finish, held
+from elmwood.train.tasks import check_length, finish, held
 
 ORDER = ("routers", "norms", "shared", "everything")  # what is tuned, each with those before it
 
@@ -45,7 +45,7 @@ def tune(
         raise BadInput(f"a mixture is tuned with method 'router', not {recipe.method!r}")
     if mixture.layout == "low-rank" and recipe.tuned != "routers":
         raise BadInput(f"a low-rank mixture keeps all but its gates: tune 'routers', not {recipe.tuned!r}, or mix without --low-rank")
-    _check_length(recipe, seed.context)
+    check_length(recipe, seed.context)
     key = tune_key(mixture, data, recipe)
     with held(store, key) as work:
         if done := store.done(key):
@@ -65,7 +65,7 @@ def tune(
         facts = {"parent": mixture.digest, "data": tuple(shard.blob for shard in data), "recipe": recipe, "curve": trained.curve}
         made = mixture.model_copy(update={**facts, "files": files})
         made = made.model_copy(update={"files": files | {"README.md": store.put(card(made, seed).encode())}})
-        _finish(store, key, made, recipe, trained)
+        finish(store, key, made, recipe, trained)
         return made
 
 

@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,7 @@ from elmwood.records import Point
 from elmwood.store import sync_folder
 
 FILE = "state.safetensors"
+S = TypeVar("S")
 
 
 class Stand(NamedTuple):
@@ -32,14 +34,20 @@ class Stand(NamedTuple):
 
 def save(folder: Path, stand: Stand, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Replace the state in `folder`. Raises DoesNotFit."""
-    tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
-    for name, weight in weights.items():
-        tensors |= {f"{part}.{name}": tensor for part, tensor in optimizer.state[weight].items() if part != "step"}
-    plain = stand._asdict() | {"curve": [point.model_dump() for point in stand.curve]}
-    _write(folder / FILE, tensors, {"stand": json.dumps(plain)})
+    write(folder / FILE, stand._asdict() | {"curve": [point.model_dump() for point in stand.curve]}, weights, optimizer)
     for path in folder.glob(_best("*")):
         if path.name != _best(stand.best):
             path.unlink()  # no state speaks of it any more
+
+
+def load(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Stand:
+    """Bring weights and optimiser to where the last run stood; the beginning where there was none. Raises Damaged."""
+    return read(folder / FILE, lambda plain: Stand(**plain | {"curve": points(plain["curve"])}), weights, optimizer) or Stand()
+
+
+def points(plain: list[dict[str, Any]]) -> tuple[Point, ...]:
+    """A curve as it stands in a state."""
+    return tuple(Point(**point) for point in plain)
 
 
 def keep_best(folder: Path, stand: Stand, weights: dict[str, Tensor]) -> None:
@@ -62,6 +70,40 @@ def _best(step: int | str) -> str:
     return f"best-{step}.safetensors"
 
 
+def write(path: Path, plain: dict[str, Any], weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """A file of weights, of what the optimiser keeps of each, and of `plain`, which is JSON and has `step`. Raises DoesNotFit."""
+    tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        tensors |= {f"{part}.{name}": tensor for part, tensor in optimizer.state[weight].items() if part != "step"}
+    _write(path, tensors, {"stand": json.dumps(plain)})
+
+
+def read(
+    path: Path, parse: Callable[[dict[str, Any]], S], weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> S | None:  # fmt: skip
+    """Bring weights and optimiser to where they stood when the file was written; what was plain, parsed. None where there is no file.
+
+    Raises Damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            plain = json.loads(file.metadata()["stand"])
+            kept: dict[str, dict[str, Tensor]] = {}  # name of a weight -> itself and what the optimiser keeps of it
+            for key in file.keys():  # noqa: SIM118  # not a dict
+                part, _, name = key.partition(".")
+                kept.setdefault(name, {})[part] = file.get_tensor(key)
+            counted = isinstance(optimizer, torch.optim.AdamW)  # others count in whole numbers
+            for name, weight in weights.items():
+                weight.copy_(kept[name].pop("weight"))
+                step = torch.tensor(float(plain["step"])) if counted else plain["step"]
+                optimizer.state[weight] = {"step": step, **{part: tensor.to(weight.device) for part, tensor in kept[name].items()}}
+            return parse(plain)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise Damaged(f"{path} cannot be read ({error}): delete it, and the run starts anew") from error
+
+
 def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
     """All or nothing. Raises DoesNotFit."""
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -80,26 +122,3 @@ def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> Non
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
-
-
-def load(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Stand:
-    """Bring weights and optimiser to where the last run stood; the beginning where there was none. Raises Damaged."""
-    path = folder / FILE
-    if not path.exists():
-        return Stand()
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            plain = json.loads(file.metadata()["stand"])
-            stand = Stand(**plain | {"curve": tuple(Point(**point) for point in plain["curve"])})
-            kept: dict[str, dict[str, Tensor]] = {}  # name of a weight -> itself and what the optimiser keeps of it
-            for key in file.keys():  # noqa: SIM118  # not a dict
-                part, _, name = key.partition(".")
-                kept.setdefault(name, {})[part] = file.get_tensor(key)
-            counted = isinstance(optimizer, torch.optim.AdamW)  # others count in whole numbers
-            for name, weight in weights.items():
-                weight.copy_(kept[name].pop("weight"))
-                step = torch.tensor(float(stand.step)) if counted else stand.step
-                optimizer.state[weight] = {"step": step, **{part: tensor.to(weight.device) for part, tensor in kept[name].items()}}
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise Damaged(f"{path} cannot be read ({error}): delete it, and the run starts anew") from error
-    return stand

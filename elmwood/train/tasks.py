@@ -32,7 +32,7 @@ def train_seed(corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, na
     """A Llama and its tokenizer from nothing but text. Done once per inputs; a run cut short goes on. Raises BadInput, BadCorpus."""
     if recipe.method != "full":
         raise BadInput(f"a seed is trained with method 'full', not {recipe.method!r}: adapters need a seed to stand on")
-    _check_length(recipe, shape.context)
+    check_length(recipe, shape.context)
     key = fingerprint("train-seed", corpus.digest, shape, recipe, name)
     with held(store, key) as work:
         if done := store.done(key):
@@ -43,7 +43,7 @@ def train_seed(corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, na
         trained = run(model, packed, recipe, work, partial(store.log, key), progress)
         facts: dict[str, Any] = {"corpus": corpus.digest, "recipe": recipe, "curve": trained.curve}
         seed = save_seed(model, words, store, name=name, separator=END, **facts)
-        _finish(store, key, seed, recipe, trained)
+        finish(store, key, seed, recipe, trained)
         return seed
 
 
@@ -60,7 +60,7 @@ def train(
 
     `report_to` names trackers that are told the points of the curve too: tensorboard, trackio, wandb, mlflow. The bytes stay the same.
     """
-    _check_length(recipe, seed.context)
+    check_length(recipe, seed.context)
     key = train_key(seed, data, recipe, partition, domain)
     with held(store, key) as work:
         if done := store.done(key):
@@ -72,9 +72,9 @@ def train(
             trained = run(model, packed, recipe, work, log, progress)
         expert = Expert(
             seed=seed.digest, partition=partition, domain=domain, data=tuple(shard.blob for shard in data), recipe=recipe,
-            files=_save(model, words, recipe, store), curve=trained.curve,
+            files=saved(model, words, recipe, store), curve=trained.curve,
         )  # fmt: skip
-        _finish(store, key, expert, recipe, trained)
+        finish(store, key, expert, recipe, trained)
         return expert
 
 
@@ -101,8 +101,8 @@ def opened(seed: Seed, recipe: Recipe, store: Store, device: torch.device | str 
     return adapter(base, recipe, seed.digest)
 
 
-def _save(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
-    """A transformers checkpoint folder, or a PEFT adapter folder."""
+def saved(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
+    """What was trained, stored: a transformers checkpoint folder, or a PEFT adapter folder."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if recipe.method == "full":
@@ -116,16 +116,18 @@ def _save(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
         return store.put_folder(folder)
 
 
-def _finish(store: Store, key: str, record: Record, recipe: Recipe, trained: Trained) -> None:
+def finish(store: Store, key: str, record: Record, recipe: Recipe, trained: Trained, **more: float) -> None:
+    """Log what a task took, and mark it done."""
     able = {what: str(has).lower() for what, has in trained.able._asdict().items()}
     store.log(
         key, event="done", seconds=round(trained.seconds, 3), saving=round(trained.saving, 3),
-        tokens=trained.steps * recipe.batch * recipe.length, threads=recipe.threads, **able,
+        tokens=trained.steps * recipe.batch * recipe.length, threads=recipe.threads, **more, **able,
     )  # fmt: skip
     store.finish(key, record)
 
 
-def _check_length(recipe: Recipe, context: int) -> None:
+def check_length(recipe: Recipe, context: int) -> None:
+    """Rows must be within a model's positions. Raises BadInput."""
     if recipe.length > context:
         raise BadInput(f"rows of {recipe.length} tokens are longer than the {context} positions of the model: ask for a length within them")
 

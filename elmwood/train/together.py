@@ -4,7 +4,6 @@ E experts, B rows of each, L tokens of a row, N = B·L positions of each, R rank
 takes in and gives out. Rows stand expert by expert.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,25 +15,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from elmwood.corpus.tokens import Packed, pack
 from elmwood.engine import Progress, silent
-from elmwood.errors import BadInput, Damaged
+from elmwood.errors import BadInput
 from elmwood.lm.load import tokenizer
 from elmwood.records import Digest, Expert, Point, Recipe, Seed, Shard, fingerprint
 from elmwood.store import Store
-from elmwood.train import loop
+from elmwood.train import loop, state
 from elmwood.train.data import UNSCORED, Batch, batches
-from elmwood.train.loss import Abilities, ChunkedLoss, _inputs, abilities
+from elmwood.train.loss import Abilities, ChunkedLoss, abilities, inputs
 from elmwood.train.schedule import rate
-from elmwood.train.state import _write
-from elmwood.train.tasks import _check_length, _save, held, opened, reported, train_key
+from elmwood.train.tasks import check_length, finish, held, opened, reported, saved, train_key
 
 FILE = "together.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 # ---- the adapters -----------------------------------------------------------------------------------------------
@@ -128,13 +124,13 @@ def losses(model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, p
     """Mean cross-entropy [E] of each expert over the scored targets of its own rows. positions_BL None: every row is of one document."""
     model, kind = model.get_base_model(), tokens_BL.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    inputs = _inputs(able.packed, tokens_BL, positions_BL, dtype)
+    given = inputs(able.packed, tokens_BL, positions_BL, dtype)
     target_EN = targets_BL.view(experts, -1)
     if not able.chunked:
-        logit_ENV = model(**inputs).logits.float().unflatten(0, (experts, -1)).flatten(1, 2)
+        logit_ENV = model(**given).logits.float().unflatten(0, (experts, -1)).flatten(1, 2)
         summed = [cross_entropy(*pair, ignore_index=UNSCORED, reduction="sum") for pair in zip(logit_ENV, target_EN, strict=True)]
         return torch.stack(summed) / (target_EN != UNSCORED).sum(1).clamp(min=1)
-    hidden_END = model.base_model(**inputs)[0].unflatten(0, (experts, -1)).flatten(1, 2)
+    hidden_END = model.base_model(**given)[0].unflatten(0, (experts, -1)).flatten(1, 2)
     head = model.get_output_embeddings().weight
     return torch.stack([ChunkedLoss.apply(hidden, head, target) for hidden, target in zip(hidden_END, target_EN, strict=True)])
 
@@ -153,18 +149,20 @@ class Stand(NamedTuple):
 
 def run(
     model: Any, packed: Sequence[Packed], recipe: Recipe, work: Path, log: Callable[..., None], progress: Progress = silent
-) -> tuple[Stack, Stand, Abilities]:
+) -> tuple[Stack, list[loop.Trained]]:
     """Train a PEFT model's adapter once for each text, all at once, from where the last run in `work` stood. Raises BadInput, Damaged.
 
-    `log(expert, …)` is told the points of the curves. On a CPU the result is the same bytes however often the run was cut short.
+    `log(expert, …)` is told the points of the curves. Times are each one's share. On a CPU the result is the same bytes however often the
+    run was cut short.
     """
     with loop.threads(recipe.threads), torch.random.fork_rng(), loop.recomputed(model, recipe):
         able = abilities(model.eval(), min(8, recipe.length // 2))
         stack = Stack(model, len(packed))
-        optimizer = loop.adamw({"flat": stack.flat_EP}, recipe)
-        stand = _load(work, stack, optimizer)
+        weights: dict[str, Tensor] = {"flat": stack.flat_EP}
+        optimizer = loop.adamw(weights, recipe)
+        stand = state.read(work / FILE, _stand, weights, optimizer) or Stand()
         model.train()
-        clock, saved, pause = time.monotonic() - stand.seconds, time.monotonic(), loop.EVERY
+        clock, last, pause, saving = time.monotonic() - stand.seconds, time.monotonic(), loop.EVERY, 0.0
         running_E = torch.tensor(stand.losses or [0.0] * len(packed), dtype=torch.float64, device=stack.flat_EP.device)
         given = zip(*(batches(one, recipe, stand.step) for one in packed), strict=True)
         for step, parts in zip(range(stand.step, recipe.steps), given):  # noqa: B905  # one has no end
@@ -172,12 +170,14 @@ def run(
             running_E += _step(model, able, stack, parts, optimizer, recipe, step)
             stand = _record(stand, step + 1, running_E, recipe, time.monotonic() - clock, log)
             progress("train", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
-            if (now := time.monotonic()) - saved >= pause and step + 1 < recipe.steps:
-                _keep(work, stand._replace(losses=tuple(running_E.tolist()), seconds=now - clock), stack, optimizer)
-                saved = time.monotonic()
-                pause = max(loop.EVERY, (saved - now) / loop.SHARE)
+            if (now := time.monotonic()) - last >= pause and step + 1 < recipe.steps:
+                here = stand._replace(losses=tuple(running_E.tolist()), seconds=now - clock)
+                state.write(work / FILE, _plain(here), weights, optimizer)
+                last = time.monotonic()
+                saving, pause = saving + last - now, max(loop.EVERY, (last - now) / loop.SHARE)
         model.eval()
-        return stack, stand._replace(seconds=time.monotonic() - clock), able
+        share = (time.monotonic() - clock) / len(packed)  # of each: the machine is busy with all of them
+        return stack, [loop.Trained(curve, share, able, stand.step, saving / len(packed)) for curve in stand.curves]
 
 
 def _step(
@@ -230,28 +230,12 @@ def _record(stand: Stand, done: int, running_E: Tensor, recipe: Recipe, seconds:
     return stand._replace(step=done, losses=(), curves=tuple((*curve, point) for curve, point in zip(curves, points, strict=True)))
 
 
-def _keep(folder: Path, stand: Stand, stack: Stack, optimizer: torch.optim.Optimizer) -> None:
-    """Replace the state in `folder`. Raises DoesNotFit."""
-    tensors = {"flat": stack.flat_EP.detach()} | {moment: optimizer.state[stack.flat_EP][moment] for moment in MOMENTS}
-    plain = stand._asdict() | {"curves": [[point.model_dump() for point in curve] for curve in stand.curves]}
-    _write(folder / FILE, tensors, {"stand": json.dumps(plain)})
+def _plain(stand: Stand) -> dict[str, Any]:
+    return stand._asdict() | {"curves": [[point.model_dump() for point in curve] for curve in stand.curves]}
 
 
-def _load(folder: Path, stack: Stack, optimizer: torch.optim.Optimizer) -> Stand:
-    """Bring weights and optimiser to where the last run stood; the beginning where there was none. Raises Damaged."""
-    path = folder / FILE
-    if not path.exists():
-        return Stand()
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            plain = json.loads(file.metadata()["stand"])
-            curves = tuple(tuple(Point(**point) for point in curve) for curve in plain["curves"])
-            stack.flat_EP.copy_(file.get_tensor("flat"))
-            moments = {moment: file.get_tensor(moment).to(stack.flat_EP.device) for moment in MOMENTS}
-            optimizer.state[stack.flat_EP] = {"step": torch.tensor(float(plain["step"])), **moments}
-            return Stand(**plain | {"losses": tuple(plain["losses"]), "curves": curves})
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise Damaged(f"{path} cannot be read ({error}): delete it, and the run starts anew") from error
+def _stand(plain: dict[str, Any]) -> Stand:
+    return Stand(**plain | {"losses": tuple(plain["losses"]), "curves": tuple(map(state.points, plain["curves"]))})
 
 
 # ---- the task ---------------------------------------------------------------------------------------------------
@@ -291,24 +275,21 @@ def train_together(
                 trackers.enter_context(reported(store, seed, key, recipe, domain, report_to))
                 for key, domain in zip(keys, domains, strict=True)
             ]
-            stack, stand, able = run(model, packed, recipe, work, lambda expert, **facts: told[expert](**facts), progress)
-        facts = {what: str(has).lower() for what, has in able._asdict().items()}
+            stack, trained = run(model, packed, recipe, work, lambda expert, **facts: told[expert](**facts), progress)
         experts = []
         for place in reversed(range(len(keys))):  # the first last: the unfinished work is kept under its name
             stack.put(place)
             expert = Expert(
                 seed=seed.digest, partition=partition, domain=domains[place], data=tuple(shard.blob for shard in data[place]),
-                recipe=recipe, files=_save(model, words, recipe, store), curve=stand.curves[place],
+                recipe=recipe, files=saved(model, words, recipe, store), curve=trained[place].curve,
             )  # fmt: skip
-            seconds = round(stand.seconds / len(keys), 3)  # its share: the machine is busy with all of them
-            store.log(keys[place], event="done", seconds=seconds, tokens=recipe.tokens, threads=recipe.threads, together=len(keys), **facts)
-            store.finish(keys[place], expert)
+            finish(store, keys[place], expert, recipe, trained[place], together=len(keys))
             experts.append(expert)
         return experts[::-1]
 
 
 def _check(recipe: Recipe, seed: Seed) -> None:
-    _check_length(recipe, seed.context)
+    check_length(recipe, seed.context)
     if recipe.method not in ("lora", "qlora"):
         raise BadInput(f"only plain adapters are trained together, and the method is {recipe.method!r}: take lora or qlora, or train alone")
     if recipe.patience is not None:
