@@ -22,7 +22,7 @@ from elmwood.merge.statistics import found
 from elmwood.merge.values import everywhere
 from elmwood.records import Expert, Record, Seed
 from elmwood.store import Store
-from elmwood.train import statistics
+from elmwood.train.moments import statistics
 
 CANDIDATES = [
     *(Answer("task_arithmetic", {"scale": scale}) for scale in (0.1, 0.2, 0.3, 0.5, 0.8)),

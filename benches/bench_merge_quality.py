@@ -35,7 +35,7 @@ from elmwood.merge.statistics import found
 from elmwood.merge.values import everywhere
 from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store
-from elmwood.train import statistics
+from elmwood.train.moments import statistics
 
 
 def answers_of(rule: str, scales: Sequence[float], ranks: Sequence[float], experts: int) -> list[Answer]:

@@ -34,8 +34,8 @@ from elmwood.merge.mixture_build import Mixing, mix
 from elmwood.merge.values import everywhere
 from elmwood.records import Corpus, Ensemble, Expert, Forest, Gates, Mixture, Partition, Recipe, Record, Seed
 from elmwood.store import Store
-from elmwood.train import train, tune
-from elmwood.train.router import tune_key
+from elmwood.train.router import tune, tune_key
+from elmwood.train.tasks import train
 
 DENSE = "dense, equal total tokens"
 MERGED = (0.05, 0.1, 0.2)  # scales of task arithmetic: the sum of the deltas is added to the seed

@@ -21,7 +21,7 @@ import torch
 from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import token_bytes
 from elmwood.lm.experts import Experts
-from elmwood.lm.load import tokenizer
+from elmwood.lm.files import tokenizer
 from elmwood.records import Expert, Partition, Seed
 from elmwood.store import Store
 

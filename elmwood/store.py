@@ -10,6 +10,7 @@ views/<digest>/         folders of links to blobs, for libraries that want a fol
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
 
@@ -192,6 +193,24 @@ class Store:
         path = self.root / "work" / key
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    @contextmanager
+    def held(self, key: str) -> Iterator[Path]:
+        """The folder of a task with what is in it, held by one process at a time: the next one waits, and finds the task done.
+
+        Raises DoesNotFit when the disk is full; what was finished stays, and the task goes on there.
+        """
+        work = self.work(key)
+        with work.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
+            try:
+                yield self.work(key)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise DoesNotFit(f"no space left in {work}; free some, or move the store with --store") from error
+                raise
+            if self.done(key):
+                shutil.rmtree(work, ignore_errors=True)
 
     def log(self, key: str, **measured: float | str) -> None:
         """Append what a task measured of itself (seconds, say): facts of this machine, so not part of any record."""

@@ -20,7 +20,7 @@ from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm.settings import scale
 from elmwood.records import Ensemble, Expert, Forest, Ledger, Recipe, Seed, Verdict
 from elmwood.store import Store
-from elmwood.train import train
+from elmwood.train.tasks import train
 
 holdout = sys.modules["elmwood.evaluate.holdout"]  # the room exports a function of this name
 # of each topic's made-up words: words that topics share would route text of one to the expert of another

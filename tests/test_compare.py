@@ -18,7 +18,7 @@ from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, UnknownName
 from elmwood.evaluate.partial import Partial
 from elmwood.evaluate.sequential import best, per_byte, worst
-from elmwood.lm.load import tokenizer
+from elmwood.lm.files import tokenizer
 from elmwood.records import Contest, Ensemble, Forest
 from elmwood.report import Report, html
 from elmwood.report.charts import betting

@@ -16,7 +16,8 @@ from elmwood.domains.route import gate, nearest_place, posterior_scores, token_d
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import EnsembleLM, open_model
 from elmwood.errors import BadInput, ForeignExpert, UnknownName
-from elmwood.lm.load import load_model, tokenizer
+from elmwood.lm.files import tokenizer
+from elmwood.lm.load import load_model
 from elmwood.lm.states import seed_states
 from elmwood.merge.adapters import merge_adapters
 from elmwood.merge.values import everywhere

@@ -21,7 +21,7 @@ from elmwood.evaluate.compare import top_ks
 from elmwood.evaluate.fit import minimise, weights
 from elmwood.evaluate.holdout import AUDITED, GATE, TUNE, blocks, halve
 from elmwood.evaluate.table import nats
-from elmwood.lm.load import tokenizer
+from elmwood.lm.files import tokenizer
 from elmwood.records import Ensemble, Forest, Score, fingerprint
 from elmwood.store import Store
 

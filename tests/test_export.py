@@ -38,7 +38,8 @@ from elmwood.cli import app
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, BadSeed, Damaged
-from elmwood.lm.load import import_seed, load_model, save_folder, seed_folder, tokenizer
+from elmwood.lm.files import seed_folder, tokenizer
+from elmwood.lm.load import import_seed, load_model, save_folder
 from elmwood.merge import mixture_shards
 from elmwood.merge.export import check_checkpoint, export
 from elmwood.merge.gguf import write_gguf

@@ -16,7 +16,7 @@ from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput
 from elmwood.evaluate import harness
-from elmwood.lm.load import tokenizer
+from elmwood.lm.files import tokenizer
 from elmwood.records import Ensemble, Forest
 from elmwood.store import Store
 

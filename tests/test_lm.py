@@ -27,11 +27,12 @@ from transformers import (
 from elmwood.errors import BadInput, BadSeed, Damaged, ForeignExpert
 from elmwood.lm import cache, lora
 from elmwood.lm.experts import LOGITS, Experts, OneLM
-from elmwood.lm.load import check_kin, ends, import_seed, load_model, new_model, save_folder, seed_folder, tokenizer
+from elmwood.lm.files import seed_folder, tokenizer
+from elmwood.lm.load import check_kin, ends, import_seed, load_model, new_model, save_folder
 from elmwood.lm.lora import Adapter, Bank
 from elmwood.lm.states import seed_states
 from elmwood.store import Store
-from elmwood.train import import_adapter
+from elmwood.train.adopt import import_adapter
 
 SMALL = {"vocab_size": SHAPE.vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
 RANKS = {"o_proj": 5}

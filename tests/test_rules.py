@@ -15,15 +15,17 @@ from elmwood.corpus.build import build
 from elmwood.corpus.tokens import pack
 from elmwood.engine import silent
 from elmwood.errors import BadInput
-from elmwood.lm.load import load_model, tokenizer
+from elmwood.lm.files import tokenizer
+from elmwood.lm.load import load_model
 from elmwood.merge.estimate import by_layer, estimates
 from elmwood.merge.make import Answer, merge
 from elmwood.merge.statistics import opened
 from elmwood.merge.values import everywhere
 from elmwood.records import Domain, Embedder, Merged, Partition, Recipe, Statistics
 from elmwood.store import Store
-from elmwood.train import statistics, train
 from elmwood.train.data import batches
+from elmwood.train.moments import statistics
+from elmwood.train.tasks import train
 
 ROWS = 3
 

@@ -16,10 +16,11 @@ from test_train import place as place
 from elmwood.corpus.tokens import Packed
 from elmwood.errors import BadInput, Damaged
 from elmwood.records import Corpus, Recipe, Shard
-from elmwood.train import loop, train
+from elmwood.train import loop
 from elmwood.train import together as room
 from elmwood.train.adapter import adapter
 from elmwood.train.loss import abilities, loss
+from elmwood.train.tasks import train
 from elmwood.train.together import Stack, losses, together_keys, train_together
 
 LORA = Recipe(method="lora", rank=4, steps=8, batch=2, length=32, learning_rate=1e-2)

@@ -22,14 +22,17 @@ from elmwood.corpus.build import build
 from elmwood.corpus.tokens import Packed, pack
 from elmwood.errors import BadCorpus, BadInput, Damaged, DoesNotFit, MissingExtra
 from elmwood.lm.experts import Experts
-from elmwood.lm.load import load_model, load_quantised, new_model, tokenizer
+from elmwood.lm.files import tokenizer
+from elmwood.lm.load import load_model, load_quantised, new_model
 from elmwood.records import Corpus, Recipe, Seed, Shape
 from elmwood.store import Store
-from elmwood.train import loop, state, train, train_key, train_seed
+from elmwood.train import loop, state
 from elmwood.train.adapter import adapter
 from elmwood.train.data import UNSCORED, apart, batches, parts, scored
+from elmwood.train.keys import train_key
 from elmwood.train.loss import Abilities, ChunkedLoss, abilities, loss
 from elmwood.train.schedule import rate
+from elmwood.train.tasks import train, train_seed
 
 SHAPE = Shape(layers=2, width=32, heads=2, feed_forward=64, vocabulary=300, context=64)
 SEED_RECIPE = Recipe(steps=6, batch=4, length=32, learning_rate=3e-3)
@@ -359,7 +362,8 @@ SCRIPT = """
 import os, signal, sys
 from elmwood.records import Corpus, Recipe, Seed
 from elmwood.store import Store
-from elmwood.train import loop, state, train
+from elmwood.train import loop, state
+from elmwood.train.tasks import train
 loop.EVERY, loop.SHARE = 0.0, 1e9  # save after every step
 store, recipe, how = Store(sys.argv[1]), Recipe.model_validate_json(sys.argv[2]), sys.argv[3]
 def die(): os.kill(os.getpid(), signal.SIGKILL)

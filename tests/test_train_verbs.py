@@ -16,7 +16,8 @@ from elmwood.corpus.build import build, documents
 from elmwood.domains.partition import partition
 from elmwood.errors import BadInput, ElmwoodError
 from elmwood.lm.experts import Experts
-from elmwood.lm.load import load_model, tokenizer
+from elmwood.lm.files import tokenizer
+from elmwood.lm.load import load_model
 from elmwood.records import Expert, Merged, Partition, Recipe, Seed
 from elmwood.store import Store
 

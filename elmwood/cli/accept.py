@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.compare import Sides, drawing, judge, mix_up
+from elmwood.cli.deltas import finite, products
 from elmwood.cli.ensure import Columns
 from elmwood.cli.models import as_model
 from elmwood.cli.screen import bars, emit, out, short, talk
@@ -55,9 +56,6 @@ class Trial(NamedTuple):
 
 
 def accept(*, expert, forest, length, documents, cap, clip, name, store, as_json) -> None:
-    from elmwood.cli.deltas import finite
-    from elmwood.train.tasks import held as locked
-
     home, policy = Store(store), Policy()
     one = home.load(expert, Expert)
     seed, without, joined, others = sides_of(one, as_model(home.load(forest), home), home)
@@ -65,7 +63,7 @@ def accept(*, expert, forest, length, documents, cap, clip, name, store, as_json
     own = served(division, [(one.partition, one.domain)], home)[0]
     evidence = Evidence(expert=one.digest, finite=finite(one, home))
     told: dict[str, Any] = {"tokens_forwarded": 0}
-    with bars() as progress, locked(home, LEDGER):
+    with bars() as progress, home.held(LEDGER):
         if evidence.finite:
             evidence = evidence.model_copy(update=likeness(one, others, seed, home))
         if evidence.finite and _fresh(evidence, policy):
@@ -115,8 +113,6 @@ def sides_of(one: Expert, base: Record, store: Store) -> tuple[Seed, Record, Ens
 
 def likeness(one: Expert, others: Sequence[Expert], seed: Seed, store: Store) -> dict[str, float]:
     """How far what it changed of the seed is what others did."""
-    from elmwood.cli.deltas import products  # torch
-
     product_MM = products([one, *others], seed, store)
     mine, with_E, gram_EE = float(product_MM[0, 0]), product_MM[0, 1:], product_MM[1:, 1:]
     return {"cosine": cosine(mine, with_E, gram_EE), "novelty": novelty(mine, with_E, gram_EE)}

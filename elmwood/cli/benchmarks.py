@@ -14,7 +14,7 @@ def benchmarks(*, models, mixing, tasks, limit, folder, download, store, as_json
         harness.offline()
     from elmwood.ensemble.generate import generate  # torch, and the libraries that may not fetch
     from elmwood.ensemble.mixture import open_model
-    from elmwood.lm.load import tokenizer
+    from elmwood.lm.files import tokenizer
 
     home, results = Store(store), []
     names = [name.strip() for name in tasks.split(",") if name.strip()]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.evaluate.accept import Factors, inner
-from elmwood.lm.load import seed_folder
+from elmwood.lm.files import seed_folder
 from elmwood.merge.sources import Low, Source, Whole
 from elmwood.merge.tensors import PIECE, SIZES, Files, Place, decode, places
 from elmwood.records import Expert, Seed

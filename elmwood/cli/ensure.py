@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.jobs import named, open_holdout
 from elmwood.engine import Progress, cores, run
-from elmwood.ensemble.mixture import open_model
-from elmwood.records import Digest, Frozen
+from elmwood.records import Digest, Frozen, Record
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
@@ -46,9 +44,15 @@ class Columns:
     def __getitem__(self, digest: Digest) -> evaluate.Partial:
         if digest not in self.opened:
             record = self.store.load(digest)
-            load = partial(open_model, record, self.store)
+            load = partial(_open, record, self.store)
             self.opened[digest] = evaluate.Partial(record, cache(load) if self.stay else load, self.held, self.store)
         return self.opened[digest]
+
+
+def _open(model: Record, store: Store) -> evaluate.Scorer:
+    from elmwood.ensemble.mixture import open_model  # torch: seconds, and only where something is missing
+
+    return open_model(model, store)
 
 
 class ScoreJob(Frozen):
@@ -126,6 +130,8 @@ def ensure(
 
 def score_job(job: ScoreJob, progress: Progress) -> Scored:
     """What it took; the Score is found by model and holdout."""
+    import torch
+
     torch.set_num_threads(job.threads)
     return _score(Columns(job.holdout, Store(job.store)), job, progress)
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
+from elmwood.cli.domains import opener
 from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.models import common_seed, division_of, mixed
 from elmwood.cli.screen import bars, duration, emit, expand, short, table, talk
@@ -15,7 +16,6 @@ from elmwood.domains.partition import serving
 from elmwood.domains.route import nearest_place
 from elmwood.engine import Progress
 from elmwood.errors import BadInput
-from elmwood.lm.states import seed_states
 from elmwood.records import Comparison, Digest, Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store
 
@@ -102,7 +102,7 @@ def both_distances(
     held: evaluate.Holdout, division: Partition, store: Store, progress: Progress
 ) -> tuple[NDArray[np.floating], NDArray[np.floating] | None]:
     """Squared distances to dense centroids, and to sparse ones where the embedder has terms [N, K]."""
-    dist2_NK = evaluate.distances(held, division, store, progress, open_model=seed_states)
+    dist2_NK = evaluate.distances(held, division, store, progress, open_model=opener(division.embedder.name))
     termed = division.embedder.name in EMBEDDERS
     return dist2_NK, evaluate.distances(held, division, store, progress, signal="sparse") if termed else None
 

@@ -1,12 +1,16 @@
-"""The tasks the engine runs, each wiring a few rooms. Inputs are small records, results are digests."""
+"""The tasks the engine runs, each wiring a few rooms. Inputs are small records, results are digests.
+
+What trains is imported where it trains: torch takes seconds that handing out tasks, and finding them done, need not spend.
+"""
 
 from pathlib import Path
 
-from elmwood import evaluate, train
+from elmwood import evaluate
 from elmwood.engine import Progress
-from elmwood.lm.load import tokenizer
+from elmwood.lm.files import tokenizer
 from elmwood.records import Digest, Expert, Frozen, Recipe, Seed, Shard
 from elmwood.store import Store
+from elmwood.train.keys import together_keys, train_key
 
 
 class TrainJob(Frozen):
@@ -50,9 +54,13 @@ class StatisticsJob(Frozen):
 def train_job(job: TrainJob, progress: Progress) -> Digest:
     """The digest of the Expert."""
     store = Store(job.store)
+    if done := found(job, store):
+        return done[0]
+    from elmwood.train.tasks import train
+
     seed = store.load(job.seed, Seed)
     told = named(job.label, progress)
-    return train.train(
+    return train(
         seed, job.data, job.recipe, store, partition=job.partition, domain=job.domain, progress=told, report_to=job.report_to
     ).digest
 
@@ -62,8 +70,12 @@ def experts_job(job: TrainJob | TogetherJob, progress: Progress) -> list[Digest]
     if isinstance(job, TrainJob):
         return [train_job(job, progress)]
     store = Store(job.store)
+    if done := found(job, store):
+        return done
+    from elmwood.train.together import train_together
+
     seed, told = store.load(job.seed, Seed), named(job.label, progress)
-    made = train.train_together(
+    made = train_together(
         seed, job.data, job.recipe, store, partition=job.partition, domains=job.domains, progress=told, report_to=job.report_to
     )
     return [expert.digest for expert in made]
@@ -73,15 +85,23 @@ def keys(job: TrainJob | TogetherJob, store: Store) -> list[str]:
     """The names of the tasks that make its experts."""
     seed = store.load(job.seed, Seed)
     if isinstance(job, TrainJob):
-        return [train.train_key(seed, job.data, job.recipe, job.partition, job.domain)]
-    return train.together_keys(seed, job.data, job.recipe, job.partition, job.domains)
+        return [train_key(seed, job.data, job.recipe, job.partition, job.domain)]
+    return together_keys(seed, job.data, job.recipe, job.partition, job.domains)
+
+
+def found(job: TrainJob | TogetherJob, store: Store) -> list[Digest]:
+    """Its experts, where all are made."""
+    done = [digest for key in keys(job, store) if (digest := store.done(key))]
+    return done if len(done) == len(job.domains) else []
 
 
 def statistics_job(job: StatisticsJob, progress: Progress) -> Digest:
     """The digest of the Statistics."""
+    from elmwood.train.moments import statistics
+
     store = Store(job.store)
     told = named(f"statistics {job.expert[:8]}", progress)
-    return train.statistics(store.load(job.expert, Expert), store, rows=job.rows, progress=told).digest
+    return statistics(store.load(job.expert, Expert), store, rows=job.rows, progress=told).digest
 
 
 def open_holdout(spec: evaluate.HoldoutSpec, store: Store) -> evaluate.Holdout:

@@ -193,7 +193,7 @@ def estimated(
 ) -> tuple[list[Merged], list[Answer]]:  # fmt: skip
     """The `run` answers with the least estimate, and one more, the best of all in each layer. Estimates are by what the experts left of
     their text; where some left nothing, by their columns, which know nothing of layers."""
-    from elmwood.cli.choose import by_columns  # torch
+    from elmwood.cli.choose import by_columns  # scipy and pyarrow
 
     started = time.perf_counter()
     titles = [title(answer) for answer in answers]
@@ -231,7 +231,7 @@ def chosen(
     made: Sequence[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, *, where, documents, name, as_json
 ) -> None:  # fmt: skip
     """Score the answers on the tune half, once each, name the best, and test it on blocks that nobody chose on; say what it all cost."""
-    from elmwood.cli.choose import tested, tuned  # torch
+    from elmwood.cli.choose import tested, tuned  # scipy and pyarrow
 
     started = time.perf_counter()
     titles = [title(answer) for answer in answers]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
+from elmwood.cli.choose import tuned
 from elmwood.cli.merge import answers_of
 from elmwood.cli.screen import bars, count, emit, keep, out, table, talk
 from elmwood.cli.training import checked, shards
@@ -79,8 +80,6 @@ def chosen(made: Mapping[str, Mixture], forest: Forest, documents: int | None, s
     """The one with the least loss on the tune half of held-out text; a single one is not run."""
     if len(made) == 1:
         return next(iter(made))
-    from elmwood.cli.choose import tuned  # torch
-
     found = tuned(made, store.load(forest.seed, Seed), forest.partition, documents, store, progress)
     best = min(found.losses, key=lambda one: found.losses[one].value)
     rows = [

@@ -48,7 +48,7 @@ def verdict(comparison: Comparison) -> str:
 def chat(*, model, mixing, prompt, max_tokens, temperature, top_p, rng_seed, store, as_json) -> None:
     from elmwood.ensemble.generate import generate  # torch
     from elmwood.ensemble.mixture import open_model
-    from elmwood.lm.load import tokenizer
+    from elmwood.lm.files import tokenizer
 
     home = Store(store)
     record = as_model(home.load(model), home)

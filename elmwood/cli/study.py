@@ -35,7 +35,7 @@ from elmwood.records import (
     Shard,
 )
 from elmwood.store import Store
-from elmwood.train import train_key, train_seed
+from elmwood.train.keys import seed_key, train_key
 
 DENSE = "dense, the experts' batch"
 LARGE = "dense, k times the batch"
@@ -184,6 +184,10 @@ def scratch(study: Study, corpus: Corpus, store: Store, progress: Progress) -> S
         learning_rate=study.seed_rate, rng_seed=study.rng_seed, threads=cores(),
     )  # fmt: skip
     shape = llama(study.layers, study.width, study.vocabulary, study.length)
+    if done := store.done(seed_key(corpus, shape, recipe)):
+        return store.load(done, Seed)
+    from elmwood.train.tasks import train_seed  # torch, which whoever finds everything done need not wait for
+
     return train_seed(corpus, shape, recipe, store, progress=lambda what, *event: progress("seed" if what == "train" else what, *event))
 
 

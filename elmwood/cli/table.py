@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
+from elmwood.cli.domains import opener
+from elmwood.cli.ensure import Budget, Columns, ensure
 from elmwood.cli.models import as_model
 from elmwood.cli.screen import bars, count, duration, emit, expand, out, short, talk
 from elmwood.cli.screen import table as draw
@@ -42,8 +44,6 @@ class Settings(NamedTuple):
 def table(
     *, forest, choose, candidate, near, top_k, partition, length, documents, budget, seconds, source, plot, workers, store, as_json
 ) -> None:  # fmt: skip
-    from elmwood.cli.ensure import Budget, Columns, ensure  # torch
-
     home = Store(store)
     named = as_model(home.load(forest), home)
     if not isinstance(named, Ensemble):
@@ -56,7 +56,7 @@ def table(
     columns = Columns(spec, home)
     held = columns.held
     with bars() as progress:
-        dist2_NK = evaluate.distances(held, division, home, progress)
+        dist2_NK = evaluate.distances(held, division, home, progress, open_model=opener(division.embedder.name))
         served = serving(division, [(one.partition, one.domain) for one in experts], home)
         dist2_NE = nearest_place(dist2_NK, served)
         windows = near_windows(dist2_NE, held, near) if near else {}

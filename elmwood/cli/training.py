@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from elmwood.cli.board import Entry, board
 from elmwood.cli.domains import say_read
+from elmwood.cli.jobs import StatisticsJob, TogetherJob, TrainJob, experts_job, keys, statistics_job
 from elmwood.cli.screen import bars, count, expand, keep, out, talk
 from elmwood.corpus.build import build
 from elmwood.engine import cores, gpus, run
@@ -32,7 +33,7 @@ def seed_import(*, model, separator, name, store, as_json) -> None:
 
 
 def seed_train(*, corpus, tokens, layers, width, vocabulary, length, batch, learning_rate, rng_seed, name, store, as_json) -> None:
-    from elmwood.train import train_seed  # torch
+    from elmwood.train.tasks import train_seed  # torch
 
     home = Store(store)
     shape = llama(layers, width, vocabulary, length)
@@ -70,8 +71,6 @@ def train(
     *, partition, seed, domains, tokens, length, together, threads, workers, engine, report_to, statistics, commands, name, store, as_json,
     **how,
 ) -> None:  # fmt: skip
-    from elmwood.cli.jobs import StatisticsJob, experts_job, keys, statistics_job  # torch
-
     home = Store(store)
     division, start = home.load(partition, Partition), home.load(seed, Seed)
     chosen: list[int | None] = [None] if domains == "pooled" else [*numbers(domains, len(division.domains))]
@@ -124,11 +123,10 @@ def checked(**fields: Any) -> Recipe:
 
 def training_job(
     division: Partition, group: Sequence[int | None], seed: Seed, recipe: Recipe, store: Path, report_to: Sequence[str]
-) -> Any:
+) -> TrainJob | TogetherJob:
     """The task that makes one expert, or several at once."""
-    from elmwood.cli.jobs import TogetherJob, TrainJob  # torch
-
-    place = {"store": store, "seed": seed.digest, "recipe": recipe, "partition": division.digest, "report_to": tuple(report_to)}
+    place: dict[str, Any] = {"store": store, "seed": seed.digest, "recipe": recipe, "partition": division.digest}
+    place["report_to"] = tuple(report_to)
     if len(group) == 1:
         return TrainJob(label=label(division, group[0]), data=shards(division, group[0]), domain=group[0], **place)
     return TogetherJob(
@@ -154,7 +152,7 @@ def command(division: Partition, seed: Seed, group: Sequence[int | None], recipe
 
 
 def adopt(*, adapter, seed, partition, domain, name, store, as_json) -> None:
-    from elmwood.train import import_adapter  # torch
+    from elmwood.train.adopt import import_adapter  # torch
 
     home = Store(store)
     division = home.load(partition, Partition) if partition else None
@@ -167,8 +165,6 @@ def adopt(*, adapter, seed, partition, domain, name, store, as_json) -> None:
 
 
 def statistics(*, experts, rows, workers, store, as_json) -> None:
-    from elmwood.cli.jobs import StatisticsJob, statistics_job  # torch
-
     home = Store(store)
     found = members(home, experts)
     workers = workers or default_workers(home.load(home.load(found[0], Expert).seed, Seed), len(found))

@@ -6,8 +6,6 @@ content alone, and shards hold their documents in order of id (which is to say, 
 N documents, H hashes
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import shutil
@@ -26,7 +24,7 @@ import pyarrow.parquet as pq
 from elmwood.corpus.near import HASHES, near_duplicates, signatures
 from elmwood.corpus.read import Document, files, read
 from elmwood.engine import Progress, each, silent
-from elmwood.errors import BadCorpus, DoesNotFit
+from elmwood.errors import BadCorpus
 from elmwood.records import Corpus, Shard, fingerprint
 from elmwood.store import Store, hash_file
 
@@ -116,16 +114,10 @@ def alone(store: Store, key: str) -> Iterator[Path]:
 
     Raises DoesNotFit when the disk is full.
     """
-    work = store.work(key)
-    with work.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
+    with store.held(key) as work:
         try:
             shutil.rmtree(work, ignore_errors=True)
             yield store.work(key)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DoesNotFit(f"no space left in {work}; free some, or move the store with --store") from error
-            raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

@@ -3,12 +3,8 @@
 Shapes: N documents, K domains, D dimensions, V terms, B bins.
 """
 
-import errno
-import fcntl
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import safetensors.numpy
@@ -21,7 +17,7 @@ from elmwood.domains.dense import Model, Open
 from elmwood.domains.grow import Ground, Grown, Means, grow, write
 from elmwood.domains.route import Centroids, Sparse, distances
 from elmwood.engine import Progress, silent
-from elmwood.errors import BadCorpus, BadInput, DoesNotFit, ForeignExpert
+from elmwood.errors import BadCorpus, BadInput, ForeignExpert
 from elmwood.records import Corpus, Domain, Embedder, Partition, fingerprint
 from elmwood.store import Store
 
@@ -56,7 +52,7 @@ def partition(
     if not 1 <= domains <= count:
         raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; ask for fewer, or add documents")
     key = fingerprint("partition", RULES, corpus.digest, domains, embedder, None, method, rng_seed)
-    with _alone(store, key) as work:
+    with store.held(key) as work:
         if done := store.done(key):
             return store.load(done, Partition)
         started = time.perf_counter()
@@ -140,7 +136,7 @@ def split(
         raise BadInput(f"domain {old.name!r} cannot be split here: {len(missing)} of its shards of text stayed with their owner")
     key = fingerprint("split", RULES, partition.digest, domain, parts, rng_seed)
     others = _readable(partition.domains[:domain] + partition.domains[domain + 1 :], store)
-    with _alone(store, key) as work:
+    with store.held(key) as work:
         if done := store.done(key):
             return store.load(done, Partition)
         ground = Ground(store, work, partition.embedder, means)
@@ -167,7 +163,7 @@ def add(
     if not 1 <= domains <= count:
         raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; ask for fewer, or add documents")
     key = fingerprint("add", RULES, partition.digest, corpus.digest, domains, rng_seed)
-    with _alone(store, key) as work:
+    with store.held(key) as work:
         if done := store.done(key):
             return store.load(done, Partition)
         ground = Ground(store, work, partition.embedder, means)
@@ -280,20 +276,3 @@ def _saved(partition: Partition, store: Store) -> tuple[Floats, sparse.csr_matri
     shape = len(tensors["centroids"]), int(tensors["sparse_columns"][0])
     values = tensors["sparse_values"].astype(np.float64)
     return tensors["centroids"], sparse.csr_matrix((values, tensors["sparse_terms"], tensors["sparse_starts"]), shape=shape)
-
-
-@contextmanager
-def _alone(store: Store, key: str) -> Iterator[Path]:
-    """The work folder of a task, held by one process at a time: the next one waits, and finds the task done.
-
-    Raises DoesNotFit when the disk is full; what was finished stays, and the task goes on there.
-    """
-    work = store.work(key)
-    with work.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
-        try:
-            yield store.work(key)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DoesNotFit(f"no space left in {work}; free some, or move the store with --store") from error
-            raise

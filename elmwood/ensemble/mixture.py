@@ -21,8 +21,8 @@ from elmwood.domains.partition import centroids, serving
 from elmwood.domains.route import ROUTERS, Walk, candidates, gate, nearest_place, posterior_scores, token_distances
 from elmwood.errors import BadInput, ForeignExpert, UnknownName
 from elmwood.lm.experts import Experts, OneLM, Text
+from elmwood.lm.files import tokenizer
 from elmwood.lm.interface import LM
-from elmwood.lm.load import tokenizer
 from elmwood.lm.states import seed_states
 from elmwood.records import Ensemble, Expert, Forest, Merged, Mixture, Partition, Recipe, Record, Seed
 from elmwood.store import Store

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cholesky, solve_triangular
-from scipy.optimize import nnls
 
 from elmwood.domains.route import gate
 from elmwood.evaluate.table import Estimate
@@ -50,6 +48,9 @@ def optimum(loglik_NE: Floats, tolerance: float = 1e-6) -> Optimum:
     Sequential quadratic programming on the dual form of the simplex, each step one non-negative least squares (arXiv:1806.01412):
     ten passes where expectation-maximisation takes hundreds. The gap is max_e mean_t(p_e / p_mix) - 1: loss(w) - loss(w*) is not above it.
     """
+    from scipy.linalg import cholesky, solve_triangular  # a third of a second that only static weights need
+    from scipy.optimize import nnls
+
     p_NE, peak_N = probabilities(loglik_NE)
     experts = p_NE.shape[1]
     weight_E = np.full(experts, 1 / experts)

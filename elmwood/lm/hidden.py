@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from elmwood.corpus.build import documents
-from elmwood.lm.load import load_model, tokenizer
+from elmwood.lm.files import tokenizer
+from elmwood.lm.load import load_model
 from elmwood.records import Seed, Shard
 from elmwood.store import Store
 

@@ -24,18 +24,15 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from elmwood.errors import BadSeed, Damaged, ForeignExpert
+from elmwood.errors import BadSeed, ForeignExpert
 from elmwood.lm import lowrank
+from elmwood.lm.files import KEPT, download, seed_folder
 from elmwood.records import Expert, Files, Point, Recipe, Seed, Shape
 from elmwood.registry import require
 from elmwood.store import Store, hash_file
 
 transformers.logging.disable_progress_bar()  # only cli prints
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it would praise a kernel that must come over the network
-
-# the files of a transformers folder that belong to a seed
-KEPT: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab.*")
-KEPT += ("special_tokens_map.json", "merges.txt", "added_tokens.json", "*.model", "*.jinja", "LICENSE*")
 
 # what transformers raises when it cannot read something
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
@@ -252,43 +249,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def download(identifier: str, revision: str, cached: bool = False, files: Sequence[str] = KEPT) -> Path:
-    """A model hub's snapshot in the hub's own cache (…/snapshots/<commit>); `cached` asks nobody else. Raises BadSeed."""
-    from huggingface_hub import snapshot_download  # here alone, and only for a hub id the user named
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(identifier, revision=revision or None, allow_patterns=list(files), local_files_only=cached))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise BadSeed(f"{identifier!r} is not a folder here, and the model hub did not give it ({error}): check the spelling") from error
-
-
 # ---- opened -----------------------------------------------------------------------------------------------------
-
-
-def seed_folder(seed: Seed, store: Store) -> Path:
-    """The seed's transformers folder. A hub seed is fetched into the hub's cache where it is absent, and checked. Raises Damaged."""
-    if seed.hub is None:
-        return store.folder(seed.files)
-    identifier, _, commit = seed.hub.partition("@")
-    try:
-        folder = download(identifier, commit, cached=True)
-    except BadSeed:
-        folder = download(identifier, commit)
-    for name, digest in seed.files.items():
-        path, wanted = (folder / name).resolve(), digest.removeprefix("sha256:")
-        # the hub's cache names large files by their sha256, so only the small ones are read again
-        if not path.exists() or (path.name != wanted and hash_file(path) != wanted):
-            raise Damaged(f"{name} of {seed.hub} is missing or not what it was at import: delete it from the hub's cache and try again")
-    return folder
-
-
-def tokenizer(seed: Seed, store: Store) -> Tokenizer:
-    """The seed's tokenizer, without truncation or padding."""
-    loaded = Tokenizer.from_file(str(seed_folder(seed, store) / "tokenizer.json"))
-    loaded.no_truncation()
-    loaded.no_padding()
-    return loaded
 
 
 def ends(seed: Seed, store: Store) -> list[int]:

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput, UnknownName
-from elmwood.lm.load import load_model, tokenizer
+from elmwood.lm.files import tokenizer
+from elmwood.lm.load import load_model
 from elmwood.records import Seed
 from elmwood.store import Store
 

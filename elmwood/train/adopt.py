@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from elmwood.errors import BadInput
-from elmwood.lm.load import download, seed_folder
+from elmwood.lm.files import download, seed_folder
 from elmwood.lm.settings import read_settings
 from elmwood.records import Digest, Expert, Recipe, Seed
 from elmwood.store import Store

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig
 
 from elmwood.errors import BadInput, BadSeed
-from elmwood.lm.load import best_device, seed_folder
+from elmwood.lm.files import seed_folder
+from elmwood.lm.load import best_device
 from elmwood.records import Frozen, Recipe, Seed
 from elmwood.store import Store
 from elmwood.train.formulas import BESIDE, Anatomy, anatomy, components, speed, trained

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from elmwood.corpus.tokens import pack
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
-from elmwood.lm.load import load_model, tokenizer
+from elmwood.lm.files import tokenizer
+from elmwood.lm.load import load_model
 from elmwood.records import Expert, Seed, Shard, Statistics, fingerprint
 from elmwood.store import Store
 from elmwood.train.data import batches
 from elmwood.train.loop import threads, value_of
 from elmwood.train.loss import abilities
-from elmwood.train.tasks import held
 
 FILE = "statistics.safetensors"
 WIDE = 2048  # a layer that reads more numbers leaves a sketch: the strongest directions, and a diagonal for the rest
@@ -41,7 +41,7 @@ def statistics(
     if not expert.data:
         raise BadInput(f"expert {expert.digest[:8]} names no text it was trained on: whoever has it must make its statistics")
     key = fingerprint("statistics", expert.digest, rows)
-    with held(store, key):
+    with store.held(key):
         if done := store.done(key):
             return store.load(done, Statistics)
         seed = store.load(expert.seed, Seed)

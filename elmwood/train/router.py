@@ -20,13 +20,14 @@ from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import pack
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
+from elmwood.lm.files import tokenizer
 from elmwood.lm.hidden import gates_of
-from elmwood.lm.load import load_model, tokenizer
+from elmwood.lm.load import load_model
 from elmwood.lm.mixture_card import card
 from elmwood.records import Expert, Mixture, Recipe, Seed, Shard, fingerprint
 from elmwood.store import Store
 from elmwood.train.loop import run
-from elmwood.train.tasks import check_length, finish, held
+from elmwood.train.tasks import check_length, finish
 
 ORDER = ("routers", "norms", "shared", "everything")  # what is tuned, each with those before it
 
@@ -47,7 +48,7 @@ def tune(
         raise BadInput(f"a low-rank mixture keeps all but its gates: tune 'routers', not {recipe.tuned!r}, or mix without --low-rank")
     check_length(recipe, seed.context)
     key = tune_key(mixture, data, recipe)
-    with held(store, key) as work:
+    with store.held(key) as work:
         if done := store.done(key):
             return store.load(done, Mixture)
         packed = pack(data, tokenizer(seed, store), seed.separator, store, progress)

@@ -1,8 +1,6 @@
 """The two tasks of this room: a seed from a corpus, an expert from a seed. Named by their inputs, so done once and resumed."""
 
-import fcntl
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +15,13 @@ from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
-from elmwood.lm.load import load_model, load_quantised, new_model, save_folder, save_seed, tokenizer
-from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Record, Seed, Shape, Shard, fingerprint
+from elmwood.lm.files import tokenizer
+from elmwood.lm.load import load_model, load_quantised, new_model, save_folder, save_seed
+from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Record, Seed, Shape, Shard
 from elmwood.store import Store
 from elmwood.train.adapter import adapter
 from elmwood.train.follow import followed
+from elmwood.train.keys import seed_key, train_key
 from elmwood.train.loop import Trained, run
 
 END = 0  # token id of a trained tokenizer's <|endoftext|>
@@ -33,8 +33,8 @@ def train_seed(corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, na
     if recipe.method != "full":
         raise BadInput(f"a seed is trained with method 'full', not {recipe.method!r}: adapters need a seed to stand on")
     check_length(recipe, shape.context)
-    key = fingerprint("train-seed", corpus.digest, shape, recipe, name)
-    with held(store, key) as work:
+    key = seed_key(corpus, shape, recipe, name)
+    with store.held(key) as work:
         if done := store.done(key):
             return store.load(done, Seed)
         words = _tokenizer(corpus, shape.vocabulary, store, work / "tokenizer.json", progress)
@@ -47,11 +47,6 @@ def train_seed(corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, na
         return seed
 
 
-def train_key(seed: Seed, data: Sequence[Shard], recipe: Recipe, partition: Digest | None = None, domain: int | None = None) -> str:
-    """The name of the task that makes this expert: where the store logs what it took."""
-    return fingerprint("train", seed.digest, [shard.blob for shard in data], recipe, partition, domain)
-
-
 def train(
     seed: Seed, data: Sequence[Shard], recipe: Recipe, store: Store, *, partition: Digest | None = None, domain: int | None = None,
     device: torch.device | str | None = None, progress: Progress = silent, report_to: Sequence[str] = (),
@@ -62,7 +57,7 @@ def train(
     """
     check_length(recipe, seed.context)
     key = train_key(seed, data, recipe, partition, domain)
-    with held(store, key) as work:
+    with store.held(key) as work:
         if done := store.done(key):
             return store.load(done, Expert)
         words = tokenizer(seed, store)
@@ -150,15 +145,3 @@ def _sample(texts: Iterable[str], size: int, progress: Progress) -> Iterator[str
         yield text
         done += len(text.encode())
         progress("train the tokenizer", done, size, "bytes")
-
-
-@contextmanager
-def held(store: Store, key: str) -> Iterator[Path]:
-    """The work folder of a task with what is in it, held by one process at a time: the next one waits and finds the task done."""
-    path = store.root / "work" / f"{key}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
-        yield store.work(key)
-        if store.done(key):
-            shutil.rmtree(store.root / "work" / key, ignore_errors=True)

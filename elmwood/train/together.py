@@ -21,14 +21,15 @@ from torch.nn.functional import cross_entropy
 from elmwood.corpus.tokens import Packed, pack
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
-from elmwood.lm.load import tokenizer
-from elmwood.records import Digest, Expert, Point, Recipe, Seed, Shard, fingerprint
+from elmwood.lm.files import tokenizer
+from elmwood.records import Digest, Expert, Point, Recipe, Seed, Shard
 from elmwood.store import Store
 from elmwood.train import loop, state
 from elmwood.train.data import UNSCORED, Batch, batches
+from elmwood.train.keys import together_keys
 from elmwood.train.loss import Abilities, ChunkedLoss, abilities, inputs
 from elmwood.train.schedule import rate
-from elmwood.train.tasks import check_length, finish, held, opened, reported, saved, train_key
+from elmwood.train.tasks import check_length, finish, opened, reported, saved
 
 FILE = "together.safetensors"
 
@@ -241,15 +242,6 @@ def _stand(plain: dict[str, Any]) -> Stand:
 # ---- the task ---------------------------------------------------------------------------------------------------
 
 
-def together_keys(
-    seed: Seed, data: Sequence[Sequence[Shard]], recipe: Recipe, partition: Digest | None, domains: Sequence[int | None]
-) -> list[str]:
-    """The names of the tasks that make these experts: each depends on the whole group, since the order of float sums does."""
-    recipe = recipe.model_copy(update={"together": len(data)})
-    group = [train_key(seed, shards, recipe, partition, domain) for shards, domain in zip(data, domains, strict=True)]
-    return [fingerprint("together", group, place) for place in range(len(group))]
-
-
 def train_together(
     seed: Seed, data: Sequence[Sequence[Shard]], recipe: Recipe, store: Store, *, partition: Digest | None = None,
     domains: Sequence[int | None] = (), device: torch.device | str | None = None, progress: Progress = silent,
@@ -264,7 +256,7 @@ def train_together(
     domains = domains or [None] * len(data)
     recipe = recipe.model_copy(update={"together": len(data)})
     keys = together_keys(seed, data, recipe, partition, domains)
-    with held(store, keys[0]) as work:
+    with store.held(keys[0]) as work:
         if all(done := [store.done(key) for key in keys]):
             return [store.load(digest, Expert) for digest in done if digest]
         words = tokenizer(seed, store)
