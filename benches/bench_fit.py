@@ -1,6 +1,7 @@
 """What `fit` predicts against what runs take: peak memory and tokens per second, each run in a process of its own.
 
     python benches/bench_fit.py [--quick] [--recipes] [--apart]
+    python benches/bench_fit.py --mixture              four experts of random weights in one mixture, routers tuned and more
     python benches/bench_fit.py --opt [--small]        OPT-6.7B of random weights as QLoRA at 2,048 tokens, on a GPU; its shape shrunk, here
 
 One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/formulas.py were chosen on these very runs (one
@@ -12,14 +13,23 @@ speed (CPU seconds) less so. `--opt` needs 30 GB of disk and 16 of memory.
 
 import argparse
 import json
+import tempfile
+from pathlib import Path
 
+import numpy as np
 from transformers import AutoConfig
 
-from elmwood.lm.load import best_device
-from elmwood.records import Recipe
+from elmwood.lm.load import best_device, seed_folder
+from elmwood.merge.mixture_build import LOW, Mixing, Parts, write
+from elmwood.merge.mixture_gates import layers_of, random_rows
+from elmwood.merge.mixture_shards import Shards
+from elmwood.merge.states import seed_places
+from elmwood.records import Gates, Mixture, Recipe
+from elmwood.store import Store
 from elmwood.train.cards import SEEDS
+from elmwood.train.fit_mixture import fit_mixture
 from elmwood.train.formulas import anatomy, components, scattered, speed
-from elmwood.train.measure import foretold, measure
+from elmwood.train.measure import foretold, measure, random_seed
 
 
 def like(kind: str, width: int, forward: int, layers: int, heads: int, vocabulary: int, **more: int) -> dict:
@@ -34,6 +44,7 @@ MODELS = {
     "gpt2 29M": {"model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "n_positions": 1024, "vocab_size": 8192},
     "opt 17M": like("opt", 384, 0, 8, 6, 8192, ffn_dim=1536, word_embed_proj_dim=384),
     "qwen3 14M": like("qwen3", 320, 960, 10, 8, 8192, head_dim=40),
+    "llama 21M": like("llama", 384, 1056, 8, 6, 8192),
 }
 RUNS: list[tuple[str, dict, str]] = [
     ("llama 0.9M", {"batch": 8, "method": "full"}, "fitted"),
@@ -66,6 +77,20 @@ RUNS: list[tuple[str, dict, str]] = [
     ("llama 5.9M", {"batch": 1, "method": "lora", "together": 8}, "apart"),
 ]
 OPT = {"batch": 1, "length": 2048, "method": "qlora"}
+# model, layout, top-k of four experts, recipe
+MIXTURES: list[tuple[str, str, int, dict, str]] = [
+    ("llama 21M", "checkpoint", 2, {"tuned": "routers", "batch": 4}, "fitted"),
+    ("llama 21M", "checkpoint", 2, {"tuned": "norms", "batch": 4}, "fitted"),
+    ("llama 21M", "checkpoint", 2, {"tuned": "shared", "batch": 4}, "fitted"),
+    ("llama 21M", "checkpoint", 2, {"tuned": "everything", "batch": 4}, "fitted"),
+    ("llama 21M", "checkpoint", 4, {"tuned": "routers", "batch": 2}, "apart"),
+    ("llama 21M", "low-rank", 2, {"tuned": "routers", "batch": 4}, "fitted"),
+    ("llama 5.9M", "checkpoint", 2, {"tuned": "everything", "batch": 16}, "apart"),
+    ("llama 5.9M", "checkpoint", 2, {"tuned": "routers", "batch": 16}, "apart"),
+    ("llama 5.9M", "low-rank", 2, {"tuned": "routers", "batch": 4, "length": 1024}, "apart"),
+    ("qwen3 14M", "checkpoint", 2, {"tuned": "routers", "batch": 2, "length": 512}, "apart"),
+    ("qwen3 14M", "checkpoint", 2, {"tuned": "everything", "batch": 8, "length": 512, "accumulate": 4}, "apart"),
+]
 
 
 def main() -> None:
@@ -75,7 +100,13 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="those that no constant was fitted to, alone")
     parser.add_argument("--opt", action="store_true")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--mixture", action="store_true")
     options = parser.parse_args()
+    if options.mixture:
+        for name, layout, top_k, how, kind in MIXTURES:
+            if not (options.apart and kind != "apart"):
+                mixture(name, layout, top_k, Recipe(steps=2, method="router", **how), kind)
+        return
     if options.opt:
         config = AutoConfig.for_model(**SEEDS["7B (OPT-6.7B)"] | {"dtype": "bfloat16"})
         if options.small:
@@ -109,6 +140,56 @@ def one(name: str, config: object, recipe: Recipe, kind: str, device: str) -> No
         "speed error": round(told / found.tokens_per_second - 1, 3), 
         "components MB": {what: round(size / 1e6, 1) for what, size in parts.items()},
     }), flush=True)  # fmt: skip
+
+
+def mixture(name: str, layout: str, top_k: int, recipe: Recipe, kind: str) -> None:
+    """Two steps of tuning; peak and speed, predicted and measured."""
+    config = AutoConfig.for_model(**MODELS[name], bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Store(Path(scratch))
+        made = random_mixture(config, layout, top_k, store)
+        told, found = fit_mixture(made, recipe, store, device="cpu"), measure(made, recipe, store)
+    total = foretold(told.components, found)
+    print(json.dumps({
+        "bench": "fit", "mixture of 4": name, "layout": layout, "top_k": top_k,
+        **recipe.model_dump(exclude_defaults=True, exclude={"steps", "method"}), "tuned": recipe.tuned, "kind": kind,
+        "allocator": "heap" if scattered("cpu") else "mapped", "parameters": told.parameters, "trained": told.trained,
+        "predicted MB": round(total / 1e6), "peak MB": round(found.peak / 1e6), "error": round(total / found.peak - 1, 3),
+        "CPU seconds per million tokens, predicted": round(1e6 / (told.tokens_per_second or 1)),
+        "CPU seconds per million tokens": round(1e6 / found.tokens_per_second),
+        "speed error": round((told.tokens_per_second or 1) / found.tokens_per_second - 1, 3),
+        "components MB": {what: round(size / 1e6, 1) for what, size in told.components.items()},
+    }), flush=True)  # fmt: skip
+
+
+def random_mixture(config: object, layout: str, top_k: int, store: Store, experts: int = 4, rank: int = 16) -> Mixture:
+    """As many copies of a random seed's feed-forward, or random factors over it; random gates."""
+    seed = random_seed(config, store)
+    folder, tensors, gates = store.root / "work" / "mixture", seed_places(seed, store), Gates(kind="random", top_k=top_k)
+    rows = random_rows(tensors, [str(e) for e in range(experts)], 0, 50.0)
+    if layout == "checkpoint":
+        said = json.loads((seed_folder(seed, store) / "config.json").read_bytes())
+        write(Parts(seed.digest, said, tensors, [], (seed.digest,) * experts), rows, Mixing(gates=gates), folder, lambda *_: None)
+    else:
+        shape = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size, "down_proj": config.hidden_size}
+        wide = {"gate_proj": config.hidden_size, "up_proj": config.hidden_size, "down_proj": config.intermediate_size}
+        values = {f"{layer}.mlp.gate.weight": row_EH for layer, row_EH in rows.items()}
+        for layer in layers_of(tensors):
+            for e in range(experts):
+                for part in shape:
+                    top = f"{layer}.mlp.experts.{e}.{part}"
+                    values |= {f"{top}.lora_A": np.full((rank, wide[part]), 0.01), f"{top}.lora_B": np.full((shape[part], rank), 0.01)}
+        shards = Shards([(one, "F32", value.shape) for one, value in values.items()], folder, len(rows), "mixture")
+        for one, value in values.items():
+            shards.put_numbers(one, value)
+        shards.close()
+        (folder / LOW).write_text(json.dumps({"experts": experts, "top_k": top_k}))
+    made = Mixture(
+        seed=seed.digest, forest=seed.digest, experts=(seed.digest,) * experts, gates=gates, layout=layout, method="seed",
+        files=store.put_folder(folder),
+    )  # fmt: skip
+    store.add(made)
+    return made
 
 
 if __name__ == "__main__":

@@ -171,7 +171,8 @@ class Bench:
         record = self.store.load(self.asked.ensemble, Ensemble)
         experts = [self.store.load(digest, Expert) for digest in self.store.load(record.forest, Forest).experts]
         loglik_NE = np.column_stack([*(self.column(expert) for expert in experts), self.columns["seed"]])
-        dist2_NK = evaluate.distances(self.held, self.division, self.store)
+        signal = "sparse" if record.router == "sparse" else "dense"
+        dist2_NK = evaluate.distances(self.held, self.division, self.store, signal=signal)
         weight_NE = weights(
             dist2_NK[:, [expert.domain or 0 for expert in experts]], record.router, record.top_k, record.temperature, record.seed_distance
         )  # fmt: skip

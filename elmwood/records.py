@@ -506,4 +506,5 @@ def references(record: Record) -> Iterator[str]:
             for item in value:
                 yield from walk(item)
 
-    yield from dict.fromkeys(walk(record.model_dump(mode="json")))
+    # what the order of a contest was made from looks like one, and names nothing
+    yield from dict.fromkeys(walk(record.model_dump(mode="json", exclude={"order"} if isinstance(record, Contest) else None)))

@@ -19,7 +19,7 @@ from elmwood.errors import BadInput, UnknownName
 from elmwood.evaluate.partial import Partial
 from elmwood.evaluate.sequential import best, per_byte, worst
 from elmwood.lm.files import tokenizer
-from elmwood.records import Contest, Ensemble, Forest
+from elmwood.records import Contest, Ensemble, Forest, references
 from elmwood.report import Report, html
 from elmwood.report.charts import betting
 from elmwood.report.contest import headline, lines
@@ -133,13 +133,14 @@ def test_a_contest_is_told_whichever_way_it_went(grown):
         Contest(
             a="a" * 64, b="b" * 64, names=("old", "new"), holdout="holdout-x", protocol="p", outcome=outcome, estimand="clipped mean",
             effect=0.01, low=-0.01, high=0.03, drawn=32, touched=100, blocks=1000, moved=0.2, alpha=0.05, beta=0.1, min_effect=0.002,
-            cap=50, clip=0.5, order="o", wealth=((1, 0.1, -0.1), (32, 99.0, -99.0)),
+            cap=50, clip=0.5, order="c" * 64, wealth=((1, 0.1, -0.1), (32, 99.0, -99.0)),
         )
         for outcome in ("better", "not better", "undecided")
     ]  # fmt: skip
     for one, words in zip(found, ("new is better than old", "not better than old by 0.002", "undecided after 32"), strict=True):
         told = " ".join(text for _, text in lines(one))
         assert words in headline(one)
+        assert set(references(one)) == {one.a, one.b}  # its order looks like a digest, and `verify` would miss it
         for part in (
             "+0.0100",
             "+0.00100 over all",

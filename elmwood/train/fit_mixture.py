@@ -1,6 +1,6 @@
 """Will tuning a mixture fit? As `fit`, from its files' headers and its seed's config: no weights are read.
 
-N numbers, K experts that a token goes through, D width, F width of a feed-forward layer
+E experts, K of them that a token goes through, D width, Q width of all heads, F width of a feed-forward layer
 """
 
 import json
@@ -11,7 +11,7 @@ from elmwood.lm.lowrank import FILE
 from elmwood.records import Frozen, Mixture, Recipe, Seed
 from elmwood.store import Store
 from elmwood.train.fit import asked, config_of, in_passes, most_that
-from elmwood.train.formulas import BESIDE, FLOAT, Anatomy, activations, anatomy, highest, logits, resident, rows_at_once, speed, width_of
+from elmwood.train.formulas import BESIDE, FLOAT, Anatomy, anatomy, highest, logits, resident, rows_at_once, speed, width_of
 from elmwood.train.router import ORDER, kind_of
 
 
@@ -74,10 +74,12 @@ def counted(mixture: Mixture, store: Store) -> dict[str, int]:
 
 
 def components(mixture: Mixture, count: dict[str, int], body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
-    """Bytes at the peak of a pass, of a mixture with so many numbers of each kind; the constants are those of `formulas`."""
+    """Bytes at the peak of a pass, of a mixture with so many numbers of each kind; the constants are those of `formulas`.
+
+    On a CPU a checkpoint's experts count twice: they are put together in memory, and the file they were read from stays mapped.
+    """
     own, low, positions = _trained(count, recipe), width_of(device), rows_at_once(recipe) * recipe.length
-    sent = 3 * mixture.gates.top_k * body.width + 3 * len(mixture.experts)  # of a token and layer: to its experts, and back; logits
-    numbers = activations(body, recipe.model_copy(update={"method": "full"}), device) + positions * (body.layers * sent + recipe.length)
+    numbers = positions * (activations(body, mixture, recipe) + recipe.length)
     head = body.vocabulary * body.width * FLOAT if recipe.tuned in ("shared", "everything") else 0
     gradients = own * FLOAT
     before = gradients if recipe.accumulate > 1 else 0
@@ -85,10 +87,26 @@ def components(mixture: Mixture, count: dict[str, int], body: Anatomy, recipe: R
         "process": resident() if device == "cpu" else 0,
         "libraries": BESIDE[device],
         "weights": sum(count.values()) * FLOAT,
+        "files": count["everything"] * FLOAT if device == "cpu" and FILE not in mixture.files else 0,
         "optimiser": 2 * own * FLOAT,
         "logits": logits(body.vocabulary, positions, device),
         **highest(numbers * low, max(head, before), gradients, gradients - before, 0, device),
     }
+
+
+def activations(body: Anatomy, mixture: Mixture, recipe: Recipe) -> int:
+    """Numbers of a token kept for the backward pass, mask and loss aside.
+
+    Frozen matrices keep nothing of what they are given, and with routers alone nothing before the first gate needs a gradient.
+    Of a layer: norms' inputs (where tuned their normalised values, and what comes out), attention's four, what enters the gate; of each
+    expert before and after the activation and the other branch, the product where down_proj is tuned, what comes out to be weighed.
+    """
+    tuned, low, k, wide = ORDER.index(recipe.tuned), FILE in mixture.files, mixture.gates.top_k, body.feed_forward
+    norms, heads = (2, 4, 5, 5)[tuned] * body.width, (4 + (4 if tuned else 2) * body.query_norms) * body.heads
+    above = norms + heads + (5 if low else 4 if recipe.tuned == "everything" else 3) * wide
+    always = body.width + (2 if recipe.tuned == "everything" else 1) * k * body.width + 4 * len(mixture.experts) + 9 * k  # and the routing
+    first = 0 if tuned else above - 2 * wide * low  # what the first layer lacks
+    return body.layers * (above + always) - first + (2, 3, 4, 4)[tuned] * body.width
 
 
 def _body(mixture: Mixture, store: Store) -> Anatomy:

@@ -1,6 +1,6 @@
 """What training really takes: two steps of it in a process of its own. `fit` predicts, this looks.
 
-python -m elmwood.train.measure STORE SEED RECIPE DEVICE
+python -m elmwood.train.measure STORE SEED-OR-MIXTURE RECIPE DEVICE
 """
 
 import json
@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from elmwood.corpus.tokens import Packed
 from elmwood.errors import BadInput, DoesNotFit
 from elmwood.lm.load import add_seed
-from elmwood.records import Recipe, Seed
+from elmwood.records import Mixture, Recipe, Seed
 from elmwood.store import Store
-from elmwood.train import loop, together
+from elmwood.train import loop, router, together
 from elmwood.train.formulas import resident
 from elmwood.train.tasks import opened
 
@@ -36,13 +36,13 @@ class Measured(NamedTuple):
     tokens_per_second: float  # of the second step: on a CPU by its own time, so that others at work do not enter
 
 
-def measure(seed: Seed | Any, recipe: Recipe, store: Store | None = None, device: str = "cpu") -> Measured:
-    """Two steps over random tokens, from a seed or from a config, which gets random weights on the disk for as long as it takes.
+def measure(seed: Seed | Mixture | Any, recipe: Recipe, store: Store | None = None, device: str = "cpu") -> Measured:
+    """Two steps over random tokens, from a seed, a mixture, or a config, which gets random weights on the disk for as long as it takes.
 
     Raises DoesNotFit where the process was killed or ran out of memory, BadInput where it failed otherwise.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        if not isinstance(seed, Seed):
+        if not isinstance(seed, Seed | Mixture):
             store = Store(Path(scratch))
             seed = random_seed(seed, store)
         recipe = recipe.model_copy(update={"steps": STEPS, "patience": None})
@@ -70,14 +70,15 @@ def foretold(components: dict[str, int], found: Measured) -> int:
     return sum(components.values()) - components["process"] + found.held
 
 
-def take(seed: Seed, recipe: Recipe, store: Store, device: str) -> Measured:
+def take(start: Seed | Mixture, recipe: Recipe, store: Store, device: str) -> Measured:
     """Train in this process."""
+    seed = store.load(start.seed, Seed) if isinstance(start, Mixture) else start
     rng, size = np.random.default_rng(0), recipe.batch * (recipe.length + 1) + 2 * DOCUMENT
     texts = [
         Packed(rng.integers(1, seed.vocabulary, size).astype(np.uint32), np.arange(0, size, DOCUMENT), 0) for _ in range(recipe.together)
     ]
     held = resident() if device == "cpu" else 0
-    model = opened(seed, recipe, store, device)
+    model = router.opened(start, store, device) if isinstance(start, Mixture) else opened(seed, recipe, store, device)
     marks: list[float] = []
 
     def tick(*_: object) -> None:
@@ -86,7 +87,11 @@ def take(seed: Seed, recipe: Recipe, store: Store, device: str) -> Measured:
         marks.append(time.perf_counter() if device == "cuda" else time.process_time() / recipe.threads)
 
     with tempfile.TemporaryDirectory() as work:
-        if recipe.together > 1:
+        if isinstance(start, Mixture):
+            router.choose(model, recipe.tuned)
+            with router.watched(model, recipe.balance) as watch:
+                loop.run(model, texts[0], recipe, Path(work), lambda **_: None, tick, watch.balance)
+        elif recipe.together > 1:
             together.run(model, texts, recipe, Path(work), lambda *_, **__: None, tick)
         else:
             loop.run(model, texts[0], recipe, Path(work), lambda **_: None, tick)
@@ -107,4 +112,6 @@ def peak(device: str) -> int:
 if __name__ == "__main__":
     place, digest, plan, kind = sys.argv[1:]
     home = Store(place)
-    print(json.dumps(take(home.load(digest, Seed), Recipe.model_validate_json(plan), home, kind)._asdict()))
+    given = home.load(digest)
+    assert isinstance(given, Seed | Mixture)
+    print(json.dumps(take(given, Recipe.model_validate_json(plan), home, kind)._asdict()))
