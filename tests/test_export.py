@@ -173,6 +173,7 @@ def test_a_mixture_of_any_architecture_makes_the_round_trip(kind, store, tmp_pat
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == tiny_tokenizer().encode(TEXT).ids
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(digest in card for digest in record.experts)
+    assert all(f"| {path.name} |" in card for path in (tmp_path / "out").iterdir() if path.name != "README.md")
     if kind == "olmo2":
         with pytest.raises(BadInput, match="flex_olmo"):
             export(record, store, tmp_path / "gguf", "gguf")

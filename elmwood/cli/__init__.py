@@ -225,7 +225,7 @@ def train(
               as_json=as_json)  # fmt: skip
         return
     if seed is None:
-        raise BadInput("experts branch from a seed: name it with --seed")
+        raise BadInput("experts branch from a seed: name it with --seed; a mixture is tuned, with --method router")
     if wrong := _given(context) & {"tuned", "balance"}:
         raise BadInput(f"--{min(wrong)} is of mixtures: leave it out, or tune one with --method router")
     _verb("training", "train", partition=partition, seed=seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length,

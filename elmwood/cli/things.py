@@ -47,8 +47,12 @@ def show(*, name, store, as_json) -> None:
         return
     names = {digest: ref for ref, digest in home.names().items()}
     seen: set[str] = set()
+    below = None  # the depth of what was shown above, with all that it was made from
     for depth, record in lineage(home, home.resolve(name)):
+        if below is not None and depth > below:
+            continue
         again = record.digest in seen
+        below = depth if again else None
         seen.add(record.digest)
         ref = names.get(record.digest, "")
         words = "(above)" if again else summary(record)

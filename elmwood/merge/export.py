@@ -8,7 +8,7 @@ from pathlib import Path
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
-from elmwood.merge.card import model_card
+from elmwood.merge.card import RUN, model_card
 from elmwood.merge.fold import fold
 from elmwood.merge.mixture_build import copies
 from elmwood.merge.mixture_dense import densify
@@ -64,6 +64,10 @@ def export(
                 Path(scratch), folder / FILE, name=f"{seed.name}-{record.digest[:8]}", dtype=dtype, licence=seed.licence,
                 begins=seed.corpus is not None, progress=progress,
             )  # fmt: skip
+    if (folder / "README.md").exists() and isinstance(record, Mixture):  # its own card was written before its files were
+        rows = [f"| {name} | `{digest}` |" for name, digest in _digests(folder).items() if name != "README.md"]
+        with (folder / "README.md").open("a") as file:
+            file.write("\n".join(["", "```python", RUN[form], "```", "", "| file | digest |", "|---|---|", *rows, ""]))
     if not (folder / "README.md").exists():  # what was combined has its own
         (folder / "README.md").write_text(model_card(record, seed, form, _domain(record, store), _digests(folder)))
 
