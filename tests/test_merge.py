@@ -3,6 +3,7 @@
 import math
 import random
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from elmwood.errors import BadInput, ForeignExpert, UnknownName
 from elmwood.lm.load import load_model
-from elmwood.merge import fixed
+from elmwood.merge import fixed, kernels
 from elmwood.merge.make import Answer, finalize, merge
-from elmwood.merge.numbers import voted
+from elmwood.merge.numbers import cut, voted
+from elmwood.merge.rule import Local
 from elmwood.merge.rules import RULES
 from elmwood.merge.states import add, remove, state
 from elmwood.merge.tensors import decode, encode
@@ -76,10 +78,10 @@ def deltas_of(seed, experts, store) -> tuple[dict[str, np.ndarray], list[dict[st
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_sums_have_the_same_bits_in_any_order_and_addends_come_out_again(values, shuffle):
     def total(order, minus=()):
-        made, scratch = fixed.Sum(1), np.empty(1)
-        for sign, one in [*((1, v) for v in order), *((-1, v) for v in minus)]:
-            made.add(np.array([sign * one]), abs(one), scratch)
-        return int(made.close()[0])
+        total_N = np.zeros(1, np.int64)
+        for sign, one in [*((1.0, v) for v in order), *((-1.0, v) for v in minus)]:
+            fixed.add(total_N, np.array([one]), sign, abs(one))
+        return int(total_N[0])
 
     other = random.Random(shuffle).sample(values, len(values))
     assert total(values) == total(other)
@@ -89,17 +91,37 @@ def test_sums_have_the_same_bits_in_any_order_and_addends_come_out_again(values,
 
 @pytest.mark.parametrize("weights", [[1.0] * 300, [0.3, 2.0, 0.3, 0.7] * 4, [100.0, 1.0, -0.5]])
 def test_a_ballot_is_four_sums(weights):
-    """More votes of a weight than a byte counts, weights that change, numbers beyond the quick way of rounding."""
+    """Many votes, weights that change, numbers beyond the quick way of rounding."""
     rng, numbers = np.random.default_rng(len(weights)), 50
-    total_4N, scratch_N = np.zeros((4, numbers), np.int64), np.empty(numbers)
-    ballot, plain = fixed.Ballot(total_4N), [fixed.Sum(numbers) for _ in range(4)]
+    total_4N, plain_4N = np.zeros((4, numbers), np.int64), np.zeros((4, numbers), np.int64)
     for weight in weights:
         part_N = rng.standard_normal(numbers) * (rng.random(numbers) < 0.6) * weight
-        ballot.add(part_N, weight, fixed.reach(part_N), scratch_N)
-        for sum_N, each_N in zip(plain, voted(part_N, weight), strict=True):
-            sum_N.add(each_N, fixed.reach(each_N), scratch_N)
-    ballot.close()
-    assert np.array_equal(total_4N, [sum_N.close() for sum_N in plain])
+        fixed.vote(total_4N, part_N, weight, fixed.reach(part_N))
+        for total_N, each_N in zip(plain_4N, voted(part_N, weight), strict=True):
+            fixed.add(total_N, each_N, 1.0, fixed.reach(each_N))
+    assert np.array_equal(total_4N, plain_4N)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_compiled_loops_give_the_bits_of_their_formulas(dtype):
+    """Held against numpy, or whole numbers of any size: nothing is contracted or put in another order."""
+    rng, numbers = np.random.default_rng(5), 999
+    part_N = (rng.standard_normal(numbers) * 10.0 ** rng.integers(-12, 2, numbers)).astype(dtype)
+    start_N = rng.integers(-(2**61), 2**61, numbers) >> rng.integers(0, 60, numbers)
+    fixed.add(total_N := start_N.copy(), part_N, 0.3, fixed.reach(part_N))
+    exact = [round(Fraction(float(np.float64(one) * 0.3)) * 2**44) for one in part_N]
+    assert (total_N - start_N).tolist() == exact
+    assert np.array_equal(fixed.value(total_N), total_N.astype(np.float64) * fixed.LSB)
+    assert fixed.reach(part_N) == float(np.abs(part_N).max())
+    for bad in (np.nan, np.inf, -np.inf):
+        assert not fixed.reach(np.append(part_N, dtype(bad))) < np.inf
+    magnitude_N, inside_N = np.abs(part_N), np.empty(numbers + 1)
+    above, inside = kernels.window(magnitude_N, 1e-6, 1e-3, inside_N)
+    kept_N = (magnitude_N >= 1e-6) & (magnitude_N < 1e-3)
+    assert above == (magnitude_N >= 1e-3).sum()
+    assert np.array_equal(inside_N[:inside], magnitude_N[kept_N])
+    (trimmed_N,) = cut(part_N.astype(np.float64), 0.3, Local(1e-6, 1e-3), {})
+    assert np.array_equal(trimmed_N, part_N.astype(np.float64) * 0.3 * kept_N)
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=12), st.integers(0, 99))
@@ -125,7 +147,7 @@ def test_inner_products_are_good_to_the_largest_product(pairs):
 def test_what_cannot_be_added_is_refused():
     for bad in (np.inf, np.nan, 1e9):
         with pytest.raises(BadInput):
-            fixed.Sum(1).add(np.array([bad]), bad, np.empty(1))
+            fixed.add(np.zeros(1, np.int64), np.array([bad]), 1.0, bad)
     with pytest.raises(BadInput, match="fewer experts"):
         fixed.check_room(fixed.ROOM)
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput
+from elmwood.merge import kernels
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
@@ -22,94 +23,48 @@ BITS = 44  # after the point
 LSB = 2.0**-BITS
 ROOM = 1 << (62 - BITS)  # the magnitudes of all addends together stay below this
 # adding 1.5 * 2^52 units rounds a float64 to a whole number of them, to nearest even, and leaves it in the low bits of the sum
-MAGIC = np.float64(1.5 * 2.0**52 * LSB)  # no plain float: float32 addends would be added in float32
-MAGIC_BITS = int(MAGIC.view(np.int64))
-NARROW = float(MAGIC) / 6  # well below where the trick ends
+MAGIC = 1.5 * 2.0**52 * LSB
+NARROW = MAGIC / 6  # well below where the trick ends
 
 
 def reach(part_N: Floats) -> float:
-    """The largest magnitude; NaN or infinity where there is one."""
-    return max(float(part_N.max()), -float(part_N.min())) if part_N.size else 0.0
+    """The largest magnitude of float32 or float64 numbers; NaN or infinity where there is one."""
+    kind, mask = (np.uint32, 0x7FFFFFFF) if part_N.dtype == np.float32 else (np.int64, 0x7FFFFFFFFFFFFFFF)
+    return float(np.array(kernels.largest(part_N.view(kind), mask), kind).view(part_N.dtype))
 
 
-class Sum:
-    """A sum of N numbers under way, in `total_N` where it is given. What addends have too much is taken off once, at the end."""
-
-    def __init__(self, numbers: int, total_N: Ints | None = None):
-        self.total_N = np.zeros(numbers, np.int64) if total_N is None else total_N
-        self.excess = 0
-
-    def add(self, part_N: Floats, largest: float, scratch_N: Floats) -> None:
-        """`largest` is reach(part) or more; `scratch` is float64 of the same size. Raises BadInput."""
-        self.add_whole(*_whole(part_N, largest, scratch_N))
-
-    def add_whole(self, whole_N: Ints, excess: int) -> None:
-        """Whole numbers, each with `excess` too much."""
-        np.add(self.total_N, whole_N, out=self.total_N)
-        self.excess += excess
-
-    def close(self) -> Ints:
-        """The sum, in units of 2^-44."""
-        if self.excess:
-            excess = self.excess % (1 << 64)  # 64-bit integers wrap around: a group all the same
-            self.total_N -= np.int64(excess - (1 << 64) if excess >> 63 else excess)
-            self.excess = 0
-        return self.total_N
-
-
-def _whole(part_N: Floats, largest: float, scratch_N: Floats) -> tuple[Ints, int]:
-    """Numbers in units of 2^-44, each with so much too much; they may stand in `scratch`. Raises BadInput."""
+def add(total_N: Ints, part_N: Floats, weight: float, largest: float) -> None:
+    """Add weight * part to a sum; `largest`: reach(weight * part) or more. Raises BadInput."""
     if largest < NARROW:
-        np.add(part_N, MAGIC, out=scratch_N)
-        return scratch_N.view(np.int64), MAGIC_BITS
+        kernels.add(part_N, weight, MAGIC, total_N)
+    else:
+        total_N += _whole(np.multiply(part_N, np.float64(weight)), largest)
+
+
+def vote(total_FN: Ints, part_N: Floats, weight: float, largest: float) -> None:
+    """Add to four sums: what speaks for plus, what for minus, and the weights of either side (TIES, arXiv:2306.01708).
+    `largest`: reach(part) or more. Raises BadInput."""
+    unit = round(weight / LSB)
+    if largest < NARROW:
+        kernels.vote(part_N, unit, MAGIC, total_FN)
+        return
+    whole_N = _whole(part_N, largest)
+    total_FN[0] += np.maximum(whole_N, 0)
+    total_FN[1] += np.minimum(whole_N, 0)
+    total_FN[2] += (part_N > 0) * np.int64(unit)
+    total_FN[3] += (part_N < 0) * np.int64(unit)
+
+
+def _whole(part_N: Floats, largest: float) -> Ints:
+    """In units of 2^-44, of any size that a sum may have. Raises BadInput."""
     bound(largest)
-    np.multiply(part_N, np.float64(1 / LSB), out=scratch_N)
-    np.rint(scratch_N, out=scratch_N)
-    return scratch_N.astype(np.int64), 0
-
-
-class Ballot:
-    """Four sums of N numbers under way: what speaks for plus, what for minus, and the weights of either side (TIES, arXiv:2306.01708)."""
-
-    def __init__(self, total_FN: Ints):
-        """`total_FN`: zeros, one row for each sum."""
-        self.total_FN = total_FN
-        numbers = total_FN.shape[1]
-        self.plus, self.both = Sum(numbers, total_FN[0]), Sum(numbers, total_FN[1])
-        self.weight, self.count = 0.0, 0
-        self.votes_2N = np.zeros((2, numbers), np.uint8)  # of those with the present weight
-
-    def add(self, part_N: Floats, weight: float, largest: float, scratch_N: Floats) -> None:
-        """One vote for each number but 0. `largest` and `scratch` as in Sum. Raises BadInput."""
-        if weight != self.weight or self.count == 255:
-            self._count()
-            self.weight = weight
-        self.count += 1
-        self.votes_2N[0] += (part_N > 0).view(np.uint8)
-        self.votes_2N[1] += (part_N < 0).view(np.uint8)
-        whole_N, excess = _whole(part_N, largest, scratch_N)
-        self.both.add_whole(whole_N, excess)
-        np.maximum(whole_N, excess, out=whole_N)
-        self.plus.add_whole(whole_N, excess)
-
-    def _count(self) -> None:
-        unit = round(self.weight / LSB)
-        for total_N, votes_N in zip(self.total_FN[2:], self.votes_2N, strict=True):
-            total_N += votes_N.astype(np.int64) * unit
-        self.votes_2N[:] = 0
-        self.count = 0
-
-    def close(self) -> None:
-        """Leave plus, minus and their weights in the rows, in units of 2^-44."""
-        self._count()
-        self.plus.close()
-        np.subtract(self.both.close(), self.total_FN[0], out=self.total_FN[1])
+    return np.rint(part_N * np.float64(1 / LSB)).astype(np.int64)
 
 
 def value(total_N: Ints) -> NDArray[np.float64]:
     """The sum as float64."""
-    value_N = total_N.astype(np.float64)
-    value_N *= LSB
+    value_N = np.empty(total_N.shape)
+    kernels.units(total_N, LSB, value_N)
     return value_N
 
 

@@ -4,9 +4,8 @@ N numbers of one tensor (or a block of it). `delta` is expert minus seed (the ta
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-from elmwood.merge import fixed
+from elmwood.merge import fixed, kernels
 from elmwood.merge.rule import Floats, Local, Settings, Total
 
 # ---- parts: from one expert -------------------------------------------------------------------------------------
@@ -24,15 +23,13 @@ def dropped(delta_N: Floats, weight: float, local: Local, settings: Settings) ->
 
 def cut(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
     """Without the smallest and the largest magnitudes (breadcrumbs, arXiv:2312.06795)."""
-    magnitude_N = np.abs(delta_N)
-    kept_N = magnitude_N >= local.low
-    if local.high != np.inf:
-        kept_N &= magnitude_N < local.high
-    return (np.multiply(delta_N if weight == 1 else delta_N * weight, kept_N, out=magnitude_N),)
+    part_N = np.empty_like(delta_N)
+    kernels.trim(delta_N, weight, local.low, local.high, part_N)
+    return (part_N,)
 
 
 def voted(trimmed_N: Floats, weight: float) -> tuple[Floats, ...]:
-    """A ballot (see fixed.Ballot) as four addends: what speaks for plus, what for minus, and with what weight."""
+    """A ballot (see fixed.vote) as four addends: what speaks for plus, what for minus, and with what weight."""
     plus_N, minus_N = np.maximum(trimmed_N, 0), np.minimum(trimmed_N, 0)
     return plus_N, minus_N, (trimmed_N > 0) * weight, (trimmed_N < 0) * weight
 
@@ -98,23 +95,10 @@ def shifted(sums: tuple[Floats, ...], seed_N: Floats, total: Total, settings: Se
 
 def elected(sums: tuple[Floats, ...], seed_N: Floats, total: Total, settings: Settings) -> Floats:
     """The side with more mass wins (plus, where they are equal); the mean of those on it (TIES, arXiv:2306.01708)."""
-    plus_N, minus_N, plus_weight_N, minus_weight_N = sums
-    wins_N = plus_N + minus_N >= 0
-    mass_N = _side(wins_N, plus_N, minus_N)
-    if settings["normalise"]:
-        weight_N = _side(wins_N, plus_weight_N, minus_weight_N)
-        weight_N += weight_N == 0  # nobody: a mass of 0, whatever divides it
-        mass_N /= weight_N
-    mass_N *= settings["scale"]
-    mass_N += seed_N
-    return mass_N
-
-
-def _side(wins_N: NDArray[np.bool_], plus_N: Floats, minus_N: Floats) -> Floats:
-    """np.where, without a branch for each number."""
-    side_N = plus_N * wins_N
-    side_N += minus_N * ~wins_N
-    return side_N
+    theta_N = np.empty(seed_N.shape)
+    flat = (one.reshape(-1) for one in (*sums, seed_N))
+    kernels.elect(*flat, settings["scale"], bool(settings["normalise"]), theta_N.reshape(-1))
+    return theta_N
 
 
 def spanned(sums: tuple[Floats, ...], seed_N: Floats, total: Total, settings: Settings) -> Floats:

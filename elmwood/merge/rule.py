@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     begins: Mapping[str, float]  # settings that decide the state
     ends: Mapping[str, float]  # settings that finishing takes: they can be changed without reading experts again
     linear: bool = False  # the part is weight * delta, so that full experts can be added without subtracting the seed
-    ballot: bool = False  # the part is one array that votes: the four fields are made of it (fixed.Ballot)
+    ballot: bool = False  # the part is one array that votes: the four fields are made of it (fixed.vote)
     ranks: Callable[[Settings], tuple[float, float]] | None = None  # shares of magnitudes: kept, and cut off at the top
     # part and finish take a whole tensor, in its shape; its sums are wide (fixed.wide)
     entire: bool = False

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmwood.merge import kernels
+
 Floats = NDArray[np.floating[Any]]
 SPREAD = 6  # standard errors of a sample's quantile that the window reaches to either side
 
@@ -34,11 +36,10 @@ class Kth:
     def push(self, magnitude_N: Floats) -> None:
         if self.found is not None:
             return
-        over_N = magnitude_N >= self.high
-        self.above += int(np.count_nonzero(over_N))
-        inside_N = magnitude_N >= self.low
-        inside_N ^= over_N
-        self.inside.append(magnitude_N[inside_N])
+        inside_N = np.empty(magnitude_N.size + 1)
+        above, inside = kernels.window(magnitude_N, self.low, self.high, inside_N)
+        self.above += above
+        self.inside.append(inside_N[:inside].copy())
 
     def settle(self) -> None:
         """After all were pushed: it is known; or the window has moved to where it must be, and all are to be pushed again."""

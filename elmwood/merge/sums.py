@@ -50,7 +50,7 @@ class Block(NamedTuple):
     first: int
     at: int  # of its piece
     end: int
-    sums: list[list[fixed.Sum | fixed.Ballot]]  # [wanted]; nothing for those whose sums come with another piece of the tensor
+    sums: list[fixed.Ints]  # [wanted] whole numbers [F, block]; F is 0 for those whose sums come with another piece of the tensor
 
 
 class Pass:
@@ -70,7 +70,7 @@ class Pass:
         self.statistics = statistics
         self.reach = [[0] * len(sources) for _ in wanted]  # the bound of what each expert added
         self.shares: list[dict[str, Floats]] = [{} for _ in wanted]  # weights that a rule chose, by tensor
-        self.scratch_N, self.delta_N = np.empty(BLOCK), np.empty(BLOCK)
+        self.delta_N = np.empty(BLOCK)
 
     def names(self) -> list[str]:
         """Tensors that are merged: those of numbers, that some expert changes or has statistics of."""
@@ -164,20 +164,12 @@ class Pass:
             if number == 0:
                 totals = [np.zeros((0 if rule.entire else len(rule.fields), last - first), np.int64) for rule in rules]
                 blocks = [
-                    Block(
-                        name,
-                        first + at,
-                        at,
-                        end := min(last - first, at + BLOCK),
-                        [_begun(*pair, at, end) for pair in zip(rules, totals, strict=True)],
-                    )
+                    Block(name, first + at, at, end := min(last - first, at + BLOCK), [total_FN[:, at:end] for total_FN in totals])
                     for at in range(0, last - first, BLOCK)
                 ]
             for block in blocks:
                 self._block(block, groups[number], raws, seed, rules, weights, cuts)
             if number == len(groups) - 1:
-                for one in (one for block in blocks for sums in block.sums for one in sums):
-                    one.close()
                 yield Piece(name, first, last, raws[0] if seed else None, [list(total_FN) for total_FN in totals])
 
     def _block(
@@ -188,20 +180,20 @@ class Pass:
         name, first, at, end, sums = block
         place, count = self.seed[name], end - at
         seed_N = decode(raws[0][at * place.width : end * place.width], place.dtype).astype(np.float64) if seed else None
-        rest, scratch_N = iter(raws[1:] if seed else raws), self.scratch_N[:count]
+        rest = iter(raws[1:] if seed else raws)
         linear = any(rule.linear for rule in rules)
         for e in group:
             one = self.sources[e]
             raw = next(rest) if isinstance(one, Whole) else None
             value_N, delta_N = numbers_of(one, name, first, first + count, at, place, raw, seed_N)
             largest = finite_reach(value_N, one, name) if linear else 0.0
-            for number, (wanted, rule, mine) in enumerate(zip(self.wanted, rules, sums, strict=True)):
+            for number, (wanted, rule, total_FN) in enumerate(zip(self.wanted, rules, sums, strict=True)):
                 weight = float(weights[number][e])
                 if not weight or rule.entire:
                     continue
                 if rule.linear:
-                    reach = fixed.reach(np.array([largest * weight]))
-                    part_N = value_N if weight == 1 else value_N.astype(np.float64) * weight
+                    reach = abs(largest * weight)
+                    fixed.add(total_FN[0], value_N, weight, reach)
                 else:
                     if delta_N is None:
                         delta_N = value_N if seed_N is None or not one.whole else np.subtract(value_N, seed_N, out=self.delta_N[:count])
@@ -210,12 +202,11 @@ class Pass:
                         delta_N, weight, Local(low, high, chance(one.digest, name, wanted.begins, first, count)), wanted.begins
                     )
                     reach = finite_reach(part_N, one, name)
-                (sum_N,) = mine
-                if isinstance(sum_N, fixed.Ballot):
-                    sum_N.add(part_N, weight, reach, scratch_N)
-                    self.reach[number][e] = max(self.reach[number][e], fixed.bound(abs(weight)))
-                else:
-                    sum_N.add(part_N, reach, scratch_N)
+                    if rule.ballot:
+                        fixed.vote(total_FN, part_N, weight, reach)
+                        reach = max(reach, abs(weight))
+                    else:
+                        fixed.add(total_FN[0], part_N, 1.0, reach)
                 self.reach[number][e] = max(self.reach[number][e], fixed.bound(reach))
 
     def _entire(self, name: str, whole: set[int], reader: Reader) -> Piece:
@@ -331,10 +322,3 @@ def _magnitude(one: Source, name: str, first: int, last: int, at: int, place: Pl
     magnitude_N = np.abs(magnitude_N, out=magnitude_N if delta_N is None else None)
     finite_reach(magnitude_N.max(keepdims=True), one, name)  # a threshold among numbers that are none would never be found
     return magnitude_N
-
-
-def _begun(rule: Rule, total_FN: fixed.Ints, at: int, end: int) -> list[fixed.Sum | fixed.Ballot]:
-    """Where a rule's parts of a block are added."""
-    if not len(total_FN):
-        return []
-    return [fixed.Ballot(total_FN[:, at:end])] if rule.ballot else [fixed.Sum(end - at, total_FN[0, at:end])]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput, Damaged
-from elmwood.merge import fixed
+from elmwood.merge import fixed, kernels
 
 Floats = NDArray[np.floating[Any]]
 Bytes = NDArray[np.uint8]
@@ -260,9 +260,9 @@ def _settle(handle: int, begin: int, end: int, sha: Any) -> None:
 def decode(raw: Bytes, dtype: str) -> Floats:
     """Numbers from their bytes, exactly: float32 (or float64 for F64)."""
     if dtype == "BF16":
-        bits_N = raw.view("<u2").astype(np.uint32)
-        bits_N <<= 16
-        return bits_N.view(np.float32)
+        value_N = np.empty(raw.size // 2, np.float32)
+        kernels.widen(raw.view("<u2"), value_N)
+        return value_N
     if dtype == "F16":
         return raw.view("<f2").astype(np.float32)
     return raw.view("<f4" if dtype == "F32" else "<f8")
@@ -271,24 +271,8 @@ def decode(raw: Bytes, dtype: str) -> Floats:
 def encode(value_N: NDArray[np.float64], dtype: str) -> Bytes:
     """Bytes of the nearest numbers of a dtype; ties to even."""
     if dtype == "BF16":
-        return _to_bf16(value_N).view(np.uint8)
+        code_N = np.empty(value_N.size, np.uint16)
+        kernels.narrow(value_N, code_N)
+        return code_N.view(np.uint8)
     with np.errstate(over="ignore"):
         return value_N.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype], copy=False).view(np.uint8)
-
-
-def _to_bf16(value_N: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """Through float32, but for those that float32 rounds onto the middle between two bf16 numbers: they remember their side."""
-    single_N = value_N.astype(np.float32)
-    bits_N = single_N.view(np.uint32)
-    middle_N = bits_N.astype(np.uint16) == 0x8000  # of the half that goes
-    if middle_N.any():
-        middle_N &= single_N != value_N
-        middle = np.flatnonzero(middle_N)
-        side = np.sign(np.abs(value_N[middle]) - np.abs(single_N[middle].astype(np.float64)))
-        bits_N[middle] += side.astype(np.int32).view(np.uint32)
-    odd_N = bits_N >> 16
-    odd_N &= 1
-    odd_N += 0x7FFF
-    bits_N += odd_N
-    bits_N >>= 16
-    return bits_N.astype(np.uint16)
