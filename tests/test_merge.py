@@ -5,6 +5,7 @@ import random
 import shutil
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from elmwood.errors import BadInput, ForeignExpert, UnknownName
 from elmwood.lm.load import load_model
-from elmwood.merge import fixed, kernels
+from elmwood.merge import fixed, kernels, select
 from elmwood.merge.make import Answer, finalize, merge
 from elmwood.merge.numbers import cut, voted
 from elmwood.merge.rule import Local
@@ -80,7 +81,7 @@ def test_sums_have_the_same_bits_in_any_order_and_addends_come_out_again(values,
     def total(order, minus=()):
         total_N = np.zeros(1, np.int64)
         for sign, one in [*((1.0, v) for v in order), *((-1.0, v) for v in minus)]:
-            fixed.add(total_N, np.array([one]), sign, abs(one))
+            fixed.add(total_N, np.array([one]), sign)
         return int(total_N[0])
 
     other = random.Random(shuffle).sample(values, len(values))
@@ -96,9 +97,9 @@ def test_a_ballot_is_four_sums(weights):
     total_4N, plain_4N = np.zeros((4, numbers), np.int64), np.zeros((4, numbers), np.int64)
     for weight in weights:
         part_N = rng.standard_normal(numbers) * (rng.random(numbers) < 0.6) * weight
-        fixed.vote(total_4N, part_N, weight, fixed.reach(part_N))
+        fixed.vote(total_4N, part_N, weight)
         for total_N, each_N in zip(plain_4N, voted(part_N, weight), strict=True):
-            fixed.add(total_N, each_N, 1.0, fixed.reach(each_N))
+            fixed.add(total_N, each_N)
     assert np.array_equal(total_4N, plain_4N)
 
 
@@ -108,9 +109,14 @@ def test_compiled_loops_give_the_bits_of_their_formulas(dtype):
     rng, numbers = np.random.default_rng(5), 999
     part_N = (rng.standard_normal(numbers) * 10.0 ** rng.integers(-12, 2, numbers)).astype(dtype)
     start_N = rng.integers(-(2**61), 2**61, numbers) >> rng.integers(0, 60, numbers)
-    fixed.add(total_N := start_N.copy(), part_N, 0.3, fixed.reach(part_N))
+    fixed.add(total_N := start_N.copy(), part_N, 0.3)
     exact = [round(Fraction(float(np.float64(one) * 0.3)) * 2**44) for one in part_N]
     assert (total_N - start_N).tolist() == exact
+    bits_N = encode(part_N.astype(np.float64), "BF16").view(np.uint16)
+    for weight in (0.3, 30.0):  # and where the quick way of rounding ends
+        fixed.add(left_N := start_N.copy(), bits_N, weight)
+        fixed.add(right_N := start_N.copy(), decode(bits_N.view(np.uint8), "BF16"), weight)
+        assert np.array_equal(left_N, right_N)
     assert np.array_equal(fixed.value(total_N), total_N.astype(np.float64) * fixed.LSB)
     assert fixed.reach(part_N) == float(np.abs(part_N).max())
     for bad in (np.nan, np.inf, -np.inf):
@@ -122,6 +128,21 @@ def test_compiled_loops_give_the_bits_of_their_formulas(dtype):
     assert np.array_equal(inside_N[:inside], magnitude_N[kept_N])
     (trimmed_N,) = cut(part_N.astype(np.float64), 0.3, Local(1e-6, 1e-3), {})
     assert np.array_equal(trimmed_N, part_N.astype(np.float64) * 0.3 * kept_N)
+
+
+@given(st.integers(0, 999), st.integers(-1, 1100), st.sampled_from([0, 3, 12]), st.sampled_from([0, 20, 1000]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_threshold_is_the_number_at_its_rank(rng_seed, rank, digits, sampled):
+    """In pieces, more of them than may wait; of few values or many; with a sample that helps, misleads, or is not there."""
+    rng = np.random.default_rng(rng_seed)
+    magnitude_N = np.abs(np.round(rng.standard_normal(1000), digits))
+    with patch.object(select, "WAITING", 64):
+        kth = select.Kth(1000, rank, rng.choice(magnitude_N, sampled) if sampled else None)
+        for _ in range(5):
+            for piece_N in np.split(magnitude_N, 10):
+                kth.push(piece_N)
+            kth.settle()
+    assert kth.found == (np.inf if rank <= 0 else 0.0 if rank >= 1000 else np.sort(magnitude_N)[::-1][rank - 1])
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=12), st.integers(0, 99))
@@ -147,7 +168,7 @@ def test_inner_products_are_good_to_the_largest_product(pairs):
 def test_what_cannot_be_added_is_refused():
     for bad in (np.inf, np.nan, 1e9):
         with pytest.raises(BadInput):
-            fixed.add(np.zeros(1, np.int64), np.array([bad]), 1.0, bad)
+            fixed.add(np.zeros(1, np.int64), np.array([bad]))
     with pytest.raises(BadInput, match="fewer experts"):
         fixed.check_room(fixed.ROOM)
 

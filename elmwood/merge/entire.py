@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elmwood.merge import fixed
-from elmwood.merge.reading import chance, finite_reach, numbers_of
+from elmwood.merge.reading import chance, check_finite, numbers_of
 from elmwood.merge.rule import Floats, Local, Rule, Settings
 from elmwood.merge.sources import Source, Whole
 from elmwood.merge.statistics import Opened
@@ -29,7 +29,7 @@ def whole_delta(one: Source, name: str, place: Place, seed_N: Floats, files: Fil
     """An expert's delta of a whole tensor, in its shape, float64. Raises BadInput."""
     raw = files.read(one.places[name], 0, one.reads(name, place.numbers)) if isinstance(one, Whole) else None
     value_N, delta_N = numbers_of(one, name, 0, place.numbers, 0, place, raw, seed_N)
-    finite_reach(value_N, one, name)
+    check_finite(value_N, one, name)
     return (value_N.astype(np.float64) - seed_N if delta_N is None else delta_N).reshape(place.shape)
 
 

@@ -16,6 +16,7 @@ from elmwood.errors import BadInput
 from elmwood.merge import kernels
 
 Ints = NDArray[np.int64]
+Codes = NDArray[np.uint16]
 Floats = NDArray[np.floating[Any]]
 
 BLOCK = 1 << 16
@@ -27,38 +28,52 @@ MAGIC = 1.5 * 2.0**52 * LSB
 NARROW = MAGIC / 6  # well below where the trick ends
 
 
-def reach(part_N: Floats) -> float:
+def reach(part_N: Floats | Codes) -> float:
     """The largest magnitude of float32 or float64 numbers; NaN or infinity where there is one."""
     kind, mask = (np.uint32, 0x7FFFFFFF) if part_N.dtype == np.float32 else (np.int64, 0x7FFFFFFFFFFFFFFF)
     return float(np.array(kernels.largest(part_N.view(kind), mask), kind).view(part_N.dtype))
 
 
-def add(total_N: Ints, part_N: Floats, weight: float, largest: float) -> None:
-    """Add weight * part to a sum; `largest`: reach(weight * part) or more. Raises BadInput."""
-    if largest < NARROW:
+def add(total_N: Ints, part_N: Floats | Codes, weight: float = 1.0) -> float:
+    """Add weight * part to a sum, of float32, float64 or, as their bits, bf16 numbers. The largest magnitude that was added.
+    Raises BadInput where that is beyond what sums may reach, or not finite."""
+    if part_N.dtype == np.uint16:
+        reached = float(kernels.add_bf16(part_N, weight, MAGIC, NARROW, total_N))
+        return reached if reached < NARROW else add(total_N, widened(part_N), weight)
+    reached = reach(part_N) * abs(weight)
+    if reached < NARROW:
         kernels.add(part_N, weight, MAGIC, total_N)
     else:
-        total_N += _whole(np.multiply(part_N, np.float64(weight)), largest)
+        total_N += _whole(np.multiply(part_N, np.float64(weight)), reached)
+    return reached
 
 
-def vote(total_FN: Ints, part_N: Floats, weight: float, largest: float) -> None:
+def vote(total_FN: Ints, part_N: Floats, weight: float) -> float:
     """Add to four sums: what speaks for plus, what for minus, and the weights of either side (TIES, arXiv:2306.01708).
-    `largest`: reach(part) or more. Raises BadInput."""
-    unit = round(weight / LSB)
-    if largest < NARROW:
+    The largest magnitude that was added. Raises BadInput as `add` does."""
+    reached, unit = max(reach(part_N), abs(weight)), round(weight / LSB)
+    if reached < NARROW:
         kernels.vote(part_N, unit, MAGIC, total_FN)
-        return
-    whole_N = _whole(part_N, largest)
+        return reached
+    whole_N = _whole(part_N, reached)
     total_FN[0] += np.maximum(whole_N, 0)
     total_FN[1] += np.minimum(whole_N, 0)
     total_FN[2] += (part_N > 0) * np.int64(unit)
     total_FN[3] += (part_N < 0) * np.int64(unit)
+    return reached
 
 
-def _whole(part_N: Floats, largest: float) -> Ints:
+def _whole(part_N: Floats, reached: float) -> Ints:
     """In units of 2^-44, of any size that a sum may have. Raises BadInput."""
-    bound(largest)
+    bound(reached)
     return np.rint(part_N * np.float64(1 / LSB)).astype(np.int64)
+
+
+def widened(code_N: Floats | Codes) -> NDArray[np.float32]:
+    """bf16 numbers, from their bits."""
+    value_N = np.empty(code_N.shape, np.float32)
+    kernels.widen(code_N, value_N)
+    return value_N
 
 
 def value(total_N: Ints) -> NDArray[np.float64]:
@@ -71,7 +86,7 @@ def value(total_N: Ints) -> NDArray[np.float64]:
 def bound(largest: float) -> int:
     """A whole number no smaller, so that bounds add and subtract exactly too. Raises BadInput."""
     if not largest < ROOM:
-        raise BadInput(f"a number of magnitude {largest:g}: sums are kept up to {ROOM}; NaN or infinity means a training gone astray")
+        raise BadInput(f"a number of magnitude {largest:g}: sums take finite ones up to {ROOM}; beyond that its training went astray")
     return math.ceil(largest)
 
 

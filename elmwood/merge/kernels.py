@@ -65,6 +65,20 @@ def add(part_N, weight, magic, total_N):
 
 
 @compiled
+def add_bf16(code_N, weight, magic, most, total_N):
+    """The same of bf16 numbers, from their bits; nothing is added where weight * part reaches `most`. What it does reach."""
+    top, zero = np.uint16(0), np.float64(magic).view(np.int64)
+    for n in range(code_N.size):
+        top = max(top, np.uint16(code_N[n] & np.uint16(0x7FFF)))
+    reach = np.float64(np.uint32(np.uint32(top) << np.uint32(16)).view(np.float32)) * abs(weight)
+    if reach < most:
+        for n in range(code_N.size):
+            part = np.float64(np.uint32(np.uint32(code_N[n]) << np.uint32(16)).view(np.float32))
+            total_N[n] += np.float64(part * weight + magic).view(np.int64) - zero
+    return reach
+
+
+@compiled
 def vote(part_N, unit, magic, total_FN):
     """A ballot: what speaks for plus, what for minus, and the weights of either side, `unit` for each number but 0."""
     zero = np.float64(magic).view(np.int64)

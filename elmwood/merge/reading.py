@@ -17,12 +17,16 @@ from elmwood.merge.tensors import Place, decode
 
 
 def numbers_of(
-    one: Source, name: str, first: int, last: int, at: int, place: Place, raw: Any, seed_N: Floats | None
-) -> tuple[Floats, Floats | None]:
-    """What a linear rule adds: an expert's own numbers, or its delta; and the delta where that is the same."""
+    one: Source, name: str, first: int, last: int, at: int, place: Place, raw: Any, seed_N: Floats | None, bits: bool = False
+) -> tuple[Any, Floats | None]:
+    """What a linear rule adds: an expert's own numbers, or its delta; and the delta where that is the same.
+    `bits`: numbers that are bf16 may come as their bits."""
     if isinstance(one, Whole):
         mine = one.places[name]
-        value_N = decode(raw[at * mine.width : (at + last - first) * mine.width], mine.dtype)
+        mine_N = raw[at * mine.width : (at + last - first) * mine.width]
+        if bits and mine.dtype == "BF16" and mine_N.size == 2 * (last - first):
+            return mine_N.view("<u2"), None
+        value_N = decode(mine_N, mine.dtype)
         if value_N.size < last - first:  # rows the expert does not have are the seed's
             assert seed_N is not None
             value_N = np.concatenate([value_N, seed_N[value_N.size :]])
@@ -34,12 +38,10 @@ def numbers_of(
     return delta_N, delta_N
 
 
-def finite_reach(value_N: Floats, one: Source, name: str) -> float:
-    """The largest magnitude. Raises BadInput for a number that is not finite."""
-    largest = fixed.reach(value_N)
-    if not largest < np.inf:
+def check_finite(value_N: Floats, one: Source, name: str) -> None:
+    """Raises BadInput for a number that is not."""
+    if not fixed.reach(value_N) < np.inf:
         raise BadInput(f"expert {one.digest[:8]}: {name} holds a number that is not finite: its training went astray; leave it out")
-    return largest
 
 
 def chance(digest: str, name: str, begins: Settings, first: int, count: int) -> Callable[[], Floats]:

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput
 from elmwood.merge import fixed
 from elmwood.merge.entire import Asked, entire
-from elmwood.merge.reading import chance, finite_reach, numbers_of
+from elmwood.merge.reading import chance, check_finite, numbers_of
 from elmwood.merge.rule import Local, Rule, Settings, Total
 from elmwood.merge.rules import on
 from elmwood.merge.select import Kth
@@ -34,7 +35,7 @@ class Wanted(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Sums over a part of a tensor."""
+    """Sums over a part of a tensor; valid until the next piece is asked for."""
 
     name: str
     first: int
@@ -71,6 +72,7 @@ class Pass:
         self.reach = [[0] * len(sources) for _ in wanted]  # the bound of what each expert added
         self.shares: list[dict[str, Floats]] = [{} for _ in wanted]  # weights that a rule chose, by tensor
         self.delta_N = np.empty(BLOCK)
+        self.held = [np.empty((max(1, len(one.rule.fields)), PIECE), np.int64) for one in wanted]  # the sums of a piece, used again
 
     def names(self) -> list[str]:
         """Tensors that are merged: those of numbers, that some expert changes or has statistics of."""
@@ -162,7 +164,10 @@ class Pass:
         blocks: list[Block] = []
         for (first, last, number, _), raws in zip(plan, reader.stream(step for *_, step in plan), strict=True):
             if number == 0:
-                totals = [np.zeros((0 if rule.entire else len(rule.fields), last - first), np.int64) for rule in rules]
+                fields = [0 if rule.entire else len(rule.fields) for rule in rules]
+                totals = [held_FN[:count, : last - first] for held_FN, count in zip(self.held, fields, strict=True)]
+                for total_FN in totals:
+                    total_FN[:] = 0
                 blocks = [
                     Block(name, first + at, at, end := min(last - first, at + BLOCK), [total_FN[:, at:end] for total_FN in totals])
                     for at in range(0, last - first, BLOCK)
@@ -181,32 +186,29 @@ class Pass:
         place, count = self.seed[name], end - at
         seed_N = decode(raws[0][at * place.width : end * place.width], place.dtype).astype(np.float64) if seed else None
         rest = iter(raws[1:] if seed else raws)
-        linear = any(rule.linear for rule in rules)
+        linear = all(rule.linear for rule in rules)
         for e in group:
             one = self.sources[e]
             raw = next(rest) if isinstance(one, Whole) else None
-            value_N, delta_N = numbers_of(one, name, first, first + count, at, place, raw, seed_N)
-            largest = finite_reach(value_N, one, name) if linear else 0.0
+            value_N, delta_N = numbers_of(one, name, first, first + count, at, place, raw, seed_N, bits=linear)
             for number, (wanted, rule, total_FN) in enumerate(zip(self.wanted, rules, sums, strict=True)):
                 weight = float(weights[number][e])
                 if not weight or rule.entire:
                     continue
-                if rule.linear:
-                    reach = abs(largest * weight)
-                    fixed.add(total_FN[0], value_N, weight, reach)
-                else:
-                    if delta_N is None:
-                        delta_N = value_N if seed_N is None or not one.whole else np.subtract(value_N, seed_N, out=self.delta_N[:count])
-                    low, high = cuts[number][e] if cuts[number] else (0.0, np.inf)
-                    (part_N,) = rule.part(
-                        delta_N, weight, Local(low, high, chance(one.digest, name, wanted.begins, first, count)), wanted.begins
-                    )
-                    reach = finite_reach(part_N, one, name)
-                    if rule.ballot:
-                        fixed.vote(total_FN, part_N, weight, reach)
-                        reach = max(reach, abs(weight))
+                try:
+                    if rule.linear:
+                        reach = fixed.add(total_FN[0], value_N, weight)
                     else:
-                        fixed.add(total_FN[0], part_N, 1.0, reach)
+                        if delta_N is None:
+                            delta_N = (
+                                np.subtract(value_N, seed_N, out=self.delta_N[:count]) if one.whole and seed_N is not None else value_N
+                            )
+                        low, high = cuts[number][e] if cuts[number] else (0.0, np.inf)
+                        local = Local(low, high, chance(one.digest, name, wanted.begins, first, count))
+                        (part_N,) = rule.part(delta_N, weight, local, wanted.begins)
+                        reach = fixed.vote(total_FN, part_N, weight) if rule.ballot else fixed.add(total_FN[0], part_N)
+                except BadInput as error:
+                    raise BadInput(f"expert {one.digest[:8]}: {name}: {error}; leave it out") from error
                 self.reach[number][e] = max(self.reach[number][e], fixed.bound(reach))
 
     def _entire(self, name: str, whole: set[int], reader: Reader) -> Piece:
@@ -247,7 +249,7 @@ class Pass:
                 for one in self.sources:
                     raw = next(rest) if isinstance(one, Whole) else None
                     value_N, delta_N = numbers_of(one, name, first + at, first + end, at, place, raw, seed_N)
-                    finite_reach(value_N, one, name)
+                    check_finite(value_N, one, name)
                     delta_N = value_N.astype(np.float64) - seed_N if delta_N is None else delta_N
                     point_EN.append(delta_N + seed_N if whole else delta_N)
                 for (i, j), sums in found.items():
@@ -303,7 +305,7 @@ class Pass:
             for one in group:
                 if isinstance(one, Whole):
                     files.expect(one.places[name])
-            count = max(1, SAMPLE * place.numbers // numbers // STRIP)
+            count = max(1, max(SAMPLE, numbers >> 8) * place.numbers // numbers // STRIP)  # what a window holds grows with the root alone
             for first in np.linspace(0, max(0, place.numbers - STRIP), count).astype(int).tolist():
                 last = min(place.numbers, first + STRIP)
                 seed_N = decode(files.read(place, first, last), place.dtype).astype(np.float64)
@@ -320,5 +322,5 @@ def _magnitude(one: Source, name: str, first: int, last: int, at: int, place: Pl
     value_N, delta_N = numbers_of(one, name, first, last, at, place, raw, seed_N)
     magnitude_N = np.subtract(value_N, seed_N) if delta_N is None else delta_N
     magnitude_N = np.abs(magnitude_N, out=magnitude_N if delta_N is None else None)
-    finite_reach(magnitude_N.max(keepdims=True), one, name)  # a threshold among numbers that are none would never be found
+    check_finite(magnitude_N, one, name)  # a threshold among numbers that are none would never be found
     return magnitude_N

@@ -260,9 +260,7 @@ def _settle(handle: int, begin: int, end: int, sha: Any) -> None:
 def decode(raw: Bytes, dtype: str) -> Floats:
     """Numbers from their bytes, exactly: float32 (or float64 for F64)."""
     if dtype == "BF16":
-        value_N = np.empty(raw.size // 2, np.float32)
-        kernels.widen(raw.view("<u2"), value_N)
-        return value_N
+        return fixed.widened(raw.view("<u2"))
     if dtype == "F16":
         return raw.view("<f2").astype(np.float32)
     return raw.view("<f4" if dtype == "F32" else "<f8")
