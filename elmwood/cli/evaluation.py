@@ -137,7 +137,15 @@ def print_domains(comparison: Comparison, domains: Sequence[str]) -> None:
 def print_comparison(comparison: Comparison) -> None:
     """The table of results and controls, best last in each block as given."""
     timed = any(row.steps for row in comparison.rows)
-    head = ["", "bits/byte", "±", "ppl", "gain", "±", *(["batch", "steps", "tokens", "machine time", "wall clock"] if timed else [])]
+    held_against = any(row.gain is not None for row in comparison.rows)
+    head = [
+        "",
+        "bits/byte",
+        "±",
+        "ppl",
+        *(["gain", "±"] if held_against else []),
+        *(["batch", "steps", "tokens", "machine time", "wall clock"] if timed else []),
+    ]
 
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -145,10 +153,11 @@ def print_comparison(comparison: Comparison) -> None:
     rows, styles = [], []
     for row in comparison.rows:
         cells = [row.name, f"{row.bits_per_byte:.4f}", f"{row.standard_error:.4f}", f"{row.perplexity:.4g}"]
-        cells += [number(row.gain, "+.4f"), number(row.gain_error, ".4f")]
+        cells += [number(row.gain, "+.4f"), number(row.gain_error, ".4f")] if held_against else []
         if timed:
             cells += [number(row.batch, "d"), number(row.steps, "d"), "" if row.tokens is None else short(row.tokens)]
             cells += ["" if seconds is None else duration(seconds) for seconds in (row.machine_seconds, row.wall_seconds)]
         rows.append(cells)
         styles.append({"seed": "", "control": "cyan", "result": "green", "bound": "dim"}[row.role])
-    table("bits per byte on held-out documents (test half); gain over the strongest dense control, paired", head, rows, styles)
+    gain = "; gain over the strongest dense control, paired" if held_against else ""
+    table(f"bits per byte on held-out documents (test half){gain}", head, rows, styles)

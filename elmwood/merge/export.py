@@ -8,13 +8,14 @@ from pathlib import Path
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
+from elmwood.lm.files import seed_folder
 from elmwood.merge.card import RUN, model_card
 from elmwood.merge.fold import fold
 from elmwood.merge.mixture_build import copies
 from elmwood.merge.mixture_dense import densify
 from elmwood.merge.mixture_trial import try_copies
 from elmwood.merge.sources import Low
-from elmwood.merge.states import seed_folder, seed_places
+from elmwood.merge.states import seed_places
 from elmwood.merge.tensors import check_finite, header, places
 from elmwood.records import Expert, Merged, Mixture, Partition, Seed
 from elmwood.registry import require

@@ -11,11 +11,12 @@ import numpy as np
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
+from elmwood.lm.files import seed_folder
 from elmwood.merge import fixed
 from elmwood.merge.card import EXACT, KERNELS, card
 from elmwood.merge.rule import REVISION, Floats, Rule, Settings, Total
 from elmwood.merge.rules import RULES, on, settle
-from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_folder, seed_places, statistics_of, sum_places
+from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_places, statistics_of, sum_places
 from elmwood.merge.sums import Pass, Piece, Wanted
 from elmwood.merge.tensors import PIECE, SIZES, Bytes, Files, Place, Twin, decode, encode, places
 from elmwood.merge.values import depth_of, layer_of, weight_of

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
+from elmwood.lm.files import seed_folder
 from elmwood.lm.mixture_card import card
 from elmwood.merge.make import Finisher
 from elmwood.merge.mixture_gates import direction, layers_of, random_rows
@@ -25,7 +26,7 @@ from elmwood.merge.mixture_shards import Shards
 from elmwood.merge.mixture_trial import try_copies
 from elmwood.merge.rules import settle
 from elmwood.merge.sources import Low, Source, Whole
-from elmwood.merge.states import contributions, open_all, open_expert, pass_over, seed_folder, seed_places, statistics_of
+from elmwood.merge.states import contributions, open_all, open_expert, pass_over, seed_places, statistics_of
 from elmwood.merge.sums import Wanted
 from elmwood.merge.tensors import PIECE, Bytes, Files, Place, decode, places
 from elmwood.merge.values import everywhere

@@ -6,7 +6,6 @@ N numbers of a piece of one tensor
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, ForeignExpert
+from elmwood.lm.files import seed_folder
 from elmwood.merge import fixed
 from elmwood.merge.rule import Rule, Settings
 from elmwood.merge.rules import on, settle
@@ -30,15 +30,6 @@ Weights = tuple[Share, ...]
 
 
 # ---- opened -----------------------------------------------------------------------------------------------------
-
-
-def seed_folder(seed: Seed, store: Store) -> Path:
-    """The seed's files; those of a hub seed are looked for in the hub's cache."""
-    if seed.hub is None:
-        return store.folder(seed.files)
-    from elmwood.lm.load import seed_folder as fetched  # torch
-
-    return fetched(seed, store)
 
 
 def seed_places(seed: Seed, store: Store) -> dict[str, Place]:
