@@ -19,7 +19,7 @@ FLOORS = {
 NEIGHBOURS = {("records", "errors"), ("registry", "errors"), ("store", "engine"), ("domains", "corpus"), ("lm", "corpus")}
 TORCH_FREE = {"errors", "records", "registry", "store", "engine", "corpus", "domains", "hub", "evaluate", "report", "cli"}
 LIGHT = ("lm/files.py", "lm/settings.py", "lm/mixture_card.py", "train/keys.py")  # of the other rooms
-SLOW = ("torch", "transformers", "peft", "accelerate", "sklearn", "pandas", "datasets", "datasketch", "matplotlib")
+SLOW = ("torch", "transformers", "peft", "accelerate", "sklearn", "pandas", "datasets", "datasketch", "matplotlib", "numba")
 
 
 def room(path: Path) -> str:

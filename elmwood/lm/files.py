@@ -5,7 +5,6 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from elmwood.corpus.tokens import load_tokenizer
 from elmwood.errors import BadSeed, Damaged
 from elmwood.records import Seed
 from elmwood.store import Store, hash_file
@@ -34,6 +33,8 @@ def seed_folder(seed: Seed, store: Store) -> Path:
 
 def tokenizer(seed: Seed, store: Store) -> Tokenizer:
     """The seed's tokenizer, without truncation or padding. Raises BadSeed, Damaged."""
+    from elmwood.corpus.tokens import load_tokenizer  # it comes with what reads a corpus, pyarrow included
+
     return load_tokenizer(seed_folder(seed, store))
 
 

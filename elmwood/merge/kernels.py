@@ -7,17 +7,29 @@ N numbers of a block, float32 or float64; whole numbers count units of 2^-44 (fi
 """
 
 from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return njit(function, nogil=True, cache=True)
-    except RuntimeError:  # no folder that could be written to: compiled in each process anew
-        return njit(function, nogil=True)
+    """The function, compiled or fetched at its first call: numba takes most of a CPU second to begin, and not every verb needs it."""
+
+    @cache
+    def made() -> Callable[..., Any]:
+        from numba import njit
+
+        try:
+            return njit(function, nogil=True, cache=True)
+        except RuntimeError:  # no folder that could be written to: compiled in each process anew
+            return njit(function, nogil=True)
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        return made()(*arguments)
+
+    return call
 
 
 # ---- bytes <-> numbers
