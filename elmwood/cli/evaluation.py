@@ -138,14 +138,9 @@ def print_comparison(comparison: Comparison) -> None:
     """The table of results and controls, best last in each block as given."""
     timed = any(row.steps for row in comparison.rows)
     held_against = any(row.gain is not None for row in comparison.rows)
-    head = [
-        "",
-        "bits/byte",
-        "±",
-        "ppl",
-        *(["gain", "±"] if held_against else []),
-        *(["batch", "steps", "tokens", "machine time", "wall clock"] if timed else []),
-    ]
+    head = ["", "bits/byte", "±", "ppl"]
+    head += ["gain", "±"] if held_against else []
+    head += ["batch", "steps", "tokens", "machine time", "wall clock"] if timed else []
 
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
