@@ -88,7 +88,7 @@ def tell(**facts: object) -> None:
     print(json.dumps({"bench": "adapters_in_forest", **facts}), flush=True)
 
 
-def ranks(bench: Bench, division: Partition, asked: argparse.Namespace) -> list[Line]:
+def ranks(bench: Bench, division: Partition, asked: argparse.Namespace) -> tuple[list[Line], tuple[str, float]]:
     held = open_holdout(bench.holdout(division), bench.store)
     steps = bench.study.tokens // (len(division.domains) * bench.study.batch * bench.study.length)
     base = Recipe(steps=steps, batch=bench.study.batch, length=bench.study.length, threads=max(1, cores() // asked.workers))
@@ -115,15 +115,16 @@ def ranks(bench: Bench, division: Partition, asked: argparse.Namespace) -> list[
     for name, arms in found.items():
         for _, (facts, mixed_N) in sorted(arms.items()):
             tell(study="ranks", arm=name, **facts, over_full=paired(mixed_N, full_N, held, len(division.domains)))
-    return [
+    lines = [
         Line(name, [float(rank) for rank in sorted(arms)], [float(str(arms[rank][0]["bits_per_byte"])) for rank in sorted(arms)])
         for name, arms in found.items() if name != "full"
     ]  # fmt: skip
+    return lines, ("tuned in full", float(str(next(iter(found["full"].values()))[0]["bits_per_byte"])))
 
 
-def numbers(bench: Bench, asked: argparse.Namespace, divisions: Sequence[Partition]) -> list[Line]:
+def numbers(bench: Bench, asked: argparse.Namespace, divisions: Sequence[Partition]) -> tuple[list[Line], tuple[str, float] | None]:
     lines: dict[str, dict[int, float]] = {}
-    single_N = None
+    single_N = level = None
     for division in divisions:
         k = len(division.domains)
         rank = max(1, min(asked.cap, asked.product // k))
@@ -138,10 +139,11 @@ def numbers(bench: Bench, asked: argparse.Namespace, divisions: Sequence[Partiti
         if k == 1:
             dense = recipe.model_copy(update={"method": "full", "learning_rate": float(asked.full_rates.split(",")[0])})
             told, dense_N = arm(bench, division, dense)
+            level = ("one model tuned in full", float(str(told["bits_per_byte"])))
             tell(study="numbers", batch=batch, **told, over_one=paired(dense_N, single_N, held, k))
         tell(study="numbers", batch=batch, **facts, over_one=paired(mixed_N, single_N, held, k))
         lines.setdefault(division.method, {})[k] = float(str(facts["bits_per_byte"]))
-    return [Line(name, [float(k) for k in points], list(points.values())) for name, points in lines.items()]
+    return [Line(name, [float(k) for k in points], list(points.values())) for name, points in lines.items()], level
 
 
 def main() -> None:
@@ -175,9 +177,9 @@ def main() -> None:
         ks = [int(k) for k in asked.domains.split(",")]
         plans = [(k, asked.clusters) for k in ks] + [(int(k), "random") for k in asked.random.split(",") if k]
         divisions = [divide(corpus, store, domains=k, method=method, progress=progress) for k, method in plans]
-        lines = ranks(bench, divisions[0], asked) if asked.study == "ranks" else numbers(bench, asked, divisions)
+        lines, level = ranks(bench, divisions[0], asked) if asked.study == "ranks" else numbers(bench, asked, divisions)
     if asked.plot:
-        asked.plot.write_text(experts_plot(lines, by="rank" if asked.study == "ranks" else "number of experts"))
+        asked.plot.write_text(experts_plot(lines, reference=level, by="rank" if asked.study == "ranks" else "number of experts"))
 
 
 if __name__ == "__main__":

@@ -209,4 +209,9 @@ def test_drawings_are_well_formed():
     lines = [Line("top-2", [1, 2, 4], [2.2, 2.1, 2.05], [0.01, 0.01, 0.02]), Line("all", [1, 2, 4], [2.2, 2.1, 2.05])]
     text = "".join(ElementTree.fromstring(experts_plot(lines, reference=("dense", 2.15))).itertext())
     assert all(word in text for word in ("top-2", "all", "dense", "bits per byte"))
+    wide = ElementTree.fromstring(experts_plot([Line("all", [4, 16, 64], [2.2, 2.1, 2.05])], by="rank"))
+    (line,) = (one for one in wide.iter() if one.tag.endswith("polyline"))
+    left, middle, right = (float(spot.split(",")[0]) for spot in line.get("points", "").split())
+    assert middle - left == pytest.approx(right - middle)
+    assert {"4", "8", "16", "32", "64"} <= set(wide.itertext())
     ElementTree.fromstring(wealth_plot(np.array([np.inf]), np.array([-np.inf]), alpha=0.05, beta=0.1, names=("x", "y")))

@@ -60,13 +60,20 @@ def wealth_plot(for_T: NDArray[np.floating], against_T: NDArray[np.floating], *,
 
 
 def experts_plot(lines: Sequence[Line], *, reference: tuple[str, float] | None = None, by: str = "number of experts") -> str:
-    """Bits per byte against the number of experts, or what `by` names, a line for each way. `reference` is a level to compare with."""
+    """Bits per byte against the number of experts, or what `by` names, a line for each way. `reference` is a level to compare with.
+
+    Numbers of which the largest is sixteen times the smallest stand at equal distances where one is twice the other."""
     ends = [(value, error) for line in lines for value, error in zip(line.y, line.error or [0.0] * len(line.y), strict=True)]
     levels = [value + sign * error for value, error in ends for sign in (-1, 1)] + ([reference[1]] if reference else [])
     numbers = [value for line in lines for value in line.x]
     y = _linear(levels, "bits per byte", 0.08)
-    x = _linear(numbers, by, 0.04)
-    x = x._replace(ticks=[tick for tick in x.ticks if tick[0] == int(tick[0])])
+    if 0 < 16 * min(numbers, default=0) <= max(numbers, default=0):
+        lines = [line._replace(x=[math.log2(value) for value in line.x]) for line in lines]
+        low, high = math.log2(min(numbers)), math.log2(max(numbers))
+        x = Ruler(low, high, [(power, f"{2**power}") for power in range(math.ceil(low), math.floor(high) + 1)], by)
+    else:
+        x = _linear(numbers, by, 0.04)
+        x = x._replace(ticks=[tick for tick in x.ticks if tick[0] == int(tick[0])])
     return _draw(f"Loss against the {by}", lines, x, y, [(reference[1], reference[0])] if reference else [])
 
 
