@@ -188,6 +188,9 @@ def test_bf16_remembers_the_side_of_the_middle():
     middle = 1 + 2.0**-8  # between 1 and 1 + 2^-7
     near_N = np.array([middle, middle + 2.0**-40, middle - 2.0**-40, -middle - 2.0**-40])
     assert decode(encode(near_N, "BF16"), "BF16").tolist() == [1, 1 + 2.0**-7, 1, -1 - 2.0**-7]
+    single_N = np.random.default_rng(1).integers(0, 0x7F800000, 9999).astype(np.uint32).view(np.float32)  # of any size
+    single_N = np.concatenate([single_N, -single_N, near_N.astype(np.float32)])
+    assert np.array_equal(encode(single_N, "BF16"), encode(single_N.astype(np.float64), "BF16"))
 
 
 # ---- rules against their formulas

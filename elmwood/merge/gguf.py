@@ -215,7 +215,7 @@ def _pieces(part: Part, files: Files) -> Iterator[Bytes]:
             last = min(first + step, place.numbers)
             raw = files.read(place, first, last)
             if place.dtype != part.dtype:
-                raw = encode(decode(raw, place.dtype).astype(np.float64), part.dtype)
+                raw = encode(decode(raw, place.dtype), part.dtype)
             if part.heads:  # rotary partners stand D/2 apart in transformers, side by side in llama.cpp
                 raw = raw.reshape((last - first) // unit, 2, rows // 2, -1).swapaxes(1, 2).reshape(-1)
             yield raw

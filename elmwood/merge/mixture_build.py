@@ -192,7 +192,7 @@ def _fitting(rows: Rows, cell: Cell) -> NDArray[np.floating]:
         raise BadInput(f"{cell.source} needs gates of shape {cell.shape}, and these are {None if row_EH is None else row_EH.shape}")
     if not np.isfinite(row_EH).all():
         raise BadInput(f"the gates of {cell.source} hold numbers that are not finite: choose another scale, or another kind")
-    return row_EH
+    return row_EH.astype(np.float32)  # a router's own precision
 
 
 def _expert(cell: Cell, source: Source | None, place: Place, shards: Shards, files: Files) -> None:

@@ -62,7 +62,7 @@ class Shards:
 
     def put_numbers(self, name: str, value_N: NDArray[np.floating], first: int = 0) -> None:
         """Numbers, rounded to the tensor's dtype."""
-        self.put(name, first, encode(np.ascontiguousarray(value_N, np.float64).reshape(-1), self.places[name].dtype))
+        self.put(name, first, encode(np.ascontiguousarray(value_N).reshape(-1), self.places[name].dtype))
 
     def copy(self, name: str, source: Place, files: Files, first: int = 0) -> None:
         """A tensor of another file, byte by byte where the dtypes are alike."""

@@ -266,8 +266,11 @@ def decode(raw: Bytes, dtype: str) -> Floats:
     return raw.view("<f4" if dtype == "F32" else "<f8")
 
 
-def encode(value_N: NDArray[np.float64], dtype: str) -> Bytes:
-    """Bytes of the nearest numbers of a dtype; ties to even."""
+def encode(value_N: Floats, dtype: str) -> Bytes:
+    """Bytes of the nearest numbers of a dtype, from float32 or float64; ties to even."""
+    if dtype == "BF16" and value_N.dtype == np.float32:
+        bits_N = value_N.view(np.uint32)
+        return ((bits_N + 0x7FFF + (bits_N >> 16 & 1)) >> 16).astype("<u2").view(np.uint8)
     if dtype == "BF16":
         code_N = np.empty(value_N.size, np.uint16)
         kernels.narrow(value_N, code_N)
