@@ -70,7 +70,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="About a minute: too short to show a gain.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="About two minutes: too short to show a gain.")] = False,
     corpus: Annotated[list[str] | None, typer.Option(help="Your own text instead of the bundled sample (repeatable).")] = None,
     seed: Annotated[str | None, typer.Option(help="A seed you have (name or digest) instead of one trained here.")] = None,
     domains: Annotated[int | None, typer.Option(help="How many domains and experts.")] = None,
