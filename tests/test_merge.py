@@ -415,6 +415,23 @@ def test_nonsense_is_refused(forest, tmp_path):
                 merge(seed, equally([experts[1], stranger]), [Answer(method, {})], store)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_even_where_nothing_is_trimmed_or_added(bad, forest, tmp_path):
+    store, seed, experts = forest
+    weights = load_file(store.get(experts[0].files["model.safetensors"]))
+    weights["model.layers.0.mlp.up_proj.weight"][3, 5] = bad
+    save_file(weights, tmp_path / "bad.safetensors", {"format": "pt"})
+    files = experts[0].files | {"model.safetensors": store.put(tmp_path / "bad.safetensors")}
+    stranger = Expert(seed=seed.digest, data=(), recipe=Recipe(method="full", steps=1), files=files)
+    store.add(stranger)
+    whole = {"density": 1.0}
+    for answer in [Answer("average", {}), Answer("ties", whole), Answer("breadcrumbs", whole), Answer("dare", whole)]:
+        with pytest.raises(BadInput, match="finite"):
+            merge(seed, equally([experts[1], stranger]), [answer], store)
+    with pytest.raises(BadInput, match="finite"):
+        merge(seed, equally([experts[1], experts[2]]) | equally([stranger], 0.0), [Answer("average", {})], store)
+
+
 def test_other_vocabularies_are_refused_or_resized(forest, tmp_path):
     store, seed, experts = forest
     weights = load_file(store.get(experts[0].files["model.safetensors"]))

@@ -44,7 +44,7 @@ def add(total_N: Ints, part_N: Floats | Codes, weight: float = 1.0) -> float:
     if reached < NARROW:
         kernels.add(part_N, weight, MAGIC, total_N)
     else:
-        total_N += _whole(np.multiply(part_N, np.float64(weight)), reached)
+        total_N += _whole(part_N, weight, reached)
     return reached
 
 
@@ -55,7 +55,7 @@ def vote(total_FN: Ints, part_N: Floats, weight: float) -> float:
     if reached < NARROW:
         kernels.vote(part_N, unit, MAGIC, total_FN)
         return reached
-    whole_N = _whole(part_N, reached)
+    whole_N = _whole(part_N, 1.0, reached)
     total_FN[0] += np.maximum(whole_N, 0)
     total_FN[1] += np.minimum(whole_N, 0)
     total_FN[2] += (part_N > 0) * np.int64(unit)
@@ -63,10 +63,10 @@ def vote(total_FN: Ints, part_N: Floats, weight: float) -> float:
     return reached
 
 
-def _whole(part_N: Floats, reached: float) -> Ints:
-    """In units of 2^-44, of any size that a sum may have. Raises BadInput."""
+def _whole(part_N: Floats | Codes, weight: float, reached: float) -> Ints:
+    """weight * part in units of 2^-44, of any size that a sum may have. Raises BadInput."""
     bound(reached)
-    return np.rint(part_N * np.float64(1 / LSB)).astype(np.int64)
+    return np.rint(part_N * np.float64(weight) * (1 / LSB)).astype(np.int64)
 
 
 def widened(code_N: Floats | Codes) -> NDArray[np.float32]:

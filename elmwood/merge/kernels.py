@@ -118,10 +118,10 @@ def units(total_N, unit, value_N):
 
 @compiled
 def trim(delta_N, weight, low, high, part_N):
-    """part = weight * delta where low <= |delta| < high, else 0."""
+    """part = weight * delta where low <= |delta| < high, else 0; what is not finite stays so, to be refused."""
     for n in range(delta_N.size):
         magnitude = abs(delta_N[n])
-        part_N[n] = delta_N[n] * weight if (magnitude >= low) & (magnitude < high) else 0.0
+        part_N[n] = delta_N[n] * weight if (magnitude >= low) & (magnitude < high) else delta_N[n] * 0.0
 
 
 @compiled

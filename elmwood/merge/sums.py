@@ -193,7 +193,7 @@ class Pass:
             value_N, delta_N = numbers_of(one, name, first, first + count, at, place, raw, seed_N, bits=linear)
             for number, (wanted, rule, total_FN) in enumerate(zip(self.wanted, rules, sums, strict=True)):
                 weight = float(weights[number][e])
-                if not weight or rule.entire:
+                if rule.entire or not (weight or rule.linear):  # at weight 0 a sum adds nothing, and still looks at the numbers
                     continue
                 try:
                     if rule.linear:

@@ -268,7 +268,7 @@ def decode(raw: Bytes, dtype: str) -> Floats:
 
 def encode(value_N: Floats, dtype: str) -> Bytes:
     """Bytes of the nearest numbers of a dtype, from float32 or float64; ties to even."""
-    if dtype == "BF16" and value_N.dtype == np.float32:
+    if dtype == "BF16" and value_N.dtype == np.float32:  # a mixture's gates alone: too few to wait for a compiled loop
         bits_N = value_N.view(np.uint32)
         return ((bits_N + 0x7FFF + (bits_N >> 16 & 1)) >> 16).astype("<u2").view(np.uint8)
     if dtype == "BF16":
