@@ -4,10 +4,10 @@
         [--documents 300] [--tune 40]
 
 As benches/bench_merge_quality.py, whose settings these are. Experts must have left statistics (that bench makes them). One JSON line for
-each way: the best scale for all layers; each layer from the merge with the least estimate there; and a coordinate search that begins at
-the best scale and goes through the layers once, most promising first, trying the next scale up and down and keeping what lowers the loss
-on the tune documents. Bits per byte of the test half, the gain over the best scale for all with its paired standard error, and what the
-search cost: answers scored, tokens read, CPU seconds.
+each way: the best scale for all layers; each layer from the merge with the least estimate there; and a search by layers, as
+`elmwood merge --choose --per-layer` does it, which begins at the best scale and tries the two next best in each layer, most promising
+first, keeping what lowers the loss on the tune documents. Bits per byte of the test half, the gain over the best scale for all with its
+paired standard error, and what the search cost: answers scored, tokens read, CPU seconds.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from bench_merge_quality import Bench, numbers
 
 from elmwood import evaluate
+from elmwood.cli.choose import TRIED
 from elmwood.cli.screen import bars
-from elmwood.merge.estimate import by_layer, estimates
+from elmwood.merge.estimate import by_coordinates, estimates
 from elmwood.merge.make import Answer, assemble, merge
 from elmwood.merge.values import everywhere
 from elmwood.records import Merged
@@ -55,24 +56,14 @@ class Search:
         """The best scale for all layers."""
         return min((dict.fromkeys(self.layers, scale) for scale in self.scales), key=self.loss)
 
-    def by_coordinates(self, choice: dict[str, str]) -> dict[str, str]:
-        """One pass over the layers, those first whose estimate could fall most."""
-        best = self.loss(choice)
+    def by_estimate(self) -> dict[str, str]:
+        """Each layer from the merge with the least estimate there."""
+        return {layer: min(self.scales, key=lambda scale: self.estimated[scale][layer]) for layer in self.layers}
 
-        def promise(layer: str) -> float:
-            return self.estimated[choice[layer]][layer] - min(self.estimated[scale][layer] for scale in self.near(choice[layer]))
-
-        for layer in sorted(self.layers, key=promise, reverse=True):
-            for scale in sorted(self.near(choice[layer]), key=lambda one: self.estimated[one][layer]):
-                other = {**choice, layer: scale}
-                if (loss := self.loss(other)) < best:
-                    choice, best = other, loss
-                    break
-        return choice
-
-    def near(self, scale: str) -> list[str]:
-        place = self.scales.index(scale)
-        return [self.scales[at] for at in (place - 1, place + 1) if 0 <= at < len(self.scales)]
+    def by_coordinates(self) -> dict[str, str]:
+        """As `elmwood merge --choose --per-layer`."""
+        begin, *others = sorted(self.scales, key=lambda scale: self.loss(dict.fromkeys(self.layers, scale)))
+        return by_coordinates(begin, others[:TRIED], self.layers, self.estimated, self.loss)
 
 
 def main() -> None:
@@ -90,9 +81,9 @@ def main() -> None:
         search = Search(bench, asked)
         ways = {"one scale for all layers": search.everywhere()}
         spent = {name: (len(search.known), time.process_time() - search.started) for name in ways}
-        ways["each layer by its estimate"] = by_layer(search.estimated)
+        ways["each layer by its estimate"] = search.by_estimate()
         spent["each layer by its estimate"] = (0, search.estimating)
-        ways["by coordinates"] = search.by_coordinates(ways["one scale for all layers"])
+        ways["by coordinates"] = search.by_coordinates()
         spent["by coordinates"] = (len(search.known), time.process_time() - search.started)
         columns = {name: bench.column(search.model(choice), bench.test_D) for name, choice in ways.items()}
     tokens = int(bench.held.windows.length_W[list({*bench.held.window_N[bench.tune_D[bench.held.document_N]].tolist()})].sum())

@@ -1,7 +1,7 @@
 """Tokens per second of training: ours against transformers' Trainer (with PEFT for LoRA), same model, tokens and threads.
 
     python benches/bench_train.py [--steps 40] [--rounds 5] [--batch 8] [--length 256] [--threads 1]
-                                  [--only full,lora] [--trl] [--together]
+                                  [--only full,lora] [--shape 17M] [--trl] [--together]
 
 One JSON line per measurement: medians over interleaved rounds, wall and CPU seconds (the latter bear neighbours better), and ratios.
 "full" and "lora" are on the same packed rows; "padding" is one document per row for the Trainer, as a plain one is fed: paragraphs, and
@@ -40,7 +40,12 @@ from elmwood.train.adapter import adapter
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT 0.21 with transformers 5.23
 SHAPE = Shape(layers=3, width=128, heads=4, feed_forward=352, vocabulary=2048, context=1024)
-SHAPES = {"0.9M": SHAPE, "17M": Shape(layers=8, width=384, heads=6, feed_forward=1024, vocabulary=8192, context=1024)}
+SHAPES = {
+    "0.9M": SHAPE,
+    "17M": Shape(layers=8, width=384, heads=6, feed_forward=1024, vocabulary=8192, context=1024),
+    "135M": Shape(layers=30, width=576, heads=9, feed_forward=1536, vocabulary=49152, context=1024),  # SmolLM2's, with plain heads
+}
+TOGETHER = ("0.9M", "17M")
 LONG = {"batch": 4, "length": 1024}  # whole documents are of mixed length in rows that most of them fit into
 COUNTS, ROWS = (2, 4, 8, 16), (1, 2, 4, 8)
 GOALS: dict[tuple[str, str], tuple[str, float]] = {  # line and its field -> what must be reached
@@ -60,8 +65,8 @@ def tell(**line: object) -> None:
     print(json.dumps({"bench": "train", **line}), flush=True)
 
 
-def ours(packed: Packed, recipe: Recipe, shape: Shape | None = None) -> Times:
-    model, clock = new_model(shape or SHAPE).to(best_device()), Clock(recipe.steps)
+def ours(packed: Packed, recipe: Recipe, shape: Shape) -> Times:
+    model, clock = new_model(shape).to(best_device()), Clock(recipe.steps)
     if recipe.method == "lora":
         model = adapter(model, recipe, "bench")
     with tempfile.TemporaryDirectory() as work:
@@ -77,11 +82,11 @@ def at_once(packed: list[Packed], recipe: Recipe, shape: Shape) -> Times:
     return clock.per_token(len(packed) * recipe.batch * recipe.length)
 
 
-def texts(folder: Path) -> tuple[Packed, Packed, Tokenizer]:
+def texts(folder: Path, vocabulary: int) -> tuple[Packed, Packed, Tokenizer]:
     """The sample corpus packed, and the same cut into paragraphs, which are of very mixed length."""
     store = Store(folder / "store")
     corpus = build(["sample"], store)
-    words = train_tokenizer((document.text for document in documents(corpus.train, store)), SHAPE.vocabulary)
+    words = train_tokenizer((document.text for document in documents(corpus.train, store)), vocabulary)
     whole = pack(corpus.train, words, 0, store)
     lines = (line for document in documents(corpus.train, store) for line in document.text.split("\n\n") if len(line) > 20)
     encoded = [np.array([0, *one.ids], np.uint16) for one in words.encode_batch_fast(list(lines), add_special_tokens=False)]
@@ -109,7 +114,8 @@ def compare(what: str, ways: dict[str, Callable[[], Times]], rounds: int, **fact
 def side_by_side(recipe: Recipe, rounds: int) -> None:
     """Experts together against separate runs in turn."""
     rng = np.random.default_rng(0)
-    for name, shape in SHAPES.items():
+    for name in TOGETHER:
+        shape = SHAPES[name]
         parts = [
             Packed(rng.integers(1, shape.vocabulary, 100_000).astype(np.uint16), np.arange(0, 100_000, 1200), 0) for _ in range(max(COUNTS))
         ]
@@ -167,9 +173,9 @@ def processes(recipe: Recipe) -> None:
     tell(what="processes", **{k: round(v) for k, v in facts.items()}, ratio=ratio)
 
 
-def saving(packed: Packed, recipe: Recipe, **facts: object) -> None:
+def saving(packed: Packed, recipe: Recipe, shape: Shape, **facts: object) -> None:
     """Share of a run's time that goes into its states, where the first is saved at once and the others as soon as SHARE allows."""
-    model, before = new_model(SHAPE), loop.EVERY
+    model, before = new_model(shape), loop.EVERY
     loop.EVERY = 0.0
     with tempfile.TemporaryDirectory() as work:
         done = loop.run(adapter(model, recipe, "bench") if recipe.method == "lora" else model, packed, recipe, Path(work), lambda **_: None)
@@ -191,13 +197,12 @@ def memory(recipe: Recipe, **facts: object) -> None:
 
 def peak(way: str, recipe: Recipe) -> None:
     """Train in this process; print its peak, and how much of it came with training."""
-    global SHAPE
-    SHAPE = SHAPE.model_copy(update={"vocabulary": 16_384, "width": 256, "feed_forward": 704, "layers": 4})
-    tokens = np.random.default_rng(0).integers(1, SHAPE.vocabulary, 200_000).astype(np.uint16)
+    shape = SHAPE.model_copy(update={"vocabulary": 16_384, "width": 256, "feed_forward": 704, "layers": 4})
+    tokens = np.random.default_rng(0).integers(1, shape.vocabulary, 200_000).astype(np.uint16)
     packed = Packed(tokens, np.arange(0, len(tokens), 1200), 0)
     rows = blocks(packed, recipe)
     before = resident("VmRSS")
-    ours(packed, recipe) if way == "ours" else trainers(rows, recipe.batch * recipe.length, recipe, SHAPE)
+    ours(packed, recipe, shape) if way == "ours" else trainers(rows, recipe.batch * recipe.length, recipe, shape)
     print(json.dumps({"peak": resident("VmHWM"), "peak of training": resident("VmHWM") - before}))
 
 
@@ -209,7 +214,7 @@ def resident(what: str) -> int:
 def worker(recipe: Recipe) -> None:
     rng = np.random.default_rng(0)
     packed = Packed(rng.integers(1, SHAPE.vocabulary, 400_000).astype(np.uint16), np.arange(0, 400_000, 1200), 0)
-    print(ours(packed, recipe)[0])
+    print(ours(packed, recipe, SHAPE)[0])
 
 
 def main() -> None:
@@ -217,6 +222,7 @@ def main() -> None:
     for name, value in (("steps", 40), ("rounds", 5), ("batch", 8), ("length", 256), ("threads", 1), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--only", default="full,lora,padding,memory,saving,mask,processes")
+    parser.add_argument("--shape", choices=SHAPES, default="0.9M", help="of full, lora, padding, mask and saving")
     parser.add_argument("--trl", action="store_true", help="TRL's SFTTrainer with packing beside them, in `padding`")
     parser.add_argument("--together", action="store_true", help="this study alone")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -228,33 +234,33 @@ def main() -> None:
         return worker(Recipe.model_validate_json(options.worker))
     names = ("steps", "batch", "length", "threads", "rank")
     recipe = Recipe(**{name: getattr(options, name) for name in names})
-    facts = {name: getattr(options, name) for name in names}
+    facts, shape = {"model": options.shape} | {name: getattr(options, name) for name in names}, SHAPES[options.shape]
     if options.together:
         return side_by_side(recipe, options.rounds)
     chosen = options.only.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        whole, mixed, words = texts(Path(folder))
+        whole, mixed, words = texts(Path(folder), shape.vocabulary)
         for method in [name for name in ("full", "lora") if name in chosen]:
             given = recipe.model_copy(update={"method": method})
-            peer = partial(trainers, blocks(whole, given), given.batch * given.length, given, SHAPE)
-            compare(method, {"ours": partial(ours, whole, given), "Trainer": peer}, options.rounds, **facts)
+            peer = partial(trainers, blocks(whole, given), given.batch * given.length, given, shape)
+            compare(method, {"ours": partial(ours, whole, given, shape), "Trainer": peer}, options.rounds, **facts)
         for name, packed in {"documents": whole, "paragraphs": mixed}.items():
-            mine = partial(ours, packed, recipe)
+            mine = partial(ours, packed, recipe, shape)
             if "mask" in chosen:
                 joined = packed._replace(starts=packed.starts[:1])  # the same tokens as one document: no mask
-                compare(f"mask, {name}", {"apart": mine, "one document": partial(ours, joined, recipe)}, options.rounds, **facts)
+                compare(f"mask, {name}", {"apart": mine, "one document": partial(ours, joined, recipe, shape)}, options.rounds, **facts)
             for method in ("full", "lora") if "padding" in chosen else ():
                 given = recipe.model_copy(update={"method": method} | (LONG if name == "documents" else {}))
                 rows, real, share = padded(packed, given)
-                ways = {"ours, packed": partial(ours, packed, given), "Trainer, padded": partial(trainers, rows, real, given, SHAPE)}
+                ways = {"ours, packed": partial(ours, packed, given, shape), "Trainer, padded": partial(trainers, rows, real, given, shape)}
                 if options.trl:
-                    ways["TRL, packed"] = partial(packers, packed, words, given, SHAPE)
+                    ways["TRL, packed"] = partial(packers, packed, words, given, shape)
                 about = {"batch": given.batch, "length": given.length, "tokens that are no padding": round(share, 3)}
                 compare(f"padding, {name}, {method}", ways, options.rounds, **facts | about)
         for method in ("full", "lora") if "saving" in chosen else ():
-            saving(whole, recipe.model_copy(update={"method": method, "steps": 3 * recipe.steps}), **facts)
+            saving(whole, recipe.model_copy(update={"method": method, "steps": 3 * recipe.steps}), shape, **facts)
     for method in ("full", "lora") if "memory" in chosen else ():
-        memory(recipe.model_copy(update={"method": method, "steps": 3}), **facts)
+        memory(recipe.model_copy(update={"method": method, "steps": 3}), **facts | {"model": "4 layers of 256, vocabulary 16384"})
     if "processes" in chosen:
         processes(recipe)
     goals()

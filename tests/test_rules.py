@@ -2,9 +2,12 @@
 
 import json
 
+import hypothesis.extra.numpy
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from safetensors.torch import load_file
 from tiny_models import WORDS, full_expert, lora_expert, tiny_seed
 from typer.testing import CliRunner
@@ -17,7 +20,7 @@ from elmwood.engine import silent
 from elmwood.errors import BadInput
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model
-from elmwood.merge.estimate import by_layer, estimates
+from elmwood.merge.estimate import by_coordinates, estimates
 from elmwood.merge.make import Answer, merge
 from elmwood.merge.statistics import opened
 from elmwood.merge.values import everywhere
@@ -138,7 +141,7 @@ def test_estimates_are_the_layers_output_errors(grown):
             assert found[name] == pytest.approx(total, rel=1e-3), (kind, name)
         if kind == "gram":  # RegMean is what minimises it
             assert min(found, key=lambda name: sum(found[name].values())) == "regmean"
-            assert by_layer(found)["0"] == "regmean"
+            assert min(found, key=lambda name: found[name]["0"]) == "regmean"
 
 
 def _weights(seed, expert, store):
@@ -154,14 +157,61 @@ def test_estimates_choose_layers_and_true_losses_decide(grown):
         store.name(f"e/{place}", one.digest)
         names.append(f"e/{place}")
     store.name("p", store.add(_partition(corpus)))
-    asked = ["merge", *names, "--method", "average,regmean,wudi", "--choose", "--per-layer", "--run", "2", "--partition", "p"]
-    done = CliRunner().invoke(app, [*asked, "--documents", "4", "--store", str(store.root), "--json"])
+    asked = ["merge", *names, "--method", "average,regmean,wudi", "--scale", "4,8,16", "--choose", "--per-layer", "--run", "5"]
+    done = CliRunner().invoke(app, [*asked, "--partition", "p", "--documents", "4", "--store", str(store.root), "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    assert said["cost"]["answers"] <= 3
-    assert said["digest"] == min(said["answers"], key=lambda row: row["tune"]["value"])["digest"]
+    rows = {row["answer"]: row for row in said["answers"]}
+    assert 5 < said["cost"]["answers"] <= 5 + 1 + 2 * 3  # three places: two layers, and what is outside; the beginning once more
+    assert said["digest"] == min(rows.values(), key=lambda row: row["tune"]["value"])["digest"]
     assert said["test"]["b"] == said["digest"]  # against the seed, on blocks that nothing was chosen on
     assert said["test"]["split"] == "gate"
+    others = {row["digest"] for name, row in rows.items() if name != "by_layer"}
+    assert set(said["record"]["layers"].values()) <= others  # found with exchanged layers, scored as a checkpoint
+    assert rows["by_layer"]["tune"]["value"] < min(row["tune"]["value"] for name, row in rows.items() if name != "by_layer")
+
+
+def test_layers_are_refused_where_there_is_nothing_to_choose(grown):
+    store, _, _, experts = grown
+    names = [one.digest for one in experts]
+    for more in (["--method", "average"], ["--method", "average", "--choose"], ["--method", "average,svd", "--choose"]):
+        done = CliRunner().invoke(app, ["merge", *names, *more, "--per-layer", "--store", str(store.root)])
+        assert isinstance(done.exception, BadInput)
+        assert "--per-layer takes layers" in str(done.exception)
+
+
+@given(
+    loss_LC=hypothesis.extra.numpy.arrays(np.float64, (4, 3), elements=st.integers(0, 50).map(float)),
+    estimate_LC=hypothesis.extra.numpy.arrays(np.float64, (4, 3), elements=st.integers(0, 50).map(float)),
+)
+def test_the_search_by_layers_finds_the_best_of_each_where_losses_add(loss_LC, estimate_LC):
+    """Estimates that know the losses lead to the least of all, any others to none above the beginning; each layer tried twice at most."""
+    layers, names = ["0", "1", "2", "outside"], ["a", "b", "c"]
+    looked = []
+
+    def loss(choice):
+        looked.append(dict(choice))
+        return sum(loss_LC[layers.index(layer), names.index(name)] for layer, name in choice.items())
+
+    for known_LC in (loss_LC, estimate_LC):
+        estimated = {name: dict(zip(layers, known_LC[:, at], strict=True)) for at, name in enumerate(names)}
+        looked.clear()
+        choice = by_coordinates("a", ["b", "c"], layers, estimated, loss)
+        assert len(looked) <= 1 + 2 * len(layers)
+        found = loss(choice)
+        assert found <= loss_LC[:, 0].sum()
+        if known_LC is loss_LC:
+            assert found == loss_LC.min(1).sum()
+            gains_L = [loss_LC[layers.index(layer)].min() - loss_LC[layers.index(layer), 0] for layer in changed(looked)]
+            assert gains_L == sorted(gains_L)  # the most promising first
+
+
+def changed(looked):
+    """The layers in the order in which they were first tried with something else."""
+    found = []
+    for choice in looked:
+        found += [layer for layer, name in choice.items() if name != "a" and layer not in found]
+    return found
 
 
 def test_where_statistics_are_missing_columns_put_answers_in_order(grown):

@@ -1,6 +1,5 @@
 """The story, end to end, as a newcomer runs it: real processes, real files, nothing but the command line."""
 
-import contextlib
 import json
 import re
 import subprocess
@@ -37,8 +36,21 @@ def here(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_demo_shows_every_control(here):
-    table = json.loads(elmwood("demo", "--quick", "--json", cwd=here))
+def files(here: Path) -> dict[Path, int]:
+    """Blobs and logs, and when they were written."""
+    return {path: path.stat().st_mtime_ns for part in ("blobs", "logs") for path in (here / ".elmwood" / part).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def again(here) -> tuple[dict, bool]:
+    """The table of a second run, and whether it wrote a blob or a task logged anything."""
+    before = files(here)
+    table = json.loads(elmwood("demo", "--quick", "--json", cwd=here, known=True))
+    return table, files(here) != before
+
+
+def test_the_demo_shows_every_control(again):
+    table, _ = again
     rows = {row["name"]: row for row in table["rows"]}
     for part in ("seed", "experts' batch", "k times the batch", "equal wall clock", "random clusters", "uniform routing", "oracle",
                  "top-1", "top-2", "all"):  # fmt: skip
@@ -53,17 +65,9 @@ def test_the_demo_shows_every_control(here):
     assert rows["oracle routing"]["bits_per_byte"] < rows["uniform routing"]["bits_per_byte"] < rows["seed"]["bits_per_byte"]
 
 
-def test_running_it_again_reuses_everything(here):
-    """No blob is written and no task logs anything: all was found."""
-
-    def files():
-        return {
-            path: path.stat().st_mtime_ns for part in ("blobs", "logs") for path in (here / ".elmwood" / part).rglob("*") if path.is_file()
-        }
-
-    before = files()
-    elmwood("demo", "--quick", cwd=here, known=True)
-    assert files() == before
+def test_running_it_again_reuses_everything(again):
+    _, wrote = again
+    assert not wrote
 
 
 def test_the_report_stands_alone(here):
@@ -95,12 +99,12 @@ def test_chat_says_who_spoke(here):
     assert said == again
 
 
-def test_eval_agrees_with_the_demo(here):
-    table = json.loads(elmwood("demo", "--quick", "--json", cwd=here))
+def test_eval_agrees_with_the_demo(here, again):
+    table, _ = again
     rows = {row["name"]: row["bits_per_byte"] for row in table["rows"]}
     forest = json.loads(elmwood("eval", "demo/forest", "--length", "128", "--documents", "80", "--json", cwd=here, known=True))
-    again = {row["name"]: row["bits_per_byte"] for row in forest["rows"]}
-    assert {name: rows[name] for name in again} == again
+    found = {row["name"]: row["bits_per_byte"] for row in forest["rows"]}
+    assert {name: rows[name] for name in found} == found
     live = json.loads(elmwood("eval", "demo/ensemble", "demo/seed", "--length", "128", "--documents", "80", "--json", cwd=here))
     better = elmwood("compare", "demo/seed", "demo/ensemble", "--length", "128", "--documents", "80", "--json", cwd=here, known=True)
     assert json.loads(better)["models_run"] == 0
@@ -148,32 +152,3 @@ def test_errors_are_one_line_with_the_cure(here):
         said = elmwood(*words, cwd=here, fails=True)
         assert part in said, said
         assert "Traceback" not in said
-
-
-def test_killed_and_run_again(tmp_path):
-    """A demo that is killed goes on, and ends in the same forest as one that was not."""
-    command = [
-        sys.executable,
-        "-m",
-        "elmwood",
-        "seed",
-        "train",
-        "sample",
-        "--tokens",
-        "60k",
-        "--width",
-        "64",
-        "--layers",
-        "2",
-        "--length",
-        "128",
-    ]
-    whole = subprocess.run([*command, "--store", "whole"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    running = subprocess.Popen([*command, "--store", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "killed" / "logs").glob("*.jsonl")) and running.poll() is None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.wait(timeout=0.1)
-    running.kill()
-    running.wait()
-    again = subprocess.run([*command, "--store", "killed"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert whole == again

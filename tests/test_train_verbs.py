@@ -1,8 +1,11 @@
 """The verbs of training, as they are typed: recipes, groups, the table, adapters made elsewhere."""
 
+import contextlib
 import io
 import json
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -59,6 +62,21 @@ def test_every_option_reaches_the_recipe(home):
         method="lora", steps=3, batch=4, length=32, learning_rate=0.01, schedule="wsd", rank=4, alpha=8, targets=("q_proj", "v_proj"),
         late=0.5, accumulate=2, checkpointing=True, patience=9, rng_seed=3, threads=1,
     )  # fmt: skip
+
+
+def test_a_seed_whose_training_is_killed_goes_on_to_the_same_digest(tmp_path):
+    """Real processes; the first is killed as soon as it trains."""
+    sizes = ["--tokens", "60k", "--width", "64", "--layers", "2", "--length", "128"]
+    command = [sys.executable, "-m", "elmwood", "seed", "train", "sample", *sizes]
+    whole = subprocess.run([*command, "--store", "whole"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    running = subprocess.Popen([*command, "--store", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "killed" / "logs").glob("*.jsonl")) and running.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(timeout=0.1)
+    running.kill()
+    running.wait()
+    again = subprocess.run([*command, "--store", "killed"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert whole == again
 
 
 @pytest.mark.parametrize("together", ["1", "2"])

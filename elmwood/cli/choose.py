@@ -5,7 +5,7 @@ N scored tokens, E experts
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,10 @@ from elmwood.cli.ensure import Columns, ensure
 from elmwood.engine import Progress
 from elmwood.evaluate.sequential import Rule
 from elmwood.evaluate.surrogate import pool
+from elmwood.merge.estimate import by_coordinates
+from elmwood.merge.states import seed_places
+from elmwood.merge.tensors import SIZES
+from elmwood.merge.values import layer_name
 from elmwood.records import Contest, Digest, Merged, Partition, Record, Seed, fingerprint
 from elmwood.store import Store
 
@@ -23,6 +27,7 @@ Floats = NDArray[np.floating]
 
 CAP = 1000  # blocks that the test of the best may draw
 CLIP = 0.5  # bits per byte
+TRIED = 2  # other answers that a layer is tried with
 
 
 class Tuned(NamedTuple):
@@ -52,6 +57,50 @@ def tuned(
     losses = {name: evaluate.bits_per_byte(column, held, held.tune_D) for name, column in columns.items()}
     best = columns[min(losses, key=lambda name: losses[name].value)]
     return Tuned(losses, {name: evaluate.difference(column, best, held, held.tune_D) for name, column in columns.items()}, found.tokens)
+
+
+class Layered(NamedTuple):
+    """Layer -> the answer it is taken from; and the tokens that were read to know."""
+
+    choice: dict[str, str]
+    losses: int  # that were looked at
+    tokens: int
+
+
+def layered(
+    models: Mapping[str, Merged], losses: Mapping[str, evaluate.Estimate], estimated: Mapping[str, Mapping[str, float]], seed: Seed,
+    partition: Digest, documents: int | None, store: Store, progress: Progress,
+) -> Layered:  # fmt: skip
+    """From the best answer, layer by layer to one of the two next best where the tune half is then predicted better (`by_coordinates`).
+    One model stands open and its layers are exchanged, so trials leave nothing in the store."""
+    from elmwood.ensemble.mixture import open_model  # torch
+    from elmwood.evaluate.columns import run
+
+    held = opened(seed, partition, documents, store).held
+    window_W = _tune(held)
+    some = held._replace(windows=type(held.windows)(*(field[window_W] for field in held.windows)))
+    among_N = np.isin(held.window_N, window_W)
+    begin, *others = sorted(models, key=lambda name: losses[name].value)[: 1 + TRIED]
+    lm: Any = open_model(models[begin], store)
+    names: dict[str, set[str]] = {}
+    for name, place in seed_places(seed, store).items():
+        if place.dtype in SIZES:
+            names.setdefault(layer_name(name), set()).add(name)
+    filled, tried = dict.fromkeys(names, begin), 0
+
+    def loss(choice: Mapping[str, str]) -> float:
+        nonlocal tried
+        progress("layers", tried, len(names) * len(others) + 1, "trials at most")
+        for layer in (layer for layer in names if filled[layer] != choice[layer]):
+            lm.fill(store.folder(models[choice[layer]].files), names[layer].__contains__)
+            filled[layer] = choice[layer]
+        tried += 1
+        loglik_N = np.full(len(held.document_N), np.nan, np.float32)
+        loglik_N[among_N] = run(lm, some)
+        return evaluate.bits_per_byte(loglik_N, held, held.tune_D).value
+
+    choice = by_coordinates(begin, others, list(names), estimated, loss)
+    return Layered(choice, tried, tried * int(some.windows.length_W.sum()))
 
 
 def by_columns(

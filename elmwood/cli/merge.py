@@ -11,7 +11,7 @@ from elmwood.engine import Progress
 from elmwood.errors import BadInput, Damaged, UnknownName
 from elmwood.merge import mergekit
 from elmwood.merge.adapters import LOW_RULES, merge_adapters
-from elmwood.merge.estimate import by_layer, estimates
+from elmwood.merge.estimate import estimates
 from elmwood.merge.make import Answer, assemble, finalize, merge
 from elmwood.merge.rules import RULES, settle
 from elmwood.merge.spread import StateJob, make_state, spread
@@ -121,6 +121,8 @@ def merge_verb(
     else:
         members = members_of(home, experts, weights or "1", layers, tensors or "")
         answers = answers_of(method or "average", settings, scale=scale, density=density, rank=rank)
+    if per_layer and (not choose or len(answers) < 2 or any(answer.method in LOW_RULES for answer in answers)):
+        raise BadInput("--per-layer takes layers from several checkpoints: give --choose, several answers, and no rule that makes adapters")
     seed = seed_of(members, home)
     with bars() as progress:
         if parts:
@@ -131,12 +133,11 @@ def merge_verb(
             made = spread(seed, members, answers, home, parts=parts, workers=workers or 1, engine=engine, progress=progress)
         else:
             made = both(seed, members, answers, home, resize, progress)
-    if choose and (per_layer or run):
-        where = place_of(members, home, partition)
-        made, answers = estimated(made, answers, seed, members, home, per_layer, run, where, documents)
     if choose:
         where = place_of(members, home, partition)
-        chosen(made, answers, seed, members, home, where=where, documents=documents, name=name, as_json=as_json)
+        if run:
+            made, answers = promising(made, answers, seed, members, home, run, where, documents)
+        chosen(made, answers, seed, members, home, where=where, documents=documents, per_layer=per_layer, name=name, as_json=as_json)
     elif len(made) == 1:
         keep(home, made[0], name, as_json)
     else:
@@ -187,20 +188,17 @@ def place_of(members: Members, store: Store, partition: str | None) -> str:
     return where
 
 
-def estimated(
-    made: list[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, per_layer: bool, run: int | None,
-    where: str, documents: int | None,
+def promising(
+    made: list[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, run: int, where: str, documents: int | None
 ) -> tuple[list[Merged], list[Answer]]:  # fmt: skip
-    """The `run` answers with the least estimate, and one more, the best of all in each layer. Estimates are by what the experts left of
-    their text; where some left nothing, by their columns, which know nothing of layers."""
+    """The `run` answers with the least estimate: by what the experts left of their text, or, where some left nothing, by their columns."""
     from elmwood.cli.choose import by_columns  # scipy and pyarrow
 
     started = time.perf_counter()
     titles = [title(answer) for answer in answers]
-    named, found = dict(zip(titles, made, strict=True)), {}
+    named = dict(zip(titles, made, strict=True))
     with bars() as progress:
-        if per_layer or _left_statistics(members, store):
-            found = estimates(seed, sorted(members), named, store, "fisher", progress)
+        if found := by_statistics(named, seed, members, store, progress):
             totals = {name: sum(layers.values()) for name, layers in found.items()}
             by = "estimates from statistics alone, no model run (in {}): distance from all experts by their Fisher matrices"
         else:
@@ -210,52 +208,63 @@ def estimated(
     spent = duration(time.perf_counter() - started)
     lines = [[titles[place], f"{totals[titles[place]]:.4g}"] for place in order]
     table(by.format(spent), ["", "estimate"], lines, to=talk)
-    kept = order[: run or len(order)]
-    choice = by_layer(found) if per_layer else {}
-    source = {layer: made[titles.index(name)] for layer, name in choice.items()}
-    mixed = [assemble(source, store)] if len(set(choice.values())) > 1 else []
-    if mixed:
-        talk.print("by layer: " + ", ".join(f"{layer} {name}" for layer, name in choice.items()))
-    return [made[place] for place in kept] + mixed, [answers[place] for place in kept] + [Answer("by_layer", {}) for _ in mixed]
+    return [made[place] for place in order[:run]], [answers[place] for place in order[:run]]
 
 
-def _left_statistics(members: Members, store: Store) -> bool:
-    """Whether all of them did."""
+def by_statistics(
+    models: Mapping[str, Merged], seed: Seed, members: Members, store: Store, progress: Progress
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Estimates by layer; none where some expert left no statistics."""
     try:
-        return bool([statistics(digest, store) for digest in members])
+        for digest in members:
+            statistics(digest, store)
     except BadInput:
-        return False
+        return {}
+    return estimates(seed, sorted(members), models, store, "fisher", progress)
 
 
 def chosen(
-    made: Sequence[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, *, where, documents, name, as_json
+    made: Sequence[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, *, where, documents, per_layer, name,
+    as_json,
 ) -> None:  # fmt: skip
     """Score the answers on the tune half, once each, name the best, and test it on blocks that nobody chose on; say what it all cost."""
-    from elmwood.cli.choose import tested, tuned  # scipy and pyarrow
+    from elmwood.cli.choose import layered, tested, tuned  # scipy and pyarrow
 
     started = time.perf_counter()
-    titles = [title(answer) for answer in answers]
+    models = dict(zip(map(title, answers), made, strict=True))
     with bars() as progress:
-        found = tuned(dict(zip(titles, made, strict=True)), seed, where, documents, store, progress)
-    best = min(titles, key=lambda one: found.losses[one].value)
-    winner = made[titles.index(best)]
+        found = tuned(models, seed, where, documents, store, progress)
+        looked, read = len(models), found.tokens
+        if per_layer and len(models) > 1:  # --run may have left one
+            estimated = by_statistics(models, seed, members, store, progress)
+            search = layered(models, found.losses, estimated, seed, where, documents, store, progress)
+            looked, read = looked + search.losses, read + search.tokens
+            if len(set(search.choice.values())) > 1:
+                models["by_layer"] = assemble({layer: models[answer] for layer, answer in search.choice.items()}, store)
+                found = tuned(models, seed, where, documents, store, progress)
+                read += found.tokens
+    best = min(models, key=lambda one: found.losses[one].value)
+    winner = models[best]
     if name:
         store.name(name, winner.digest)
     with bars() as progress:
         test, tokens = tested(winner, name or best, seed, where, documents, store, progress)
-    cost = {"answers": len(made), "tokens": found.tokens, "tested_tokens": tokens, "seconds": round(time.perf_counter() - started, 1)}
+    spent = time.perf_counter() - started
     if as_json:
         rows = [
             {"answer": one, "digest": record.digest, "tune": found.losses[one]._asdict(), "behind": found.behind[one]._asdict()}
-            for one, record in zip(titles, made, strict=True)
+            for one, record in models.items()
         ]
+        cost = {"answers": looked, "tokens": read, "tested_tokens": tokens, "seconds": round(spent, 1)}
         emit({"name": name, "digest": winner.digest, "record": winner.model_dump(mode="json"), "answers": rows,
               "test": test.model_dump(mode="json"), "cost": cost})  # fmt: skip
         return
-    lines = [[one, *(f"{number:.4f}" for number in (*found.losses[one], *found.behind[one]))] for one in titles]
+    lines = [[one, *(f"{number:.4f}" for number in (*found.losses[one], *found.behind[one]))] for one in models]
     table("bits per byte on the tune half, and behind the best (paired)", ["", "bits/byte", "±", "behind", "±"], lines, to=talk)
-    spent = duration(time.perf_counter() - started)
-    talk.print(f"the search read {short(found.tokens)} tokens and the test {short(tokens)}, in {spent}")
+    if "by_layer" in models:
+        names = {record.digest: one for one, record in models.items()}
+        talk.print("by layer: " + ", ".join(f"{layer} {names[digest]}" for layer, digest in models["by_layer"].layers.items()))
+    talk.print(f"the search looked at {looked} models and read {short(read)} tokens, the test {short(tokens)}, in {duration(spent)}")
     talk.print(f"on fresh blocks {headline(test)}: {dict(told(test))['effect']}; {test.drawn:,} of {test.touched:,} blocks")
     out.print(f"{winner.digest}  {name or best}", soft_wrap=True)
 

@@ -4,9 +4,11 @@ Shapes: E experts (the seed is the last), A of them active, B rows, T tokens, V 
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -108,6 +110,21 @@ class Experts:
             bank.mix(mixtures[start : start + at_once])
             parts.append(_loglik(model, tokens_BT[start : start + at_once].to(self.device), last))
         return torch.cat(parts)
+
+    @torch.inference_mode()
+    def fill(self, e: int, folder: Path, wanted: Callable[[str], bool]) -> None:
+        """Give weights of candidate e, as long as it is open, the numbers that a checkpoint of its architecture has under these names.
+
+        Raises BadSeed where a name is not among the model's own."""
+        model = self._body(self._places[e][0]).model
+        weights, top = {**dict(model.named_buffers()), **dict(model.named_parameters())}, f"{model.base_model_prefix}."
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in filter(wanted, file.keys()):
+                    weight = weights.get(name, weights.get(top + name))
+                    if weight is None:
+                        raise BadSeed(f"{type(model).__name__} has no weight {name}: its layers cannot be exchanged one by one")
+                    weight.copy_(file.get_tensor(name))
 
     def start(self) -> Text:
         """An empty text."""
@@ -216,6 +233,9 @@ class OneLM:
 
     def score(self, tokens_BT: Any) -> Tensor:
         return self.experts.score(self.e, tokens_BT)
+
+    def fill(self, folder: Path, wanted: Callable[[str], bool]) -> None:
+        self.experts.fill(self.e, folder, wanted)
 
     def start(self) -> "OneText":
         return OneText(self.name)

@@ -6,7 +6,7 @@ Both estimates are quadratic in the candidate and add over experts, so the three
 tr(D G Dᵀ) - 2 tr(D R) + c, with G = Σ w_i G_i, R = Σ w_i G_i D_iᵀ, c = Σ w_i tr(D_i G_i D_iᵀ).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,13 +19,12 @@ from elmwood.merge.sources import Source, Whole
 from elmwood.merge.states import open_all, statistics_of
 from elmwood.merge.statistics import Opened
 from elmwood.merge.tensors import SIZES, Files, decode
-from elmwood.merge.values import everywhere, layer_of
+from elmwood.merge.values import everywhere, layer_name
 from elmwood.records import Merged, Seed, Statistics
 from elmwood.store import Store
 
 Doubles = NDArray[np.float64]
 Kind = Literal["gram", "fisher"]
-OUTSIDE = "outside"  # of the layers: embeddings, the last norm, the head
 
 
 class Quadratic(NamedTuple):
@@ -81,8 +80,7 @@ def estimates(
             if curve is not None
         )
         known = quadratic(pairs, kind == "fisher")
-        layer = layer_of(name)
-        where = OUTSIDE if layer is None else str(layer)
+        where = layer_name(name)
         for title, one in merged.items():
             value = error(whole_delta(one, name, place, seed_N, files), known) if known else 0.0
             scale = known.constant if known and kind == "gram" else 1.0
@@ -95,7 +93,23 @@ def estimates(
     return {title: {where: value / counts[where] for where, value in rows.items()} for title, rows in found.items()}
 
 
-def by_layer(estimated: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """Layer -> the candidate with the least estimate there; the first of equals."""
-    layers = dict.fromkeys(layer for rows in estimated.values() for layer in rows)
-    return {layer: min(estimated, key=lambda name: estimated[name].get(layer, 0.0)) for layer in layers}
+def by_coordinates(
+    begin: str, others: Sequence[str], layers: Sequence[str], estimated: Mapping[str, Mapping[str, float]],
+    loss: Callable[[Mapping[str, str]], float],
+) -> dict[str, str]:  # fmt: skip
+    """Layer -> candidate, by true losses: one pass over the layers, each of which goes from `begin` to the first of `others` that lowers
+    the loss. Estimates decide the order alone: of layers by how far theirs could fall, of candidates by theirs there. Without them,
+    as they come. At most len(layers) * len(others) + 1 losses."""
+
+    def at(name: str, layer: str) -> float:
+        return estimated.get(name, {}).get(layer, 0.0)
+
+    choice = dict.fromkeys(layers, begin)
+    best = loss(choice)
+    for layer in sorted(layers, key=lambda one: min((at(name, one) for name in others), default=0.0) - at(begin, one)):
+        for name in sorted(others, key=lambda one: at(one, layer)):
+            other = {**choice, layer: name}
+            if (lower := loss(other)) < best:
+                choice, best = other, lower
+                break
+    return choice

@@ -19,7 +19,7 @@ from elmwood.merge.rules import RULES, on, settle
 from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_places, statistics_of, sum_places
 from elmwood.merge.sums import Pass, Piece, Wanted
 from elmwood.merge.tensors import PIECE, SIZES, Bytes, Files, Place, Twin, decode, encode, places
-from elmwood.merge.values import depth_of, layer_of, weight_of
+from elmwood.merge.values import depth_of, layer_name, weight_of
 from elmwood.records import Contribution, Merged, Seed, State, fingerprint
 from elmwood.store import Store
 
@@ -145,11 +145,10 @@ def assemble(choice: Mapping[str, Merged], store: Store) -> Merged:
     seed = store.load(first.seed, Seed)
     tensors, files = seed_places(seed, store), Files()
     held = {layer: places(sorted(store.folder(one.files).glob("*.safetensors"))) for layer, one in choice.items()}
-    where = {name: "outside" if (layer := layer_of(name)) is None else str(layer) for name in tensors}
-    chosen = [name for name, place in tensors.items() if where[name] in held and place.dtype in SIZES]
+    chosen = [name for name, place in tensors.items() if layer_name(name) in held and place.dtype in SIZES]
     twin = Twin(tensors, store.work(key) / "out", chosen)
     for name in chosen:
-        place, mine = tensors[name], held[where[name]][name]
+        place, mine = tensors[name], held[layer_name(name)][name]
         for start in range(0, place.numbers, PIECE):
             twin.put(place, start, files.read(mine, start, min(place.numbers, start + PIECE)))
     files.close()

@@ -7,6 +7,8 @@ import numpy as np
 
 from elmwood.records import Share
 
+OUTSIDE = "outside"
+
 
 def everywhere(weight: float) -> tuple[Share, ...]:
     """The same weight for all tensors."""
@@ -17,6 +19,12 @@ def layer_of(name: str) -> int | None:
     """The layer a tensor stands in: the first number in its name."""
     match = re.search(r"\.(\d+)\.", name)
     return int(match[1]) if match else None
+
+
+def layer_name(name: str) -> str:
+    """The layer's number, or "outside": embeddings, the last norm, the head."""
+    layer = layer_of(name)
+    return OUTSIDE if layer is None else str(layer)
 
 
 def depth_of(names: Iterable[str]) -> int:
