@@ -214,4 +214,6 @@ def test_drawings_are_well_formed():
     left, middle, right = (float(spot.split(",")[0]) for spot in line.get("points", "").split())
     assert middle - left == pytest.approx(right - middle)
     assert {"4", "8", "16", "32", "64"} <= set(wide.itertext())
+    lone = ElementTree.fromstring(experts_plot([Line("random", [4], [2.2])]))
+    assert len([one for one in lone.iter() if one.tag.endswith("circle")]) == 1  # a line of one point would not be seen
     ElementTree.fromstring(wealth_plot(np.array([np.inf]), np.array([-np.inf]), alpha=0.05, beta=0.1, names=("x", "y")))
