@@ -90,7 +90,7 @@ def layered(
 
     def loss(choice: Mapping[str, str]) -> float:
         nonlocal tried
-        progress("layers", tried, len(names) * len(others) + 1, "trials at most")
+        progress("layers", tried, len(names) * len(others) + 1, "trials")  # at most
         for layer in (layer for layer in names if filled[layer] != choice[layer]):
             lm.fill(store.folder(models[choice[layer]].files), names[layer].__contains__)
             filled[layer] = choice[layer]
@@ -100,6 +100,7 @@ def layered(
         return evaluate.bits_per_byte(loglik_N, held, held.tune_D).value
 
     choice = by_coordinates(begin, others, list(names), estimated, loss)
+    progress("layers", tried, tried, "trials")
     return Layered(choice, tried, tried * int(some.windows.length_W.sum()))
 
 
