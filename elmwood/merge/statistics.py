@@ -38,7 +38,7 @@ class Opened:
     """The numbers of one expert's statistics, by tensor."""
 
     def __init__(self, record: Statistics, store: Store):
-        self.record, self.files = record, Files(2)
+        self.record, self.files = record, Files(most=2)
         path = store.folder(record.files) / "statistics.safetensors"
         self.places: dict[str, Place] = places([path])
         self.same: dict[str, str] = json.loads(header(path).metadata.get("same", "{}"))

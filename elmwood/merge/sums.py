@@ -20,7 +20,7 @@ from elmwood.merge.rules import on
 from elmwood.merge.select import Kth
 from elmwood.merge.sources import Source, Whole
 from elmwood.merge.statistics import Opened
-from elmwood.merge.tensors import BLOCK, PIECE, SIZES, Files, Place, Reader, Request, decode
+from elmwood.merge.tensors import BLOCK, PIECE, SIZES, Place, Reader, Request, decode
 
 Floats = NDArray[np.floating[Any]]
 GROUP = 32  # experts whose pieces stand in memory at once
@@ -146,12 +146,16 @@ class Pass:
         for first in range(start, stop, PIECE):
             last = min(stop, first + PIECE)
             for number, group in enumerate(groups):
-                step: list[Request] = [(self.seed[name], first, last)] if seed else []
-                for one in group:
-                    if isinstance(one, Whole):
-                        known = one.reads(name, last)
-                        step.append((one.places[name], min(first, known), known))
-                yield first, last, number, step
+                yield first, last, number, self._step(name, first, last, seed, group)
+
+    def _step(self, name: str, first: int, last: int, seed: bool, group: Sequence[Source]) -> list[Request]:
+        """The numbers of the seed, where they are called for, and of those that are full experts."""
+        step: list[Request] = [(self.seed[name], first, last)] if seed else []
+        for one in group:
+            if isinstance(one, Whole):
+                known = one.reads(name, last)
+                step.append((one.places[name], min(first, known), known))
+        return step
 
     def _tensor(self, name: str, cuts: Sequence[Any], reader: Reader, with_seed: bool) -> Iterator[Piece]:
         seed = with_seed or self._needs_seed(name)
@@ -269,7 +273,7 @@ class Pass:
         found: list[tuple[float, float]] = []
         for start in range(0, len(self.sources), 8):
             group = self.sources[start : start + 8]
-            samples = self._samples(group, names, numbers, reader.files) if numbers > 4 * BLOCK else [None] * len(group)
+            samples = self._samples(group, names, numbers, reader) if numbers > 4 * BLOCK else [None] * len(group)
             kths = [[Kth(numbers, rank, sample) for rank in wanted_ranks] for sample in samples]
             while any(one.found is None for pair in kths for one in pair):
                 for name in names:
@@ -296,24 +300,20 @@ class Pass:
                     for kth in pair:
                         kth.push(magnitude_N)
 
-    def _samples(self, group: Sequence[Source], names: Sequence[str], numbers: int, files: Files) -> list[Floats | None]:
+    def _samples(self, group: Sequence[Source], names: Sequence[str], numbers: int, reader: Reader) -> list[Floats | None]:
         """Magnitudes of each expert, from strips evenly over the tensors."""
         found: list[list[Floats]] = [[] for _ in group]
         for name in names:
             place = self.seed[name]
-            files.expect(place)
-            for one in group:
-                if isinstance(one, Whole):
-                    files.expect(one.places[name])
             count = max(1, max(SAMPLE, numbers >> 8) * place.numbers // numbers // STRIP)  # what a window holds grows with the root alone
-            for first in np.linspace(0, max(0, place.numbers - STRIP), count).astype(int).tolist():
-                last = min(place.numbers, first + STRIP)
-                seed_N = decode(files.read(place, first, last), place.dtype).astype(np.float64)
+            firsts = np.linspace(0, max(0, place.numbers - STRIP), count).astype(int).tolist()
+            strips = [(first, min(place.numbers, first + STRIP)) for first in firsts]
+            plan = [self._step(name, *strip, True, group) for strip in strips]
+            for (first, last), raws in zip(strips, reader.stream(plan), strict=True):
+                seed_N = decode(raws[0], place.dtype).astype(np.float64)
+                rest = iter(raws[1:])
                 for one, mine in zip(group, found, strict=True):
-                    raw = None
-                    if isinstance(one, Whole):
-                        known = one.reads(name, last)
-                        raw = files.read(one.places[name], min(first, known), known)
+                    raw = next(rest) if isinstance(one, Whole) else None
                     mine.append(_magnitude(one, name, first, last, 0, place, raw, seed_N))
         return [np.concatenate(mine) for mine in found]
 

@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ Bytes = NDArray[np.uint8]
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that can be merged -> bytes of a number
 BLOCK = fixed.BLOCK  # numbers worked on at once: they stay in the second-level cache
 PIECE = 4 * BLOCK  # numbers read at once
+PROBES = 8  # places of a file that say whether it is in the cache
+PAGE = 4096  # what direct reading begins and ends with
 SETTLED = 1 << 24  # bytes hashed and brought to the disk at once
 
 
@@ -109,8 +112,8 @@ def pack_header(entries: Sequence[tuple[str, str, tuple[int, ...], int]], metada
 class Files:
     """Open files, the ones used last kept open."""
 
-    def __init__(self, most: int = 128):
-        self.most = most
+    def __init__(self, flags: int = 0, most: int = 128):
+        self.flags, self.most = os.O_RDONLY | flags, most
         self.handles: dict[Path, int] = {}
 
     def handle(self, path: Path) -> int:
@@ -118,17 +121,13 @@ class Files:
         if found is None:
             if len(self.handles) >= self.most:
                 os.close(self.handles.pop(next(iter(self.handles))))
-            found = os.open(path, os.O_RDONLY)
+            found = os.open(path, self.flags)
         self.handles[path] = found
         return found
 
     def close(self) -> None:
         while self.handles:
             os.close(self.handles.popitem()[1])
-
-    def expect(self, place: Place) -> None:
-        """Let the system begin to read a tensor."""
-        os.posix_fadvise(self.handle(place.path), place.start, place.numbers * place.width, os.POSIX_FADV_WILLNEED)
 
     def read(self, place: Place, first: int, last: int, into: memoryview | None = None) -> Bytes:
         """Numbers first to last of a tensor, as bytes, in `into` where it is given. Raises Damaged."""
@@ -147,25 +146,54 @@ Request = tuple[Place, int, int]
 
 
 class Reader:
-    """Reads ahead: one thread fetches the next step of a plan while this one is worked on. Buffers are kept between plans."""
+    """Reads ahead: one thread fetches the next step of a plan while this one is worked on. Buffers are kept between plans.
+
+    Files that the system has in its cache come from there. Others are read past it, where the file system can (O_DIRECT): experts
+    are read once, and pages for them would cost more than all sums, and drive out what others need.
+    """
 
     def __init__(self, buffer: int):
         """`buffer`: bytes that a request asks for at most."""
-        self.buffer, self.files = buffer, Files()
+        self.buffer, self.files, self.direct = buffer + 2 * PAGE, Files(), Files(os.O_DIRECT)
+        self.cached: dict[Path, bool] = {}  # files that are read by way of the cache
         self.pools: tuple[list[memoryview], list[memoryview]] = ([], [])
-        self.thread = ThreadPoolExecutor(1)
+        self.thread, self.hand = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.thread.shutdown(wait=True, cancel_futures=True)
+        for one in (self.thread, self.hand):
+            one.shutdown(wait=True, cancel_futures=True)
         self.files.close()
+        self.direct.close()
 
     def _fetch(self, step: Sequence[Request], pool: list[memoryview]) -> list[Bytes]:
         while len(pool) < len(step):
-            pool.append(memoryview(bytearray(self.buffer)))
-        return [self.files.read(*request, into) for request, into in zip(step, pool, strict=False)]
+            pool.append(memoryview(mmap(-1, self.buffer)))  # begins with a page
+        handles = [self._past(request) for request in step]
+        found: list[Bytes | None] = [None] * len(step)
+
+        def read(hand: int) -> None:
+            for n in range(hand, len(step), 2):
+                if (handle := handles[n]) is not None:
+                    found[n] = _read_past(handle, *step[n], pool[n])
+
+        wait = self.hand.submit(read, 1)  # two at a time: a disk is slower where nobody waits in line
+        read(0)
+        wait.result()
+        return [self.files.read(*request, into) if one is None else one for request, into, one in zip(step, pool, found, strict=False)]
+
+    def _past(self, request: Request) -> int | None:
+        """The handle that reads a file past the cache; none where it is in there, or its file system cannot."""
+        path = request[0].path
+        try:
+            if path not in self.cached:
+                self.cached[path] = _is_cached(self.files.handle(path))
+            return None if self.cached[path] else self.direct.handle(path)
+        except OSError:
+            self.cached[path] = True
+            return None
 
     def stream(self, plan: Iterable[Sequence[Request]]) -> Iterator[list[Bytes]]:
         """For each step of a plan the bytes it asks for; valid until the next step is asked for."""
@@ -176,6 +204,26 @@ class Reader:
                 yield ready.result()
         if coming:
             yield coming.result()
+
+
+def _is_cached(handle: int) -> bool:
+    """Whether the system has a file in memory, by a look at a few places."""
+    size = os.fstat(handle).st_size
+    try:
+        return all(os.preadv(handle, [bytearray(1)], at, os.RWF_NOWAIT) for at in range(0, size, max(1, size // PROBES)))
+    except BlockingIOError:
+        return False
+
+
+def _read_past(handle: int, place: Place, first: int, last: int, into: memoryview) -> Bytes | None:
+    """As `Files.read`, in whole pages; none where that cannot be done. `into` begins with a page and has two more than is asked for."""
+    size, offset = (last - first) * place.width, place.start + first * place.width
+    before = offset % PAGE
+    try:
+        got = os.preadv(handle, [into[: -(-(before + size) // PAGE) * PAGE]], offset - before)
+    except OSError:  # larger blocks than pages
+        return None
+    return np.frombuffer(into[before : before + size], np.uint8) if got >= before + size else None
 
 
 def check_finite(name: str, place: Place) -> None:
