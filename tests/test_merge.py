@@ -1,9 +1,11 @@
 """Merges: the laws of the sums, each rule against its formula in float64, and checkpoints that other tools open."""
 
 import math
+import os
 import random
 import shutil
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,7 +26,7 @@ from elmwood.merge.numbers import cut, voted
 from elmwood.merge.rule import Local
 from elmwood.merge.rules import RULES
 from elmwood.merge.states import add, remove, state
-from elmwood.merge.tensors import decode, encode
+from elmwood.merge.tensors import Files, Reader, decode, encode, places
 from elmwood.merge.values import everywhere, weight_of
 from elmwood.records import Expert, Recipe, Share
 from elmwood.store import Store
@@ -194,6 +196,28 @@ def test_bf16_remembers_the_side_of_the_middle():
 
 
 # ---- rules against their formulas
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_is_read_past_the_cache_is_the_same_bytes(cached, tmp_path):
+    """Parts that begin and end anywhere, of tensors that stand where no page begins, and the last byte of the file."""
+    path, chance = tmp_path / "model.safetensors", np.random.default_rng(0)
+    tensors = {name: torch.from_numpy(chance.standard_normal(size)).float() for name, size in (("a", 5001), ("b", 1), ("c", 300_000))}
+    save_file(tensors | {"d": torch.arange(7, dtype=torch.bfloat16)}, path)
+    if not cached:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    found, files = places([path]), Files()
+    ends = {name: sorted({0, one.numbers, *chance.integers(0, one.numbers + 1, 4).tolist()}) for name, one in found.items()}
+    requests = [(found[name], *span) for name, cuts in ends.items() for span in pairwise(cuts)]
+    with Reader(4 * 300_000) as reader:
+        for step, raws in zip([requests, requests[::-1]], reader.stream([requests, requests[::-1]]), strict=True):
+            kept = [raw.copy() for raw in raws]
+            past = not reader.cached[path]
+            assert not (cached and past)
+            for request, raw in zip(step, kept, strict=True):
+                np.testing.assert_array_equal(raw, files.read(*request))
 
 
 def test_average_and_task_arithmetic(forest):
