@@ -40,6 +40,7 @@ from elmwood.train.keys import seed_key, train_key
 DENSE = "dense, the experts' batch"
 LARGE = "dense, k times the batch"
 SHORT = "dense, equal wall clock"
+CONTROLS = {DENSE: "dense/batch", LARGE: "dense/large", SHORT: "dense/short"}  # row -> name
 
 
 class Study(Frozen):
@@ -82,6 +83,7 @@ class Grown(NamedTuple):
     forest: Forest
     partition: Partition
     seed: Seed
+    models: dict[str, Digest]  # that were trained from the seed, by name
 
 
 def demo(*, quick, corpus, seed, domains, tokens, method, learning_rate, report, workers, store, as_json) -> None:
@@ -105,8 +107,9 @@ def demo(*, quick, corpus, seed, domains, tokens, method, learning_rate, report,
         read = build(corpus or ["sample"], home, progress=progress)
         grown = grow(study, read, start, home, workers=workers, progress=progress)
     say_read(read)
-    for name, record in zip(Grown._fields, grown, strict=True):
-        home.name(f"demo/{name}", record.digest)
+    records = {name: getattr(grown, name).digest for name in ("comparison", "ensemble", "forest", "partition", "seed")}
+    for name, digest in (records | grown.models).items():
+        home.name(f"demo/{name}", digest)
     report.write_text(page(grown.comparison, home))
     if as_json:
         emit(grown.comparison.model_dump(mode="json") | {"digest": grown.comparison.digest, "report": str(report)})
@@ -127,7 +130,7 @@ class Arms(NamedTuple):
     dense: tuple[evaluate.Control, ...]
     random: evaluate.Side
     forest: Forest
-    controls: tuple[Digest, ...]
+    models: dict[str, Digest]  # by name: expert/0 …, random/0 …, dense/batch, dense/large, dense/short
 
 
 def grow(study: Study, corpus: Corpus, seed: Seed | None, store: Store, *, workers: int | None, progress: Progress) -> Grown:
@@ -136,7 +139,8 @@ def grow(study: Study, corpus: Corpus, seed: Seed | None, store: Store, *, worke
     arms = branch(study, corpus, seed, store, workers=workers, progress=progress)
     compared = evaluate.compare(arms.held, arms.seed_N, arms.experts, arms.dense, arms.random)
     partition = store.load(arms.forest.partition, Partition)
-    return Grown(*keep_comparison(compared, arms.held, arms.forest, arms.controls, store), arms.forest, partition, seed)
+    controls = tuple(arms.models[name] for name in CONTROLS.values())
+    return Grown(*keep_comparison(compared, arms.held, arms.forest, controls, store), arms.forest, partition, seed, arms.models)
 
 
 def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: int | None, progress: Progress) -> Arms:
@@ -160,20 +164,19 @@ def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: i
         dist2_NK, sparse2_NK = both_distances(held, divisions[name], store, progress)
         return evaluate.Side(loglik_NK, dist2_NK, costs(sides[name], store), sparse2_NK=sparse2_NK)
 
-    controls = (DENSE, LARGE, SHORT)
     return Arms(
         held=held,
         seed_N=columns[seed.digest],
         experts=side("expert"),
         dense=tuple(
             evaluate.Control(name, columns[trained[name, 0]], costs(sides[name], store, machines=study.domains if name == LARGE else 1))
-            for name in controls
+            for name in CONTROLS
         ),
         random=side("random"),
         forest=Forest(
             seed=seed.digest, partition=spec.partition, experts=tuple(trained["expert", place] for place in range(study.domains))
         ),
-        controls=tuple(trained[name, 0] for name in controls),
+        models={CONTROLS.get(name, f"{name}/{place}"): digest for (name, place), digest in trained.items()},
     )
 
 
