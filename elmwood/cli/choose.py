@@ -78,8 +78,7 @@ def layered(
 
     held = opened(seed, partition, documents, store).held
     window_W = _tune(held)
-    some = held._replace(windows=type(held.windows)(*(field[window_W] for field in held.windows)))
-    among_N = np.isin(held.window_N, window_W)
+    some, among_N = held.some(window_W), np.isin(held.window_N, window_W)
     begin, *others = sorted(models, key=lambda name: losses[name].value)[: 1 + TRIED]
     lm: Any = open_model(models[begin], store)
     names: dict[str, set[str]] = {}

@@ -24,6 +24,7 @@ from elmwood.report.contest import lines as told
 from elmwood.store import Store
 
 Members = dict[str, tuple[Share, ...]]
+Estimated = dict[str, dict[str, float]]  # answer -> layer -> estimate; none where some expert left no statistics
 
 
 # ---- what is asked ------------------------------------------------------------------------------------------------
@@ -135,9 +136,11 @@ def merge_verb(
             made = both(seed, members, answers, home, resize, progress)
     if choose:
         where = place_of(members, home, partition)
+        estimated = None
         if run:
-            made, answers = promising(made, answers, seed, members, home, run, where, documents)
-        chosen(made, answers, seed, members, home, where=where, documents=documents, per_layer=per_layer, name=name, as_json=as_json)
+            made, answers, estimated = promising(made, answers, seed, members, home, run, where, documents)
+        chosen(made, answers, seed, members, home, where=where, documents=documents, per_layer=per_layer, estimated=estimated, name=name,
+               as_json=as_json)  # fmt: skip
     elif len(made) == 1:
         keep(home, made[0], name, as_json)
     else:
@@ -190,8 +193,9 @@ def place_of(members: Members, store: Store, partition: str | None) -> str:
 
 def promising(
     made: list[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, run: int, where: str, documents: int | None
-) -> tuple[list[Merged], list[Answer]]:  # fmt: skip
-    """The `run` answers with the least estimate: by what the experts left of their text, or, where some left nothing, by their columns."""
+) -> tuple[list[Merged], list[Answer], Estimated]:  # fmt: skip
+    """The `run` answers with the least estimate: by what the experts left of their text, or, where some left nothing, by their columns.
+    And the estimates by statistics."""
     from elmwood.cli.choose import by_columns  # scipy and pyarrow
 
     started = time.perf_counter()
@@ -208,12 +212,10 @@ def promising(
     spent = duration(time.perf_counter() - started)
     lines = [[titles[place], f"{totals[titles[place]]:.4g}"] for place in order]
     table(by.format(spent), ["", "estimate"], lines, to=talk)
-    return [made[place] for place in order[:run]], [answers[place] for place in order[:run]]
+    return [made[place] for place in order[:run]], [answers[place] for place in order[:run]], found
 
 
-def by_statistics(
-    models: Mapping[str, Merged], seed: Seed, members: Members, store: Store, progress: Progress
-) -> dict[str, dict[str, float]]:  # fmt: skip
+def by_statistics(models: Mapping[str, Merged], seed: Seed, members: Members, store: Store, progress: Progress) -> Estimated:
     """Estimates by layer; none where some expert left no statistics."""
     try:
         for digest in members:
@@ -224,8 +226,8 @@ def by_statistics(
 
 
 def chosen(
-    made: Sequence[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, *, where, documents, per_layer, name,
-    as_json,
+    made: Sequence[Merged], answers: Sequence[Answer], seed: Seed, members: Members, store: Store, *, where, documents, per_layer,
+    estimated, name, as_json,
 ) -> None:  # fmt: skip
     """Score the answers on the tune half, once each, name the best, and test it on blocks that nobody chose on; say what it all cost."""
     from elmwood.cli.choose import layered, tested, tuned  # scipy and pyarrow
@@ -236,7 +238,8 @@ def chosen(
         found = tuned(models, seed, where, documents, store, progress)
         looked, read = len(models), found.tokens
         if per_layer and len(models) > 1:  # --run may have left one
-            estimated = by_statistics(models, seed, members, store, progress)
+            if estimated is None:
+                estimated = by_statistics(models, seed, members, store, progress)
             search = layered(models, found.losses, estimated, seed, where, documents, store, progress)
             looked, read = looked + search.losses, read + search.tokens
             if len(set(search.choice.values())) > 1:

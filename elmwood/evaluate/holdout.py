@@ -87,6 +87,10 @@ class Holdout(NamedTuple):
     def tune_N(self) -> Bools:
         return self.tune_D[self.document_N]
 
+    def some(self, window_W: Ints) -> "Holdout":
+        """What a model is to read where some windows alone are asked for; the rest still is of all."""
+        return self._replace(windows=type(self.windows)(*(field[window_W] for field in self.windows)))
+
 
 def holdout(spec: HoldoutSpec, tokenizer: Tokenizer, store: Store, progress: Progress = silent) -> Holdout:
     """Open the holdout of a partition for models with this tokenizer. Raises BadInput when it is too small to halve."""

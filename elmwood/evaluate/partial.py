@@ -76,9 +76,9 @@ class Partial:
             if until is not None and time.time() >= until:
                 break
             some_W = np.sort(missing_W[part_W == part])
-            some = type(cut)(*(field[some_W] for field in cut))
-            loglik_N = run(lm, self.holdout._replace(windows=some), _onward(progress, done, total))
-            done += int(some.length_W.sum())
+            some = self.holdout.some(some_W)
+            loglik_N = run(lm, some, _onward(progress, done, total))
+            done += int(some.windows.length_W.sum())
             self._keep(some_W, loglik_N)
             self._take(some_W, loglik_N)
         self.forwarded += done

@@ -7,8 +7,6 @@ import numpy as np
 
 from elmwood.records import Share
 
-OUTSIDE = "outside"
-
 
 def everywhere(weight: float) -> tuple[Share, ...]:
     """The same weight for all tensors."""
@@ -24,7 +22,7 @@ def layer_of(name: str) -> int | None:
 def layer_name(name: str) -> str:
     """The layer's number, or "outside": embeddings, the last norm, the head."""
     layer = layer_of(name)
-    return OUTSIDE if layer is None else str(layer)
+    return "outside" if layer is None else str(layer)
 
 
 def depth_of(names: Iterable[str]) -> int:

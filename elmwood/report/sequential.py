@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from elmwood.report.domains import LIGHT
 from elmwood.report.numbers import MINUS, shared, short, ticks
 
-DOTS = 32  # points of a line that are drawn one by one
+DOTS = 32  # points of a line without whiskers that are drawn one by one
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 74, 150, 46, 56  # around the panel; names stand on the right
 POINTS = 600  # of a line, at most
@@ -28,7 +28,7 @@ class Line(NamedTuple):
     name: str
     x: Sequence[float] | NDArray[np.number]
     y: Sequence[float] | NDArray[np.floating]
-    error: Sequence[float] | None = None  # one standard error each, drawn as whiskers
+    error: Sequence[float] | None = None  # one standard error each, drawn as whiskers on dots
 
 
 class Ruler(NamedTuple):
@@ -140,7 +140,7 @@ def _line(line: Line, colour: str, across, down, name: tuple[float, float]) -> M
         made += Markup('<line class="whisker" stroke="{}" x1="{x}" x2="{x}" y1="{}" y2="{}"/>').format(
             colour, down(line.y[n] - error), down(line.y[n] + error), x=across(line.x[n])
         )
-    for x, y in zip(line.x, line.y, strict=True) if len(line.x) <= DOTS else ():
+    for x, y in zip(line.x, line.y, strict=True) if line.error or len(line.x) <= DOTS else ():
         made += Markup('<circle cx="{}" cy="{}" r="3.5" fill="{}"/>').format(across(x), down(y), colour)
     return made + Markup('<text class="name" x="{}" y="{}" dy="4" style="fill:{}">{}</text>').format(*name, colour, line.name)
 
