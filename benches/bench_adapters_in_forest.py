@@ -20,17 +20,17 @@ import numpy as np
 from bench_clusters import Bench
 
 from elmwood import evaluate
-from elmwood.cli.jobs import experts_job, keys, open_holdout
 from elmwood.cli.screen import bars, count
 from elmwood.cli.study import Study, scratch
 from elmwood.cli.training import training_job
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores, run
-from elmwood.evaluate.fit import weights
+from elmwood.evaluate.calibrate import weights
 from elmwood.records import Expert, Partition, Recipe, Seed
-from elmwood.report.sequential import Line, experts_plot
+from elmwood.report.wealth import Line, experts_plot
 from elmwood.store import Store
+from elmwood.study.tasks import experts_job, keys, open_holdout
 
 LATE = 1 / 3
 

@@ -16,8 +16,6 @@ from typing import NamedTuple
 import numpy as np
 
 from elmwood import evaluate
-from elmwood.cli.ensure import Columns, ensure
-from elmwood.cli.jobs import TrainJob, open_holdout, train_job
 from elmwood.cli.screen import bars, count
 from elmwood.cli.study import Study, scratch
 from elmwood.cli.training import shards
@@ -26,6 +24,8 @@ from elmwood.domains.partition import partition as divide
 from elmwood.engine import Progress, cores, run
 from elmwood.records import Corpus, Digest, Partition, Recipe, Seed
 from elmwood.store import Store
+from elmwood.study.scoring import Columns, ensure
+from elmwood.study.tasks import TrainJob, open_holdout, train_job
 
 BATCHES = (1, 4, 16)  # times the experts' batch, of dense controls
 

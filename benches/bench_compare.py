@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.compare import Sides, bounded, parts, weights
-from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.screen import expand
 from elmwood.engine import silent
-from elmwood.evaluate.budget import order
 from elmwood.evaluate.holdout import GATE
-from elmwood.evaluate.sequential import Population, Rule, decide, per_byte, worst
+from elmwood.evaluate.sequential.error_budget import order
+from elmwood.evaluate.sequential.test import Population, Rule, decide, per_byte, worst
 from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store
+from elmwood.study.scoring import Columns, ensure
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

@@ -42,7 +42,7 @@ from sklearn.preprocessing import Normalizer
 from elmwood.corpus.read import read
 from elmwood.domains import cluster, dense, embed, route
 from elmwood.domains.words import finished
-from elmwood.lm.states import seed_states
+from elmwood.lm.hidden_states import seed_states
 from elmwood.records import Seed
 from elmwood.store import Store
 

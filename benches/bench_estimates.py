@@ -13,16 +13,16 @@ from time import perf_counter
 
 from scipy.stats import spearmanr
 
-from elmwood.cli.choose import tuned
 from elmwood.engine import silent
 from elmwood.errors import BadInput
+from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.estimate import estimates
-from elmwood.merge.make import Answer, merge
+from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.statistics import found
-from elmwood.merge.values import everywhere
 from elmwood.records import Expert, Record, Seed
 from elmwood.store import Store
-from elmwood.train.moments import statistics
+from elmwood.study.selection import tuned
+from elmwood.train.statistics import statistics
 
 CANDIDATES = [
     *(Answer("task_arithmetic", {"scale": scale}) for scale in (0.1, 0.2, 0.3, 0.5, 0.8)),

@@ -20,16 +20,16 @@ import numpy as np
 from transformers import AutoConfig
 
 from elmwood.lm.load import best_device, seed_folder
-from elmwood.merge.mixture_build import LOW, Mixing, Parts, write
-from elmwood.merge.mixture_gates import layers_of, random_rows
-from elmwood.merge.mixture_shards import Shards
+from elmwood.merge.moe.build import LOW, Mixing, Parts, write
+from elmwood.merge.moe.gates import layers_of, random_rows
+from elmwood.merge.moe.shards import Shards
 from elmwood.merge.states import seed_places
 from elmwood.records import Gates, Mixture, Recipe
 from elmwood.store import Store
-from elmwood.train.cards import SEEDS
-from elmwood.train.fit_mixture import fit_mixture
-from elmwood.train.formulas import anatomy, components, scattered, speed
-from elmwood.train.measure import foretold, measure, random_seed
+from elmwood.train.fit.formulas import anatomy, components, scattered, speed
+from elmwood.train.fit.gpu_table import SEEDS
+from elmwood.train.fit.measure import foretold, measure, random_seed
+from elmwood.train.fit.mixture import fit_mixture
 
 
 def like(kind: str, width: int, forward: int, layers: int, heads: int, vocabulary: int, **more: int) -> dict:

@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elmwood.merge.tensors import PIECE, decode, pack_header, places
 from elmwood.records import Expert, Recipe, Seed
 from elmwood.store import Store
+from elmwood.weights.tensors import PIECE, decode, pack_header, places
 
 SHAPES = {  # hidden size, feed-forward, layers, vocabulary: Llamas with plain heads and tied embeddings
     "tiny": (64, 160, 2, 512),

@@ -22,20 +22,20 @@ from typing import Any
 import numpy as np
 
 from elmwood import evaluate
-from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.merge import both, title
 from elmwood.cli.screen import bars, expand
 from elmwood.engine import Progress
 from elmwood.errors import BadInput, ElmwoodError
-from elmwood.evaluate.compare import mixed, other_signals
+from elmwood.evaluate.comparison import mixed, other_signals
 from elmwood.merge.adapters import LOW_RULES
-from elmwood.merge.make import Answer
-from elmwood.merge.rules import RULES
+from elmwood.merge.checkpoint import Answer
+from elmwood.merge.layer_weights import everywhere
+from elmwood.merge.rules.table import RULES
 from elmwood.merge.statistics import found
-from elmwood.merge.values import everywhere
 from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store
-from elmwood.train.moments import statistics
+from elmwood.study.scoring import Columns, ensure
+from elmwood.train.statistics import statistics
 
 
 def answers_of(rule: str, scales: Sequence[float], ranks: Sequence[float], experts: int) -> list[Answer]:

@@ -24,16 +24,16 @@ import torch
 from safetensors import safe_open
 
 from elmwood import evaluate
-from elmwood.cli.jobs import open_holdout
 from elmwood.cli.mix import rows_of
 from elmwood.cli.screen import count
 from elmwood.ensemble.mixture import open_model
-from elmwood.evaluate.fit import weights
-from elmwood.merge.make import Answer, merge
-from elmwood.merge.mixture_build import Mixing, mix
-from elmwood.merge.values import everywhere
+from elmwood.evaluate.calibrate import weights
+from elmwood.merge.checkpoint import Answer, merge
+from elmwood.merge.layer_weights import everywhere
+from elmwood.merge.moe.build import Mixing, mix
 from elmwood.records import Corpus, Ensemble, Expert, Forest, Gates, Mixture, Partition, Recipe, Record, Seed
 from elmwood.store import Store
+from elmwood.study.tasks import open_holdout
 from elmwood.train.router import tune, tune_key
 from elmwood.train.tasks import train
 

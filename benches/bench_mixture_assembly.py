@@ -24,12 +24,12 @@ from shutil import rmtree
 import numpy as np
 from bench_merge import SHAPES, Run, drop, measure, prepare, sizes
 
-from elmwood.merge.mixture_build import Mixing, mix
-from elmwood.merge.mixture_gates import random_rows
+from elmwood.merge.moe.build import Mixing, mix
+from elmwood.merge.moe.gates import random_rows
 from elmwood.merge.states import seed_places
-from elmwood.merge.tensors import places
 from elmwood.records import Expert, Forest, Mixture, Seed
 from elmwood.store import Store
+from elmwood.weights.tensors import places
 
 
 def assemble(root: Path, forest: str, shared: str) -> None:

@@ -18,13 +18,13 @@ from shutil import rmtree
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from elmwood.merge.make import Answer, merge
-from elmwood.merge.rules import RULES
+from elmwood.merge.checkpoint import Answer, merge
+from elmwood.merge.layer_weights import everywhere
+from elmwood.merge.rules.table import RULES
 from elmwood.merge.states import add, remove, state
-from elmwood.merge.tensors import decode, encode
-from elmwood.merge.values import everywhere
 from elmwood.records import Expert, Recipe, Seed, Statistics
 from elmwood.store import Store
+from elmwood.weights.tensors import decode, encode
 
 SHAPES = {
     "model.layers.0.mlp.up_proj.weight": (96, 64),
@@ -121,7 +121,7 @@ def prepare(folder: Path, dtype: str) -> tuple[Store, Seed, list[Expert]]:
 
 
 def _save_bf16(tensors: dict[str, np.ndarray], path: Path) -> None:
-    from elmwood.merge.tensors import pack_header
+    from elmwood.weights.tensors import pack_header
 
     entries = [(name, "BF16", value.shape, 2 * value.size) for name, value in tensors.items()]
     path.write_bytes(
@@ -141,7 +141,7 @@ def ours(folder: Path, dtype: str, rule: str, count: int) -> dict[str, np.ndarra
     raw = store.get(made.files["model.safetensors"])
     if dtype == "F64":
         return load_file(raw)
-    from elmwood.merge.tensors import Files, places
+    from elmwood.weights.tensors import Files, places
 
     files = Files()
     return {name: decode(files.read(place, 0, place.numbers), "BF16").reshape(place.shape) for name, place in places([raw]).items()}

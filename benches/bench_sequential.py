@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from elmwood.evaluate.betting import Draws, rejected, wealth
-from elmwood.evaluate.sequential import Population, Rule, decide
+from elmwood.evaluate.sequential.betting import Draws, rejected, wealth
+from elmwood.evaluate.sequential.test import Population, Rule, decide
 
 Floats = NDArray[np.floating]
 

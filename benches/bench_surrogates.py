@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from elmwood import evaluate
-from elmwood.cli.ensure import Columns, ensure
 from elmwood.engine import silent
 from elmwood.errors import BadInput
+from elmwood.evaluate.losses import bits_per_byte, block_nats
 from elmwood.evaluate.surrogate import interpolation, mixture, pool
-from elmwood.evaluate.table import bits_per_byte, block_nats
+from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.estimate import estimates
-from elmwood.merge.make import Answer, merge
-from elmwood.merge.values import everywhere
+from elmwood.merge.layer_weights import everywhere
 from elmwood.records import Ensemble, Forest, Merged, Partition, Seed
 from elmwood.store import Store
+from elmwood.study.scoring import Columns, ensure
 
 Floats = NDArray[np.floating]
 SURROGATES = {"pool": pool, "mixture": mixture, "interpolation": interpolation}

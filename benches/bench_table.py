@@ -26,8 +26,8 @@ from scipy.stats import spearmanr
 from elmwood import evaluate
 from elmwood.engine import cores
 from elmwood.evaluate.columns import rounded, run
+from elmwood.evaluate.losses import bits_per_byte
 from elmwood.evaluate.subsets import optimum, probabilities, rank
-from elmwood.evaluate.table import bits_per_byte
 from elmwood.records import Ensemble, Forest, Partition, Seed
 from elmwood.store import Store
 
@@ -99,8 +99,8 @@ def optima(loglik_NE: Floats) -> None:
 
 
 def real(store: Store, name: str, documents: int | None) -> None:
-    from elmwood.cli.jobs import open_holdout
     from elmwood.ensemble.mixture import open_model
+    from elmwood.study.tasks import open_holdout
 
     named = store.load(name)
     forest = store.load(named.forest if isinstance(named, Ensemble) else named.digest, Forest)

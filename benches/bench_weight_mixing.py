@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import torch
 
 from elmwood import evaluate
-from elmwood.cli.jobs import open_holdout
 from elmwood.cli.screen import bars
 from elmwood.ensemble.mixture import open_model
 from elmwood.lm.interface import LM
 from elmwood.merge.adapters import merge_adapters
-from elmwood.merge.values import everywhere
+from elmwood.merge.layer_weights import everywhere
 from elmwood.records import Ensemble, Forest, Record, Seed
 from elmwood.store import Store
+from elmwood.study.tasks import open_holdout
 
 PROMPT, NEW = 128, 32  # tokens
 

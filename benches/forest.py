@@ -16,7 +16,7 @@ from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores
 from elmwood.records import Expert
 from elmwood.store import Store
-from elmwood.train.keys import train_key
+from elmwood.train.task_names import train_key
 
 
 def main() -> None:

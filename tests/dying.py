@@ -3,7 +3,7 @@
 import os
 import signal
 
-from elmwood.merge.spread import StateJob, make_state
+from elmwood.merge.parallel import StateJob, make_state
 
 VICTIM = 1  # the part whose worker dies
 

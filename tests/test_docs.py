@@ -12,7 +12,7 @@ from elmwood import records
 from elmwood.cli import app
 from elmwood.domains.embed import EMBEDDERS
 from elmwood.domains.route import ROUTERS
-from elmwood.merge.rules import RULES
+from elmwood.merge.rules.table import RULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import full_expert, leave_statistics, tiny_seed
 
-from elmwood.merge.make import Answer, assemble, merge
-from elmwood.merge.rules import RULES, on
+from elmwood.merge.checkpoint import Answer, assemble, merge
+from elmwood.merge.layer_weights import everywhere
+from elmwood.merge.rules.table import RULES, on
 from elmwood.merge.statistics import opened
-from elmwood.merge.values import everywhere
 from elmwood.records import Merged
 from elmwood.store import Store
 

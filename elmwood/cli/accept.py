@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.compare import Sides, drawing, judge, mix_up
-from elmwood.cli.deltas import finite, products
-from elmwood.cli.ensure import Columns
 from elmwood.cli.models import as_model
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving as served
 from elmwood.engine import Progress
 from elmwood.errors import BadInput, ForeignExpert
-from elmwood.evaluate.accept import Evidence, Policy, cosine, novelty
-from elmwood.evaluate.accept import accept as decide
-from elmwood.evaluate.budget import begin, finish, order, seal, sealed, serving
+from elmwood.evaluate.admission import Evidence, Policy, cosine, novelty
+from elmwood.evaluate.admission import accept as decide
 from elmwood.evaluate.holdout import GATE, TUNE
-from elmwood.evaluate.sequential import Finding, Rule
+from elmwood.evaluate.sequential.error_budget import begin, finish, order, seal, sealed, serving
+from elmwood.evaluate.sequential.test import Finding, Rule
 from elmwood.records import Ensemble, Entry, Expert, Forest, Ledger, Partition, Record, Seed, Verdict
 from elmwood.store import Store
+from elmwood.study.scoring import Columns
+from elmwood.study.similarity import finite, products
 
 Bools = NDArray[np.bool_]
 

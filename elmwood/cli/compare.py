@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.domains import opener
-from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.models import as_model, common_seed, division_of
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving
 from elmwood.domains.route import ROUTERS, candidates, gate, nearest_place
 from elmwood.engine import Progress
 from elmwood.errors import UnknownName
-from elmwood.evaluate.budget import order
 from elmwood.evaluate.holdout import GATE
-from elmwood.evaluate.sequential import Finding, Population, Rule, best, decide, look, per_byte, population, touched, worst
+from elmwood.evaluate.sequential.error_budget import order
+from elmwood.evaluate.sequential.test import Finding, Population, Rule, best, decide, look, per_byte, population, touched, worst
 from elmwood.records import Contest, Digest, Ensemble, Expert, Forest, Partition, Record, Seed, fingerprint
 from elmwood.report.contest import headline, lines
-from elmwood.report.sequential import wealth_plot
+from elmwood.report.wealth import wealth_plot
 from elmwood.store import Store
+from elmwood.study.scoring import Columns, ensure
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

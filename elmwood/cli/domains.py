@@ -53,7 +53,7 @@ def model_of(embedder: str, named: str | None, store: Store) -> Model | None:
         raise BadInput(f"embedder {embedder!r} needs a model: name it with --embedder-model (a seed here, or a sentence model's folder)")
     if embedder == "sentence":
         return sentence_model(named, store)
-    from elmwood.lm.states import seed_states  # torch
+    from elmwood.lm.hidden_states import seed_states  # torch
 
     digest = store.load(named, Seed).digest
     return Model(digest, seed_states(digest, store))
@@ -63,7 +63,7 @@ def opener(embedder: str) -> Open | None:
     """What opens the model of a saved embedder; torch is imported only for a seed."""
     if embedder != "seed":
         return None
-    from elmwood.lm.states import seed_states
+    from elmwood.lm.hidden_states import seed_states
 
     return seed_states
 

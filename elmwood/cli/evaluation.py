@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.domains import opener
-from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.models import common_seed, division_of, mixed
 from elmwood.cli.screen import bars, duration, emit, expand, short, table, talk
 from elmwood.cli.training import default_workers, label
@@ -18,6 +17,7 @@ from elmwood.engine import Progress
 from elmwood.errors import BadInput
 from elmwood.records import Comparison, Digest, Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store
+from elmwood.study.scoring import Columns, ensure
 
 
 def evaluate_verb(*, models, mixing, partition, length, documents, router, name, workers, store, as_json) -> None:

@@ -12,8 +12,8 @@ from elmwood.store import Store
 
 def fit(*, seed, length, memory, device, measure, table, tuned, store, as_json, **how) -> None:
     from elmwood.lm.load import best_device  # torch
-    from elmwood.train.fit import config_of
-    from elmwood.train.fit import fit as predict
+    from elmwood.train.fit.predict import config_of
+    from elmwood.train.fit.predict import fit as predict
 
     if table:
         return print_cards(as_json)
@@ -31,8 +31,8 @@ def fit(*, seed, length, memory, device, measure, table, tuned, store, as_json, 
     answer = predict(known or seed, recipe, home, memory=memory and count(memory), device=device)
     found, told = None, 0
     if measure:
-        from elmwood.train.measure import foretold
-        from elmwood.train.measure import measure as take
+        from elmwood.train.fit.measure import foretold
+        from elmwood.train.fit.measure import measure as take
 
         if answer.device != best_device().type:
             raise BadInput(f"there is no {answer.device} here to measure on: leave --device out")
@@ -46,7 +46,7 @@ def fit(*, seed, length, memory, device, measure, table, tuned, store, as_json, 
 
 def fit_tuning(name, mixture, home, *, length, memory, device, measure, tuned, as_json, **how) -> None:
     """As `fit`, of a mixture that is tuned."""
-    from elmwood.train.fit_mixture import fit_mixture  # torch
+    from elmwood.train.fit.mixture import fit_mixture  # torch
 
     if not isinstance(mixture, Mixture):
         raise BadInput(f"{name} is no mixture, and routers are of mixtures: make one with `elmwood mix`, or ask for another --method")
@@ -96,7 +96,7 @@ NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 
 def print_cards(as_json: bool) -> None:
     """The table of README, as Markdown."""
-    from elmwood.train.cards import MEMORY, cards  # torch
+    from elmwood.train.fit.gpu_table import MEMORY, cards  # torch
 
     found = cards()
     if as_json:

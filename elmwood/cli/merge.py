@@ -11,13 +11,13 @@ from elmwood.engine import Progress
 from elmwood.errors import BadInput, Damaged, UnknownName
 from elmwood.merge import mergekit
 from elmwood.merge.adapters import LOW_RULES, merge_adapters
+from elmwood.merge.checkpoint import Answer, assemble, finalize, merge
 from elmwood.merge.estimate import estimates
-from elmwood.merge.make import Answer, assemble, finalize, merge
-from elmwood.merge.rules import RULES, settle
-from elmwood.merge.spread import StateJob, make_state, spread
+from elmwood.merge.layer_weights import depth_of
+from elmwood.merge.parallel import StateJob, make_state, spread
+from elmwood.merge.rules.table import RULES, settle
 from elmwood.merge.states import add, check, remove, seed_places
 from elmwood.merge.statistics import found as statistics
-from elmwood.merge.values import depth_of
 from elmwood.records import Expert, Forest, Merged, Seed, Share, State, parse
 from elmwood.report.contest import headline
 from elmwood.report.contest import lines as told
@@ -196,7 +196,7 @@ def promising(
 ) -> tuple[list[Merged], list[Answer], Estimated]:  # fmt: skip
     """The `run` answers with the least estimate: by what the experts left of their text, or, where some left nothing, by their columns.
     And the estimates by statistics."""
-    from elmwood.cli.choose import by_columns  # scipy and pyarrow
+    from elmwood.study.selection import by_columns  # scipy and pyarrow
 
     started = time.perf_counter()
     titles = [title(answer) for answer in answers]
@@ -230,7 +230,7 @@ def chosen(
     estimated, name, as_json,
 ) -> None:  # fmt: skip
     """Score the answers on the tune half, once each, name the best, and test it on blocks that nobody chose on; say what it all cost."""
-    from elmwood.cli.choose import layered, tested, tuned  # scipy and pyarrow
+    from elmwood.study.selection import layered, tested, tuned  # scipy and pyarrow
 
     started = time.perf_counter()
     models = dict(zip(map(title, answers), made, strict=True))

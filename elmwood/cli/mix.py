@@ -5,20 +5,20 @@ from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
-from elmwood.cli.choose import tuned
 from elmwood.cli.merge import answers_of
 from elmwood.cli.screen import bars, count, emit, keep, out, table, talk
 from elmwood.cli.training import checked, shards
 from elmwood.engine import Progress
 from elmwood.errors import BadInput
-from elmwood.merge.make import Answer
-from elmwood.merge.mixture_build import KEPT, Mixing, Rows, directions, mix, order_of
-from elmwood.merge.mixture_gates import arrow_rows, hidden_rows, random_rows
-from elmwood.merge.mixture_remove import remove
+from elmwood.merge.checkpoint import Answer
+from elmwood.merge.moe.build import KEPT, Mixing, Rows, directions, mix, order_of
+from elmwood.merge.moe.gates import arrow_rows, hidden_rows, random_rows
+from elmwood.merge.moe.remove import remove
 from elmwood.merge.states import seed_places
 from elmwood.records import Corpus, Expert, Forest, Gates, Mixture, Partition, Seed, Shard
 from elmwood.report.loads import loads_plot
 from elmwood.store import Store
+from elmwood.study.selection import tuned
 
 KINDS = ("hidden", "arrow", "random")
 DEAD = 0.1  # of an even share: an expert with less in a layer counts as dead there
@@ -97,7 +97,7 @@ def rows_of(forest: Forest, gates: Gates, scales: Sequence[float], store: Store)
         raise BadInput(f"no gates {gates.kind!r}; have {', '.join(KINDS)}")
     if gates.kind == "random":
         return [random_rows(seed_places(seed, store), order, gates.rng_seed, scale) for scale in scales]
-    from elmwood.lm.hidden import hidden  # torch
+    from elmwood.lm.layer_inputs import hidden  # torch
 
     domains = [None if digest == seed.digest else _domain(store.load(digest, Expert)) for digest in order]
     arrows = {} if gates.kind == "hidden" else directions(forest, order, store)

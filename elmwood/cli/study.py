@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.domains import say_read
-from elmwood.cli.ensure import Columns, ensure
 from elmwood.cli.evaluation import both_distances, keep_comparison, print_comparison
-from elmwood.cli.jobs import TrainJob, train_job
 from elmwood.cli.models import verdict
 from elmwood.cli.page import page
 from elmwood.cli.screen import bars, count, duration, emit, out, talk
@@ -35,7 +33,9 @@ from elmwood.records import (
     Shard,
 )
 from elmwood.store import Store
-from elmwood.train.keys import seed_key, train_key
+from elmwood.study.scoring import Columns, ensure
+from elmwood.study.tasks import TrainJob, train_job
+from elmwood.train.task_names import seed_key, train_key
 
 DENSE = "dense, the experts' batch"
 LARGE = "dense, k times the batch"

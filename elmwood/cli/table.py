@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.domains import opener
-from elmwood.cli.ensure import Budget, Columns, ensure
 from elmwood.cli.models import as_model
 from elmwood.cli.screen import bars, count, duration, emit, expand, out, short, talk
 from elmwood.cli.screen import table as draw
@@ -20,12 +19,13 @@ from elmwood.cli.training import default_workers, label
 from elmwood.domains.partition import serving
 from elmwood.domains.route import ROUTERS, candidates, nearest_place
 from elmwood.errors import BadInput
-from elmwood.evaluate.sequential import best, worst
+from elmwood.evaluate.losses import Estimate, bits_per_byte
+from elmwood.evaluate.sequential.test import best, worst
 from elmwood.evaluate.subsets import greedy, optimum, routed, values, would_help
-from elmwood.evaluate.table import Estimate, bits_per_byte
 from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
-from elmwood.report.sequential import Line, experts_plot
+from elmwood.report.wealth import Line, experts_plot
 from elmwood.store import Store
+from elmwood.study.scoring import Budget, Columns, ensure
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

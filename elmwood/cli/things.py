@@ -147,7 +147,7 @@ def export(*, name, folder, form, dtype, store, as_json) -> None:
 def _write(record: Record, home: Store, building: Path, form: str | None, dtype: str | None) -> None:
     match record:
         case Seed() | Expert() | Merged() | Mixture():
-            from elmwood.merge.export import export  # numpy, and torch to look at what was written
+            from elmwood.merge.export.folder import export  # numpy, and torch to look at what was written
 
             with bars() as progress:
                 export(record, home, building, form, dtype and dtype.upper(), progress)

@@ -9,13 +9,13 @@ from pydantic import ValidationError
 
 from elmwood.cli.board import Entry, board
 from elmwood.cli.domains import say_read
-from elmwood.cli.jobs import StatisticsJob, TogetherJob, TrainJob, experts_job, keys, statistics_job
 from elmwood.cli.screen import bars, count, expand, keep, out, talk
 from elmwood.corpus.build import build
 from elmwood.engine import cores, gpus, run
 from elmwood.errors import BadInput
 from elmwood.records import Expert, Forest, Partition, Recipe, Seed, Shape, Shard
 from elmwood.store import Store
+from elmwood.study.tasks import StatisticsJob, TogetherJob, TrainJob, experts_job, keys, statistics_job
 
 ROWS = 64  # of an expert's training documents that its statistics are over
 SMALL = 20_000_000  # parameters below which one core per model is better used than two cores on one

@@ -22,8 +22,8 @@ from elmwood.domains.route import ROUTERS, Walk, candidates, gate, nearest_place
 from elmwood.errors import BadInput, ForeignExpert, UnknownName
 from elmwood.lm.experts import Experts, OneLM, Text
 from elmwood.lm.files import tokenizer
+from elmwood.lm.hidden_states import seed_states
 from elmwood.lm.interface import LM
-from elmwood.lm.states import seed_states
 from elmwood.records import Ensemble, Expert, Forest, Merged, Mixture, Partition, Recipe, Record, Seed
 from elmwood.store import Store
 

@@ -11,12 +11,12 @@ harness   standard benchmarks, every answer kept
 compare   the result and every control beside it, on the test half
 """
 
+from elmwood.evaluate.calibrate import Fit, fit
 from elmwood.evaluate.columns import Scorer, column
-from elmwood.evaluate.compare import Compared, Control, Cost, Side, compare
-from elmwood.evaluate.fit import Fit, fit
+from elmwood.evaluate.comparison import Compared, Control, Cost, Side, compare
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec, distances, holdout
+from elmwood.evaluate.losses import Estimate, bits_per_byte, block_nats, difference, mix, perplexity, row
 from elmwood.evaluate.partial import Partial, bring, score
-from elmwood.evaluate.table import Estimate, bits_per_byte, block_nats, difference, mix, perplexity, row
 
 __all__ = [
     "Compared",

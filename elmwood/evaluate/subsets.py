@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.domains.route import gate
-from elmwood.evaluate.table import Estimate
+from elmwood.evaluate.losses import Estimate
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

@@ -9,7 +9,7 @@ N scored tokens, E experts
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.evaluate.table import mix
+from elmwood.evaluate.losses import mix
 
 Floats = NDArray[np.floating]
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
-from elmwood.lm.settings import read_settings, scale
+from elmwood.lm.peft_config import read_settings, scale
 from elmwood.records import Expert
 from elmwood.store import Store
 

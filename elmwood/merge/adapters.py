@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, UnknownName
-from elmwood.merge.card import card
-from elmwood.merge.rule import REVISION, Settings
-from elmwood.merge.sources import Low
+from elmwood.merge.export.card import card
+from elmwood.merge.layer_weights import depth_of, weight_of
+from elmwood.merge.rules.base import REVISION, Settings
 from elmwood.merge.states import Weights, open_all
-from elmwood.merge.tensors import Place, pack_header
-from elmwood.merge.values import depth_of, weight_of
 from elmwood.records import Contribution, Merged, Seed, fingerprint
 from elmwood.store import Store
+from elmwood.weights.experts import Low
+from elmwood.weights.tensors import Place, pack_header
 
 Doubles = NDArray[np.float64]
 Pair = tuple[Doubles, Doubles]  # B [O, R] and A [R, I] of one layer: delta = B A

@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
-from elmwood.merge.entire import whole_delta
-from elmwood.merge.rule import Floats
-from elmwood.merge.sources import Source, Whole
+from elmwood.merge.layer_weights import everywhere, layer_name
+from elmwood.merge.rules.base import Floats
 from elmwood.merge.states import open_all, statistics_of
 from elmwood.merge.statistics import Opened
-from elmwood.merge.tensors import SIZES, Files, decode
-from elmwood.merge.values import everywhere, layer_name
+from elmwood.merge.sums.whole_tensor import whole_delta
 from elmwood.records import Merged, Seed, Statistics
 from elmwood.store import Store
+from elmwood.weights.experts import Source, Whole
+from elmwood.weights.tensors import SIZES, Files, decode
 
 Doubles = NDArray[np.float64]
 Kind = Literal["gram", "fisher"]

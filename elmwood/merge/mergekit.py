@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from elmwood.errors import BadInput
-from elmwood.merge.make import Answer
-from elmwood.merge.rules import RULES
+from elmwood.merge.checkpoint import Answer
+from elmwood.merge.rules.table import RULES
 from elmwood.records import Share
 
 # theirs -> ours, and their defaults where they are not ours

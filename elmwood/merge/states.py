@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm.files import seed_folder
-from elmwood.merge import fixed
-from elmwood.merge.rule import Rule, Settings
-from elmwood.merge.rules import on, settle
-from elmwood.merge.sources import Low, Source, Whole
+from elmwood.merge.layer_weights import depth_of, weight_of
+from elmwood.merge.rules.base import Rule, Settings
+from elmwood.merge.rules.table import on, settle
 from elmwood.merge.statistics import Opened, found
-from elmwood.merge.sums import Pass, Wanted
-from elmwood.merge.tensors import PIECE, SIZES, Files, Place, pack_header, places
-from elmwood.merge.values import depth_of, weight_of
+from elmwood.merge.sums.stream import Pass, Wanted
 from elmwood.records import Contribution, Expert, Seed, Share, State, Statistics, fingerprint
 from elmwood.store import Store
+from elmwood.weights import exact
+from elmwood.weights.experts import Low, Source, Whole
+from elmwood.weights.tensors import PIECE, SIZES, Files, Place, pack_header, places
 
 SUMS = "sums.safetensors"
 Weights = tuple[Share, ...]
@@ -114,7 +114,7 @@ def state(
     work = pass_over(tensors, sources, weights, [Wanted(rule, begins)], part, store, progress)
     layout = layout_of(rule, work, work.names())
 
-    def pieces() -> Iterator[tuple[str, int, fixed.Ints]]:
+    def pieces() -> Iterator[tuple[str, int, exact.Ints]]:
         for piece in work.run(lambda name: False):
             mine = on(rule, piece.name, tensors[piece.name].shape)
             at = 0 if mine.entire else piece.first - work.span(piece.name)[0]
@@ -158,13 +158,13 @@ def check(one: State, store: Store) -> None:
     if wrong := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
         raise BadInput(f"this state holds no sums of {wrong[0]!r} as {one.method} makes them for this seed: do not use it")
     together, files = sum(row.reach for row in one.contributions), Files()
-    fixed.check_room(together)
+    exact.check_room(together)
     for key, place in held.items():
         name, _, field = key.rpartition("|")
         if field.endswith(".low"):  # what is left of the number beside it
             continue
         entire = on(rule, name, tensors[name].shape).entire
-        most = together * (fixed.WIDER << fixed.HIGH if entire else 1 << fixed.BITS)
+        most = together * (exact.WIDER << exact.HIGH if entire else 1 << exact.BITS)
         for first in range(0, place.numbers, PIECE):
             sum_N = files.read(place, first, min(place.numbers, first + PIECE)).view(np.int64)
             if max(int(sum_N.max()), -int(sum_N.min())) > most:
@@ -209,7 +209,7 @@ def alike(one: State, other: State) -> None:
 
 
 def _combined(one: State, other: State, rows: tuple[Contribution, ...], store: Store, combine: Callable[..., Any]) -> State:
-    fixed.check_room(sum(row.reach for row in rows))
+    exact.check_room(sum(row.reach for row in rows))
     key = fingerprint("states", one, other, combine.__name__)
     if done := store.done(key):
         return store.load(done, State)
@@ -229,7 +229,7 @@ def _combined(one: State, other: State, rows: tuple[Contribution, ...], store: S
     def read(held: dict[str, Place], key: str, first: int, last: int) -> NDArray[np.int64]:
         return files.read(held[key], first, last).view(np.int64) if key in held else np.zeros(last - first, np.int64)
 
-    def pieces() -> Iterator[tuple[str, int, fixed.Ints]]:
+    def pieces() -> Iterator[tuple[str, int, exact.Ints]]:
         for key, numbers in layout.items():
             for first in range(0, numbers, PIECE):
                 last = min(numbers, first + PIECE)
@@ -259,7 +259,7 @@ def sum_places(one: State, store: Store) -> dict[str, Place]:
     return places([store.folder(one.files) / SUMS])
 
 
-def _write_sums(store: Store, key: str, layout: Mapping[str, int], pieces: Iterator[tuple[str, int, fixed.Ints]]) -> dict[str, str]:
+def _write_sums(store: Store, key: str, layout: Mapping[str, int], pieces: Iterator[tuple[str, int, exact.Ints]]) -> dict[str, str]:
     """The file of a state, tensors and their fields in the order of their names."""
     entries = [(name, "I64", (layout[name],), 8 * layout[name]) for name in sorted(layout)]
     top = pack_header(entries, {"format": "elmwood-state", "unit": "2^-44"})

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput
-from elmwood.merge.tensors import Files, Place, decode, header, places
 from elmwood.records import Statistics
 from elmwood.store import Store
+from elmwood.weights.tensors import Files, Place, decode, header, places
 
 Doubles = NDArray[np.float64]
 

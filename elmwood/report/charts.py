@@ -12,7 +12,7 @@ from markupsafe import Markup
 from elmwood.records import Contest
 from elmwood.report.data import Curve
 from elmwood.report.domains import COLOURS
-from elmwood.report.numbers import shared, short, ticks
+from elmwood.report.formats import shared, short, ticks
 
 TALL = 30  # pixels of one row
 LIKELY = 1.96  # standard errors on each side that hold 95 % of a normal distribution

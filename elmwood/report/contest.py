@@ -1,7 +1,7 @@
 """What a comparison of two models found, in words: everything one must know to weigh it. The command line and the page say the same."""
 
 from elmwood.records import Contest
-from elmwood.report.numbers import MINUS
+from elmwood.report.formats import MINUS
 
 WEALTH = 9.0  # powers of ten beyond which wealth is only said to be more
 

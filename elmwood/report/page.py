@@ -14,7 +14,7 @@ from elmwood.report import charts, lineage
 from elmwood.report.contest import headline, lines
 from elmwood.report.data import Curve, Report
 from elmwood.report.domains import COLOURS, DARK, LIGHT, caption, domain_map, style, swatch
-from elmwood.report.numbers import digits, duration, short, signed
+from elmwood.report.formats import digits, duration, short, signed
 
 PANELS = {"seed": "The seed", "control": "Dense controls", "expert": "Experts"}
 GROUPS = {"seed": "", "control": "Controls", "result": "Sparse ensembles of the experts", "bound": "Bound"}

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from elmwood.errors import BadInput
 from elmwood.lm.files import download, seed_folder
-from elmwood.lm.settings import read_settings
+from elmwood.lm.peft_config import read_settings
 from elmwood.records import Digest, Expert, Recipe, Seed
 from elmwood.store import Store
 

@@ -1,7 +1,7 @@
 """The loop: the same for a seed from scratch, a full expert and an adapter. What is trained is what requires a gradient.
 
 `run` is made of pieces that stand alone, for whoever trains in another order: `passes` (rows -> gradients), `turn` (gradients -> weights),
-`adamw`, `state.save` and `state.load`, `data.batches`, `schedule.rate`, `loss.loss`.
+`adamw`, `checkpoint.save` and `checkpoint.load`, `data.batches`, `schedule.rate`, `loss.loss`.
 
 B rows of a batch, L tokens of a row
 """
@@ -24,10 +24,10 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.records import Point, Recipe
 from elmwood.registry import require
+from elmwood.train.checkpoint import Stand, keep_best, load, load_best, save
 from elmwood.train.data import Batch, apart, batches, parts, scored
 from elmwood.train.loss import Abilities, abilities, bare, loss
 from elmwood.train.schedule import rate
-from elmwood.train.state import Stand, keep_best, load, load_best, save
 
 POINTS = 50  # of a training curve; the validation loss is looked at as often
 EVERY = 5.0  # seconds between two saved states, more where saving is slow:

@@ -20,9 +20,9 @@ from elmwood.lm.load import load_model, load_quantised, new_model, save_folder, 
 from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Record, Seed, Shape, Shard
 from elmwood.store import Store
 from elmwood.train.adapter import adapter
-from elmwood.train.follow import followed
-from elmwood.train.keys import seed_key, train_key
 from elmwood.train.loop import Trained, run
+from elmwood.train.task_names import seed_key, train_key
+from elmwood.train.trackers import followed
 
 END = 0  # token id of a trained tokenizer's <|endoftext|>
 SAMPLE = 50_000_000  # bytes of text a tokenizer is trained on

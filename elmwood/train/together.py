@@ -24,11 +24,11 @@ from elmwood.errors import BadInput
 from elmwood.lm.files import tokenizer
 from elmwood.records import Digest, Expert, Point, Recipe, Seed, Shard
 from elmwood.store import Store
-from elmwood.train import loop, state
+from elmwood.train import checkpoint, loop
 from elmwood.train.data import UNSCORED, Batch, batches
-from elmwood.train.keys import together_keys
 from elmwood.train.loss import Abilities, ChunkedLoss, abilities, inputs
 from elmwood.train.schedule import rate
+from elmwood.train.task_names import together_keys
 from elmwood.train.tasks import check_length, finish, opened, reported, saved
 
 FILE = "together.safetensors"
@@ -161,7 +161,7 @@ def run(
         stack = Stack(model, len(packed))
         weights: dict[str, Tensor] = {"flat": stack.flat_EP}
         optimizer = loop.adamw(weights, recipe)
-        stand = state.read(work / FILE, _stand, weights, optimizer) or Stand()
+        stand = checkpoint.read(work / FILE, _stand, weights, optimizer) or Stand()
         model.train()
         clock, last, pause, saving = time.monotonic() - stand.seconds, time.monotonic(), loop.EVERY, 0.0
         running_E = torch.tensor(stand.losses or [0.0] * len(packed), dtype=torch.float64, device=stack.flat_EP.device)
@@ -173,7 +173,7 @@ def run(
             progress("train", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
             if (now := time.monotonic()) - last >= pause and step + 1 < recipe.steps:
                 here = stand._replace(losses=tuple(running_E.tolist()), seconds=now - clock)
-                state.write(work / FILE, _plain(here), weights, optimizer)
+                checkpoint.write(work / FILE, _plain(here), weights, optimizer)
                 last = time.monotonic()
                 saving, pause = saving + last - now, max(loop.EVERY, (last - now) / loop.SHARE)
         model.eval()
@@ -236,7 +236,7 @@ def _plain(stand: Stand) -> dict[str, Any]:
 
 
 def _stand(plain: dict[str, Any]) -> Stand:
-    return Stand(**plain | {"losses": tuple(plain["losses"]), "curves": tuple(map(state.points, plain["curves"]))})
+    return Stand(**plain | {"losses": tuple(plain["losses"]), "curves": tuple(map(checkpoint.points, plain["curves"]))})
 
 
 # ---- the task ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Folders and files that other tools read: transformers checkpoints, PEFT adapters, GGUF."""

@@ -1,0 +1,93 @@
+"""The gates of a mixture before any tuning: rows of a linear map from what enters a layer's feed-forward to a logit for each expert.
+
+E experts, H width, D domains, R rank (of several adapters together), O what an adapted matrix gives out
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.merge.moe.layout import FEED_FORWARD
+from elmwood.weights.tensors import Place
+
+Floats = NDArray[np.floating]
+
+
+def layers_of(tensors: Mapping[str, Place]) -> dict[str, int]:
+    """The seed's layers with a feed-forward, and the width of what enters it."""
+    found = ((FEED_FORWARD.fullmatch(name), place) for name, place in tensors.items())
+    return {match["layer"]: place.shape[1] for match, place in found if match and match["part"] == "gate_proj"}
+
+
+def random_rows(tensors: Mapping[str, Place], experts: Sequence[str], rng_seed: int, scale: float) -> dict[str, Floats]:
+    """Normal numbers, 0.02 wide at scale 1, by layer and the expert's digest: so another expert changes no row but its own."""
+    return {
+        layer: scale * 0.02 * np.stack([_chance(f"{rng_seed} {layer} {digest}", width) for digest in experts])
+        for layer, width in layers_of(tensors).items()
+    }  # fmt: skip
+
+
+def _chance(name: str, count: int) -> Floats:
+    key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal(count)
+
+
+class Common(NamedTuple):
+    """What the domains share in one layer."""
+
+    overall_H: Floats  # mean of what enters the feed-forward
+    cov_HH: Floats
+    along_H: Floats  # a direction v with v.x near 1 for every x: biases stand along it, since a linear gate has none
+
+
+def common(mean_DH: Floats, within_HH: Floats, shrink: float = 0.1) -> Common:
+    """`shrink`: the share of a diagonal in the covariance."""
+    overall_H = mean_DH.mean(0)
+    width = len(overall_H)
+    cov_HH = (1 - shrink) * within_HH + shrink * np.trace(within_HH) / width * np.eye(width)
+    along_H = np.linalg.solve(cov_HH + np.outer(overall_H, overall_H), overall_H)
+    return Common(overall_H, cov_HH, along_H / (along_H @ overall_H))
+
+
+def hidden_rows(mean_DH: Floats, within_HH: Floats, domain_E: Sequence[int | None], scale: float, seed_bias: float) -> Floats:
+    """Fisher's discriminant of the domains, as rows [E, H] of one layer: what a token of a domain looks like to the seed.
+
+    The row of the seed's own expert (None) is a bias and nothing else.
+    """
+    shared = common(mean_DH, within_HH)
+    solved_DH = np.linalg.solve(shared.cov_HH, (mean_DH - shared.overall_H).T).T
+    bias_D = -0.5 * ((mean_DH + shared.overall_H) * solved_DH).sum(1)
+    rows = [seed_bias * shared.along_H if k is None else scale * (solved_DH[k] + bias_D[k] * shared.along_H) for k in domain_E]
+    return np.stack(rows)
+
+
+def direction(pairs: Sequence[tuple[Floats, Floats, float]]) -> Floats | None:
+    """The input [H] that a layer's adapters, each A [R, H], B [O, R] and a scale, change most: the first right singular vector of their
+    products one above another (Arrow, arXiv:2405.11157). None without adapters, or where they change nothing."""
+    if not pairs:
+        return None
+    small_RH = np.concatenate([scale * np.linalg.qr(b_OR).R @ a_RH for a_RH, b_OR, scale in pairs])  # B = QR, and Q turns nothing
+    _, value_R, right_RH = np.linalg.svd(small_RH, full_matrices=False)
+    return right_RH[0] if value_R[0] > 0 else None
+
+
+def arrow_rows(
+    direction_E: Sequence[Floats | None], mean_DH: Floats, within_HH: Floats, domain_E: Sequence[int | None], scale: float, seed_bias: float
+) -> Floats:
+    """Arrow's prototypes as rows [E, H] of one layer, around the mean of all domains.
+
+    Arrow takes the magnitude of a projection. A standard gate is linear, so the side that the expert's own domain lies on counts.
+    """
+    shared = common(mean_DH, within_HH)
+    rows = []
+    for direction_H, k in zip(direction_E, domain_E, strict=True):
+        if direction_H is None or k is None:
+            rows.append(seed_bias * shared.along_H)
+            continue
+        row_H = direction_H - (direction_H @ shared.overall_H) * shared.along_H
+        side = 1.0 if row_H @ (mean_DH[k] - shared.overall_H) >= 0 else -1.0
+        rows.append(scale * side * row_H)
+    return np.stack(rows)

@@ -1,0 +1,1 @@
+"""Merge rules: each one function, or a few, and one row in the table."""

@@ -1,0 +1,99 @@
+"""The table of merge rules. Each is finish(sum over experts of part(expert)), or a set of experts looked at together."""
+
+import re
+from typing import Any
+
+from elmwood.errors import BadInput, UnknownName
+from elmwood.merge.rules.base import Rule, Settings, Shape
+from elmwood.merge.rules.elementwise import (
+    cut,
+    directed,
+    divided,
+    dropped,
+    elected,
+    energetic,
+    erased,
+    gaussian,
+    known,
+    ranked,
+    ranked_votes,
+    scaled,
+    shifted,
+    spanned,
+    stocked,
+)
+from elmwood.merge.rules.matrices import interfering, isotropic, normal_shapes, regressed, selected, solved, task_singular
+from elmwood.merge.rules.spherical import arc, karcher, mean_direction
+
+SUM = ("sum",)
+BALLOT = ("plus", "minus", "plus_weight", "minus_weight")
+CUT = {"density": 0.9, "gamma": 0.01, "across": 0.0}  # across 1: shares of the whole model instead of each tensor
+ADD, VOTE = {"scale": 1.0, "normalise": 0.0}, {"scale": 1.0, "normalise": 1.0}
+SCALE, RIDGE, NORMAL = {"scale": 1.0}, {"scale": 1.0, "ridge": 1e-6}, ("gram", "gram_delta")
+DRAWN = {"density": 0.5, "epsilon": 0.15, "rng_seed": 0.0}
+KARCHER = {"deltas": 0.0, "iterations": 10.0, "tolerance": 1e-5}
+MATRIX: dict[str, Any] = {"entire": True, "matrices": True, "shapes": normal_shapes}
+APART = re.compile(r"embed|wte|wpe|lm_head")  # matrices that multiply no activations, or have words for rows
+
+
+def _densest(settings: Settings) -> tuple[float, float]:
+    return settings["density"], 0.0
+
+
+def _crumbs(settings: Settings) -> tuple[float, float]:
+    top = min(settings["gamma"], 1 - settings["density"])
+    return settings["density"] + top, top
+
+
+RULES: dict[str, Rule] = {
+    "average": Rule("arXiv:2203.05482", SUM, scaled, shifted, {}, VOTE, linear=True),
+    "task_arithmetic": Rule("arXiv:2212.04089", SUM, scaled, shifted, {}, ADD, linear=True),
+    "ties": Rule("arXiv:2306.01708", BALLOT, cut, elected, {"density": 0.2, "across": 0.0}, VOTE, ballot=True, ranks=_densest),
+    "dare": Rule("arXiv:2311.03099", SUM, dropped, shifted, {"density": 0.5, "rng_seed": 0.0}, ADD),
+    "dare_ties": Rule("arXiv:2311.03099", BALLOT, dropped, elected, {"density": 0.5, "rng_seed": 0.0}, VOTE, ballot=True),
+    "breadcrumbs": Rule("arXiv:2312.06795", SUM, cut, shifted, CUT, ADD, ranks=_crumbs),
+    "breadcrumbs_ties": Rule("arXiv:2312.06795", BALLOT, cut, elected, CUT, VOTE, ballot=True, ranks=_crumbs),
+    "della": Rule("arXiv:2406.11617", SUM, ranked, shifted, DRAWN, ADD, entire=True),
+    "della_ties": Rule("arXiv:2406.11617", BALLOT, ranked_votes, elected, DRAWN, VOTE, entire=True),
+    "sce": Rule("arXiv:2408.07990", ("sum", *BALLOT), energetic, erased, {}, SCALE, entire=True),
+    "sce_select": Rule("arXiv:2408.07990", (), scaled, shifted, {"density": 0.1}, ADD, entire=True, together=selected),
+    "model_stock": Rule("arXiv:2403.19522", ("sum", "direction"), directed, stocked, {}, {}, entire=True),
+    # on the sphere
+    "slerp": Rule("Shoemake 1985", SUM, scaled, spanned, {"deltas": 0.0, "straight": 0.9995}, {}, linear=True, share=arc),
+    "nuslerp": Rule("Shoemake 1985", SUM, scaled, spanned, {"deltas": 1.0, "straight": 1.0}, {}, linear=True, share=arc),
+    "multislerp": Rule("mergekit", SUM, scaled, spanned, {"deltas": 1.0}, {}, linear=True, share=mean_direction),
+    "karcher": Rule("Karcher 1977", SUM, scaled, spanned, KARCHER, {}, linear=True, share=karcher),
+    # with statistics that the experts left
+    "fisher": Rule("arXiv:2111.09832", ("fisher", "sum"), known, divided, {"floor": 1e-6}, SCALE, entire=True, needs="fisher"),
+    "uncertainty": Rule("arXiv:2310.12808", ("fisher", "sum"), gaussian, divided, {"prior": 1.0}, SCALE, entire=True, needs="fisher"),
+    "regmean": Rule("arXiv:2212.09849", NORMAL, regressed, solved, {"alpha": 0.9}, RIDGE, needs="gram", **MATRIX),
+    # of whole matrices
+    "wudi": Rule("arXiv:2503.08099", NORMAL, interfering, solved, {}, RIDGE, **MATRIX),
+    "iso_c": Rule("arXiv:2502.04959", SUM, scaled, isotropic, {}, SCALE, entire=True, matrices=True),
+    "tsv": Rule("arXiv:2412.00081", (), scaled, shifted, {"rank": 0.0}, ADD, entire=True, matrices=True, together=task_singular),
+}
+
+
+def on(rule: Rule, name: str, shape: Shape) -> Rule:
+    """The rule that merges this tensor: where one is for matrices alone, all else is averaged."""
+    return RULES["average"] if rule.matrices and (len(shape) != 2 or APART.search(name)) else rule
+
+
+def settle(name: str, given: Settings) -> tuple[Rule, dict[str, float], dict[str, float]]:
+    """A rule by name, with its settings of beginning and end. Raises UnknownName, BadInput."""
+    if name not in RULES:
+        raise UnknownName(f"no merge rule {name!r}; have {', '.join(sorted(RULES))}")
+    rule = RULES[name]
+    if unknown := set(given) - set(rule.begins) - set(rule.ends):
+        raise BadInput(f"{name} has no setting {sorted(unknown)[0]!r}; it has {', '.join([*rule.begins, *rule.ends])}")
+    if not 0 < given.get("density", 1.0) <= 1:
+        raise BadInput(f"density {given['density']}: the share of numbers kept is above 0 and at most 1")
+    if "epsilon" in rule.begins:
+        density, epsilon = (given.get(key, rule.begins[key]) for key in ("density", "epsilon"))
+        if density < 1 and not 0 < density - epsilon <= density + epsilon <= 1:
+            raise BadInput(
+                f"density {density:g} with epsilon {epsilon:g}: chances from {density - epsilon:g} to {density + epsilon:g}; "
+                "they must lie above 0 and reach 1 at most: change one of them"
+            )
+    begins = {key: float(given.get(key, value)) for key, value in rule.begins.items()}
+    return rule, begins, {key: float(given.get(key, value)) for key, value in rule.ends.items()}

@@ -1,0 +1,1 @@
+"""Sums of experts under a rule, streamed from their files in pieces."""

@@ -1,0 +1,54 @@
+"""The nouns of the house: frozen records, each named by the digest of its content, each naming its inputs by digest.
+
+A bare 64-digit hex string in a record is the digest of another record; `sha256:…` is the digest of a blob. So lineage
+is a Merkle DAG that can be walked without knowing the kinds.
+"""
+
+from elmwood.records.base import FORMAT, Blob, Digest, Files, Frozen, Record, canonical, fingerprint
+from elmwood.records.kinds import KINDS, parse, references
+from elmwood.records.merges import Contribution, Gates, Merged, Mixture, Share, State
+from elmwood.records.models import Ensemble, Expert, Forest, Point, Recipe, Seed, Shape, Statistics
+from elmwood.records.results import Check, Comparison, Contest, Entry, Ledger, Row, Score, Verdict
+from elmwood.records.text import Corpus, Domain, Embedder, Packing, Partition, Shard
+
+__all__ = [
+    "FORMAT",
+    "KINDS",
+    "Blob",
+    "Check",
+    "Comparison",
+    "Contest",
+    "Contribution",
+    "Corpus",
+    "Digest",
+    "Domain",
+    "Embedder",
+    "Ensemble",
+    "Entry",
+    "Expert",
+    "Files",
+    "Forest",
+    "Frozen",
+    "Gates",
+    "Ledger",
+    "Merged",
+    "Mixture",
+    "Packing",
+    "Partition",
+    "Point",
+    "Recipe",
+    "Record",
+    "Row",
+    "Score",
+    "Seed",
+    "Shape",
+    "Shard",
+    "Share",
+    "State",
+    "Statistics",
+    "Verdict",
+    "canonical",
+    "fingerprint",
+    "parse",
+    "references",
+]

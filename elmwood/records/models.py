@@ -1,0 +1,131 @@
+"""Records of models: recipes, seeds, experts, forests and ensembles."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from elmwood.records.base import Blob, Digest, Files, Frozen, Record
+
+
+class Recipe(Frozen):
+    """How a model is trained: everything that decides the bytes that come out, and nothing else."""
+
+    method: Literal["full", "lora", "qlora", "dora", "router"] = "full"
+    steps: int = Field(gt=0)
+    batch: int = Field(8, gt=0)  # sequences per optimiser step
+    length: int = Field(256, gt=1)  # tokens per sequence
+    learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
+    final: float = Field(0.1, ge=0, le=1)  # learning rate at the end, as a share of the peak
+    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0  # gradient norm
+    optimiser: Literal["adamw", "adamw8bit"] = "adamw"
+    accumulate: int = Field(1, gt=0)  # passes the rows of a step are spread over; their gradients are added
+    checkpointing: bool = False  # activations are computed again in the backward pass instead of kept
+    patience: int | None = None  # checks of the validation loss without a better one before it stops; the best weights are kept
+    rank: int = Field(16, gt=0)  # adapters only
+    alpha: float | None = None  # adapters only; None: rank-stabilised, scale = sqrt-rank rule of arXiv:2312.03732
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # adapters only: module name endings
+    late: float = Field(1.0, gt=0, le=1)  # adapters only: the share of the layers, the last ones, that has them
+    together: int = Field(1, gt=0)  # adapters trained over one base at once: the order of float sums depends on it
+    tuned: Literal["routers", "norms", "shared", "everything"] = "routers"  # router only: what is trained, each with those before it
+    balance: float = Field(0.0, ge=0)  # router only: weight of the load-balancing loss
+    rng_seed: int = 0
+    threads: int = 1  # CPU threads: part of the recipe because the order of float sums depends on it
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch * self.length
+
+
+class Point(Frozen):
+    """One point of a training curve."""
+
+    step: int
+    tokens: int
+    loss: float  # nats per token, mean over the steps since the last point
+    validation: float | None = None  # on training documents set apart, where the recipe has patience
+
+
+class Shape(Frozen):
+    """The size of a model made from scratch (a Llama with tied embeddings)."""
+
+    layers: int = Field(gt=0)
+    width: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    feed_forward: int = Field(gt=0)
+    vocabulary: int = Field(gt=0)
+    context: int = Field(gt=1)  # positions
+
+
+class Seed(Record):
+    """The shared starting LM: a transformers checkpoint folder with a tokenizer.json."""
+
+    kind: Literal["seed"] = "seed"
+    name: str
+    architecture: str  # transformers class name
+    parameters: int
+    vocabulary: int
+    context: int  # positions the model was built for
+    separator: int  # token id that stands before each document
+    files: Files
+    hub: str | None = None  # "id@revision" where the weights stay in the hub's own cache instead of the store
+    licence: str | None = None
+    corpus: Digest | None = None  # trained from scratch on it
+    recipe: Recipe | None = None
+    curve: tuple[Point, ...] = ()
+
+
+class Expert(Record):
+    """A model branched from the seed (an ELM, arXiv:2208.03306), or a control trained on all domains (domain None)."""
+
+    kind: Literal["expert"] = "expert"
+    seed: Digest
+    partition: Digest | None = None
+    domain: int | None = None
+    data: tuple[Blob, ...]  # the shards it was trained on
+    recipe: Recipe
+    files: Files  # full: a transformers checkpoint folder; lora: a PEFT adapter folder
+    curve: tuple[Point, ...] = ()
+    contributor: str | None = None
+
+
+class Statistics(Record):
+    """What an expert leaves beside its weights, so that others can merge it without its text."""
+
+    kind: Literal["statistics"] = "statistics"
+    expert: Digest
+    rows: int  # of the expert's own training documents
+    tokens: int
+    fisher: float  # the mean squared gradient over all weights
+    files: Files  # statistics.safetensors: "gram|<tensor>" [I, I], means over tokens; "fisher|<tensor>", means over rows
+
+
+class Forest(Record):
+    """A seed, a partition and a set of experts, sorted by digest so that order never changes a sum."""
+
+    kind: Literal["forest"] = "forest"
+    seed: Digest
+    partition: Digest
+    experts: tuple[Digest, ...]
+
+    @field_validator("experts")
+    @classmethod
+    def _sorted(cls, experts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(experts)))
+
+
+class Ensemble(Record):
+    """A sparse mixture of a forest's next-token probabilities, or of its adapters' weights."""
+
+    kind: Literal["ensemble"] = "ensemble"
+    forest: Digest
+    router: str = "centroid"
+    top_k: int = Field(2, gt=0)
+    temperature: float = Field(0.1, gt=0)
+    seed_distance: float | None = None  # the seed as a candidate at this squared distance; None: not a candidate
+    mixing: Literal["outputs", "weights"] = "outputs"  # weights: adapters summed anew for each prompt, one pass
+    block: int = Field(64, gt=0)  # mixing weights: tokens scored with the weights of the prompt before them

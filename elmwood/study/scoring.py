@@ -1,0 +1,145 @@
+"""The score table of some models: what nobody has scored yet is run, within a budget; everything else only reads.
+
+W windows, N scored tokens, E experts
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood import evaluate
+from elmwood.engine import Progress, cores, run
+from elmwood.records import Digest, Frozen, Record
+from elmwood.store import Store
+from elmwood.study.tasks import named, open_holdout
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+
+class Budget(NamedTuple):
+    """What may be spent on models; None: whatever it takes."""
+
+    tokens: int | None = None
+    seconds: float | None = None  # of wall clock
+
+
+FREE = Budget()
+
+
+class Columns:
+    """The columns of one holdout by the digest of their model, as far as they are known. `stay`: models that are run stay open, for whoever
+    asks again and again."""
+
+    def __init__(self, spec: evaluate.HoldoutSpec, store: Store, *, stay: bool = False):
+        self.spec, self.store, self.stay = spec, store, stay
+        self.held = open_holdout(spec, store)
+        self.opened: dict[Digest, evaluate.Partial] = {}
+
+    def __getitem__(self, digest: Digest) -> evaluate.Partial:
+        if digest not in self.opened:
+            record = self.store.load(digest)
+            load = partial(_open, record, self.store)
+            self.opened[digest] = evaluate.Partial(record, cache(load) if self.stay else load, self.held, self.store)
+        return self.opened[digest]
+
+
+def _open(model: Record, store: Store) -> evaluate.Scorer:
+    from elmwood.ensemble.mixture import open_model  # torch: seconds, and only where something is missing
+
+    return open_model(model, store)
+
+
+class ScoreJob(Frozen):
+    """Score held-out tokens under one model."""
+
+    store: Path
+    label: str
+    model: Digest
+    holdout: evaluate.HoldoutSpec
+    threads: int  # of a process of its own
+    windows: tuple[int, ...]
+    until: float | None = None  # seconds of time.time
+
+
+class Scored(Frozen):
+    """What scoring a model took."""
+
+    tokens: int
+    seconds: float
+
+
+class Ensured(NamedTuple):
+    """Columns, and what they cost."""
+
+    holdout: evaluate.Holdout
+    columns: dict[Digest, Floats]  # [N], nats; NaN where nobody has scored
+    run: int  # models that had to be
+    tokens: int  # forwarded
+    seconds: float  # of all machines together
+    missing: int  # tokens of what was asked that the budget did not reach
+
+    @property
+    def known(self) -> float:
+        """Share of all entries that are there."""
+        return float(np.mean([1 - np.isnan(loglik_N).mean() for loglik_N in self.columns.values()]))
+
+
+def ensure(
+    models: Sequence[tuple[str, Digest]], columns: Columns, *, windows: Mapping[Digest, Ints] | None = None, budget: Budget = FREE,
+    workers: int = 1, engine: str = "local", progress: Progress,
+) -> Ensured:  # fmt: skip
+    """Columns of models (label, digest) on a holdout. `windows`: where a model is needed; everywhere, unless it says.
+
+    What is missing is shared out before anything runs, first come, first served; a model's windows are taken in an order decided by
+    chance, so where the budget ends what is known is a fair sample. Interrupted or out of budget, the same call goes on.
+    """
+    held, threads, left = columns.held, max(1, cores() // workers), budget.tokens
+    until = None if budget.seconds is None else time.time() + budget.seconds
+    jobs, asked = [], 0
+    for digest, label in {digest: label for label, digest in models}.items():
+        one = columns[digest]
+        wanted_W = np.arange(len(one.known_W)) if windows is None or digest not in windows else windows[digest]
+        missing_W = np.unique(wanted_W[~one.known_W[wanted_W]])
+        asked += int(held.windows.length_W[missing_W].sum())
+        if left is not None:
+            missing_W = np.random.default_rng(len(missing_W)).permutation(missing_W)
+            missing_W = np.sort(missing_W[np.cumsum(held.windows.length_W[missing_W]) <= left])
+            left -= int(held.windows.length_W[missing_W].sum())
+        if len(missing_W):
+            jobs.append(
+                ScoreJob(store=columns.store.root, label=f"score {label}" if label else "score", model=digest, holdout=columns.spec,
+                         threads=threads, windows=tuple(missing_W.tolist()), until=until)
+            )  # fmt: skip
+    here = workers == 1 and engine == "local"
+    spent = [_score(columns, job, progress) for job in jobs] if here else run(
+        score_job, jobs, workers=workers, engine=engine, progress=progress
+    )  # fmt: skip
+    if not (here and columns.stay):
+        for job in jobs:
+            del columns.opened[job.model]  # read anew, from what everyone reads
+    tokens = sum(one.tokens for one in spent)
+    found = {digest: columns[digest].loglik_N for _, digest in models}
+    return Ensured(held, found, len(jobs), tokens, sum(one.seconds for one in spent), asked - tokens)
+
+
+def score_job(job: ScoreJob, progress: Progress) -> Scored:
+    """What it took; the Score is found by model and holdout."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    return _score(Columns(job.holdout, Store(job.store)), job, progress)
+
+
+def _score(columns: Columns, job: ScoreJob, progress: Progress) -> Scored:
+    one = columns[job.model]
+    before = one.forwarded, one.seconds
+    one.fill(np.array(job.windows), named(job.label, progress), job.until)
+    if not columns.stay and one.known_W.any():
+        one.seal()
+    return Scored(tokens=one.forwarded - before[0], seconds=one.seconds - before[1])

@@ -1,0 +1,117 @@
+"""What training really takes: two steps of it in a process of its own. `fit` predicts, this looks.
+
+python -m elmwood.train.fit.measure STORE SEED-OR-MIXTURE RECIPE DEVICE
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from elmwood.corpus.tokens import Packed
+from elmwood.errors import BadInput, DoesNotFit
+from elmwood.lm.load import add_seed
+from elmwood.records import Mixture, Recipe, Seed
+from elmwood.store import Store
+from elmwood.train import loop, router, together
+from elmwood.train.fit.formulas import resident
+from elmwood.train.tasks import opened
+
+STEPS = 2
+DOCUMENT = 700  # tokens of each
+
+
+class Measured(NamedTuple):
+    """A run of two steps."""
+
+    peak: int  # bytes, the opening of the seed included
+    held: int  # bytes of the process before that: what it had imported; 0 on a GPU
+    tokens_per_second: float  # of the second step: on a CPU by its own time, so that others at work do not enter
+
+
+def measure(seed: Seed | Mixture | Any, recipe: Recipe, store: Store | None = None, device: str = "cpu") -> Measured:
+    """Two steps over random tokens, from a seed, a mixture, or a config, which gets random weights on the disk for as long as it takes.
+
+    Raises DoesNotFit where the process was killed or ran out of memory, BadInput where it failed otherwise.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if not isinstance(seed, Seed | Mixture):
+            store = Store(Path(scratch))
+            seed = random_seed(seed, store)
+        recipe = recipe.model_copy(update={"steps": STEPS, "patience": None})
+        words = [str(store.root if store else Path(".elmwood")), seed.digest, recipe.model_dump_json(), device]
+        done = subprocess.run([sys.executable, "-W", "ignore", "-m", __spec__.name, *words], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"killed, status {done.returncode}"])[-1]
+        if done.returncode < 0 or "memory" in last.lower():
+            raise DoesNotFit(f"two steps of this recipe did not come to their end ({last}): ask for less, as `elmwood fit` says")
+        raise BadInput(f"two steps of this recipe did not come to their end: {last}")
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def random_seed(config: Any, store: Store) -> Seed:
+    """A checkpoint of this config with random weights and no tokenizer: enough to train on random tokens, and for nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+        model.save_pretrained(folder)
+        files = store.put_folder(Path(folder))
+    return add_seed(store, files, model.config, model.num_parameters(), name="random", separator=0)
+
+
+def foretold(components: dict[str, int], found: Measured) -> int:
+    """The peak predicted for the process that was measured: it had imported other things than the one that predicts."""
+    return sum(components.values()) - components["process"] + found.held
+
+
+def take(start: Seed | Mixture, recipe: Recipe, store: Store, device: str) -> Measured:
+    """Train in this process."""
+    seed = store.load(start.seed, Seed) if isinstance(start, Mixture) else start
+    rng, size = np.random.default_rng(0), recipe.batch * (recipe.length + 1) + 2 * DOCUMENT
+    texts = [
+        Packed(rng.integers(1, seed.vocabulary, size).astype(np.uint32), np.arange(0, size, DOCUMENT), 0) for _ in range(recipe.together)
+    ]
+    held = resident() if device == "cpu" else 0
+    model = router.opened(start, store, device) if isinstance(start, Mixture) else opened(seed, recipe, store, device)
+    marks: list[float] = []
+
+    def tick(*_: object) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter() if device == "cuda" else time.process_time() / recipe.threads)
+
+    with tempfile.TemporaryDirectory() as work:
+        if isinstance(start, Mixture):
+            router.choose(model, recipe.tuned)
+            with router.watched(model, recipe.balance) as watch:
+                loop.run(model, texts[0], recipe, Path(work), lambda **_: None, tick, watch.balance)
+        elif recipe.together > 1:
+            together.run(model, texts, recipe, Path(work), lambda *_, **__: None, tick)
+        else:
+            loop.run(model, texts[0], recipe, Path(work), lambda **_: None, tick)
+    step = max(marks[1] - marks[0], 1e-3)  # some systems count a process's time in steps of milliseconds
+    speed = recipe.together * recipe.batch * recipe.length / step
+    return Measured(peak(device), held, speed)
+
+
+def peak(device: str) -> int:
+    """Bytes. CPU: the most this process held. CUDA: the most that torch reserved, the context, and what others hold on the card."""
+    if device == "cuda":
+        free, there = torch.cuda.mem_get_info()
+        return there - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    place, digest, plan, kind = sys.argv[1:]
+    home = Store(place)
+    given = home.load(digest)
+    assert isinstance(given, Seed | Mixture)
+    print(json.dumps(take(given, Recipe.model_validate_json(plan), home, kind)._asdict()))

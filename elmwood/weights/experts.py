@@ -1,0 +1,131 @@
+"""Experts as the sum sees them: whole tensors read from a checkpoint, or deltas worked out from an adapter's factors.
+
+N numbers of a block of one tensor; O, I: what a linear layer gives out and takes in; R rank
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.errors import BadInput, ForeignExpert
+from elmwood.lm.peft_config import read_settings, scale
+from elmwood.weights.tensors import Files, Place, decode, places
+
+Doubles = NDArray[np.float64]
+SLICE = 21  # bits of a factor that are multiplied at once: 2 * 21 bits and a sum over up to 2^11 ranks fit into 53
+
+
+class Whole:
+    """A full checkpoint: every tensor of the seed, with other numbers."""
+
+    whole = True
+
+    def __init__(self, digest: str, folder: Path, seed: dict[str, Place], rows: bool = False):
+        """`rows`: an embedding with other rows than the seed's is read as far as both go. Raises BadInput, ForeignExpert."""
+        self.digest = digest
+        self.places = places(sorted(folder.glob("*.safetensors")))
+        if absent := sorted(set(seed) ^ set(self.places)):
+            side = "lacks" if absent[0] in seed else "has besides the seed's"
+            raise ForeignExpert(f"expert {digest[:8]} {side} the tensor {absent[0]} ({len(absent)} differ): a merge needs one architecture")
+        for name, place in seed.items():
+            mine = self.places[name]
+            if mine.shape == place.shape:
+                continue
+            vocabulary = len(mine.shape) == len(place.shape) == 2 and mine.shape[1:] == place.shape[1:]
+            if not vocabulary:
+                raise ForeignExpert(
+                    f"expert {digest[:8]}: {name} is {mine.shape}, the seed's {place.shape}: a merge needs one architecture"
+                )
+            if not rows:
+                raise BadInput(
+                    f"expert {digest[:8]}: {name} has {mine.shape[0]} rows, the seed's {place.shape[0]}: their vocabularies differ; "
+                    "with --resize the rows they share are merged and the others are the seed's"
+                )
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def reads(self, name: str, numbers: int) -> int:
+        """How many of a tensor's first numbers this expert has."""
+        return min(numbers, self.places[name].numbers)
+
+
+class Low:
+    """An adapter: delta = scale * B A for some tensors, none for the others."""
+
+    whole = False
+
+    def __init__(self, digest: str, folder: Path, seed: dict[str, Place], dora: bool = False):
+        """`dora`: a weight-decomposed one is read too, without its magnitudes. Raises BadInput, ForeignExpert."""
+        self.digest, self.files = digest, Files()
+        settings = read_settings(folder / "adapter_config.json", dora)
+        self.turned = bool(settings.get("fan_in_fan_out"))
+        self.factors: dict[str, tuple[Place, Place, float]] = {}
+        found = places([folder / "adapter_model.safetensors"])
+        for key, place in found.items():
+            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
+            if not match:
+                continue
+            name, other = match[1] + ".weight", found.get(key.replace("lora_A", "lora_B"))
+            shape = (other.shape[0], place.shape[1]) if other else ()
+            if name not in seed or seed[name].shape != (shape[::-1] if self.turned else shape):
+                raise ForeignExpert(
+                    f"expert {digest[:8]} adapts {match[1]}, which the seed does not have in that shape: it grew on another one"
+                )
+            assert other is not None
+            self.factors[name] = (place, other, scale(settings, match[1], place.shape[0]))
+        self._ready: tuple[str, Sequence[Any], Sequence[Any], float] | None = None
+
+    def has(self, name: str) -> bool:
+        return name in self.factors
+
+    def pair(self, name: str) -> tuple[Doubles, Doubles, float]:
+        """A [R, I], B [O, R] and the scale of their product, as stored. Raises BadInput where a number is not finite."""
+        a, b, scale = self.factors[name]
+        a_RI, b_OR = (decode(self.files.read(p, 0, p.numbers), p.dtype).astype(np.float64).reshape(p.shape) for p in (a, b))
+        if not (np.isfinite(a_RI).all() and np.isfinite(b_OR).all()):
+            raise BadInput(f"expert {self.digest[:8]}: {name} holds numbers that are not finite: its training went astray")
+        return a_RI, b_OR, scale
+
+    def delta(self, name: str, first: int, last: int, width: int) -> Doubles:
+        """Numbers first to last of the delta, of a tensor with rows of `width`; the same bits on every machine."""
+        if self._ready is None or self._ready[0] != name:
+            a_RI, b_OR, scale = self.pair(name)
+            left, right = (a_RI.T, b_OR.T) if self.turned else (b_OR, a_RI)
+            self._ready = name, slices(left), slices(right), scale
+        _, left_slices, right_slices, scale = self._ready
+        top, bottom = first // width, -(-last // width)
+        product = exact_product([part[top:bottom] for part in left_slices], right_slices)
+        product *= scale
+        return product.reshape(-1)[first - top * width : last - top * width]
+
+
+Source = Whole | Low
+
+
+def slices(matrix: Doubles) -> list[Doubles]:
+    """A matrix as a sum of three, each of few enough bits that products of any two are exact in float64, in any order of sums.
+
+    (Ozaki's scheme, Numerical Algorithms 59, 2012: why a BLAS that adds in its own order still gives the same bits.)
+    """
+    parts = []
+    largest = float(np.abs(matrix).max(initial=0.0))
+    exponent = int(np.frexp(largest)[1]) if largest else 0
+    for _ in range(3):
+        exponent -= SLICE
+        unit = 2.0**exponent
+        parts.append(np.rint(matrix / unit) * unit)
+        matrix = matrix - parts[-1]
+    return parts
+
+
+def exact_product(left: Sequence[Doubles], right: Sequence[Doubles]) -> Doubles:
+    """The product of two sliced matrices, good to 2^-60 of their largest numbers; smaller terms are added first."""
+    total = left[0] @ right[2] + left[2] @ right[0] + left[1] @ right[1]
+    total += left[0] @ right[1] + left[1] @ right[0]
+    total += left[0] @ right[0]
+    return total
