@@ -20,9 +20,9 @@ import numpy as np
 from bench_clusters import Bench
 
 from elmwood import evaluate
+from elmwood.cli.old_study import Study, scratch
+from elmwood.cli.old_training import training_job
 from elmwood.cli.screen import bars, count
-from elmwood.cli.study import Study, scratch
-from elmwood.cli.training import training_job
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores, run

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from elmwood import evaluate
+from elmwood.cli.old_study import Study, scratch
+from elmwood.cli.old_training import shards
 from elmwood.cli.screen import bars, count
-from elmwood.cli.study import Study, scratch
-from elmwood.cli.training import shards
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import Progress, cores, run

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.compare import Sides, bounded, parts, weights
+from elmwood.cli.old_compare import Sides, bounded, parts, weights
 from elmwood.cli.screen import expand
 from elmwood.engine import silent
 from elmwood.evaluate.holdout import GATE

@@ -13,6 +13,7 @@ from time import perf_counter
 
 from scipy.stats import spearmanr
 
+from elmwood.cli.old_choose import tuned
 from elmwood.engine import silent
 from elmwood.errors import BadInput
 from elmwood.merge.checkpoint import Answer, merge
@@ -21,7 +22,6 @@ from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.statistics import found
 from elmwood.records import Expert, Record, Seed
 from elmwood.store import Store
-from elmwood.study.selection import tuned
 from elmwood.train.statistics import statistics
 
 CANDIDATES = [

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from elmwood import evaluate
-from elmwood.cli.merge import both, title
+from elmwood.cli.old_merge import both, title
 from elmwood.cli.screen import bars, expand
 from elmwood.engine import Progress
 from elmwood.errors import BadInput, ElmwoodError

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 
 from elmwood import evaluate
-from elmwood.cli.mix import rows_of
+from elmwood.cli.old_mix import rows_of
 from elmwood.cli.screen import count
 from elmwood.ensemble.mixture import open_model
 from elmwood.evaluate.calibrate import weights

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from elmwood import evaluate
+from elmwood.cli.old_study import Arms, Study, branch, scratch
 from elmwood.cli.screen import bars, count
-from elmwood.cli.study import Arms, Study, branch, scratch
 from elmwood.corpus.build import build
 from elmwood.records import Row
 from elmwood.store import Store

@@ -9,8 +9,8 @@ lab/ensemble (full), lab/lora-forest and lab/lora-ensemble. One JSON line per ro
 import argparse
 import json
 
+from elmwood.cli.old_study import Study, grow, plan, scratch
 from elmwood.cli.screen import bars, count
-from elmwood.cli.study import Study, grow, plan, scratch
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import SHAPE, full_expert, lora_expert, tiny_seed
 
-from elmwood.cli.evaluation import compare_models
+from elmwood.cli.old_evaluation import compare_models
 from elmwood.corpus.build import build, documents
 from elmwood.domains.dense import Model
 from elmwood.domains.grow import Means

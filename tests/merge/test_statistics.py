@@ -13,6 +13,7 @@ from tiny_models import WORDS, full_expert, lora_expert, tiny_seed
 from typer.testing import CliRunner
 
 from elmwood.cli import app
+from elmwood.cli.old_choose import by_columns, tuned
 from elmwood.corpus.build import build
 from elmwood.corpus.tokens import pack
 from elmwood.engine import silent
@@ -25,7 +26,6 @@ from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.statistics import opened
 from elmwood.records import Domain, Embedder, Merged, Partition, Recipe, Statistics
 from elmwood.store import Store
-from elmwood.study.selection import by_columns, tuned
 from elmwood.train.data import batches
 from elmwood.train.statistics import statistics
 from elmwood.train.tasks import train

@@ -175,7 +175,7 @@ def test_a_submission_that_was_cut_short_is_taken_up_again(grown, monkeypatch):
     store, seed, experts = grown
     noise = lora_expert(seed, store, rng_seed=11, partition=experts[2].partition, domain=2)
     with monkeypatch.context() as patch:
-        patch.setattr("elmwood.cli.accept.gather", lambda *_: pytest.fail("cut short"))
+        patch.setattr("elmwood.cli.old_accept.gather", lambda *_: pytest.fail("cut short"))
         with pytest.raises(pytest.fail.Exception):
             asked(store, noise.digest)
     begun = store.load("ledger", Ledger).entries[-1]

@@ -14,7 +14,7 @@ from tiny_models import save_adapter, tiny_seed
 from typer.testing import CliRunner
 
 from elmwood.cli import app, board
-from elmwood.cli.board import Board, Entry, Line
+from elmwood.cli.live_table import Board, Entry, Line
 from elmwood.corpus.build import build, documents
 from elmwood.domains.partition import partition
 from elmwood.errors import BadInput, ElmwoodError

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.domains import opener
-from elmwood.cli.models import as_model, common_seed, division_of
+from elmwood.cli.old_domains import opener
+from elmwood.cli.old_models import as_model, common_seed, division_of
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving
 from elmwood.domains.route import ROUTERS, candidates, gate, nearest_place

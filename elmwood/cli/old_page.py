@@ -6,10 +6,10 @@ from importlib.metadata import version
 import numpy as np
 
 from elmwood import report
-from elmwood.cli.domains import opener
-from elmwood.cli.models import verdict
+from elmwood.cli.old_domains import opener
+from elmwood.cli.old_models import verdict
+from elmwood.cli.old_things import summary
 from elmwood.cli.screen import duration, emit, out, short
-from elmwood.cli.things import summary
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.engine import cores

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from elmwood.cli.old_training import checked
 from elmwood.cli.screen import count, duration, emit, out, short, table
-from elmwood.cli.training import checked
 from elmwood.engine import cores
 from elmwood.errors import BadInput
 from elmwood.records import Mixture, Recipe, Seed

@@ -2,7 +2,7 @@
 
 import logging
 
-from elmwood.cli.models import as_model, mixed, seed_of
+from elmwood.cli.old_models import as_model, mixed, seed_of
 from elmwood.cli.screen import bars, emit, expand, table, talk
 from elmwood.errors import BadInput
 from elmwood.evaluate import harness

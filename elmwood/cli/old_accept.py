@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.compare import Sides, drawing, judge, mix_up
-from elmwood.cli.models import as_model
+from elmwood.cli.old_compare import Sides, drawing, judge, mix_up
+from elmwood.cli.old_models import as_model
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving as served
 from elmwood.engine import Progress

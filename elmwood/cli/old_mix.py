@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
-from elmwood.cli.merge import answers_of
+from elmwood.cli.old_choose import tuned
+from elmwood.cli.old_merge import answers_of
+from elmwood.cli.old_training import checked, shards
 from elmwood.cli.screen import bars, count, emit, keep, out, table, talk
-from elmwood.cli.training import checked, shards
 from elmwood.engine import Progress
 from elmwood.errors import BadInput
 from elmwood.merge.checkpoint import Answer
@@ -18,7 +19,6 @@ from elmwood.merge.states import seed_places
 from elmwood.records import Corpus, Expert, Forest, Gates, Mixture, Partition, Seed, Shard
 from elmwood.report.loads import loads_plot
 from elmwood.store import Store
-from elmwood.study.selection import tuned
 
 KINDS = ("hidden", "arrow", "random")
 DEAD = 0.1  # of an even share: an expert with less in a layer counts as dead there

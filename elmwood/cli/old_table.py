@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.domains import opener
-from elmwood.cli.models import as_model
+from elmwood.cli.old_domains import opener
+from elmwood.cli.old_models import as_model
+from elmwood.cli.old_training import default_workers, label
 from elmwood.cli.screen import bars, count, duration, emit, expand, out, short, talk
 from elmwood.cli.screen import table as draw
-from elmwood.cli.training import default_workers, label
 from elmwood.domains.partition import serving
 from elmwood.domains.route import ROUTERS, candidates, nearest_place
 from elmwood.errors import BadInput

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from elmwood.cli.board import Entry, board
-from elmwood.cli.domains import say_read
+from elmwood.cli.live_table import Entry, board
+from elmwood.cli.old_domains import say_read
 from elmwood.cli.screen import bars, count, expand, keep, out, talk
 from elmwood.corpus.build import build
 from elmwood.engine import cores, gpus, run

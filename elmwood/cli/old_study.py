@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.domains import say_read
-from elmwood.cli.evaluation import both_distances, keep_comparison, print_comparison
-from elmwood.cli.models import verdict
-from elmwood.cli.page import page
+from elmwood.cli.old_domains import say_read
+from elmwood.cli.old_evaluation import both_distances, keep_comparison, print_comparison
+from elmwood.cli.old_models import verdict
+from elmwood.cli.old_page import page
+from elmwood.cli.old_training import default_rate, default_workers, label, llama, shards
 from elmwood.cli.screen import bars, count, duration, emit, out, talk
-from elmwood.cli.training import default_rate, default_workers, label, llama, shards
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import Progress, cores, run

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.compare import contest, judge, mix_up
+from elmwood.cli.old_compare import contest, judge, mix_up
 from elmwood.engine import Progress
 from elmwood.evaluate.sequential.test import Rule
 from elmwood.evaluate.surrogate import pool

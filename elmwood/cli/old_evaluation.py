@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.domains import opener
-from elmwood.cli.models import common_seed, division_of, mixed
+from elmwood.cli.old_domains import opener
+from elmwood.cli.old_models import common_seed, division_of, mixed
+from elmwood.cli.old_training import default_workers, label
 from elmwood.cli.screen import bars, duration, emit, expand, short, table, talk
-from elmwood.cli.training import default_workers, label
 from elmwood.domains.embed import EMBEDDERS
 from elmwood.domains.partition import serving
 from elmwood.domains.route import nearest_place

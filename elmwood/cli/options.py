@@ -1,0 +1,76 @@
+"""Options that several verbs have, and records of options: a verb takes a record, the command line has an option for each field."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+import typer
+from typer import Argument, Option
+
+CorpusArgument = Annotated[list[str], Argument(help="JSONL, Parquet, folders of text, datasets:NAME, or 'sample'.")]
+ExpertsArgument = Annotated[list[str], Argument(help="A forest, or experts; NAME/ stands for all experts so named.")]
+StatesArgument = Annotated[list[str], Argument(help="Names, digests, or folders written by export.")]
+AccumulateOption = Annotated[int, Option(help="Passes the sequences of a step are spread over: less memory.")]
+BatchOption = Annotated[int, Option(help="Sequences per step.")]
+CheckpointingOption = Annotated[bool, Option("--checkpointing", help="Recompute activations instead of keeping them: less memory.")]
+DocumentsOption = Annotated[int | None, Option(help="At most this many held-out documents.")]
+EngineOption = Annotated[str, Option(help="Where tasks run: local, or ray.")]
+FieldOption = Annotated[str, Option(help="The text column of JSONL and Parquet.")]
+HoldoutOption = Annotated[float, Option(help="Share of documents nobody trains on.")]
+LateOption = Annotated[float, Option(help="Adapters only in the last share of the layers, e.g. 0.33.")]
+LayersOption = Annotated[str | None, Option(help="Merge only these layers, e.g. 4-11; everything else stays the seed's.")]
+LengthOption = Annotated[int | None, Option(help="Tokens per sequence; default: the seed's context, at most 1024.")]
+MethodOption = Annotated[str, Option(help="full, lora, qlora (the seed in four bits) or dora; of a mixture: router.")]
+MixingOption = Annotated[str | None, Option(help="For an ensemble: outputs, or weights (adapters summed for each prompt).")]
+NameOption = Annotated[str | None, Option("--name", help="Name of the result.")]
+OptimiserOption = Annotated[str, Option(help="adamw, or adamw8bit: optimiser states in a quarter of the memory.")]
+PlotOption = Annotated[Path | None, Option(help="Draw the result into this SVG file.")]
+RankOption = Annotated[int, Option(help="Rank of the adapters.")]
+RngSeedOption = Annotated[int, Option(help="Seed of the random number generators.")]
+SettingOption = Annotated[list[str] | None, Option("--set", help="Any other setting of the rule: NAME=VALUE (repeatable).")]
+ShardWorkersOption = Annotated[int, Option("--workers", help="Shards of text processed in parallel; the result does not depend on it.")]
+TensorsOption = Annotated[str, Option(help="Merge only tensors with this in their name.")]
+TogetherOption = Annotated[int, Option(help="Train this many LoRA experts at once, over one copy of the seed.")]
+TunedOption = Annotated[str, Option(help="Of a mixture: routers, norms, shared or everything, each with those before it.")]
+WeightsOption = Annotated[str | None, Option(help="Of the experts, in order: 1,0.5; one for all; 0:1 is a gradient over depth.")]
+WindowOption = Annotated[int | None, Option(help="Tokens per window; default: the seed's context, at most 1024.")]
+WorkersOption = Annotated[int | None, Option(help="Parallel processes; default: one per core for small models, else 1.")]
+
+
+class Output(NamedTuple):
+    """Where a verb finds its inputs and keeps its result, and how it prints it."""
+
+    store: Annotated[Path, Option("--store", envvar="ELMWOOD_STORE", help="Folder of blobs, records and refs.")] = Path(".elmwood")
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of text.")] = False
+
+
+def command(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb as typer reads it: a parameter that is a record of options (a NamedTuple) becomes one option for each field."""
+    records: dict[str, type[Any]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(verb, eval_str=True).parameters.values():
+        if not (isinstance(parameter.annotation, type) and hasattr(parameter.annotation, "_field_defaults")):
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+            continue
+        record: Any = parameter.annotation
+        records[parameter.name] = record
+        for field, hint in get_type_hints(record, include_extras=True).items():
+            default = record._field_defaults.get(field, parameter.empty)
+            parameters.append(inspect.Parameter(field, parameter.KEYWORD_ONLY, annotation=hint, default=default))
+
+    @wraps(verb)
+    def call(**given: Any) -> None:
+        for name, record in records.items():
+            given[name] = record(**{field: given.pop(field) for field in record._fields})
+        verb(**given)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def typed_options(context: typer.Context) -> set[str]:
+    """The options the user typed."""
+    return {option for option in context.params if getattr(context.get_parameter_source(option), "name", "") == "COMMANDLINE"}
