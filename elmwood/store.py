@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
@@ -40,10 +40,14 @@ class Damage(NamedTuple):
 
 
 class Store:
-    """A folder of blobs, records and refs."""
+    """A folder of blobs, records and refs: the one given, else what ELMWOOD_STORE names, else `.elmwood`. A Store opens itself again."""
 
-    def __init__(self, root: Path | str):
-        self.root = Path(root)
+    def __init__(self, root: "Path | str | Store | None" = None):
+        folder = root.root if isinstance(root, Store) else root
+        self.root: Path = Path(folder or os.environ.get("ELMWOOD_STORE") or ".elmwood")
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
 
     # ---- blobs
 
@@ -121,24 +125,46 @@ class Store:
         return record.digest
 
     @overload
-    def load(self, name: str) -> Record: ...
+    def load(self, name: str | Record) -> Record: ...
 
     @overload
-    def load(self, name: str, kind: type[R]) -> R: ...
+    def load(self, name: str | Record, kind: type[R]) -> R: ...
 
-    def load(self, name: str, kind: type[Record] = Record) -> Record:
-        """The record a ref, a digest or the beginning of one names. Raises UnknownName, Damaged, BadRecord."""
-        digest = self.resolve(name)
+    def load(self, name: str | Record, kind: type[Record] = Record) -> Record:
+        """The record that a ref, a digest or the beginning of one names. A record stands for itself, and is added where it is new.
+
+        Raises UnknownName, Damaged, BadRecord.
+        """
+        record = name if isinstance(name, Record) else self._read(self.resolve(name))
+        if not isinstance(record, kind):
+            called = name.digest[:8] if isinstance(name, Record) else repr(name)
+            raise UnknownName(f"{called} is a {record.kind}, a {kind.__name__.lower()} is needed here; `elmwood show` lists what there is")
+        if record is name:
+            self.add(record)
+        return record
+
+    def _read(self, digest: str) -> Record:
         data = self.get(digest).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             raise Damaged(f"records/{digest}.json does not match its digest: restore it from another store, or delete it and remake it")
-        record = parse(data)
-        if not isinstance(record, kind):
-            raise UnknownName(f"{name!r} is a {record.kind}, a {kind.__name__.lower()} is needed here; `elmwood show` lists what there is")
-        return record
+        return parse(data)
 
-    def resolve(self, name: str) -> str:
+    def expand(self, names: str | Record | Iterable[str | Record]) -> list[str | Record]:
+        """One name or record, or several; a name that ends in '/' is replaced by all names below it. Raises UnknownName."""
+        found: list[str | Record] = []
+        for name in [names] if isinstance(names, str | Record) else names:
+            if not (isinstance(name, str) and name.endswith("/")):
+                found.append(name)
+            elif below := [known for known in self.names() if known.startswith(name)]:
+                found += below
+            else:
+                raise UnknownName(f"no names begin with {name!r}; `elmwood show` lists them")
+        return found
+
+    def resolve(self, name: str | Record) -> str:
         """A ref, a digest or the unambiguous beginning (4 digits or more) of one -> digest. Raises UnknownName."""
+        if isinstance(name, Record):
+            return name.digest
         if _NAME.match(name) and (ref := self.root / "refs" / name).is_file():
             return ref.read_text().strip()
         if re.fullmatch(r"[0-9a-f]{4,64}", name):

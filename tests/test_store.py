@@ -146,6 +146,33 @@ def test_names_and_digests_resolve(store):
             store.name(bad, record.digest)
 
 
+def test_a_record_stands_for_itself(store):
+    one = corpus(store)
+    assert store.load(one, Corpus) is one
+    assert store.has(one.digest), "it was new, and is kept"
+    assert store.resolve(one) == one.digest
+    with pytest.raises(UnknownName, match="a forest is needed"):
+        store.load(one, Forest)
+
+
+def test_a_name_that_ends_in_a_slash_stands_for_all_below_it(store):
+    one = corpus(store)
+    for name in ("mine/0", "mine/1", "other"):
+        store.name(name, store.add(one))
+    assert store.expand(["mine/", one, "other"]) == ["mine/0", "mine/1", one, "other"]
+    assert store.expand(one) == [one]
+    with pytest.raises(UnknownName, match="begin with"):
+        store.expand("none/")
+
+
+def test_a_store_is_found_where_none_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ELMWOOD_STORE", raising=False)
+    assert Store().root == Store(".elmwood").root == Store(Store()).root
+    monkeypatch.setenv("ELMWOOD_STORE", "elsewhere")
+    assert str(Store().root) == "elsewhere"
+
+
 def test_a_finished_task_is_found_again_and_its_work_is_gone(store):
     key, record = fingerprint("task", 1), corpus(store)
     (store.work(key) / "half").write_text("x")

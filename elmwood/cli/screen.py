@@ -75,14 +75,8 @@ def bars() -> Iterator[Report]:
 
 
 def expand(store: Store, names: Sequence[str]) -> list[str]:
-    """Names with those that end in '/' replaced by all names below them. Raises BadInput."""
-    found: list[str] = []
-    for name in names:
-        below = [known for known in store.names() if known.startswith(name)] if name.endswith("/") else [name]
-        if not below:
-            raise BadInput(f"no names begin with {name!r}; `elmwood show` lists them")
-        found += below
-    return found
+    """Names with those that end in '/' replaced by all names below them. Raises UnknownName."""
+    return [name for name in store.expand(names) if isinstance(name, str)]
 
 
 def made(record: Record, name: str | None, as_json: bool) -> None:
