@@ -1,6 +1,6 @@
 """A forest for other benches to start from: seed, domains, experts in full and as adapters, dense controls and random clusters, all named.
 
-    python benches/forest.py STORE [--corpus FOLDER_OR_FILE ...] [--domains 8] [--seed-tokens 6M] [--tokens 1M] [--rank 16]
+    python -m benches.forest STORE [--corpus FOLDER_OR_FILE ...] [--domains 8] [--seed-tokens 6M] [--tokens 1M] [--rank 16]
 
 Names: lab/seed, lab/partition, lab/random-partition, lab/full/N, lab/lora/N, lab/random/N, lab/dense/batch|large|short, lab/forest and
 lab/ensemble (full), lab/lora-forest and lab/lora-ensemble. One JSON line per row of each table; what was done in STORE is found again.

@@ -314,7 +314,7 @@ def test_any_tree_of_states_ends_in_the_same_bytes_as_one_merge(forest, method):
 @given(chance=st.randoms(use_true_random=False))
 @settings(max_examples=8, deadline=None, derandomize=True)
 def test_random_trees_of_states_have_one_digest(forest, method, chance):
-    """`benches/bench_rules.py trees` does a hundred for each rule."""
+    """`benches/peers/rules.py trees` does a hundred for each rule."""
     store, seed, experts = forest
     experts = fitting(method, experts)
     wanted = state(seed, equally(experts), method, {}, store)

@@ -23,7 +23,7 @@ FLOAT = 4  # bytes
 # Bytes beside the tensors. CPU: what the libraries grow by at the first step. CUDA: a context and its libraries, not measured yet.
 BESIDE = {"cpu": 45_000_000, "cuda": 600_000_000}
 # glibc's heap keeps what is freed: small objects settle in the holes, and the next tensor of that size does not fit (before 2.38 not even
-# without them, glibc's bug 14581). How much of activations and gradients stands twice for that (measured, benches/bench_fit.py)
+# without them, glibc's bug 14581). How much of activations and gradients stands twice for that (measured, benches/speed/fit.py)
 KEPT = {"cpu": (0.45, 0.55), "cuda": (0.05, 0.05)}
 # bitsandbytes and what it brings, where the seed is quantised (a run whose tensors were mapped one by one); and the share of what comes and
 # goes during a forward pass whose room is not used again (checkpointing; of qlora and of LoRA by PEFT's own pass it came out alike)

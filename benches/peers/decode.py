@@ -1,6 +1,6 @@
 """Milliseconds per token at batch 1: a top-k ensemble of LoRA experts against one expert, the plain model and PEFT.
 
-    python benches/bench_decode.py [--shape 135M] [--experts 4] [--rank 16] [--tokens 24] [--rounds 5] [--threads 2]
+    python -m benches.peers.decode [--shape 135M] [--experts 4] [--rank 16] [--tokens 24] [--rounds 5] [--threads 2]
 
 One JSON line per way of decoding: seconds per token, and ratios. "ensemble" is the whole of it:
 routing by the text so far, one pass, mixing. "peft switching" runs one adapter after the other (top-k passes).
@@ -12,11 +12,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from models import Spent, emit, experts, model, rounds, spent
-from models import seed as make_seed
 from peft import PeftModel
 from transformers import DynamicCache
 
+from benches.models import Spent, emit, experts, model, rounds, spent
+from benches.models import seed as make_seed
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition
 from elmwood.ensemble.mixture import open_model

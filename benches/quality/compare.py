@@ -1,6 +1,6 @@
 """How many blocks does it take to know what a change of a real forest is worth?
 
-    python benches/bench_compare.py STORE FOREST [--documents N] [--every 4] [--replaced PREFIX ...] [--merges NAME ...] [--unrouted]
+    python -m benches.quality.compare STORE FOREST [--documents N] [--every 4] [--replaced PREFIX ...] [--merges NAME ...] [--unrouted]
 
 The changes that people make: an expert is added to the others, or replaced by PREFIX/domain; the temperature is half as high again; a
 second expert speaks; a merge stands in for the seed. What is missing of the columns is run first, only where a model has weight. Then

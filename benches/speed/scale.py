@@ -1,6 +1,6 @@
 """How time and memory of `elmwood cluster` grow with the corpus. One JSON line per stage and size.
 
-    python benches/bench_scale.py FOLDER [DOCUMENTS ...] [--workers N] [--engine ray]     10000 100000 1000000 unless given
+    python -m benches.speed.scale FOLDER [DOCUMENTS ...] [--workers N] [--engine ray]     10000 100000 1000000 unless given
 
 FOLDER holds JSON lines (text, source). A document is made of three passages of one source, drawn with a fixed seed; so sizes differ in
 nothing but their number. Each size runs in a process of its own, in a store that is deleted afterwards. `peak_mb` is the largest memory

@@ -1,6 +1,6 @@
 """Does an expert of a real seed read its own domain better, and what of the others? Seed and expert on the same held-out text.
 
-    python benches/bench_real_seed.py STORE --seed NAME --expert NAME [--domains 0,1,2] [--documents 30] [--length 256]
+    python -m benches.quality.real_seed STORE --seed NAME --expert NAME [--domains 0,1,2] [--documents 30] [--length 256]
 
 The store holds what "A real seed" of docs/training.md leaves: a seed, a partition, an expert of one of its domains. Read are the first
 `length` tokens of held-out documents that nobody trained on, at most `documents` of each domain, in order of id (a hash of the text). One

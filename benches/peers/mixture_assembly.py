@@ -1,6 +1,6 @@
 """A mixture assembled from full experts, against mergekit-moe from PyPI: CPU seconds, wall clock, peak memory.
 
-    python benches/bench_mixture_assembly.py FOLDER --mergekit VENV/bin/python [--shapes 300M,1B] [--experts 4,8] [--shared seed,average]
+    python -m benches.peers.mixture_assembly FOLDER --mergekit VENV/bin/python [--shapes 300M,1B] [--experts 4,8] [--shared seed,average]
 
 Llamas become Mixtrals. Both sides read the same bf16 files, whose pages are dropped from the cache first, are whole commands
 with their imports, draw random gates, and have one thread for arithmetic. mergekit-moe takes what the experts share from a base
@@ -22,8 +22,8 @@ from pathlib import Path
 from shutil import rmtree
 
 import numpy as np
-from bench_merge import SHAPES, Run, drop, measure, prepare, sizes
 
+from benches.peers.merge import SHAPES, Run, drop, measure, prepare, sizes
 from elmwood.merge.moe.build import Mixing, mix
 from elmwood.merge.moe.gates import random_rows
 from elmwood.merge.states import seed_places
@@ -43,7 +43,7 @@ def assemble(root: Path, forest: str, shared: str) -> None:
 
 def ours(store: Store, seed: Seed, experts: Sequence[Expert], shared: str, folder: Path) -> tuple[Run, Mixture]:
     forest = Forest(seed=seed.digest, partition="0" * 64, experts=tuple(one.digest for one in experts))
-    command = [sys.executable, __file__, str(store.root), "--assemble", store.add(forest), "--shared", shared]
+    command = [sys.executable, "-m", __spec__.name, str(store.root), "--assemble", store.add(forest), "--shared", shared]
     run = measure(command, folder / "ours.log")
     return run, store.load((folder / "ours.log").read_text().split()[-1], Mixture)
 

@@ -1,6 +1,6 @@
 """Does specialisation on discovered domains pay, and where does it stop? c-BTM for several k with balanced, plain and random clusters.
 
-    python benches/bench_clusters.py FOLDER [--corpus FOLDER_OR_FILE ...] [--domains 4,8,16,32] [--tokens 0.75M] [--rates 1.5e-3,3e-3]
+    python -m benches.quality.clusters FOLDER [--corpus FOLDER_OR_FILE ...] [--domains 4,8,16,32] [--tokens 0.75M] [--rates 1.5e-3,3e-3]
 
 One small seed; every row takes the same further tokens. Dense controls are trained at every rate and with one, four and sixteen times
 the experts' batch; experts of balanced and of random clusters are tuned over the same rates at the second k, and keep what was best on

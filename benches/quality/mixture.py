@@ -1,6 +1,6 @@
 """Mixtures of a forest's experts, untuned and tuned, beside dense training at equal total tokens, the ensemble and the merges.
 
-    python benches/bench_mixture.py STORE FOREST --dense NAME|BATCH:RATE [--dense …] [--ensemble NAME] [--random FOREST]
+    python -m benches.quality.mixture STORE FOREST --dense NAME|BATCH:RATE [--dense …] [--ensemble NAME] [--random FOREST]
         [--tokens 500k] [--batch 8] [--rates 5e-4,1e-3] [--rng-seed 0] [--documents 100] [--rows PATTERN]
 
 All of them stand in STORE (benches/forest.py makes them). Tuning takes tokens on top of the experts', so every `--dense` is trained for

@@ -1,7 +1,7 @@
 """LoRA against full training inside c-BTM at equal tokens; and into how many experts a fixed number of tokens is best cut.
 
-    python benches/bench_adapters_in_forest.py ranks FOLDER [--corpus ...] [--seed NAME] [--plot ranks.svg]
-    python benches/bench_adapters_in_forest.py numbers FOLDER [--corpus ...] [--seed NAME] [--plot numbers.svg]
+    python -m benches.quality.adapters_in_forest ranks FOLDER [--corpus ...] [--seed NAME] [--plot ranks.svg]
+    python -m benches.quality.adapters_in_forest numbers FOLDER [--corpus ...] [--seed NAME] [--plot numbers.svg]
 
 `ranks`: k experts, in full, and as adapters of several ranks on all layers or on the last third, every arm at the same tokens; the
 learning rate of each kind is the one that was best on the tune half at the middle rank.
@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from bench_clusters import Bench
 
+from benches.quality.clusters import Bench
 from elmwood import evaluate
 from elmwood.cli.old_study import Study, scratch
 from elmwood.cli.old_training import training_job

@@ -1,9 +1,9 @@
 """A scale for each layer: does a search by layers, guided by the estimate and checked by true losses, beat the best scale for all?
 
-    python benches/bench_merge_layers.py STORE FOREST [--rule task_arithmetic] [--scales 0,0.1,0.2,0.35,0.5,0.75,1] [--kind fisher]
+    python -m benches.quality.merge_layers STORE FOREST [--rule task_arithmetic] [--scales 0,0.1,0.2,0.35,0.5,0.75,1] [--kind fisher]
         [--documents 300] [--tune 40]
 
-As benches/bench_merge_quality.py, whose settings these are. Experts must have left statistics (that bench makes them). One JSON line for
+As benches/quality/merge_quality.py, whose settings these are. Experts must have left statistics (that bench makes them). One JSON line for
 each way: the best scale for all layers; each layer from the merge with the least estimate there; and a search by layers, as
 `elmwood merge --choose --per-layer` does it, which begins at the best scale and tries the two next best in each layer, most promising
 first, keeping what lowers the loss on the tune documents. Bits per byte of the test half, the gain over the best scale for all with its
@@ -15,8 +15,7 @@ import json
 import time
 from collections.abc import Mapping
 
-from bench_merge_quality import Bench, numbers
-
+from benches.quality.merge_quality import Bench, numbers
 from elmwood import evaluate
 from elmwood.cli.old_choose import TRIED
 from elmwood.cli.screen import bars

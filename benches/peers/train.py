@@ -1,6 +1,6 @@
 """Tokens per second of training: ours against transformers' Trainer (with PEFT for LoRA), same model, tokens and threads.
 
-    python benches/bench_train.py [--steps 40] [--rounds 5] [--batch 8] [--length 256] [--threads 1]
+    python -m benches.peers.train [--steps 40] [--rounds 5] [--batch 8] [--length 256] [--threads 1]
                                   [--only full,lora] [--shape 17M] [--trl] [--together]
 
 One JSON line per measurement: medians over interleaved rounds, wall and CPU seconds (the latter bear neighbours better), and ratios.
@@ -27,9 +27,9 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from peers import Clock, Times, blocks, packers, padded, trainers
 from tokenizers import Tokenizer
 
+from benches.peers.trainers import Clock, Times, blocks, packers, padded, trainers
 from elmwood.corpus.build import build, documents
 from elmwood.corpus.tokens import Packed, pack, train_tokenizer
 from elmwood.lm.load import best_device, new_model
@@ -162,7 +162,7 @@ def processes(recipe: Recipe) -> None:
     """Two experts with one thread each at once, and one after the other with two threads: aggregate tokens per second."""
 
     def run(count: int, threads: int) -> float:
-        command = [sys.executable, __file__, "--worker", recipe.model_copy(update={"threads": threads}).model_dump_json()]
+        command = [sys.executable, "-m", __spec__.name, "--worker", recipe.model_copy(update={"threads": threads}).model_dump_json()]
         workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
         return sum(1 / float(worker.communicate()[0]) for worker in workers)
 
@@ -188,7 +188,7 @@ def memory(recipe: Recipe, **facts: object) -> None:
     """Peak bytes of two processes, one with our loop and one with the Trainer; where the vocabulary is 16,384, as small seeds have it."""
     peaks = []
     for way in ("ours", "Trainer"):
-        command = [sys.executable, __file__, "--memory", way, "--worker", recipe.model_dump_json()]
+        command = [sys.executable, "-m", __spec__.name, "--memory", way, "--worker", recipe.model_dump_json()]
         peaks.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]))
     line = {f"{way}: {what}": peak[what] for way, peak in zip(("ours", "Trainer"), peaks, strict=True) for what in peak}
     line |= {f"ours / Trainer ({what})": round(peaks[0][what] / peaks[1][what], 3) for what in peaks[0]}

@@ -1,6 +1,6 @@
 """How soon, and how often wrongly, does a sequential comparison answer?
 
-    python benches/bench_sequential.py [--runs 2000]          simulated differences; under five minutes on one core
+    python -m benches.peers.sequential [--runs 2000]          simulated differences; under five minutes on one core
 
 One JSON line per setting. Simulated blocks have heavy tails (half near zero, half Student's t with three degrees of freedom; a seventh
 of the variance between 18 domains), clipped at five standard deviations; r is the standard deviation over the mean. The null with rare

@@ -1,7 +1,7 @@
 """Rules held against mergekit's in-memory interface, and against their own promise that order does not matter.
 
-    python benches/bench_rules.py oracle FOLDER --mergekit ENV/bin/python   # a minute
-    python benches/bench_rules.py trees FOLDER                              # 100 random trees for each rule; some minutes
+    python -m benches.peers.rules oracle FOLDER --mergekit ENV/bin/python   # a minute
+    python -m benches.peers.rules trees FOLDER                              # 100 random trees for each rule; some minutes
 
 oracle: the largest difference in float64, and the share of bf16 numbers that are not the nearest to mergekit's float64 result, for ours and
 for mergekit's own bf16 output with its default arithmetic and with float32. trees: states added in random trees and orders, counted when

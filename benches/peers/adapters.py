@@ -1,6 +1,6 @@
 """Seconds to load many LoRA adapters over one base: the bank's stacked tensors against PEFT's load_adapter, from the same files.
 
-    python benches/bench_adapters.py [--shape 17M] [--rank 8] [--count 100] [--peft 20] [--rounds 3]
+    python -m benches.peers.adapters [--shape 17M] [--rank 8] [--count 100] [--peft 20] [--rounds 3]
 
 PEFT's time grows with the square of their number, so it loads fewer; the ratio is at that number. Also the time to give a
 slot another adapter. The files have been read before: this is a warm page cache.
@@ -12,9 +12,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from models import SHAPES, Spent, adapter_folders, emit, model, rounds, spent
 from peft import PeftModel
 
+from benches.models import SHAPES, Spent, adapter_folders, emit, model, rounds, spent
 from elmwood.lm.lora import Adapter, Bank
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT 0.21 with transformers 5.23

@@ -1,6 +1,6 @@
 """How long `elmwood --help` takes, beside an empty Python and a bare `import torch`, in turn: one JSON line.
 
-python benches/bench_start.py [ROUNDS]
+python -m benches.speed.start [ROUNDS]
 """
 
 import json

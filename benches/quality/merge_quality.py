@@ -1,6 +1,6 @@
 """Every merge rule on the experts of a forest: bits per byte beside the output ensemble, the seed, and every control.
 
-    python benches/bench_merge_quality.py STORE FOREST [--dense NAME …] [--random NAME/] [--rules a,b] [--scales 0.2,0.5,1]
+    python -m benches.quality.merge_quality STORE FOREST [--dense NAME …] [--random NAME/] [--rules a,b] [--scales 0.2,0.5,1]
         [--ranks 16] [--temperatures 0.1] [--documents 300] [--tune 40] [--statistics 32]
 
 STORE and its forests can be made with benches/forest.py (lab/forest, lab/lora-forest; --dense lab/dense/large --random lab/random/), or

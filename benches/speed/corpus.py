@@ -1,6 +1,6 @@
 """How fast a corpus is built and packed, and whether memory stays flat. One JSON line per measurement.
 
-    python benches/bench_corpus.py [DOCUMENTS ...]      made-up corpora of these sizes beside the sample; 10000 40000 160000 unless given
+    python -m benches.speed.corpus [DOCUMENTS ...]      made-up corpora of these sizes beside the sample; 10000 40000 160000 unless given
 
 Peers, in the same run: datasketch's own MinHashLSH on the same shingles, and `tokenizers` alone on texts in memory.
 """

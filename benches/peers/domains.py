@@ -1,14 +1,14 @@
 """Clustering, embedding and routing against their peers. One JSON line per measurement, ratios within the run.
 
-    python benches/bench_domains.py speed              all that is wanted of speed, each line with `wanted`: cluster, prefix, embed, search
-    python benches/bench_domains.py cluster [N K]      against the auction of the published balanced k-means, and scikit-learn's KMeans
-    python benches/bench_domains.py assign [N K]       one balanced assignment against scipy's exact one
-    python benches/bench_domains.py prefix             routing at every position against embedding every prefix
-    python benches/bench_domains.py embed [CORPUS]     tf-idf embedding and assignment against HashingVectorizer
-    python benches/bench_domains.py quality [CORPUS]   purity and NMI against known sources, by embedder of words
-    python benches/bench_domains.py embedders CORPUS DOCUMENTS [seed:STORE:NAME] [sentence:FOLDER]   the same on so many documents, as many
+    python -m benches.peers.domains speed              all that is wanted of speed, each line with `wanted`: cluster, prefix, embed, search
+    python -m benches.peers.domains cluster [N K]      against the auction of the published balanced k-means, and scikit-learn's KMeans
+    python -m benches.peers.domains assign [N K]       one balanced assignment against scipy's exact one
+    python -m benches.peers.domains prefix             routing at every position against embedding every prefix
+    python -m benches.peers.domains embed [CORPUS]     tf-idf embedding and assignment against HashingVectorizer
+    python -m benches.peers.domains quality [CORPUS]   purity and NMI against known sources, by embedder of words
+    python -m benches.peers.domains embedders CORPUS DOCUMENTS [seed:STORE:NAME] [sentence:FOLDER]   the same on so many documents, as many
                                                        of each source as there are, with neural embedders too
-    python benches/bench_domains.py routing [CORPUS]   accuracy and time against the number of domains, 10 to 10,000: files or documents
+    python -m benches.peers.domains routing [CORPUS]   accuracy and time against the number of domains, 10 to 10,000: files or documents
 
 CORPUS is the sample unless a folder of JSON lines with a `source` is given; for routing it is this Python's packages. All on one thread
 (OMP_NUM_THREADS=1 is set here).

@@ -1,8 +1,8 @@
 """What `fit` predicts against what runs take: peak memory and tokens per second, each run in a process of its own.
 
-    python benches/bench_fit.py [--quick] [--recipes] [--apart]
-    python benches/bench_fit.py --mixture              four experts of random weights in one mixture, routers tuned and more
-    python benches/bench_fit.py --opt [--small]        OPT-6.7B of random weights as QLoRA at 2,048 tokens, on a GPU; its shape shrunk, here
+    python -m benches.speed.fit [--quick] [--recipes] [--apart]
+    python -m benches.speed.fit --mixture              four experts of random weights in one mixture, routers tuned and more
+    python -m benches.speed.fit --opt [--small]        OPT-6.7B of random weights as QLoRA at 2,048 tokens, on a GPU; its shape shrunk, here
 
 One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/formulas.py were chosen on these very runs (one
 thread, glibc, x86), so the lines marked "apart" are the honest ones: they were not used. `--recipes` runs only those that are neither full

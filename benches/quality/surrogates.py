@@ -1,6 +1,6 @@
 """Can merges be ranked without running them?
 
-    python benches/bench_surrogates.py STORE FOREST [--merges 24] [--documents N]
+    python -m benches.quality.surrogates STORE FOREST [--merges 24] [--documents N]
 
 Makes real merges of a forest's experts (random subsets, weights and scales by task arithmetic, and one in four by ties), scores each on
 the held-out text, and says how well each surrogate ranks them: from the experts' columns (log-linear pool, probability mixture,

@@ -1,7 +1,7 @@
 """What does the score table cost, and what does it save?
 
-    python benches/bench_table.py [--tokens 1000000] [--experts 64] [--candidates 10000]   made-up columns; a minute on two quiet cores
-    python benches/bench_table.py real STORE FOREST [--documents N]                        columns of a forest's models, run where missing
+    python -m benches.speed.table [--tokens 1000000] [--experts 64] [--candidates 10000]   made-up columns; a minute on two quiet cores
+    python -m benches.speed.table real STORE FOREST [--documents N]                        columns of a forest's models, run where missing
 
 One JSON line per measurement. "ranked": candidates are static mixtures (Dirichlet weights over subsets of 2 to 16 experts); every one is
 scored on 1/32 of the blocks, the best 1,000 on 1/8, the best 100 on all; a peer scores --exhaustive of them on all tokens, and says how

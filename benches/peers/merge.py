@@ -1,6 +1,6 @@
 """Merging against mergekit from PyPI: CPU seconds, wall clock, memory, and how near the disk's own speed.
 
-    python benches/bench_merge.py FOLDER --mergekit VENV/bin/python [--shapes 300M,1B] [--experts 4,8] [--rules average,ties] [--parts 8]
+    python -m benches.peers.merge FOLDER --mergekit VENV/bin/python [--shapes 300M,1B] [--experts 4,8] [--rules average,ties] [--parts 8]
 
 Both read the same bf16 files, whose pages are dropped from the cache first, and both are whole commands, imports included, with one
 thread for arithmetic. Loops that the first merge ever compiles (some CPU seconds) are compiled before. Inputs are random, made in
