@@ -95,7 +95,7 @@ NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 
 
 def print_cards(as_json: bool) -> None:
-    """The table of README, as Markdown."""
+    """The table of docs/training.md, as Markdown."""
     from elmwood.train.fit.gpu_table import MEMORY, cards  # torch
 
     found = cards()

@@ -196,10 +196,10 @@ def test_the_cheapest_change_fits(tmp_path, memory):
     assert sum(components(body, changed, "cuda").values()) <= memory * 10**9
 
 
-def test_the_table_of_the_readme_is_what_the_command_prints():
+def test_the_table_of_the_docs_is_what_the_command_prints():
     printed = CliRunner().invoke(app, ["fit", "--table"]).stdout
     assert len(printed.splitlines()) == 7
-    assert printed in (Path(__file__).parents[2] / "README.md").read_text()
+    assert printed in (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 
 
 def test_two_steps_are_held_against_the_prediction(tmp_path):
