@@ -31,7 +31,7 @@ def main() -> None:
     asked = parser.parse_args()
     store = Store(asked.store)
     full = Study(domains=asked.domains, seed_tokens=count(asked.seed_tokens), tokens=count(asked.tokens), documents=300)
-    # adapters take about three times the rate of full tuning on a seed this small (docs/log.md)
+    # adapters take about three times the rate of full tuning on a seed this small (docs/log/)
     lora = full.model_copy(update={"method": "lora", "expert_rate": 6e-3, "dense_rate": 2e-3, "random_rate": 2e-3, "large_rate": 6e-3})
     with bars() as progress:
         corpus = build(asked.corpus, store, progress=progress)

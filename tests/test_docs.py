@@ -62,7 +62,7 @@ def commands(text: str) -> list[str]:
     return [re.sub(r"\s+#.*", "", line) for line in lines if line.startswith("elmwood ")]
 
 
-DOCUMENTS = [ROOT / "README.md", *(path for path in sorted(ROOT.glob("docs/*.md")) if path.name != "commands.md")]
+DOCUMENTS = [ROOT / "README.md", *(path for path in sorted(ROOT.glob("docs/**/*.md")) if path.name != "commands.md")]
 
 
 @pytest.mark.parametrize("command", sorted({command for path in DOCUMENTS for command in commands(path.read_text())}))
@@ -80,3 +80,20 @@ def test_readme_names_every_room():
     rooms = [path.name for path in (ROOT / "elmwood").iterdir() if path.is_dir() or path.suffix == ".py"]
     for name in set(rooms) - {"__pycache__", "__init__.py"}:
         assert name in README, f"README's file tree does not name {name}"
+
+
+LOG = sorted(path for path in ROOT.glob("docs/log/*.md") if path.name != "index.md")
+
+
+@pytest.mark.parametrize("path", LOG, ids=lambda path: path.stem)
+def test_every_entry_of_the_lab_book_has_a_date_a_commit_a_claim_and_a_verdict(path):
+    index = (ROOT / "docs" / "log" / "index.md").read_text()
+    title, *entries = re.split(r"^## ", path.read_text(), flags=re.M)
+    assert title.startswith("# ")
+    assert entries
+    for entry in entries:
+        name, _, body = entry.partition("\n\n")
+        assert re.match(r"\d{4}-\d\d-\d\d · commits? `[0-9a-f]{7}`", body), f"{path.name}: {name} has no date and commit"
+        for part in ("Claim", "Verdict"):
+            assert f"\n\n**{part}.** " in body, f"{path.name}: {name} has no {part.lower()}"
+        assert f"[{name}]({path.name}#" in index, f"docs/log/index.md does not list {name} of {path.name}"

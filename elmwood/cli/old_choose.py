@@ -107,7 +107,7 @@ def by_columns(
     models: Mapping[str, Merged], seed: Seed, partition: Digest, documents: int | None, store: Store, progress: Progress
 ) -> dict[str, float]:  # fmt: skip
     """Bits per byte on the tune half, as the columns of the experts have it: log-linear pools, no merge is run. They rank weighted sums
-    and know nothing of trimming and votes (docs/log.md)."""
+    and know nothing of trimming and votes (docs/log/)."""
     table = opened(seed, partition, documents, store)
     held = table.held
     experts = sorted({one.expert for merged in models.values() for one in merged.contributions})

@@ -44,7 +44,7 @@ CONTROLS = {DENSE: "dense/batch", LARGE: "dense/large", SHORT: "dense/short"}  #
 
 
 class Study(Frozen):
-    """The numbers of a demo. Where specialisation pays and how the learning rates were tuned, each side alike: docs/log.md."""
+    """The numbers of a demo. Where specialisation pays and how the learning rates were tuned, each side alike: docs/log/."""
 
     domains: int = 6  # k
     vocabulary: int = 2048
