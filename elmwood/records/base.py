@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cached_property
 from typing import Annotated, Any, Self
 
@@ -37,6 +38,10 @@ def fingerprint(*values: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
+# kind -> the HTML that notebooks show of such a record; `elmwood.report.notebook` fills it
+displays: "dict[str, Callable[[Any], str]]" = {}
+
+
 class Record(Frozen):
     """A value with a kind and a digest. `format` is the record format it was written in."""
 
@@ -46,6 +51,10 @@ class Record(Frozen):
     @cached_property
     def digest(self) -> str:
         return hashlib.sha256(canonical(self)).hexdigest()
+
+    def _repr_html_(self) -> str | None:
+        draw = displays.get(self.kind)
+        return draw(self) if draw else None  # None: the notebook shows the text
 
     def model_copy(self, **changes: Any) -> Self:
         """As pydantic's, but the copy works out its own digest."""
