@@ -282,6 +282,9 @@ class Store:
             raise
 
 
+AnyStore = Store | Path | str | None  # what a Store can be opened from; None: the default folder
+
+
 def hash_file(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:

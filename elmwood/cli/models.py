@@ -1,11 +1,14 @@
 """Verbs of finished models: gather them, sample from them."""
 
-from typing import Annotated
+import sys
+from collections.abc import Iterator
+from typing import Annotated, NamedTuple
 
 from typer import Argument, Option
 
-from elmwood.cli import old_models
 from elmwood.cli.options import MixingOption, NameOption, Output, RngSeedOption
+from elmwood.cli.screen import emit, made, talk
+from elmwood.study import ancestry
 
 
 def forest(
@@ -15,19 +18,53 @@ def forest(
     output: Output = Output(),
 ) -> None:
     """Combine a seed, a partition and experts into a forest."""
-    old_models.forest(partition=partition, experts=experts, name=name, store=output.store, as_json=output.as_json)
+    gathered = ancestry.forest(partition, experts, name=name, store=output.store)
+    for expert in gathered.left_out:
+        talk.print(f"left out: expert {expert.digest[:8]}, since every part of its domain has an expert of its own", style="yellow")
+    made(gathered.forest, name, output.as_json)
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen."""
+
+    max_tokens: Annotated[int, Option(help="At most so many new tokens.")] = 128
+    temperature: Annotated[float, Option(help="Of sampling; 0 takes the likeliest token.")] = 0.8
+    top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95
+    rng_seed: RngSeedOption = 0
 
 
 def chat(
     model: Annotated[str, Argument(help="A seed, expert, merge, ensemble or forest: name or digest.")],
     mixing: MixingOption = None,
     prompt: Annotated[str | None, Option(help="Continue this and stop; default: read prompts from the terminal.")] = None,
-    max_tokens: Annotated[int, Option(help="At most so many new tokens.")] = 128,
-    temperature: Annotated[float, Option(help="Of sampling; 0 takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95,
-    rng_seed: RngSeedOption = 0,
+    sampling: Sampling = Sampling(),
     output: Output = Output(),
 ) -> None:
     """Continue text, and show which experts were used."""
-    old_models.chat(model=model, mixing=mixing, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
-          rng_seed=rng_seed, store=output.store, as_json=output.as_json)  # fmt: skip
+    opened = ancestry.open_with_tokenizer(model, mixing=mixing, store=output.store)
+    for text in [prompt] if prompt is not None else _typed():
+        sample = ancestry.generate(opened, text, on_text=_ignore if output.as_json else _write, **sampling._asdict())
+        if output.as_json:
+            emit(sample._asdict())
+        else:
+            _write("\n")
+            used = ", ".join(f"{expert} {share:.0%}" for expert, share in sample.experts.items() if share >= 0.005)
+            talk.print(f"experts used: {used}", style="dim")
+
+
+def _typed() -> Iterator[str]:
+    """Prompts from the terminal, until it closes."""
+    try:
+        while True:
+            yield input("> ")
+    except EOFError:
+        talk.print("")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _ignore(text: str) -> None:
+    """Output as JSON holds the whole text."""

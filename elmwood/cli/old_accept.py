@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.old_compare import Sides, drawing, judge, mix_up
-from elmwood.cli.old_models import as_model
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving as served
 from elmwood.engine import Progress
@@ -23,6 +22,7 @@ from elmwood.evaluate.sequential.error_budget import begin, finish, order, seal,
 from elmwood.evaluate.sequential.test import Finding, Rule
 from elmwood.records import Ensemble, Entry, Expert, Forest, Ledger, Partition, Record, Seed, Verdict
 from elmwood.store import Store
+from elmwood.study.ancestry import as_model
 from elmwood.study.scoring import Columns
 from elmwood.study.similarity import finite, products
 

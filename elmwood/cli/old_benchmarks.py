@@ -2,11 +2,11 @@
 
 import logging
 
-from elmwood.cli.old_models import as_model, mixed, seed_of
 from elmwood.cli.screen import bars, emit, expand, table, talk
 from elmwood.errors import BadInput
 from elmwood.evaluate import harness
 from elmwood.store import Store
+from elmwood.study.ancestry import as_model, seed_of, with_mixing
 
 
 def benchmarks(*, models, mixing, tasks, limit, folder, download, store, as_json) -> None:
@@ -21,7 +21,7 @@ def benchmarks(*, models, mixing, tasks, limit, folder, download, store, as_json
     if not names:
         raise BadInput("--tasks is empty: name tasks of the harness, as in --tasks arc_easy,lambada_openai")
     wanted = [as_model(home.load(name), home) for name in expand(home, models)]
-    wanted = [mixed(record, mixing, home) for record in wanted] if mixing else wanted
+    wanted = [with_mixing(record, mixing, home) for record in wanted] if mixing else wanted
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     opened = harness.open_tasks(names, folder, limit)
     with bars() as progress:

@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.old_domains import opener
-from elmwood.cli.old_models import as_model, common_seed, division_of
 from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving
 from elmwood.domains.route import ROUTERS, candidates, gate, nearest_place
@@ -27,7 +25,9 @@ from elmwood.records import Contest, Digest, Ensemble, Expert, Forest, Partition
 from elmwood.report.contest import headline, lines
 from elmwood.report.wealth import wealth_plot
 from elmwood.store import Store
+from elmwood.study.ancestry import as_model, common_seed, partition_of
 from elmwood.study.scoring import Columns, ensure
+from elmwood.study.tasks import opener
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -70,7 +70,7 @@ def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap,
     home = Store(store)
     one, other = (as_model(home.load(name), home) for name in (a, b))
     seed = common_seed([one, other], home)
-    division = division_of([other, one], partition, home)
+    division = partition_of([other, one], partition, home)
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length or min(seed.context, 1024), documents=documents)
     rule = Rule(alpha=alpha, beta=beta, worthless=min_effect, cap=cap)
     with bars() as progress:

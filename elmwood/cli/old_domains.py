@@ -11,7 +11,7 @@ from elmwood.cli.screen import bars, emit, keep, short, table, talk
 from elmwood.corpus.build import build
 from elmwood.corpus.read import Document, read
 from elmwood.domains import partition as divisions
-from elmwood.domains.dense import DENSE, Model, Open, sentence_model
+from elmwood.domains.dense import DENSE, Model, sentence_model
 from elmwood.domains.grow import Means
 from elmwood.domains.partition import fit_embedder
 from elmwood.domains.partition import partition as divide
@@ -19,6 +19,7 @@ from elmwood.domains.share import QUANTILES, Survey, quantiles, receive, survey
 from elmwood.errors import BadInput
 from elmwood.records import Corpus, Partition, Seed
 from elmwood.store import Store
+from elmwood.study.tasks import opener
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDE = 24  # bins drawn of the histogram
@@ -57,15 +58,6 @@ def model_of(embedder: str, named: str | None, store: Store) -> Model | None:
 
     digest = store.load(named, Seed).digest
     return Model(digest, seed_states(digest, store))
-
-
-def opener(embedder: str) -> Open | None:
-    """What opens the model of a saved embedder; torch is imported only for a seed."""
-    if embedder != "seed":
-        return None
-    from elmwood.lm.hidden_states import seed_states
-
-    return seed_states
 
 
 def opened(named: str, store: Store) -> Partition:

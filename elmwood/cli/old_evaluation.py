@@ -6,9 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.old_domains import opener
-from elmwood.cli.old_models import common_seed, division_of, mixed
-from elmwood.cli.old_training import default_workers, label
 from elmwood.cli.screen import bars, duration, emit, expand, short, table, talk
 from elmwood.domains.embed import EMBEDDERS
 from elmwood.domains.partition import serving
@@ -17,14 +14,16 @@ from elmwood.engine import Progress
 from elmwood.errors import BadInput
 from elmwood.records import Comparison, Digest, Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store
+from elmwood.study.ancestry import common_seed, partition_of, with_mixing
 from elmwood.study.scoring import Columns, ensure
+from elmwood.study.tasks import default_workers, label, opener
 
 
 def evaluate_verb(*, models, mixing, partition, length, documents, router, name, workers, store, as_json) -> None:
     home = Store(store)
     opened = [home.load(model) for model in expand(home, models)]
     if mixing:
-        opened = [mixed(model, mixing, home) for model in opened]
+        opened = [with_mixing(model, mixing, home) for model in opened]
         if name and len(opened) == 1:
             home.name(name, opened[0].digest)
     comparison, ensemble = compare_models(
@@ -33,7 +32,7 @@ def evaluate_verb(*, models, mixing, partition, length, documents, router, name,
     if ensemble and name:
         home.name(name, ensemble.digest)
         talk.print(f"{ensemble.digest}  {name}  ({ensemble.router}, top-{ensemble.top_k}, temperature {ensemble.temperature:.3g})")
-    domains = [domain.name for domain in division_of(opened, partition, home).domains]
+    domains = [domain.name for domain in partition_of(opened, partition, home).domains]
     if as_json:
         emit(comparison.model_dump(mode="json") | {"digest": comparison.digest, "domains": domains})
         return
@@ -48,7 +47,7 @@ def compare_models(
 ) -> tuple[Comparison, Ensemble | None]:  # fmt: skip
     """`elmwood eval`: one forest against its seed with every routing, or any models side by side."""
     forests = [model for model in models if isinstance(model, Forest)]
-    division = division_of(models, partition, store)
+    division = partition_of(models, partition, store)
     seed = common_seed(models, store)
     length = length or min(seed.context, 1024)
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length, documents=documents)

@@ -6,8 +6,6 @@ from importlib.metadata import version
 import numpy as np
 
 from elmwood import report
-from elmwood.cli.old_domains import opener
-from elmwood.cli.old_models import verdict
 from elmwood.cli.old_things import summary
 from elmwood.cli.screen import duration, emit, out, short
 from elmwood.corpus.build import documents
@@ -16,6 +14,8 @@ from elmwood.engine import cores
 from elmwood.errors import BadInput
 from elmwood.records import Comparison, Contest, Corpus, Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store, lineage
+from elmwood.study.evaluation import conclusion
+from elmwood.study.tasks import opener
 
 PLACES = 2000  # documents on the map
 SNIPPET = 160  # characters of a document
@@ -42,7 +42,7 @@ def page(comparison: Comparison, store: Store) -> str:
     return report.html(
         report.Report(
             title=f"A forest of {len(forest.experts)} experts",
-            summary=verdict(comparison),
+            summary=conclusion(comparison),
             domains=areas,
             places=places,
             curves=_curves(seed, forest, comparison, store),

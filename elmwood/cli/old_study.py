@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from elmwood import evaluate
 from elmwood.cli.old_domains import say_read
 from elmwood.cli.old_evaluation import both_distances, keep_comparison, print_comparison
-from elmwood.cli.old_models import verdict
 from elmwood.cli.old_page import page
-from elmwood.cli.old_training import default_rate, default_workers, label, llama, shards
+from elmwood.cli.old_training import default_rate, llama, shards
 from elmwood.cli.screen import bars, count, duration, emit, out, talk
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
@@ -33,8 +32,9 @@ from elmwood.records import (
     Shard,
 )
 from elmwood.store import Store
+from elmwood.study.evaluation import conclusion
 from elmwood.study.scoring import Columns, ensure
-from elmwood.study.tasks import TrainJob, train_job
+from elmwood.study.tasks import TrainJob, default_workers, label, train_job
 from elmwood.train.task_names import seed_key, train_key
 
 DENSE = "dense, the experts' batch"
@@ -115,7 +115,7 @@ def demo(*, quick, corpus, seed, domains, tokens, method, learning_rate, report,
         emit(grown.comparison.model_dump(mode="json") | {"digest": grown.comparison.digest, "report": str(report)})
         return
     print_comparison(grown.comparison)
-    out.print(verdict(grown.comparison))
+    out.print(conclusion(grown.comparison))
     talk.print(
         f"{duration(time.perf_counter() - started)}; report: {report}; go on with: elmwood chat demo/ensemble, elmwood show demo/forest"
     )

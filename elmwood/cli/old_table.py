@@ -11,9 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.old_domains import opener
-from elmwood.cli.old_models import as_model
-from elmwood.cli.old_training import default_workers, label
 from elmwood.cli.screen import bars, count, duration, emit, expand, out, short, talk
 from elmwood.cli.screen import table as draw
 from elmwood.domains.partition import serving
@@ -25,7 +22,9 @@ from elmwood.evaluate.subsets import greedy, optimum, routed, values, would_help
 from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
 from elmwood.report.wealth import Line, experts_plot
 from elmwood.store import Store
+from elmwood.study.ancestry import as_model
 from elmwood.study.scoring import Budget, Columns, ensure
+from elmwood.study.tasks import default_workers, label, opener
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

@@ -11,14 +11,13 @@ from elmwood.cli.live_table import Entry, board
 from elmwood.cli.old_domains import say_read
 from elmwood.cli.screen import bars, count, expand, keep, out, talk
 from elmwood.corpus.build import build
-from elmwood.engine import cores, gpus, run
+from elmwood.engine import cores, run
 from elmwood.errors import BadInput
 from elmwood.records import Expert, Forest, Partition, Recipe, Seed, Shape, Shard
 from elmwood.store import Store
-from elmwood.study.tasks import StatisticsJob, TogetherJob, TrainJob, experts_job, keys, statistics_job
+from elmwood.study.tasks import SMALL, StatisticsJob, TogetherJob, TrainJob, default_workers, experts_job, keys, label, statistics_job
 
 ROWS = 64  # of an expert's training documents that its statistics are over
-SMALL = 20_000_000  # parameters below which one core per model is better used than two cores on one
 # settings of a recipe that are spelled out where they are not the default
 OPTIONS = ("rank", "alpha", "targets", "late", "schedule", "accumulate", "checkpointing", "optimiser", "patience", "rng_seed")
 TINY = 10_000_000  # parameters below which a model has learned little, and takes the rates of one trained from scratch
@@ -60,11 +59,6 @@ def default_rate(seed: Seed, method: str) -> float:
     """Peak learning rate where the user named none. LoRA takes about ten times the rate of full tuning (see docs/training.md)."""
     full = 2e-3 if seed.parameters < TINY else 2e-5
     return full * (1 if method == "full" else 10 if seed.parameters >= TINY else 2)
-
-
-def default_workers(seed: Seed, jobs: int) -> int:
-    """Small models: one core each, side by side. Large ones: one for each GPU, or one after another, with all cores."""
-    return min(cores(), jobs) if seed.parameters < SMALL else max(1, min(len(gpus()), jobs))
 
 
 def train(
@@ -197,11 +191,6 @@ def numbers(text: str, total: int) -> Sequence[int]:
     if not chosen or chosen[-1] >= total:
         raise BadInput(f"{text!r} names domains beyond the {total} there are, which are numbered from 0 to {total - 1}")
     return chosen
-
-
-def label(partition: Partition, domain: int | None) -> str:
-    """What the progress bar calls a training job."""
-    return "pooled" if domain is None else f"{domain} {partition.domains[domain].name}"[:28]
 
 
 def shards(partition: Partition, domain: int | None) -> tuple[Shard, ...]:

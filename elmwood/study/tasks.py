@@ -6,11 +6,14 @@ What trains is imported where it trains: torch takes seconds that handing out ta
 from pathlib import Path
 
 from elmwood import evaluate
-from elmwood.engine import Progress
+from elmwood.domains.dense import Open
+from elmwood.engine import Progress, cores, gpus
 from elmwood.lm.files import tokenizer
-from elmwood.records import Digest, Expert, Frozen, Recipe, Seed, Shard
+from elmwood.records import Digest, Expert, Frozen, Partition, Recipe, Seed, Shard
 from elmwood.store import Store
 from elmwood.train.task_names import together_keys, train_key
+
+SMALL = 20_000_000  # parameters below which one core per model is better used than two cores on one
 
 
 class TrainJob(Frozen):
@@ -112,3 +115,22 @@ def open_holdout(spec: evaluate.HoldoutSpec, store: Store) -> evaluate.Holdout:
 def named(label: str, progress: Progress) -> Progress:
     """One bar per task, whatever its parts are called."""
     return lambda _, done, total, unit: progress(label, done, total, unit)
+
+
+def label(partition: Partition, domain: int | None) -> str:
+    """The name of a training job in progress bars and tables."""
+    return "pooled" if domain is None else f"{domain} {partition.domains[domain].name}"[:28]
+
+
+def default_workers(seed: Seed, jobs: int) -> int:
+    """Small models: one core each, side by side. Large ones: one for each GPU, or one after another, with all cores."""
+    return min(cores(), jobs) if seed.parameters < SMALL else max(1, min(len(gpus()), jobs))
+
+
+def opener(embedder: str) -> Open | None:
+    """What opens the model of a saved embedder; torch is imported only for a seed."""
+    if embedder != "seed":
+        return None
+    from elmwood.lm.hidden_states import seed_states
+
+    return seed_states

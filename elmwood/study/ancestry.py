@@ -1,0 +1,148 @@
+"""What a model is made of: its seed, its partition, the ensemble that a forest stands for. And finished models: experts as a forest,
+text from any model."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokenizers import Tokenizer
+
+from elmwood.domains.partition import serving
+from elmwood.errors import BadInput, ForeignExpert
+from elmwood.lm.files import tokenizer
+from elmwood.records import Ensemble, Expert, Forest, Merged, Mixture, Partition, Record, Seed
+from elmwood.store import AnyStore, Store
+
+if TYPE_CHECKING:
+    from elmwood.lm.interface import LM
+
+MIXING = ("outputs", "weights")
+
+
+def as_model(record: Record, store: Store) -> Record:
+    """A forest stands for its ensemble with the default settings; other records for themselves."""
+    if isinstance(record, Forest):
+        record = Ensemble(forest=record.digest)
+        store.add(record)
+    return record
+
+
+def with_mixing(record: Record, mixing: str, store: Store) -> Ensemble:
+    """An ensemble (or a forest, for its default one) that mixes outputs or weights. Raises BadInput."""
+    record = as_model(record, store)
+    if not isinstance(record, Ensemble):
+        raise BadInput(f"mixing is a setting of ensembles and forests, and {record.digest[:8]} is a {record.kind}: leave --mixing out")
+    if mixing not in MIXING:
+        raise BadInput(f"mixing {mixing!r} is unknown: choose outputs (probabilities, one pass per expert) or weights (adapters, one pass)")
+    made = record.model_copy(update={"mixing": mixing})
+    store.add(made)
+    return made
+
+
+def seed_of(record: Record, store: Store) -> Seed:
+    """The seed a model grew from. Raises UnknownName."""
+    if isinstance(record, Ensemble):
+        record = store.load(record.forest, Forest)
+    if isinstance(record, Expert | Forest | Merged | Mixture):
+        return store.load(record.seed, Seed)
+    return store.load(record.digest, Seed)
+
+
+def common_seed(models: Sequence[Record], store: Store) -> Seed:
+    """The one seed of some models, whose tokenizer cuts the holdout. Raises BadInput where they have several."""
+    seeds = {seed_of(model, store).digest for model in models}
+    if len(seeds) != 1:
+        raise BadInput(f"models are compared token by token, so they need one seed; these have {len(seeds)}: compare those of one seed")
+    return store.load(seeds.pop(), Seed)
+
+
+def partition_of(models: Sequence[Record], named: str | Partition | None, store: Store) -> Partition:
+    """The partition whose holdout is scored: the named one, else that of the first model that has one. Raises BadInput."""
+    if named:
+        return store.load(named, Partition)
+    for model in models:
+        source = store.load(model.forest) if isinstance(model, Ensemble | Mixture) else model
+        source = store.load(model.contributions[0].expert) if isinstance(model, Merged) else source
+        if found := getattr(source, "partition", None):
+            return store.load(found, Partition)
+    raise BadInput("none of these models names a partition: name the one whose held-out text is scored with --partition")
+
+
+class Gathered(NamedTuple):
+    """A forest, and the experts that it does not need."""
+
+    forest: Forest
+    left_out: tuple[Expert, ...]  # every part of their domain has an expert of its own
+
+
+def forest(
+    partition: str | Partition, experts: str | Sequence[str | Expert], *, name: str | None = None, store: AnyStore = None
+) -> Gathered:
+    """A seed, a partition and experts as one record. Raises BadInput, ForeignExpert."""
+    store = Store(store)
+    division, members = store.load(partition, Partition), [store.load(one, Expert) for one in store.expand(experts)]
+    if not members:
+        raise BadInput("a forest needs at least one expert: train some, then name them here")
+    for expert in members:
+        if expert.seed != members[0].seed:
+            raise ForeignExpert(
+                f"expert {expert.digest[:8]} grew from seed {expert.seed[:8]}, {members[0].digest[:8]} from {members[0].seed[:8]}; "
+                "a forest has one seed: leave one of them out, or retrain it"
+            )
+    served = serving(division, [(expert.partition, expert.domain) for expert in members], store)
+    kept = [expert.digest for expert, places in zip(members, served, strict=True) if places]
+    made = Forest(seed=members[0].seed, partition=division.digest, experts=tuple(kept))
+    store.add(made)
+    if name:
+        store.name(name, made.digest)
+    return Gathered(made, tuple(expert for expert, places in zip(members, served, strict=True) if not places))
+
+
+# ---- text from a model ----------------------------------------------------------------------------------------------
+
+
+class Opened(NamedTuple):
+    """A model that can be run, with the tokenizer of its seed."""
+
+    record: Record
+    lm: "LM"
+    tokenizer: Tokenizer
+
+
+def open_with_tokenizer(model: str | Record, *, mixing: str | None = None, store: AnyStore = None) -> Opened:
+    """A model by name or record; a forest opens as its default ensemble. Raises UnknownName, BadInput, ForeignExpert."""
+    from elmwood.ensemble.mixture import open_model  # torch
+
+    store = Store(store)
+    record = as_model(store.load(model), store)
+    record = with_mixing(record, mixing, store) if mixing else record
+    return Opened(record, open_model(record, store), tokenizer(seed_of(record, store), store))
+
+
+class Sample(NamedTuple):
+    """Generated text, and each expert's share of its prediction, largest first."""
+
+    prompt: str
+    text: str
+    experts: dict[str, float]
+
+
+def generate(
+    model: str | Record | Opened, prompt: str, *, mixing: str | None = None, max_tokens: int = 128, temperature: float = 0.8,
+    top_p: float = 0.95, rng_seed: int = 0, store: AnyStore = None, on_text: Callable[[str], None] = lambda piece: None,
+) -> Sample:  # fmt: skip
+    """Continue a prompt. `on_text` gets the text piece by piece. Raises BadInput, UnknownName, ForeignExpert."""
+    from elmwood.ensemble.generate import generate as steps  # torch
+
+    opened = model if isinstance(model, Opened) else open_with_tokenizer(model, mixing=mixing, store=store)
+    share: dict[str, float] = {}
+    pieces: list[str] = []
+    for step in steps(
+        opened.lm, opened.tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, rng_seed=rng_seed
+    ):  # fmt: skip
+        for expert, weight in step.weights.items():
+            share[expert] = share.get(expert, 0) + weight
+        pieces.append(step.text)
+        on_text(step.text)
+    total = sum(share.values()) or 1
+    shares = {expert: round(weight / total, 4) for expert, weight in sorted(share.items(), key=lambda item: -item[1])}
+    return Sample(prompt, "".join(pieces), shares)
