@@ -8,6 +8,7 @@ from typer import Argument, Option
 
 from elmwood.cli.options import MixingOption, NameOption, Output, RngSeedOption
 from elmwood.cli.screen import emit, made, talk
+from elmwood.store import Store
 from elmwood.study import ancestry
 
 
@@ -18,10 +19,11 @@ def forest(
     output: Output = Output(),
 ) -> None:
     """Combine a seed, a partition and experts into a forest."""
-    gathered = ancestry.forest(partition, experts, name=name, store=output.store)
-    for expert in gathered.left_out:
-        talk.print(f"left out: expert {expert.digest[:8]}, since every part of its domain has an expert of its own", style="yellow")
-    made(gathered.forest, name, output.as_json)
+    store = Store(output.store)
+    gathered = ancestry.forest(partition, experts, name=name, store=store)
+    for expert in {store.resolve(one) for one in store.expand(experts)} - set(gathered.experts):
+        talk.print(f"left out: expert {expert[:8]}, since every part of its domain has an expert of its own", style="yellow")
+    made(gathered, name, output.as_json)
 
 
 class Sampling(NamedTuple):
@@ -41,7 +43,7 @@ def chat(
     output: Output = Output(),
 ) -> None:
     """Continue text, and show which experts were used."""
-    opened = ancestry.open_with_tokenizer(model, mixing=mixing, store=output.store)
+    opened = ancestry.open_model(model, mixing=mixing, store=output.store)
     for text in [prompt] if prompt is not None else _typed():
         sample = ancestry.generate(opened, text, on_text=_ignore if output.as_json else _write, **sampling._asdict())
         if output.as_json:

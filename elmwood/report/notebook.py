@@ -129,6 +129,13 @@ def show_verdict(verdict: Verdict) -> Markup:
     return grid(("check", "value", "threshold"), rows, title, styles)
 
 
+def show_sample(prompt: str, text: str, experts: Mapping[str, float]) -> Markup:
+    """A prompt, what a model made of it, and each expert's share of the prediction."""
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in experts.items() if share >= 0.005)
+    said = Markup('<p style="white-space:pre-wrap"><b>{}</b>{}</p>').format(prompt, text)
+    return said + (Markup('<p style="opacity:.6">{}</p>').format(shares) if shares else Markup())
+
+
 # ---- things that are made ---------------------------------------------------------------------------------------------
 
 

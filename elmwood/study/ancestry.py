@@ -10,6 +10,7 @@ from elmwood.domains.partition import serving
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm.files import tokenizer
 from elmwood.records import Ensemble, Expert, Forest, Merged, Mixture, Partition, Record, Seed
+from elmwood.report.notebook import show_sample
 from elmwood.store import AnyStore, Store
 
 if TYPE_CHECKING:
@@ -67,17 +68,11 @@ def partition_of(models: Sequence[Record], named: str | Partition | None, store:
     raise BadInput("none of these models names a partition: name the one whose held-out text is scored with --partition")
 
 
-class Gathered(NamedTuple):
-    """A forest, and the experts that it does not need."""
+def forest(partition: str | Partition, experts: str | Sequence[str | Expert], *, name: str | None = None, store: AnyStore = None) -> Forest:
+    """A seed, a partition and experts as one record. Raises BadInput, ForeignExpert.
 
-    forest: Forest
-    left_out: tuple[Expert, ...]  # every part of their domain has an expert of its own
-
-
-def forest(
-    partition: str | Partition, experts: str | Sequence[str | Expert], *, name: str | None = None, store: AnyStore = None
-) -> Gathered:
-    """A seed, a partition and experts as one record. Raises BadInput, ForeignExpert."""
+    An expert is left out if every part of its domain has an expert of its own.
+    """
     store = Store(store)
     division, members = store.load(partition, Partition), [store.load(one, Expert) for one in store.expand(experts)]
     if not members:
@@ -94,7 +89,7 @@ def forest(
     store.add(made)
     if name:
         store.name(name, made.digest)
-    return Gathered(made, tuple(expert for expert, places in zip(members, served, strict=True) if not places))
+    return made
 
 
 # ---- text from a model ----------------------------------------------------------------------------------------------
@@ -107,15 +102,18 @@ class Opened(NamedTuple):
     lm: "LM"
     tokenizer: Tokenizer
 
+    def _repr_html_(self) -> str | None:
+        return self.record._repr_html_()
 
-def open_with_tokenizer(model: str | Record, *, mixing: str | None = None, store: AnyStore = None) -> Opened:
+
+def open_model(model: str | Record, *, mixing: str | None = None, store: AnyStore = None) -> Opened:
     """A model by name or record; a forest opens as its default ensemble. Raises UnknownName, BadInput, ForeignExpert."""
-    from elmwood.ensemble.mixture import open_model  # torch
+    from elmwood.ensemble import mixture  # torch
 
     store = Store(store)
     record = as_model(store.load(model), store)
     record = with_mixing(record, mixing, store) if mixing else record
-    return Opened(record, open_model(record, store), tokenizer(seed_of(record, store), store))
+    return Opened(record, mixture.open_model(record, store), tokenizer(seed_of(record, store), store))
 
 
 class Sample(NamedTuple):
@@ -125,6 +123,12 @@ class Sample(NamedTuple):
     text: str
     experts: dict[str, float]
 
+    def __str__(self) -> str:
+        return self.prompt + self.text
+
+    def _repr_html_(self) -> str:
+        return show_sample(self.prompt, self.text, self.experts)
+
 
 def generate(
     model: str | Record | Opened, prompt: str, *, mixing: str | None = None, max_tokens: int = 128, temperature: float = 0.8,
@@ -133,7 +137,7 @@ def generate(
     """Continue a prompt. `on_text` gets the text piece by piece. Raises BadInput, UnknownName, ForeignExpert."""
     from elmwood.ensemble.generate import generate as steps  # torch
 
-    opened = model if isinstance(model, Opened) else open_with_tokenizer(model, mixing=mixing, store=store)
+    opened = model if isinstance(model, Opened) else open_model(model, mixing=mixing, store=store)
     share: dict[str, float] = {}
     pieces: list[str] = []
     for step in steps(
