@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from elmwood.evaluate.sequential.betting import Draws, rejected, wealth
-from elmwood.evaluate.sequential.test import Population, Rule, decide
+from elmwood.evaluate.sequential.betting import Draws, draws_to_reject, wealth
+from elmwood.evaluate.sequential.decision import Population, StoppingRule, decide
 
 Floats = NDArray[np.floating]
 
@@ -77,7 +77,7 @@ def accepted(value_SN: Floats, low: float) -> dict[str, NDArray[np.bool_]]:
     score_ST = mean_ST / error_ST
     asymptotic_ST = score_ST > width_T
     return {
-        "betting": rejected(wealth(Draws(value_SN, value_SN.shape[1], low, -low), np.array(0.0)), ALPHA) > 0,
+        "betting": draws_to_reject(wealth(Draws(value_SN, value_SN.shape[1], low, -low), np.array(0.0)), ALPHA) > 0,
         "t-test every 10": (score_ST[:, ::10] > stats.t.ppf(1 - ALPHA, count_T[::10] - 1)).any(1),
         **{f"asymptotic from {first}": asymptotic_ST[:, first - 30 :].any(1) for first in (30, 100, 400)},
     }
@@ -141,7 +141,7 @@ def most(ratio: int) -> int:
 
 def better(value_ST: Floats, size: int, mean: float = 0.0, alpha: float = ALPHA) -> NDArray[np.integer]:
     """Draws it took to reject "at most this mean" [S]; 0: never."""
-    return rejected(wealth(Draws(value_ST, size, -CLIP - 1, CLIP + 1), np.array(mean)), alpha)
+    return draws_to_reject(wealth(Draws(value_ST, size, -CLIP - 1, CLIP + 1), np.array(mean)), alpha)
 
 
 def both(value_ST: Floats, size: int, least: float) -> NDArray[np.integer]:
@@ -196,10 +196,10 @@ def controls(runs: int, size: int = 20_000) -> None:
                 feature_BF = np.column_stack([known_B, rng.standard_normal((size, 3))])
                 order_B = rng.permutation(size)
                 bounds = Population(np.full(size, -CLIP), np.full(size, CLIP + 1), size)
-                rule = Rule(alpha=ALPHA, beta=1e-9, worthless=-9.0, cap=size)
+                rule = StoppingRule(alpha=ALPHA, beta=1e-9, worthless=-9.0, cap=size)
                 for name, blocks in (("plain", bounds), ("with features", bounds._replace(feature_BF=feature_BF))):
                     found = decide(lambda places, value_B=value_B: value_B[places], order_B, blocks, rule)
-                    drawn[name].append(int(rejected(found.for_T, ALPHA)) or found.drawn)
+                    drawn[name].append(int(draws_to_reject(found.for_T, ALPHA)) or found.drawn)
             means = {name: round(float(np.mean(part)), 1) for name, part in drawn.items()}
             say(setting="control variates", N=size, r=ratio, explained=explained, runs=runs, **means,
                 saving=round(means["plain"] / means["with features"], 2))  # fmt: skip

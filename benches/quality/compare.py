@@ -26,8 +26,8 @@ from elmwood.cli.old_compare import Sides, bounded, parts, weights
 from elmwood.cli.screen import expand
 from elmwood.engine import silent
 from elmwood.evaluate.holdout import GATE
-from elmwood.evaluate.sequential.error_budget import order
-from elmwood.evaluate.sequential.test import Population, Rule, decide, per_byte, worst
+from elmwood.evaluate.sequential.decision import Population, StoppingRule, decide, per_byte, worst
+from elmwood.evaluate.sequential.error_budget import random_order
 from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
@@ -168,7 +168,8 @@ def measure(change: Change, sides: Sides, held: evaluate.Holdout, loglik_NM: Flo
         "by weight, predicted": (value_B, by_weight, LEAST),
     }
     return row | {
-        way: runs(some_B, population, Rule(worthless=least, cap=len(some_B)), orders) for way, (some_B, population, least) in ways.items()
+        way: runs(some_B, population, StoppingRule(worthless=least, cap=len(some_B)), orders)
+        for way, (some_B, population, least) in ways.items()
     }
 
 
@@ -186,10 +187,11 @@ def spread(value_B: Floats) -> float | None:
     return round(float(value_B.std() / abs(value_B.mean())), 2) if value_B.mean() else None
 
 
-def runs(value_B: Floats, bounds: Population, rule: Rule, orders: int) -> dict[str, Any]:
+def runs(value_B: Floats, bounds: Population, rule: StoppingRule, orders: int) -> dict[str, Any]:
     """Mean of the blocks drawn over random orders, and the answers."""
     found = [
-        decide(lambda places: value_B[places], order(f"{n}".encode(), len(value_B), bounds.scale_B), bounds, rule) for n in range(orders)
+        decide(lambda places: value_B[places], random_order(f"{n}".encode(), len(value_B), bounds.scale_B), bounds, rule)
+        for n in range(orders)
     ]
     wrong = {"better": value_B.mean() <= 0, "not better": value_B.mean() >= rule.worthless}
     return {

@@ -15,11 +15,10 @@ from elmwood.cli.screen import bars, emit, out, short, talk
 from elmwood.domains.partition import serving as served
 from elmwood.engine import Progress
 from elmwood.errors import BadInput, ForeignExpert
-from elmwood.evaluate.admission import Evidence, Policy, cosine, novelty
-from elmwood.evaluate.admission import accept as decide
+from elmwood.evaluate.admission import Evidence, Policy, cosine, judge_evidence, novelty
 from elmwood.evaluate.holdout import GATE, TUNE
-from elmwood.evaluate.sequential.error_budget import begin, finish, order, seal, sealed, serving
-from elmwood.evaluate.sequential.test import Finding, Rule
+from elmwood.evaluate.sequential.decision import Finding, StoppingRule
+from elmwood.evaluate.sequential.error_budget import begin, commitment, derive_key, finish, open_slice, random_order
 from elmwood.records import Ensemble, Entry, Expert, Forest, Ledger, Partition, Record, Seed, Verdict
 from elmwood.store import Store
 from elmwood.study.ancestry import as_model
@@ -76,8 +75,14 @@ def accept(*, expert, forest, length, documents, cap, clip, name, store, as_json
             trial = Trial(one, seed, without, joined, division, own, columns, slice_G, key, level, home)
             measured, told = gather(trial, policy, cap, clip, progress)
             evidence = evidence.model_copy(update=measured | {"level": level})
-            told |= {"level": level, "submission": number + 1, "sealed": sealed(key), "key": key.hex(), "slice_blocks": int(slice_G.sum())}
-        verdict = decide(evidence, policy).model_copy(update={"forest": joined.forest, "holdout": told.get("holdout", "")})
+            told |= {
+                "level": level,
+                "submission": number + 1,
+                "sealed": commitment(key),
+                "key": key.hex(),
+                "slice_blocks": int(slice_G.sum()),
+            }
+        verdict = judge_evidence(evidence, policy).model_copy(update={"forest": joined.forest, "holdout": told.get("holdout", "")})
         home.add(verdict)
         if "key" in told:
             facts = {"key": f"key={told['key']}", "verdict": verdict.digest}
@@ -148,13 +153,13 @@ def submit(one: Expert, held: evaluate.Holdout, store: Store) -> tuple[int, byte
         return (entry.expert, entry.holdout, entry.accepted) == (one.digest, held.name, None)
 
     number = next((n for n, entry in enumerate(ledger.entries) if mine(entry)), len(ledger.entries))
-    key = seal(secret, f"{number} {one.digest} {held.name}")
+    key = derive_key(secret, f"{number} {one.digest} {held.name}")
     earlier = sum(entry.holdout == held.name for entry in ledger.entries[:number])
     slice_G = np.zeros(blocks, bool)
-    slice_G[serving(secret, blocks, int(np.clip(blocks // SLICE, 1, SLICES)), earlier)] = True
+    slice_G[open_slice(secret, blocks, int(np.clip(blocks // SLICE, 1, SLICES)), earlier)] = True
     if number == len(ledger.entries):
-        _keep(begin(ledger, one.digest, holdout=held.name, sealed=sealed(key)), store)
-    talk.print(f"submission {number + 1}: the order is {sealed(key)}", soft_wrap=True)
+        _keep(begin(ledger, one.digest, holdout=held.name, sealed=commitment(key)), store)
+    talk.print(f"submission {number + 1}: the order is {commitment(key)}", soft_wrap=True)
     return number, key, slice_G
 
 
@@ -166,10 +171,10 @@ def gather(trial: Trial, policy: Policy, cap: int, clip: float, progress: Progre
     held, columns = trial.held, trial.columns
     own_G = trial.slice_G & np.isin(_domains(held, GATE), trial.own)
 
-    def ask(sides: Sides, rule: Rule, among_G: Bools, what: str) -> Finding | None:
+    def ask(sides: Sides, rule: StoppingRule, among_G: Bools, what: str) -> Finding | None:
         if not (sides.touched_G & among_G).any():
             return None
-        return judge(sides, columns, rule, clip, seal(trial.key, what), progress, among_G)[0]
+        return judge(sides, columns, rule, clip, derive_key(trial.key, what), progress, among_G)[0]
 
     def mixed(a: Record, b: Record, split: int = GATE) -> Sides:
         return mix_up(a, b, trial.seed, held, trial.store, progress, split)
@@ -180,7 +185,7 @@ def gather(trial: Trial, policy: Policy, cap: int, clip: float, progress: Progre
     if alone and alone.outcome == "better":
         public = _public_gain(mixed(trial.seed, trial.expert, TUNE), trial, alone.drawn, progress)
         sides = mixed(trial.without, trial.joined)
-        rule = Rule(alpha=trial.level, beta=policy.beta, better=policy.ensemble_effect, worthless=policy.min_effect, cap=cap)
+        rule = StoppingRule(alpha=trial.level, beta=policy.beta, better=policy.ensemble_effect, worthless=policy.min_effect, cap=cap)
         together = ask(sides, rule, trial.slice_G, "ensemble")
         evidence |= {"public_gain": public, "ensemble_low": together and together.low}
         evidence |= {"ensemble_wealth": together and float(min(together.for_T.max(), SURE))}
@@ -194,9 +199,9 @@ def gather(trial: Trial, policy: Policy, cap: int, clip: float, progress: Progre
     return evidence, {"blocks": blocks, "tokens_forwarded": forwarded, "holdout": held.name, "clip": clip}
 
 
-def _at(least: float, policy: Policy, cap: int) -> Rule:
+def _at(least: float, policy: Policy, cap: int) -> StoppingRule:
     """Above `least` or below it?"""
-    return Rule(alpha=policy.alpha, beta=policy.beta, better=least, worthless=least, cap=cap)
+    return StoppingRule(alpha=policy.alpha, beta=policy.beta, better=least, worthless=least, cap=cap)
 
 
 def mixed_models(trial: Trial) -> Sequence[str]:
@@ -214,7 +219,7 @@ def _public_gain(sides: Sides, trial: Trial, count: int, progress: Progress) -> 
     if not len(place_T):
         return None
     draw = drawing(sides, trial.columns, place_T, progress)
-    return float(draw(order(seal(trial.key, "public"), len(place_T))[:count]).mean())
+    return float(draw(random_order(derive_key(trial.key, "public"), len(place_T))[:count]).mean())
 
 
 def _groups(sides: Sides, trial: Trial) -> dict[str, tuple[Bools, float]]:

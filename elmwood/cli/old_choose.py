@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from elmwood import evaluate
 from elmwood.cli.old_compare import contest, judge, mix_up
 from elmwood.engine import Progress
-from elmwood.evaluate.sequential.test import Rule
+from elmwood.evaluate.sequential.decision import StoppingRule
 from elmwood.evaluate.surrogate import pool
 from elmwood.merge.estimate import by_coordinates
 from elmwood.merge.layer_weights import layer_name
@@ -130,7 +130,7 @@ def tested(
     winner: Merged, name: str, seed: Seed, partition: Digest, documents: int | None, store: Store, progress: Progress
 ) -> tuple[Contest, int]:  # fmt: skip
     """Whether the best is better than the seed, on blocks of the gate split; and the tokens forwarded to know."""
-    table, rule = opened(seed, partition, documents, store, stay=True), Rule(cap=CAP)
+    table, rule = opened(seed, partition, documents, store, stay=True), StoppingRule(cap=CAP)
     held = table.held
     key = fingerprint("compare", seed.digest, winner.digest, held.name)
     found, cost = judge(mix_up(seed, winner, seed, held, store, progress), table, rule, CLIP, key.encode(), progress)

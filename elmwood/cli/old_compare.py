@@ -19,8 +19,19 @@ from elmwood.domains.route import ROUTERS, candidates, gate, nearest_place
 from elmwood.engine import Progress
 from elmwood.errors import UnknownName
 from elmwood.evaluate.holdout import GATE
-from elmwood.evaluate.sequential.error_budget import order
-from elmwood.evaluate.sequential.test import Finding, Population, Rule, best, decide, look, per_byte, population, touched, worst
+from elmwood.evaluate.sequential.decision import (
+    Finding,
+    Population,
+    StoppingRule,
+    best,
+    decide,
+    find_touched,
+    look,
+    per_byte,
+    population,
+    worst,
+)
+from elmwood.evaluate.sequential.error_budget import random_order
 from elmwood.records import Contest, Digest, Ensemble, Expert, Forest, Partition, Record, Seed, fingerprint
 from elmwood.report.contest import headline, lines
 from elmwood.report.wealth import wealth_plot
@@ -52,7 +63,7 @@ class Sides(NamedTuple):
     @property
     def touched_G(self) -> Bools:
         """Blocks in which the two can differ."""
-        return touched(self.weight_a_NM, self.weight_b_NM, self.block_N, len(self.block_G))
+        return find_touched(self.weight_a_NM, self.weight_b_NM, self.block_N, len(self.block_G))
 
     def moved_B(self, place_T: Ints) -> Floats:
         """The share of the weight that differs in some blocks."""
@@ -72,7 +83,7 @@ def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap,
     seed = common_seed([one, other], home)
     division = partition_of([other, one], partition, home)
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length or min(seed.context, 1024), documents=documents)
-    rule = Rule(alpha=alpha, beta=beta, worthless=min_effect, cap=cap)
+    rule = StoppingRule(alpha=alpha, beta=beta, worthless=min_effect, cap=cap)
     with bars() as progress:
         columns = Columns(spec, home, stay=True)
         held = columns.held
@@ -97,7 +108,7 @@ def compare(*, a, b, partition, length, documents, min_effect, alpha, beta, cap,
         talk.print(f"wealth over blocks: {plot}")
 
 
-def contest(found: Finding, rule: Rule, **fields: Any) -> Contest:
+def contest(found: Finding, rule: StoppingRule, **fields: Any) -> Contest:
     """The record of a finding."""
     count = len(found.for_T)
     looks = np.unique(np.linspace(0, count - 1, min(count, LOOKS)).astype(int))
@@ -169,7 +180,7 @@ def weights(model: Record, models: Sequence[str], dist2: Callable[[Digest, str],
 
 
 def judge(
-    sides: Sides, columns: Columns, rule: Rule, clip: float, key: bytes, progress: Progress, among_G: Bools | None = None
+    sides: Sides, columns: Columns, rule: StoppingRule, clip: float, key: bytes, progress: Progress, among_G: Bools | None = None
 ) -> tuple[Finding, dict[str, Any]]:
     """Draw and score until the answer is known; the finding and what it cost. `among_G`: only of these blocks. Raises BadInput."""
     held, parts = columns.held, [columns[digest] for digest in sides.models]
@@ -184,7 +195,7 @@ def judge(
     unknown = int(missing_NM.any(0).sum())
     bounds = bounded(sides, loglik_NM, held, place_T, clip if unknown else None)
     draw = drawing(sides, columns, place_T, progress)
-    order_B = order(key, len(place_T), bounds.scale_B)
+    order_B = random_order(key, len(place_T), bounds.scale_B)
     # where nothing need be run, all blocks are known and the answer is exact
     found = decide(draw, order_B, bounds, rule) if unknown else look(draw(order_B), order_B, bounds, rule)
     return found._replace(total=int(among_G.sum()), moved=float(sides.moved_B(place_T).mean())), {

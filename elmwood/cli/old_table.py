@@ -17,7 +17,7 @@ from elmwood.domains.partition import serving
 from elmwood.domains.route import ROUTERS, candidates, nearest_place
 from elmwood.errors import BadInput
 from elmwood.evaluate.losses import Estimate, bits_per_byte
-from elmwood.evaluate.sequential.test import best, worst
+from elmwood.evaluate.sequential.decision import best, worst
 from elmwood.evaluate.subsets import greedy, optimum, routed, values, would_help
 from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
 from elmwood.report.wealth import Line, experts_plot

@@ -1,9 +1,9 @@
-"""Should an expert join a forest? Evidence -> verdict: every check with its value and threshold. A pure function; nothing is measured here.
+"""May an expert join a forest? Evidence -> verdict: every check with its value and threshold. Pure functions; nothing is measured here.
 
 M modules of a delta, O outputs, I inputs, R rank, E accepted experts. A delta is the sum over modules of B @ A (scale folded into B).
 
-Copies are found on the deltas themselves, never on files or factors: B A stays the same when its factors are written in another
-basis. A blend of several experts need not be near any one of them, so it is sought in the span of all.
+Copies are detected on the deltas, not on files or factors: B A stays the same when its factors are written in another basis. A blend
+of several experts may be far from each of them, so it is compared with the span of all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,38 +29,37 @@ Delta = Mapping[str, Factors]
 
 
 class Policy(Frozen):
-    """Thresholds; fixed before submissions come."""
+    """Thresholds, fixed before the first submission."""
 
     min_effect: float = 0.002  # bits per byte better than the seed on the expert's own domain
     ensemble_effect: float = 0.0  # bits per byte better with it than without, on the blocks it touches
-    harm: float = 0.005  # bits per byte that a domain may lose
-    cosine: float = Field(0.85, ge=0, le=1)  # with an accepted delta; honest twins on one domain stayed below 0.7
+    harm: float = 0.005  # largest loss of a domain, bits per byte
+    cosine: float = Field(0.85, ge=0, le=1)  # with an accepted delta; honest experts of the same domain stayed below 0.7
     novelty: float = Field(0.2, ge=0, le=1)  # share of the delta's squared length outside the span of accepted ones
     public_ratio: float = 1.8  # gain on published held-out text over that on secret text
-    alpha: float = Field(0.05, gt=0, lt=1)  # how often "better than the seed" and "not harmed" may be wrong; joining has the error budget
-    beta: float = Field(0.1, gt=0, lt=1)  # how often a refusal for want of effect may be
+    alpha: float = Field(0.05, gt=0, lt=1)  # error of "better than the seed" and "not harmed"; joining has the error budget
+    beta: float = Field(0.1, gt=0, lt=1)  # error of a refusal because the effect is too small
 
 
 class Evidence(Frozen):
-    """What was measured of one expert. Lower ends are of confidence sequences (sequential.py), bits per byte. None, not measured, fails."""
+    """The measurements of one expert. Lower ends are of confidence sequences (sequential/), bits per byte. None (not measured) fails."""
 
     expert: Digest
     own_low: float | None = None  # gain over the seed on its own domain
     ensemble_low: float | None = None  # gain of the ensemble with it, over that without
     ensemble_wealth: float | None = None  # greatest log wealth against "no gain" at any look
-    domain_low: dict[str, float] = Field(
-        default_factory=dict
-    )  # gain of the ensemble over all text of each domain that the expert speaks in; a loss is below zero
+    # gain of the ensemble over all text of each domain in which the expert has weight; a loss is below zero
+    domain_low: dict[str, float] = Field(default_factory=dict)
     cosine: float | None = None  # greatest with an accepted delta; 0 where there is none
     novelty: float | None = None
     public_gain: float | None = None
     secret_gain: float | None = None
-    finite: bool = False  # every number of the weights
-    level: float | None = None  # the error this submission was allowed (budget.py), fixed before it was tested
+    finite: bool = False  # no NaN or Inf in the weights
+    level: float | None = None  # the error level of this submission (error_budget.py), fixed before the test
 
 
-def accept(evidence: Evidence, policy: Policy) -> Verdict:
-    """All checks, cheapest first; accepted when every one has passed."""
+def judge_evidence(evidence: Evidence, policy: Policy) -> Verdict:
+    """All checks, cheapest first; the expert is accepted when every check passes."""
     worst = min(evidence.domain_low.items(), key=lambda item: item[1], default=None)
     needed = None if evidence.level is None or not evidence.level > 0 else -float(np.log(evidence.level))
     ratio = _ratio(evidence.public_gain, evidence.secret_gain)
@@ -78,14 +77,14 @@ def accept(evidence: Evidence, policy: Policy) -> Verdict:
 
 
 def _check(name: str, value: float | None, threshold: float | None, side: Literal["at least", "at most"] = "at least") -> Check:
-    """What was not measured, or is not a number, has failed."""
+    """A value that is missing or not finite fails."""
     value, threshold = (None if number is None or not np.isfinite(number) else float(number) for number in (value, threshold))
     passed = value is not None and threshold is not None and (value - threshold) * (1 if side == "at least" else -1) >= 0
     return Check(name=name, value=value, threshold=threshold, side=side, passed=passed)
 
 
 def _ratio(public: float | None, secret: float | None) -> float | None:
-    """None where there is no gain on secret text to compare with."""
+    """None where there is no gain on secret text."""
     return None if public is None or secret is None or not secret > 0 else public / secret
 
 
@@ -93,7 +92,7 @@ def _ratio(public: float | None, secret: float | None) -> float | None:
 
 
 def inner(one: Delta, other: Delta) -> float:
-    """Sum over shared modules of <B A, B' A'> = sum of (B^T B') * (A A'^T): from the factors, the products are never formed."""
+    """Sum over shared modules of <B A, B' A'> = sum of (B^T B') * (A A'^T): from the factors, without forming the products."""
     total = 0.0
     for name in one.keys() & other.keys():
         (b_OR, a_RI), (other_OS, other_SI) = one[name], other[name]
@@ -119,9 +118,9 @@ def cosine(own: float, with_E: Floats, gram_EE: Floats) -> float:
 
 
 def novelty(own: float, with_E: Floats, gram_EE: Floats) -> float:
-    """Share of a delta's squared length outside the span of the accepted ones, from their Gram matrix: 0 a blend, 1 all new.
+    """Share of a delta's squared norm outside the span of the accepted ones, from their Gram matrix: 0 a blend, 1 all new.
 
-    `own`: its squared length; `with_E`: its inner products with them. A delta of zero has none.
+    `own`: its squared norm; `with_E`: its inner products with them. A delta of zero has novelty 0.
     """
     if not own > 0:
         return 0.0

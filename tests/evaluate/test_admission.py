@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elmwood.evaluate.admission import Evidence, Factors, Policy, accept, cosine, gram, inner, novelty
+from elmwood.evaluate.admission import Evidence, Factors, Policy, cosine, gram, inner, judge_evidence, novelty
 from elmwood.records import Verdict, canonical, parse
 
 GOOD = Evidence(
@@ -29,13 +29,13 @@ def against(one, others):
 
 
 def failed(**changes):
-    verdict = accept(GOOD.model_copy(update=changes), Policy())
+    verdict = judge_evidence(GOOD.model_copy(update=changes), Policy())
     assert verdict.accepted == all(check.passed for check in verdict.checks)
     return [check.name.split(":")[0].split(",")[0].split(";")[0] for check in verdict.checks if not check.passed]
 
 
 def test_a_good_expert_is_accepted_and_the_verdict_is_a_record():
-    verdict = accept(GOOD, Policy())
+    verdict = judge_evidence(GOOD, Policy())
     assert verdict.accepted
     assert parse(canonical(verdict)) == verdict
     assert isinstance(verdict, Verdict)
@@ -68,7 +68,7 @@ def test_what_was_not_measured_has_failed(field, value):
 
 
 def test_the_worst_domain_is_named():
-    names = [check.name for check in accept(GOOD, Policy()).checks]
+    names = [check.name for check in judge_evidence(GOOD, Policy()).checks]
     assert any("worst is code" in name for name in names)
 
 

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from elmwood.errors import BadInput
 from elmwood.evaluate.sequential import error_budget
-from elmwood.evaluate.sequential.betting import Draws, average, limit, rejected, wealth
-from elmwood.evaluate.sequential.test import Population, Rule, decide, look, per_byte, population, predicted, touched, worst
+from elmwood.evaluate.sequential.betting import Draws, average, draws_to_reject, limit, wealth
+from elmwood.evaluate.sequential.decision import Population, StoppingRule, decide, find_touched, look, per_byte, population, predict, worst
 from elmwood.records import Ledger
 
-RULE = Rule(worthless=0.2)  # differences here have a spread of one
+RULE = StoppingRule(worthless=0.2)  # differences here have a spread of one
 
 
 def heavy(rng, shape, low=-6.0, high=6.0):
@@ -38,9 +38,9 @@ def bounds(size, low=-6.0, high=6.0, **fields):
 def test_a_right_mean_is_rarely_rejected_at_any_look(draw, low):
     value_ST = draw(np.random.default_rng(1), (400, 1500))
     path_ST = wealth(Draws(value_ST, 1500, low, 31.0), np.array(0.0))
-    assert (rejected(path_ST, 0.05) > 0).mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+    assert (draws_to_reject(path_ST, 0.05) > 0).mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
     mirrored_ST = wealth(Draws(-value_ST, 1500, -31.0, -low), np.array(0.0))
-    assert (rejected(mirrored_ST, 0.05) > 0).mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+    assert (draws_to_reject(mirrored_ST, 0.05) > 0).mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
 
 
 def test_wealth_has_no_trend_when_the_mean_is_right():
@@ -97,9 +97,9 @@ def test_a_right_weighted_mean_is_rarely_rejected_at_any_look():
         weight_B, _ = weighted(rng, 500)
         value_B = rare(rng, 500) / np.maximum(weight_B, 0.1)
         value_B -= (weight_B * value_B).mean()
-        order_B = error_budget.order(f"{run}".encode(), 500, weight_B)
+        order_B = error_budget.random_order(f"{run}".encode(), 500, weight_B)
         drawn = Draws(value_B[order_B], 500, value_B.min(), value_B.max(), weight_T=weight_B[order_B])
-        wrong += int(rejected(wealth(drawn, np.array(0.0)), 0.05)) > 0
+        wrong += int(draws_to_reject(wealth(drawn, np.array(0.0)), 0.05)) > 0
     assert wrong / 300 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
 
 
@@ -138,7 +138,7 @@ def test_a_limit_is_rounded_outward():
 
 
 def test_more_draws_than_blocks_are_refused():
-    with pytest.raises(BadInput, match="each is drawn once"):
+    with pytest.raises(BadInput, match="draw each block once"):
         wealth(Draws(np.zeros(5), 4, -1, 1), np.array(0.0))
 
 
@@ -150,7 +150,7 @@ def test_intervals_cover_at_every_look():
     rng, missed, runs, size = np.random.default_rng(2), 0, 60, 400
     for _ in range(runs):
         value_B = heavy(rng, size) + 0.1
-        order_B, rule = rng.permutation(size), Rule(better=-9, worthless=9, cap=size)
+        order_B, rule = rng.permutation(size), StoppingRule(better=-9, worthless=9, cap=size)
         found = [look(value_B[order_B[:count]], order_B, bounds(size), rule) for count in (20, 60, 150, 300, 399)]
         missed += any(one.low > 0.1 or one.high < 0.1 for one in found)
     assert missed <= runs * 0.15 + 3 * np.sqrt(runs * 0.15 * 0.85)
@@ -158,10 +158,10 @@ def test_intervals_cover_at_every_look():
 
 def test_all_blocks_drawn_leave_no_doubt():
     value_B = heavy(np.random.default_rng(4), 50) + 0.05
-    found = look(value_B, np.arange(50), bounds(50), Rule(worthless=0.2, alpha=1e-9, beta=1e-9))
+    found = look(value_B, np.arange(50), bounds(50), StoppingRule(worthless=0.2, alpha=1e-9, beta=1e-9))
     assert found.low == found.high == pytest.approx(0.05)
     assert (found.outcome, found.estimand) == ("not better", "mean")
-    near = look(value_B[:49], np.arange(50), bounds(50), Rule(worthless=0.2, alpha=1e-9, beta=1e-9))
+    near = look(value_B[:49], np.arange(50), bounds(50), StoppingRule(worthless=0.2, alpha=1e-9, beta=1e-9))
     assert near.low <= 0.05 <= near.high
     assert near.high - near.low < 13 / 50  # one block can move the mean by no more
 
@@ -216,7 +216,7 @@ def test_a_good_prediction_saves_draws_and_a_worthless_one_costs_few():
         order_B = rng.permutation(8000)
         for name, feature_BF in (("none", None), ("good", known_BF), ("noise", rng.standard_normal((8000, 2)))):
             blocks = bounds(8000, feature_BF=feature_BF)
-            drawn[name].append(decide(lambda places, value_B=value_B: value_B[places], order_B, blocks, Rule(worthless=0.05)).drawn)
+            drawn[name].append(decide(lambda places, value_B=value_B: value_B[places], order_B, blocks, StoppingRule(worthless=0.05)).drawn)
     assert np.mean(drawn["good"]) < 0.7 * np.mean(drawn["none"])
     assert np.mean(drawn["noise"]) < 1.3 * np.mean(drawn["none"])
 
@@ -225,7 +225,7 @@ def test_predictions_come_from_earlier_draws_alone():
     rng = np.random.default_rng(8)
     value_B, place_T = rng.standard_normal(400), np.arange(400)
     known = rng.standard_normal((400, 3)), np.ones(400), (np.full(400, -6.0), np.full(400, 6.0))
-    whole, part = predicted(value_B, place_T, *known), predicted(value_B[:250], place_T[:250], *known)
+    whole, part = predict(value_B, place_T, *known), predict(value_B[:250], place_T[:250], *known)
     for one, other in zip(whole, part, strict=True):
         np.testing.assert_allclose(one[:250], other)
 
@@ -238,12 +238,12 @@ def test_blocks_drawn_by_the_weight_that_moves_save_draws_and_change_no_mean():
         endless = np.full(2000, np.inf)
         for name, share_B in (("alike", None), ("by weight", moved_B)):
             blocks = population(-endless, endless, 9000, moved_B=share_B)
-            order_B = error_budget.order(f"{run}".encode(), 2000, blocks.scale_B)
-            found = decide(lambda places, value_B=value_B: value_B[places], order_B, blocks, Rule(cap=2000))
+            order_B = error_budget.random_order(f"{run}".encode(), 2000, blocks.scale_B)
+            found = decide(lambda places, value_B=value_B: value_B[places], order_B, blocks, StoppingRule(cap=2000))
             drawn[name].append(found.drawn)
             assert found.low <= value_B.mean()
             assert found.outcome == "better"
-            whole = look(value_B[order_B], order_B, blocks, Rule())
+            whole = look(value_B[order_B], order_B, blocks, StoppingRule())
             assert whole.effect == pytest.approx(value_B.mean())
             assert whole.low == whole.high == pytest.approx(value_B.mean())
     assert np.mean(drawn["by weight"]) < 0.3 * np.mean(drawn["alike"])
@@ -268,13 +268,13 @@ def test_what_a_clip_does_is_said():
 
 
 def test_bad_bounds_are_refused():
-    with pytest.raises(BadInput, match="state a clip"):
+    with pytest.raises(BadInput, match="give a clip"):
         population(np.full(3, -np.inf), np.ones(3), 3, clip=None)
     with pytest.raises(BadInput, match="touches no block"):
         population(np.zeros(0), np.zeros(0), 3)
     with pytest.raises(BadInput, match="above its ceiling"):
         population(np.full(3, 0.2), np.full(3, 0.1), 3)
-    with pytest.raises(BadInput, match="stands in it once"):
+    with pytest.raises(BadInput, match="list each block once"):
         decide(lambda places: places, np.array([0, 0, 1]), bounds(3), RULE)
 
 
@@ -286,7 +286,7 @@ def test_an_untouched_block_differs_by_nothing_and_no_loss_is_below_the_worst(rn
     one_NE, other_NE = (rng.dirichlet(np.ones(3), 60) for _ in range(2))
     other_NE[20:] = one_NE[20:]
     difference_B = np.bincount(block_N, worst(loglik_NE, other_NE) - worst(loglik_NE, one_NE), 6)
-    touched_B = touched(one_NE, other_NE, block_N, 6)
+    touched_B = find_touched(one_NE, other_NE, block_N, 6)
     assert touched_B.tolist() == [True, True, False, False, False, False]
     assert (difference_B[~touched_B] == 0).all()
     assert (worst(loglik_NE[:, :2], one_NE[:, :2]) <= worst(loglik_NE, one_NE)).all()
@@ -302,8 +302,8 @@ def test_the_mean_over_blocks_is_bits_over_bytes():
 
 
 def test_levels_add_up_to_the_budget():
-    assert sum(error_budget.portion(n) for n in range(1, 100_000)) < 1
-    assert 1 - sum(error_budget.portion(n) for n in range(1, 1000)) == pytest.approx(1 / np.log2(1001))
+    assert sum(error_budget.budget_share(n) for n in range(1, 100_000)) < 1
+    assert 1 - sum(error_budget.budget_share(n) for n in range(1, 1000)) == pytest.approx(1 / np.log2(1001))
     ledger = Ledger(budget=0.1)
     for n in range(300):
         ledger = error_budget.begin(ledger, f"{n:064x}")
@@ -324,29 +324,29 @@ def test_worthless_submissions_are_rarely_accepted_though_all_look_at_the_same_b
         ledger = Ledger(budget=0.1)
         noise_B = heavy(rng, 400)
         for n in range(25):
-            order_B = error_budget.order(error_budget.seal(b"secret", f"{n}"), 400)
+            order_B = error_budget.random_order(error_budget.derive_key(b"secret", f"{n}"), 400)
             path_T = wealth(Draws(noise_B[order_B], 400, -6, 6), np.array(0.0))
             ledger = error_budget.begin(ledger, f"{n:064x}")
-            ledger = error_budget.finish(ledger, n, bool(rejected(path_T, ledger.entries[n].level)))
+            ledger = error_budget.finish(ledger, n, bool(draws_to_reject(path_T, ledger.entries[n].level)))
         accepted += any(entry.accepted for entry in ledger.entries)
     assert accepted <= 20 * 0.1 + 3 * np.sqrt(20 * 0.1 * 0.9)
 
 
 def test_orders_are_fresh_secret_and_repeatable():
-    keys = [error_budget.seal(secret, name) for secret, name in ((b"a", "x"), (b"a", "y"), (b"b", "x"))]
+    keys = [error_budget.derive_key(secret, name) for secret, name in ((b"a", "x"), (b"a", "y"), (b"b", "x"))]
     weight_B = np.repeat([1.0, 3.0], [10, 10])
-    first = np.array([error_budget.order(f"{n}".encode(), 20, weight_B)[0] for n in range(2000)])
+    first = np.array([error_budget.random_order(f"{n}".encode(), 20, weight_B)[0] for n in range(2000)])
     assert (first >= 10).mean() == pytest.approx(0.75, abs=0.04)
-    assert sorted(error_budget.order(b"x", 20, weight_B)) == list(range(20))
-    orders = [error_budget.order(key, 500) for key in keys]
+    assert sorted(error_budget.random_order(b"x", 20, weight_B)) == list(range(20))
+    orders = [error_budget.random_order(key, 500) for key in keys]
     assert all(sorted(one) == list(range(500)) for one in orders)
     assert len({one.tobytes() for one in orders}) == 3
-    np.testing.assert_array_equal(orders[0], error_budget.order(error_budget.seal(b"a", "x"), 500))
+    np.testing.assert_array_equal(orders[0], error_budget.random_order(error_budget.derive_key(b"a", "x"), 500))
 
 
 def test_slices_serve_and_retire():
-    served = [error_budget.serving(b"a", 100, 4, submission, uses=3) for submission in range(12)]
+    served = [error_budget.open_slice(b"a", 100, 4, submission, uses=3) for submission in range(12)]
     assert all((one == served[3 * (n // 3)]).all() for n, one in enumerate(served))
     assert sorted(np.concatenate(served[::3])) == list(range(100))
     with pytest.raises(BadInput, match="hold out new documents"):
-        error_budget.serving(b"a", 100, 4, 12, uses=3)
+        error_budget.open_slice(b"a", 100, 4, 12, uses=3)

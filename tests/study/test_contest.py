@@ -17,7 +17,7 @@ from elmwood.domains.partition import partition as divide
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, UnknownName
 from elmwood.evaluate.partial import Partial
-from elmwood.evaluate.sequential.test import best, per_byte, worst
+from elmwood.evaluate.sequential.decision import best, per_byte, worst
 from elmwood.lm.files import tokenizer
 from elmwood.records import Contest, Ensemble, Forest, references
 from elmwood.report import Report, html

@@ -1,1 +1,1 @@
-"""Tests that stop as soon as they know: betting on blocks of held-out text, with error budgets."""
+"""Sequential tests by betting on blocks of held-out text, with error budgets: they stop as soon as the answer is known."""

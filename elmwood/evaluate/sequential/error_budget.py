@@ -1,11 +1,11 @@
-"""Errors are a budget, and held-out blocks wear out. Who submits often must not win by chance, nor by learning what is asked.
+"""An error budget over all submissions to a project, so that nobody gets in by trying often or by learning the held-out blocks.
 
-Each submission, and each retry, is one entry of the project's single sequence. Its level is fixed before anything is drawn (e-LOND:
-Xu & Ramdas, arXiv:2311.06412): of everything ever accepted, the expected share accepted wrongly is at most the budget, however
-submissions depend on one another or reuse the same blocks.
+Each submission, and each retry, is one entry in the project's single sequence. Its error level is fixed before anything is drawn
+(e-LOND: Xu & Ramdas, arXiv:2311.06412): among all accepted submissions, the expected share of wrong ones is at most the budget, even
+where submissions depend on one another or reuse blocks.
 
-Each draws its own secret order from a key that only the gate has, known by its digest beforehand and shown afterwards. A slice of the
-blocks serves some submissions and is retired: what has been asked often has been answered often.
+Each submission has its own secret order of blocks, from a key that only the gate knows. The gate publishes a commitment to the key
+before drawing and the key itself afterwards. A slice of the blocks serves a number of submissions and is then retired.
 """
 
 import hashlib
@@ -23,18 +23,18 @@ Ints = NDArray[np.integer]
 USES = 20  # submissions per slice
 
 
-def portion(number: int) -> float:
-    """The share of the budget that submission 1, 2, ... has: 1/log2(n + 1) - 1/log2(n + 2), which add up to one."""
+def budget_share(number: int) -> float:
+    """The share of the budget for submission n = 1, 2, ...: 1/log2(n + 1) - 1/log2(n + 2); all shares sum to one."""
     return float(1 / np.log2(number + 1) - 1 / np.log2(number + 2))
 
 
 def level(ledger: Ledger) -> float:
-    """The error the next submission is allowed; it is accepted when its wealth reaches one over this."""
-    return ledger.budget * portion(len(ledger.entries) + 1) * (1 + sum(entry.accepted is True for entry in ledger.entries))
+    """The error level of the next submission: it is accepted when its wealth reaches one over this."""
+    return ledger.budget * budget_share(len(ledger.entries) + 1) * (1 + sum(entry.accepted is True for entry in ledger.entries))
 
 
 def begin(ledger: Ledger, expert: Digest, **facts: str) -> Ledger:
-    """The ledger with one more submission: its level is fixed, nothing is decided. Facts are fields of the entry."""
+    """The ledger with one more submission, at a fixed level and undecided. Facts are fields of the entry."""
     entry = Entry(expert=expert, level=level(ledger), **facts)
     return ledger.model_copy(update={"entries": (*ledger.entries, entry)})
 
@@ -46,33 +46,38 @@ def finish(ledger: Ledger, number: int, accepted: bool, **facts: str) -> Ledger:
     return ledger.model_copy(update={"entries": tuple(entries)})
 
 
-# ---- which blocks, in which order -----------------------------------------------------------------------------------
+# ---- which blocks, in what order ------------------------------------------------------------------------------------
 
 
-def seal(secret: bytes, submission: str) -> bytes:
-    """The key of one submission's order. Its sha256 may be published before, and it itself afterwards."""
+def derive_key(secret: bytes, submission: str) -> bytes:
+    """The key of one submission's order. Publish its commitment before drawing, and the key afterwards."""
     return hmac.digest(secret, submission.encode(), "sha256")
 
 
-def sealed(key: bytes) -> str:
-    """What is said of a key before it is shown."""
+def commitment(key: bytes) -> str:
+    """What is published of a key before drawing: "key-" and its sha256."""
     return "key-" + hashlib.sha256(key).hexdigest()
 
 
-def order(key: bytes, size: int, weight_B: Floats | None = None) -> Ints:
-    """The places 0 ... size - 1 in the random order of a key. With weights, each next place is drawn with a chance in proportion to its
-    weight among those that are left: whoever waits least, when each waits an exponential time of that rate (Efraimidis & Spirakis 2006)."""
+def random_order(key: bytes, size: int, weight_B: Floats | None = None) -> Ints:
+    """The places 0 ... size - 1 in the random order of a key.
+
+    With weights, each place is drawn with a probability proportional to its weight among the undrawn places: sort by exponential
+    waiting times with these rates (Efraimidis & Spirakis 2006).
+    """
     seed = int.from_bytes(hashlib.sha256(key).digest(), "big")
     chance = np.random.Generator(np.random.PCG64(seed))
     return chance.permutation(size) if weight_B is None else np.argsort(chance.exponential(size=size) / weight_B, kind="stable")
 
 
-def serving(secret: bytes, blocks: int, slices: int, submission: int, uses: int = USES) -> Ints:
-    """Places of the blocks that submission 0, 1, ... may be tested on, ascending; slices differ and serve one after another.
+def open_slice(secret: bytes, blocks: int, slices: int, submission: int, uses: int = USES) -> Ints:
+    """Places of the blocks on which submission 0, 1, ... is tested, ascending. Slices are disjoint and are used one after another.
 
-    Raises BadInput when all are retired.
+    Raises BadInput when all slices are retired.
     """
     now = submission // uses
     if not 0 <= now < slices:
-        raise BadInput(f"submission {submission} finds all {slices} slices of {uses} submissions retired: hold out new documents")
-    return np.sort(np.array_split(order(seal(secret, "slices"), blocks), slices)[now])
+        raise BadInput(
+            f"submission {submission + 1} comes after all {slices} slices of {uses} submissions are retired: hold out new documents"
+        )
+    return np.sort(np.array_split(random_order(derive_key(secret, "slices"), blocks), slices)[now])

@@ -1,17 +1,17 @@
 """Is B better than A? Draw blocks in random order until the answer is known: better, not better by the least effect, or undecided.
 
-B blocks that the change can touch, T of them drawn so far, F features known of every block before anything is drawn, C models
-whose columns are known, N tokens. A difference is A's loss minus B's, bits per byte: above zero, B is better.
+B blocks that the change can touch, T of them drawn so far, F features known of every block before drawing, C models whose columns
+are known, N tokens. A difference is A's loss minus B's, bits per byte: above zero, B is better.
 
-Two gamblers (betting.py) may be looked at after every block: one doubts that B is better, one that it is better by the least
-effect. What they say is about these blocks: what the full run would have said. Blocks that the change cannot touch differ by
-exactly zero, so they are counted and never drawn.
+Two bettors (betting.py) are valid at every block: one bets that B is better, the other that B is not better by the least effect. Their
+answer is about these blocks: the answer of a full run. Blocks that the change cannot touch differ by exactly zero, so they are counted
+and never drawn.
 
-Where a change moves little weight it changes little. So blocks are drawn with chances in proportion to the share of the weight that
-moves in them, and a difference counts over that share: the mean stays what it was, and both its range and its spread shrink.
+A change that moves little weight changes the loss little. So a block is drawn with a probability proportional to the share of the
+weight that moves in it, and its difference is divided by that share: the mean stays the same, its range and its variance shrink.
 
-With features, half of each gambler's money goes to one who bets on the differences less a prediction from earlier draws: that
-leaves the mean as it is, whatever the prediction, and takes out the variance it explains.
+With features, half of each bettor's wealth bets on the differences minus a prediction from earlier draws (a control variate). That
+leaves the mean unchanged, whatever the prediction, and removes the variance that it explains.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from elmwood.errors import BadInput
-from elmwood.evaluate.sequential.betting import Draws, average, limit, rejected, wealth
+from elmwood.evaluate.sequential.betting import Draws, average, draws_to_reject, limit, wealth
 from elmwood.records import Frozen
 
 Floats = NDArray[np.floating]
@@ -31,57 +31,57 @@ Bools = NDArray[np.bool_]
 Some = Floats | float
 Outcome = Literal["better", "not better", "undecided"]
 
-FIRST = 100  # draws before anything is predicted, and again at each doubling
-FAINT = 0.02  # share of the weight: blocks in which less moves are drawn as if so much did
+FIRST = 100  # draws before the first prediction; it is fitted again at each doubling
+FAINT = 0.02  # share of the weight; blocks in which less moves are drawn as if this much did
 ROUNDING = 1e-9  # of the distance from floor to ceiling
 RIDGE = 0.02  # of the features' own variance
 BATCH = 32  # blocks drawn before the first look
-EVEN = np.log(1e-9)  # weights that add up to one but for rounding leave no rest
-GROWTH = 8  # later batches are this part of what has been drawn
+EVEN = np.log(1e-9)  # log weight; weights that sum to one up to rounding leave no rest
+GROWTH = 8  # a later batch is one part in this many of the blocks drawn so far
 
 
-class Rule(Frozen):
-    """What is asked, and how often it may be answered wrongly."""
+class StoppingRule(Frozen):
+    """When to stop: the two thresholds, and how often each answer may be wrong."""
 
-    alpha: float = Field(0.05, gt=0, lt=1)  # "better" though the mean is at most `better`
-    beta: float = Field(0.1, gt=0, lt=1)  # "not better" though the mean is at least `worthless`
+    alpha: float = Field(0.05, gt=0, lt=1)  # probability of "better" although the mean is at most `better`
+    beta: float = Field(0.1, gt=0, lt=1)  # probability of "not better" although the mean is at least `worthless`
     better: float = 0.0  # bits per byte
-    worthless: float = 0.002  # the least effect worth having; about what another precision or machine may change
-    cap: int = Field(5000, gt=0)  # blocks, then it stays undecided
+    worthless: float = 0.002  # the least effect worth having; another precision or machine changes about as much
+    cap: int = Field(5000, gt=0)  # blocks; beyond it the answer is "undecided"
 
 
 class Population(NamedTuple):
-    """All blocks there are, before any is drawn."""
+    """All blocks, before any is drawn."""
 
-    low_B: Floats  # no difference lies below, bits per byte
-    high_B: Floats  # nor above
-    total: int  # with those the change cannot touch
+    low_B: Floats  # lower bounds of the differences, bits per byte
+    high_B: Floats  # upper bounds
+    total: int  # including blocks that the change cannot touch
     feature_BF: Floats | None = None
-    proven_low: bool = False  # by mathematics; otherwise differences are clipped there, and the clipped mean is what is judged
+    proven_low: bool = False  # the bound is certain; otherwise differences are clipped there, and the test is of the clipped mean
     proven_high: bool = False
-    scale_B: Floats | None = None  # chance of being drawn, over that of the mean block; None: all alike
+    scale_B: Floats | None = None  # probability of being drawn, over that of the mean block; None: all equal
 
     @property
     def share(self) -> float:
-        """How many of all blocks the change can touch."""
+        """Share of all blocks that the change can touch."""
         return len(self.low_B) / self.total
 
 
 class Finding(NamedTuple):
-    """An answer, or none yet. Effects are means over the blocks that the change can touch; times `share`, over all."""
+    """An answer, or none yet. Effects are means over the blocks that the change can touch; times `share`, over all blocks."""
 
     outcome: Outcome
     drawn: int  # blocks
     size: int  # that the change can touch
     total: int
-    effect: float  # mean difference of the drawn blocks, bits per byte; of all where all are drawn
-    low: float  # the interval: below with error alpha, above with error beta, however often one looked
+    effect: float  # mean difference of the drawn blocks, bits per byte; exact when all are drawn
+    low: float  # the interval holds at all times: below with error alpha, above with error beta
     high: float
     clipped: int  # drawn blocks beyond a bound that is not proven
-    clip_effect: float  # mean of the drawn blocks, less their mean as clipped
+    clip_effect: float  # mean of the drawn blocks minus their clipped mean
     estimand: str  # "mean", or "clipped mean" where the side that decides is bounded by a clip
-    for_T: Floats  # log wealth of the gambler who says "better"
-    against_T: Floats  # log wealth of the one who says "not better by the least effect"
+    for_T: Floats  # log wealth of the bettor on "better"
+    against_T: Floats  # log wealth of the bettor on "not better by the least effect"
     moved: float = 1.0  # share of the weight that differs in these blocks
 
     @property
@@ -96,15 +96,20 @@ def population(
     floor_B: Floats, ceiling_B: Floats, total: int, *, clip: float | None = 0.5, moved_B: Floats | None = None,
     feature_BF: Floats | None = None,
 ) -> Population:  # fmt: skip
-    """Bounds from mathematics where they are tighter than the clip (bits per byte, chosen before looking). `moved_B`: the share of the
-    weight that moves in each block; the clip is for a block where all of it does, and in proportion for the others. Raises BadInput."""
+    """Certain bounds where they are tighter than the clip (bits per byte, chosen before looking at the data).
+
+    `moved_B`: the share of the weight that moves in each block; the clip is for a block where all of it moves, and proportionally less
+    for the others. Raises BadInput where nothing can be drawn or a difference has no bound.
+    """
     if not len(floor_B):
-        raise BadInput("the change touches no block: the two models are the same on this holdout, so there is nothing to test")
-    if clip is not None and not clip > 0:
-        raise BadInput(f"the clip is {clip}: differences are bounded by a clip above zero")
+        raise BadInput("the change touches no block of this holdout, so there is nothing to test: compare two models that differ on it")
+    if clip is not None and not 0 < clip < np.inf:
+        raise BadInput(f"the clip is {clip} bits per byte: choose a finite number above zero, such as 0.5")
     low_B, high_B = np.asarray(floor_B, np.float64), np.asarray(ceiling_B, np.float64)
     if clip is None and not (np.isfinite(low_B).all() and np.isfinite(high_B).all()):
-        raise BadInput("mathematics bounds no difference where nothing is known of the changed model: state a clip")
+        raise BadInput(
+            "a difference has no certain bound where the changed model has not been scored: give a clip, such as 0.5 bits per byte"
+        )
     if (low_B > high_B + ROUNDING).any():
         raise BadInput("a floor lies above its ceiling: the bounds are of other blocks, or of other models")
     share_B = np.ones(len(low_B)) if moved_B is None else np.maximum(moved_B, FAINT)
@@ -115,19 +120,22 @@ def population(
 
 
 def per_byte(nats_B: Floats, bytes_B: Ints) -> Floats:
-    """Nats of blocks -> bits per mean byte [B]: their plain mean is all bits over all bytes, though sizes differ by some."""
+    """Nats of blocks -> bits per mean byte [B]: their mean is all bits over all bytes, although block sizes differ a little."""
     return np.asarray(nats_B, np.float64) / (np.log(2) * np.mean(bytes_B, dtype=np.float64))
 
 
-def touched(weight_a_NE: Floats, weight_b_NE: Floats, block_N: Ints, blocks: int) -> Bools:
-    """Blocks with a token that the two mix in different shares of the same E models [B]; in all others they agree exactly."""
+def find_touched(weight_a_NE: Floats, weight_b_NE: Floats, block_N: Ints, blocks: int) -> Bools:
+    """Blocks with a token for which the two mixtures of the same E models have different weights [B]; elsewhere they agree exactly."""
     changed_N = (np.asarray(weight_a_NE) != weight_b_NE).any(1)
     return np.bincount(block_N, changed_N, blocks) > 0
 
 
 def worst(loglik_NC: Floats, weight_NC: Floats) -> Floats:
-    """Least log-likelihood a mixture can give each token, knowing only some of its models [N], nats: log sum_c w_c p_c, for no other
-    model gives less than nothing. Minus infinity where none that is known has weight; what has no weight may be NaN."""
+    """Lower bound of a mixture's log-likelihood of each token when only some of its models are known [N], nats: log sum_c w_c p_c.
+
+    The probabilities of the unknown models are at least zero. Minus infinity where no known model has weight. Entries without weight may
+    be NaN.
+    """
     weight_NC = np.asarray(weight_NC, np.float64)
     loglik_NC = np.where(weight_NC > 0, loglik_NC, -np.inf)
     peak_N = loglik_NC.max(1, initial=-np.inf)
@@ -137,7 +145,7 @@ def worst(loglik_NC: Floats, weight_NC: Floats) -> Floats:
 
 
 def best(loglik_NC: Floats, weight_NC: Floats) -> Floats:
-    """The greatest it can be [N], nats: the others give at most one."""
+    """Upper bound [N], nats: the probabilities of the unknown models are at most one."""
     with np.errstate(divide="ignore"):
         rest_N = np.log(np.maximum(1 - np.asarray(weight_NC, np.float64).sum(1), 0))
     return np.minimum(np.logaddexp(worst(loglik_NC, weight_NC), np.where(rest_N < EVEN, -np.inf, rest_N)), 0)
@@ -146,13 +154,14 @@ def best(loglik_NC: Floats, weight_NC: Floats) -> Floats:
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
-def decide(draw: Callable[[Ints], Floats], order_B: Ints, blocks: Population, rule: Rule) -> Finding:
-    """Draw until the answer is known, or the cap is reached. `draw(places)` -> differences of those blocks, bits per byte.
+def decide(draw: Callable[[Ints], Floats], order_B: Ints, blocks: Population, rule: StoppingRule) -> Finding:
+    """Draw until the answer is known or the cap is reached. `draw(places)` -> differences of those blocks, bits per byte.
 
-    `order_B` is a random order of the blocks' places (budget.py). A batch is only a look that comes later, so errors stay bounded.
+    `order_B` is a random order of the blocks' places (error_budget.py). Drawing in batches only delays a look, so the error bounds hold.
+    Raises BadInput where the order is of other blocks.
     """
     if sorted(order_B) != list(range(len(blocks.low_B))):
-        raise BadInput(f"the order has {len(order_B)} places for {len(blocks.low_B)} blocks: each block stands in it once")
+        raise BadInput(f"the order has {len(order_B)} places for {len(blocks.low_B)} blocks: list each block once")
     most = min(rule.cap, len(order_B))
     value_T = np.zeros(0)
     while len(value_T) < most:
@@ -163,8 +172,8 @@ def decide(draw: Callable[[Ints], Floats], order_B: Ints, blocks: Population, ru
     return look(value_T, order_B, blocks, rule)
 
 
-def look(value_T: Floats, order_B: Ints, blocks: Population, rule: Rule) -> Finding:
-    """What the first draws say. Whichever gambler was first decides; where all blocks are drawn there is no doubt, and size does."""
+def look(value_T: Floats, order_B: Ints, blocks: Population, rule: StoppingRule) -> Finding:
+    """The answer after these draws. The first bettor to reach its threshold decides; when all blocks are drawn, the mean itself does."""
     value_T = np.asarray(value_T, np.float64)
     bets = _Bets(value_T, order_B, blocks, rule)
     whole, outcome = bets.whole, bets.outcome
@@ -179,7 +188,7 @@ def look(value_T: Floats, order_B: Ints, blocks: Population, rule: Rule) -> Find
         size=len(order_B),
         total=blocks.total,
         effect=effect,
-        # means up to rule.better were rejected together, and the search rounds down
+        # all means up to rule.better are rejected together, and the search rounds down
         low=kept if whole else max(limit(bets.above, rule.alpha, bets.low, bets.high), rule.better if outcome == "better" else -np.inf),
         high=kept if whole else limit(bets.below, rule.beta, bets.high, bets.low),
         clipped=int(beyond_T.sum()),
@@ -191,9 +200,9 @@ def look(value_T: Floats, order_B: Ints, blocks: Population, rule: Rule) -> Find
 
 
 class _Bets:
-    """The gamblers on some draws, each difference over its chance: plain and, where there are features, with predicted ones too."""
+    """The bettors on some draws: on the differences over their probabilities and, with features, on those minus a prediction."""
 
-    def __init__(self, value_T: Floats, order_B: Ints, blocks: Population, rule: Rule):
+    def __init__(self, value_T: Floats, order_B: Ints, blocks: Population, rule: StoppingRule):
         place_T = order_B[: len(value_T)]
         scale_B = np.ones(len(order_B)) if blocks.scale_B is None else blocks.scale_B
         self.scale_T = scale_B[place_T]
@@ -203,17 +212,17 @@ class _Bets:
         self.low, self.high = float(low_B.min()), float(high_B.max())
         self.shifts: list[tuple[Some, Some, Some]] = [(0.0, self.low, self.high)]
         if blocks.feature_BF is not None and len(value_T) > FIRST:
-            self.shifts.append(predicted(self.kept_T, place_T, np.asarray(blocks.feature_BF, np.float64), scale_B, (low_B, high_B)))
+            self.shifts.append(predict(self.kept_T, place_T, np.asarray(blocks.feature_BF, np.float64), scale_B, (low_B, high_B)))
         self.for_T, self.against_T = self.above(np.array(rule.better)), self.below(np.array(rule.worthless))
-        self.outcome = self._outcome(int(rejected(self.for_T, rule.alpha)), int(rejected(self.against_T, rule.beta)), rule)
+        self.outcome = self._outcome(int(draws_to_reject(self.for_T, rule.alpha)), int(draws_to_reject(self.against_T, rule.beta)), rule)
 
     def mean(self, value_T: Floats) -> float:
-        """An estimate of the mean of all blocks, which it is where all are drawn: those drawn, and the others as these on average."""
+        """The mean of all blocks, exact when all are drawn; otherwise undrawn blocks count as the mean of the drawn ones."""
         seen = float((self.scale_T * value_T).sum())
         return (seen + max(self.size - float(self.scale_T.sum()), 0.0) * float(value_T.mean()) * (not self.whole)) / self.size
 
-    def _outcome(self, first: int, second: int, rule: Rule) -> Outcome:
-        """Draws that "better" and "not better" took (0: not yet) -> who was first; the effect's size where that is no answer."""
+    def _outcome(self, first: int, second: int, rule: StoppingRule) -> Outcome:
+        """Draws until "better" and "not better" (0: not yet) -> the first of them; by the mean where both or all blocks are in."""
         if self.whole or first == second != 0:
             return "better" if self.mean(self.kept_T) >= rule.worthless else "not better"
         if first and (not second or first < second):
@@ -236,13 +245,13 @@ class _Bets:
         return average(np.stack([wealth(one, mean, low_T) for one, low_T in drawn]))
 
 
-def predicted(
+def predict(
     kept_T: Floats, place_T: Ints, feature_BF: Floats, scale_B: Floats, bounds: tuple[Floats, Floats]
 ) -> tuple[Floats, Floats, Floats]:
-    """For each draw, what a prediction from the draws before adds to it [T], and the floor and ceiling that leaves [T], [T].
+    """For each draw, the shift by a prediction from the draws before it [T], and the resulting floor and ceiling [T], [T].
 
-    Ridge regression, fitted anew at FIRST draws and each doubling; before that nothing is predicted. What is added is the mean
-    prediction of the blocks that were left, by their chances, less that of the block drawn: nothing, on average over the draw.
+    Ridge regression, fitted at FIRST draws and again at each doubling; no shift before that. The shift is the mean prediction of the
+    undrawn blocks, weighted by their probabilities, minus that of the drawn block: zero on average over the draw.
     """
     spread_F = feature_BF.std(0)
     feature_BF = (feature_BF - feature_BF.mean(0)) / np.where(spread_F > 0, spread_F, 1)
