@@ -2,13 +2,14 @@
 text from any model."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from tokenizers import Tokenizer
 
 from elmwood.domains.partition import serving
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm.files import tokenizer
+from elmwood.ranges import Between, Count, RngSeed, checked
 from elmwood.records import Ensemble, Expert, Forest, Merged, Mixture, Partition, Record, Seed
 from elmwood.report.notebook import show_sample
 from elmwood.store import AnyStore, Store
@@ -130,9 +131,14 @@ class Sample(NamedTuple):
         return show_sample(self.prompt, self.text, self.experts)
 
 
+Temperature = Annotated[float, Between(1e-3, 1e3, zero=True)]
+TopP = Annotated[float, Between(1e-3, 1)]
+
+
+@checked
 def generate(
-    model: str | Record | Opened, prompt: str, *, mixing: str | None = None, max_tokens: int = 128, temperature: float = 0.8,
-    top_p: float = 0.95, rng_seed: int = 0, store: AnyStore = None, on_text: Callable[[str], None] = lambda piece: None,
+    model: str | Record | Opened, prompt: str, *, mixing: str | None = None, max_tokens: Count = 128, temperature: Temperature = 0.8,
+    top_p: TopP = 0.95, rng_seed: RngSeed = 0, store: AnyStore = None, on_text: Callable[[str], None] = lambda piece: None,
 ) -> Sample:  # fmt: skip
     """Continue a prompt. `on_text` gets the text piece by piece. Raises BadInput, UnknownName, ForeignExpert."""
     from elmwood.ensemble.generate import generate as steps  # torch
