@@ -13,7 +13,6 @@ from time import perf_counter
 
 from scipy.stats import spearmanr
 
-from elmwood.cli.old_choose import tuned
 from elmwood.engine import silent
 from elmwood.errors import BadInput
 from elmwood.merge.checkpoint import Answer, merge
@@ -22,6 +21,7 @@ from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.statistics import found
 from elmwood.records import Expert, Record, Seed
 from elmwood.store import Store
+from elmwood.study.selection import tune
 from elmwood.train.statistics import statistics
 
 CANDIDATES = [
@@ -69,7 +69,7 @@ def main() -> None:
     totals = {kind: {name: sum(rows.values()) for name, rows in table.items()} for kind, table in both.items()}
     started = perf_counter()
     models: dict[str, Record] = {**candidates, "seed": seed}
-    losses = tuned(models, seed, experts[0].partition or "", asked.documents, store, silent).losses
+    losses = tune(models, seed, experts[0].partition or "", asked.documents, store, silent).losses
     scoring = perf_counter() - started
     for name in titles:
         print(json.dumps({"bench": "estimates", "merge": name, "bits_per_byte": round(losses[name].value, 4),

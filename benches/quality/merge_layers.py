@@ -17,12 +17,12 @@ from collections.abc import Mapping
 
 from benches.quality.merge_quality import Bench, numbers
 from elmwood import evaluate
-from elmwood.cli.old_choose import TRIED
 from elmwood.cli.screen import bars
 from elmwood.merge.checkpoint import Answer, assemble, merge
 from elmwood.merge.estimate import by_coordinates, estimates
 from elmwood.merge.layer_weights import everywhere
 from elmwood.records import Merged
+from elmwood.study.selection import TRIED
 
 
 class Search:

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from elmwood import evaluate
-from elmwood.cli.old_merge import both, title
 from elmwood.cli.screen import bars, expand
 from elmwood.engine import Progress
 from elmwood.errors import BadInput, ElmwoodError
 from elmwood.evaluate.comparison import mixed, other_signals
 from elmwood.merge.adapters import LOW_RULES
+from elmwood.merge.answers import make, title
 from elmwood.merge.checkpoint import Answer
 from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.rules.table import RULES
@@ -122,7 +122,7 @@ class Bench:
             answers = answers_of(rule, numbers(self.asked.scales), numbers(self.asked.ranks), len(members))
             started = time.process_time()
             try:
-                made = both(self.seed, members, answers, self.store, False, self.progress)
+                made = make(self.seed, members, answers, self.store, False, self.progress)
             except ElmwoodError as error:
                 print(json.dumps({"bench": "merge_quality", "forest": self.asked.forest, "model": rule, "refused": str(error)}), flush=True)
                 continue

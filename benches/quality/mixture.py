@@ -24,13 +24,12 @@ import torch
 from safetensors import safe_open
 
 from elmwood import evaluate
-from elmwood.cli.old_mix import rows_of
 from elmwood.cli.screen import count
 from elmwood.ensemble.mixture import open_model
 from elmwood.evaluate.calibrate import weights
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.layer_weights import everywhere
-from elmwood.merge.moe.build import Mixing, mix
+from elmwood.merge.moe.build import Mixing, gate_rows, mix
 from elmwood.records import Corpus, Ensemble, Expert, Forest, Gates, Mixture, Partition, Recipe, Record, Seed
 from elmwood.store import Store
 from elmwood.study.tasks import open_holdout
@@ -186,7 +185,7 @@ class Bench:
         top_k = plan.top_k or len(forest.experts) + (plan.seed_bias is not None)
         gates = Gates(kind=plan.gates, top_k=top_k, seed_bias=plan.seed_bias)
         made = []
-        for scale, rows in zip(plan.scales, rows_of(forest, gates, plan.scales, self.store), strict=True):
+        for scale, rows in zip(plan.scales, gate_rows(forest, gates, plan.scales, self.store), strict=True):
             mixing = Mixing(
                 gates=gates.model_copy(update={"scale": scale}), layout=plan.layout, method=plan.method, settings=dict(plan.settings)
             )  # fmt: skip

@@ -3,20 +3,23 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Argument, Option
 
-from elmwood.cli import old_mix
-from elmwood.cli.options import NameOption, Output, RngSeedOption, SettingOption, typed_options
+from elmwood.cli.merge import settings_of, values_of
+from elmwood.cli.options import NameOption, Output, RngSeedOption, SettingOption
+from elmwood.cli.screen import bars, emit, made, out, table, talk
+from elmwood.report.loads import loads_plot
+from elmwood.study import mixing
+from elmwood.study.selection import Tuned
 
 
 def mix(
-    context: typer.Context,
     forest: Annotated[str, Argument(help="Name or digest; or a mixture, to take experts out --without anything else.")],
     gates: Annotated[
         str,
         Option(
-            help="How experts are chosen at first: hidden (what each domain looks like to the seed), arrow (what adapters change), random."
+            help="How experts are chosen before tuning: hidden (what each domain looks like to the seed), arrow (what adapters change), "
+            "random, or module:function."
         ),
     ] = "hidden",
     top_k: Annotated[int, Option(help="Experts a token goes through; as many as there are is soft routing.")] = 2,
@@ -38,9 +41,24 @@ def mix(
     output: Output = Output(),
 ) -> None:
     """Combine experts into one mixture-of-experts model of a standard architecture."""
-    old_mix.mix_verb(given=typed_options(context), forest=forest, gates=gates, top_k=top_k, scale=scale, method=method,
-          settings=settings or [], low_rank=low_rank, seed_expert=seed_expert, seed_bias=seed_bias, without=without or [],
-          documents=documents, rng_seed=rng_seed, name=name, store=output.store, as_json=output.as_json)  # fmt: skip
+    with bars() as progress:
+        done = mixing.mix(
+            forest, output.store, gates=gates, top_k=top_k, scale=values_of("scale", scale) or [], method=method,
+            settings=settings_of(settings), low_rank=low_rank, seed_expert=seed_expert,
+            seed_bias=seed_bias, without=without or [], documents=documents, rng_seed=rng_seed, name=name, progress=progress,
+        )  # fmt: skip
+    if done.tuned:
+        _print_scales(done.tuned)
+    made(done.record, name, output.as_json)
+
+
+def _print_scales(tuned: Tuned) -> None:
+    best = min(tuned.losses, key=lambda one: tuned.losses[one].value)
+    rows = [
+        (one, f"{loss.value:.4f}", "best" if one == best else f"+{tuned.behind[one].value:.4f} ± {tuned.behind[one].standard_error:.4f}")
+        for one, loss in tuned.losses.items()
+    ]  # fmt: skip
+    table("gates on the tune half of held-out text", ("", "bits per byte", "behind"), rows, to=talk)
 
 
 def loads(
@@ -50,4 +68,18 @@ def loads(
     output: Output = Output(),
 ) -> None:
     """Load of each expert of a mixture, by layer and domain, and which experts are dead."""
-    old_mix.loads_verb(mixture=mixture, documents=documents, plot=plot, store=output.store, as_json=output.as_json)
+    with bars() as progress:
+        found = mixing.loads(mixture, output.store, documents=documents, progress=progress)
+    if plot:
+        plot.write_text(loads_plot(found.share_LDE, found.layers, found.domains, found.experts, mixing.DEAD))
+    if output.as_json:
+        share = found.share_LDE.round(5).tolist()
+        return emit({key: value for key, value in found._asdict().items() if key != "share_LDE"} | {"share": share})
+    rows = [
+        (f"layer {layer}", *(f"{share:.1%}" for share in share_DE.mean(0)))
+        for layer, share_DE in zip(found.layers, found.share_LDE, strict=True)
+    ]
+    table(f"share of the weight, {documents} held-out documents of each domain", ("", *found.experts), rows)
+    out.print(found.summary(), soft_wrap=True)
+    if plot:
+        talk.print(f"loads by layer and domain: {plot}")

@@ -13,7 +13,6 @@ from tiny_models import WORDS, full_expert, lora_expert, tiny_seed
 from typer.testing import CliRunner
 
 from elmwood.cli import app
-from elmwood.cli.old_choose import by_columns, tuned
 from elmwood.corpus.build import build
 from elmwood.corpus.tokens import pack
 from elmwood.engine import silent
@@ -26,6 +25,7 @@ from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.statistics import opened
 from elmwood.records import Domain, Embedder, Merged, Partition, Recipe, Statistics
 from elmwood.store import Store
+from elmwood.study.selection import by_columns, tune
 from elmwood.train.data import batches
 from elmwood.train.statistics import statistics
 from elmwood.train.tasks import train
@@ -243,7 +243,7 @@ def test_where_statistics_are_missing_columns_put_answers_in_order(grown):
     mine = {one.digest for one in experts}
     made = {str(one.settings["scale"]): one for one in merged if {part.expert for part in one.contributions} == mine}
     guessed = by_columns(made, seed, "p", 4, store, silent)
-    true = tuned(made, seed, "p", 4, store, silent).losses
+    true = tune(made, seed, "p", 4, store, silent).losses
     assert guessed["0.01"] == pytest.approx(true["0.01"].value, abs=0.02)
     assert sorted(guessed, key=guessed.__getitem__)[-1] == "3.0"
 

@@ -8,7 +8,7 @@ E experts, H width, L layers, N numbers of a piece
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
-from elmwood.errors import BadInput
+from elmwood.errors import BadInput, UnknownName
 from elmwood.lm.files import seed_folder
 from elmwood.lm.mixture_card import card
 from elmwood.merge.checkpoint import Finisher
 from elmwood.merge.layer_weights import everywhere
-from elmwood.merge.moe.gates import direction, layers_of, random_rows
+from elmwood.merge.moe.gates import GATES, GateInputs, GatesFn, direction, layers_of, random_rows
 from elmwood.merge.moe.layout import FEED_FORWARD, Cell, cells, family_of, mixed_config
 from elmwood.merge.moe.shards import Shards
 from elmwood.merge.moe.trial import try_copies
 from elmwood.merge.rules.table import settle
 from elmwood.merge.states import contributions, open_all, open_expert, pass_over, seed_places, statistics_of
 from elmwood.merge.sums.stream import Wanted
-from elmwood.records import Contribution, Expert, Forest, Frozen, Gates, Mixture, Seed, fingerprint
+from elmwood.records import Contribution, Expert, Forest, Frozen, Gates, Mixture, Partition, Seed, fingerprint
 from elmwood.store import Store
 from elmwood.weights.experts import Low, Source, Whole
 from elmwood.weights.tensors import PIECE, Bytes, Files, Place, decode, places
@@ -89,8 +89,47 @@ def directions(forest: Forest, order: Sequence[str], store: Store) -> dict[str, 
     return found
 
 
+def gate_rows(forest: Forest, gates: Gates, scales: Sequence[float], store: Store, make: GatesFn | None = None) -> list[Rows]:
+    """The gates of a mixture before any tuning, at each scale. `make`: what makes them, where it is none of the table (`gates.kind`).
+
+    Raises UnknownName, BadInput.
+    """
+    if make is None and gates.kind not in GATES:  # a record may come from others, so a 'module:function' is never looked up here
+        raise UnknownName(f"no gates {gates.kind!r}; have {', '.join(sorted(GATES))}")
+    make = make or GATES[gates.kind]
+    seed, order = store.load(forest.seed, Seed), order_of(forest, gates.seed_bias is not None, store)
+
+    @cache
+    def domains() -> list[int | None]:
+        return [None if digest == seed.digest else _domain(store.load(digest, Expert)) for digest in order]
+
+    @cache
+    def arrows() -> dict[str, list[NDArray[np.floating] | None]]:
+        return directions(forest, order, store)
+
+    @cache
+    def hidden() -> Any:
+        from elmwood.lm.layer_inputs import hidden  # torch
+
+        domains()  # fails sooner than the text is read
+        return hidden(seed, [domain.train for domain in store.load(forest.partition, Partition).domains], store)
+
+    def rows(layer: str, width: int, scale: float) -> NDArray[np.floating]:
+        return make(GateInputs(layer, width, order, scale, gates.seed_bias or 0.0, gates.rng_seed, domains, lambda: hidden()[layer][:2],
+                               lambda: arrows()[layer]))  # fmt: skip
+
+    layers = layers_of(seed_places(seed, store))
+    return [{layer: rows(layer, width, scale) for layer, width in layers.items()} for scale in scales]
+
+
+def _domain(expert: Expert) -> int:
+    if expert.domain is None:
+        raise BadInput(f"expert {expert.digest[:8]} is of no domain: gates cannot know its text; take random ones and tune them")
+    return expert.domain
+
+
 def mix(forest: Forest, rows: Rows, mixing: Mixing, store: Store, progress: Progress = silent) -> Mixture:
-    """Done once per inputs. `rows` are the gates (see mixture_gates.py). Raises BadSeed, BadInput, ForeignExpert."""
+    """Done once per inputs. `rows` are the gates (see gates.py). Raises BadSeed, BadInput, ForeignExpert."""
     packed = hashlib.sha256(b"".join(name.encode() + np.asarray(rows[name], "<f8").tobytes() for name in sorted(rows))).hexdigest()
     key = fingerprint("mixture", forest, mixing, packed)
     if done := store.done(key):

@@ -4,7 +4,7 @@ E experts, H width, D domains, R rank (of several adapters together), O what an 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,42 @@ from elmwood.weights.tensors import Place
 Floats = NDArray[np.floating]
 
 
+class GateInputs(NamedTuple):
+    """What the gates of one layer are made from. What takes time is a function, to be called where it is needed."""
+
+    layer: str  # as in model.layers.0
+    width: int  # H
+    experts: tuple[str, ...]  # digests, by their number in the mixture; the seed's own where its feed-forward is an expert
+    scale: float  # rows are multiplied by it
+    seed_bias: float  # added to the logit of the seed's own feed-forward
+    rng_seed: int
+    domains: Callable[[], Sequence[int | None]]  # of the experts; None for the seed's own. Raises BadInput for one of no domain
+    hidden: Callable[[], tuple[Floats, Floats]]  # mean_DH and within_HH of what enters the feed-forward on each domain's text
+    directions: Callable[[], Sequence[Floats | None]]  # of each expert the input [H] that its adapters change most
+
+
+GatesFn = Callable[[GateInputs], Floats]  # rows [E, H] of one layer
+
+
+def random_gates(inputs: GateInputs) -> Floats:
+    """Normal numbers, 0.02 wide at scale 1, by layer and digest: so another expert changes no row but its own."""
+    return _random(inputs.layer, inputs.width, inputs.experts, inputs.rng_seed, inputs.scale)
+
+
+def hidden_gates(inputs: GateInputs) -> Floats:
+    """Fisher's discriminant of the domains (`hidden_rows`)."""
+    return hidden_rows(*inputs.hidden(), inputs.domains(), inputs.scale, inputs.seed_bias)
+
+
+def arrow_gates(inputs: GateInputs) -> Floats:
+    """The prototypes of Arrow, arXiv:2405.11157 (`arrow_rows`)."""
+    return arrow_rows(inputs.directions(), *inputs.hidden(), inputs.domains(), inputs.scale, inputs.seed_bias)
+
+
+# `elmwood mix --gates NAME`, or 'module:function' of one more
+GATES: dict[str, GatesFn] = {"hidden": hidden_gates, "arrow": arrow_gates, "random": random_gates}
+
+
 def layers_of(tensors: Mapping[str, Place]) -> dict[str, int]:
     """The seed's layers with a feed-forward, and the width of what enters it."""
     found = ((FEED_FORWARD.fullmatch(name), place) for name, place in tensors.items())
@@ -23,11 +59,12 @@ def layers_of(tensors: Mapping[str, Place]) -> dict[str, int]:
 
 
 def random_rows(tensors: Mapping[str, Place], experts: Sequence[str], rng_seed: int, scale: float) -> dict[str, Floats]:
-    """Normal numbers, 0.02 wide at scale 1, by layer and the expert's digest: so another expert changes no row but its own."""
-    return {
-        layer: scale * 0.02 * np.stack([_chance(f"{rng_seed} {layer} {digest}", width) for digest in experts])
-        for layer, width in layers_of(tensors).items()
-    }  # fmt: skip
+    """Random gates of every layer (`random_gates`)."""
+    return {layer: _random(layer, width, experts, rng_seed, scale) for layer, width in layers_of(tensors).items()}
+
+
+def _random(layer: str, width: int, experts: Sequence[str], rng_seed: int, scale: float) -> Floats:
+    return scale * 0.02 * np.stack([_chance(f"{rng_seed} {layer} {digest}", width) for digest in experts])
 
 
 def _chance(name: str, count: int) -> Floats:

@@ -1,0 +1,239 @@
+"""Merges: which experts with which weights, by which rules; and states, the sums that merges are made from."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput, Damaged
+from elmwood.merge import mergekit
+from elmwood.merge.adapters import LOW_RULES
+from elmwood.merge.answers import combine, make, title
+from elmwood.merge.checkpoint import Answer, finalize
+from elmwood.merge.layer_weights import depth_of
+from elmwood.merge.parallel import StateJob, make_state, spread
+from elmwood.merge.states import add, check, remove, seed_places
+from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, parse
+from elmwood.store import AnyStore, Store
+from elmwood.study.selection import Choice, choose_best
+
+Named = str | Record  # a record, or its name, its digest or the beginning of one; "NAME/": all records so named
+Weight = float | Sequence[float]  # several numbers: a gradient over depth, from the first layer to the last
+Values = float | Sequence[float]  # several: an answer for each
+Members = dict[str, tuple[Share, ...]]  # expert's digest -> its weights
+
+
+class Merges(NamedTuple):
+    """What `merge` made: by answer, as in 'ties density=0.2', a checkpoint or an adapter; and how the best was chosen, if one was."""
+
+    made: dict[str, Merged]
+    choice: Choice | None = None
+
+    @property
+    def record(self) -> Merged:
+        """The chosen one, or the only one. Raises BadInput."""
+        if self.choice:
+            return self.made[self.choice.best]
+        if len(self.made) > 1:
+            raise BadInput(f"these are {len(self.made)} merges, and none was chosen: take one of `made`, or merge with choose=True")
+        return next(iter(self.made.values()))
+
+
+def merge(
+    experts: Named | Sequence[Named], store: AnyStore = None, *, method: str | Sequence[str] | None = None,
+    weights: Weight | Sequence[Weight] | None = None, scale: Values | None = None, density: Values | None = None,
+    rank: Values | None = None, settings: Mapping[str, Values] | None = None, layers: range | None = None, tensors: str = "",
+    resize: bool = False, choose: bool = False, per_layer: bool = False, run: int | None = None, partition: str | None = None,
+    documents: int | None = None, parts: int | None = None, workers: int | None = None, engine: str = "local", name: str | None = None,
+    progress: Progress = silent,
+) -> Merges:  # fmt: skip
+    """Merge experts of one seed into one checkpoint, or adapters into one adapter. Several values of a setting give several merges.
+
+    experts: experts, a forest for all it has, or the path of a mergekit YAML file, which then says everything about the merge.
+    method: a merge rule or several (default: average). weights: one for all experts, or one for each in the order named.
+    layers, tensors: merge only these layers, or tensors with this in their name; everything else stays the seed's.
+    choose: name the best of several answers on the tune half of held-out text, and test it on fresh blocks. For the other options see
+    `elmwood merge --help`. Raises BadInput, ForeignExpert, UnknownName, Damaged.
+    """
+    home, names = Store(store), [experts] if isinstance(experts, str | Record) else list(experts)
+    given = {"scale": scale, "density": density, "rank": rank, **(settings or {})}
+    if len(names) == 1 and isinstance(names[0], str) and names[0].endswith((".yaml", ".yml")):
+        if method or weights is not None or layers or tensors or any(value is not None for value in given.values()):
+            raise BadInput(f"{names[0]} says how to merge: change it there, or name the experts here instead of the file")
+        members, answers = read_mergekit(Path(names[0]), home)
+    else:
+        members = members_of(names, home, weights, layers, tensors)
+        answers = answers_of(method or "average", given)
+    if per_layer and (not choose or len(answers) < 2 or any(answer.method in LOW_RULES for answer in answers)):
+        raise BadInput("--per-layer takes layers from several checkpoints: give --choose, several answers, and no rule that makes adapters")
+    seed = seed_of(members, home)
+    if parts:
+        _check_parts(answers, resize)
+        found = spread(seed, members, answers, home, parts=parts, workers=workers or 1, engine=engine, progress=progress)
+    else:
+        found = make(seed, members, answers, home, resize, progress)
+    made = dict(zip(map(title, answers), found, strict=True))
+    if choose:
+        where = partition or partition_of(members, home)
+        choice, made = choose_best(made, seed, sorted(members), where, home, per_layer=per_layer, run=run, documents=documents, name=name,
+                                   progress=progress)  # fmt: skip
+        return Merges(made, choice)
+    return _name_all(made, name, home)
+
+
+def _name_all(made: dict[str, Merged], name: str | None, store: Store) -> Merges:
+    for called, record in zip(names_of(name, made), made.values(), strict=True):
+        if called:
+            store.name(called, record.digest)
+    return Merges(made)
+
+
+def names_of(name: str | None, made: Mapping[str, Merged]) -> list[str | None]:
+    """What merges are called: a single one NAME, several NAME/method-setting."""
+    if name is None or len(made) == 1:
+        return [name] * len(made)
+    return [f"{name}/{one.replace(' ', '-')}" for one in made]
+
+
+# ---- what is merged -------------------------------------------------------------------------------------------------
+
+
+def members_of(
+    names: Named | Sequence[Named],
+    store: Store,
+    weights: Weight | Sequence[Weight] | None = None,
+    layers: range | None = None,
+    tensors: str = "",
+) -> Members:
+    """Experts with their weights; a forest stands for its experts. Raises BadInput."""
+    found: list[str] = []
+    for record in map(store.load, store.expand(names)):
+        if not isinstance(record, Forest | Expert):
+            raise BadInput(f"{record.digest[:8]} is a {record.kind}: a merge takes experts, or a forest for all it has")
+        found += record.experts if isinstance(record, Forest) else [record.digest]
+    if twice := next((digest for digest in found if found.count(digest) > 1), None):
+        raise BadInput(f"expert {twice[:8]} is named twice: give it a larger weight instead, with --weights")
+    each: list[Weight] = [1.0] if weights is None else list(weights) if isinstance(weights, Sequence) else [weights]
+    if len(each) not in (1, len(found)):
+        raise BadInput(f"{len(each)} weights for {len(found)} experts: give one for all, or one for each in the order named")
+    span = (layers.start, layers.stop) if layers else None
+    values = [tuple(map(float, one)) if isinstance(one, Sequence) else (float(one),) for one in each]
+    shares = [(Share(tensors=tensors, layers=span, values=one),) for one in values]
+    return dict(zip(found, shares * (len(found) if len(each) == 1 else 1), strict=True))
+
+
+def answers_of(method: str | Sequence[str], given: Mapping[str, Values | None]) -> list[Answer]:
+    """Every combination of what is given; None is the rule's own default. Raises BadInput, UnknownName."""
+    values = {name: list(value) if isinstance(value, Sequence) else [value] for name, value in given.items() if value is not None}
+    return combine([method] if isinstance(method, str) else list(method), values)
+
+
+def read_mergekit(path: Path, store: Store) -> tuple[Members, list[Answer]]:
+    """The experts and the answer of a mergekit YAML file. Raises BadInput, UnknownName."""
+    asked = mergekit.read(path.read_text())
+    members = {store.resolve(one): shares for one, shares in asked.members.items()}
+    if asked.base and store.resolve(asked.base) != seed_of(members, store).digest:
+        raise BadInput(f"{asked.base} is not the seed of these experts: name that as base_model")
+    if asked.layers and asked.layers != (depth := depth_of(seed_places(seed_of(members, store), store))):
+        raise BadInput(f"the slices make {asked.layers} layers, the seed has {depth}: a merge keeps its seed's architecture")
+    return members, [asked.answer]
+
+
+def seed_of(members: Mapping[str, Any], store: Store) -> Seed:
+    """The seed of the first expert; experts of another one are refused where they are read. Raises BadInput."""
+    if not members:
+        raise BadInput("a merge takes two experts or more: none are named")
+    return store.load(store.load(next(iter(members)), Expert).seed, Seed)
+
+
+def partition_of(members: Mapping[str, Any], store: Store) -> str:
+    """The partition of the first expert that has one: its held-out text decides between merges. Raises BadInput."""
+    where = next((one for digest in members if (one := store.load(digest, Expert).partition)), None)
+    if not where:
+        raise BadInput("none of these experts names a partition: say whose held-out text to choose on with --partition")
+    return where
+
+
+def _check_parts(answers: Sequence[Answer], resize: bool) -> None:
+    """Raises BadInput for what cannot be summed in parts."""
+    if resize:
+        raise BadInput("--resize and --parts do not go together: states are of experts with the seed's own vocabulary")
+    if low := next((answer.method for answer in answers if answer.method in LOW_RULES), None):
+        raise BadInput(f"--parts and {low} do not go together: adapters are small; leave --parts out")
+
+
+# ---- states ---------------------------------------------------------------------------------------------------------
+
+
+def state_make(
+    experts: Named | Sequence[Named], store: AnyStore = None, *, method: str = "average", weights: Weight | Sequence[Weight] | None = None,
+    density: float | None = None, settings: Mapping[str, Values] | None = None, layers: range | None = None, tensors: str = "",
+    part: tuple[int, int] = (0, 1), name: str | None = None, progress: Progress = silent,
+) -> State:  # fmt: skip
+    """Sum one or more experts under a merge rule. `part`: the (i, n)-th share of every tensor alone. Raises BadInput, ForeignExpert."""
+    answers = answers_of(method, {"density": density, **(settings or {})})
+    if len(answers) != 1:
+        raise BadInput("a state has one method and one value of each setting: make the others one by one")
+    if not 0 <= part[0] < part[1]:
+        raise BadInput(f"--part {part[0]}/{part[1]}: parts are numbered from 0; write 0/4 for the first of four")
+    home = Store(store)
+    members = members_of(experts, home, weights, layers, tensors)
+    job = StateJob(store=home.root, seed=seed_of(members, home).digest, members=members, method=answers[0].method,
+                   settings=dict(answers[0].settings), part=part)  # fmt: skip
+    return _named(home.load(make_state(job, progress), State), name, home)
+
+
+def state_add(states: Sequence[Named | Path], store: AnyStore = None, *, name: str | None = None) -> State:
+    """The sum of states: names, records, or folders written by `export`. An expert that is in several counts once. Raises BadInput."""
+    home = Store(store)
+    total, *others = [open_state(one, home) for one in states]
+    for other in others:
+        total = add(total, other, home)
+    return _named(total, name, home)
+
+
+def state_remove(
+    state: Named | Path, experts: Named | Sequence[Named], store: AnyStore = None, *, name: str | None = None, progress: Progress = silent
+) -> State:  # fmt: skip
+    """The state without some experts, exactly as if they had never been in it. Their files are read. Raises BadInput."""
+    home = Store(store)
+    rest = open_state(state, home)
+    for expert in home.expand(experts):
+        rest = remove(rest, home.resolve(expert), home, progress)
+    return _named(rest, name, home)
+
+
+def state_finalize(
+    states: Named | Path | Sequence[Named | Path], store: AnyStore = None, *, scale: Values | None = None,
+    settings: Mapping[str, Values] | None = None, name: str | None = None, progress: Progress = silent,
+) -> Merges:  # fmt: skip
+    """The checkpoint of a state, or of all parts of one; several values give several checkpoints. No expert is read. Raises BadInput."""
+    home = Store(store)
+    held = [open_state(one, home) for one in ([states] if isinstance(states, str | Path | Record) else states)]
+    answers = answers_of(held[0].method, {"scale": scale, **(settings or {})})
+    made = {title(answer): finalize(held, answer.settings, home, progress) for answer in answers}
+    return _name_all(made, name, home)
+
+
+def open_state(name: Named | Path, store: Store) -> State:
+    """A state by name or digest, or from a folder that `elmwood export` wrote, perhaps elsewhere. Raises BadInput, Damaged."""
+    if isinstance(name, Record):
+        return store.load(name.digest, State)
+    folder = Path(name)
+    if not (folder / "elmwood.json").is_file():
+        return store.load(str(name), State)
+    record = parse((folder / "elmwood.json").read_bytes())
+    if not isinstance(record, State):
+        raise BadInput(f"{folder} holds a {record.kind}, not a state: name the folder that a state was exported to")
+    for file, digest in record.files.items():
+        if store.put(folder / file) != digest:
+            raise Damaged(f"{folder / file} is not what its record says: fetch it again")
+    check(record, store)
+    store.add(record)
+    return record
+
+
+def _named(record: State, name: str | None, store: Store) -> State:
+    if name:
+        store.name(name, record.digest)
+    return record

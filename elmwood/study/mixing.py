@@ -1,0 +1,156 @@
+"""Mixtures of experts: a forest becomes one model whose gates choose among its experts, and is tuned."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput
+from elmwood.merge.checkpoint import Answer
+from elmwood.merge.moe.build import KEPT, Mixing, gate_rows
+from elmwood.merge.moe.build import mix as build
+from elmwood.merge.moe.gates import GATES
+from elmwood.merge.moe.remove import remove
+from elmwood.records import Expert, Forest, Gates, Mixture, Partition, Seed
+from elmwood.registry import lookup
+from elmwood.store import AnyStore, Store
+from elmwood.study.merging import Named, Values, answers_of
+from elmwood.study.selection import Tuned
+from elmwood.study.selection import tune as score
+
+DEAD = 0.1  # of an even share: an expert with less in a layer counts as dead there
+# what `mix` does where nothing else is asked
+DEFAULTS = {"gates": "hidden", "top_k": 2, "scale": 1.0, "method": "average", "settings": {}, "low_rank": False, "seed_expert": True,
+            "seed_bias": 0.0, "documents": None, "rng_seed": 0}  # fmt: skip
+
+
+class Mixed(NamedTuple):
+    """What `mix` made: the mixture; and, of several scales of the gates, how each predicts the tune half of held-out text."""
+
+    record: Mixture
+    tuned: Tuned | None = None
+
+
+def mix(
+    forest: Named, store: AnyStore = None, *, gates: str = "hidden", top_k: int = 2, scale: Values = 1.0, method: str = "average",
+    settings: Mapping[str, Values] | None = None, low_rank: bool = False, seed_expert: bool = True, seed_bias: float = 0.0,
+    without: Named | Sequence[Named] = (), documents: int | None = None, rng_seed: int = 0, name: str | None = None,
+    progress: Progress = silent,
+) -> Mixed:  # fmt: skip
+    """Combine the experts of a forest into one mixture-of-experts model; or take experts out of a mixture.
+
+    gates: how experts are chosen before any tuning: hidden, arrow, random, or 'module:function' (see `elmwood.merge.moe.gates`).
+    scale: of the gates; of several, the best on held-out text. method: the merge rule of what all experts share, or 'seed'.
+    For the other options see `elmwood mix --help`. Raises BadInput, BadSeed, ForeignExpert, UnknownName.
+    """
+    home = Store(store)
+    gone = [home.resolve(one) for one in home.expand(without)]
+    source = home.load(forest)
+    if isinstance(source, Mixture):
+        given = {"gates": gates, "top_k": top_k, "scale": scale, "method": method, "settings": dict(settings or {}), "low_rank": low_rank,
+                 "seed_expert": seed_expert, "seed_bias": seed_bias, "documents": documents, "rng_seed": rng_seed}  # fmt: skip
+        return Mixed(_named(_without(source, gone, given, home, progress), name, home))
+    rest = _rest(home.load(forest, Forest), gone, home)
+    wanted = Gates(kind=gates, top_k=top_k, seed_bias=seed_bias if seed_expert else None, rng_seed=rng_seed)
+    answers = answers_of(method, settings or {}) if method != KEPT or settings else [Answer(KEPT, {})]
+    if len(answers) > 1:
+        raise BadInput("what all share is merged by one rule with one value of each setting: make the other mixtures one by one")
+    scales = _scales(scale)
+    made = {}
+    for each, rows in zip(scales, gate_rows(rest, wanted, scales, home, lookup(GATES, gates, "gates")), strict=True):
+        mixing = Mixing(
+            gates=wanted.model_copy(update={"scale": each}), layout="low-rank" if low_rank else "checkpoint", method=method,
+            settings=dict(answers[0].settings),
+        )  # fmt: skip
+        made[f"scale {each:g}"] = build(rest, rows, mixing, home, progress)
+    if len(made) == 1:
+        return Mixed(_named(next(iter(made.values())), name, home))
+    tuned = score(made, home.load(rest.seed, Seed), rest.partition, documents, home, progress)
+    return Mixed(_named(made[min(made, key=lambda one: tuned.losses[one].value)], name, home), tuned)
+
+
+def _named(record: Mixture, name: str | None, store: Store) -> Mixture:
+    if name:
+        store.name(name, record.digest)
+    return record
+
+
+def _without(mixture: Mixture, gone: Sequence[str], given: Mapping[str, object], store: Store, progress: Progress) -> Mixture:
+    """The mixture without some experts. Raises BadInput."""
+    others = sorted(option for option, value in given.items() if value != DEFAULTS[option])
+    if others or not gone:
+        what = f"--{others[0].replace('_', '-')} is of mixtures that are made of a forest" if others else "a mixture is mixed already"
+        raise BadInput(f"{what}: of a mixture say which experts go, --without NAME, or name its forest")
+    for digest in gone:
+        mixture = remove(mixture, digest, store, progress)
+    return mixture
+
+
+def _rest(forest: Forest, gone: Sequence[str], store: Store) -> Forest:
+    """The forest without some experts. Raises BadInput."""
+    if unknown := set(gone) - set(forest.experts):
+        raise BadInput(f"expert {sorted(unknown)[0][:8]} is not in this forest; `elmwood show {forest.digest[:8]}` lists what is")
+    rest = forest.model_copy(update={"experts": tuple(digest for digest in forest.experts if digest not in gone)})
+    store.add(rest)
+    return rest
+
+
+def _scales(scale: Values) -> list[float]:
+    found = [float(one) for one in scale] if isinstance(scale, Sequence) else [float(scale)]
+    if not found or not min(found) >= 0:
+        raise BadInput(f"--scale {min(found, default=None)}: gates of negative scale would choose the wrong experts; take 0 or more")
+    return found
+
+
+# ---- loads ----------------------------------------------------------------------------------------------------------
+
+
+class Loads(NamedTuple):
+    """Shares of the weight of each expert by layer and domain."""
+
+    mixture: str  # digest
+    layers: list[str]
+    domains: list[str]
+    experts: list[str]
+    share_LDE: NDArray[np.floating]
+
+    def summary(self) -> str:
+        """The load of the experts in words."""
+        return summary(self.share_LDE.mean(1))
+
+
+def loads(mixture: Named, store: AnyStore = None, *, documents: int = 32, progress: Progress = silent) -> Loads:
+    """The load of each expert of a mixture, by layer and domain of held-out text. Raises BadInput."""
+    from elmwood.train import router  # torch
+
+    home = Store(store)
+    given = home.load(mixture, Mixture)
+    division = home.load(home.load(given.forest, Forest).partition, Partition)
+    held = [(place, domain) for place, domain in enumerate(division.domains) if domain.holdout]
+    if not held:
+        raise BadInput("this partition holds no text out, and loads are looked at on text nobody trained on: cluster with --holdout")
+    found = router.loads(given, [domain.holdout for _, domain in held], home, documents, progress=progress)
+    domains = [f"{place} {domain.name}"[:28] for place, domain in held]
+    return Loads(given.digest, [layer.rpartition(".")[2] for layer in found], domains, expert_names(given, home),
+                 np.array(list(found.values())))  # fmt: skip
+
+
+def expert_names(mixture: Mixture, store: Store) -> list[str]:
+    """What the experts are called: by their domains, where they have some."""
+    found = [None if digest == mixture.seed else store.load(digest, Expert).domain for digest in mixture.experts]
+    return [
+        "seed" if digest == mixture.seed else digest[:6] if domain is None else str(domain)
+        for digest, domain in zip(mixture.experts, found, strict=True)
+    ]  # fmt: skip
+
+
+def summary(share_LE: NDArray[np.floating]) -> str:
+    """The load of the experts in words."""
+    even = 1 / share_LE.shape[1]
+    dead = int((share_LE < DEAD * even).sum())
+    return (
+        f"load of an expert in a layer: {share_LE.min() / even:.2f} to {share_LE.max() / even:.2f} of an even share; "
+        f"{dead} of {share_LE.size} dead (below {DEAD:g})"
+    )
