@@ -15,7 +15,7 @@ def tested(
     winner: Merged, name: str, seed: Seed, partition: str, documents: int | None, store: Store, progress: Progress
 ) -> tuple[Contest, int]:  # fmt: skip
     """Whether the best is better than the seed, on blocks of the gate split; and the tokens forwarded to know."""
-    table, rule = open_columns(seed, partition, documents, store, stay=True),  StoppingRule(cap=CAP)
+    table, rule = open_columns(seed, partition, documents, store, stay=True), StoppingRule(cap=CAP)
     held = table.held
     key = fingerprint("compare", seed.digest, winner.digest, held.name)
     found, cost = judge(mix_up(seed, winner, seed, held, store, progress), table, rule, CLIP, key.encode(), progress)
