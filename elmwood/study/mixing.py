@@ -22,7 +22,7 @@ from elmwood.study.selection import tune as score
 
 DEAD = 0.1  # of an even share: an expert with less in a layer counts as dead there
 # what `mix` does where nothing else is asked
-DEFAULTS = {"gates": "hidden", "top_k": 2, "scale": 1.0, "method": "average", "settings": {}, "low_rank": False, "seed_expert": True,
+DEFAULTS = {"gates": "hidden", "top_k": 2, "scale": [1.0], "method": "average", "settings": {}, "low_rank": False, "seed_expert": True,
             "seed_bias": 0.0, "documents": None, "rng_seed": 0}  # fmt: skip
 
 
@@ -46,10 +46,10 @@ def mix(
     For the other options see `elmwood mix --help`. Raises BadInput, BadSeed, ForeignExpert, UnknownName.
     """
     home = Store(store)
-    gone = [home.resolve(one) for one in home.expand(without)]
+    gone, scales = [home.resolve(one) for one in home.expand(without)], _scales(scale)
     source = home.load(forest)
     if isinstance(source, Mixture):
-        given = {"gates": gates, "top_k": top_k, "scale": scale, "method": method, "settings": dict(settings or {}), "low_rank": low_rank,
+        given = {"gates": gates, "top_k": top_k, "scale": scales, "method": method, "settings": dict(settings or {}), "low_rank": low_rank,
                  "seed_expert": seed_expert, "seed_bias": seed_bias, "documents": documents, "rng_seed": rng_seed}  # fmt: skip
         return Mixed(_named(_without(source, gone, given, home, progress), name, home))
     rest = _rest(home.load(forest, Forest), gone, home)
@@ -57,7 +57,6 @@ def mix(
     answers = answers_of(method, settings or {}) if method != KEPT or settings else [Answer(KEPT, {})]
     if len(answers) > 1:
         raise BadInput("what all share is merged by one rule with one value of each setting: make the other mixtures one by one")
-    scales = _scales(scale)
     made = {}
     for each, rows in zip(scales, gate_rows(rest, wanted, scales, home, lookup(GATES, gates, "gates")), strict=True):
         mixing = Mixing(
