@@ -21,7 +21,6 @@ import numpy as np
 from benches.quality.clusters import Bench
 from elmwood import evaluate
 from elmwood.cli.old_study import Study, scratch
-from elmwood.cli.old_training import training_job
 from elmwood.cli.screen import bars, count
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
@@ -31,6 +30,7 @@ from elmwood.records import Expert, Partition, Recipe, Seed
 from elmwood.report.wealth import Line, experts_plot
 from elmwood.store import Store
 from elmwood.study.tasks import experts_job, keys, open_holdout
+from elmwood.study.training import training_job
 
 LATE = 1 / 3
 

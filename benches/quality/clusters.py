@@ -17,7 +17,6 @@ import numpy as np
 
 from elmwood import evaluate
 from elmwood.cli.old_study import Study, scratch
-from elmwood.cli.old_training import shards
 from elmwood.cli.screen import bars, count
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
@@ -26,6 +25,7 @@ from elmwood.records import Corpus, Digest, Partition, Recipe, Seed
 from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
 from elmwood.study.tasks import TrainJob, open_holdout, train_job
+from elmwood.study.training import shards
 
 BATCHES = (1, 4, 16)  # times the experts' batch, of dense controls
 

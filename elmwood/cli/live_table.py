@@ -17,18 +17,10 @@ from rich.text import Text
 from elmwood.cli.screen import duration, short, talk
 from elmwood.engine import Progress
 from elmwood.store import Store
+from elmwood.study.training import Planned
 
 STATES = {"training": "green", "reading": "cyan", "waiting": "dim", "done": ""}
 LOOK = 0.5  # seconds between two looks at the store
-
-
-class Entry(NamedTuple):
-    """An expert that is to be made."""
-
-    name: str
-    key: str  # of its task: where it logs, and what says that it is done
-    job: str  # what progress calls it: experts trained together share one
-    tokens: int
 
 
 class Seen(NamedTuple):
@@ -60,7 +52,7 @@ class Line(NamedTuple):
 class Board:
     """What is known of each expert."""
 
-    def __init__(self, entries: Sequence[Entry], store: Store):
+    def __init__(self, entries: Sequence[Planned], store: Store):
         self.entries, self.store = entries, store
         self.seen: dict[str, Seen] = {}
         self.final: dict[str, Line] = {}
@@ -77,7 +69,7 @@ class Board:
             self.found, self.looked = [self._line(entry) for entry in self.entries], time.monotonic()
         return self.found
 
-    def _line(self, entry: Entry) -> Line:
+    def _line(self, entry: Planned) -> Line:
         if entry.key in self.final:
             return self.final[entry.key]
         log = self.store.logged(entry.key)
@@ -127,7 +119,7 @@ def summary(lines: Sequence[Line]) -> Text:
 
 
 @contextmanager
-def board(entries: Sequence[Entry], store: Store) -> Iterator[Progress]:
+def live_table(entries: Sequence[Planned], store: Store) -> Iterator[Progress]:
     """Show the table while the tasks run, and leave it standing. Where stderr is no terminal it is printed once, at the end."""
     table = Board(entries, store)
     with Live(table, console=talk, refresh_per_second=2, vertical_overflow="crop"):

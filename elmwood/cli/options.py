@@ -12,28 +12,18 @@ from typer import Argument, Option
 CorpusArgument = Annotated[list[str], Argument(help="JSONL, Parquet, folders of text, datasets:NAME, or 'sample'.")]
 ExpertsArgument = Annotated[list[str], Argument(help="A forest, or experts; NAME/ stands for all experts so named.")]
 StatesArgument = Annotated[list[str], Argument(help="Names, digests, or folders written by export.")]
-AccumulateOption = Annotated[int, Option(help="Passes the sequences of a step are spread over: less memory.")]
-BatchOption = Annotated[int, Option(help="Sequences per step.")]
-CheckpointingOption = Annotated[bool, Option("--checkpointing", help="Recompute activations instead of keeping them: less memory.")]
 DocumentsOption = Annotated[int | None, Option(help="At most this many held-out documents.")]
 EngineOption = Annotated[str, Option(help="Where tasks run: local, or ray.")]
 FieldOption = Annotated[str, Option(help="The text column of JSONL and Parquet.")]
 HoldoutOption = Annotated[float, Option(help="Share of documents nobody trains on.")]
-LateOption = Annotated[float, Option(help="Adapters only in the last share of the layers, e.g. 0.33.")]
 LayersOption = Annotated[str | None, Option(help="Merge only these layers, e.g. 4-11; everything else stays the seed's.")]
-LengthOption = Annotated[int | None, Option(help="Tokens per sequence; default: the seed's context, at most 1024.")]
-MethodOption = Annotated[str, Option(help="full, lora, qlora (the seed in four bits) or dora; of a mixture: router.")]
 MixingOption = Annotated[str | None, Option(help="For an ensemble: outputs, or weights (adapters summed for each prompt).")]
 NameOption = Annotated[str | None, Option("--name", help="Name of the result.")]
-OptimiserOption = Annotated[str, Option(help="adamw, or adamw8bit: optimiser states in a quarter of the memory.")]
 PlotOption = Annotated[Path | None, Option(help="Draw the result into this SVG file.")]
-RankOption = Annotated[int, Option(help="Rank of the adapters.")]
 RngSeedOption = Annotated[int, Option(help="Seed of the random number generators.")]
 SettingOption = Annotated[list[str] | None, Option("--set", help="Any other setting of the rule: NAME=VALUE (repeatable).")]
 ShardWorkersOption = Annotated[int, Option("--workers", help="Shards of text processed in parallel; the result does not depend on it.")]
 TensorsOption = Annotated[str, Option(help="Merge only tensors with this in their name.")]
-TogetherOption = Annotated[int, Option(help="Train this many LoRA experts at once, over one copy of the seed.")]
-TunedOption = Annotated[str, Option(help="Of a mixture: routers, norms, shared or everything, each with those before it.")]
 WeightsOption = Annotated[str | None, Option(help="Of the experts, in order: 1,0.5; one for all; 0:1 is a gradient over depth.")]
 WindowOption = Annotated[int | None, Option(help="Tokens per window; default: the seed's context, at most 1024.")]
 WorkersOption = Annotated[int | None, Option(help="Parallel processes; default: one per core for small models, else 1.")]
@@ -44,6 +34,35 @@ class Output(NamedTuple):
 
     store: Annotated[Path, Option("--store", envvar="ELMWOOD_STORE", help="Folder of blobs, records and refs.")] = Path(".elmwood")
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of text.")] = False
+
+
+class RecipeOptions(NamedTuple):
+    """How a model is trained, as far as it decides the memory and time that training takes."""
+
+    method: Annotated[str, Option(help="full, lora, qlora (the seed in four bits) or dora; of a mixture: router.")] = "lora"
+    batch: Annotated[int, Option(help="Sequences per step.")] = 8
+    length: Annotated[int | None, Option(help="Tokens per sequence; default: the seed's context, at most 1024.")] = None
+    rank: Annotated[int, Option(help="Rank of the adapters.")] = 16
+    late: Annotated[float, Option(help="Adapters only in the last share of the layers, e.g. 0.33.")] = 1.0
+    accumulate: Annotated[int, Option(help="Passes the sequences of a step are spread over: less memory.")] = 1
+    checkpointing: Annotated[bool, Option("--checkpointing", help="Recompute activations instead of keeping them: less memory.")] = False
+    optimiser: Annotated[str, Option(help="adamw, or adamw8bit: optimiser states in a quarter of the memory.")] = "adamw"
+    together: Annotated[int, Option(help="Train this many LoRA experts at once, over one copy of the seed.")] = 1
+    tuned: Annotated[str, Option(help="Of a mixture: routers, norms, shared or everything, each with those before it.")] = "routers"
+
+
+class ScheduleOptions(NamedTuple):
+    """The rest of what decides how experts and mixtures are trained."""
+
+    tokens: Annotated[str, Option(help="Training tokens per expert, e.g. 2M.")] = "1M"
+    learning_rate: Annotated[float | None, Option(help="Peak; default: by method and size of the seed.")] = None
+    schedule: Annotated[str, Option(help="cosine, linear, constant or wsd.")] = "cosine"
+    alpha: Annotated[float | None, Option(help="Adapters are scaled by alpha / rank; default: rank-stabilised.")] = None
+    targets: Annotated[str, Option(help="Modules that get adapters, e.g. q_proj,v_proj.")] = "all-linear"
+    patience: Annotated[int | None, Option(help="Stop after so many looks at a validation loss without a better one.")] = None
+    balance: Annotated[float, Option(help="Of a mixture: weight of the load-balancing loss.")] = 0.01
+    rng_seed: RngSeedOption = 0
+    threads: Annotated[int | None, Option(help="CPU threads of each; default: one for a small seed, else a worker's share.")] = None
 
 
 def command(verb: Callable[..., None]) -> Callable[..., None]:

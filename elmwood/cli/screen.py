@@ -1,7 +1,6 @@
 """What people see: progress bars on stderr, tables and digests on stdout, numbers a person can read."""
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,37 +13,15 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from elmwood.engine import Progress as Report
-from elmwood.errors import BadInput
 from elmwood.records import Record
 from elmwood.store import Store
+from elmwood.units import duration, short
+from elmwood.units import parse_count as count
+
+__all__ = ["bars", "count", "duration", "emit", "expand", "keep", "made", "out", "short", "table", "talk"]
 
 talk = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
-
-_SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
-
-
-def count(text: str) -> int:
-    """'1.5M' -> 1_500_000; '24GB' -> 24_000_000_000. Raises BadInput."""
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmgbt]?)(?:i?b)?\s*", text.lower())
-    if not match:
-        raise BadInput(f"{text!r} is not a number: write 250000, 250k, 1.5M or 24GB")
-    return int(float(match[1].replace("_", "")) * _SCALES[match[2]])
-
-
-def short(number: float) -> str:
-    """1_234_567 -> '1.23M': three digits at most."""
-    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= 0.9995 * scale:
-            return f"{number / scale:.3g}{letter}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds -> '45 s', '3.4 min' or '2.1 h'."""
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
 
 
 class _Rate(ProgressColumn):

@@ -1,32 +1,31 @@
 """Verbs of training: seeds, experts, adapters made elsewhere, and what a run will take."""
 
+import shlex
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-from elmwood.cli import old_fitting, old_mix, old_training
+from elmwood.cli import old_fitting, old_mix
+from elmwood.cli.live_table import live_table
 from elmwood.cli.options import (
-    AccumulateOption,
-    BatchOption,
-    CheckpointingOption,
     CorpusArgument,
     EngineOption,
     ExpertsArgument,
-    LateOption,
-    LengthOption,
-    MethodOption,
     NameOption,
-    OptimiserOption,
     Output,
-    RankOption,
+    RecipeOptions,
     RngSeedOption,
-    TogetherOption,
-    TunedOption,
+    ScheduleOptions,
     WorkersOption,
     typed_options,
 )
+from elmwood.cli.screen import bars, made, out
+from elmwood.cli.text import print_corpus
 from elmwood.errors import BadInput
+from elmwood.records import Corpus
+from elmwood.store import Store
+from elmwood.study import training
 
 
 def seed_import(
@@ -36,7 +35,9 @@ def seed_import(
     output: Output = Output(),
 ) -> None:
     """Import a causal language model of transformers as a seed."""
-    old_training.seed_import(model=model, separator=separator, name=name, store=output.store, as_json=output.as_json)
+    with bars() as progress:
+        seed = training.import_seed(model, Store(output.store), separator=separator, name=name, progress=progress)
+    made(seed, name, output.as_json)
 
 
 def seed_train(
@@ -53,36 +54,25 @@ def seed_train(
     output: Output = Output(),
 ) -> None:
     """Train a small Llama from scratch, with its own tokenizer."""
-    old_training.seed_train(corpus=corpus, tokens=tokens, layers=layers, width=width, vocabulary=vocabulary, length=length,
-          batch=batch, learning_rate=learning_rate, rng_seed=rng_seed, name=name, store=output.store, as_json=output.as_json)  # fmt: skip
+    store = Store(output.store)
+    with bars() as progress:
+        seed = training.train_seed(
+            corpus, store, tokens=tokens, layers=layers, width=width, vocabulary=vocabulary, length=length, batch=batch,
+            learning_rate=learning_rate, rng_seed=rng_seed, name=name, progress=progress,
+        )  # fmt: skip
+    print_corpus(store.load(str(seed.corpus), Corpus))
+    made(seed, name, output.as_json)
 
 
 def train(
     context: typer.Context,
     partition: Annotated[str, Argument(help="Name or digest; with --method router the mixture to tune.")],
+    recipe: RecipeOptions = RecipeOptions(),
+    schedule: ScheduleOptions = ScheduleOptions(),
     seed: Annotated[str | None, Option(help="Name or digest; a mixture knows its own.")] = None,
     domains: Annotated[str, Option(help="'all', or numbers: 0,3-5. 'pooled' trains one control on everything.")] = "all",
-    method: MethodOption = "lora",
-    tokens: Annotated[str, Option(help="Training tokens per expert, e.g. 2M.")] = "1M",
-    batch: BatchOption = 8,
-    length: LengthOption = None,
-    learning_rate: Annotated[float | None, Option(help="Peak; default: by method and size of the seed.")] = None,
-    schedule: Annotated[str, Option(help="cosine, linear, constant or wsd.")] = "cosine",
-    rank: RankOption = 16,
-    alpha: Annotated[float | None, Option(help="Adapters are scaled by alpha / rank; default: rank-stabilised.")] = None,
-    targets: Annotated[str, Option(help="Modules that get adapters, e.g. q_proj,v_proj.")] = "all-linear",
-    late: LateOption = 1.0,
-    accumulate: AccumulateOption = 1,
-    checkpointing: CheckpointingOption = False,
-    optimiser: OptimiserOption = "adamw",
-    patience: Annotated[int | None, Option(help="Stop after so many looks at a validation loss without a better one.")] = None,
-    together: TogetherOption = 1,
     report_to: Annotated[list[str] | None, Option(help="tensorboard, trackio, wandb or mlflow (repeatable).")] = None,
-    tuned: TunedOption = "routers",
-    balance: Annotated[float, Option(help="Of a mixture: weight of the load-balancing loss.")] = 0.01,
-    rng_seed: RngSeedOption = 0,
     statistics: Annotated[bool, Option("--statistics", help="Leave what merges need to know of the text, beside each expert.")] = False,
-    threads: Annotated[int | None, Option(help="CPU threads of each; default: one for a small seed, else a worker's share.")] = None,
     workers: WorkersOption = None,
     engine: EngineOption = "local",
     commands: Annotated[bool, Option("--commands", help="Print the command of each expert instead: the same tasks, for anywhere.")] = False,
@@ -90,21 +80,39 @@ def train(
     output: Output = Output(),
 ) -> None:
     """Train one expert per domain from the seed, without communication; or tune a mixture. Interrupted runs resume."""
-    if method == "router":
-        old_mix.tune_verb(given=typed_options(context), mixture=partition, tokens=tokens, batch=batch, length=length,
-              learning_rate=learning_rate, schedule=schedule, tuned=tuned, balance=balance, rng_seed=rng_seed, threads=threads or 1,
-              accumulate=accumulate, checkpointing=checkpointing, optimiser=optimiser, patience=patience, name=name, store=output.store,
-              as_json=output.as_json)  # fmt: skip
+    store, typed = Store(output.store), typed_options(context)
+    if recipe.method == "router":
+        tune(partition, recipe, schedule, typed, name, output)
         return
     if seed is None:
         raise BadInput("experts branch from a seed: name it with --seed; a mixture is tuned, with --method router")
-    if wrong := typed_options(context) & {"tuned", "balance"}:
+    if wrong := typed & {"tuned", "balance"}:
         raise BadInput(f"--{min(wrong)} is of mixtures: leave it out, or tune one with --method router")
-    old_training.train(partition=partition, seed=seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length,
-          learning_rate=learning_rate, schedule=schedule, rank=rank, alpha=alpha, targets=targets, late=late, accumulate=accumulate,
-          checkpointing=checkpointing, optimiser=optimiser, patience=patience, together=together, report_to=report_to or [],
-          rng_seed=rng_seed, statistics=statistics, threads=threads, workers=workers, engine=engine, commands=commands, name=name,
-          store=output.store, as_json=output.as_json)  # fmt: skip
+    fields = recipe._asdict() | schedule._asdict()
+    fields = {field: value for field, value in fields.items() if field not in ("tuned", "balance")}
+    plan = training.plan_training(partition, seed, store, domains=domains, report_to=report_to or (), workers=workers, **fields)
+    if commands:
+        more = ["--statistics"] * statistics + (["--name", name] if name else []) + ["--store", str(output.store)]
+        for words in plan.commands():
+            out.print(shlex.join([*words, *more]), soft_wrap=True)
+        return
+    with live_table(plan.experts(store), store) as progress:
+        experts = training.run_plan(plan, store, engine=engine, name=name, progress=progress)
+    if statistics:
+        with bars() as progress:
+            training.compute_statistics(experts, store, workers=plan.workers, engine=engine, progress=progress)
+    for expert in experts:
+        made(expert, training.expert_name(name, expert), output.as_json)
+
+
+def tune(mixture: str, recipe: RecipeOptions, schedule: ScheduleOptions, typed: set[str], name: str | None, output: Output) -> None:
+    """Tune the routers, or more, of a mixture."""
+    old_mix.tune_verb(
+        given=typed, mixture=mixture, tokens=schedule.tokens, batch=recipe.batch, length=recipe.length,
+        learning_rate=schedule.learning_rate, schedule=schedule.schedule, tuned=recipe.tuned, balance=schedule.balance,
+        rng_seed=schedule.rng_seed, threads=schedule.threads or 1, accumulate=recipe.accumulate, checkpointing=recipe.checkpointing,
+        optimiser=recipe.optimiser, patience=schedule.patience, name=name, store=output.store, as_json=output.as_json,
+    )  # fmt: skip
 
 
 def adopt(
@@ -116,9 +124,7 @@ def adopt(
     output: Output = Output(),
 ) -> None:
     """Take a LoRA or DoRA adapter trained elsewhere as an expert."""
-    old_training.adopt(
-        adapter=adapter, seed=seed, partition=partition, domain=domain, name=name, store=output.store, as_json=output.as_json
-    )
+    made(training.adopt(adapter, seed, Store(output.store), partition=partition, domain=domain, name=name), name, output.as_json)
 
 
 def statistics(
@@ -128,23 +134,17 @@ def statistics(
     output: Output = Output(),
 ) -> None:
     """Compute Gram and Fisher matrices of experts on their own text, for merge rules that need them."""
-    old_training.statistics(experts=experts, rows=rows, workers=workers, store=output.store, as_json=output.as_json)
+    with bars() as progress:
+        found = training.compute_statistics(experts, Store(output.store), rows=rows, workers=workers, progress=progress)
+    for record in found:
+        made(record, None, output.as_json)
 
 
 def fit(
     seed: Annotated[
         str | None, Argument(help="A seed or mixture here, a folder with config.json, or a hub id (downloads its config).")
     ] = None,
-    method: MethodOption = "lora",
-    batch: BatchOption = 8,
-    length: LengthOption = None,
-    rank: RankOption = 16,
-    late: LateOption = 1.0,
-    accumulate: AccumulateOption = 1,
-    checkpointing: CheckpointingOption = False,
-    optimiser: OptimiserOption = "adamw",
-    together: TogetherOption = 1,
-    tuned: TunedOption = "routers",
+    recipe: RecipeOptions = RecipeOptions(),
     memory: Annotated[str | None, Option(help="What there is, e.g. 24GB; default: this machine's.")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda; default: a GPU where this machine has one.")] = None,
     measure: Annotated[bool, Option("--measure", help="Train two steps, and hold what they took against the prediction.")] = False,
@@ -152,6 +152,5 @@ def fit(
     output: Output = Output(),
 ) -> None:
     """Predict the memory and time of a training run, and what would fit. The seed's config is enough."""
-    old_fitting.fit(seed=seed, method=method, batch=batch, length=length, rank=rank, late=late, accumulate=accumulate,
-          checkpointing=checkpointing, optimiser=optimiser, together=together, tuned=tuned, memory=memory, device=device,
-          measure=measure, table=table, store=output.store, as_json=output.as_json)  # fmt: skip
+    old_fitting.fit(seed=seed, **recipe._asdict(), memory=memory, device=device, measure=measure, table=table, store=output.store,
+          as_json=output.as_json)  # fmt: skip

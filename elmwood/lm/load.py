@@ -125,11 +125,13 @@ def add_seed(store: Store, files: Files, config: Any, parameters: int, **fields:
 # ---- brought in -------------------------------------------------------------------------------------------------
 
 
-def import_seed(source: str, store: Store, *, name: str | None = None, separator: int | None = None, licence: str | None = None) -> Seed:
+def import_seed(
+    source: str, store: Store, *, name: str | None = None, separator: int | str | None = None, licence: str | None = None
+) -> Seed:
     """A seed from a transformers folder, a .gguf file, or a model hub's `id` or `id@revision`.
 
     A hub seed stays in the hub's own cache, pinned to its commit and to the digests of its files; anything else is copied
-    into the store. `separator` is the token id that stands before each document: by default "<|endoftext|>" where the
+    into the store. `separator` is the token (or its id) that stands before each document: by default "<|endoftext|>" where the
     vocabulary has it, else the tokenizer's bos, else its eos. Raises BadSeed, MissingExtra.
     """
     path = Path(source).expanduser()
@@ -148,13 +150,15 @@ def import_seed(source: str, store: Store, *, name: str | None = None, separator
     return _import_folder(folder, store, name or identifier.split("/")[-1], separator, licence, hub)
 
 
-def _import_folder(folder: Path, store: Store, name: str, separator: int | None, licence: str | None, hub: str | None = None) -> Seed:
+def _import_folder(folder: Path, store: Store, name: str, separator: int | str | None, licence: str | None, hub: str | None = None) -> Seed:
     config = _config(folder)
     tokenizer, starts = _tokenizer(folder)
+    if isinstance(separator, str):
+        separator = _token_id(separator, tokenizer, folder)
     if separator is None:
         separator = next((found for found in (tokenizer.token_to_id("<|endoftext|>"), *starts) if found is not None), None)
     if separator is None:
-        raise BadSeed(f"{folder}: the tokenizer has no <|endoftext|>, bos or eos for a separator of documents: give a token id")
+        raise BadSeed(f"{folder}: the tokenizer has no <|endoftext|>, bos or eos to separate documents: name a token with --separator")
     check_tokenizer(tokenizer, config, separator, str(folder))
     parameters = _parameters(folder)
     kept = sorted({path for pattern in KEPT for path in folder.glob(pattern) if path.is_file()})
@@ -162,6 +166,14 @@ def _import_folder(folder: Path, store: Store, name: str, separator: int | None,
     if "tokenizer.json" not in files:
         files["tokenizer.json"] = store.put(tokenizer.to_str().encode())
     return add_seed(store, files, config, parameters, name=name, separator=separator, licence=licence, hub=hub)
+
+
+def _token_id(token: str, tokenizer: Tokenizer, folder: Path) -> int:
+    """The id of a token given by its text, or as a number. Raises BadSeed."""
+    found = tokenizer.token_to_id(token)
+    if found is None and not token.isdecimal():
+        raise BadSeed(f"{folder}: the tokenizer has no token {token!r}: name one of its vocabulary, or its id")
+    return int(token) if found is None else found
 
 
 def _config(folder: Path) -> Any:

@@ -114,6 +114,9 @@ def test_the_separator_is_bos_else_eos(names, expected, tmp_path, store):
     PreTrainedTokenizerFast(tokenizer_object=vocabulary, **names).save_pretrained(tmp_path)
     assert import_seed(str(tmp_path), store).separator == expected
     assert import_seed(str(tmp_path), store, separator=2).separator == 2
+    assert [import_seed(str(tmp_path), store, separator=token).separator for token in ("the", "<b>", "1")] == [2, 0, 1]
+    with pytest.raises(BadSeed, match="no token 'cat'"):
+        import_seed(str(tmp_path), store, separator="cat")
     with pytest.raises(BadSeed, match="separator 320"):
         import_seed(str(tmp_path), store, separator=320)
 

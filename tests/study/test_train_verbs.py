@@ -13,8 +13,9 @@ from rich.console import Console
 from tiny_models import save_adapter, tiny_seed
 from typer.testing import CliRunner
 
-from elmwood.cli import app, board
-from elmwood.cli.live_table import Board, Entry, Line
+from elmwood.cli import app
+from elmwood.cli import live_table as board
+from elmwood.cli.live_table import Board, Line
 from elmwood.corpus.build import build, documents
 from elmwood.domains.partition import partition
 from elmwood.errors import BadInput, ElmwoodError
@@ -23,6 +24,7 @@ from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model
 from elmwood.records import Expert, Merged, Partition, Recipe, Seed
 from elmwood.store import Store
+from elmwood.study.training import Planned
 
 SHORT = ["--tokens", "500", "--length", "32", "--batch", "4", "--rank", "4", "--workers", "1"]
 
@@ -155,7 +157,7 @@ def test_rows_wait_read_train_and_are_done(tmp_path, monkeypatch):
     monkeypatch.setattr(board.time, "monotonic", lambda: float(next(clock)))
     store = Store(tmp_path)
     table = Board(
-        [Entry("one", "key-one", "one", 800), Entry("two", "key-two", "pair", 800), Entry("three", "key-three", "pair", 800)], store
+        [Planned("one", "key-one", "one", 800), Planned("two", "key-two", "pair", 800), Planned("three", "key-three", "pair", 800)], store
     )
     assert [line.state for line in table.lines()] == ["waiting"] * 3
     table.progress("pair", 10, 100, "bytes")

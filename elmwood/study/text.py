@@ -1,0 +1,182 @@
+"""Text: read a corpus, discover its domains, revise them, and count which domains other text belongs to."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from elmwood.corpus import build as corpora
+from elmwood.corpus.read import read
+from elmwood.domains import partition as partitions
+from elmwood.domains import share
+from elmwood.domains.dense import DENSE, Model, sentence_model
+from elmwood.domains.grow import Means
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput
+from elmwood.records import Corpus, Partition, Record, Seed
+from elmwood.store import Store
+from elmwood.study.tasks import opener
+
+R = TypeVar("R", bound=Record)
+Place = Store | Path | str | None  # of a store; None: the default one
+
+
+class Revision(NamedTuple):
+    """A partition that revises another, and what changed."""
+
+    partition: Partition
+    parent: Partition
+    domains: tuple[int, ...]  # of the new partition: the parts of the domain that was split, or the domains that were added
+
+
+class Survey(NamedTuple):
+    """Which domains of a partition some text belongs to."""
+
+    partition: Partition
+    counted: share.Survey
+    rejected: Mapping[str, int]  # documents left out, by reason
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts, and histograms of squared distance, as JSON takes them."""
+        counted = self.counted
+        domains = [
+            {
+                "name": domain.name,
+                "documents": int(counted.documents_K[k]),
+                "bytes": int(counted.bytes_K[k]),
+                "far": int(counted.far_K[k]),
+                "nearest": list(counted.nearest_K[k]),
+                "examples": list(domain.examples),
+                **self._histogram(counted.near_KB[k]),
+            }
+            for k, domain in enumerate(self.partition.domains)
+        ]
+        return {
+            "partition": self.partition.digest,
+            "documents": int(counted.documents_K.sum()),
+            "wordless": counted.wordless,
+            "far": int(counted.far_K.sum()),
+            "left_out": dict(self.rejected),
+            "edges": counted.edge_B.tolist(),
+            **self._histogram(counted.near_KB.sum(0)),
+            "domains": domains,
+        }
+
+    def _histogram(self, near_B: np.ndarray) -> dict[str, Any]:
+        found = share.quantiles(near_B, self.counted.edge_B)
+        return {"histogram": near_B.tolist(), "quantiles": found and dict(zip(map(str, share.QUANTILES), found, strict=True))}
+
+
+def build(
+    sources: str | Sequence[str], store: Place = None, *, holdout: float = 0.1, field: str = "text", name: str | None = None,
+    progress: Progress = silent,
+) -> Corpus:  # fmt: skip
+    """Read sources, drop duplicates, set a share of the documents aside as holdout. Raises BadCorpus, DoesNotFit."""
+    store = Store(store)
+    corpus = corpora.build(as_sources(sources), store, holdout=holdout, field=field, progress=progress)
+    return keep_name(corpus, name, store)
+
+
+def cluster(
+    corpus: Corpus | str | Sequence[str], store: Place = None, *, domains: int = 8, embedder: str = "tfidf",
+    embedder_model: str | None = None, method: str = "balanced", holdout: float = 0.1, field: str = "text", rng_seed: int = 0,
+    workers: int = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
+) -> Partition:  # fmt: skip
+    """Read a corpus (sources, or a corpus that was built) and divide it into domains. Raises BadCorpus, BadInput, DoesNotFit."""
+    store = Store(store)
+    model = find_model(embedder, embedder_model, store)
+    built = corpus if isinstance(corpus, Corpus) else build(corpus, store, holdout=holdout, field=field, progress=progress)
+    fitted = partitions.fit_embedder(built, store, embedder, model=model, rng_seed=rng_seed, progress=progress) if model else embedder
+    means = Means(workers, engine, opener(embedder))
+    made = partitions.partition(
+        built, store, domains=domains, embedder=fitted, method=method, rng_seed=rng_seed, means=means, progress=progress
+    )
+    return keep_name(made, name, store)
+
+
+def split(
+    partition: Partition | str, domain: int | str, store: Place = None, *, parts: int = 2, rng_seed: int = 0, name: str | None = None,
+    progress: Progress = silent,
+) -> Revision:  # fmt: skip
+    """Split one domain, by number or name, into several. The experts of the other domains stay valid. Raises BadInput, BadCorpus."""
+    store = Store(store)
+    parent = open_partition(partition, store)
+    number = find_domain(domain, parent)
+    means = Means(open_model=opener(parent.embedder.name))
+    made = partitions.split(parent, number, store, parts=parts, rng_seed=rng_seed, means=means, progress=progress)
+    return Revision(keep_name(made, name, store), parent, partitions.heirs(parent, made, store)[number])
+
+
+def add(
+    partition: Partition | str, corpus: Corpus | str | Sequence[str], store: Place = None, *, domains: int = 1, holdout: float = 0.1,
+    field: str = "text", rng_seed: int = 0, workers: int = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
+) -> Revision:  # fmt: skip
+    """Add new domains from a corpus. The experts of the old domains stay valid. Raises BadInput, BadCorpus, DoesNotFit."""
+    store = Store(store)
+    parent = open_partition(partition, store)
+    built = corpus if isinstance(corpus, Corpus) else build(corpus, store, holdout=holdout, field=field, progress=progress)
+    means = Means(workers, engine, opener(parent.embedder.name))
+    made = partitions.add(parent, built, store, domains=domains, rng_seed=rng_seed, means=means, progress=progress)
+    return Revision(keep_name(made, name, store), parent, tuple(range(len(parent.domains), len(made.domains))))
+
+
+def survey(
+    corpus: str | Sequence[str], partition: Partition | str, store: Place = None, *, field: str = "text", name: str | None = None,
+    progress: Progress = silent,
+) -> Survey:  # fmt: skip
+    """Count which domains of a partition these documents belong to, and how near they are. Nothing is kept of the text.
+    `name` is given to the partition. Raises BadInput, BadCorpus."""
+    store = Store(store)
+    division = open_partition(partition, store)
+    rejected: Counter[str] = Counter()
+    found = chain.from_iterable(read(source, rejected, field=field) for source in as_sources(corpus))
+    counted = share.survey(division, store, found, open_model=opener(division.embedder.name), progress=progress)
+    return Survey(keep_name(division, name, store), counted, dict(rejected))
+
+
+def find_model(embedder: str, named: str | None, store: Store) -> Model | None:
+    """The model that a neural embedder is fitted with. `named`: a seed, or the folder of a sentence model. Raises BadInput."""
+    if embedder not in DENSE:
+        if named:
+            raise BadInput(f"embedder {embedder!r} needs no model: leave out --embedder-model, or take {' or '.join(DENSE)}")
+        return None
+    if not named:
+        raise BadInput(f"embedder {embedder!r} needs a model: name it with --embedder-model (a seed here, or a sentence model's folder)")
+    if embedder == "sentence":
+        return sentence_model(named, store)
+    from elmwood.lm.hidden_states import seed_states  # torch
+
+    digest = store.load(named, Seed).digest
+    return Model(digest, seed_states(digest, store))
+
+
+def open_partition(given: Partition | str, store: Store) -> Partition:
+    """A partition by its name or digest, or from a folder written by `export`, which is taken into the store."""
+    if isinstance(given, str) and Path(given).is_dir():
+        return share.receive(Path(given), store)
+    return store.load(given, Partition)
+
+
+def find_domain(domain: int | str, partition: Partition) -> int:
+    """The number of a domain given by its number or its name. Raises BadInput."""
+    names = [one.name for one in partition.domains]
+    if domain in names:
+        return names.index(str(domain))
+    if not str(domain).isdecimal():
+        raise BadInput(f"no domain is called {domain!r}: name one of {', '.join(names)}, or its number")
+    return int(domain)
+
+
+def as_sources(given: str | Sequence[str]) -> Sequence[str]:
+    """One source, or several."""
+    return [given] if isinstance(given, str) else given
+
+
+def keep_name(record: R, name: str | None, store: Store) -> R:
+    """Give a record its name, if it gets one, and return it. Raises UnknownName."""
+    if name:
+        store.name(name, record.digest)
+    return record

@@ -1,0 +1,306 @@
+"""Training: recipes with their defaults, the tasks that make experts, seeds, and adapters made elsewhere."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import ValidationError
+
+from elmwood.engine import Progress, cores, run, silent
+from elmwood.errors import BadInput
+from elmwood.records import Corpus, Digest, Expert, Forest, Partition, Recipe, Seed, Shape, Shard, Statistics
+from elmwood.store import Store
+from elmwood.study.tasks import (
+    SMALL,
+    StatisticsJob,
+    TogetherJob,
+    TrainJob,
+    default_workers,
+    experts_job,
+    keys,
+    label,
+    statistics_job,
+)
+from elmwood.study.text import Place, build, keep_name
+from elmwood.units import parse_count
+
+R = TypeVar("R", Recipe, Shape)
+
+ROWS = 64  # training documents of an expert that its statistics are computed on
+TINY = 10_000_000  # parameters: below, a model has learned little and takes the rates of one trained from scratch
+# fields of a recipe that a command names only where they are not the default
+OPTIONAL = ("rank", "alpha", "targets", "late", "schedule", "accumulate", "checkpointing", "optimiser", "patience", "rng_seed")
+
+
+# ---- seeds -------------------------------------------------------------------------------------------------------
+
+
+def import_seed(
+    model: str, store: Place = None, *, separator: str | None = None, name: str | None = None, progress: Progress = silent
+) -> Seed:  # fmt: skip
+    """Import a causal language model: a transformers folder, a GGUF file, or a hub id. Raises BadSeed, BadInput."""
+    store = Store(store)
+    from elmwood.lm import load  # torch
+
+    progress(f"import {Path(model).name}", 0, 0, "")
+    return keep_name(load.import_seed(model, store, name=name, separator=separator), name, store)
+
+
+def train_seed(
+    corpus: Corpus | str | Sequence[str], store: Place = None, *, tokens: int | str = "3M", layers: int = 3, width: int = 128,
+    vocabulary: int = 2048, length: int = 256, batch: int = 8, learning_rate: float = 3e-3, rng_seed: int = 0, name: str | None = None,
+    progress: Progress = silent,
+) -> Seed:  # fmt: skip
+    """Train a small Llama from scratch, with its own tokenizer. Raises BadInput, BadCorpus, DoesNotFit."""
+    store = Store(store)
+    shape = llama(layers, width, vocabulary, length)
+    recipe = make_recipe(
+        tokens=tokens, method="full", batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed, threads=cores()
+    )
+    built = corpus if isinstance(corpus, Corpus) else build(corpus, store, progress=progress)
+    from elmwood.train import tasks  # torch
+
+    return keep_name(tasks.train_seed(built, shape, recipe, store, name=name or "seed", progress=progress), name, store)
+
+
+def llama(layers: int, width: int, vocabulary: int, context: int) -> Shape:
+    """The proportions of a Llama: heads of 32 (64 from width 512), feed-forward 8/3 of the width in steps of 32. Raises BadInput."""
+    heads, feed_forward = max(1, width // (64 if width >= 512 else 32)), -(-width * 8 // 3 // 32) * 32
+    return checked(
+        Shape, "seed train", layers=layers, width=width, heads=heads, feed_forward=feed_forward, vocabulary=vocabulary, context=context
+    )
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------------
+
+
+def make_recipe(
+    *, tokens: int | str, batch: int, length: int, targets: str | Sequence[str] = "all-linear", verb: str = "train", **fields: Any
+) -> Recipe:  # fmt: skip
+    """A recipe for so many tokens. `targets` as the command line has them: names joined by commas. Raises BadInput."""
+    chosen = tuple(targets.split(",") if isinstance(targets, str) else targets)
+    steps = max(1, parse_count(tokens) // (max(1, batch) * max(1, length)))
+    return checked(
+        Recipe, verb, steps=steps, batch=batch, length=length, targets="all-linear" if "all-linear" in chosen else chosen, **fields
+    )
+
+
+def checked(kind: type[R], verb: str, **fields: Any) -> R:
+    """A record of options. Raises BadInput, which names the option."""
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise BadInput(f"--{option} {first['input']}: {first['msg'].lower()}; `elmwood {verb} --help` lists what there is") from error
+
+
+def default_length(context: int) -> int:
+    """Tokens per sequence where the user chose none."""
+    return min(context, 1024)
+
+
+def default_rate(seed: Seed, method: str) -> float:
+    """Peak learning rate where the user chose none. LoRA takes about ten times the rate of full tuning (see docs/training.md)."""
+    full = 2e-3 if seed.parameters < TINY else 2e-5
+    return full * (1 if method == "full" else 10 if seed.parameters >= TINY else 2)
+
+
+# ---- experts -----------------------------------------------------------------------------------------------------
+
+
+class Planned(NamedTuple):
+    """An expert that a plan makes."""
+
+    name: str
+    key: str  # of its task: where it logs, and what is marked when it is done
+    job: str  # what progress calls its job: experts trained together share one
+    tokens: int
+
+
+class Plan(NamedTuple):
+    """The tasks that make experts, one per domain. None stands for the control that is trained on all domains."""
+
+    partition: Partition
+    seed: Seed
+    recipe: Recipe
+    groups: tuple[tuple[int | None, ...], ...]  # domains trained at once
+    workers: int
+    report_to: tuple[str, ...]
+
+    def jobs(self, store: Store) -> list[TrainJob | TogetherJob]:
+        """One task for each group."""
+        return [training_job(self.partition, group, self.seed, self.recipe, store.root, self.report_to) for group in self.groups]
+
+    def experts(self, store: Store) -> list[Planned]:
+        """Each expert, in order."""
+        return [
+            Planned(label(self.partition, domain), key, job.label, self.recipe.tokens)
+            for job in self.jobs(store)
+            for domain, key in zip(job.domains, keys(job, store), strict=True)
+        ]
+
+    def commands(self) -> list[list[str]]:
+        """For each group, the words of the command that makes just these experts: the same task, so the same records."""
+        more = [word for tracker in self.report_to for word in ("--report-to", tracker)]
+        return [[*command(self.partition, self.seed, group, self.recipe), *more] for group in self.groups]
+
+
+def plan_training(
+    partition: Partition | str, seed: Seed | str, store: Place = None, *, domains: str | int | Sequence[int] = "all", method: str = "lora",
+    batch: int = 8, length: int | None = None, learning_rate: float | None = None, together: int = 1, threads: int | None = None,
+    workers: int | None = None, report_to: Sequence[str] = (), **options: Any,
+) -> Plan:  # fmt: skip
+    """The tasks of `train`, which has the same options. Raises BadInput."""
+    store = Store(store)
+    division, start = store.load(partition, Partition), store.load(seed, Seed)
+    chosen: list[int | None] = [None] if domains == "pooled" else [*parse_domains(domains, len(division.domains))]
+    if together < 1:
+        raise BadInput(f"--together {together}: at least one expert is trained at a time; leave it out for one")
+    groups = tuple(tuple(chosen[place : place + together]) for place in range(0, len(chosen), together))
+    workers = workers or default_workers(start, len(groups))
+    # an expert of a small seed has the same bytes whether it is trained alone or beside others
+    threads = threads or (1 if start.parameters < SMALL else max(1, cores() // workers))
+    recipe = make_recipe(
+        method=method, batch=batch, length=length or default_length(start.context), threads=threads,
+        learning_rate=learning_rate or default_rate(start, method), **options,
+    )  # fmt: skip
+    return Plan(division, start, recipe, groups, workers, tuple(report_to))
+
+
+def run_plan(
+    plan: Plan, store: Place = None, *, engine: str = "local", name: str | None = None, progress: Progress = silent
+) -> list[Expert]:  # fmt: skip
+    """Train the experts of a plan. `name`: they are called NAME/0, NAME/1, ... after their domains."""
+    store = Store(store)
+    made = run(experts_job, plan.jobs(store), workers=plan.workers, engine=engine, gpu=True, progress=progress)
+    experts = [store.load(digest, Expert) for digests in made for digest in digests]
+    return [keep_name(expert, expert_name(name, expert), store) for expert in experts]
+
+
+def train(
+    partition: Partition | str, seed: Seed | str, store: Place = None, *, domains: str | int | Sequence[int] = "all", method: str = "lora",
+    tokens: int | str = "1M", batch: int = 8, length: int | None = None, learning_rate: float | None = None, schedule: str = "cosine",
+    rank: int = 16, alpha: float | None = None, targets: str | Sequence[str] = "all-linear", late: float = 1.0, accumulate: int = 1,
+    checkpointing: bool = False, optimiser: str = "adamw", patience: int | None = None, together: int = 1, report_to: Sequence[str] = (),
+    rng_seed: int = 0, statistics: bool = False, threads: int | None = None, workers: int | None = None, engine: str = "local",
+    name: str | None = None, progress: Progress = silent,
+) -> list[Expert]:  # fmt: skip
+    """Train one expert per domain from the seed, without communication. Interrupted runs resume. Raises BadInput, DoesNotFit.
+
+    `domains`: "all", numbers such as "0,3-5", or "pooled" for one control on everything.
+    """
+    store = Store(store)
+    plan = plan_training(
+        partition, seed, store, domains=domains, method=method, tokens=tokens, batch=batch, length=length, learning_rate=learning_rate,
+        schedule=schedule, rank=rank, alpha=alpha, targets=targets, late=late, accumulate=accumulate, checkpointing=checkpointing,
+        optimiser=optimiser, patience=patience, together=together, report_to=report_to, rng_seed=rng_seed, threads=threads,
+        workers=workers,
+    )  # fmt: skip
+    experts = run_plan(plan, store, engine=engine, name=name, progress=progress)
+    if statistics:
+        compute_statistics(experts, store, workers=plan.workers, engine=engine, progress=progress)
+    return experts
+
+
+def training_job(
+    partition: Partition, group: Sequence[int | None], seed: Seed, recipe: Recipe, root: Path, report_to: Sequence[str] = ()
+) -> TrainJob | TogetherJob:
+    """The task that makes one expert, or several at once, in the store at `root`."""
+    place: dict[str, Any] = {"store": root, "seed": seed.digest, "recipe": recipe, "partition": partition.digest}
+    place["report_to"] = tuple(report_to)
+    if len(group) == 1:
+        return TrainJob(label=label(partition, group[0]), data=shards(partition, group[0]), domain=group[0], **place)
+    return TogetherJob(
+        label=f"domains {spell_domains(group)}", data=tuple(shards(partition, domain) for domain in group), domains=tuple(group), **place
+    )
+
+
+def command(partition: Partition, seed: Seed, group: Sequence[int | None], recipe: Recipe) -> list[str]:
+    """The words of the command that makes just these experts."""
+    domains = spell_domains(group)
+    words = ["elmwood", "train", partition.digest, "--seed", seed.digest, "--domains", domains, "--tokens", str(recipe.tokens)]
+    for field in ("method", "batch", "length", "learning_rate", "threads", *OPTIONAL):
+        value = getattr(recipe, field)
+        if field in OPTIONAL and value == Recipe.model_fields[field].default:
+            continue
+        words.append(f"--{field.replace('_', '-')}")
+        words += [] if value is True else [",".join(value) if isinstance(value, tuple) else str(value)]
+    return words + (["--together", str(len(group))] if len(group) > 1 else [])
+
+
+def expert_name(name: str | None, expert: Expert) -> str | None:
+    """What an expert is called in a group of this name."""
+    return name and f"{name}/{'pooled' if expert.domain is None else expert.domain}"
+
+
+def shards(partition: Partition, domain: int | None) -> tuple[Shard, ...]:
+    """The training shards of one domain, or of all."""
+    chosen = partition.domains if domain is None else (partition.domains[domain],)
+    return tuple(shard for one in chosen for shard in one.train)
+
+
+def parse_domains(text: str | int | Sequence[int], total: int) -> Sequence[int]:
+    """'all', '0,3-5', 3 or [0, 3] -> numbers of domains, sorted. Raises BadInput."""
+    if text == "all":
+        return range(total)
+    written = text if isinstance(text, str) else ",".join(map(str, [text] if isinstance(text, int) else text))
+    try:
+        ends = [tuple(int(end) for end in part.split("-")) for part in written.split(",")]
+        chosen = sorted({number for part in ends for number in range(part[0], part[-1] + 1)})
+    except ValueError as error:
+        raise BadInput(f"{written!r} names no domains: write all, pooled, or numbers as in 0,3-5") from error
+    if not chosen or chosen[-1] >= total:
+        raise BadInput(f"{written!r} names domains beyond the {total} there are, which are numbered from 0 to {total - 1}")
+    return chosen
+
+
+def spell_domains(group: Sequence[int | None]) -> str:
+    """(0, 3, 4, 5) -> '0,3,4,5', as `parse_domains` reads it; the pooled control by its name."""
+    return ",".join("pooled" if domain is None else str(domain) for domain in group)
+
+
+def find_experts(given: Expert | Forest | str | Sequence[Expert | Forest | str], store: Store) -> list[Expert]:
+    """The experts that names and records stand for; a forest stands for its experts. Raises BadInput, UnknownName."""
+    found: list[Expert] = []
+    for record in map(store.load, store.expand(given)):
+        if not isinstance(record, Forest | Expert):
+            raise BadInput(f"{record.digest[:8]} is a {record.kind}: name experts, or a forest for all it has")
+        found += [store.load(digest, Expert) for digest in record.experts] if isinstance(record, Forest) else [record]
+    return found
+
+
+# ---- adapters made elsewhere, statistics -------------------------------------------------------------------------
+
+
+def adopt(
+    adapter: str, seed: Seed | str, store: Place = None, *, partition: Partition | str | None = None, domain: int | None = None,
+    name: str | None = None,
+) -> Expert:  # fmt: skip
+    """Take a LoRA or DoRA adapter trained elsewhere (a PEFT folder, or a hub id) as an expert. Raises BadInput."""
+    store = Store(store)
+    start = store.load(seed, Seed)
+    division = store.load(partition, Partition) if partition else None
+    if (division is None) != (domain is None):
+        raise BadInput("an expert of a domain needs both --partition and --domain; one of no domain neither")
+    if division is not None:
+        (domain,) = parse_domains(str(domain), len(division.domains))
+    from elmwood.train.adopt import import_adapter  # torch
+
+    expert = import_adapter(adapter, start, store, partition=division.digest if division else None, domain=domain)
+    return keep_name(expert, name, store)
+
+
+def compute_statistics(
+    experts: Expert | Forest | str | Sequence[Expert | Forest | str], store: Place = None, *, rows: int = ROWS, workers: int | None = None,
+    engine: str = "local", progress: Progress = silent,
+) -> list[Statistics]:  # fmt: skip
+    """Gram and Fisher matrices of experts on their own text, for merge rules that need them. Raises BadInput."""
+    store = Store(store)
+    if rows < 1:
+        raise BadInput(f"--rows {rows}: statistics need at least one document")
+    found: list[Digest] = [expert.digest for expert in find_experts(experts, store)]
+    workers = workers or default_workers(store.load(store.load(found[0], Expert).seed, Seed), len(found))
+    jobs = [StatisticsJob(store=store.root, expert=digest, rows=rows) for digest in found]
+    made = run(statistics_job, jobs, workers=workers, engine=engine, gpu=True, progress=progress)
+    return [store.load(digest, Statistics) for digest in made]
