@@ -4,6 +4,7 @@
 records, and return records; `docs/python.md` is the tour. Each is imported when it is first used, so importing elmwood costs nothing.
 """
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -28,6 +29,7 @@ __all__ = ["Store", "forest", "generate", "open_model"]
 def __getattr__(name: str) -> Any:
     if name not in FACE:
         raise AttributeError(f"module 'elmwood' has no attribute {name!r}; it has {', '.join(__all__)}")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does: waiting threads that spin slow each other down
     from elmwood.report.notebook import draw_records
 
     draw_records()

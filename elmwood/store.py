@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar, overload
+from typing import NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
 from elmwood.records import Expert, Files, Partition, Record, Seed, canonical, fingerprint, parse, references
@@ -37,6 +37,17 @@ class Damage(NamedTuple):
     where: str  # path below the store
     problem: str
     elsewhere: bool = False  # no damage: text that stayed with its owner
+
+
+@runtime_checkable
+class Holder(Protocol):
+    """A result that holds the record it is about, and stands for it."""
+
+    @property
+    def record(self) -> Record: ...
+
+
+Named = str | Record | Holder  # a name, a digest or the beginning of one; or the thing itself
 
 
 class Store:
@@ -125,21 +136,21 @@ class Store:
         return record.digest
 
     @overload
-    def load(self, name: str | Record) -> Record: ...
+    def load(self, name: Named) -> Record: ...
 
     @overload
-    def load(self, name: str | Record, kind: type[R]) -> R: ...
+    def load(self, name: Named, kind: type[R]) -> R: ...
 
-    def load(self, name: str | Record, kind: type[Record] = Record) -> Record:
+    def load(self, name: Named, kind: type[Record] = Record) -> Record:
         """The record that a ref, a digest or the beginning of one names. A record stands for itself, and is added where it is new.
 
         Raises UnknownName, Damaged, BadRecord.
         """
-        record = name if isinstance(name, Record) else self._read(self.resolve(name))
+        record = self._read(self.resolve(name)) if isinstance(name, str) else _held(name)
         if not isinstance(record, kind):
-            called = name.digest[:8] if isinstance(name, Record) else repr(name)
+            called = repr(name) if isinstance(name, str) else record.digest[:8]
             raise UnknownName(f"{called} is a {record.kind}, a {kind.__name__.lower()} is needed here; `elmwood show` lists what there is")
-        if record is name:
+        if not isinstance(name, str):
             self.add(record)
         return record
 
@@ -149,11 +160,13 @@ class Store:
             raise Damaged(f"records/{digest}.json does not match its digest: restore it from another store, or delete it and remake it")
         return parse(data)
 
-    def expand(self, names: str | Record | Iterable[str | Record]) -> list[str | Record]:
+    def expand(self, names: Named | Iterable[Named]) -> list[str | Record]:
         """One name or record, or several; a name that ends in '/' is replaced by all names below it. Raises UnknownName."""
         found: list[str | Record] = []
-        for name in [names] if isinstance(names, str | Record) else names:
-            if not (isinstance(name, str) and name.endswith("/")):
+        for name in [names] if isinstance(names, str | Record | Holder) else names:
+            if not isinstance(name, str):
+                found.append(_held(name))
+            elif not name.endswith("/"):
                 found.append(name)
             elif below := [known for known in self.names() if known.startswith(name)]:
                 found += below
@@ -161,10 +174,10 @@ class Store:
                 raise UnknownName(f"no names begin with {name!r}; `elmwood show` lists them")
         return found
 
-    def resolve(self, name: str | Record) -> str:
+    def resolve(self, name: Named) -> str:
         """A ref, a digest or the unambiguous beginning (4 digits or more) of one -> digest. Raises UnknownName."""
-        if isinstance(name, Record):
-            return name.digest
+        if not isinstance(name, str):
+            return _held(name).digest
         if _NAME.match(name) and (ref := self.root / "refs" / name).is_file():
             return ref.read_text().strip()
         if re.fullmatch(r"[0-9a-f]{4,64}", name):
@@ -283,6 +296,10 @@ class Store:
 
 
 AnyStore = Store | Path | str | None  # what a Store can be opened from; None: the default folder
+
+
+def _held(given: Record | Holder) -> Record:
+    return given if isinstance(given, Record) else given.record
 
 
 def hash_file(path: Path) -> str:

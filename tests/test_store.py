@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -146,10 +147,17 @@ def test_names_and_digests_resolve(store):
             store.name(bad, record.digest)
 
 
-def test_a_record_stands_for_itself(store):
+class Result(NamedTuple):
+    record: Corpus
+    seconds: float
+
+
+def test_a_record_stands_for_itself_and_a_result_for_its_record(store):
     one = corpus(store)
-    assert store.load(one, Corpus) is one
+    assert store.load(Result(one, 1.0), Corpus) is store.expand(Result(one, 1.0))[0] is one
+    assert store.resolve(Result(one, 1.0)) == one.digest
     assert store.has(one.digest), "it was new, and is kept"
+    assert store.load(one, Corpus) is one
     assert store.resolve(one) == one.digest
     with pytest.raises(UnknownName, match="a forest is needed"):
         store.load(one, Forest)
