@@ -36,7 +36,33 @@ class Windows(NamedTuple):
     rows_WL: np.ndarray  # int32, padded with the separator
     length_W: np.ndarray  # int64, tokens that are no padding
     score_from_W: np.ndarray  # int64
-    document_W: np.ndarray  # int64, place of the document in the packing
+    document_W: np.ndarray  # int64, place of the document in the packing; all windows of one stand together, in order
+
+    @property
+    def count_W(self) -> np.ndarray:
+        """How many tokens of each window are scored."""
+        return self.length_W - self.score_from_W
+
+    @property
+    def scored_WL(self) -> np.ndarray:
+        """Which tokens of each window are scored."""
+        place_L = np.arange(self.rows_WL.shape[1])
+        return (place_L >= self.score_from_W[:, None]) & (place_L < self.length_W[:, None])
+
+    def batches(self, some_W: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+        """Some windows in batches of at most so many tokens, padding included, the longest first: those of like length together."""
+        order_W, place = some_W[np.argsort(-self.length_W[some_W], kind="stable")], 0
+        while place < len(order_W):
+            batch = order_W[place : place + max(1, tokens // int(self.length_W[order_W[place]]))]
+            yield batch
+            place += len(batch)
+
+    def documents(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each document and all its tokens [T], the separator first: windows overlap by the tokens they do not score."""
+        begins = np.flatnonzero(np.diff(self.document_W, prepend=-1))
+        for first, last in zip(begins, [*begins[1:], len(self.document_W)], strict=True):
+            scored = [self.rows_WL[w, self.score_from_W[w] : self.length_W[w]] for w in range(first, last)]
+            yield int(self.document_W[first]), np.concatenate([self.rows_WL[first, :1], *scored])
 
 
 # ---- tokenizers -------------------------------------------------------------------------------------------------

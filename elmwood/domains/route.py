@@ -1,18 +1,18 @@
-"""Text -> squared distances to the domains, at its end or after every prefix; distances -> weights.
+"""Text -> squared distances to the domains, at its end or after every prefix; distances -> weights of an ensemble.
 
-Shapes: N texts, P prefixes, T tokens (N of several documents), W known words, K domains, E candidates (domains or experts, and
-the seed last where it is one), D dimensions, V terms.
+Shapes: N texts or tokens, P prefixes, T tokens (N of several documents), W known words, K domains, E experts, C = E + 1 candidates
+(the seed last), D dimensions, V terms.
 
-A word counts once a character that cannot belong to it follows in the prefix (words.py): the word still being written
-says nothing yet. A prefix without a known word is the zero vector, so it prefers the centroid nearest the origin.
+A word counts once it is complete: a character that cannot belong to it follows in the prefix (words.py). A prefix without a known
+word is infinitely far from every domain: where the seed is a candidate, it predicts alone.
 
-Centroids are dense [K, D], or sparse over terms: without the SVD, many fine domains are told apart better.
+Centroids are dense [K, D], or sparse over terms: without the SVD, they separate many small domains better.
 """
 
 import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,13 @@ from scipy import sparse
 from elmwood.domains.cluster import squared_distances
 from elmwood.domains.embed import Terms, unit
 from elmwood.domains.words import finished
-from elmwood.errors import BadInput
+from elmwood.errors import BadInput, UnknownName
+from elmwood.records import Ensemble
+from elmwood.registry import lookup
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
-RouterFn = Callable[[Floats], Floats]
+Bools = NDArray[np.bool_]
 
 
 class Embeds(Protocol):
@@ -70,7 +72,7 @@ def distances(fitted: Embeds, centroids: Centroids, texts: Sequence[str]) -> Flo
 
 
 def prefix_distances(fitted: Embeds, centroids: Centroids, text: str, cut_P: Sequence[int] | Ints) -> Floats:
-    """Squared distances of text[:cut], for every cut (characters), to each centroid [P, K] float32.
+    """Squared distances of text[:cut], for every cut (characters), to each centroid [P, K] float32; infinite where nothing is known.
 
     One addition per word: the embedding of a prefix is the normalised sum of what its words add.
     """
@@ -81,9 +83,10 @@ def prefix_distances(fitted: Embeds, centroids: Centroids, text: str, cut_P: Seq
         words_P = np.searchsorted(count_W, cut_P, side="right")
         dot_WK, norm2_W = _sparse_steps(terms, centroids, row_W, before_W)
         norm_P = np.sqrt(_running(norm2_W[:, None])[words_P])
-        return _sparse_distances(_running(dot_WK)[words_P] / np.where(norm_P > 0, norm_P, 1), words_P > 0)
+        return _known(_sparse_distances(_running(dot_WK)[words_P] / np.where(norm_P > 0, norm_P, 1), words_P > 0), words_P > 0)
     step_WD, count_W = fitted.steps(text)
-    dist2_WK = squared_distances(unit(_running(step_WD)), centroids)  # after each word; prefixes between two words are alike
+    sum_WD = _running(step_WD)
+    dist2_WK = _known(squared_distances(unit(sum_WD), centroids), sum_WD.any(1))  # after each word; prefixes between two words are alike
     return dist2_WK[np.searchsorted(count_W, cut_P, side="right")]
 
 
@@ -95,8 +98,8 @@ def token_distances(fitted: Embeds, centroids: Centroids, tokens_T: Sequence[int
     return prefix_distances(fitted, centroids, "".join(pieces), cut_T)
 
 
-class Walk:
-    """Routing of a text that grows: the squared distances after every piece, at the cost of that piece."""
+class PrefixDistances:
+    """Squared distances of a text that grows, after every piece, at the cost of that piece."""
 
     def __init__(self, fitted: Embeds, centroids: Centroids):
         self.fitted = fitted
@@ -104,7 +107,7 @@ class Walk:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._open = ""  # what may still become part of a word; all of the text, for embedders that do not add up words
         self._count: dict[int, int] = {}
-        self._counted, self._dist2_K = -1, np.zeros(0, np.float32)  # for the same embedders: the prefix last looked at
+        self._counted, self._dist2_K = 0, np.full(len(centroids), np.inf, np.float32)  # for the same embedders: the prefix last looked at
         self._sum_X = np.zeros(len(centroids) if isinstance(centroids, Sparse) else fitted.dimension)
         self._norm2 = 0.0
 
@@ -113,15 +116,17 @@ class Walk:
         self._open += self._decode(piece)
         if not isinstance(self.fitted, Terms):
             if (counted := self.fitted.counted(self._open)) != self._counted:
-                self._counted, self._dist2_K = counted, distances(self.fitted, self.centroids, [self._open[:counted]])[0]
+                x_1D = self.fitted.embed([self._open[:counted]])
+                self._counted, self._dist2_K = counted, _known(squared_distances(x_1D, self.centroids), x_1D.any(1))[0]
             return self._dist2_K
         row_W, count_W = self.fitted.lexicon.steps(self._open)
         for row in row_W[(row_W >= 0) & (count_W <= len(self._open))]:
             self._add(self.fitted, int(row))
         self._open = self._open[max(len(finished(self._open)) - 1, 0) :]
         if isinstance(self.centroids, Sparse):
-            return _sparse_distances(self._sum_X[None] / max(self._norm2, 1e-300) ** 0.5, np.array([self._norm2 > 0]))[0]
-        return squared_distances(unit(self._sum_X[None]), self.centroids)[0]
+            known_1 = np.array([self._norm2 > 0])
+            return _known(_sparse_distances(self._sum_X[None] / max(self._norm2, 1e-300) ** 0.5, known_1), known_1)[0]
+        return _known(squared_distances(unit(self._sum_X[None]), self.centroids), self._sum_X[None].any(1))[0]
 
     def _add(self, terms: Terms, row: int) -> None:
         before_1 = np.array([self._count.get(row, 0)], np.float64)
@@ -140,104 +145,210 @@ def nearest_place(dist2_NK: Floats, places_E: Sequence[Sequence[int]]) -> Floats
     return np.minimum.reduceat(dist2_NK[:, np.concatenate([np.asarray(places, np.int64) for places in places_E])], starts_E, axis=1)
 
 
-def candidates(dist2_NK: Floats, seed_distance: float | None) -> Floats:
-    """The seed as one more candidate, in the last column, at a fixed squared distance: text far from every domain
-    falls back to it. None: it is not a candidate."""
-    if seed_distance is None:
-        return dist2_NK
-    return np.concatenate([dist2_NK, np.full((len(dist2_NK), 1), seed_distance, dist2_NK.dtype)], axis=1)
+# ---- signals -> weights ---------------------------------------------------------------------------------------------
 
 
-def gate(score_NE: Floats, temperature: float, top_k: int) -> Floats:
-    """Weights [N, E] float64: softmax of score / temperature over the top_k candidates, zero for the others.
+@dataclass(frozen=True)
+class Routing:
+    """How weights follow from signals: the settings of an ensemble, as its record has them. Raises BadInput."""
 
-    Rows sum to one; of equal scores the first candidate is kept. Raises BadInput.
+    router: str = "centroid"
+    top_k: int = 2
+    temperature: float = 0.1
+    seed_distance: float | None = None  # the seed as a candidate at this squared distance (`posterior`: this many nats behind)
+    memory: float = 0.1  # `live`: what a nat of the memory adds to a score
+    decay: float = 0.98  # `live`: what is left of the memory after each token
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0 or self.top_k < 1:
+            raise BadInput(f"temperature is {self.temperature} and top_k {self.top_k}: both must be above zero")
+        if not (self.memory >= 0 and 0 < self.decay <= 1):
+            raise BadInput(f"memory is {self.memory} and decay {self.decay}: memory is at least 0, decay above 0 and at most 1")
+
+    @classmethod
+    def of(cls, ensemble: Ensemble) -> Self:
+        """The settings of an ensemble."""
+        return cls(**{name: getattr(ensemble, name) for name in cls.__dataclass_fields__})
+
+    @property
+    def fading(self) -> float:
+        """The decay of the memory that this router looks at."""
+        return self.decay if router_of(self).memory == "fading" else 1.0
+
+
+class Signals(NamedTuple):
+    """What routers look at. A router needs one of them, or both."""
+
+    dist2_NE: Floats | None  # squared distances of the text so far to each expert; infinite where nothing is known of it
+    memory_NC: Floats | None = None  # what each candidate said of the text so far (`remember`), nats
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and candidates."""
+        if self.dist2_NE is not None:
+            return len(self.dist2_NE), self.dist2_NE.shape[1] + 1
+        assert self.memory_NC is not None
+        return self.memory_NC.shape[0], self.memory_NC.shape[1]
+
+    def some(self, rows: Any) -> "Signals":
+        """Some rows."""
+        return Signals(*(None if part is None else part[rows] for part in self))
+
+    def among(self, members: Sequence[int]) -> "Signals":
+        """Of some experts, and the seed."""
+        dist2_NE, memory_NC = self
+        return Signals(
+            None if dist2_NE is None else dist2_NE[:, list(members)], None if memory_NC is None else memory_NC[:, [*members, -1]]
+        )
+
+
+def weights(signals: Signals, routing: Routing) -> Floats:
+    """The weight of each candidate, the seed last [N, C] float64; rows sum to one. Raises UnknownName.
+
+    A softmax of the router's scores over the candidates it keeps: `top_k` of all (experts by their digests, then the seed; of equal
+    scores the first), or, for a router that looks at distances and memory, the `top_k` nearest experts and the seed. Where nothing
+    is known of the text, the seed is alone, if it is a candidate; otherwise the first `top_k` experts begin alike.
     """
-    if not temperature > 0 or top_k < 1:
-        raise BadInput(f"temperature is {temperature} and top_k {top_k}: both must be above zero")
-    score_NE = np.asarray(score_NE, np.float64)
-    if top_k < score_NE.shape[1]:
-        order_NE = np.argsort(-score_NE, axis=1, kind="stable")
-        kept_NE = np.zeros(score_NE.shape, bool)
-        np.put_along_axis(kept_NE, order_NE[:, :top_k], True, axis=1)
-        score_NE = np.where(kept_NE, score_NE, -np.inf)
-    weight_NE = np.exp((score_NE - score_NE.max(1, keepdims=True)) / temperature)
-    return weight_NE / weight_NE.sum(1, keepdims=True)
+    router = router_of(routing)
+    score_NC = router.score(_with_seed(signals, routing), routing)
+    if routing.seed_distance is None:
+        score_NC[:, -1] = -np.inf
+    kept_NC = candidates(signals, routing) if router.distances and router.memory else _best(score_NC, routing.top_k)
+    if routing.seed_distance is None:
+        kept_NC[:, -1] = False
+    score_NC = np.where(kept_NC, score_NC, -np.inf)
+    peak_N1 = score_NC.max(1, keepdims=True)
+    score_NC = np.where(np.isinf(peak_N1) & kept_NC, 0, score_NC - np.where(np.isinf(peak_N1), 0, peak_N1))
+    weight_NC = np.exp(score_NC)
+    return weight_NC / weight_NC.sum(1, keepdims=True)
 
 
-# ---- routers: a signal [N, E] -> scores [N, E], which gate turns into weights --------------------------------------
+def candidates(signals: Signals, routing: Routing) -> Bools:
+    """Which candidates must be run, whatever the memory is: no other has weight [N, C]."""
+    router, (rows, count) = router_of(routing), signals.shape
+    if router.memory is None:
+        return weights(signals, routing) > 0
+    joins = routing.seed_distance is not None
+    if router.distances is None:
+        return np.broadcast_to(np.arange(count) < count - (not joins), (rows, count)).copy()
+    assert signals.dist2_NE is not None
+    near_NE = _best(-np.asarray(signals.dist2_NE, np.float64), routing.top_k)
+    if joins:
+        near_NE &= np.isfinite(signals.dist2_NE)
+    return np.column_stack([near_NE, np.full(rows, joins)])
+
+
+def remember(loglik_NC: Floats, decay: float = 1.0, document_N: Ints | None = None) -> Floats:
+    """The memory before each token: the sum over the tokens s before t in the same document of decay^(t - 1 - s) log p(x_s) [N, C]
+    float64, nats. The tokens of a document stand one after another; without document_N all are of one."""
+    sum_NC = np.array(loglik_NC, np.float64)
+    place_N = np.arange(len(sum_NC))  # of the token in its document
+    if document_N is not None and len(document_N):
+        begins_N = np.diff(document_N, prepend=document_N[0] - 1) != 0
+        place_N = place_N - np.maximum.accumulate(np.where(begins_N, place_N, 0))
+    step, left = 1, decay
+    while step <= place_N.max(initial=0) and left > 0:  # after each step a sum reaches twice as far back
+        sum_NC[step:] += np.where(place_N[step:, None] >= step, left * sum_NC[:-step], 0)
+        step, left = 2 * step, left * left
+    before_NC = np.zeros_like(sum_NC)
+    before_NC[1:] = np.where(place_N[1:, None] > 0, sum_NC[:-1], 0)
+    return before_NC
+
+
+# ---- routers: signals -> scores, which `weights` turns into weights ------------------------------------------------
+
+
+class Completed(NamedTuple):
+    """Signals of all candidates, the seed last."""
+
+    dist2_NC: Floats  # float64; the seed at its distance
+    memory_NC: Floats
 
 
 class Router(NamedTuple):
     """A row of the table of routers."""
 
-    score: RouterFn
-    signal: str  # what it looks at: "dense" or "sparse" squared distances, "loglik", or the document's own "domain"
+    score: Callable[[Completed, Routing], Floats]  # [N, C]: the log of the weights, up to a constant
+    distances: Literal["dense", "sparse"] | None  # to which centroids, if it looks at distances
+    memory: Literal["fading", "whole"] | None  # of what the candidates said of the text so far, if it looks at that
     source: str
 
-    def __call__(self, signal_NE: Floats) -> Floats:
-        return self.score(signal_NE)
+
+def nearest(signals: Completed, routing: Routing) -> Floats:
+    """-dist² / T."""
+    return -signals.dist2_NC / routing.temperature
 
 
-def nearest(dist2_NE: Floats) -> Floats:
-    """Minus the squared distance, so that gate gives exp(-dist² / T)."""
-    return -dist2_NE
+def cbtm(signals: Completed, routing: Routing) -> Floats:
+    """-dist⁴ / T; parity with the published code is at T = 0.1."""
+    return -np.square(signals.dist2_NC) / routing.temperature
 
 
-def cbtm(dist2_NE: Floats) -> Floats:
-    """Minus the squared distance squared once more; parity is at T = 0.1."""
-    return -np.square(dist2_NE)
-
-
-def uniform(signal_NE: Floats) -> Floats:
+def uniform(signals: Completed, routing: Routing) -> Floats:
     """All alike."""
-    return np.zeros_like(signal_NE)
+    return np.zeros_like(signals.dist2_NC)
 
 
-def posterior(score_NE: Floats) -> Floats:
-    """What `posterior_scores` gives, as it is; T = 1 makes the weights Bayes' posterior."""
-    return score_NE
+def live(signals: Completed, routing: Routing) -> Floats:
+    """-dist² / T, and the memory."""
+    return nearest(signals, routing) + routing.memory * signals.memory_NC
+
+
+def posterior(signals: Completed, routing: Routing) -> Floats:
+    """The memory over T: at T = 1 the weights are Bayes' posterior. Experts are alike at first, the seed is behind by its distance."""
+    score_NC = signals.memory_NC / routing.temperature
+    score_NC[:, -1] -= (routing.seed_distance or 0) / routing.temperature
+    return score_NC
 
 
 ROUTERS: dict[str, Router] = {
-    "centroid": Router(nearest, "dense", "the formula of c-BTM, arXiv:2303.14177"),
-    "cbtm": Router(cbtm, "dense", "the published code of c-BTM, arXiv:2303.14177"),
-    "sparse": Router(nearest, "sparse", "nearest tf-idf centroid without the SVD (Rocchio 1971)"),
-    "posterior": Router(posterior, "loglik", "the domain posterior of BTM, arXiv:2208.03306"),
-    "uniform": Router(uniform, "dense", "control: every expert alike"),
-    "oracle": Router(nearest, "domain", "bound: the expert of the document's own domain"),
+    "centroid": Router(nearest, "dense", None, "the formula of c-BTM, arXiv:2303.14177"),
+    "cbtm": Router(cbtm, "dense", None, "the published code of c-BTM, arXiv:2303.14177"),
+    "sparse": Router(nearest, "sparse", None, "nearest tf-idf centroid without the SVD (Rocchio 1971)"),
+    "live": Router(live, "dense", "fading", "centroid, and a fading memory of what the live experts said: docs/log/routing.md"),
+    "posterior": Router(posterior, None, "whole", "the domain posterior of BTM, arXiv:2208.03306"),
+    "uniform": Router(uniform, "dense", None, "control: every expert alike"),
 }
 
 
-def posterior_scores(loglik_NE: Floats, document_N: Ints | None = None, prior_E: Floats | None = None) -> Floats:
-    """Row t: log prior plus the log-likelihood, in nats, of the tokens before t in the same document, under each expert [N, E].
-
-    The tokens of a document stand one after another. No document_N: all are of one; no prior_E: all are alike before the first token.
-    """
-    sum_NE = np.zeros((len(loglik_NE) + 1, loglik_NE.shape[1]))
-    np.cumsum(loglik_NE, axis=0, dtype=np.float64, out=sum_NE[1:])
-    first_N = np.zeros(len(loglik_NE), np.int64)
-    if document_N is not None and len(document_N):
-        begins_N = np.diff(document_N, prepend=document_N[0] - 1) != 0
-        first_N = np.maximum.accumulate(np.where(begins_N, np.arange(len(document_N)), 0))
-    before_NE = sum_NE[:-1] - sum_NE[first_N]
-    return before_NE if prior_E is None else before_NE + np.log(np.maximum(prior_E, 1e-30))
+def open_router(name: str) -> Router:
+    """A row of the table, or a Router at 'module:attribute', which joins the table under this name. Only for names typed by the user of
+    this machine, never for those in a record. Raises UnknownName."""
+    return ROUTERS.setdefault(name, lookup(ROUTERS, name, "router"))
 
 
-def posterior_prior(posterior_NE: Floats, decay: float = 0.3) -> Floats:
-    """A prior [E] from the posteriors of some held-out documents: BTM's exponential moving average over them."""
-    prior_E = np.full(posterior_NE.shape[1], 1 / posterior_NE.shape[1])
-    for posterior_E in posterior_NE:
-        prior_E = (1 - decay) * prior_E + decay * posterior_E
-    return prior_E
-
-
-def oracle_distances(domain_N: Ints, k: int) -> Floats:
-    """Zero to the document's own domain, infinite to the others [N, K]."""
-    return np.where(np.arange(k) == np.asarray(domain_N)[:, None], 0.0, np.inf)
+def router_of(settings: Routing | Ensemble) -> Router:
+    """The row that settings name. A record may come from a stranger, so its name is looked up in the table alone. Raises UnknownName."""
+    if settings.router not in ROUTERS:
+        raise UnknownName(f"the ensemble asks for router {settings.router!r}; have {', '.join(sorted(ROUTERS))}")
+    return ROUTERS[settings.router]
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _with_seed(signals: Signals, routing: Routing) -> Completed:
+    rows, count = signals.shape
+    dist2_NC = np.zeros((rows, count))
+    if signals.dist2_NE is not None:
+        dist2_NC[:, :-1] = signals.dist2_NE
+    dist2_NC[:, -1] = routing.seed_distance or 0
+    memory_NC = 0.0 if signals.memory_NC is None else np.asarray(signals.memory_NC, np.float64)
+    return Completed(dist2_NC, np.broadcast_to(memory_NC, (rows, count)))
+
+
+def _best(score_NE: Floats, top_k: int) -> Bools:
+    """The top_k of each row; of equal scores the first [N, E]."""
+    kept_NE = np.ones(score_NE.shape, bool)
+    if top_k < score_NE.shape[1]:
+        kept_NE[:] = False
+        np.put_along_axis(kept_NE, np.argsort(-score_NE, axis=1, kind="stable")[:, :top_k], True, axis=1)
+    return kept_NE
+
+
+def _known(dist2_NK: Floats, known_N: Bools) -> Floats:
+    """Infinite where nothing is known."""
+    return np.where(known_N[:, None], dist2_NK, np.float32(np.inf))
 
 
 def _terms(fitted: Embeds) -> Terms:
@@ -261,6 +372,6 @@ def _sparse_steps(terms: Terms, centroids: Sparse, row_W: Ints, before_W: Floats
     return dot_WK, weight_W**2 * ((before_W + 1) ** power2 - before_W**power2)
 
 
-def _sparse_distances(cosine_NK: Floats, some_N: NDArray[np.bool_]) -> Floats:
+def _sparse_distances(cosine_NK: Floats, some_N: Bools) -> Floats:
     """Squared distances from products with unit centroids; a text without words is the zero vector."""
     return np.maximum(some_N[:, None] + 1.0 - 2 * cosine_NK, 0).astype(np.float32)

@@ -3,27 +3,27 @@
 holdout   the held-out text as windows of tokens, with bytes, domains, the two halves and blocks of 2 KiB
 columns   run a model over some of it, and what is kept: two bytes a token
 partial   columns that grow: the only functions here that need a model; columns of other stores
-table     columns -> bits per byte, mixtures, differences, each with its standard error
+losses    columns -> bits per byte, mixtures, differences, each with its standard error
 subsets   which weights, which experts, what each is worth, many candidates ranked
 surrogate merges ranked without running them
-fit       temperature and seed distance, on the tune half
+calibration  the settings of a router, on the tune half
 harness   standard benchmarks, every answer kept
-compare   the result and every control beside it, on the test half
+comparison  the result and every control beside it, on the test half
 """
 
-from elmwood.evaluate.calibrate import Fit, fit
+from elmwood.evaluate.calibration import Calibration, calibrate
 from elmwood.evaluate.columns import Scorer, column
 from elmwood.evaluate.comparison import Compared, Control, Cost, Side, compare
-from elmwood.evaluate.holdout import Holdout, HoldoutSpec, distances, holdout
+from elmwood.evaluate.holdout import Holdout, HoldoutSpec, distances, open_holdout
 from elmwood.evaluate.losses import Estimate, bits_per_byte, block_nats, difference, mix, perplexity, row
 from elmwood.evaluate.partial import Partial, bring, score
 
 __all__ = [
+    "Calibration",
     "Compared",
     "Control",
     "Cost",
     "Estimate",
-    "Fit",
     "Holdout",
     "HoldoutSpec",
     "Partial",
@@ -32,13 +32,13 @@ __all__ = [
     "bits_per_byte",
     "block_nats",
     "bring",
+    "calibrate",
     "column",
     "compare",
     "difference",
     "distances",
-    "fit",
-    "holdout",
     "mix",
+    "open_holdout",
     "perplexity",
     "row",
     "score",

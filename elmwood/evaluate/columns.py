@@ -4,14 +4,16 @@ B windows of at most L tokens in one batch, W windows, N scored tokens, R runs o
 """
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from elmwood.corpus.tokens import Windows
 from elmwood.engine import Progress, silent
 from elmwood.errors import Damaged
 from elmwood.evaluate.holdout import Holdout
@@ -24,6 +26,7 @@ LEAST = float(np.finfo(np.float16).min)
 DTYPES = {"F16": np.float16, "F32": np.float32, "U32": np.uint32}  # of what is kept
 
 Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
 
 
 class Scorer(Protocol):
@@ -33,10 +36,18 @@ class Scorer(Protocol):
         """log p(token | those before it in its row) [B, L] float32, nats; column 0 is zero."""
 
 
+@runtime_checkable
+class WindowScorer(Protocol):
+    """An LM whose weights depend on the document before the window."""
+
+    def score_windows(self, windows: Windows, wanted_W: Ints, progress: Progress = silent) -> Any:
+        """log p of the scored tokens of the wanted windows (ascending), in order [n] float32, nats. `windows` are all there are."""
+
+
 def column(score: Score, holdout: Holdout, store: Store) -> Floats:
     """The log-likelihoods of a Score [N] float16 (float32 of older ones), nats: the blob itself, memory-mapped and read-only. Those of a
     Score that has only some windows are spread in memory as float32, NaN elsewhere. Raises Damaged where they are of another holdout."""
-    parts, known_W = mapped(store.get(score.loglik)), np.ones(len(holdout.count_W), bool)
+    parts, known_W = open_tensors(store.get(score.loglik)), np.ones(len(holdout.count_W), bool)
     if "windows" in parts:
         known_W = np.isin(np.arange(len(known_W)), parts["windows"])
     if score.holdout != holdout.name or len(parts["loglik"]) != holdout.count_W[known_W].sum():
@@ -48,7 +59,7 @@ def column(score: Score, holdout: Holdout, store: Store) -> Floats:
     return loglik_N
 
 
-def mapped(path: Path) -> dict[str, NDArray[Any]]:
+def open_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a blob that `encode` wrote, as views of its memory map: opening reads the header alone. Raises Damaged."""
     try:
         with safetensors.safe_open(path, "numpy"):
@@ -67,13 +78,13 @@ def mapped(path: Path) -> dict[str, NDArray[Any]]:
 
 def encode(loglik_N: Floats, known_W: NDArray[np.bool_] | None = None) -> bytes:
     """The blob of a Score: "loglik" [N] float16, and "windows", which of them, where it has not all."""
-    parts: dict[str, Any] = {"loglik": rounded(loglik_N)}
+    parts: dict[str, Any] = {"loglik": round_to_half(loglik_N)}
     if known_W is not None:
         parts["windows"] = np.flatnonzero(known_W).astype(np.uint32)
     return safetensors.numpy.save(parts)
 
 
-def rounded(loglik_N: Floats) -> Floats:
+def round_to_half(loglik_N: Floats) -> Floats:
     """Log-likelihoods in half precision [N] float16. What rounding takes from one token it adds to the next of its run, so a sum over many
     is as right as one over a few, and none is above zero: the error of a block does not grow with its tokens."""
     runs = -(-len(loglik_N) // RUN)
@@ -88,21 +99,28 @@ def rounded(loglik_N: Floats) -> Floats:
     return kept_RT.ravel()[: len(loglik_N)]
 
 
-def run(lm: Scorer, holdout: Holdout, progress: Progress = silent) -> Floats:
-    """Every scored token's log-likelihood under a model [N] float32. Windows of like length share a batch, so little is padded."""
-    cut, scored_WL = holdout.windows, holdout.scored_WL
-    loglik_WL = np.zeros(scored_WL.shape, np.float32)
-    order_W = np.argsort(-cut.length_W, kind="stable")
-    total, done, place = int(cut.length_W.sum()), 0, 0
+def run(lm: Scorer, holdout: Holdout, progress: Progress = silent, wanted_W: Ints | None = None) -> Floats:
+    """The log-likelihoods of the scored tokens of some windows (ascending; None: of all) under a model [n] float32, in order.
+
+    Windows of like length share a batch, so little is padded. Raises Damaged.
+    """
+    cut = holdout.windows
+    wanted_W = np.arange(len(cut.length_W)) if wanted_W is None else wanted_W
+    score = lm.score_windows if isinstance(lm, WindowScorer) else partial(_score_rows, lm)
+    loglik_n = np.asarray(score(cut, wanted_W, progress))
+    if not np.isfinite(loglik_n).all():
+        raise Damaged("the model gives log-likelihoods that are not finite: its weights are broken; train or download it again")
+    return loglik_n
+
+
+def _score_rows(lm: Scorer, cut: Windows, wanted_W: Ints, progress: Progress) -> Floats:
+    loglik_WL = np.zeros(cut.rows_WL.shape, np.float32)
+    total, done = int(cut.length_W[wanted_W].sum()), 0
     progress("score", 0, total, "tokens")
-    while place < len(order_W):
-        longest = int(cut.length_W[order_W[place]])
-        batch = order_W[place : place + max(1, TOKENS // longest)]
+    for batch in cut.batches(wanted_W, TOKENS):
+        longest = int(cut.length_W[batch].max())
         loglik_WL[batch, :longest] = np.asarray(lm.score(cut.rows_WL[batch, :longest]))
-        place += len(batch)
         done += int(cut.length_W[batch].sum())
         progress("score", done, total, "tokens")
-    loglik_N = loglik_WL[scored_WL]
-    if not np.isfinite(loglik_N).all():
-        raise Damaged("the model gives log-likelihoods that are not finite: its weights are broken; train or download it again")
-    return loglik_N
+    scored_WL = cut.scored_WL
+    return loglik_WL[wanted_W][scored_WL[wanted_W]]

@@ -1,17 +1,17 @@
 """The result and every control beside it, from columns alone. Settings come from the tune half, every number from the test half.
 
-N scored tokens, K experts (one for each domain, in the domains' order), E = K + 1 candidates (the seed last)
+N scored tokens, E experts by digest, C = E + 1 candidates (the seed last), K domains
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.domains.route import ROUTERS, posterior_scores
+from elmwood.domains.route import Routing, Signals, open_router, remember, weights
 from elmwood.errors import BadInput
-from elmwood.evaluate.calibrate import Fit, fit, weights
+from elmwood.evaluate.calibration import Calibration, calibrate
 from elmwood.evaluate.holdout import Holdout
 from elmwood.evaluate.losses import bits_per_byte, mix, nats, row
 from elmwood.evaluate.subsets import greedy
@@ -20,6 +20,8 @@ from elmwood.records import Frozen, Row
 Floats = NDArray[np.floating]
 
 TOP_K = (1, 2, 4)  # and all
+LIVE_K = (1, 2)  # beside the seed: two more gain little and cost a pass each (docs/log/routing.md)
+BY_DISTANCE = ("centroid", "sparse")  # the better of them is a row
 MOST_GROWN = 16  # experts that are chosen one by one
 
 
@@ -42,7 +44,7 @@ class Control(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Experts with the distances their router goes by: of discovered domains, or of random ones."""
+    """Experts, by their digests, with the distances their router goes by: of discovered domains, or of random ones."""
 
     loglik_NK: Floats
     dist2_NK: Floats
@@ -54,137 +56,193 @@ class Side(NamedTuple):
     def owner_K(self) -> tuple[int, ...]:
         return tuple(range(self.loglik_NK.shape[1])) if self.owners is None else self.owners
 
+    def distances(self, router: str) -> Floats | None:
+        """What a router goes by; None where it looks at no distances. Raises BadInput where this side has not the ones it needs."""
+        kind = open_router(router).distances
+        if kind == "sparse" and self.sparse2_NK is None:
+            raise BadInput(f"router {router!r} needs sparse centroids, and this partition's embedder has no terms: choose another")
+        return {None: None, "dense": self.dist2_NK, "sparse": self.sparse2_NK}[kind]
+
 
 class Compared(NamedTuple):
-    """Rows in the order of reading, the settings found, and who spoke where."""
+    """Rows in the order of reading, and the settings found."""
 
     rows: tuple[Row, ...]
-    fits: tuple[Fit, ...]  # one for each top-k of the discovered domains, then the best of each other router
-    best: Fit  # the one with the least loss on the tune half
+    fits: tuple[Calibration, ...]  # one for each result among the rows
+    best: Calibration  # the one with the least loss on the tune half, among those that may be chosen
     chosen: str  # the name of its row
     routing: tuple[tuple[float, ...], ...]  # [domain of the document][expert, the seed last] mean weight under `best`, test half
-    fitted: dict[str, float]  # the settings by name, for the record
+    fitted: dict[str, float]  # the settings of every fitted row: of the best by their own names, of all with the row's name before
     growth: tuple[tuple[float, float], ...]  # bits per byte and its error with 1, 2, ... experts under `best`, chosen on the tune half
+
+
+class Mixture(NamedTuple):
+    """Columns of one seed's experts on one holdout, ready to be mixed."""
+
+    holdout: Holdout
+    loglik_NC: Floats
+    side: Side
+
+    @classmethod
+    def of(cls, holdout: Holdout, seed_N: Floats, side: Side) -> "Mixture":
+        return cls(holdout, np.column_stack([side.loglik_NK, seed_N]), side)
+
+    def calibrate(self, router: str, top_ks: Sequence[int]) -> Calibration:
+        """The best settings of a router on the tune half, over several top-k."""
+        tune_N, dist2_NE = self.holdout.tune_N, self.side.distances(router)
+        tuned = self.loglik_NC[tune_N], None if dist2_NE is None else dist2_NE[tune_N], self.holdout.document_N[tune_N]
+        return min((calibrate(*tuned, top_k, router) for top_k in top_ks), key=lambda one: one.nats)
+
+    def signals(self, routing: Routing) -> Signals:
+        """Of every token; the memory begins with its document."""
+        looks = open_router(routing.router).memory
+        memory_NC = remember(self.loglik_NC, routing.fading, self.holdout.document_N) if looks else None
+        return Signals(self.side.distances(routing.router), memory_NC)
+
+    def column(self, routing: Routing) -> Floats:
+        """The log-likelihoods of the ensemble [N]."""
+        return mix(self.loglik_NC, weights(self.signals(routing), routing))
+
+
+class Line(NamedTuple):
+    """One row before it is held against the others."""
+
+    name: str
+    role: str
+    loglik_N: Floats
+    cost: Cost
+    fit: Calibration | None = None
 
 
 def compare(
     holdout: Holdout, seed_N: Floats, experts: Side, dense: Sequence[Control] = (), random: Side | None = None, router: str | None = None
 ) -> Compared:
     """The honest table. Gains are over the dense control with the least loss on the test half (so chosen against the result),
-    or over the seed where there is no control. `best` goes by `router`, or else by the better of `centroid` and `sparse`: `posterior`
-    must be asked for, since it runs every expert. Raises BadInput when columns do not match the holdout, or nothing here goes by `router`.
+    or over the seed where there is no control. `best` goes by `router`, or else by the best of `centroid`, `sparse` and `live` on the
+    tune half: `posterior` must be asked for, since it runs every expert. Random clusters, and the strongest dense control mixed with
+    the seed, are routed as the result is. Raises BadInput where columns do not match the holdout, or nothing here goes by `router`.
     """
-    sides = [experts] + ([random] if random else [])
-    for column in (seed_N, *(control.loglik_N for control in dense), *(columns for side in sides for columns in side[:2])):
-        if len(column) != len(holdout.document_N):
-            raise BadInput(f"a column has {len(column)} tokens, the holdout {len(holdout.document_N)}: score the model on this holdout")
-    domains = len(experts.owner_K)
-    ks = top_ks(experts.loglik_NK.shape[1])
-    signals = {"centroid": experts.dist2_NK} | other_signals(holdout, seed_N, experts)
-    if router is not None and router not in signals:
-        raise BadInput(f"no ensemble of this table is routed by {router!r}: choose one of {', '.join(signals)}")
-    found = {name: [_fit(holdout, seed_N, experts, top_k, signal_NS, name) for top_k in ks] for name, signal_NS in signals.items()}
-    fits = found.pop("centroid") + [min(several, key=lambda one: one.nats) for several in found.values()]
-    lines = [("seed", "seed", seed_N, Cost())]
-    lines += [(control.name, "control", control.loglik_N, control.cost) for control in dense]
+    for side in [experts] + ([random] if random else []):
+        _check(holdout, seed_N, *(control.loglik_N for control in dense), side.loglik_NK, side.dist2_NK)
+    test_D, mixture = ~holdout.tune_D, Mixture.of(holdout, seed_N, experts)
+    found = {name: mixture.calibrate(name, top_ks(name, experts)) for name in _routers(experts, router)}
+    best = min((one for name, one in found.items() if name == router or (router is None and name != "posterior")), key=lambda one: one.nats)
+    near = min((found[name] for name in BY_DISTANCE if name in found), key=lambda one: one.nats)
+    shown = [one for name, one in found.items() if name not in BY_DISTANCE or one is near or one is best]
+    results = [Line(_name(one, experts), "result", mixture.column(one.routing), experts.cost, one) for one in shown]
+    strongest = min(dense, key=lambda one: nats(one.loglik_N, holdout)[test_D].sum(), default=Control("seed", seed_N))
+    lines = [Line("seed", "seed", seed_N, Cost()), *(Line(one.name, "control", one.loglik_N, one.cost) for one in dense)]
+    if dense:
+        lines.append(_with_seed(holdout, seed_N, strongest, best.routing.router))
     if random:
-        tried = [_fit(holdout, seed_N, random, top_k, random.dist2_NK) for top_k in top_ks(random.loglik_NK.shape[1])]
-        chosen = min(tried, key=lambda one: one.nats)
-        lines += [(f"random clusters, {_top(chosen, random)}", "control", mixed(seed_N, random, chosen, random.dist2_NK), random.cost)]
-        lines += [("random clusters, uniform", "control", _uniform(random), random.cost)]
-    lines += [("uniform routing", "control", _uniform(experts), experts.cost)]
-    lines += [(_name(one, experts), "result", mixed(seed_N, experts, one, signals[one.router]), experts.cost) for one in fits]
+        lines += _random(Mixture.of(holdout, seed_N, random), best.routing.router)
     own_N = np.take_along_axis(experts.loglik_NK, np.array(experts.owner_K)[holdout.domain_D[holdout.document_N], None], 1)[:, 0]
-    lines += [("oracle routing", "bound", own_N, experts.cost)]
-
-    test_D = ~holdout.tune_D
-    strongest = min((control.loglik_N for control in dense), key=lambda one_N: nats(one_N, holdout)[test_D].sum(), default=seed_N)
+    lines += [Line("uniform routing", "control", _uniform(experts), experts.cost), *results]
+    lines += [Line("oracle routing", "bound", own_N, experts.cost)]
     rows = tuple(
-        row(name, one_N, holdout, domains=domains, against_N=None if one_N is strongest else strongest, role=role, **cost.model_dump())
-        for name, role, one_N, cost in lines
-    )
-    best = min((one for one in fits if one.router == router or (router is None and one.router != "posterior")), key=lambda one: one.nats)
-    who, more = routing(holdout, experts, best, signals[best.router]), growth(holdout, seed_N, experts, best, signals[best.router])
-    return Compared(rows, tuple(fits), best, _name(best, experts), who, _fitted(fits, best, experts), more)
+        row(one.name, one.loglik_N, holdout, domains=len(experts.owner_K), role=one.role, **one.cost.model_dump(),
+            against_N=None if one.loglik_N is strongest.loglik_N else strongest.loglik_N)
+        for one in lines
+    )  # fmt: skip
+    chosen = _name(best, experts)
+    fitted = _settings(best) | {f"{one.name}: {key}": value for one in lines if one.fit for key, value in _settings(one.fit).items()}
+    return Compared(rows, tuple(shown), best, chosen, mean_weights(mixture, best.routing), fitted, growth(mixture, best.routing))
 
 
-def other_signals(holdout: Holdout, seed_N: Floats, side: Side) -> dict[str, Floats]:
-    """What the routers beside `centroid` go by [N, S]: sparse distances where there are some, and the likelihoods so far.
-
-    A table begins each document anew and reads on to its end; the live posterior sees one window, as all live models do.
-    """
-    signals = {} if side.sparse2_NK is None else {"sparse": side.sparse2_NK}
-    return signals | {"posterior": posterior_scores(np.column_stack([side.loglik_NK, seed_N]), holdout.document_N)}
-
-
-def top_ks(experts: int) -> list[int]:
-    """1, 2, 4 where there are so many experts, and all of them with the seed."""
+def top_ks(router: str, side: Side) -> list[int]:
+    """What is tried: 1, 2, 4 where there are so many experts, and all of them with the seed. Where the seed joins the nearest experts, 1
+    and 2."""
+    row, experts = open_router(router), side.loglik_NK.shape[1]
+    if row.distances and row.memory:
+        return [k for k in LIVE_K if k <= experts]
     return [k for k in TOP_K if k < experts] + [experts + 1]
 
 
-def growth(holdout: Holdout, seed_N: Floats, side: Side, chosen: Fit, signal_NS: Floats) -> tuple[tuple[float, float], ...]:
+def growth(mixture: Mixture, routing: Routing) -> tuple[tuple[float, float], ...]:
     """Bits per byte on the test half with ever more experts, the one that lowers the loss of the tune half most first; nothing where
-    experts are many, or are routed by what all of them say."""
-    loglik_NE, experts = np.column_stack([side.loglik_NK, seed_N]), side.loglik_NK.shape[1]
-    if not 1 < experts <= MOST_GROWN or ROUTERS[chosen.router].signal == "loglik":
+    experts are many."""
+    experts, holdout, signals = mixture.side.loglik_NK.shape[1], mixture.holdout, mixture.signals(routing)
+    if not 1 < experts <= MOST_GROWN:
         return ()
 
-    def mixed(members: tuple[int, ...], some_N: NDArray[np.bool_]) -> Floats:
-        weight_NE = weights(signal_NS[some_N][:, list(members)], *chosen[:4])
-        return mix(loglik_NE[some_N][:, [*members, experts]], weight_NE)
+    def mixed(members: tuple[int, ...], rows: NDArray[np.integer]) -> Floats:
+        loglik_nC = mixture.loglik_NC[np.ix_(rows, [*members, experts])]
+        return mix(loglik_nC, weights(signals.some(rows).among(members), routing))
 
-    tune_N, every_N = holdout.tune_N, np.ones(len(loglik_NE), bool)
-    order = greedy(lambda members: -float(mixed(members, tune_N).mean()), range(experts), experts).order
-    losses = [bits_per_byte(mixed(tuple(sorted(order[: n + 1])), every_N), holdout, ~holdout.tune_D) for n in range(len(order))]
+    tune_n, every_n = np.flatnonzero(holdout.tune_N), np.arange(len(mixture.loglik_NC))
+    order = greedy(lambda members: -float(mixed(members, tune_n).mean()), range(experts), experts).order
+    losses = [bits_per_byte(mixed(tuple(sorted(order[: n + 1])), every_n), holdout, ~holdout.tune_D) for n in range(len(order))]
     return tuple((loss.value, loss.standard_error) for loss in losses)
 
 
-def routing(holdout: Holdout, side: Side, chosen: Fit, signal_NS: Floats) -> tuple[tuple[float, ...], ...]:
+def mean_weights(mixture: Mixture, routing: Routing) -> tuple[tuple[float, ...], ...]:
     """Mean weight of each domain's expert, the seed last, over each domain's tokens of the test half [K][K + 1]; zeros where there
     are none. An expert of several domains stands at the document's own, or else at its first."""
-    weight_NE = weights(signal_NS, *chosen[:4])
+    weight_NC, holdout = weights(mixture.signals(routing), routing), mixture.holdout
     domain_N = holdout.domain_D[holdout.document_N]
-    owner_K = np.array(side.owner_K)
+    owner_K = np.array(mixture.side.owner_K)
     made = []
     for k, own in enumerate(owner_K):
-        mine_NE = weight_NE[(domain_N == k) & ~holdout.tune_N]
-        mean_E = mine_NE.mean(0) if len(mine_NE) else np.zeros(weight_NE.shape[1])
-        column_E = [k if e == own else int(np.flatnonzero(owner_K == e)[0]) for e in range(len(mean_E) - 1)]
+        mine_NC = weight_NC[(domain_N == k) & ~holdout.tune_N]
+        mean_C = mine_NC.mean(0) if len(mine_NC) else np.zeros(weight_NC.shape[1])
+        column_E = [k if e == own else int(np.flatnonzero(owner_K == e)[0]) for e in range(len(mean_C) - 1)]
         row = np.zeros(len(owner_K) + 1)
-        row[[*column_E, -1]] = mean_E
+        row[[*column_E, -1]] = mean_C
         made.append(tuple(row.tolist()))
     return tuple(made)
 
 
-def _fit(holdout: Holdout, seed_N: Floats, side: Side, top_k: int, signal_NS: Floats, router: str = "centroid") -> Fit:
-    tune_N = holdout.tune_N
-    return fit(np.column_stack([side.loglik_NK[tune_N], seed_N[tune_N]]), signal_NS[tune_N], top_k, router)
+# ---- inside ---------------------------------------------------------------------------------------------------------
 
 
-def mixed(seed_N: Floats, side: Side, chosen: Fit, signal_NS: Floats) -> Floats:
-    """The column [N] of an ensemble of these experts and the seed."""
-    return mix(np.column_stack([side.loglik_NK, seed_N]), weights(signal_NS, *chosen[:4]))
+def _check(holdout: Holdout, *columns: Floats) -> None:
+    for column in columns:
+        if len(column) != len(holdout.document_N):
+            raise BadInput(f"a column has {len(column)} tokens, the holdout {len(holdout.document_N)}: score the model on this holdout")
+
+
+def _routers(experts: Side, asked: str | None) -> list[str]:
+    """The rows to calibrate, in the order of reading."""
+    there = ["centroid", *(["sparse"] if experts.sparse2_NK is not None else []), "live", "posterior"]
+    if asked is not None and asked not in there:
+        if asked == "sparse":
+            experts.distances(asked)
+        open_router(asked)
+        there.insert(-1, asked)
+    return there
+
+
+def _with_seed(holdout: Holdout, seed_N: Floats, dense: Control, router: str) -> Line:
+    """A dense control and the seed, mixed as the result mixes. It is of no domain, so all text is equally near to it."""
+    near_N1 = np.zeros((len(seed_N), 1), np.float32)
+    mixture = Mixture.of(holdout, seed_N, Side(np.asarray(dense.loglik_N)[:, None], near_N1, sparse2_NK=near_N1))
+    fit = mixture.calibrate(router, [1 if open_router(router).distances and open_router(router).memory else 2])
+    return Line(f"{dense.name} + seed, {router} routing", "control", mixture.column(fit.routing), dense.cost, fit)
+
+
+def _random(mixture: Mixture, router: str) -> Iterator[Line]:
+    """Experts of random clusters, routed as the result is, and by the posterior."""
+    for name in dict.fromkeys((router, "posterior")):
+        fit = mixture.calibrate(name, top_ks(name, mixture.side))
+        yield Line(f"random clusters, {_name(fit, mixture.side)}", "control", mixture.column(fit.routing), mixture.side.cost, fit)
 
 
 def _uniform(side: Side) -> Floats:
     return mix(side.loglik_NK, np.full(side.loglik_NK.shape, 1 / side.loglik_NK.shape[1]))
 
 
-def _name(chosen: Fit, side: Side) -> str:
+def _name(fit: Calibration, side: Side) -> str:
     """What the row is called: c-BTM is routed by centroids."""
-    return f"c-BTM {_top(chosen, side)}" if chosen.router == "centroid" else f"{chosen.router} routing, {_top(chosen, side)}"
+    top = f"top-{fit.routing.top_k}" if fit.routing.top_k <= side.loglik_NK.shape[1] else "all"
+    return f"c-BTM {top}" if fit.routing.router == "centroid" else f"{fit.routing.router} routing, {top}"
 
 
-def _top(chosen: Fit, side: Side) -> str:
-    return f"top-{chosen.top_k}" if chosen.top_k <= side.loglik_NK.shape[1] else "all"
-
-
-def _fitted(fits: Sequence[Fit], best: Fit, side: Side) -> dict[str, float]:
-    """Settings by name: those of the best, then those of each top-k."""
-    named = {"": best} | {f"{_top(one, side)} " if one.router == "centroid" else f"{one.router} ": one for one in fits}
-    found: dict[str, float] = {"top_k": best.top_k}
-    for prefix, one in named.items():
-        found[f"{prefix}temperature"] = one.temperature
-        if one.seed_distance is not None:
-            found[f"{prefix}seed_distance"] = one.seed_distance
+def _settings(fit: Calibration) -> Mapping[str, float]:
+    """By name; those that the router looks at."""
+    routing = fit.routing
+    found: dict[str, float] = {"top_k": routing.top_k, "temperature": routing.temperature}
+    if routing.seed_distance is not None:
+        found["seed_distance"] = routing.seed_distance
+    if open_router(routing.router).memory == "fading":
+        found |= {"memory": routing.memory, "decay": routing.decay}
     return found

@@ -19,6 +19,7 @@ from elmwood.domains.partition import centroids
 from elmwood.domains.route import token_distances
 from elmwood.engine import Progress, each, silent
 from elmwood.errors import BadInput
+from elmwood.lm.files import tokenizer as load_tokenizer
 from elmwood.records import Corpus, Digest, Frozen, Partition, Seed, fingerprint
 from elmwood.store import Store
 
@@ -70,13 +71,12 @@ class Holdout(NamedTuple):
     @property
     def scored_WL(self) -> Bools:
         """Which tokens of each window are scored; read row by row they are the N of every column."""
-        place_L = np.arange(self.windows.rows_WL.shape[1])
-        return (place_L >= self.windows.score_from_W[:, None]) & (place_L < self.windows.length_W[:, None])
+        return self.windows.scored_WL
 
     @property
     def count_W(self) -> Ints:
         """How many tokens of each window are scored: in every column they stand together, window by window."""
-        return self.windows.length_W - self.windows.score_from_W
+        return self.windows.count_W
 
     @property
     def window_N(self) -> Ints:
@@ -87,15 +87,11 @@ class Holdout(NamedTuple):
     def tune_N(self) -> Bools:
         return self.tune_D[self.document_N]
 
-    def some(self, window_W: Ints) -> "Holdout":
-        """What a model is to read where some windows alone are asked for; the rest still is of all."""
-        return self._replace(windows=type(self.windows)(*(field[window_W] for field in self.windows)))
 
-
-def holdout(spec: HoldoutSpec, tokenizer: Tokenizer, store: Store, progress: Progress = silent) -> Holdout:
-    """Open the holdout of a partition for models with this tokenizer. Raises BadInput when it is too small to halve."""
+def open_holdout(spec: HoldoutSpec, store: Store, progress: Progress = silent) -> Holdout:
+    """The holdout of a partition in the tokens of a seed. Raises BadInput when it is too small to halve."""
     partition, seed = store.load(spec.partition, Partition), store.load(spec.seed, Seed)
-    corpus = store.load(partition.corpus, Corpus)
+    corpus, tokenizer = store.load(partition.corpus, Corpus), load_tokenizer(seed, store)
     packed = pack(corpus.holdout, tokenizer, seed.separator, store, progress)
     read = [(document.id, len(document.text.encode())) for document in documents(corpus.holdout, store)]
     home = {document.id: k for k, domain in enumerate(partition.domains) for document in documents(domain.holdout, store)}
@@ -115,7 +111,7 @@ def holdout(spec: HoldoutSpec, tokenizer: Tokenizer, store: Store, progress: Pro
     document_N = np.repeat(cut_W.document_W, cut_W.length_W - cut_W.score_from_W)
     bytes_D, domain_D = np.array([read[place][1] for place in order]), np.array([home[name] for name in ids])
     tune_D = halve(np.array([chance(name, "half") for name in ids]))
-    split_D = np.where(tune_D, TUNE, audited(np.array([chance(name, "audit") for name in ids]), ~tune_D))
+    split_D = np.where(tune_D, TUNE, choose_audited(np.array([chance(name, "audit") for name in ids]), ~tune_D))
     end_N = ends(packed, bytes_D, tokenizer)
     return Holdout(
         name="holdout-" + _fingerprint(packed, spec),
@@ -143,7 +139,7 @@ def halve(chance_D: Floats) -> Bools:
     return tune_D
 
 
-def audited(chance_D: Floats, test_D: Bools) -> Ints:
+def choose_audited(chance_D: Floats, test_D: Bools) -> Ints:
     """AUDITED for the documents outside the tune half whose chance is least, about AUDIT of them but at least one; GATE for the others."""
     test = np.flatnonzero(test_D)
     count = int(np.clip((chance_D[test] < AUDIT).sum(), 1, len(test) - 1))
@@ -213,17 +209,16 @@ def distances(
     holdout: Holdout, partition: Partition, store: Store, progress: Progress = silent, *,
     signal: str = "dense", open_model: Open | None = None,
 ) -> Floats:  # fmt: skip
-    """Squared distances to the partition's centroids as the live router sees them: from the window's own tokens before [N, K] float32.
+    """Squared distances of the whole document so far to the partition's centroids, as a live router sees them [N, K] float32.
 
     `signal` is what the router looks at, "dense" or "sparse"; `open_model` opens the model of a neural embedder. Raises BadInput.
     """
     fitted, spelled = embed.load(partition.embedder, store, open_model), token_bytes(holdout.tokenizer)
     centroid_KD = centroids(partition, store, signal)
-    cut = holdout.windows
     parts = [np.zeros((0, len(centroid_KD)), np.float32)]
-    rows = zip(cut.rows_WL, cut.length_W, cut.score_from_W, strict=True)
-    for row_L, size, first in each(rows, "route", len(cut.rows_WL), "windows", progress):
-        parts.append(token_distances(fitted, centroid_KD, row_L[:size], spelled)[first:])
+    total = len(np.unique(holdout.windows.document_W))
+    for _, tokens_T in each(holdout.windows.documents(), "route", total, "documents", progress):
+        parts.append(token_distances(fitted, centroid_KD, tokens_T, spelled)[1:])
     return np.concatenate(parts)
 
 

@@ -69,16 +69,14 @@ class Partial:
         if not len(missing_W):
             return
         cut, started = self.holdout.windows, time.perf_counter()
-        missing_W = missing_W[np.argsort(-cut.length_W[missing_W], kind="stable")]
         part_W = np.cumsum(cut.length_W[missing_W]) // SLICE
         total, done, lm = int(cut.length_W[missing_W].sum()), 0, self.load()
         for part in np.unique(part_W):
             if until is not None and time.time() >= until:
                 break
-            some_W = np.sort(missing_W[part_W == part])
-            some = self.holdout.some(some_W)
-            loglik_N = run(lm, some, _onward(progress, done, total))
-            done += int(some.windows.length_W.sum())
+            some_W = missing_W[part_W == part]
+            loglik_N = run(lm, self.holdout, _onward(progress, done, total), some_W)
+            done += int(cut.length_W[some_W].sum())
             self._keep(some_W, loglik_N)
             self._take(some_W, loglik_N)
         self.forwarded += done

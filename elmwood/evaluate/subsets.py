@@ -1,6 +1,6 @@
 """Ensembles from the table alone: which weights, which experts, what each is worth, and whether a new one would help.
 
-N scored tokens, E models, C candidate ensembles, B blocks
+N scored tokens, E models, C candidates (experts and the seed; or candidate ensembles), B blocks
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.domains.route import gate
+from elmwood.domains.route import Routing, Signals, weights
 from elmwood.evaluate.losses import Estimate
 
 Floats = NDArray[np.floating]
@@ -96,15 +96,11 @@ def _moments(p_NE: Floats, weight_E: Floats) -> tuple[Floats, Floats]:
     return ratio_E / count, curvature_EE / count
 
 
-def routed(score_NE: Floats, members: Sequence[int], temperature: float, top_k: int, prior_E: Floats | None = None) -> Floats:
-    """Weights of some members as the live router gives them, zero for the others [N, E]. `prior_E` weighs each before the softmax."""
-    score_NM = np.asarray(score_NE, np.float64)[:, list(members)]
-    if prior_E is not None:
-        with np.errstate(divide="ignore"):
-            score_NM = score_NM + temperature * np.log(prior_E[list(members)])
-    weight_NE = np.zeros(score_NE.shape)
-    weight_NE[:, list(members)] = gate(score_NM, temperature, top_k)
-    return weight_NE
+def member_weights(signals: Signals, routing: Routing, members: Sequence[int]) -> Floats:
+    """Weights of an ensemble of some members and the seed, as the live router gives them; zero for the others [N, C]."""
+    weight_NC = np.zeros(signals.shape)
+    weight_NC[:, [*members, -1]] = weights(signals.among(members), routing)
+    return weight_NC
 
 
 # ---- which experts --------------------------------------------------------------------------------------------------

@@ -39,6 +39,23 @@ class Text:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.states: dict[int, States] = {}
+        self.next: dict[int, Tensor] = {}  # what a candidate that `follow` ran expects after the last token it has read [V]
+
+
+class Read(NamedTuple):
+    """What an expert of one body has newly read of a text."""
+
+    number: int  # in the bank
+    logits_V: Tensor  # of the token after
+    first: int  # tokens it had read before
+    loglik_U: Tensor  # log p of the tokens after the first of the new ones; empty unless asked for
+
+
+class News(NamedTuple):
+    """Log-likelihoods of the tokens that a candidate had not read: tokens[first:] of the text."""
+
+    first: int  # 0: it reads the whole text, or reads it again
+    loglik_U: Tensor  # float64 on the CPU; of the first token of a text, which is given, 0
 
 
 class Experts:
@@ -137,19 +154,38 @@ class Experts:
         Adapters that have read equally far share one pass; one that was idle reads what it missed in a pass of its own.
         The text is changed in place. Raises BadInput when it outgrows the context.
         """
-        total = len(text.tokens) + len(tokens_T)
-        self.check(tokens_T, total)
+        self.check(tokens_T, len(text.tokens) + len(tokens_T))
         text.tokens.extend(tokens_T)
+        read_A = self._read_all(active, text)
+        return torch.log_softmax(torch.stack([one.logits_V for one in read_A]).float(), -1), text
+
+    @torch.inference_mode()
+    def follow(self, active: Sequence[int], tokens_T: Sequence[int], text: Text) -> tuple[Tensor, list[News]]:
+        """As `extend`, for texts that nothing else extends: log-probabilities [A, V] of the token after, and what each candidate gave the
+        tokens it had not read. One that was idle reads what it missed, and is asked for all of it."""
+        self.check(tokens_T, len(text.tokens) + len(tokens_T))
+        text.tokens.extend(tokens_T)
+        read_A = self._read_all(active, text, every=True)
+        logp_AV = torch.log_softmax(torch.stack([one.logits_V for one in read_A]).float(), -1)
+        news = []
+        for e, one, logp_V in zip(active, read_A, logp_AV, strict=True):
+            head_1 = text.next[e][text.tokens[one.first], None].double().cpu() if one.first else torch.zeros(1, dtype=torch.float64)
+            news.append(News(one.first, torch.cat([head_1, one.loglik_U.double().cpu()])))
+            text.next[e] = logp_V
+        return logp_AV, news
+
+    def _read_all(self, active: Sequence[int], text: Text, every: bool = False) -> list[Read]:
+        """Let the active candidates read all of a text that they have not read."""
         by_body: dict[int, dict[int, int]] = {}  # body -> number in its bank -> place in `active`
         for place, e in enumerate(active):
             key, number = self._places[e]
             by_body.setdefault(key, {})[number] = place
-        logits_AV: list[Tensor] = [torch.empty(0)] * len(active)
+        found: dict[int, Read] = {}
         for key, places in by_body.items():
             states = text.states.get(key) or text.states.setdefault(key, States(_layers(self._body(key).model)))
-            for number, logits_V in self._read(self._body(key), states, list(places), text.tokens):
-                logits_AV[places[number]] = logits_V
-        return torch.log_softmax(torch.stack(logits_AV).float(), -1), text
+            for one in self._read(self._body(key), states, list(places), text.tokens, every=every):
+                found[places[one.number]] = one
+        return [found[place] for place in range(len(active))]
 
     @torch.inference_mode()
     def extend_mixed(self, weight_E: Any, tokens_T: Sequence[int], text: Text) -> Tensor:
@@ -160,8 +196,8 @@ class Experts:
         bank = body.bank
         assert bank
         states = text.states.get(BASE) or text.states.setdefault(BASE, States(_layers(body.model)))
-        ((_, logits_V),) = self._read(body, states, [0], text.tokens, lambda _: bank.mix([mixture]))
-        return torch.log_softmax(logits_V.float(), -1)
+        (read,) = self._read(body, states, [0], text.tokens, lambda _: bank.mix([mixture]))
+        return torch.log_softmax(read.logits_V.float(), -1)
 
     def adapters_only(self) -> None:
         """Raises BadInput where some expert is no adapter over the shared base."""
@@ -177,18 +213,33 @@ class Experts:
         return {self._places[e][1]: float(weight_E[e]) for e in range(len(self.experts)) if weight_E[e]}
 
     def _read(
-        self, body: Body, states: States, numbers: list[int], tokens: Sequence[int], select: Callable[[Sequence[int]], None] | None = None
-    ) -> list[tuple[int, Tensor]]:
-        """(number, logits [V] after the last token) for experts of one body; `select` readies its bank for some of them."""
+        self, body: Body, states: States, numbers: list[int], tokens: Sequence[int],
+        select: Callable[[Sequence[int]], None] | None = None, *, every: bool = False,
+    ) -> list[Read]:  # fmt: skip
+        """Let experts of one body read on; `select` readies its bank for some of them. `every`: log p of every new token as well."""
         found = []
         select = select or (body.bank.select if body.bank else None)
         for first, last in states.arrange(numbers, len(tokens)):
             if select:
                 select(states.owner[first:last])
-            unread = torch.tensor(tokens[states.length[first] :], device=self.device).expand(last - first, -1)
-            output = body.model(input_ids=unread, cache=states.open(first, last), use_cache=True, logits_to_keep=1)
-            states.close(first, last, len(tokens))
-            found += list(zip(states.owner[first:last], output.logits[:, -1], strict=True))
+            begin = place = states.length[first]
+            room = max(1, LOGITS[self.device.type] // ((last - first) * self.seed.vocabulary)) if every else len(tokens)
+            loglik = [torch.zeros(last - first, 0)]
+            while place < len(tokens):
+                end = min(place + room, len(tokens))
+                unread = torch.tensor(tokens[place:end], device=self.device).expand(last - first, -1)
+                keep = end - place if every else 1
+                logits_SUV = body.model(
+                    input_ids=unread, cache=states.open(first, last), use_cache=True, logits_to_keep=keep
+                ).logits  # fmt: skip
+                states.close(first, last, end)
+                if every:
+                    loglik.append(_of(logits_SUV, tokens[place + 1 : end + 1]))
+                place = end
+            loglik_SU = torch.cat(loglik, 1)
+            found += [Read(*one) for one in zip(
+                states.owner[first:last], logits_SUV[:, -1], [begin] * (last - first), loglik_SU, strict=True
+            )]  # fmt: skip
         return found
 
     def check(self, tokens_N: Any, length: int) -> None:
@@ -202,6 +253,13 @@ class Experts:
             raise BadInput(
                 f"a token id outside 0 … {self.seed.vocabulary - 1}: the text was made with another tokenizer than {self.seed.name}'s"
             )
+
+
+def _of(logits_SUV: Tensor, tokens_U: Sequence[int]) -> Tensor:
+    """log p of tokens, each from the logits before it [S, U] on the CPU; the last logits may have none."""
+    logp_SUV = torch.log_softmax(logits_SUV[:, : len(tokens_U)].float(), -1)
+    index_SU1 = torch.tensor(tokens_U, dtype=torch.long, device=logp_SUV.device).expand(len(logp_SUV), -1)[..., None]
+    return logp_SUV.gather(-1, index_SU1)[..., 0].cpu()
 
 
 def _loglik(model: PreTrainedModel, tokens_BT: Tensor, last: int) -> Tensor:

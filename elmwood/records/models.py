@@ -129,3 +129,5 @@ class Ensemble(Record):
     seed_distance: float | None = None  # the seed as a candidate at this squared distance; None: not a candidate
     mixing: Literal["outputs", "weights"] = "outputs"  # weights: adapters summed anew for each prompt, one pass
     block: int = Field(64, gt=0)  # mixing weights: tokens scored with the weights of the prompt before them
+    memory: float = Field(0.1, ge=0)  # router `live`: what a nat that a candidate said of the text so far adds to its score
+    decay: float = Field(0.98, gt=0, le=1)  # router `live`: what is left of that memory after each token

@@ -16,7 +16,7 @@ from elmwood import evaluate
 from elmwood.engine import Progress, cores, run
 from elmwood.records import Digest, Frozen, Record
 from elmwood.store import Store
-from elmwood.study.tasks import named, open_holdout
+from elmwood.study.tasks import named
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -38,7 +38,7 @@ class Columns:
 
     def __init__(self, spec: evaluate.HoldoutSpec, store: Store, *, stay: bool = False):
         self.spec, self.store, self.stay = spec, store, stay
-        self.held = open_holdout(spec, store)
+        self.held = evaluate.open_holdout(spec, store)
         self.opened: dict[Digest, evaluate.Partial] = {}
 
     def __getitem__(self, digest: Digest) -> evaluate.Partial:

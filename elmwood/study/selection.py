@@ -136,7 +136,7 @@ def layered(
 
     held = open_columns(seed, partition, documents, store).held
     window_W = _tune_windows(held)
-    some, among_N = held.some(window_W), np.isin(held.window_N, window_W)
+    among_N = np.isin(held.window_N, window_W)
     begin, *others = sorted(models, key=lambda name: losses[name].value)[: 1 + TRIED]
     lm: Any = open_model(models[begin], store)
     names: dict[str, set[str]] = {}
@@ -153,12 +153,12 @@ def layered(
             filled[layer] = choice[layer]
         tried += 1
         loglik_N = np.full(len(held.document_N), np.nan, np.float32)
-        loglik_N[among_N] = run(lm, some)
+        loglik_N[among_N] = run(lm, held, wanted_W=window_W)
         return evaluate.bits_per_byte(loglik_N, held, held.tune_D).value
 
     choice = by_coordinates(begin, others, list(names), estimated, loss)
     progress("layers", tried, tried, "trials")
-    return Layered(choice, tried, tried * int(some.windows.length_W.sum()))
+    return Layered(choice, tried, tried * int(held.windows.length_W[window_W].sum()))
 
 
 # ---- ranked without running -----------------------------------------------------------------------------------------

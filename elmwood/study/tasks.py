@@ -5,10 +5,8 @@ What trains is imported where it trains: torch takes seconds that handing out ta
 
 from pathlib import Path
 
-from elmwood import evaluate
 from elmwood.domains.dense import Open
 from elmwood.engine import Progress, cores, gpus
-from elmwood.lm.files import tokenizer
 from elmwood.records import Digest, Expert, Frozen, Partition, Recipe, Seed, Shard
 from elmwood.store import Store
 from elmwood.train.task_names import together_keys, train_key
@@ -105,11 +103,6 @@ def statistics_job(job: StatisticsJob, progress: Progress) -> Digest:
     store = Store(job.store)
     told = named(f"statistics {job.expert[:8]}", progress)
     return statistics(store.load(job.expert, Expert), store, rows=job.rows, progress=told).digest
-
-
-def open_holdout(spec: evaluate.HoldoutSpec, store: Store) -> evaluate.Holdout:
-    """The held-out text in the tokens of a seed."""
-    return evaluate.holdout(spec, tokenizer(store.load(spec.seed, Seed), store), store)
 
 
 def named(label: str, progress: Progress) -> Progress:

@@ -1,0 +1,112 @@
+"""The forest of an ensemble, opened: its experts, and where a text lies among them.
+
+Shapes: E experts by digest, T tokens, N scored tokens of several documents, P domains that the experts serve
+"""
+
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elmwood.corpus.tokens import Windows, token_bytes
+from elmwood.domains import embed
+from elmwood.domains.partition import centroids, serving
+from elmwood.domains.route import PrefixDistances, Routing, nearest_place, router_of, token_distances
+from elmwood.errors import ForeignExpert
+from elmwood.lm.experts import Experts
+from elmwood.lm.files import tokenizer
+from elmwood.lm.hidden_states import seed_states
+from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
+from elmwood.store import Store
+
+Floats = NDArray[np.floating]
+
+
+class OpenForest(NamedTuple):
+    """What an ensemble mixes, and by what."""
+
+    routing: Routing
+    experts: Experts
+    router: "TextRouter"
+    names: list[str]  # of the candidates: what they are called in a text's shares
+
+
+def open_forest(ensemble: Ensemble, store: Store, device: torch.device | str | None = None) -> OpenForest:
+    """Raises ForeignExpert, UnknownName."""
+    forest, routing = store.load(ensemble.forest, Forest), Routing.of(ensemble)
+    seed, partition = store.load(forest.seed, Seed), store.load(forest.partition, Partition)
+    experts = Experts(seed, [store.load(digest, Expert) for digest in forest.experts], store, device)
+    router = TextRouter(routing, partition, experts.experts, seed, store)
+    return OpenForest(routing, experts, router, [*_names(experts.experts, store), "seed"])
+
+
+class TextRouter:
+    """Where a text lies among the experts of a forest; nothing for a router that looks at no distances (`reads_text`)."""
+
+    def __init__(self, routing: Routing, partition: Partition, experts: Sequence[Expert], seed: Seed, store: Store):
+        """Raises UnknownName, ForeignExpert."""
+        kind = router_of(routing).distances
+        self.places_E = places(experts, partition, store)
+        self.reads_text = kind is not None
+        if kind is None:
+            return
+        self.embedder = embed.load(partition.embedder, store, seed_states)
+        self.centroids_P = centroids(partition, store, kind)[list(chain.from_iterable(self.places_E))]
+        starts_E = np.cumsum([0, *map(len, self.places_E)])
+        self.own_E = [range(first, last) for first, last in pairwise(starts_E.tolist())]  # rows of these centroids
+        spelled = token_bytes(tokenizer(seed, store))
+        self.spelled = spelled + [b""] * (seed.vocabulary - len(spelled))  # some embeddings are padded with rows nobody uses
+
+    def distances(self, windows: Windows) -> Floats | None:
+        """Of the document before each scored token [N, E]."""
+        if not self.reads_text:
+            return None
+        parts = [np.zeros((0, len(self.own_E)), np.float32)]
+        for _, tokens_T in windows.documents():
+            parts.append(nearest_place(token_distances(self.embedder, self.centroids_P, tokens_T, self.spelled)[1:], self.own_E))
+        return np.concatenate(parts)
+
+    def start(self) -> PrefixDistances | None:
+        """An empty text."""
+        return PrefixDistances(self.embedder, self.centroids_P) if self.reads_text else None
+
+    def push(self, prefix: PrefixDistances | None, tokens_T: Sequence[int]) -> Floats | None:
+        """Let a text grow; the distances of all of it so far [1, E]."""
+        if prefix is None:
+            return None
+        return nearest_place(prefix.push(b"".join(self.spelled[token] for token in tokens_T))[None], self.own_E)
+
+
+def places(experts: Sequence[Expert], partition: Partition, store: Store) -> list[tuple[int, ...]]:
+    """The domains of a partition that each expert serves. Raises ForeignExpert, also for one that no domain needs any more."""
+    found = serving(partition, [(expert.partition, expert.domain) for expert in experts], store)
+    for expert, served in zip(experts, found, strict=True):
+        if not served:
+            raise ForeignExpert(f"every part of the domain of expert {expert.digest[:8]} has experts of its own by now: leave it out")
+    return found
+
+
+class WindowScorer(Protocol):
+    """An LM that scores windows of documents."""
+
+    def score_windows(self, windows: Windows, wanted_W: NDArray[np.integer]) -> Tensor: ...
+
+
+def score_rows(lm: WindowScorer, tokens_BT: Any) -> Tensor:
+    """log p(x_t | x_<t) [B, T] of rows that are documents of their own; column 0 is 0."""
+    rows_BT = torch.as_tensor(tokens_BT, dtype=torch.long).numpy()
+    rows, length = rows_BT.shape
+    windows = Windows(rows_BT, np.full(rows, length), np.ones(rows, np.int64), np.arange(rows))
+    loglik_BT = torch.zeros(rows, length)
+    loglik_BT[:, 1:] = lm.score_windows(windows, np.arange(rows)).view(rows, -1)
+    return loglik_BT
+
+
+def _names(experts: Sequence[Expert], store: Store) -> list[str]:
+    """What each expert is called: the domain it was trained on, and its digest where it shares the name."""
+    domains = [store.load(expert.partition or "", Partition).domains[expert.domain or 0].name for expert in experts]
+    return [f"{name}:{expert.digest[:8]}" if domains.count(name) > 1 else name for name, expert in zip(domains, experts, strict=True)]
