@@ -25,11 +25,10 @@ from elmwood.cli.screen import bars, count
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores, run
-from elmwood.evaluate.calibrate import weights
 from elmwood.records import Expert, Partition, Recipe, Seed
 from elmwood.report.wealth import Line, experts_plot
 from elmwood.store import Store
-from elmwood.study.tasks import experts_job, keys, open_holdout
+from elmwood.study.tasks import experts_job, keys
 from elmwood.study.training import training_job
 
 LATE = 1 / 3
@@ -51,25 +50,24 @@ def arm(bench: Bench, division: Partition, recipe: Recipe, together: int = 1) ->
     digests, seconds = grown(bench, division, recipe, together)
     spec = bench.holdout(division)
     columns = bench.columns([*digests, bench.seed.digest], spec)
-    held, seed_N = open_holdout(spec, bench.store), columns[bench.seed.digest]
+    held, seed_N = evaluate.open_holdout(spec, bench.store), columns[bench.seed.digest]
     side = evaluate.Side(
         np.column_stack([columns[digest] for digest in digests]), evaluate.distances(held, division, bench.store, bench.progress)
     )
     compared = evaluate.compare(held, seed_N, side)
-    best = compared.best
-    mixed_N = evaluate.mix(np.column_stack([side.loglik_NK, seed_N]), weights(side.dist2_NK, *best[:4]))
     sizes = [size(bench.store, digest) for digest in digests]
     row = next(row for row in compared.rows if row.name == compared.chosen)
     facts: dict[str, object] = {
         "method": recipe.method, "rank": recipe.rank if recipe.method != "full" else None, "late": round(recipe.late, 3),
         "learning_rate": recipe.learning_rate, "experts": len(digests), "clusters": division.method, "steps": recipe.steps,
         "tokens": recipe.tokens * len(digests), "bits_per_byte": round(row.bits_per_byte, 4), "chosen": compared.chosen,
-        "tune_nats": round(best.nats, 6), "gain_over_seed": [row.gain and round(row.gain, 4), row.gain_error and round(row.gain_error, 4)],
+        "tune_nats": round(compared.best.nats, 6),
+        "gain_over_seed": [row.gain and round(row.gain, 4), row.gain_error and round(row.gain_error, 4)],
         "uniform": round(next(row.bits_per_byte for row in compared.rows if row.name == "uniform routing"), 4),
         "megabytes": round(sum(sizes) / 1e6, 3), "train_seconds": round(sum(seconds), 1),
         "seconds_per_expert": round(median(seconds), 2) if seconds else None,
     }  # fmt: skip
-    return facts, mixed_N
+    return facts, compared.column_N
 
 
 def size(store: Store, digest: str) -> int:
@@ -89,7 +87,7 @@ def tell(**facts: object) -> None:
 
 
 def ranks(bench: Bench, division: Partition, asked: argparse.Namespace) -> tuple[list[Line], tuple[str, float]]:
-    held = open_holdout(bench.holdout(division), bench.store)
+    held = evaluate.open_holdout(bench.holdout(division), bench.store)
     steps = bench.study.tokens // (len(division.domains) * bench.study.batch * bench.study.length)
     base = Recipe(steps=steps, batch=bench.study.batch, length=bench.study.length, threads=max(1, cores() // asked.workers))
     levels = [int(rank) for rank in asked.ranks.split(",")]
@@ -133,7 +131,7 @@ def numbers(bench: Bench, asked: argparse.Namespace, divisions: Sequence[Partiti
             method="lora", rank=rank, batch=batch, length=bench.study.length, steps=bench.study.tokens // (k * batch * bench.study.length),
             learning_rate=float(asked.rates.split(",")[0]) * (batch / bench.study.batch) ** 0.5, threads=max(1, cores() // asked.workers),
         )  # fmt: skip
-        held = open_holdout(bench.holdout(division), bench.store)
+        held = evaluate.open_holdout(bench.holdout(division), bench.store)
         facts, mixed_N = arm(bench, division, recipe, asked.together)
         single_N = mixed_N if single_N is None else single_N
         if k == 1:

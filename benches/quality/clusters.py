@@ -24,7 +24,7 @@ from elmwood.engine import Progress, cores, run
 from elmwood.records import Corpus, Digest, Partition, Recipe, Seed
 from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
-from elmwood.study.tasks import TrainJob, open_holdout, train_job
+from elmwood.study.tasks import TrainJob, train_job
 from elmwood.study.training import shards
 
 BATCHES = (1, 4, 16)  # times the experts' batch, of dense controls
@@ -77,14 +77,14 @@ def side(bench: Bench, division: Partition, rate: float) -> tuple[evaluate.Holdo
     digests = experts(bench, division, rate)
     spec = bench.holdout(division)
     columns = bench.columns(digests, spec)
-    held = open_holdout(spec, bench.store)
+    held = evaluate.open_holdout(spec, bench.store)
     loglik_NK = np.column_stack([columns[digest] for digest in digests])
     return held, evaluate.Side(loglik_NK, evaluate.distances(held, division, bench.store, bench.progress))
 
 
 def dense(bench: Bench, rates: list[float], spec: evaluate.HoldoutSpec) -> list[evaluate.Control]:
     """For each batch the rate with the least loss on the tune half (the rate grows with the root of the batch)."""
-    held, chosen = open_holdout(spec, bench.store), []
+    held, chosen = evaluate.open_holdout(spec, bench.store), []
     for times in BATCHES:
         recipes = [bench.recipe(bench.study.tokens, rate * times**0.5 / 4, times) for rate in rates]
         jobs = [

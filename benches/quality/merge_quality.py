@@ -25,7 +25,6 @@ from elmwood import evaluate
 from elmwood.cli.screen import bars, expand
 from elmwood.engine import Progress
 from elmwood.errors import BadInput, ElmwoodError
-from elmwood.evaluate.comparison import mixed, other_signals
 from elmwood.merge.adapters import LOW_RULES
 from elmwood.merge.answers import make, title
 from elmwood.merge.checkpoint import Answer
@@ -96,8 +95,7 @@ class Bench:
             random = self.side(others, self.store.load(others[0].partition or "", Partition))
         table = evaluate.compare(self.held, self.seed_N, side, [evaluate.Control(name, one) for name, one in dense.items()], random)
         self.against = min([*dense.values()] or [self.seed_N], key=lambda one: evaluate.bits_per_byte(one, self.held, self.test_D).value)
-        signals = {"centroid": side.dist2_NK} | other_signals(self.held, self.seed_N, side)
-        self.ensemble_N = mixed(self.seed_N, side, table.best, signals[table.best.router])
+        self.ensemble_N = table.column_N
         for row in table.rows:
             emit(self.asked, row.name, row.bits_per_byte, row.standard_error, row.gain, row.gain_error, role=row.role)
         tune_E = [evaluate.bits_per_byte(column, self.held, self.held.tune_D).value for column in side.loglik_NK.T]

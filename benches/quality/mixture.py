@@ -25,14 +25,13 @@ from safetensors import safe_open
 
 from elmwood import evaluate
 from elmwood.cli.screen import count
+from elmwood.domains.route import Routing, Signals, remember, router_of, weights
 from elmwood.ensemble.mixture import open_model
-from elmwood.evaluate.calibrate import weights
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.moe.build import Mixing, gate_rows, mix
 from elmwood.records import Corpus, Ensemble, Expert, Forest, Gates, Mixture, Partition, Recipe, Record, Seed
 from elmwood.store import Store
-from elmwood.study.tasks import open_holdout
 from elmwood.train.router import tune, tune_key
 from elmwood.train.tasks import train
 
@@ -95,7 +94,7 @@ class Bench:
         spec = evaluate.HoldoutSpec(
             partition=self.division.digest, seed=self.seed.digest, length=self.length, documents=asked.documents
         )  # fmt: skip
-        self.held = open_holdout(spec, self.store)
+        self.held = evaluate.open_holdout(spec, self.store)
         self.columns: dict[str, np.ndarray] = {}
         self.data = self.store.load(self.division.corpus, Corpus).train  # as the dense control's, so packed before
 
@@ -170,13 +169,13 @@ class Bench:
         record = self.store.load(self.asked.ensemble, Ensemble)
         experts = [self.store.load(digest, Expert) for digest in self.store.load(record.forest, Forest).experts]
         loglik_NE = np.column_stack([*(self.column(expert) for expert in experts), self.columns["seed"]])
-        signal = "sparse" if record.router == "sparse" else "dense"
-        dist2_NK = evaluate.distances(self.held, self.division, self.store, signal=signal)
-        weight_NE = weights(
-            dist2_NK[:, [expert.domain or 0 for expert in experts]], record.router, record.top_k, record.temperature, record.seed_distance
-        )  # fmt: skip
+        routing = Routing.of(record)
+        kind = router_of(routing).distances or "dense"
+        dist2_NK = evaluate.distances(self.held, self.division, self.store, signal=kind)
+        memory_NE = remember(loglik_NE, routing.fading, self.held.document_N)
+        weight_NE = weights(Signals(dist2_NK[:, [expert.domain or 0 for expert in experts]], memory_NE), routing)
         name = f"c-BTM ensemble, top-{record.top_k}"
-        self.columns[name] = evaluate.mix(loglik_NE[:, : weight_NE.shape[1]], weight_NE)
+        self.columns[name] = evaluate.mix(loglik_NE, weight_NE)
         self.tell(name)
 
     def untuned(self, plan: Plan) -> tuple[float, Mixture]:

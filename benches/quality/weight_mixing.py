@@ -25,7 +25,6 @@ from elmwood.merge.adapters import merge_adapters
 from elmwood.merge.layer_weights import everywhere
 from elmwood.records import Ensemble, Forest, Record, Seed
 from elmwood.store import Store
-from elmwood.study.tasks import open_holdout
 
 PROMPT, NEW = 128, 32  # tokens
 
@@ -93,7 +92,7 @@ def main() -> None:
     made = ways(forest, seed, asked, store)
     spec = evaluate.HoldoutSpec(partition=forest.partition, seed=seed.digest, length=min(seed.context, 1024), documents=asked.documents)
     with bars() as progress:
-        held = open_holdout(spec, store)
+        held = evaluate.open_holdout(spec, store)
         scores = {one.digest: evaluate.score(one, partial(open_model, one, store), held, store, progress) for one in made.values()}
     long = max(range(len(held.windows.length_W)), key=lambda w: held.windows.length_W[w])
     tokens = held.windows.rows_WL[long, : PROMPT + NEW].tolist()

@@ -100,13 +100,12 @@ def optima(loglik_NE: Floats) -> None:
 
 def real(store: Store, name: str, documents: int | None) -> None:
     from elmwood.ensemble.mixture import open_model
-    from elmwood.study.tasks import open_holdout
 
     named = store.load(name)
     forest = store.load(named.forest if isinstance(named, Ensemble) else named.digest, Forest)
     seed, division = store.load(forest.seed, Seed), store.load(forest.partition, Partition)
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=min(seed.context, 1024), documents=documents)
-    held = open_holdout(spec, store)
+    held = evaluate.open_holdout(spec, store)
     models = [store.load(digest) for digest in (*forest.experts, seed.digest)]
     exact, forward = [], 0.0
     for one in models:

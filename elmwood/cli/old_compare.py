@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from elmwood import evaluate
 from elmwood.cli.screen import bars, emit, out, short, talk
+from elmwood.domains import route
 from elmwood.domains.partition import serving
-from elmwood.domains.route import ROUTERS, candidates, gate, nearest_place
+from elmwood.domains.route import Routing, Signals, nearest_place, router_of
 from elmwood.engine import Progress
-from elmwood.errors import UnknownName
 from elmwood.evaluate.holdout import GATE
 from elmwood.evaluate.sequential.decision import (
     Finding,
@@ -145,9 +145,7 @@ def whole(model: Record) -> bool:
     """Whether a model is run as it is. An ensemble that mixes probabilities by distances is taken apart: its parts may be known."""
     if not isinstance(model, Ensemble) or model.mixing == "weights":
         return True
-    if model.router not in ROUTERS:  # a record may come from a stranger, so no 'module:function' here
-        raise UnknownName(f"the ensemble asks for router {model.router!r}; have {', '.join(sorted(ROUTERS))}")
-    return ROUTERS[model.router].signal not in ("dense", "sparse")
+    return router_of(model).memory is not None
 
 
 def parts(model: Record, store: Store) -> Sequence[str]:
@@ -166,13 +164,12 @@ def weights(model: Record, models: Sequence[str], dist2: Callable[[Digest, str],
         weight_NM[:, models.index(model.digest)] = 1
         return weight_NM
     assert isinstance(model, Ensemble)
-    router = ROUTERS[model.router]
+    routing = Routing.of(model)
     forest = store.load(model.forest, Forest)
     division, experts = store.load(forest.partition, Partition), [store.load(digest, Expert) for digest in forest.experts]
     served = serving(division, [(expert.partition, expert.domain) for expert in experts], store)
-    dist2_NE = nearest_place(dist2(division.digest, router.signal), served)
-    weight_NE = gate(router(candidates(dist2_NE, model.seed_distance)), model.temperature, model.top_k)
-    weight_NM[:, [models.index(digest) for digest in parts(model, store)[: weight_NE.shape[1]]]] = weight_NE
+    dist2_NE = nearest_place(dist2(division.digest, router_of(routing).distances or "dense"), served)
+    weight_NM[:, [models.index(digest) for digest in parts(model, store)]] = route.weights(Signals(dist2_NE), routing)
     return weight_NM
 
 

@@ -1,6 +1,7 @@
 """`elmwood eval`: any models on held-out text, side by side; of a forest, every routing of it."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +72,7 @@ def compare_models(
             f"the table needs one expert for each domain, and here domains have others ({found}): train or leave out some, or evaluate "
             "an ensemble of these"
         )
-    order = list(dict.fromkeys(mine[0] for mine in owners))  # in the order of the first domain each serves
+    order = sorted({mine[0] for mine in owners})  # a forest has its experts by digest
     side = evaluate.Side(
         np.column_stack([columns[experts[e].digest] for e in order]),
         nearest_place(dist2_NK, [served[e] for e in order]),
@@ -110,10 +111,7 @@ def keep_comparison(
     compared: evaluate.Compared, held: evaluate.Holdout, forest: Forest, controls: tuple[Digest, ...], store: Store
 ) -> tuple[Comparison, Ensemble]:
     """Store what was found: the table, and the ensemble with the settings that were best on the tune half."""
-    best = compared.best
-    ensemble = Ensemble(
-        forest=forest.digest, router=best.router, top_k=best.top_k, temperature=best.temperature, seed_distance=best.seed_distance
-    )
+    ensemble = Ensemble(forest=forest.digest, **asdict(compared.best.routing))
     comparison = Comparison(
         forest=forest.digest, controls=controls, holdout=held.name, rows=compared.rows, routing=compared.routing,
         fitted=compared.fitted, chosen=compared.chosen, growth=compared.growth,

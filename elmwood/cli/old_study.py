@@ -160,9 +160,14 @@ def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: i
     held, columns = ensured.holdout, ensured.columns
 
     def side(name: str) -> evaluate.Side:
-        loglik_NK = np.column_stack([columns[trained[name, place]] for place in range(study.domains)])
+        digests = [trained[name, place] for place in range(study.domains)]
+        order = sorted(range(study.domains), key=digests.__getitem__)
         dist2_NK, sparse2_NK = both_distances(held, divisions[name], store, progress)
-        return evaluate.Side(loglik_NK, dist2_NK, costs(sides[name], store), sparse2_NK=sparse2_NK)
+        return evaluate.Side(
+            np.column_stack([columns[digests[place]] for place in order]), dist2_NK[:, order], costs(sides[name], store),
+            owners=tuple(order.index(place) for place in range(study.domains)),
+            sparse2_NK=None if sparse2_NK is None else sparse2_NK[:, order],
+        )  # fmt: skip
 
     return Arms(
         held=held,

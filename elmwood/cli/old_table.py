@@ -14,11 +14,11 @@ from elmwood import evaluate
 from elmwood.cli.screen import bars, count, duration, emit, expand, out, short, talk
 from elmwood.cli.screen import table as draw
 from elmwood.domains.partition import serving
-from elmwood.domains.route import ROUTERS, candidates, nearest_place
+from elmwood.domains.route import Routing, Signals, nearest_place, remember, router_of, weights
 from elmwood.errors import BadInput
 from elmwood.evaluate.losses import Estimate, bits_per_byte
 from elmwood.evaluate.sequential.decision import best, worst
-from elmwood.evaluate.subsets import greedy, optimum, routed, values, would_help
+from elmwood.evaluate.subsets import greedy, member_weights, optimum, values, would_help
 from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
 from elmwood.report.wealth import Line, experts_plot
 from elmwood.store import Store
@@ -31,13 +31,11 @@ Ints = NDArray[np.integer]
 STRANGE = 0.02  # of the windows, drawn by chance, on which an expert is scored though it is not near: what the router may miss
 
 
-class Settings(NamedTuple):
-    """How weights follow from scores."""
+class Routed(NamedTuple):
+    """What weights follow from."""
 
-    score_NM: Floats
-    temperature: float
-    top_k: int
-    seed: bool  # whether it is a candidate
+    signals: Signals
+    routing: Routing
 
 
 def table(
@@ -55,7 +53,8 @@ def table(
     columns = Columns(spec, home)
     held = columns.held
     with bars() as progress:
-        dist2_NK = evaluate.distances(held, division, home, progress, open_model=opener(division.embedder.name))
+        kind = router_of(named).distances or "dense"
+        dist2_NK = evaluate.distances(held, division, home, progress, signal=kind, open_model=opener(division.embedder.name))
         served = serving(division, [(one.partition, one.domain) for one in experts], home)
         dist2_NE = nearest_place(dist2_NK, served)
         windows = near_windows(dist2_NE, held, near) if near else {}
@@ -76,9 +75,10 @@ def table(
     how = settings(named if named.digest == home.resolve(forest) else None, loglik_NM, dist2_NE, held, top_k)
     names = [f"{label(division, one.domain)}" for one in experts]
     told: dict[str, Any] = {
-        "forest": grown.digest, "holdout": held.name, "protocol": held.protocol, "temperature": how.temperature, "top_k": how.top_k,
-        "seed_joins": how.seed, "cost": {"models_run": found.run, "tokens": found.tokens, "seconds": round(found.seconds, 1),
-                                         "missing": found.missing, "known": found.known, "brought": came},
+        "forest": grown.digest, "holdout": held.name, "protocol": held.protocol, "router": how.routing.router,
+        "temperature": how.routing.temperature, "top_k": how.routing.top_k, "seed_joins": how.routing.seed_distance is not None,
+        "cost": {"models_run": found.run, "tokens": found.tokens, "seconds": round(found.seconds, 1), "missing": found.missing,
+                 "known": found.known, "brought": came},
     }  # fmt: skip
     told |= said(known_NM, loglik_NM, how, held, choose)
     told["candidates"] = [
@@ -104,36 +104,33 @@ def near_windows(dist2_NE: Floats, held: evaluate.Holdout, near: int) -> dict[in
     return {e: np.union1d(window_N[rank_NE[:, e] < near], strange_W) for e in range(dist2_NE.shape[1])}
 
 
-def settings(named: Ensemble | None, loglik_NM: Floats, dist2_NE: Floats, held: evaluate.Holdout, top_k: int) -> Settings:
+def settings(named: Ensemble | None, loglik_NM: Floats, dist2_NE: Floats, held: evaluate.Holdout, top_k: int) -> Routed:
     """Those of an ensemble, or for a forest those with the least loss on the tune half."""
     if named is None:
-        fitted = evaluate.fit(loglik_NM[held.tune_N], dist2_NE[held.tune_N], top_k)
-        router, temperature, distance = fitted.router, fitted.temperature, fitted.seed_distance
+        tune_N = held.tune_N
+        routing = evaluate.calibrate(loglik_NM[tune_N], dist2_NE[tune_N], held.document_N[tune_N], top_k).routing
     else:
-        router, temperature, distance, top_k = named.router, named.temperature, named.seed_distance, named.top_k
-    if router not in ROUTERS or ROUTERS[router].signal != "dense":
-        raise BadInput(f"router {router!r} does not go by distances to centroids: the table routes by 'centroid', 'cbtm' or 'uniform'")
-    return Settings(ROUTERS[router](candidates(dist2_NE, distance)), temperature, top_k, distance is not None)
+        routing = Routing.of(named)
+    memory_NM = remember(loglik_NM, routing.fading, held.document_N) if router_of(routing).memory else None
+    return Routed(Signals(dist2_NE, memory_NM), routing)
 
 
-def said(known_NM: Floats, loglik_NM: Floats, how: Settings, held: evaluate.Holdout, choose: int | None) -> dict[str, Any]:
+def said(known_NM: Floats, loglik_NM: Floats, how: Routed, held: evaluate.Holdout, choose: int | None) -> dict[str, Any]:
     """Everything that is of these members alone. Choices are made on the tune half, losses are of the other."""
     tune_N, test_D, experts = held.tune_N, ~held.tune_D, loglik_NM.shape[1] - 1
     size = np.log(2) * held.bytes_D[held.tune_D].sum()
 
-    def weights(members: Sequence[int], some_N: Any) -> Floats:
-        there = (*members, experts) if how.seed else tuple(members)
-        part_NM = routed(how.score_NM[some_N], there, how.temperature, how.top_k)
-        return part_NM if how.seed else np.pad(part_NM, ((0, 0), (0, 1)))
+    def weigh(members: Sequence[int], some_N: Any) -> Floats:
+        return member_weights(how.signals.some(some_N), how.routing, members)
 
     def chosen_by(members: tuple[int, ...]) -> float:
-        return -float(evaluate.mix(loglik_NM[tune_N], weights(members, tune_N)).sum()) / size
+        return -float(evaluate.mix(loglik_NM[tune_N], weigh(members, tune_N)).sum()) / size
 
     def told(members: Sequence[int]) -> Estimate:
-        return bits_per_byte(evaluate.mix(loglik_NM, weights(members, slice(None))), held, test_D)
+        return bits_per_byte(evaluate.mix(loglik_NM, weigh(members, slice(None))), held, test_D)
 
     everyone = tuple(range(experts))
-    weight_NM = weights(everyone, slice(None))
+    weight_NM = weigh(everyone, slice(None))
     sure_NM = np.where(np.isnan(known_NM), 0, weight_NM)
     high_N, low_N = best(known_NM, sure_NM), worst(known_NM, sure_NM)
     most = bits_per_byte(low_N, held, test_D).value if np.isfinite(low_N[~held.tune_N]).all() else None  # one not known may speak alone
@@ -155,11 +152,9 @@ def said(known_NM: Floats, loglik_NM: Floats, how: Settings, held: evaluate.Hold
     }  # fmt: skip
 
 
-def screened(new_N: Floats, loglik_NM: Floats, how: Settings, held: evaluate.Holdout, domain: int | None) -> dict[str, Any]:
+def screened(new_N: Floats, loglik_NM: Floats, how: Routed, held: evaluate.Holdout, domain: int | None) -> dict[str, Any]:
     """Whether some weight on a new expert would lower the loss on its own domain's tune half; all of that half, where it has none here."""
-    experts = loglik_NM.shape[1] - 1
-    weight_NM = routed(how.score_NM, range(experts + how.seed), how.temperature, how.top_k)
-    mixed_N = evaluate.mix(loglik_NM[:, : weight_NM.shape[1]], weight_NM)
+    mixed_N = evaluate.mix(loglik_NM, weights(how.signals, how.routing))
     among_N = held.tune_N & ~np.isnan(new_N)
     if domain is not None:
         among_N &= held.block_domain_B[held.block_N] == domain

@@ -86,7 +86,8 @@ def prefix_distances(fitted: Embeds, centroids: Centroids, text: str, cut_P: Seq
         return _known(_sparse_distances(_running(dot_WK)[words_P] / np.where(norm_P > 0, norm_P, 1), words_P > 0), words_P > 0)
     step_WD, count_W = fitted.steps(text)
     sum_WD = _running(step_WD)
-    dist2_WK = _known(squared_distances(unit(sum_WD), centroids), sum_WD.any(1))  # after each word; prefixes between two words are alike
+    # after each word; prefixes between two words are alike
+    dist2_WK = _known(squared_distances(unit(sum_WD), centroids), np.any(sum_WD, axis=1))
     return dist2_WK[np.searchsorted(count_W, cut_P, side="right")]
 
 
@@ -114,19 +115,20 @@ class PrefixDistances:
     def push(self, piece: bytes) -> Floats:
         """Let the text grow; squared distances of all of it so far [K]."""
         self._open += self._decode(piece)
-        if not isinstance(self.fitted, Terms):
+        if not isinstance(self.fitted, Terms) and not isinstance(self.centroids, Sparse):
             if (counted := self.fitted.counted(self._open)) != self._counted:
                 x_1D = self.fitted.embed([self._open[:counted]])
-                self._counted, self._dist2_K = counted, _known(squared_distances(x_1D, self.centroids), x_1D.any(1))[0]
+                self._counted, self._dist2_K = counted, _known(squared_distances(x_1D, self.centroids), np.any(x_1D, axis=1))[0]
             return self._dist2_K
-        row_W, count_W = self.fitted.lexicon.steps(self._open)
+        terms = _terms(self.fitted)
+        row_W, count_W = terms.lexicon.steps(self._open)
         for row in row_W[(row_W >= 0) & (count_W <= len(self._open))]:
-            self._add(self.fitted, int(row))
+            self._add(terms, int(row))
         self._open = self._open[max(len(finished(self._open)) - 1, 0) :]
         if isinstance(self.centroids, Sparse):
             known_1 = np.array([self._norm2 > 0])
             return _known(_sparse_distances(self._sum_X[None] / max(self._norm2, 1e-300) ** 0.5, known_1), known_1)[0]
-        return _known(squared_distances(unit(self._sum_X[None]), self.centroids), self._sum_X[None].any(1))[0]
+        return _known(squared_distances(unit(self._sum_X[None]), self.centroids), np.any(self._sum_X[None], axis=1))[0]
 
     def _add(self, terms: Terms, row: int) -> None:
         before_1 = np.array([self._count.get(row, 0)], np.float64)

@@ -63,14 +63,14 @@ class EnsembleLM:
         Models read a window, routers the whole document so far: distances are of all its text, and the memory is of every token as it
         was scored, once. So a router with a memory has candidates read the windows before those that are wanted as well.
         """
-        wanted_W = np.isin(np.arange(len(windows.rows_WL)), wanted_W)
-        reached_W = _up_to(wanted_W[:, None], windows.document_W)[:, 0]
-        windows, wanted_W = Windows(*(part[reached_W] for part in windows)), wanted_W[reached_W]
-        window_N = np.repeat(np.arange(len(wanted_W)), windows.count_W)
-        wanted_N = wanted_W[window_N]
+        reached_W = _up_to(np.isin(np.arange(len(windows.rows_WL)), wanted_W)[:, None], windows.document_W)[:, 0]
+        asked_W = np.isin(np.flatnonzero(reached_W), wanted_W)
+        windows = Windows(*(part[reached_W] for part in windows))
+        window_N = np.repeat(np.arange(len(asked_W)), windows.count_W)
+        wanted_N = np.repeat(asked_W, windows.count_W)
         dist2_NE, shape = self.router.distances(windows), (len(window_N), len(self.experts))
         live_NC = candidates(Signals(dist2_NE, np.broadcast_to(0.0, shape)), self.routing) & wanted_N[:, None]
-        read_WC = np.column_stack([np.bincount(window_N, live_N, len(wanted_W)) > 0 for live_N in live_NC.T])
+        read_WC = np.column_stack([np.bincount(window_N, live_N, len(asked_W)) > 0 for live_N in live_NC.T])
         if self.memory:
             read_WC = _up_to(read_WC, windows.document_W)
         loglik_NC = self._read(windows, read_WC, progress)

@@ -60,16 +60,16 @@ class WeightsLM:
     def score_windows(self, windows: Windows, wanted_W: Ints, progress: Progress = silent) -> Tensor:
         """log p of the scored tokens of some windows (ascending), in order [n] float32 on the CPU: one pass for each block, over all of
         the window that comes before its end. The prompt of a block is the whole document before it."""
-        wanted_W = np.isin(np.arange(len(windows.rows_WL)), wanted_W)
         here_W = np.isin(windows.document_W, windows.document_W[wanted_W])
-        windows, wanted_W = Windows(*(part[here_W] for part in windows)), wanted_W[here_W]
+        wanted_W = np.flatnonzero(np.isin(np.flatnonzero(here_W), wanted_W))
+        windows = Windows(*(part[here_W] for part in windows))
         weight_NC = weights(Signals(self.router.distances(windows)), self.routing)
         end_W = np.cumsum(windows.count_W)
         begin_W = end_W - windows.length_W  # the weights of token l of window w: row begin_W[w] + l
         loglik_WL = np.zeros(windows.rows_WL.shape, np.float32)
         total, done = int(windows.length_W[wanted_W].sum()), 0
         progress("score", 0, total, "tokens")
-        for batch in windows.batches(np.flatnonzero(wanted_W), TOKENS):
+        for batch in windows.batches(wanted_W, TOKENS):
             longest = int(windows.length_W[batch].max())
             for first, end in self._blocks(int(windows.score_from_W[batch].min()), longest):
                 weight_BC = weight_NC[np.minimum(begin_W[batch] + first, end_W[batch] - 1)]

@@ -6,7 +6,7 @@ N scored tokens, E experts, C = E + 1 candidates (the seed last)
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,12 +54,12 @@ class Tuning:
 
     def search(self, routing: Routing, name: str, grid: Floats, log: bool = True) -> Routing:
         """The same settings with the best value of one of them."""
-        spell = np.exp if log else float
 
-        def loss(x: float) -> float:
-            return self.loss(replace(routing, **{name: float(spell(x))}))
+        def at(x: float) -> Routing:
+            changed: dict[str, Any] = {name: float(np.exp(x)) if log else float(x)}
+            return replace(routing, **changed)
 
-        return replace(routing, **{name: float(spell(minimise(loss, np.log(grid) if log else grid)))})
+        return at(minimise(lambda x: self.loss(at(x)), np.log(grid) if log else grid))
 
     def ties(self, routing: Routing) -> Floats:
         """Seed distances at which the seed is as good as the best expert, for an even choice of tokens; none where all is unknown."""
@@ -94,7 +94,7 @@ def calibrate(loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints, top_
     if len(levels := tuning.ties(bare)):
         found.append(temper(tuning.search(bare, "seed_distance", levels, log=False)))
     if row.memory == "fading":
-        found = [_refine(tuning, one) for one in found]
+        found = [_refine(tuning, min(found, key=tuning.loss))]
     made = [Calibration(one, tuning.loss(one, 1)) for one in found]
     return min(made, key=lambda one: one.nats)
 

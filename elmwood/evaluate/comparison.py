@@ -3,7 +3,7 @@
 N scored tokens, E experts by digest, C = E + 1 candidates (the seed last), K domains
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,9 +74,10 @@ class Compared(NamedTuple):
     routing: tuple[tuple[float, ...], ...]  # [domain of the document][expert, the seed last] mean weight under `best`, test half
     fitted: dict[str, float]  # the settings of every fitted row: of the best by their own names, of all with the row's name before
     growth: tuple[tuple[float, float], ...]  # bits per byte and its error with 1, 2, ... experts under `best`, chosen on the tune half
+    column_N: Floats  # the log-likelihoods of the chosen ensemble, nats
 
 
-class Mixture(NamedTuple):
+class ExpertColumns(NamedTuple):
     """Columns of one seed's experts on one holdout, ready to be mixed."""
 
     holdout: Holdout
@@ -84,7 +85,7 @@ class Mixture(NamedTuple):
     side: Side
 
     @classmethod
-    def of(cls, holdout: Holdout, seed_N: Floats, side: Side) -> "Mixture":
+    def of(cls, holdout: Holdout, seed_N: Floats, side: Side) -> "ExpertColumns":
         return cls(holdout, np.column_stack([side.loglik_NK, seed_N]), side)
 
     def calibrate(self, router: str, top_ks: Sequence[int]) -> Calibration:
@@ -124,7 +125,7 @@ def compare(
     """
     for side in [experts] + ([random] if random else []):
         _check(holdout, seed_N, *(control.loglik_N for control in dense), side.loglik_NK, side.dist2_NK)
-    test_D, mixture = ~holdout.tune_D, Mixture.of(holdout, seed_N, experts)
+    test_D, mixture = ~holdout.tune_D, ExpertColumns.of(holdout, seed_N, experts)
     found = {name: mixture.calibrate(name, top_ks(name, experts)) for name in _routers(experts, router)}
     best = min((one for name, one in found.items() if name == router or (router is None and name != "posterior")), key=lambda one: one.nats)
     near = min((found[name] for name in BY_DISTANCE if name in found), key=lambda one: one.nats)
@@ -135,7 +136,7 @@ def compare(
     if dense:
         lines.append(_with_seed(holdout, seed_N, strongest, best.routing.router))
     if random:
-        lines += _random(Mixture.of(holdout, seed_N, random), best.routing.router)
+        lines += _random(ExpertColumns.of(holdout, seed_N, random), best.routing.router)
     own_N = np.take_along_axis(experts.loglik_NK, np.array(experts.owner_K)[holdout.domain_D[holdout.document_N], None], 1)[:, 0]
     lines += [Line("uniform routing", "control", _uniform(experts), experts.cost), *results]
     lines += [Line("oracle routing", "bound", own_N, experts.cost)]
@@ -144,9 +145,10 @@ def compare(
             against_N=None if one.loglik_N is strongest.loglik_N else strongest.loglik_N)
         for one in lines
     )  # fmt: skip
-    chosen = _name(best, experts)
+    chosen = next(one for one in results if one.fit is best)
     fitted = _settings(best) | {f"{one.name}: {key}": value for one in lines if one.fit for key, value in _settings(one.fit).items()}
-    return Compared(rows, tuple(shown), best, chosen, mean_weights(mixture, best.routing), fitted, growth(mixture, best.routing))
+    who, more = mean_weights(mixture, best.routing), growth(mixture, best.routing)
+    return Compared(rows, tuple(shown), best, chosen.name, who, fitted, more, chosen.loglik_N)
 
 
 def top_ks(router: str, side: Side) -> list[int]:
@@ -158,7 +160,7 @@ def top_ks(router: str, side: Side) -> list[int]:
     return [k for k in TOP_K if k < experts] + [experts + 1]
 
 
-def growth(mixture: Mixture, routing: Routing) -> tuple[tuple[float, float], ...]:
+def growth(mixture: ExpertColumns, routing: Routing) -> tuple[tuple[float, float], ...]:
     """Bits per byte on the test half with ever more experts, the one that lowers the loss of the tune half most first; nothing where
     experts are many."""
     experts, holdout, signals = mixture.side.loglik_NK.shape[1], mixture.holdout, mixture.signals(routing)
@@ -166,7 +168,7 @@ def growth(mixture: Mixture, routing: Routing) -> tuple[tuple[float, float], ...
         return ()
 
     def mixed(members: tuple[int, ...], rows: NDArray[np.integer]) -> Floats:
-        loglik_nC = mixture.loglik_NC[np.ix_(rows, [*members, experts])]
+        loglik_nC = mixture.loglik_NC[rows][:, [*members, experts]]
         return mix(loglik_nC, weights(signals.some(rows).among(members), routing))
 
     tune_n, every_n = np.flatnonzero(holdout.tune_N), np.arange(len(mixture.loglik_NC))
@@ -175,7 +177,7 @@ def growth(mixture: Mixture, routing: Routing) -> tuple[tuple[float, float], ...
     return tuple((loss.value, loss.standard_error) for loss in losses)
 
 
-def mean_weights(mixture: Mixture, routing: Routing) -> tuple[tuple[float, ...], ...]:
+def mean_weights(mixture: ExpertColumns, routing: Routing) -> tuple[tuple[float, ...], ...]:
     """Mean weight of each domain's expert, the seed last, over each domain's tokens of the test half [K][K + 1]; zeros where there
     are none. An expert of several domains stands at the document's own, or else at its first."""
     weight_NC, holdout = weights(mixture.signals(routing), routing), mixture.holdout
@@ -215,12 +217,12 @@ def _routers(experts: Side, asked: str | None) -> list[str]:
 def _with_seed(holdout: Holdout, seed_N: Floats, dense: Control, router: str) -> Line:
     """A dense control and the seed, mixed as the result mixes. It is of no domain, so all text is equally near to it."""
     near_N1 = np.zeros((len(seed_N), 1), np.float32)
-    mixture = Mixture.of(holdout, seed_N, Side(np.asarray(dense.loglik_N)[:, None], near_N1, sparse2_NK=near_N1))
+    mixture = ExpertColumns.of(holdout, seed_N, Side(np.asarray(dense.loglik_N)[:, None], near_N1, sparse2_NK=near_N1))
     fit = mixture.calibrate(router, [1 if open_router(router).distances and open_router(router).memory else 2])
     return Line(f"{dense.name} + seed, {router} routing", "control", mixture.column(fit.routing), dense.cost, fit)
 
 
-def _random(mixture: Mixture, router: str) -> Iterator[Line]:
+def _random(mixture: ExpertColumns, router: str) -> Iterator[Line]:
     """Experts of random clusters, routed as the result is, and by the posterior."""
     for name in dict.fromkeys((router, "posterior")):
         fit = mixture.calibrate(name, top_ks(name, mixture.side))
@@ -237,7 +239,7 @@ def _name(fit: Calibration, side: Side) -> str:
     return f"c-BTM {top}" if fit.routing.router == "centroid" else f"{fit.routing.router} routing, {top}"
 
 
-def _settings(fit: Calibration) -> Mapping[str, float]:
+def _settings(fit: Calibration) -> dict[str, float]:
     """By name; those that the router looks at."""
     routing = fit.routing
     found: dict[str, float] = {"top_k": routing.top_k, "temperature": routing.temperature}

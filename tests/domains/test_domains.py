@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,9 @@ import pyarrow.dataset
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
+from topics import PIECES, TOPICS, some_texts, texts
 
 from elmwood.corpus.build import build, documents
 from elmwood.corpus.read import Document
@@ -27,45 +27,6 @@ from elmwood.domains.share import FAR, dataset, publish, published, quantiles, r
 from elmwood.domains.words import Lexicon, finished, spans, words
 from elmwood.errors import BadCorpus, BadInput, BadRecord, Damaged, ForeignExpert, UnknownName
 from elmwood.store import Store, lineage, verify
-
-TOPICS = (
-    "the {0} sailed over the sea with its captain and crew toward the harbour",
-    "def read_{0}(path): return open(path).read() if path else None",
-    "le {0} mange une pomme dans le jardin de la maison avec plaisir",
-    "船长{0}今天带着船员在大海上航行",
-    "капитан {0} и его команда плывут по морю домой",
-)
-# what people write: words of several scripts, code, quotation marks, digits, broken pieces
-PIECES = (
-    "the",
-    "sea",
-    "café",
-    "read_file2",
-    "“quoted”",
-    "don’t",
-    "漢字かな交じり",
-    "데이터",
-    "हिन्दी",
-    "ΑΣ",
-    "x",
-    "12",
-    "\n",
-    "—",
-    ".",
-    "İ",
-    "e\u0301",
-    "\ud800",
-)
-texts = st.one_of(st.text(max_size=60), st.lists(st.one_of(st.sampled_from(PIECES), st.just(" ")), max_size=30).map("".join))
-
-
-def some_texts(topics, each, rng):
-    """Texts on each topic, with words made up."""
-    made = []
-    for n in range(each * len(topics)):
-        new = ["".join(rng.choice(list("abcdefghij"), 4)) for _ in range(6)]
-        made.append(" ".join(topics[n % len(topics)].format(word) for word in new))
-    return made
 
 
 def build_corpus(folder, store, found):
@@ -238,7 +199,7 @@ def test_neural_embedders(name, tmp_path):
     cut = len(text) if name == "seed" else spans(text)[dense.STRIDE - 1][1]
     near = route.prefix_distances(fitted, x_ND[:3], text, [cut])
     np.testing.assert_allclose(near, route.distances(fitted, x_ND[:3], [text[:cut]]), atol=1e-6)
-    walk = route.Walk(fitted, x_ND[:3])
+    walk = route.PrefixDistances(fitted, x_ND[:3])
     walked = np.stack([walk.push(letter.encode()) for letter in text])
     np.testing.assert_allclose(walked, route.prefix_distances(fitted, x_ND[:3], text, range(1, len(text) + 1)), atol=1e-5)
     with pytest.raises(BadInput, match="'letters'"):
@@ -321,90 +282,6 @@ def test_neither_blocks_nor_their_order_decide(balanced, monkeypatch, tmp_path):
         np.testing.assert_allclose(found.centroid_KD, start_KD, atol=0.1)
         assert found.objective == pytest.approx(whole.objective, rel=0.01)
         assert not balanced or max(found.sizes) - min(found.sizes) <= 1
-
-
-# ---- routing
-
-
-def rows(fitted, k):
-    """Centroids, dense and sparse."""
-    found = some_texts(TOPICS, 4, np.random.default_rng(5))[:k]
-    return fitted.embed(found), route.Sparse.of(fitted.tfidf(found))
-
-
-@settings(deadline=None)
-@given(texts)
-def test_prefix_routing_equals_embedding_every_prefix(fitted, text):
-    cut_P = np.arange(len(text) + 1)
-    for places in rows(fitted, 4):
-        expected = route.distances(fitted, places, [finished(text[:cut]) for cut in cut_P])
-        np.testing.assert_allclose(route.prefix_distances(fitted, places, text, cut_P), expected, atol=1e-6)
-
-
-@settings(deadline=None)
-@given(texts, st.lists(st.integers(1, 5), min_size=40, max_size=40))
-def test_tokens_and_a_growing_text_route_alike(fitted, text, sizes):
-    data = text.encode("utf-8", "replace")
-    edges = np.minimum(np.cumsum([0, *sizes]), len(data))
-    pieces = [data[a:b] for a, b in pairwise(edges)]  # tokens that cut characters in two
-    for places in rows(fitted, 3):
-        at_tokens = route.token_distances(fitted, places, range(len(pieces)), pieces)
-        walk = route.Walk(fitted, places)
-        walked = [walk.push(b""), *(walk.push(piece) for piece in pieces)][:-1]
-        np.testing.assert_allclose(at_tokens, walked, atol=1e-6)
-
-
-def test_the_empty_prefix_is_the_zero_vector(fitted):
-    centroid_KD, _ = rows(fitted, 3)
-    centroid_KD = centroid_KD * np.array([[0.5], [0.6], [0.7]])
-    np.testing.assert_allclose(route.prefix_distances(fitted, centroid_KD, "12", [2]), [[0.25, 0.36, 0.49]], atol=1e-6)
-
-
-@given(arrays(np.float64, (3, 5), elements=st.floats(-5, 5)), st.floats(0.01, 10), st.integers(1, 6))
-def test_the_gate_keeps_the_best_and_sums_to_one(score_NE, temperature, top_k):
-    weight_NE = route.gate(score_NE, temperature, top_k)
-    np.testing.assert_allclose(weight_NE.sum(1), 1)
-    assert (np.count_nonzero(weight_NE, axis=1) <= top_k).all()
-    for weight_E, score_E in zip(weight_NE, score_NE, strict=True):
-        assert score_E[weight_E > 0].min() >= np.sort(score_E)[::-1][: min(top_k, 5)].min()
-
-
-def test_the_gate_refuses_what_makes_no_sense():
-    with pytest.raises(BadInput, match="temperature is 0"):
-        route.gate(np.zeros((1, 2)), 0, 1)
-
-
-def test_cbtm_is_what_the_published_code_computes():
-    dist2_NK = np.random.default_rng(0).uniform(0.2, 2, size=(6, 5))
-    weight_NK = np.exp(-(dist2_NK**2) / 0.1)  # there: softmax over all, then the top k, then scaled to sum to one
-    weight_NK /= weight_NK.sum(1, keepdims=True)
-    weight_NK[weight_NK < np.sort(weight_NK, axis=1)[:, [-2]]] = 0
-    weight_NK /= weight_NK.sum(1, keepdims=True)
-    np.testing.assert_allclose(route.gate(route.ROUTERS["cbtm"](dist2_NK), 0.1, 2), weight_NK, atol=1e-12)
-
-
-def test_text_far_from_every_domain_falls_back_to_the_seed():
-    dist2_NE = route.candidates(np.array([[0.2, 0.9], [1.5, 1.6]]), 1.0)
-    weight_NE = route.gate(route.ROUTERS["centroid"](dist2_NE), 0.1, 1)
-    np.testing.assert_array_equal(weight_NE, [[1, 0, 0], [0, 0, 1]])
-    assert route.candidates(dist2_NE, None) is dist2_NE
-
-
-def test_the_oracle_and_uniform_routers():
-    own = route.gate(route.ROUTERS["oracle"](route.oracle_distances(np.array([2, 0]), 3)), 0.1, 3)
-    np.testing.assert_array_equal(own, [[0, 0, 1], [1, 0, 0]])
-    np.testing.assert_allclose(route.gate(route.ROUTERS["uniform"](np.eye(4)), 0.1, 4), 0.25)
-
-
-def test_the_posterior_is_bayes():
-    loglik_TE = np.log([[0.5, 0.1], [0.2, 0.2], [0.9, 0.3]])
-    weight_TE = route.gate(route.ROUTERS["posterior"](route.posterior_scores(loglik_TE, prior_E=np.array([0.25, 0.75]))), 1.0, 2)
-    joint = np.array([0.25, 0.75]) * np.array([[1, 1], [0.5, 0.1], [0.1, 0.02]])
-    np.testing.assert_allclose(weight_TE, joint / joint.sum(1, keepdims=True))
-    two = route.posterior_scores(np.concatenate([loglik_TE, loglik_TE]), np.array([4, 4, 4, 2, 2, 2]))
-    np.testing.assert_allclose(two, np.tile(route.posterior_scores(loglik_TE), (2, 1)), atol=1e-12)
-    assert route.posterior_scores(np.zeros((0, 2)), np.zeros(0, int)).shape == (0, 2)
-    np.testing.assert_allclose(route.posterior_prior(np.array([[1.0, 0.0]])), [0.65, 0.35])
 
 
 # ---- names

@@ -15,9 +15,9 @@ from elmwood import evaluate
 from elmwood.cli import app
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
-from elmwood.domains.route import gate
+from elmwood.domains.route import Routing, Signals, weights
 from elmwood.errors import BadInput, Damaged
-from elmwood.evaluate.subsets import greedy, optimum, probabilities, rank, routed, values, would_help
+from elmwood.evaluate.subsets import greedy, member_weights, optimum, probabilities, rank, values, would_help
 from elmwood.evaluate.surrogate import interpolation, mixture, pool
 from elmwood.records import Ensemble, Forest, Score
 from elmwood.store import Store
@@ -53,15 +53,15 @@ def test_of_two_columns_that_are_the_same_either_will_do():
     assert optimum(loglik_NE).nats == pytest.approx(optimum(loglik_NE[:, 1:]).nats, abs=1e-5)
 
 
-def test_members_are_routed_as_if_there_were_no_others():
-    score_NE = np.random.default_rng(0).standard_normal((50, 5))
-    some_NE = routed(score_NE, (1, 3, 4), 0.3, 2)
-    np.testing.assert_array_equal(some_NE[:, [1, 3, 4]], gate(score_NE[:, [1, 3, 4]], 0.3, 2))
-    assert (some_NE[:, [0, 2]] == 0).all()
-    prior_E = np.array([1, 2, 1, 0, 1.0])
-    weighed_NE = routed(score_NE, range(5), 0.3, 5, prior_E)
-    wanted_NE = prior_E * np.exp(score_NE / 0.3)
-    np.testing.assert_allclose(weighed_NE, wanted_NE / wanted_NE.sum(1, keepdims=True))
+@pytest.mark.parametrize("router", ["centroid", "live", "posterior"])
+def test_members_are_routed_as_if_there_were_no_others(router):
+    rng = np.random.default_rng(0)
+    dist2_NE, memory_NC = 2 * rng.random((50, 5)), -9 * rng.random((50, 6))
+    routing = Routing(router, 2, 0.3, 0.9)
+    some_NC = member_weights(Signals(dist2_NE, memory_NC), routing, (1, 3, 4))
+    alone = Signals(dist2_NE[:, [1, 3, 4]], memory_NC[:, [1, 3, 4, 5]])
+    np.testing.assert_array_equal(some_NC[:, [1, 3, 4, 5]], weights(alone, routing))
+    assert (some_NC[:, [0, 2]] == 0).all()
 
 
 @settings(max_examples=20, deadline=None)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,13 +15,13 @@ from elmwood.cli import app
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.errors import BadInput, ForeignExpert
+from elmwood.evaluate import holdout
 from elmwood.lm.peft_config import scale
 from elmwood.records import Ensemble, Expert, Forest, Ledger, Recipe, Seed, Verdict
 from elmwood.store import Store
 from elmwood.study.similarity import products
 from elmwood.train.tasks import train
 
-holdout = sys.modules["elmwood.evaluate.holdout"]  # the room exports a function of this name
 # of each topic's made-up words: words that topics share would route text of one to the expert of another
 LETTERS = ("abcdef", "ghijkl", "mnopqr")
 TOPICS = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()", "le {0} mange une pomme — {1} aussi")

@@ -1,7 +1,6 @@
 """`elmwood compare`: only blocks that can differ are run, only until the answer is known, and it is what the full table says."""
 
 import json
-import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,9 +15,9 @@ from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, UnknownName
+from elmwood.evaluate import holdout
 from elmwood.evaluate.partial import Partial
 from elmwood.evaluate.sequential.decision import best, per_byte, worst
-from elmwood.lm.files import tokenizer
 from elmwood.records import Contest, Ensemble, Forest, references
 from elmwood.report import Report, html
 from elmwood.report.charts import betting
@@ -26,7 +25,6 @@ from elmwood.report.contest import headline, lines
 from elmwood.report.wealth import Line, experts_plot, wealth_plot
 from elmwood.store import Store
 
-holdout = sys.modules["elmwood.evaluate.holdout"]  # the room exports a function of this name
 TOPICS = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()", "le {0} mange une pomme — {1} aussi")
 K = len(TOPICS)
 
@@ -60,7 +58,7 @@ def grown(tmp_path_factory):
     store.name("seed", seed.digest)
     store.name("last", experts[-1].digest)
     store.name("partition", partition.digest)
-    held = evaluate.holdout(evaluate.HoldoutSpec(partition=partition.digest, seed=seed.digest, length=48), tokenizer(seed, store), store)
+    held = evaluate.open_holdout(evaluate.HoldoutSpec(partition=partition.digest, seed=seed.digest, length=48), store)
     return store, held
 
 

@@ -1,0 +1,168 @@
+"""Routing: squared distances of prefixes, and the weights that signals become."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from topics import PIECES, TOPICS, some_texts, texts
+
+from elmwood.domains import embed, route
+from elmwood.domains.route import Routing, Signals
+from elmwood.domains.words import finished
+from elmwood.errors import BadInput, UnknownName
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """tf-idf of texts of five topics."""
+    return embed.fit("tfidf", [*some_texts(TOPICS, 20, np.random.default_rng(1)), *PIECES, *PIECES])
+
+
+def rows(fitted, k):
+    """Centroids, dense and sparse."""
+    found = some_texts(TOPICS, 4, np.random.default_rng(5))[:k]
+    return fitted.embed(found), route.Sparse.of(fitted.tfidf(found))
+
+
+@settings(deadline=None)
+@given(texts)
+def test_prefix_routing_equals_embedding_every_prefix(fitted, text):
+    cut_P = np.arange(len(text) + 1)
+    for places in rows(fitted, 4):
+        known_P = fitted.embed([finished(text[:cut]) for cut in cut_P]).any(1)
+        expected = route.distances(fitted, places, [finished(text[:cut]) for cut in cut_P])
+        expected = np.where(known_P[:, None], expected, np.inf)
+        np.testing.assert_allclose(route.prefix_distances(fitted, places, text, cut_P), expected, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(texts, st.lists(st.integers(1, 5), min_size=40, max_size=40))
+def test_tokens_and_a_growing_text_route_alike(fitted, text, sizes):
+    data = text.encode("utf-8", "replace")
+    edges = np.minimum(np.cumsum([0, *sizes]), len(data))
+    pieces = [data[a:b] for a, b in pairwise(edges)]  # tokens that cut characters in two
+    for places in rows(fitted, 3):
+        at_tokens = route.token_distances(fitted, places, range(len(pieces)), pieces)
+        walk = route.PrefixDistances(fitted, places)
+        walked = [walk.push(b""), *(walk.push(piece) for piece in pieces)][:-1]
+        np.testing.assert_allclose(at_tokens, walked, atol=1e-6)
+
+
+def test_a_prefix_without_a_known_word_is_infinitely_far(fitted):
+    for places in rows(fitted, 3):
+        assert np.isinf(route.prefix_distances(fitted, places, "12", [0, 2])).all()
+        assert np.isinf(route.PrefixDistances(fitted, places).push(b"12 ")).all()
+
+
+def weigh(dist2_NE=None, memory_NC=None, **settings):
+    return route.weights(Signals(*(None if one is None else np.asarray(one) for one in (dist2_NE, memory_NC))), Routing(**settings))
+
+
+@given(arrays(np.float64, (3, 5), elements=st.floats(0, 4)), st.floats(0.01, 10), st.integers(1, 7), st.sampled_from([None, 0.5, 2.0]))
+def test_the_best_are_kept_and_weights_sum_to_one(dist2_NE, temperature, top_k, seed_distance):
+    weight_NC = weigh(dist2_NE, temperature=temperature, top_k=top_k, seed_distance=seed_distance)
+    np.testing.assert_allclose(weight_NC.sum(1), 1)
+    assert weight_NC.shape == (3, 6)
+    assert (np.count_nonzero(weight_NC, axis=1) <= top_k).all()
+    assert seed_distance is not None or not weight_NC[:, -1].any()
+    for weight_C, dist2_E in zip(weight_NC, dist2_NE, strict=True):
+        dist2_C = np.append(dist2_E, np.inf if seed_distance is None else seed_distance)
+        assert dist2_C[weight_C > 0].max() <= np.sort(dist2_C)[: min(top_k, 6)].max()
+
+
+def test_settings_that_make_no_sense_are_refused():
+    for wrong, complaint in (({"temperature": 0}, "temperature is 0"), ({"top_k": 0}, "top_k 0"), ({"decay": 1.1}, "decay 1.1")):
+        with pytest.raises(BadInput, match=complaint):
+            Routing(**wrong)
+    with pytest.raises(UnknownName, match="os:system"):
+        weigh(np.ones((1, 2)), router="os:system")
+
+
+def test_cbtm_is_what_the_published_code_computes():
+    dist2_NK = np.random.default_rng(0).uniform(0.2, 2, size=(6, 5))
+    weight_NK = np.exp(-(dist2_NK**2) / 0.1)  # there: softmax over all, then the top k, then scaled to sum to one
+    weight_NK /= weight_NK.sum(1, keepdims=True)
+    weight_NK[weight_NK < np.sort(weight_NK, axis=1)[:, [-2]]] = 0
+    weight_NK /= weight_NK.sum(1, keepdims=True)
+    np.testing.assert_allclose(weigh(dist2_NK, router="cbtm", temperature=0.1, top_k=2)[:, :-1], weight_NK, atol=1e-12)
+
+
+def test_text_far_from_every_domain_falls_back_to_the_seed():
+    weight_NC = weigh([[0.2, 0.9], [1.5, 1.6]], top_k=1, seed_distance=1.0)
+    np.testing.assert_array_equal(weight_NC, [[1, 0, 0], [0, 0, 1]])
+
+
+@pytest.mark.parametrize("router", ["centroid", "cbtm", "sparse", "live"])
+def test_where_nothing_is_known_the_seed_is_alone(router):
+    """Without the seed, the first experts are alike, whatever they said."""
+    dist2_NE, memory_NC = np.full((1, 3), np.inf), np.array([[-1.0, -2.0, -9.0, -3.0]])
+    for top_k in (1, 2, 4):
+        with_seed, without = (weigh(dist2_NE, memory_NC, router=router, top_k=top_k, seed_distance=one) for one in (0.7, None))
+        np.testing.assert_array_equal(with_seed, [[0, 0, 0, 1]])
+        expected_C = np.array([1, top_k > 1, top_k > 2, 0])
+        np.testing.assert_allclose(without[0], expected_C / expected_C.sum())
+
+
+@pytest.mark.parametrize("router", ["centroid", "live"])
+def test_of_equal_distances_the_first_expert_is_kept(router):
+    kept_C = weigh([[2.0, 0.5, 2.0, 2.0]], np.zeros((1, 5)), router=router, top_k=2)[0] > 0
+    assert kept_C.tolist() == [True, True, False, False, False]
+
+
+def test_uniform_weights_are_alike():
+    np.testing.assert_allclose(weigh(np.eye(4), router="uniform", top_k=5)[:, :-1], 0.25)
+    np.testing.assert_allclose(weigh(np.eye(4), router="uniform", top_k=5, seed_distance=0.0), 0.2)
+
+
+def test_live_keeps_the_nearest_and_the_seed_and_weighs_them_by_both():
+    rng = np.random.default_rng(0)
+    dist2_NE, memory_NC = rng.uniform(0.2, 2, (40, 5)), -20 * rng.random((40, 6))
+    got_NC = weigh(dist2_NE, memory_NC, router="live", top_k=2, temperature=0.5, seed_distance=1.1, memory=0.3)
+    for got_C, dist2_E, memory_C in zip(got_NC, dist2_NE, memory_NC, strict=True):
+        unscaled = {int(e): np.exp(-dist2_E[e] / 0.5) * np.exp(memory_C[e]) ** 0.3 for e in np.argsort(dist2_E)[:2]}
+        unscaled[5] = np.exp(-1.1 / 0.5) * np.exp(memory_C[5]) ** 0.3
+        expected_C = np.array([unscaled.get(c, 0.0) for c in range(6)]) / sum(unscaled.values())
+        np.testing.assert_allclose(got_C, expected_C, rtol=1e-9)
+    live_NC = route.candidates(Signals(dist2_NE, np.zeros((40, 6))), Routing("live", 2, 0.5, 1.1))
+    assert (live_NC == (got_NC > 0)).all()
+    nearest_NC = weigh(dist2_NE, memory_NC, router="live", top_k=1, temperature=0.5, memory=0.3)
+    np.testing.assert_array_equal(nearest_NC.argmax(1), dist2_NE.argmin(1))
+
+
+def test_the_posterior_is_bayes():
+    loglik_TC = np.log([[0.5, 0.1, 0.3], [0.2, 0.2, 0.3], [0.9, 0.3, 0.4]])
+    settings = {"router": "posterior", "top_k": 3, "temperature": 1.0}
+    joint_TC = np.array([1, 1, np.exp(-0.7)]) * np.array([[1, 1, 1], [0.5, 0.1, 0.3], [0.1, 0.02, 0.09]])
+    weight_TC = weigh(memory_NC=route.remember(loglik_TC), seed_distance=0.7, **settings)
+    np.testing.assert_allclose(weight_TC, joint_TC / joint_TC.sum(1, keepdims=True))
+    joint_TC[:, -1] = 0
+    np.testing.assert_allclose(weigh(memory_NC=route.remember(loglik_TC), **settings), joint_TC / joint_TC.sum(1, keepdims=True))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([1.0, 0.98, 0.5, 1e-3]), st.integers(0, 2**32 - 1))
+def test_the_memory_is_a_fading_sum_within_each_document(sizes, decay, rng_seed):
+    loglik_NC = -5 * np.random.default_rng(rng_seed).random((sum(sizes), 3))
+    document_N = np.repeat(np.random.default_rng(rng_seed).permutation(len(sizes)), sizes)
+    expected_NC, memory_C = [], np.zeros(3)
+    for n, loglik_C in enumerate(loglik_NC):  # token by token
+        memory_C = np.zeros(3) if n == 0 or document_N[n] != document_N[n - 1] else decay * memory_C + loglik_NC[n - 1]
+        expected_NC.append(memory_C)
+        assert loglik_C.shape == (3,)
+    np.testing.assert_allclose(route.remember(loglik_NC, decay, document_N), expected_NC, rtol=1e-12, atol=1e-12)
+    assert route.remember(np.zeros((0, 2)), decay, np.zeros(0, int)).shape == (0, 2)
+    np.testing.assert_allclose(route.remember(loglik_NC, decay)[: sizes[0]], expected_NC[: sizes[0]], rtol=1e-12, atol=1e-12)
+
+
+def test_a_router_from_outside_joins_the_table(monkeypatch, tmp_path):
+    (tmp_path / "my_routers.py").write_text(
+        "from elmwood.domains.route import Router\n"
+        "farthest = Router(lambda signals, routing: signals.dist2_NC / routing.temperature, 'dense', None, 'a joke')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(route, "ROUTERS", dict(route.ROUTERS))
+    assert route.open_router("my_routers:farthest").source == "a joke"
+    np.testing.assert_array_equal(weigh([[0.1, 0.2]], router="my_routers:farthest", top_k=1), [[0, 1, 0]])
