@@ -16,7 +16,7 @@ def evaluate(
     length: WindowOption = None,
     documents: DocumentsOption = None,
     router: Annotated[
-        str | None, Option(help="Of the fitted ensemble: centroid, sparse or posterior; default: the better of the first two.")
+        str | None, Option(help="Of the fitted ensemble: centroid, sparse, live or posterior; default: the best of the first three.")
     ] = None,
     name: Annotated[str | None, Option("--name", help="Call the fitted ensemble of a forest this.")] = None,
     tasks: Annotated[str | None, Option(help="Standard benchmarks instead: tasks of lm-evaluation-harness, by comma.")] = None,
