@@ -23,7 +23,7 @@ from elmwood.records import Ensemble, Entry, Expert, Forest, Ledger, Partition, 
 from elmwood.store import Store
 from elmwood.study.ancestry import as_model
 from elmwood.study.scoring import Columns
-from elmwood.study.similarity import finite, products
+from elmwood.weights.similarity import is_finite, products
 
 Bools = NDArray[np.bool_]
 
@@ -60,7 +60,7 @@ def accept(*, expert, forest, length, documents, cap, clip, name, store, as_json
     seed, without, joined, others = sides_of(one, as_model(home.load(forest), home), home)
     division = home.load(home.load(joined.forest, Forest).partition, Partition)
     own = served(division, [(one.partition, one.domain)], home)[0]
-    evidence = Evidence(expert=one.digest, finite=finite(one, home))
+    evidence = Evidence(expert=one.digest, finite=is_finite(one, home))
     told: dict[str, Any] = {"tokens_forwarded": 0}
     with bars() as progress, home.held(LEDGER):
         if evidence.finite:

@@ -1,13 +1,12 @@
 """May an expert join a forest? Evidence -> verdict: every check with its value and threshold. Pure functions; nothing is measured here.
 
-M modules of a delta, O outputs, I inputs, R rank, E accepted experts. A delta is the sum over modules of B @ A (scale folded into B).
+E accepted experts. A delta is expert minus seed, all tensors as one vector; what is needed here are inner products of deltas.
 
 Copies are detected on the deltas, not on files or factors: B A stays the same when its factors are written in another basis. A blend
 of several experts may be far from each of them, so it is compared with the span of all.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +15,6 @@ from pydantic import Field
 from elmwood.records import Check, Digest, Frozen, Verdict
 
 Floats = NDArray[np.floating]
-
-
-class Factors(NamedTuple):
-    """A low-rank delta of one module."""
-
-    b_OR: Floats
-    a_RI: Floats
-
-
-Delta = Mapping[str, Factors]
 
 
 class Policy(Frozen):
@@ -89,26 +78,6 @@ def _ratio(public: float | None, secret: float | None) -> float | None:
 
 
 # ---- copies and blends ----------------------------------------------------------------------------------------------
-
-
-def inner(one: Delta, other: Delta) -> float:
-    """Sum over shared modules of <B A, B' A'> = sum of (B^T B') * (A A'^T): from the factors, without forming the products."""
-    total = 0.0
-    for name in one.keys() & other.keys():
-        (b_OR, a_RI), (other_OS, other_SI) = one[name], other[name]
-        outward_RS = np.asarray(b_OR, np.float64).T @ np.asarray(other_OS, np.float64)
-        inward_RS = np.asarray(a_RI, np.float64) @ np.asarray(other_SI, np.float64).T
-        total += float((outward_RS * inward_RS).sum())
-    return total
-
-
-def gram(deltas: Sequence[Delta]) -> Floats:
-    """Inner products of deltas [E, E] float64."""
-    gram_EE = np.zeros((len(deltas), len(deltas)))
-    for i, one in enumerate(deltas):
-        for j in range(i + 1):
-            gram_EE[i, j] = gram_EE[j, i] = inner(one, deltas[j])
-    return gram_EE
 
 
 def cosine(own: float, with_E: Floats, gram_EE: Floats) -> float:

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elmwood.evaluate.admission import Evidence, Factors, Policy, cosine, gram, inner, judge_evidence, novelty
+from elmwood.evaluate.admission import Evidence, Policy, cosine, judge_evidence, novelty
 from elmwood.records import Verdict, canonical, parse
+from elmwood.weights.similarity import Factors, gram, inner
 
 GOOD = Evidence(
     expert="a" * 64, own_low=0.05, ensemble_low=0.001, ensemble_wealth=6.0, domain_low={"sea": 0.0, "code": -0.001}, cosine=0.2,

@@ -19,8 +19,8 @@ from elmwood.evaluate import holdout
 from elmwood.lm.peft_config import scale
 from elmwood.records import Ensemble, Expert, Forest, Ledger, Recipe, Seed, Verdict
 from elmwood.store import Store
-from elmwood.study.similarity import products
 from elmwood.train.tasks import train
+from elmwood.weights.similarity import products
 
 # of each topic's made-up words: words that topics share would route text of one to the expert of another
 LETTERS = ("abcdef", "ghijkl", "mnopqr")

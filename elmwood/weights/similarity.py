@@ -1,15 +1,16 @@
-"""What experts changed of their seed, held against one another: inner products from the bytes of their files, tensor by tensor.
+"""Inner products of experts' deltas, from the bytes of their files, tensor by tensor.
 
-M experts, N numbers of a piece of one tensor. Adapters alone stay factors; where a full checkpoint takes part, differences are streamed.
+M experts, N values of a piece of one tensor, O outputs, I inputs, R rank. Between adapters the factors suffice; where a full checkpoint
+takes part, the differences are streamed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.evaluate.admission import Factors, inner
 from elmwood.lm.files import seed_folder
 from elmwood.records import Expert, Seed
 from elmwood.store import Store
@@ -19,15 +20,25 @@ from elmwood.weights.tensors import PIECE, SIZES, Files, Place, decode, places
 Floats = NDArray[np.floating]
 
 
-def finite(expert: Expert, store: Store) -> bool:
-    """Whether every number of an expert's weights is one."""
+class Factors(NamedTuple):
+    """A low-rank delta of one module."""
+
+    b_OR: Floats
+    a_RI: Floats
+
+
+Delta = Mapping[str, Factors]  # by module
+
+
+def is_finite(expert: Expert, store: Store) -> bool:
+    """Whether an expert has weights, and none of them is NaN or Inf."""
     found = places(sorted(store.folder(expert.files).glob("*.safetensors")))
-    with_numbers = [place for place in found.values() if place.dtype in SIZES]
-    return bool(with_numbers) and all(np.isfinite(part_N).all() for place in with_numbers for part_N in pieces(place))
+    numeric = [place for place in found.values() if place.dtype in SIZES]
+    return bool(numeric) and all(np.isfinite(part_N).all() for place in numeric for part_N in pieces(place))
 
 
 def pieces(place: Place) -> Iterator[Floats]:
-    """A tensor's numbers, some at a time."""
+    """The values of a tensor, piece by piece."""
     files = Files()
     for first in range(0, place.numbers, PIECE):
         last = min(first + PIECE, place.numbers)
@@ -36,7 +47,7 @@ def pieces(place: Place) -> Iterator[Floats]:
 
 
 def products(experts: Sequence[Expert], seed: Seed, store: Store) -> Floats:
-    """Inner products of what experts changed [M, M] float64. A weight-decomposed adapter counts by its factors, without its magnitudes.
+    """Inner products of deltas [M, M] float64. A weight-decomposed adapter counts by its factors, without its magnitudes.
 
     Raises ForeignExpert, BadInput.
     """
@@ -63,7 +74,7 @@ def _open(expert: Expert, folder: Path, seed_places: dict[str, Place]) -> Source
 
 
 def _factored(name: str, sources: Sequence[Source]) -> Floats:
-    """From the factors: what they multiply to is never formed."""
+    """From the factors, without forming their products."""
     deltas = [{name: _factors(one, name)} for one in sources if isinstance(one, Low)]
     return np.array([[inner(one, other) for other in deltas] for one in deltas])
 
@@ -74,7 +85,7 @@ def _factors(one: Low, name: str) -> Factors:
 
 
 def _streamed(name: str, place: Place, sources: Sequence[Source]) -> Floats:
-    """Piece by piece, with the seed's own numbers taken off full checkpoints."""
+    """Piece by piece; the seed is subtracted from full checkpoints."""
     product_MM = np.zeros((len(sources), len(sources)))
     whole = [pieces(one.places[name]) if isinstance(one, Whole) else None for one in sources]
     first = 0
@@ -87,3 +98,26 @@ def _streamed(name: str, place: Place, sources: Sequence[Source]) -> Floats:
         product_MM += delta_MN @ delta_MN.T
         first = last
     return product_MM
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def inner(one: Delta, other: Delta) -> float:
+    """Sum over shared modules of <B A, B' A'> = sum of (B^T B') * (A A'^T): from the factors, without forming the products."""
+    total = 0.0
+    for name in one.keys() & other.keys():
+        (b_OR, a_RI), (other_OS, other_SI) = one[name], other[name]
+        outward_RS = np.asarray(b_OR, np.float64).T @ np.asarray(other_OS, np.float64)
+        inward_RS = np.asarray(a_RI, np.float64) @ np.asarray(other_SI, np.float64).T
+        total += float((outward_RS * inward_RS).sum())
+    return total
+
+
+def gram(deltas: Sequence[Delta]) -> Floats:
+    """Inner products of deltas [E, E] float64."""
+    gram_EE = np.zeros((len(deltas), len(deltas)))
+    for i, one in enumerate(deltas):
+        for j in range(i + 1):
+            gram_EE[i, j] = gram_EE[j, i] = inner(one, deltas[j])
+    return gram_EE
