@@ -11,7 +11,7 @@ from elmwood.study.ancestry import as_model, seed_of, with_mixing
 
 def benchmarks(*, models, mixing, tasks, limit, folder, download, store, as_json) -> None:
     if not download:
-        harness.offline()
+        harness.forbid_downloads()
     from elmwood.ensemble.generate import generate  # torch, and the libraries that may not fetch
     from elmwood.ensemble.mixture import open_model
     from elmwood.lm.files import tokenizer

@@ -1,7 +1,7 @@
 """Standard benchmarks: any LM in EleutherAI's lm-evaluation-harness, through its public model interface.
 
-Whatever a model answers is kept by the digest of the model and the request, so no model is asked twice. A text begins with the separator,
-as everywhere here; a context that is too long loses its beginning. T tokens, B rows
+Answers are cached by the digest of the model and the request, so no request is computed twice. A text begins with the separator, as
+everywhere in elmwood; a context that is too long is cut at its beginning. T tokens, B rows
 """
 
 import hashlib
@@ -28,29 +28,30 @@ from elmwood.store import Store
 if TYPE_CHECKING:
     from elmwood.lm.interface import LM
 
-PROTOCOL = "harness-v1"  # how a request is cut into tokens: another name for every change of an answer
+PROTOCOL = "harness-v1"  # how a request becomes tokens; a change of any answer needs a new name
 TOKENS = 8192  # in one batch, padding included
-ANSWER = 256  # tokens at most, where a task does not say
+ANSWER = 256  # most new tokens, where a task sets no limit
 SAMPLING = {"do_sample", "until", "max_gen_toks", "temperature", "top_p"}
 
-Span = tuple[list[int], list[int]]  # tokens that are given, tokens that are scored
+Compute = Callable[[dict[str, tuple]], Iterator[tuple[str, Any]]]
+Span = tuple[list[int], list[int]]  # given tokens, scored tokens
 
 
 class Answers:
-    """What one model has answered: answers/<digest>.jsonl in the store, a line for each request, in the order they were asked."""
+    """The answers of one model: answers/<digest>.jsonl in the store, a line per request, in the order of computation."""
 
     def __init__(self, store: Store, model: Digest):
         self.path = store.root / "answers" / f"{model}.jsonl"
-        text = self.path.read_text() if self.path.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # a crash may cut the last one short
-        self.known = {line["key"]: line["answer"] for line in lines}
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        self.known = dict(filter(None, map(_answer, text.splitlines())))
         self.lead = "" if text.endswith("\n") or not text else "\n"
-        self.asked = 0  # of the model, since this was opened
+        self.asked = 0  # requests computed by this object
 
-    def of(self, kind: str, requests: Sequence[tuple], answer: Callable[[dict[str, tuple]], Iterator[tuple[str, Any]]]) -> list:
-        """The answer to each request; `answer` yields (key, answer) for those, by key, that nobody has asked yet."""
+    def look_up(self, kind: str, requests: Sequence[tuple], compute: Compute, is_valid: Callable[[Any], bool]) -> list:
+        """The answer to each request; `compute` yields (key, answer) for those, by key, that have no valid answer yet."""
         keys = [fingerprint(PROTOCOL, kind, *request) for request in requests]
-        for key, value in answer({key: request for key, request in zip(keys, requests, strict=True) if key not in self.known}):
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if not is_valid(self.known.get(key))}
+        for key, value in compute(missing):
             self.known[key] = value
             self.asked += 1
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +61,23 @@ class Answers:
         return [self.known[key] for key in keys]
 
 
+def _answer(line: str) -> tuple[str, Any] | None:
+    """Key and answer of a line; None where a crash or a disk error left something else."""
+    try:
+        read = json.loads(line)
+        return str(read["key"]), read["answer"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _is_scored(answer: Any) -> bool:
+    return isinstance(answer, list) and len(answer) == 2 and _is_loglik(answer[0]) and isinstance(answer[1], bool)
+
+
+def _is_loglik(answer: Any) -> bool:
+    return isinstance(answer, float) and np.isfinite(answer)
+
+
 class Reader:
     """Requests -> answers of one model. `generate` is elmwood.ensemble.generate.generate."""
 
@@ -67,22 +85,23 @@ class Reader:
         self.lm, self.tokenizer, self.answers, self.generate, self.progress = lm, tokenizer, answers, generate, progress
 
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Of each continuation after its context, nats, and whether it is what the likeliest token each time would give."""
-        return [(loglik, greedy) for loglik, greedy in self.answers.of("loglikelihood", requests, self._loglikelihood)]
+        """Of each continuation after its context: its log-likelihood, nats, and whether greedy decoding would generate it."""
+        found = self.answers.look_up("loglikelihood", requests, self._loglikelihood, _is_scored)
+        return [(loglik, greedy) for loglik, greedy in found]
 
     def loglikelihood_rolling(self, requests: Sequence[tuple[str]]) -> list[float]:
-        """Of whole texts, nats: windows as long as the model reads, every token scored once."""
-        return self.answers.of("loglikelihood_rolling", requests, self._rolling)
+        """Log-likelihoods of whole texts, nats: in windows as long as the model's context, every token scored once."""
+        return self.answers.look_up("loglikelihood_rolling", requests, self._rolling, _is_loglik)
 
     def generate_until(self, requests: Sequence[tuple[str, dict]]) -> list[str]:
-        """What follows each context until a stop; a request that draws and comes again is another draw."""
-        met: Counter[str] = Counter()
-        drawn = []
+        """The continuation of each context up to a stop. A request to sample that is repeated gets another sample."""
+        seen: Counter[str] = Counter()
+        numbered = []
         for context, settings in requests:
             name = fingerprint(context, settings)
-            drawn.append((context, settings, met[name] if settings.get("do_sample") else 0))
-            met[name] += 1
-        return self.answers.of("generate_until", drawn, self._generate)
+            numbered.append((context, settings, seen[name] if settings.get("do_sample") else 0))
+            seen[name] += 1
+        return self.answers.look_up("generate_until", numbered, self._generate, lambda answer: isinstance(answer, str))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -90,9 +109,9 @@ class Reader:
     # ---- log-likelihood
 
     def _loglikelihood(self, asked: Mapping[str, tuple]) -> Iterator[tuple[str, list]]:
-        walks: dict[tuple[int, ...], Walk] = {}
+        decoded: dict[tuple[int, ...], GreedyText] = {}
         for key, spans, loglik in self._score({key: self._spans(*request) for key, request in asked.items()}):
-            follows = [walks.setdefault(tuple(before), Walk(self.lm, before)).gives(after) for before, after in spans]
+            follows = [decoded.setdefault(tuple(before), GreedyText(self.lm, before)).begins_with(after) for before, after in spans]
             yield key, [loglik, all(follows)]
 
     def _rolling(self, asked: Mapping[str, tuple]) -> Iterator[tuple[str, float]]:
@@ -100,10 +119,10 @@ class Reader:
             yield key, loglik
 
     def _spans(self, context: str, continuation: str) -> list[Span]:
-        """Both are encoded as one text; space between them belongs to the continuation, as the harness has it."""
+        """Both are encoded as one text; spaces between them belong to the continuation, as in the harness."""
         head = context.rstrip()
         before, whole = [self.lm.separator, *self.encode(head)], [self.lm.separator, *self.encode(context + continuation)]
-        after = whole[len(before) :] or self.encode(continuation)  # where the border is inside of a token
+        after = whole[len(before) :] or self.encode(continuation)  # empty where the boundary is inside a token
         if len(after) >= self.lm.context:
             return self._windows(before[-1], after)
         return [(before[-(self.lm.context - len(after)) :], after)]
@@ -113,7 +132,7 @@ class Reader:
         return [utils.make_disjoint_window(pair) for pair in utils.get_rolling_token_windows(tokens_T, given, self.lm.context - 1, 1)]
 
     def _score(self, spans: Mapping[str, list[Span]]) -> Iterator[tuple[str, list[Span], float]]:
-        """Key, spans and log-likelihood of each request, the longest first: rows of like length share a batch."""
+        """Key, spans and log-likelihood of each request, the longest first: rows of similar length share a batch."""
         longest = {key: max((len(before) + len(after) for before, after in mine), default=1) for key, mine in spans.items()}
         order = sorted(spans, key=longest.__getitem__, reverse=True)
         place = 0
@@ -123,13 +142,13 @@ class Reader:
             for key in batch:
                 loglik = sum(next(found) for _ in spans[key])
                 if not np.isfinite(loglik):
-                    raise Damaged("the model gives log-likelihoods that are not finite: its weights are broken; train or download it again")
+                    raise Damaged("the model's log-likelihoods are not finite: its weights are broken; train or download it again")
                 yield key, spans[key], float(loglik)
             place += len(batch)
             self.progress("loglikelihood", place, len(order), "requests")
 
     def _rows(self, spans: Sequence[Span]) -> Iterator[float]:
-        """Of what is scored in each span, nats."""
+        """Log-likelihood of the scored tokens of each span, nats."""
         longest = max((len(before) + len(after) for before, after in spans), default=1)
         size = max(1, TOKENS // longest)
         for start in range(0, len(spans), size):
@@ -150,15 +169,15 @@ class Reader:
 
     def _continue(self, context: str, settings: dict, nth: int) -> str:
         wanted = require("lm_eval.models.utils", "benchmarks").normalize_gen_kwargs(settings, default_max_gen_toks=ANSWER)
-        draws = bool(settings.get("do_sample"))
-        foreign = [name for name in wanted if name not in SAMPLING and (draws or (name == "num_beams" and wanted[name] != 1))]
+        samples = bool(settings.get("do_sample"))
+        foreign = [name for name in wanted if name not in SAMPLING and (samples or (name == "num_beams" and wanted[name] != 1))]
         if foreign:
-            raise BadInput(f"a task asks for {', '.join(foreign)}, and text is drawn here by temperature and top_p: leave the task out")
+            raise BadInput(f"a task sets {', '.join(foreign)}, and sampling here supports temperature and top_p only: leave the task out")
         kept = self.lm.context - min(wanted["max_gen_toks"], self.lm.context // 2)
         text, stops = "", [stop for stop in wanted["until"] if stop]
         for step in self.generate(
             self.lm, self.tokenizer, [self.lm.separator, *self.encode(context)][-kept:], max_tokens=wanted["max_gen_toks"],
-            temperature=wanted.get("temperature", 1.0) if draws else 0.0, top_p=wanted.get("top_p", 1.0), rng_seed=nth,
+            temperature=wanted.get("temperature", 1.0) if samples else 0.0, top_p=wanted.get("top_p", 1.0), rng_seed=nth,
         ):  # fmt: skip
             text += step.text
             if any(stop in text for stop in stops):
@@ -166,13 +185,13 @@ class Reader:
         return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
-class Walk:
-    """The likeliest token each time after a context; read only as far as somebody asks."""
+class GreedyText:
+    """Greedy decoding after a context, one token at a time and only as far as needed."""
 
     def __init__(self, lm: "LM", before: list[int]):
         self.lm, self.unread, self.cache, self.tokens = lm, before, lm.start(), list[int]()
 
-    def gives(self, after: Sequence[int]) -> bool:
+    def begins_with(self, after: Sequence[int]) -> bool:
         for t, token in enumerate(after):
             if t == len(self.tokens):
                 logp_V, self.cache = self.lm.extend(self.unread, self.cache)
@@ -184,7 +203,7 @@ class Walk:
 
 
 def adapter(reader: Reader) -> Any:
-    """The harness's own kind of model (lm_eval.api.model.LM). Raises MissingExtra."""
+    """A model of the harness (lm_eval.api.model.LM). Raises MissingExtra."""
     base: Any = require("lm_eval.api.model", "benchmarks").LM
 
     class Adapter(base):
@@ -204,28 +223,28 @@ def adapter(reader: Reader) -> Any:
 
 
 class Tasks(NamedTuple):
-    """Tasks as the harness loads them, and which of their items are asked."""
+    """Tasks as the harness loads them, and the items to evaluate."""
 
     loaded: dict[str, Any]
     items: dict[str, list[int]]  # by task, ascending
     total: dict[str, int]
-    digests: dict[str, str]  # of the items' content: equal where the same was asked
+    digests: dict[str, str]  # of the items' content: equal for equal items
 
 
-def offline() -> None:
-    """No task fetches anything. To be called before the libraries that read it are imported."""
+def forbid_downloads() -> None:
+    """Keep tasks from fetching data. Call it before the libraries that read these variables are imported."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
 
 
 def open_tasks(names: Sequence[str], folder: Path | None = None, limit: int | None = None) -> Tasks:
-    """Load tasks and groups by name, from a folder of the harness's YAML files or from those it brings.
+    """Load tasks and groups by name, from a folder of the harness's YAML files or from the harness's own.
 
-    Items are those whose content has the least hash: the same for every model, and for every order they come in. Tasks of a folder may
-    bring code of their own: only for folders of the user of this machine. Raises MissingExtra, UnknownName, BadInput.
+    With a limit, the items with the smallest hashes of their content are used: the same for every model and every order of items. Tasks of
+    a folder can run code, so use only your own folders. Raises MissingExtra, UnknownName, BadInput.
     """
     manager_of = require("lm_eval.tasks", "benchmarks").TaskManager
     if limit is not None and limit < 1:
-        raise BadInput(f"a task needs one item at least, and {limit} were asked for: leave the limit out for all")
+        raise BadInput(f"the limit is {limit} items a task: choose one item or more, or leave the limit out for all")
     manager = manager_of(include_path=folder and str(folder), include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = manager_of(include_path=folder and str(folder))  # thousands of files
@@ -235,10 +254,10 @@ def open_tasks(names: Sequence[str], folder: Path | None = None, limit: int | No
     np.random.seed(1234)  # noqa: NPY002
     try:
         loaded = manager.load(list(names))
-    except (OSError, ValueError, ImportError) as error:  # whatever the datasets library makes of a missing network
+    except (OSError, ValueError, ImportError) as error:  # from the datasets library without a network
         raise BadInput(
-            f"a task of {', '.join(names)} cannot be opened ({type(error).__name__}: {str(error).strip().splitlines()[0]}): nothing is "
-            "fetched unless asked; allow it with --download, or use a folder of tasks whose data is here"
+            f"a task of {', '.join(names)} cannot be opened ({type(error).__name__}: {str(error).strip().splitlines()[0]}): data is "
+            "fetched only with --download; allow it, or use a folder of tasks with local data"
         ) from error
     items, total, digests = {}, {}, {}
     for name, task in loaded["tasks"].items():
@@ -257,8 +276,8 @@ def _hash(item: Any) -> str:
 
 def benchmark(tasks: Tasks, reader: Reader) -> dict[str, Any]:
     """One model's results: of each task its version, items and metrics with standard errors; of each group its metrics."""
-    os.environ["DISABLE_MULTIPROC"] = "1"  # or it forks a process that has threads to draw its bootstrap
-    with redirect_stdout(sys.stderr):  # which it talks about
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else it forks this process, which has threads, for its bootstrap
+    with redirect_stdout(sys.stderr):  # it prints to stdout
         found = require("lm_eval", "benchmarks").evaluate(
             lm=adapter(reader), task_dict=tasks.loaded, samples=tasks.items, bootstrap_iters=1000, log_samples=False
         )

@@ -176,20 +176,43 @@ def test_models_do_not_answer_for_one_another_and_a_cut_line_is_asked_again(benc
     assert bench.reader(bench.seed).answers.known == readers[0].answers.known
 
 
+def test_a_broken_cache_of_answers_is_computed_again(bench):
+    request = [("the cat", " sat"), ("", "the")]
+    reader = bench.reader(bench.seed)
+    right = reader.loglikelihood(request)
+    path, (key, *_) = reader.answers.path, reader.answers.known
+    lines = path.read_text().splitlines()
+    for broken in (
+        b"\xff\xfe\x00",
+        b"{}",
+        b'{"key": 3}',
+        b"[1, 2]",
+        b'"}"',
+        b"[" * 100_000,
+        json.dumps({"key": key, "answer": "x"}).encode(),
+    ):
+        path.write_bytes(b"\n".join([*(line.encode() for line in lines), broken]) + b"\n")
+        assert bench.reader(bench.seed).loglikelihood(request) == right
+    path.write_bytes(b"\x00" * 1000)
+    again = bench.reader(bench.seed)
+    assert again.loglikelihood(request) == right
+    assert again.answers.asked == 2
+
+
 def test_the_likeliest_continuation_is_greedy_and_another_is_not(bench):
     reader = bench.reader(bench.ensemble)
     text = reader.generate_until([("the cat sat", {"until": [], "max_gen_toks": 3})])[0]
     before = [0, *reader.encode("the cat sat")]
-    walk = harness.Walk(reader.lm, before)
+    walk = harness.GreedyText(reader.lm, before)
     logp_V, cache = reader.lm.extend(before, reader.lm.start())
     likeliest = []
     for _ in range(3):
         likeliest.append(int(logp_V.argmax()))
         logp_V, cache = reader.lm.extend(likeliest[-1:], cache)
     assert text == bench.tokenizer.decode(likeliest)
-    assert walk.gives(likeliest)
-    assert walk.gives(likeliest[:2])
-    assert not walk.gives([*likeliest[:2], (likeliest[2] + 1) % SHAPE.vocabulary])
+    assert walk.begins_with(likeliest)
+    assert walk.begins_with(likeliest[:2])
+    assert not walk.begins_with([*likeliest[:2], (likeliest[2] + 1) % SHAPE.vocabulary])
 
 
 def test_draws_differ_and_come_again(bench):
