@@ -1,8 +1,7 @@
 """Models and adapters of known shapes with random weights, for the benches."""
 
-import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benches.common import say
 from elmwood.corpus.tokens import train_tokenizer
 from elmwood.lm.load import save_seed
 from elmwood.records import Expert, Recipe, Seed
@@ -107,15 +107,12 @@ def rounds(tasks: dict[str, Callable[[], Spent]], count: int) -> dict[str, list[
     return found
 
 
-def emit(found: dict[str, list[Spent]], peers: tuple[str, ...] = (), **about: object) -> None:
+def say_rounds(bench: str, found: dict[str, list[Spent]], peers: tuple[str, ...] = (), **about: object) -> None:
     """A JSON line for each task: median seconds, and medians of the ratio to each peer within a round."""
     for name, values in found.items():
-        line = {**about, "way": name, "seconds": _round(value.wall for value in values), "cpu": _round(value.cpu for value in values)}
+        line: dict[str, object] = {"seconds": median(value.wall for value in values), "cpu": median(value.cpu for value in values)}
         for peer in peers:
-            line[f"of {peer}"] = _round(mine.wall / its.wall for mine, its in zip(values, found[peer], strict=True))
-            line[f"cpu of {peer}"] = _round(mine.cpu / its.cpu for mine, its in zip(values, found[peer], strict=True))
-        print(json.dumps(line), flush=True)
-
-
-def _round(values: Iterable[float]) -> float:
-    return float(f"{median(values):.4g}")
+            pairs = list(zip(values, found[peer], strict=True))
+            line[f"of {peer}"] = median(mine.wall / its.wall for mine, its in pairs)
+            line[f"cpu of {peer}"] = median(mine.cpu / its.cpu for mine, its in pairs)
+        say(bench, **about, way=name, **line)

@@ -6,7 +6,6 @@ PEFT's time grows with the square of their number, so it loads fewer; the ratio 
 slot another adapter. The files have been read before: this is a warm page cache.
 """
 
-import argparse
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,14 +13,15 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from benches.models import SHAPES, Spent, adapter_folders, emit, model, rounds, spent
+from benches import common
+from benches.models import SHAPES, Spent, adapter_folders, model, rounds, say_rounds, spent
 from elmwood.lm.lora import Adapter, Bank
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT 0.21 with transformers 5.23
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__)
     parser.add_argument("--shape", default="17M", choices=SHAPES)
     for name, value in (("rank", 8), ("count", 100), ("peft", 20), ("rounds", 3), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -30,14 +30,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folders = adapter_folders(model(options.shape), options.count, options.rank, Path(folder))
         tasks = {"bank": lambda: bank(options.shape, folders), "bank, opened only": lambda: bank(options.shape, folders, read=False)}
-        emit(rounds(tasks, options.rounds), bench="adapters", **vars(options))
+        say_rounds("adapters", rounds(tasks, options.rounds), **vars(options))
         if few := folders[: options.peft]:
             found = rounds({"bank, few": lambda: bank(options.shape, few), "peft, few": lambda: peft(options.shape, few)}, 1)
-            emit(found, ("bank, few",), bench="adapters", **vars(options))
+            say_rounds("adapters", found, ("bank, few",), **vars(options))
         made = Bank(model(options.shape), [files(path) for path in folders])
         turns = [list(range(n, n + 4)) for n in range(0, options.count - 3, 4)]
         change = rounds({"four slots change": lambda: spent(lambda: [made.select(slots) for slots in turns], len(turns))}, 1)
-        emit(change, bench="adapters", **vars(options))
+        say_rounds("adapters", change, **vars(options))
 
 
 def files(folder: Path) -> Adapter:

@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache
 
-from benches.models import Spent, emit, experts, model, rounds, spent
+from benches import common
+from benches.models import Spent, experts, model, rounds, say_rounds, spent
 from benches.models import seed as make_seed
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition
@@ -28,7 +29,7 @@ PROMPT = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__)
     parser.add_argument("--shape", default="135M")
     for name, value in (("experts", 4), ("rank", 16), ("tokens", 24), ("rounds", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -36,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         tasks = ways(options, Path(folder))
-        emit(rounds(tasks, options.rounds), ("plain", "one expert"), bench="decode", **vars(options))
+        say_rounds("decode", rounds(tasks, options.rounds), ("plain", "one expert"), **vars(options))
 
 
 def ways(options: argparse.Namespace, folder: Path) -> dict:

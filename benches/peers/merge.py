@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benches.common import integers, parser, say, words
 from elmwood.records import Expert, Recipe, Seed
 from elmwood.store import Store
 from elmwood.weights.tensors import PIECE, decode, pack_header, places
@@ -77,12 +78,12 @@ def layout(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def config(shape: str) -> bytes:
     width, feed_forward, layers, vocabulary = SHAPES[shape]
-    said = {
+    settings = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "intermediate_size": feed_forward,
         "num_hidden_layers": layers, "num_attention_heads": width // 64, "num_key_value_heads": width // 64, "vocab_size": vocabulary,
         "max_position_embeddings": 2048, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5,
     }  # fmt: skip
-    return json.dumps(said, sort_keys=True).encode()
+    return json.dumps(settings, sort_keys=True).encode()
 
 
 def write(path: Path, shape: str, rng_seed: int, base: Path | None = None) -> None:
@@ -227,11 +228,11 @@ def ours(store: Store, experts: Sequence[Expert], rule: str, folder: Path, parts
 
 def theirs(python: Path, store: Store, seed: Seed, experts: Sequence[Expert], rule: str, folder: Path) -> tuple[Run, Path]:
     """`mergekit-yaml` of the environment that `python` stands in."""
-    said = {**THEIRS[rule], "dtype": "float32", "out_dtype": "bfloat16"}
-    said["models"] = [{"model": str(store.folder(one.files).resolve())} for one in experts]
+    recipe = {**THEIRS[rule], "dtype": "float32", "out_dtype": "bfloat16"}
+    recipe["models"] = [{"model": str(store.folder(one.files).resolve())} for one in experts]
     if rule != "average":
-        said["base_model"] = str(store.folder(seed.files).resolve())
-    (folder / "mergekit.yaml").write_text(json.dumps(said))
+        recipe["base_model"] = str(store.folder(seed.files).resolve())
+    (folder / "mergekit.yaml").write_text(json.dumps(recipe))
     out = folder / "theirs"
     rmtree(out, ignore_errors=True)
     command = [str(python.parent / "mergekit-yaml"), str(folder / "mergekit.yaml"), str(out), "--quiet", "--no-copy-tokenizer"]
@@ -250,19 +251,12 @@ def differing(mine: Path, its: Path) -> float:
 
 
 def bench(asked: argparse.Namespace, shape: str, count: int, rule: str) -> dict[str, object]:
-    store, seed, experts = prepare(asked.folder, shape, max(map(int, asked.experts.split(","))))
+    store, seed, experts = prepare(asked.folder, shape, max(integers(asked.experts)))
     experts = experts[:count]
     inputs = [store.get(one.files["model.safetensors"]) for one in experts]
     size = inputs[0].stat().st_size
     reads, turns, writes = read_speed(inputs[:2]), pattern_speed(inputs), write_speed(asked.folder, size)
-    found: dict[str, object] = {
-        "bench": "merge",
-        "shape": shape,
-        "experts": count,
-        "rule": rule,
-        "parts": asked.parts,
-        "bytes": size * count,
-    }
+    found: dict[str, object] = {"shape": shape, "experts": count, "rule": rule, "parts": asked.parts, "bytes": size * count}
     used = [*inputs, *([store.get(seed.files["model.safetensors"])] if rule != "average" else [])]
     drop(used)
     mine, result = ours(store, experts, rule, asked.folder, asked.parts)
@@ -277,32 +271,32 @@ def bench(asked: argparse.Namespace, shape: str, count: int, rule: str) -> dict[
         found |= {"cpu_ratio": other.cpu / mine.cpu, "wall_ratio": other.wall / mine.wall, "differing": differing(result, its)}
         rmtree(its.parent)
     result.unlink()
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}
+    return found
 
 
-def sizes() -> argparse.ArgumentParser:
-    """What a bench against mergekit is asked: where, against what, of which sizes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--mergekit", type=Path, help="python of an environment with mergekit")
-    parser.add_argument("--shapes", default="300M,1B")
-    parser.add_argument("--experts", default="4,8")
-    return parser
+def sizes(doc: str | None) -> argparse.ArgumentParser:
+    """The arguments of a bench against mergekit: where, against what, of which sizes."""
+    options = parser(doc)
+    options.add_argument("folder", type=Path)
+    options.add_argument("--mergekit", type=Path, help="python of an environment with mergekit")
+    options.add_argument("--shapes", default="300M,1B")
+    options.add_argument("--experts", default="4,8")
+    return options
 
 
 def main() -> None:
-    parser = sizes()
-    parser.add_argument("--rules", default="average,ties")
-    parser.add_argument("--parts", type=int, default=0, help="of ours: so many tasks, two at a time; the peak is of the largest process")
-    asked = parser.parse_args()
+    options = sizes(__doc__)
+    options.add_argument("--rules", default="average,ties")
+    options.add_argument("--parts", type=int, default=0, help="of ours: so many tasks, two at a time; the peak is of the largest process")
+    asked = options.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    for rule in asked.rules.split(","):  # loops are compiled once for all merges to come
+    for rule in words(asked.rules):  # loops are compiled once for all merges to come
         store, _, experts = prepare(asked.folder, "tiny", 2)
         ours(store, experts, rule, asked.folder, 0)[1].unlink()
-    for shape in asked.shapes.split(","):
-        for count in map(int, asked.experts.split(",")):
-            for rule in asked.rules.split(","):
-                print(json.dumps(bench(asked, shape, count, rule)), flush=True)
+    for shape in words(asked.shapes):
+        for count in integers(asked.experts):
+            for rule in words(asked.rules):
+                say("merge", **bench(asked, shape, count, rule))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from shutil import rmtree
 
 import numpy as np
 
+from benches.common import integers, say, words
 from benches.peers.merge import SHAPES, Run, drop, measure, prepare, sizes
 from elmwood.merge.moe.build import Mixing, mix
 from elmwood.merge.moe.gates import random_rows
@@ -70,11 +71,11 @@ def theirs(python: Path, store: Store, seed: Seed, experts: Sequence[Expert], fo
     train_tokenizer(["the cat sat on the mat"], 300).save(str(base / "tokenizer.json"))
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     members = [{"source_model": str(store.folder(one.files).resolve()), "positive_prompts": [str(e)]} for e, one in enumerate(experts)]
-    said = {
+    recipe = {
         "base_model": str(base), "gate_mode": "random", "dtype": "bfloat16", "experts_per_token": 2,
         "experts": members, "architecture": "mixtral",
     }  # fmt: skip
-    (folder / "mergekit.yaml").write_text(json.dumps(said))
+    (folder / "mergekit.yaml").write_text(json.dumps(recipe))
     out = folder / "theirs"
     rmtree(out, ignore_errors=True)
     command = [str(python.parent / "mergekit-moe"), str(folder / "mergekit.yaml"), str(out), "--quiet", "--no-copy-tokenizer"]
@@ -98,7 +99,7 @@ def differing(mine: Path, its: Path, count: int) -> float:
 
 
 def bench(asked: argparse.Namespace, shape: str, count: int, trial: Mapping[str, float]) -> None:
-    store, seed, experts = prepare(asked.folder, shape, max(map(int, asked.experts.split(","))))
+    store, seed, experts = prepare(asked.folder, shape, max(integers(asked.experts)))
     # experts stand by digest in a mixture
     experts = sorted(experts[:count], key=lambda one: one.digest)
     inputs = [store.get(one.files["model.safetensors"]) for one in (seed, *experts)]
@@ -107,39 +108,39 @@ def bench(asked: argparse.Namespace, shape: str, count: int, trial: Mapping[str,
     if asked.mergekit:
         drop(inputs)
         other, its = theirs(asked.mergekit, store, seed, experts, asked.folder)
-    for shared in asked.shared.split(","):
+    for shared in words(asked.shared):
         drop(inputs)
         run, made = ours(store, seed, experts, shared, asked.folder)
-        found = {"bench": "mixture assembly", "shape": shape, "experts": count, "shared": shared, **trial}
+        found = {"shape": shape, "experts": count, "shared": shared, **trial}
         found |= {"bytes_out": sum(store.get(digest).stat().st_size for digest in set(made.files.values()))}
         found |= {"cpu": run.cpu, "wall": run.wall, "peak_MB": run.rss, "layer_MB": layer, "beyond_layer_MB": run.rss - layer}
         if other and its:
             found |= {"mergekit_cpu": other.cpu, "mergekit_wall": other.wall, "mergekit_peak_MB": other.rss}
             found |= {"cpu_ratio": other.cpu / run.cpu, "wall_ratio": other.wall / run.wall}
             found |= {"differing": differing(store.folder(made.files), its, count)}
-        print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in found.items()}), flush=True)
+        say("mixture assembly", **found)
         forget(store, made)
     if its:
         rmtree(its)
 
 
 def main() -> None:
-    parser = sizes()
-    parser.add_argument("--shared", default="seed,average")
-    parser.add_argument("--clean", action="store_true", help="delete the inputs of a shape when it is done")
-    parser.add_argument("--assemble", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    options = sizes(__doc__)
+    options.add_argument("--shared", default="seed,average")
+    options.add_argument("--clean", action="store_true", help="delete the inputs of a shape when it is done")
+    options.add_argument("--assemble", help=argparse.SUPPRESS)
+    asked = options.parse_args()
     if asked.assemble:
         assemble(asked.folder, asked.assemble, asked.shared)
         return
     asked.folder.mkdir(parents=True, exist_ok=True)
-    for shape in asked.shapes.split(","):
+    for shape in words(asked.shapes):
         store, seed, experts = prepare(asked.folder, shape, 2)
         first, made = ours(store, seed, experts, "seed", asked.folder)  # tries itself, if it never has
         forget(store, made)
         again, made = ours(store, seed, experts, "seed", asked.folder)
         forget(store, made)
-        for count in map(int, asked.experts.split(",")):
+        for count in integers(asked.experts):
             bench(asked, shape, count, {"trial_cpu": max(0.0, first.cpu - again.cpu), "trial_peak_MB": first.rss})
         if asked.clean:
             rmtree(asked.folder / shape)

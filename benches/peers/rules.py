@@ -8,7 +8,6 @@ for mergekit's own bf16 output with its default arithmetic and with float32. tre
 all digests are the same; then an expert is added and removed again.
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -18,6 +17,7 @@ from shutil import rmtree
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from benches.common import parser, say
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.rules.table import RULES
@@ -163,10 +163,10 @@ def oracle(folder: Path, python: Path) -> None:
         def wrong(found: dict[str, np.ndarray], nearest: dict[str, np.ndarray] = nearest) -> float:
             return round(float(np.mean(np.concatenate([(found[name] != value).ravel() for name, value in nearest.items()]))), 6)
 
-        line = {"bench": "rules", "rule": rule, "mergekit": method, "difference": max(far.values(), default=None)}
+        line = {"rule": rule, "mergekit": method, "difference": max(far.values(), default=None)}
         line |= {"not_nearest": wrong(half), "mergekit_default": wrong(default), "mergekit_float32": wrong(single)} if theirs else {}
         line |= {"failed": {key: value for key, value in failed.items() if key.startswith(f"{rule} ")}}
-        print(json.dumps(line), flush=True)
+        say("rules", **line)
 
 
 def trees(folder: Path, count: int) -> None:
@@ -185,17 +185,17 @@ def trees(folder: Path, count: int) -> None:
         rest = alone[1]
         for one in alone[2:]:
             rest = add(rest, one, store)
-        print(json.dumps({"bench": "trees", "rule": rule, "sums": RULES[rule].sums, "trees": count, "digests": len(digests),
-                          "restored": restored.digest == rest.digest}), flush=True)  # fmt: skip
+        same = restored.digest == rest.digest
+        say("trees", rule=rule, sums=RULES[rule].sums, trees=count, digests=len(digests), restored=same)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["oracle", "trees"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--mergekit", type=Path, help="python of an environment with mergekit")
-    parser.add_argument("--trees", type=int, default=100)
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("what", choices=["oracle", "trees"])
+    options.add_argument("folder", type=Path)
+    options.add_argument("--mergekit", type=Path, help="python of an environment with mergekit")
+    options.add_argument("--trees", type=int, default=100)
+    asked = options.parse_args()
     rmtree(asked.folder, ignore_errors=True)
     asked.folder.mkdir(parents=True)
     if asked.what == "oracle":

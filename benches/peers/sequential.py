@@ -12,8 +12,6 @@ at 90 % power by its formula.
 S runs, N blocks, T draws
 """
 
-import argparse
-import json
 import time
 from collections.abc import Iterable, Iterator
 
@@ -21,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from benches.common import parser, say
 from elmwood.evaluate.sequential.betting import Draws, draws_to_reject, wealth
 from elmwood.evaluate.sequential.decision import Population, StoppingRule, decide
 
@@ -62,10 +61,6 @@ def batches(runs: int, size: int) -> Iterator[tuple[np.random.Generator, int]]:
         yield np.random.default_rng((17, place)), min(most, runs - start)
 
 
-def say(**line: object) -> None:
-    print(json.dumps({"bench": "sequential"} | line), flush=True)
-
-
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +89,7 @@ def running(value_ST: Floats, count_T: NDArray[np.integer]) -> tuple[Floats, Flo
 def say_errors(null: str, size: int, found: dict[str, Floats]) -> None:
     runs = len(found["betting"])
     error = round(float(np.sqrt(ALPHA * (1 - ALPHA) / runs)), 4)
-    say(setting="false accepts", null=null, N=size, runs=runs, alpha=ALPHA, standard_error=error,
+    say("sequential", setting="false accepts", null=null, N=size, runs=runs, alpha=ALPHA, standard_error=error,
         **{method: round(float(wrong_S.mean()), 4) for method, wrong_S in found.items()})  # fmt: skip
 
 
@@ -151,7 +146,7 @@ def both(value_ST: Floats, size: int, least: float) -> NDArray[np.integer]:
 
 def say_power(size: int, ratio: int, drawn_S: Floats) -> None:
     blocks = np.where(drawn_S > 0, drawn_S, min(size, 75 * ratio**2))
-    say(setting="blocks to accept", N=size, r=ratio, runs=len(drawn_S), power=round(float((drawn_S > 0).mean()), 4),
+    say("sequential", setting="blocks to accept", N=size, r=ratio, runs=len(drawn_S), power=round(float((drawn_S > 0).mean()), 4),
         mean=round(float(blocks.mean()), 1), p90=round(float(np.quantile(blocks, 0.9))), fixed_size=fixed(ratio, size),
         full_over_mean=round(size / blocks.mean(), 1))  # fmt: skip
 
@@ -160,7 +155,7 @@ def say_outcomes(size: int, ratio: int, truth: float, answer_S2: Floats) -> None
     """r is the spread over the least effect; the truth is so many of these."""
     for_S, against_S = np.where(answer_S2 > 0, answer_S2, most(ratio) + 1).T
     shares = {"better": for_S < against_S, "not_better": against_S < for_S, "undecided": for_S == against_S}
-    say(setting="three outcomes", N=size, cap=most(ratio), r=ratio, effect_over_least=truth, runs=len(for_S),
+    say("sequential", setting="three outcomes", N=size, cap=most(ratio), r=ratio, effect_over_least=truth, runs=len(for_S),
         mean=round(float(np.minimum(np.minimum(for_S, against_S), most(ratio)).mean()), 1),
         **{name: round(float(share_S.mean()), 3) for name, share_S in shares.items()})  # fmt: skip
 
@@ -179,7 +174,7 @@ def zeros(runs: int, share: float = 0.05) -> None:
                     drawn = better(draws_SN, draws_SN.shape[1])
                     blocks[name].append(np.where(drawn > 0, drawn, draws_SN.shape[1]))
             means = {name: round(float(np.concatenate(part).mean()), 1) for name, part in blocks.items()}
-            say(setting="structural zeros", N=size, within=inside, r=ratio, runs=runs, **means,
+            say("sequential", setting="structural zeros", N=size, within=inside, r=ratio, runs=runs, **means,
                 saving=round(means["all"] / means["touched"], 1), full_over_touched=round(size / means["touched"], 1))  # fmt: skip
 
 
@@ -201,20 +196,20 @@ def controls(runs: int, size: int = 20_000) -> None:
                     found = decide(lambda places, value_B=value_B: value_B[places], order_B, blocks, rule)
                     drawn[name].append(int(draws_to_reject(found.for_T, ALPHA)) or found.drawn)
             means = {name: round(float(np.mean(part)), 1) for name, part in drawn.items()}
-            say(setting="control variates", N=size, r=ratio, explained=explained, runs=runs, **means,
+            say("sequential", setting="control variates", N=size, r=ratio, explained=explained, runs=runs, **means,
                 saving=round(means["plain"] / means["with features"], 2))  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=2000)
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--runs", type=int, default=2000)
+    asked = options.parse_args()
     started = time.perf_counter()
     heavy_tails(asked.runs)
     rare_losses(asked.runs)
     zeros(max(1, asked.runs // 4))
     controls(max(1, asked.runs // 50))
-    say(setting="whole run", seconds=round(time.perf_counter() - started))
+    say("sequential", setting="whole run", seconds=round(time.perf_counter() - started))
 
 
 if __name__ == "__main__":

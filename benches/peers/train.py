@@ -15,13 +15,13 @@ rows per expert and step, on models of 0.9 and 17 million parameters; "pays up t
 which every ratio is above 1.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from argparse import SUPPRESS, Namespace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,8 @@ from statistics import median
 import numpy as np
 from tokenizers import Tokenizer
 
-from benches.peers.trainers import Clock, Times, blocks, packers, padded, trainers
+from benches.common import parser, say, words
+from benches.trainers import Clock, Times, blocks, packers, padded, trainers
 from elmwood.corpus.build import build, documents
 from elmwood.corpus.tokens import Packed, pack, train_tokenizer
 from elmwood.lm.load import best_device, new_model
@@ -60,9 +61,9 @@ GOALS: dict[tuple[str, str], tuple[str, float]] = {  # line and its field -> wha
 LINES: list[dict] = []  # all that was printed
 
 
-def tell(**line: object) -> None:
+def say_line(**line: object) -> None:
     LINES.append(line)
-    print(json.dumps({"bench": "train", **line}), flush=True)
+    say("train", **line)
 
 
 def ours(packed: Packed, recipe: Recipe, shape: Shape) -> Times:
@@ -108,7 +109,7 @@ def compare(what: str, ways: dict[str, Callable[[], Times]], rounds: int, **fact
         for place, clock in enumerate(("wall", "CPU")):
             ratios = [theirs[place] / own[place] for own, theirs in zip(times[first], times[name], strict=True)]
             line[f"{first} / {name} ({clock})"] = round(median(ratios), 3)
-    tell(**line)
+    say_line(**line)
 
 
 def side_by_side(recipe: Recipe, rounds: int) -> None:
@@ -135,7 +136,7 @@ def side_by_side(recipe: Recipe, rounds: int) -> None:
             ratio_of = {int(line["batch"]): line[field] for line in LINES if line.get("model") == name and field in line}
             paying = [batch for batch in ROWS if all(ratio_of[rows] > 1 for rows in ROWS if rows <= batch)]
             more = {"goal": "at least 1.5, for few rows", "reached": ratio_of[ROWS[0]] >= 1.5} if count == 8 else {}
-            tell(
+            say_line(
                 what="together, ratios by rows",
                 model=name,
                 experts=count,
@@ -155,7 +156,7 @@ def goals() -> None:
                 reached = value >= goal if side == "at least" else value <= goal
                 rows.append({"ratio": f"{what}: {field}", "measured": value, "goal": f"{side} {goal}", "reached": bool(reached)})
     if rows:
-        tell(what="goals", rows=rows)
+        say_line(what="goals", rows=rows)
 
 
 def processes(recipe: Recipe) -> None:
@@ -170,7 +171,7 @@ def processes(recipe: Recipe) -> None:
     apart, together, alone = (median(column) for column in zip(*pairs, strict=True))
     facts = {"2 processes x 1 thread": apart, "1 process x 2 threads": together, "1 process x 1 thread": alone}
     ratio = round(median(one / two for one, two, _ in pairs), 3)
-    tell(what="processes", **{k: round(v) for k, v in facts.items()}, ratio=ratio)
+    say_line(what="processes", **{k: round(v) for k, v in facts.items()}, ratio=ratio)
 
 
 def saving(packed: Packed, recipe: Recipe, shape: Shape, **facts: object) -> None:
@@ -181,7 +182,7 @@ def saving(packed: Packed, recipe: Recipe, shape: Shape, **facts: object) -> Non
         done = loop.run(adapter(model, recipe, "bench") if recipe.method == "lora" else model, packed, recipe, Path(work), lambda **_: None)
     loop.EVERY = before
     line = {"seconds": round(done.seconds, 2), "saving": round(done.saving, 4), "share": round(done.saving / done.seconds, 5)}
-    tell(what=f"saving, {recipe.method}", **facts | {"steps": recipe.steps, "method": recipe.method}, **line)
+    say_line(what=f"saving, {recipe.method}", **facts | {"steps": recipe.steps, "method": recipe.method}, **line)
 
 
 def memory(recipe: Recipe, **facts: object) -> None:
@@ -192,7 +193,7 @@ def memory(recipe: Recipe, **facts: object) -> None:
         peaks.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]))
     line = {f"{way}: {what}": peak[what] for way, peak in zip(("ours", "Trainer"), peaks, strict=True) for what in peak}
     line |= {f"ours / Trainer ({what})": round(peaks[0][what] / peaks[1][what], 3) for what in peaks[0]}
-    tell(what=f"memory, {recipe.method}", **facts | {"steps": recipe.steps, "method": recipe.method}, **line)
+    say_line(what=f"memory, {recipe.method}", **facts | {"steps": recipe.steps, "method": recipe.method}, **line)
 
 
 def peak(way: str, recipe: Recipe) -> None:
@@ -217,51 +218,69 @@ def worker(recipe: Recipe) -> None:
     print(ours(packed, recipe, SHAPE)[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def compare_rows(whole: Packed, recipe: Recipe, shape: Shape, methods: Sequence[str], rounds: int, **facts: object) -> None:
+    """The same packed rows on both sides."""
+    for method in methods:
+        given = recipe.model_copy(update={"method": method})
+        peer = partial(trainers, blocks(whole, given), given.batch * given.length, given, shape)
+        compare(method, {"ours": partial(ours, whole, given, shape), "Trainer": peer}, rounds, **facts)
+
+
+def compare_masks(name: str, packed: Packed, recipe: Recipe, shape: Shape, rounds: int, **facts: object) -> None:
+    """What keeping packed documents apart costs: the same tokens as one document need no mask."""
+    joined = packed._replace(starts=packed.starts[:1])
+    ways = {"apart": partial(ours, packed, recipe, shape), "one document": partial(ours, joined, recipe, shape)}
+    compare(f"mask, {name}", ways, rounds, **facts)
+
+
+def compare_padding(name: str, packed: Packed, words: Tokenizer, recipe: Recipe, shape: Shape, asked: Namespace, **facts: object) -> None:
+    """Our packed rows against one document per row, padded."""
+    for method in ("full", "lora"):
+        given = recipe.model_copy(update={"method": method} | (LONG if name == "documents" else {}))
+        rows, real, share = padded(packed, given)
+        ways = {"ours, packed": partial(ours, packed, given, shape), "Trainer, padded": partial(trainers, rows, real, given, shape)}
+        if asked.trl:
+            ways["TRL, packed"] = partial(packers, packed, words, given, shape)
+        about = {"batch": given.batch, "length": given.length, "tokens that are no padding": round(share, 3)}
+        compare(f"padding, {name}, {method}", ways, asked.rounds, **facts | about)
+
+
+def arguments() -> Namespace:
+    options = parser(__doc__)
     for name, value in (("steps", 40), ("rounds", 5), ("batch", 8), ("length", 256), ("threads", 1), ("rank", 16)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--only", default="full,lora,padding,memory,saving,mask,processes")
-    parser.add_argument("--shape", choices=SHAPES, default="0.9M", help="of full, lora, padding, mask and saving")
-    parser.add_argument("--trl", action="store_true", help="TRL's SFTTrainer with packing beside them, in `padding`")
-    parser.add_argument("--together", action="store_true", help="this study alone")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory:
-        return peak(options.memory, Recipe.model_validate_json(options.worker))
-    if options.worker:
-        return worker(Recipe.model_validate_json(options.worker))
-    names = ("steps", "batch", "length", "threads", "rank")
-    recipe = Recipe(**{name: getattr(options, name) for name in names})
-    facts, shape = {"model": options.shape} | {name: getattr(options, name) for name in names}, SHAPES[options.shape]
-    if options.together:
-        return side_by_side(recipe, options.rounds)
-    chosen = options.only.split(",")
+        options.add_argument(f"--{name}", type=int, default=value)
+    options.add_argument("--only", type=words, default="full,lora,padding,memory,saving,mask,processes")
+    options.add_argument("--shape", choices=SHAPES, default="0.9M", help="of full, lora, padding, mask and saving")
+    options.add_argument("--trl", action="store_true", help="TRL's SFTTrainer with packing beside them, in `padding`")
+    options.add_argument("--together", action="store_true", help="this study alone")
+    options.add_argument("--worker", help=SUPPRESS)
+    options.add_argument("--memory", help=SUPPRESS)
+    return options.parse_args()
+
+
+def main() -> None:
+    asked = arguments()
+    if asked.memory:
+        return peak(asked.memory, Recipe.model_validate_json(asked.worker))
+    if asked.worker:
+        return worker(Recipe.model_validate_json(asked.worker))
+    given = {name: getattr(asked, name) for name in ("steps", "batch", "length", "threads", "rank")}
+    recipe, shape, facts = Recipe(**given), SHAPES[asked.shape], {"model": asked.shape} | given
+    if asked.together:
+        return side_by_side(recipe, asked.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        whole, mixed, words = texts(Path(folder), shape.vocabulary)
-        for method in [name for name in ("full", "lora") if name in chosen]:
-            given = recipe.model_copy(update={"method": method})
-            peer = partial(trainers, blocks(whole, given), given.batch * given.length, given, shape)
-            compare(method, {"ours": partial(ours, whole, given, shape), "Trainer": peer}, options.rounds, **facts)
+        whole, mixed, tokenizer = texts(Path(folder), shape.vocabulary)
+        compare_rows(whole, recipe, shape, [name for name in ("full", "lora") if name in asked.only], asked.rounds, **facts)
         for name, packed in {"documents": whole, "paragraphs": mixed}.items():
-            mine = partial(ours, packed, recipe, shape)
-            if "mask" in chosen:
-                joined = packed._replace(starts=packed.starts[:1])  # the same tokens as one document: no mask
-                compare(f"mask, {name}", {"apart": mine, "one document": partial(ours, joined, recipe, shape)}, options.rounds, **facts)
-            for method in ("full", "lora") if "padding" in chosen else ():
-                given = recipe.model_copy(update={"method": method} | (LONG if name == "documents" else {}))
-                rows, real, share = padded(packed, given)
-                ways = {"ours, packed": partial(ours, packed, given, shape), "Trainer, padded": partial(trainers, rows, real, given, shape)}
-                if options.trl:
-                    ways["TRL, packed"] = partial(packers, packed, words, given, shape)
-                about = {"batch": given.batch, "length": given.length, "tokens that are no padding": round(share, 3)}
-                compare(f"padding, {name}, {method}", ways, options.rounds, **facts | about)
-        for method in ("full", "lora") if "saving" in chosen else ():
+            if "mask" in asked.only:
+                compare_masks(name, packed, recipe, shape, asked.rounds, **facts)
+            if "padding" in asked.only:
+                compare_padding(name, packed, tokenizer, recipe, shape, asked, **facts)
+        for method in ("full", "lora") if "saving" in asked.only else ():
             saving(whole, recipe.model_copy(update={"method": method, "steps": 3 * recipe.steps}), shape, **facts)
-    for method in ("full", "lora") if "memory" in chosen else ():
+    for method in ("full", "lora") if "memory" in asked.only else ():
         memory(recipe.model_copy(update={"method": method, "steps": 3}), **facts | {"model": "4 layers of 256, vocabulary 16384"})
-    if "processes" in chosen:
+    if "processes" in asked.only:
         processes(recipe)
     goals()
 

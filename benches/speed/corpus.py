@@ -1,6 +1,6 @@
 """How fast a corpus is built and packed, and whether memory stays flat. One JSON line per measurement.
 
-    python -m benches.speed.corpus [DOCUMENTS ...]      made-up corpora of these sizes beside the sample; 10000 40000 160000 unless given
+    python -m benches.speed.corpus [DOCUMENTS ...]      synthetic corpora of these sizes beside the sample; default 10000 40000 160000
 
 Peers, in the same run: datasketch's own MinHashLSH on the same shingles, and `tokenizers` alone on texts in memory.
 """
@@ -8,7 +8,6 @@ Peers, in the same run: datasketch's own MinHashLSH on the same shingles, and `t
 import json
 import multiprocessing
 import re
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
+from benches.common import own_memory, parser, say, timed
 from elmwood.corpus.build import build, documents
 from elmwood.corpus.near import SIMILAR, near_duplicates, signatures
 from elmwood.corpus.read import read
@@ -24,34 +24,18 @@ from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.store import Store
 
 
-def say(**measured) -> None:
-    print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in measured.items()}), flush=True)
-
-
-def timed(function, *arguments):
-    start = time.perf_counter()
-    result = function(*arguments)
-    return result, time.perf_counter() - start
-
-
-def anonymous() -> float:
-    """MB of this process's memory that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) / 1e3
-
-
 def sample() -> None:
     store = Store(tempfile.mkdtemp())
-    corpus, built = timed(build, ["sample"], store)
-    _, again = timed(build, ["sample"], store)
-    say(bench="build", corpus="sample", documents=corpus.documents, seconds=built, again=again, mb_per_second=corpus.bytes / built / 1e6)
+    corpus, built = timed(lambda: build(["sample"], store))
+    _, again = timed(lambda: build(["sample"], store))
+    say("build", corpus="sample", documents=corpus.documents, seconds=built, again=again, mb_per_second=corpus.bytes / built / 1e6)
     texts = [document.text for document in documents(corpus.train, store)]
     size = sum(len(text.encode()) for text in texts) / 1e6
-    tokenizer, trained = timed(train_tokenizer, texts, 2048)
-    packed, ours = timed(pack, corpus.train, tokenizer, 0, store)
+    tokenizer, trained = timed(lambda: train_tokenizer(texts, 2048))
+    packed, ours = timed(lambda: pack(corpus.train, tokenizer, 0, store))
     _, peer = timed(lambda: tokenizer.encode_batch(texts, add_special_tokens=False))
     say(
-        bench="tokens",
+        "tokens",
         train_seconds=trained,
         pack_seconds=ours,
         mb_per_second=size / ours,
@@ -79,11 +63,11 @@ def near() -> None:
 
     _, fast = timed(ours)
     _, slow = timed(peer)
-    say(bench="near-duplicates", documents=len(texts), seconds=fast, peer_seconds=slow, ratio=slow / fast)
+    say("near-duplicates", documents=len(texts), seconds=fast, peer_seconds=slow, ratio=slow / fast)
 
 
-def grown(count: int, answers) -> None:
-    """Build a made-up corpus of 1.5 kB documents: one in a hundred repeated, one in a hundred nearly so."""
+def measure_size(count: int, answers) -> None:
+    """Build a synthetic corpus of 1.5 kB documents: one in a hundred repeated, one in a hundred nearly so."""
     rng = np.random.default_rng(0)
     words = np.array([f"word{n}" for n in range(30_000)])
     with tempfile.TemporaryDirectory() as folder:
@@ -93,11 +77,11 @@ def grown(count: int, answers) -> None:
                 text = " ".join(words[(rng.random(180) ** 3 * len(words)).astype(int)])
                 for variant in [text, *([text] if n % 100 == 0 else []), *([f"{text} more words"] if n % 100 == 1 else [])]:
                     file.write(json.dumps({"text": variant}) + "\n")
-        peak = base = anonymous()
+        peak = base = own_memory()
 
         def watch(*_) -> None:
             nonlocal peak
-            peak = max(peak, anonymous())
+            peak = max(peak, own_memory())
 
         start = time.perf_counter()
         corpus = build([str(path)], Store(Path(folder) / "store"), progress=watch)
@@ -105,18 +89,21 @@ def grown(count: int, answers) -> None:
     answers.put((corpus.documents, corpus.bytes / 1e6, seconds, peak - base, corpus.rejected))
 
 
-def main(counts: list[int]) -> None:
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("documents", type=int, nargs="*", default=[10_000, 40_000, 160_000])
+    counts = options.parse_args().documents
     sample()
     near()
     context = multiprocessing.get_context("spawn")  # so that each has a memory of its own
     for count in counts:
         answers = context.SimpleQueue()
-        process = context.Process(target=grown, args=(count, answers))
+        process = context.Process(target=measure_size, args=(count, answers))
         process.start()
         number, megabytes, seconds, peak, rejected = answers.get()
         process.join()
         say(
-            bench="scale",
+            "scale",
             documents=number,
             mb=megabytes,
             seconds=seconds,
@@ -127,4 +114,4 @@ def main(counts: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(count) for count in sys.argv[1:]] or [10_000, 40_000, 160_000])
+    main()

@@ -4,14 +4,13 @@
     python -m benches.speed.fit --mixture              four experts of random weights in one mixture, routers tuned and more
     python -m benches.speed.fit --opt [--small]        OPT-6.7B of random weights as QLoRA at 2,048 tokens, on a GPU; its shape shrunk, here
 
-One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/formulas.py were chosen on these very runs (one
-thread, glibc, x86), so the lines marked "apart" are the honest ones: they were not used. `--recipes` runs only those that are neither full
+One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/fit/formulas.py were fitted to
+the runs marked "fitted" (one thread, glibc, x86); those marked "apart" were not used. `--recipes` runs only those that are neither full
 nor plain lora, `--apart` those that nothing was fitted to. With MALLOC_MMAP_THRESHOLD_=1000000 before it each tensor is mapped by itself:
 no constant of the allocator enters, and the sum of what was counted is held against the peak. Memory can be measured beside other work,
 speed (CPU seconds) less so. `--opt` needs 30 GB of disk and 16 of memory.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoConfig
 
+from benches.common import parser, say
 from elmwood.lm.load import best_device, seed_folder
 from elmwood.merge.moe.build import LOW, Mixing, Parts, write
 from elmwood.merge.moe.gates import layers_of, random_rows
@@ -94,14 +94,14 @@ MIXTURES: list[tuple[str, str, int, dict, str]] = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest model alone")
-    parser.add_argument("--recipes", action="store_true")
-    parser.add_argument("--apart", action="store_true", help="those that no constant was fitted to, alone")
-    parser.add_argument("--opt", action="store_true")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--mixture", action="store_true")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--quick", action="store_true", help="the smallest model alone")
+    arguments.add_argument("--recipes", action="store_true")
+    arguments.add_argument("--apart", action="store_true", help="only those that no constant was fitted to")
+    arguments.add_argument("--opt", action="store_true")
+    arguments.add_argument("--small", action="store_true")
+    arguments.add_argument("--mixture", action="store_true")
+    options = arguments.parse_args()
     if options.mixture:
         for name, layout, top_k, how, kind in MIXTURES:
             if not (options.apart and kind != "apart"):
@@ -132,14 +132,14 @@ def one(name: str, config: object, recipe: Recipe, kind: str, device: str) -> No
     parts, told = components(body, recipe, device), speed(body, recipe, device)
     found = measure(config, recipe, device=device)
     total = foretold(parts, found)
-    print(json.dumps({
-        "bench": "fit", "model": name, **recipe.model_dump(exclude_defaults=True, exclude={"steps"}), "kind": kind, "device": device,
+    say("fit", **{
+        "model": name, **recipe.model_dump(exclude_defaults=True, exclude={"steps"}), "kind": kind, "device": device,
         "allocator": "heap" if scattered(device) else "mapped",
         "predicted MB": round(total / 1e6), "peak MB": round(found.peak / 1e6), "error": round(total / found.peak - 1, 3),
         "predicted tokens/s": round(told), "tokens/s": round(found.tokens_per_second),
         "speed error": round(told / found.tokens_per_second - 1, 3), 
         "components MB": {what: round(size / 1e6, 1) for what, size in parts.items()},
-    }), flush=True)  # fmt: skip
+    })  # fmt: skip
 
 
 def mixture(name: str, layout: str, top_k: int, recipe: Recipe, kind: str) -> None:
@@ -150,8 +150,8 @@ def mixture(name: str, layout: str, top_k: int, recipe: Recipe, kind: str) -> No
         made = random_mixture(config, layout, top_k, store)
         told, found = fit_mixture(made, recipe, store, device="cpu"), measure(made, recipe, store)
     total = foretold(told.components, found)
-    print(json.dumps({
-        "bench": "fit", "mixture of 4": name, "layout": layout, "top_k": top_k,
+    say("fit", **{
+        "mixture of 4": name, "layout": layout, "top_k": top_k,
         **recipe.model_dump(exclude_defaults=True, exclude={"steps", "method"}), "tuned": recipe.tuned, "kind": kind,
         "allocator": "heap" if scattered("cpu") else "mapped", "parameters": told.parameters, "trained": told.trained,
         "predicted MB": round(total / 1e6), "peak MB": round(found.peak / 1e6), "error": round(total / found.peak - 1, 3),
@@ -159,7 +159,7 @@ def mixture(name: str, layout: str, top_k: int, recipe: Recipe, kind: str) -> No
         "CPU seconds per million tokens": round(1e6 / found.tokens_per_second),
         "speed error": round((told.tokens_per_second or 1) / found.tokens_per_second - 1, 3),
         "components MB": {what: round(size / 1e6, 1) for what, size in told.components.items()},
-    }), flush=True)  # fmt: skip
+    })  # fmt: skip
 
 
 def random_mixture(config: object, layout: str, top_k: int, store: Store, experts: int = 4, rank: int = 16) -> Mixture:

@@ -8,10 +8,8 @@ that no file backs, of this process during a stage (workers have their own); `st
 `cpu_seconds` of this process mean something on a busy machine too, where `seconds` do not.
 """
 
-import argparse
 import json
 import multiprocessing
-import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from benches.common import own_memory, parser, say
 from elmwood.corpus.build import build
 from elmwood.domains.grow import Means
 from elmwood.domains.partition import fit_embedder, partition
@@ -48,11 +47,6 @@ def make(folder: Path, count: int, path: Path) -> None:
                 file.write(json.dumps({"text": " ".join(pool[int(place)] for place in rng.integers(len(pool), size=PASSAGES))}) + "\n")
 
 
-def anonymous() -> float:
-    """MB of this process's memory that no file backs."""
-    return int(re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
-
-
 class Cost(NamedTuple):
     """What a stage took."""
 
@@ -61,60 +55,60 @@ class Cost(NamedTuple):
     peak_mb: float
 
 
-def watched(task: Callable[[], T]) -> tuple[T, Cost]:
+def watch_cost(task: Callable[[], T]) -> tuple[T, Cost]:
     """The result, and its cost; memory is looked at ten times a second."""
-    over, peak = threading.Event(), [anonymous()]
+    over, peak = threading.Event(), [own_memory()]
 
     def watch() -> None:
         while not over.wait(0.1):
-            peak[0] = max(peak[0], anonymous())
+            peak[0] = max(peak[0], own_memory())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     started, worked = perf_counter(), process_time()
     try:
-        return task(), Cost(perf_counter() - started, process_time() - worked, max(peak[0], anonymous()))
+        return task(), Cost(perf_counter() - started, process_time() - worked, max(peak[0], own_memory()))
     finally:
         over.set()
         watcher.join()
 
 
-def grown(folder: Path, count: int, means: Means) -> None:
+def measure_size(folder: Path, count: int, means: Means) -> None:
     """Every stage for one size."""
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text"
         text.mkdir()
         make(folder, count, text)
-        store, start = Store(Path(scratch) / "store"), anonymous()
-        corpus, built = watched(lambda: build([str(text)], store))
-        embedder, fitted = watched(lambda: fit_embedder(corpus, store, "tfidf"))
-        made, divided = watched(lambda: partition(corpus, store, domains=DOMAINS, embedder=embedder, means=means))
-        _, again = watched(lambda: partition(corpus, store, domains=DOMAINS, embedder=embedder, means=means))
+        store, start = Store(Path(scratch) / "store"), own_memory()
+        corpus, built = watch_cost(lambda: build([str(text)], store))
+        embedder, fitted = watch_cost(lambda: fit_embedder(corpus, store, "tfidf"))
+        made, divided = watch_cost(lambda: partition(corpus, store, domains=DOMAINS, embedder=embedder, means=means))
+        _, again = watch_cost(lambda: partition(corpus, store, domains=DOMAINS, embedder=embedder, means=means))
     stages = {"build": built, "fit embedder": fitted, "embed, cluster, part": divided, "again": again}
     for stage, cost in stages.items():
-        say(corpus, made, stage, cost, start, means)
+        say_stage(corpus, made, stage, cost, start, means)
 
 
-def say(corpus: Corpus, made: Partition, stage: str, cost: Cost, start: float, means: Means) -> None:
+def say_stage(corpus: Corpus, made: Partition, stage: str, cost: Cost, start: float, means: Means) -> None:
     measured = {
-        "bench": "scale", "documents": corpus.documents, "mb": corpus.bytes / 1e6, "shards": len(corpus.train), "stage": stage,
+        "documents": corpus.documents, "mb": corpus.bytes / 1e6, "shards": len(corpus.train), "stage": stage,
         **cost._asdict(), "mb_per_second": corpus.bytes / 1e6 / cost.seconds, "documents_per_second": corpus.documents / cost.seconds,
         "start_mb": start, "workers": means.workers, "engine": means.engine,
         "sizes": [min(made.fit_sizes), max(made.fit_sizes)], "greedy_sizes": [min(made.greedy_sizes), max(made.greedy_sizes)],
     }  # fmt: skip
-    print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in measured.items()}), flush=True)
+    say("scale", **measured)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("documents", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--engine", default="local")
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("folder", type=Path)
+    options.add_argument("documents", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    options.add_argument("--workers", type=int, default=1)
+    options.add_argument("--engine", default="local")
+    asked = options.parse_args()
     context = multiprocessing.get_context("spawn")  # so that each size has a memory of its own
     for count in asked.documents:
-        process = context.Process(target=grown, args=(asked.folder, count, Means(asked.workers, asked.engine)))
+        process = context.Process(target=measure_size, args=(asked.folder, count, Means(asked.workers, asked.engine)))
         process.start()
         process.join()
 

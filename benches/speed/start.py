@@ -1,13 +1,14 @@
 """How long `elmwood --help` takes, beside an empty Python and a bare `import torch`, in turn: one JSON line.
 
-python -m benches.speed.start [ROUNDS]
+python -m benches.speed.start [--rounds 9]
 """
 
-import json
 import statistics
 import subprocess
 import sys
 import time
+
+from benches.common import parser, say
 
 COMMANDS = {
     "help": [sys.executable, "-m", "elmwood", "--help"],
@@ -23,7 +24,9 @@ def seconds(command: list[str]) -> float:
 
 
 def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=9)
+    rounds = options.parse_args().rounds
     found: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for turn in range(rounds + 1):
         for name, command in COMMANDS.items():
@@ -34,9 +37,9 @@ def main() -> None:
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, elmwood.cli; print('torch' in sys.modules)"], check=True, capture_output=True, text=True
     )
-    line = {"bench": "start", "rounds": rounds, **{f"{name}_seconds": round(value, 3) for name, value in median.items()}}
-    line |= {"help_over_python": round(median["help"] / median["python"], 1), "imports_torch": loaded.stdout.strip() == "True"}
-    print(json.dumps(line))
+    seconds_of = {f"{name}_seconds": value for name, value in median.items()}
+    ratio, torch = median["help"] / median["python"], loaded.stdout.strip() == "True"
+    say("start", rounds=rounds, **seconds_of, help_over_python=ratio, imports_torch=torch)
 
 
 if __name__ == "__main__":

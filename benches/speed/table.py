@@ -1,6 +1,6 @@
 """What does the score table cost, and what does it save?
 
-    python -m benches.speed.table [--tokens 1000000] [--experts 64] [--candidates 10000]   made-up columns; a minute on two quiet cores
+    python -m benches.speed.table [--tokens 1000000] [--experts 64] [--candidates 10000]   synthetic columns; a minute on two quiet cores
     python -m benches.speed.table real STORE FOREST [--documents N]                        columns of a forest's models, run where missing
 
 One JSON line per measurement. "ranked": candidates are static mixtures (Dirichlet weights over subsets of 2 to 16 experts); every one is
@@ -12,41 +12,27 @@ seconds to score one candidate from the table, over seconds to run its experts.
 N tokens, E experts, C candidates
 """
 
-import argparse
-import json
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from benches.common import open_forest, parser, say, timed
 from elmwood import evaluate
 from elmwood.engine import cores
 from elmwood.evaluate.columns import rounded, run
 from elmwood.evaluate.losses import bits_per_byte
 from elmwood.evaluate.subsets import optimum, probabilities, rank
-from elmwood.records import Ensemble, Forest, Partition, Seed
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
 TOKENS_PER_BLOCK = 500  # about 2 KiB of text
 
 
-def say(**line: object) -> None:
-    print(json.dumps({"bench": "table"} | line), flush=True)
-
-
-def timed(task: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
-    made = task()
-    return made, time.perf_counter() - started
-
-
 def columns(tokens: int, experts: int) -> Floats:
-    """Made-up columns: a loss that tokens share, what blocks of a domain gain from its experts, and noise of each [N, E] float16."""
+    """Synthetic columns: a loss that tokens share, what blocks of a domain gain from its experts, and noise of each [N, E] float16."""
     rng = np.random.default_rng(0)
     domain_N = rng.integers(8, size=-(-tokens // TOKENS_PER_BLOCK)).repeat(TOKENS_PER_BLOCK)[:tokens]
     gain_KE = rng.normal(0, 0.3, (8, experts)).astype(np.float32)
@@ -57,7 +43,7 @@ def columns(tokens: int, experts: int) -> Floats:
     return loglik_NE
 
 
-def drawn(candidates: int, experts: int) -> Floats:
+def draw_candidates(candidates: int, experts: int) -> Floats:
     """Weights of candidates [C, E]."""
     rng = np.random.default_rng(1)
     weight_CE = np.zeros((candidates, experts))
@@ -67,8 +53,8 @@ def drawn(candidates: int, experts: int) -> Floats:
     return weight_CE
 
 
-def made_up(tokens: int, experts: int, candidates: int, exhaustive: int) -> None:
-    loglik_NE, weight_CE = columns(tokens, experts), drawn(candidates, experts)
+def rank_synthetic(tokens: int, experts: int, candidates: int, exhaustive: int) -> None:
+    loglik_NE, weight_CE = columns(tokens, experts), draw_candidates(candidates, experts)
     block_N = np.arange(tokens) // TOKENS_PER_BLOCK
     (p_NE, peak_N), opening = timed(lambda: probabilities(loglik_NE))
     found, seconds = timed(lambda: rank(p_NE, peak_N, weight_CE, block_N))
@@ -77,7 +63,7 @@ def made_up(tokens: int, experts: int, candidates: int, exhaustive: int) -> None
     exact, peer = timed(lambda: rank(p_NE, peak_N, weight_CE[some_C], block_N, keep=()))
     place_C = np.empty(candidates, np.int64)
     place_C[found.order_C] = np.arange(candidates)
-    say(measured="ranked", tokens=tokens, experts=experts, candidates=candidates, cores=cores(), opening_seconds=round(opening, 2),
+    say("table", measured="ranked", tokens=tokens, experts=experts, candidates=candidates, cores=cores(), opening_seconds=round(opening, 2),
         seconds=round(seconds, 2), under_a_minute=seconds + opening < 60, exact=found.exact,
         exhaustive_seconds_all=round(peer * candidates / len(some_C), 1), exhaustive_of=len(some_C),
         rank_correlation=round(float(spearmanr(place_C[some_C], exact.nats_C).statistic), 4),
@@ -94,18 +80,16 @@ def optima(loglik_NE: Floats) -> None:
         ratio_E = (p_NE / (p_NE @ weight_E)[:, None]).mean(0)
         gap, weight_E, passes = float(ratio_E.max()) - 1, weight_E * ratio_E, passes + 1
     peer = time.perf_counter() - started
-    say(measured="weights", tokens=len(p_NE), experts=p_NE.shape[1], gap=best.gap, passes=best.passes, seconds=round(seconds, 2),
+    say("table", measured="weights", tokens=len(p_NE), experts=p_NE.shape[1], gap=best.gap, passes=best.passes, seconds=round(seconds, 2),
         em_gap=gap, em_passes=passes, em_seconds=round(peer, 2))  # fmt: skip
 
 
-def real(store: Store, name: str, documents: int | None) -> None:
+def measure_real(store: Store, name: str, documents: int | None) -> None:
     from elmwood.ensemble.mixture import open_model
 
-    named = store.load(name)
-    forest = store.load(named.forest if isinstance(named, Ensemble) else named.digest, Forest)
-    seed, division = store.load(forest.seed, Seed), store.load(forest.partition, Partition)
-    spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=min(seed.context, 1024), documents=documents)
-    held = evaluate.open_holdout(spec, store)
+    opened = open_forest(store, name)
+    forest, seed = opened.forest, opened.seed
+    held = evaluate.open_holdout(opened.holdout(documents), store)
     models = [store.load(digest) for digest in (*forest.experts, seed.digest)]
     exact, forward = [], 0.0
     for one in models:
@@ -115,7 +99,7 @@ def real(store: Store, name: str, documents: int | None) -> None:
         forward += seconds
     exact_NM = np.column_stack(exact)
     tokens, count = exact_NM.shape
-    weight_CM = drawn(200, count)
+    weight_CM = draw_candidates(200, count)
     kinds = {"kept": np.column_stack([rounded(one) for one in exact]), "plain half": exact_NM.astype(np.float16)}
     every_D = np.ones(len(held.bytes_D), bool)
 
@@ -128,31 +112,33 @@ def real(store: Store, name: str, documents: int | None) -> None:
     true_C, true_CB = losses(exact_NM)
     for kind, loglik_NM in kinds.items():
         value_C, value_CB = losses(loglik_NM.astype(np.float32))
-        say(measured="storage", kind=kind, tokens=tokens, models=count, bytes_per_token_and_expert=loglik_NM.dtype.itemsize, ensembles=50,
+        say("table", measured="storage", kind=kind, tokens=tokens, models=count, bytes_per_token_and_expert=loglik_NM.dtype.itemsize, 
+            ensembles=50,
             worst_error=float(np.abs(value_C - true_C).max()), mean_error=float(np.abs(value_C - true_C).mean()),
             block_error=float(np.sqrt(np.square(value_CB - true_CB).mean())))  # fmt: skip
     p_NM, peak_N = probabilities(kinds["kept"])
     _, seconds = timed(lambda: rank(p_NM, peak_N, weight_CM, held.block_N, keep=()))
     running = forward / count * (weight_CM > 0).sum(1).mean()
-    say(measured="saving", tokens=tokens, experts_of_a_candidate=round(float((weight_CM > 0).sum(1).mean()), 1), parameters=seed.parameters,
+    say("table", measured="saving", tokens=tokens, experts_of_a_candidate=round(float((weight_CM > 0).sum(1).mean()), 1), 
+        parameters=seed.parameters,
         table_seconds=seconds / len(weight_CM), running_seconds=running, ratio=round(running / (seconds / len(weight_CM))))  # fmt: skip
     optima(kinds["kept"].astype(np.float32))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["made-up", "real"], default="made-up")
-    parser.add_argument("store", nargs="?", type=Path)
-    parser.add_argument("forest", nargs="?")
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--candidates", type=int, default=10_000)
-    parser.add_argument("--exhaustive", type=int, default=500)
-    parser.add_argument("--documents", type=int)
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("what", nargs="?", choices=["synthetic", "real"], default="synthetic")
+    options.add_argument("store", nargs="?", type=Path)
+    options.add_argument("forest", nargs="?")
+    options.add_argument("--tokens", type=int, default=1_000_000)
+    options.add_argument("--experts", type=int, default=64)
+    options.add_argument("--candidates", type=int, default=10_000)
+    options.add_argument("--exhaustive", type=int, default=500)
+    options.add_argument("--documents", type=int)
+    asked = options.parse_args()
     if asked.what == "real":
-        return real(Store(asked.store), asked.forest, asked.documents)
-    made_up(asked.tokens, asked.experts, asked.candidates, asked.exhaustive)
+        return measure_real(Store(asked.store), asked.forest, asked.documents)
+    rank_synthetic(asked.tokens, asked.experts, asked.candidates, asked.exhaustive)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ class Ticks(TrainerCallback):
         self.clock.tick()
 
 
-def said(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe says, in the Trainer's words; everything else as it comes."""
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The recipe in the Trainer's arguments; everything else stays at its default."""
     cpu = best_device().type == "cpu"
     return {
         "per_device_train_batch_size": recipe.batch, "max_steps": recipe.steps, "learning_rate": recipe.learning_rate,
@@ -85,7 +85,7 @@ def trainers(rows: Rows, tokens_of_a_step: float, recipe: Recipe, shape: Shape) 
     if recipe.method == "lora":
         model = plain(adapter(model, recipe, "bench"))
     with tempfile.TemporaryDirectory() as folder, loop.threads(recipe.threads):
-        settings = TrainingArguments(output_dir=folder, **said(recipe))
+        settings = TrainingArguments(output_dir=folder, **settings_of(recipe))
         trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[Ticks(clock)])
         trainer.log = lambda *_, **__: None  # it would print
         trainer.train()
@@ -105,7 +105,7 @@ def packers(packed: Packed, words: Tokenizer, recipe: Recipe, shape: Shape) -> T
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     with tempfile.TemporaryDirectory() as folder, loop.threads(recipe.threads):
         # its default strategy; the options that it would choose by itself where a GPU is, spelled out
-        settings = SFTConfig(output_dir=folder, packing=True, max_length=recipe.length, gradient_checkpointing=False, **said(recipe))
+        settings = SFTConfig(output_dir=folder, packing=True, max_length=recipe.length, gradient_checkpointing=False, **settings_of(recipe))
         trainer = SFTTrainer(
             model=model, args=settings, train_dataset=Table.from_dict({"input_ids": documents}), processing_class=tokenizer,
             callbacks=[Ticks(clock)],
