@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -52,14 +52,6 @@ class Lines:
 def parser(doc: str | None) -> ArgumentParser:
     """A parser whose --help is the docstring of the bench."""
     return ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
-
-
-def amount(text: str) -> int:
-    """'0.75M' -> 750_000: the type of an argument that counts tokens."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kM]?)", text)
-    if not found:
-        raise ArgumentTypeError(f"{text!r} is not a number of tokens: write 250000, 250k or 1.5M")
-    return round(float(found[1]) * {"": 1, "k": 10**3, "M": 10**6}[found[2]])
 
 
 def numbers(text: str) -> list[float]:
