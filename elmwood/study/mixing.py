@@ -15,8 +15,9 @@ from elmwood.merge.moe.gates import GATES
 from elmwood.merge.moe.remove import remove
 from elmwood.records import Expert, Forest, Gates, Mixture, Partition, Seed
 from elmwood.registry import lookup
-from elmwood.store import AnyStore, Store
-from elmwood.study.merging import Named, Values, answers_of
+from elmwood.report.notebook import grid, show_ranking
+from elmwood.store import AnyStore, Named, Store
+from elmwood.study.merging import Values, answers_of
 from elmwood.study.selection import Tuned
 from elmwood.study.selection import tune as score
 
@@ -31,6 +32,11 @@ class Mixed(NamedTuple):
 
     record: Mixture
     tuned: Tuned | None = None
+
+    def _repr_html_(self) -> str | None:
+        if self.tuned:
+            return show_ranking("Gates on the tune half of held-out text", self.tuned.losses, self.tuned.behind)
+        return self.record._repr_html_()
 
 
 def mix(
@@ -118,6 +124,13 @@ class Loads(NamedTuple):
     def summary(self) -> str:
         """The load of the experts in words."""
         return summary(self.share_LDE.mean(1))
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (f"layer {layer}", *(f"{share:.1%}" for share in share_DE.mean(0)))
+            for layer, share_DE in zip(self.layers, self.share_LDE, strict=True)
+        ]
+        return grid(("share of the weight", *self.experts), rows, self.summary())
 
 
 def loads(mixture: Named, store: AnyStore = None, *, documents: int = 32, progress: Progress = silent) -> Loads:
