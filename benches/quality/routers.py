@@ -9,8 +9,6 @@ the forest's own experts under each router and top-k, with the memory fading or 
 N scored tokens, E experts by digest
 """
 
-import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benches.common import Opened, open_forest, parser, say, words
 from elmwood import evaluate
 from elmwood.domains.partition import serving
 from elmwood.domains.route import nearest_place, router_of, weights
@@ -25,24 +24,23 @@ from elmwood.engine import silent
 from elmwood.evaluate import calibration
 from elmwood.evaluate.comparison import ExpertColumns, Side
 from elmwood.evaluate.losses import nats
-from elmwood.records import Digest, Expert, Forest, Partition, Seed
+from elmwood.records import Digest, Expert, Partition
 from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
 
 FADING = calibration.DECAYS
+PLAIN = ("router", "top_k", "temperature", "seed_distance")
 
 
 class Bench:
     """The holdout of a forest, and the columns of models on it."""
 
-    def __init__(self, store: Store, forest: Forest, length: int | None, documents: int | None):
-        self.store, self.forest = store, forest
-        seed = store.load(forest.seed, Seed)
-        self.length = length or min(seed.context, 1024)
-        self.spec = evaluate.HoldoutSpec(partition=forest.partition, seed=forest.seed, length=self.length, documents=documents)
-        self.table = Columns(self.spec, store)
+    def __init__(self, opened: Opened, documents: int | None, longest: int):
+        self.store = opened.store
+        self.table = Columns(opened.holdout(documents, longest), self.store)
         self.held = self.table.held
-        self.seed_N = self.column(forest.seed)
+        self.test_D = ~self.held.tune_D
+        self.seed_N = self.column(opened.seed.digest)
 
     def column(self, digest: Digest) -> np.ndarray:
         return ensure([("", digest)], self.table, progress=silent).columns[digest]
@@ -75,57 +73,50 @@ def rows(experts: int) -> Iterator[tuple[str, int, tuple[float, ...]]]:
     yield "posterior", experts + 1, FADING
 
 
-def say(bench: Bench, of: str, side: Side, against_N: np.ndarray, row: tuple[str, int, tuple[float, ...]]) -> None:
+def measure(bench: Bench, of: str, side: Side, against_N: np.ndarray, row: tuple[str, int, tuple[float, ...]]) -> None:
     """Calibrate one router on one side, and print what it reaches."""
     router, top_k, calibration.DECAYS = row
     started = time.process_time()
     columns = ExpertColumns.of(bench.held, bench.seed_N, side)
     (fit,) = columns.calibrate(router, [top_k])
     seconds = time.process_time() - started
-    test_D, column_N = ~bench.held.tune_D, columns.column(fit.routing)
-    weight_NC = weights(columns.signals(fit.routing), fit.routing)
+    column_N, weight_NC = columns.column(fit.routing), weights(columns.signals(fit.routing), fit.routing)
     run = (weight_NC > 0).sum(1).mean() if router_of(fit.routing).distances else weight_NC.shape[1]
-    loss = evaluate.bits_per_byte(column_N, bench.held, test_D)
-    gain = evaluate.difference(against_N, column_N, bench.held, test_D)
-    settings = {name: value and round(value, 4) for name, value in asdict(fit.routing).items() if name not in ("router", "top_k")}
-    if router != "live":
-        settings = {name: settings[name] for name in ("temperature", "seed_distance")}
-    line = {
-        "bench": "routers", "of": of, "router": router, "top_k": top_k, "decays": list(row[2]) if router == "live" else None,
-        "bits_per_byte": round(loss.value, 4), "standard_error": round(loss.standard_error, 4), "gain": round(gain.value, 4),
-        "gain_error": round(gain.standard_error, 4), "run_per_token": round(float(run), 2), **settings, "tune_nats": round(fit.nats, 5),
-        "cpu_seconds": round(seconds, 1), "tokens": len(column_N),
-    }  # fmt: skip
-    print(json.dumps(line), flush=True)
+    loss = evaluate.bits_per_byte(column_N, bench.held, bench.test_D)
+    gain = evaluate.difference(against_N, column_N, bench.held, bench.test_D)
+    settings = asdict(fit.routing) if router == "live" else {name: getattr(fit.routing, name) for name in PLAIN}
+    say(
+        "routers", of=of, bits_per_byte=loss.value, standard_error=loss.standard_error, gain=gain.value, gain_error=gain.standard_error,
+        run_per_token=float(run), decays=row[2] if router == "live" else None, **settings, tune_nats=fit.nats, cpu_seconds=seconds,
+        tokens=len(column_N),
+    )  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("store", type=Path)
-    parser.add_argument("forest", nargs="?", default="demo/forest")
-    parser.add_argument("--random", default="random/")
-    parser.add_argument("--dense", default="dense/batch,dense/large")
-    parser.add_argument("--documents", type=int)
-    parser.add_argument("--length", type=int)
-    asked = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("store", type=Path)
+    arguments.add_argument("forest", nargs="?", default="demo/forest")
+    arguments.add_argument("--random", default="random/")
+    arguments.add_argument("--dense", default="dense/batch,dense/large")
+    arguments.add_argument("--documents", type=int)
+    arguments.add_argument("--length", type=int, default=1024)
+    asked = arguments.parse_args()
     store, folder = Store(asked.store), asked.forest.rpartition("/")[0]
-    bench = Bench(store, store.load(asked.forest, Forest), asked.length, asked.documents)
-    names = store.names()
-    dense = [bench.column(names[f"{folder}/{name}"]) for name in asked.dense.split(",") if name]
-    test_D = ~bench.held.tune_D
-    strongest_N = min(dense or [bench.seed_N], key=lambda one_N: nats(one_N, bench.held)[test_D].sum())
+    opened, names = open_forest(store, asked.forest), store.names()
+    bench = Bench(opened, asked.documents, asked.length)
+    dense = [bench.column(names[f"{folder}/{name}"]) for name in words(asked.dense)]
+    strongest_N = min(dense or [bench.seed_N], key=lambda one_N: nats(one_N, bench.held)[bench.test_D].sum())
     for of, column_N in (("seed", bench.seed_N), ("dense", strongest_N)):
-        loss = evaluate.bits_per_byte(column_N, bench.held, test_D)
-        print(json.dumps({"bench": "routers", "of": of, "bits_per_byte": round(loss.value, 4)}), flush=True)
-    own = bench.side(bench.forest.experts)
+        say("routers", of=of, bits_per_byte=evaluate.bits_per_byte(column_N, bench.held, bench.test_D).value)
+    own = bench.side(opened.forest.experts)
     for row in rows(own.loglik_NK.shape[1]):
-        say(bench, "experts + seed", own, strongest_N, row)
+        measure(bench, "experts + seed", own, strongest_N, row)
     random = [digest for name, digest in names.items() if name.startswith(f"{folder}/{asked.random}")]
     controls = [("dense + seed", bench.alone(strongest_N))] + ([("random clusters + seed", bench.side(random))] if random else [])
     for of, side in controls:
         count = side.loglik_NK.shape[1]
-        for router, top_k in (("centroid", count + 1), ("live", min(2, count)), ("live", count), ("posterior", count + 1)):
-            say(bench, of, side, strongest_N, (router, top_k, FADING))
+        for router, top_k in dict.fromkeys((("centroid", count + 1), ("live", min(2, count)), ("live", count), ("posterior", count + 1))):
+            measure(bench, of, side, strongest_N, (router, top_k, FADING))
 
 
 if __name__ == "__main__":
