@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 MIXING = ("outputs", "weights")
 
 
+def name_of(model: Named, store: Store) -> str:
+    """What tables call a model: the name that the user gave, else the beginning of its digest."""
+    return model if isinstance(model, str) and not store.has(model) else store.resolve(model)[:8]
+
+
 def as_model(record: Record, store: Store) -> Record:
     """A forest stands for its ensemble with the default settings; other records for themselves."""
     if isinstance(record, Forest):
