@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from elmwood.corpus import build as corpora
+from elmwood.corpus.build import build as build_corpus
 from elmwood.corpus.read import read
 from elmwood.domains import partition as partitions
 from elmwood.domains import share
@@ -88,7 +88,7 @@ def build(
 ) -> Corpus:  # fmt: skip
     """Read sources, drop duplicates, set a share of the documents aside as holdout. Raises BadCorpus, DoesNotFit."""
     store = Store(store)
-    corpus = corpora.build(as_sources(sources), store, holdout=holdout, field=field, progress=progress)
+    corpus = build_corpus(as_sources(sources), store, holdout=holdout, field=field, progress=progress)
     return keep_name(corpus, name, store)
 
 
@@ -100,7 +100,7 @@ def cluster(
     """Read a corpus (sources, or a corpus that was built) and divide it into domains. Raises BadCorpus, BadInput, DoesNotFit."""
     store = Store(store)
     model = find_model(embedder, embedder_model, store)
-    built = corpus if isinstance(corpus, Corpus) else build(corpus, store, holdout=holdout, field=field, progress=progress)
+    built = corpus if isinstance(corpus, Corpus) else build(corpus, holdout=holdout, field=field, store=store, progress=progress)
     fitted = partitions.fit_embedder(built, store, embedder, model=model, rng_seed=rng_seed, progress=progress) if model else embedder
     means = Means(workers, engine, opener(embedder))
     made = partitions.partition(
@@ -129,7 +129,7 @@ def add(
     """Add new domains from a corpus. The experts of the old domains stay valid. Raises BadInput, BadCorpus, DoesNotFit."""
     store = Store(store)
     parent = open_partition(partition, store)
-    built = corpus if isinstance(corpus, Corpus) else build(corpus, store, holdout=holdout, field=field, progress=progress)
+    built = corpus if isinstance(corpus, Corpus) else build(corpus, holdout=holdout, field=field, store=store, progress=progress)
     means = Means(workers, engine, opener(parent.embedder.name))
     made = partitions.add(parent, built, store, domains=domains, rng_seed=rng_seed, means=means, progress=progress)
     return Revision(keep_name(made, name, store), parent, tuple(range(len(parent.domains), len(made.domains))))

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from elmwood.engine import Progress, cores, run, silent
 from elmwood.errors import BadInput
-from elmwood.records import Corpus, Digest, Expert, Forest, Partition, Recipe, Seed, Shape, Shard, Statistics
+from elmwood.records import Corpus, Expert, Forest, Partition, Recipe, Seed, Shape, Shard, Statistics
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.tasks import (
     SMALL,
@@ -57,7 +57,7 @@ def train_seed(
     recipe = make_recipe(
         tokens=tokens, method="full", batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed, threads=cores()
     )
-    built = corpus if isinstance(corpus, Corpus) else build(corpus, store, progress=progress)
+    built = corpus if isinstance(corpus, Corpus) else build(corpus, store=store, progress=progress)
     from elmwood.train import tasks  # torch
 
     return keep_name(tasks.train_seed(built, shape, recipe, store, name=name or "seed", progress=progress), name, store)
@@ -192,14 +192,14 @@ def train(
     """
     store = Store(store)
     plan = plan_training(
-        partition, seed, store, domains=domains, method=method, tokens=tokens, batch=batch, length=length, learning_rate=learning_rate,
+        partition, seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length, learning_rate=learning_rate,
         schedule=schedule, rank=rank, alpha=alpha, targets=targets, late=late, accumulate=accumulate, checkpointing=checkpointing,
         optimiser=optimiser, patience=patience, together=together, report_to=report_to, rng_seed=rng_seed, threads=threads,
-        workers=workers,
+        workers=workers, store=store,
     )  # fmt: skip
-    experts = run_plan(plan, store, engine=engine, name=name, progress=progress)
+    experts = run_plan(plan, engine=engine, name=name, store=store, progress=progress)
     if statistics:
-        compute_statistics(experts, store, workers=plan.workers, engine=engine, progress=progress)
+        run_statistics(experts, store, workers=plan.workers, engine=engine, progress=progress)
     return experts
 
 
@@ -297,10 +297,15 @@ def compute_statistics(
 ) -> list[Statistics]:  # fmt: skip
     """Gram and Fisher matrices of experts on their own text, for merge rules that need them. Raises BadInput."""
     store = Store(store)
-    if rows < 1:
-        raise BadInput(f"--rows {rows}: statistics need at least one document")
-    found: list[Digest] = [expert.digest for expert in find_experts(experts, store)]
-    workers = workers or default_workers(store.load(store.load(found[0], Expert).seed, Seed), len(found))
-    jobs = [StatisticsJob(store=store.root, expert=digest, rows=rows) for digest in found]
+    return run_statistics(find_experts(experts, store), store, rows=rows, workers=workers, progress=progress)
+
+
+def run_statistics(
+    experts: Sequence[Expert], store: Store, *, rows: int = ROWS, workers: int | None = None, engine: str = "local",
+    progress: Progress = silent,
+) -> list[Statistics]:  # fmt: skip
+    """As `compute_statistics`, of experts that are known."""
+    workers = workers or default_workers(store.load(experts[0].seed, Seed), len(experts))
+    jobs = [StatisticsJob(store=store.root, expert=expert.digest, rows=rows) for expert in experts]
     made = run(statistics_job, jobs, workers=workers, engine=engine, gpu=True, progress=progress)
     return [store.load(digest, Statistics) for digest in made]
