@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from elmwood.cli import old_mix
 from elmwood.cli.live_table import live_table
 from elmwood.cli.options import (
     CorpusArgument,
@@ -20,17 +19,20 @@ from elmwood.cli.options import (
     WorkersOption,
     typed_options,
 )
-from elmwood.cli.screen import bars, emit, made, out
+from elmwood.cli.screen import bars, emit, made, out, talk
 from elmwood.cli.screen import table as draw
 from elmwood.cli.text import print_corpus
 from elmwood.errors import BadInput
 from elmwood.records import Corpus
 from elmwood.store import Store
-from elmwood.study import fitting, training
+from elmwood.study import fitting, mixing, training
 from elmwood.units import duration, short
 
 if TYPE_CHECKING:
     from elmwood.train.fit.gpu_table import Choice
+
+# options of `train` that say how experts branch from a seed, and nothing about a mixture
+EXPERTS = {"seed", "domains", "rank", "alpha", "targets", "late", "together", "report_to", "statistics", "workers", "engine", "commands"}
 
 
 def seed_import(
@@ -113,12 +115,18 @@ def train(
 
 def tune(mixture: str, recipe: RecipeOptions, schedule: ScheduleOptions, typed: set[str], name: str | None, output: Output) -> None:
     """Tune the routers, or more, of a mixture."""
-    old_mix.tune_verb(
-        given=typed, mixture=mixture, tokens=schedule.tokens, batch=recipe.batch, length=recipe.length,
-        learning_rate=schedule.learning_rate, schedule=schedule.schedule, tuned=recipe.tuned, balance=schedule.balance,
-        rng_seed=schedule.rng_seed, threads=schedule.threads or 1, accumulate=recipe.accumulate, checkpointing=recipe.checkpointing,
-        optimiser=recipe.optimiser, patience=schedule.patience, name=name, store=output.store, as_json=output.as_json,
-    )  # fmt: skip
+    if wrong := typed & EXPERTS:
+        option = min(wrong).replace("_", "-")
+        raise BadInput(f"--{option} is of experts that branch from a seed, and means nothing to a mixture (--method router): leave it out")
+    with bars() as progress:
+        done = mixing.tune(
+            mixture, output.store, tokens=schedule.tokens, batch=recipe.batch, length=recipe.length, learning_rate=schedule.learning_rate,
+            schedule=schedule.schedule, tuned=recipe.tuned, balance=schedule.balance, accumulate=recipe.accumulate,
+            checkpointing=recipe.checkpointing, optimiser=recipe.optimiser, patience=schedule.patience, rng_seed=schedule.rng_seed,
+            threads=schedule.threads or 1, name=name, progress=progress,
+        )  # fmt: skip
+    talk.print(done.summary(), soft_wrap=True)
+    made(done.record, name, output.as_json)
 
 
 def adopt(

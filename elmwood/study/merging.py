@@ -17,6 +17,7 @@ from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, 
 from elmwood.report.notebook import facts, show_ranking
 from elmwood.store import AnyStore, Holder, Named, Store, listed
 from elmwood.study.selection import Choice, choose_best
+from elmwood.study.text import keep_name
 
 Weight = float | Sequence[float]  # several numbers: a gradient over depth, from the first layer to the last
 Values = float | Sequence[float]  # several: an answer for each
@@ -187,7 +188,7 @@ def state_make(
     members = members_of(experts, home, weights, layers, tensors)
     job = StateJob(store=home.root, seed=seed_of(members, home).digest, members=members, method=answers[0].method,
                    settings=dict(answers[0].settings), part=part)  # fmt: skip
-    return _named(home.load(make_state(job, progress), State), name, home)
+    return keep_name(home.load(make_state(job, progress), State), name, home)
 
 
 def state_add(states: Sequence[Named | Path], store: AnyStore = None, *, name: str | None = None) -> State:
@@ -196,7 +197,7 @@ def state_add(states: Sequence[Named | Path], store: AnyStore = None, *, name: s
     total, *others = [open_state(one, home) for one in states]
     for other in others:
         total = add(total, other, home)
-    return _named(total, name, home)
+    return keep_name(total, name, home)
 
 
 def state_remove(
@@ -207,7 +208,7 @@ def state_remove(
     rest = open_state(state, home)
     for expert in home.expand(experts):
         rest = remove(rest, home.resolve(expert), home, progress)
-    return _named(rest, name, home)
+    return keep_name(rest, name, home)
 
 
 def state_finalize(
@@ -237,10 +238,4 @@ def open_state(name: Named | Path, store: Store) -> State:
             raise Damaged(f"{folder / file} is not what its record says: fetch it again")
     check(record, store)
     store.add(record)
-    return record
-
-
-def _named(record: State, name: str | None, store: Store) -> State:
-    if name:
-        store.name(name, record.digest)
     return record
