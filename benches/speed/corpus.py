@@ -18,7 +18,7 @@ from datasketch import MinHash, MinHashLSH
 
 from benches.common import own_memory, parser, say, timed
 from elmwood.corpus.build import build, documents
-from elmwood.corpus.near import SIMILAR, near_duplicates, signatures
+from elmwood.corpus.dedup import SIMILAR, near_duplicates, signatures
 from elmwood.corpus.read import read
 from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.store import Store

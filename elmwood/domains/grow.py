@@ -89,12 +89,19 @@ def grow(
     random_seed = rng_seed if method == "random" else None
     parts, greedy_K = part_all(ground, "train", train, clusters, random_seed, progress)
     held, _ = part_all(ground, "holdout", holdout, clusters._replace(label_N=clusters.label_N[:0]), None, progress)
-    sparse_KV, terms = _describe(ground.store, ground.fitted(), train, clusters.label_N[:SAMPLE], k, others)
+    label_N = clusters.label_N[:SAMPLE]
+    texts = [text[: embed.LOOKED_AT] for text in islice(_texts(train, ground.store), len(label_N))]
+    terms, called = _name(texts, label_N, k, others, ground.store)
     made = tuple(
         Domain(name=name, terms=terms[place], train=parts[place], holdout=held[place], examples=examples[place])
-        for place, name in enumerate(names.names(terms, [domain.name for domain in others]))
+        for place, name in enumerate(called)
     )
-    return Grown(made, clusters, sparse_KV, tuple((greedy_K + np.bincount(greedy_N, minlength=k)).tolist()))
+    return Grown(
+        made,
+        clusters,
+        _sparse_centroids(ground.fitted(), texts, label_N, k),
+        tuple((greedy_K + np.bincount(greedy_N, minlength=k)).tolist()),
+    )
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
@@ -240,19 +247,19 @@ def random_labels(ids: Sequence[str], k: int, rng_seed: int) -> Ints:
 # ---- describe -------------------------------------------------------------------------------------------------------
 
 
-def _describe(
-    store: Store, fitted: Fitted, train: Sequence[Shard], label_N: Ints, k: int, others: Sequence[Domain]
-) -> tuple[sparse.csr_matrix | None, list[tuple[str, ...]]]:
-    """Of labelled documents: the mean tf-idf row of each domain [K, V], for embedders that have one, and its telling terms."""
-    found = [text[: embed.LOOKED_AT] for text in islice(_texts(train, store), len(label_N))]
+def _name(texts: Sequence[str], label_N: Ints, k: int, others: Sequence[Domain], store: Store) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The telling terms and the name of each domain, from its labelled texts; the text of other domains is what it is told from."""
     each = SAMPLE // max(len(others), 1)
     aside = list(chain.from_iterable(islice(_texts(domain.train, store), each) for domain in others))
     all_N = np.concatenate([label_N, np.full(len(aside), k)])
-    words, count_KV = names.count_documents(chain(found, (text[: embed.LOOKED_AT] for text in aside)), all_N, k + 1)
-    terms = names.top_terms(words, count_KV, np.bincount(all_N, minlength=k + 1))[:k]
-    if not isinstance(fitted, Terms):
-        return None, terms
-    return sparse.csr_matrix(members(label_N, k) @ fitted.tfidf(found)), terms
+    reading = names.read(chain(texts, aside))
+    terms = names.top_terms(reading, all_N, k + 1)[:k]
+    return terms, names.names(terms, names.code_names(reading.languages, all_N, k), [domain.name for domain in others])
+
+
+def _sparse_centroids(fitted: Fitted, texts: Sequence[str], label_N: Ints, k: int) -> sparse.csr_matrix | None:
+    """The summed tf-idf rows of each domain [K, V], for embedders that have terms."""
+    return sparse.csr_matrix(members(label_N, k) @ fitted.tfidf(texts)) if isinstance(fitted, Terms) else None
 
 
 def _texts(shards: Sequence[Shard], store: Store) -> Iterator[str]:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from elmwood.corpus import build as building
 from elmwood.corpus.build import alone, build, documents, split
-from elmwood.corpus.near import HASHES, SIMILAR, near_duplicates, shingles, signatures
+from elmwood.corpus.dedup import HASHES, SIMILAR, near_duplicates, shingles, signatures
 from elmwood.corpus.read import SAMPLE, Document, files, read
 from elmwood.corpus.tokens import END, Packed, load_tokenizer, pack, token_bytes, train_tokenizer, windows
 from elmwood.errors import BadCorpus, BadInput, BadSeed, DoesNotFit

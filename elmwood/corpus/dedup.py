@@ -1,7 +1,7 @@
-"""Near-duplicates by MinHash and banding (Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3).
+"""Find near-duplicates by MinHash and banding (Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, ch. 3).
 
 Two texts are near-duplicates when the Jaccard similarity of their 5-word shingles, estimated from 120 hashes (standard
-error 0.037), is 0.8 or more. A pair at 0.8 exactly is met in a band with probability 0.998, a pair at 0.9 practically always.
+error 0.037), is 0.8 or more. A pair of similarity 0.8 shares a band with probability 0.998, one of 0.9 practically always.
 
 N documents, H hashes, B bands
 """
@@ -18,12 +18,12 @@ BANDS, ROWS = 20, 6
 HASHES = BANDS * ROWS
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
-_SIGNS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # scripts without spaces:
-_WORD = re.compile(f"[{_SIGNS}]|[^\\W{_SIGNS}]+")  # each of their letters is a word
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # scripts without spaces:
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")  # each of their letters counts as a word
 
 
 def shingles(text: str) -> np.ndarray:
-    """Hashes of the runs of five words, each once: uint32. A shorter text is one run."""
+    """Hashes of all runs of five words, without repeats: uint32. A text of fewer words is one run."""
     words = "\0".join(_WORD.findall(text.lower())).encode().split(b"\0")
     word = np.fromiter(map(crc32, words), np.uint64, len(words))
     runs = max(1, len(words) - SHINGLE + 1)
@@ -34,8 +34,8 @@ def shingles(text: str) -> np.ndarray:
 
 
 def signatures(texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """MinHash of each text: uint32 [H]. Two of them agree in a share of places that estimates the texts' similarity."""
-    from datasketch import MinHash  # half a second that only looking for duplicates needs
+    """The MinHash of each text: uint32 [H]. The share of places where two agree estimates the similarity of the texts."""
+    from datasketch import MinHash  # takes half a second, needed only here
 
     hashed = (shingles(text).tolist() for text in texts)
     for sketch in MinHash.generator(hashed, num_perm=HASHES, seed=1, hashfunc=int, scheme="affine32"):
@@ -43,9 +43,9 @@ def signatures(texts: Iterable[str]) -> Iterator[np.ndarray]:
 
 
 def near_duplicates(signature_NH: np.ndarray) -> np.ndarray:
-    """Which documents to drop: bool [N]. In the order given, one is dropped when it is near to one that was kept.
+    """Which documents to drop: bool [N]. In the order given, a document is dropped if it is near one that was kept.
 
-    So whatever is kept holds no pair of near-duplicates, and nothing is dropped for being near to what was dropped.
+    So the kept documents hold no pair of near-duplicates, and no document is dropped because of one that was itself dropped.
     """
     drop_N = np.zeros(len(signature_NH), bool)
     group_BN = np.stack([_groups(signature_NH[:, band * ROWS : (band + 1) * ROWS]) for band in range(BANDS)])
@@ -62,7 +62,7 @@ def near_duplicates(signature_NH: np.ndarray) -> np.ndarray:
 
 
 def _groups(rows_NR: np.ndarray) -> np.ndarray:
-    """Documents with equal rows get an equal number, documents alone -1: int32 [N]."""
+    """A group number for each document, equal where rows are equal, -1 where a row is unique: int32 [N]."""
     mixed_N = np.zeros(len(rows_NR), np.uint64)
     for row in rows_NR.T:
         mixed_N = (mixed_N + row) * _ODD

@@ -1,4 +1,4 @@
-"""A partition without its text: what goes out, how it comes in, and which of one's own documents belong where.
+"""Publish a partition without its text, receive one, and count which of your own documents belong to which domain.
 
 Shapes: N documents, K domains, B edges of bins.
 """
@@ -25,25 +25,25 @@ from elmwood.store import Store, hash_file
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
-FAR = 1.0  # squared distance of the zero vector from a unit vector: farther than this, a document is nearer to nothing at all
-EDGES = np.linspace(0, 4, 161)  # of squared distance between vectors of length one at most
+FAR = 1.0  # squared distance from the zero vector to a unit vector; a document farther than this is "far" from its domain
+EDGES = np.linspace(0, 4, 161)  # bins of squared distance; 4 is the most between two unit vectors
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 RECORD, CENTROIDS = "elmwood.json", "centroids.safetensors"
 
 
-# ---- out and in ------------------------------------------------------------------------------------------------------
+# ---- publish and receive ---------------------------------------------------------------------------------------------
 
 
-def published(partition: Partition, store: Store) -> Files:
-    """What others need to use a partition, as a folder: embedder and centroids, also of the partitions it revises. No text."""
+def files_without_text(partition: Partition, store: Store) -> Files:
+    """What others need to use a partition, as a folder: the embedder, and the centroids of it and of the partitions it revises."""
     files = dict(partition.embedder.files)
     for depth, step in enumerate(ancestors(partition, store)):
         files[f"parents/{step.digest}/{CENTROIDS}" if depth else CENTROIDS] = step.centroids
     return files
 
 
-def dataset(partition: Partition, store: Store) -> Files:
-    """The text itself as one Parquet data set, split and domain in the names of its folders. Raises BadInput where it is not here."""
+def text_files(partition: Partition, store: Store) -> Files:
+    """The text as one Parquet data set, with split and domain in the folder names. Raises BadInput if the text is not in this store."""
     files = {
         f"split={role}/domain={number}/{place}.parquet": shard.blob
         for role in ("train", "holdout")
@@ -56,30 +56,30 @@ def dataset(partition: Partition, store: Store) -> Files:
 
 
 def ancestors(partition: Partition, store: Store) -> list[Partition]:
-    """A partition, and those it revises, the latest first."""
+    """A partition and those it revises, latest first."""
     found = [partition]
     while found[-1].parent is not None:
         found.append(store.load(found[-1].parent, Partition))
     return found
 
 
-def publish(partition: Partition, store: Store, folder: Path) -> None:
-    """Write the records beside the files of `published`."""
+def write_records(partition: Partition, store: Store, folder: Path) -> None:
+    """Write the record of a partition, and of those it revises, beside the files of `files_without_text`."""
     for depth, step in enumerate(ancestors(partition, store)):
         place = folder / f"parents/{step.digest}" if depth else folder
         (place / RECORD).write_bytes(canonical(step))
 
 
 def receive(folder: Path, store: Store) -> Partition:
-    """Take in a partition that somebody exported. Every file must be what the record says. Raises BadInput, BadRecord, Damaged."""
+    """Read an exported partition into the store; every file must match its digest. Raises BadInput, BadRecord, Damaged."""
     if not (folder / RECORD).is_file():
         raise BadInput(f"{folder} has no {RECORD}: name a folder written by `elmwood export PARTITION {folder}`")
     partition = _read(folder / RECORD)
     for name, blob in partition.embedder.files.items():
-        _take(folder, name, blob, store)
+        _check_and_store(folder, name, blob, store)
     step, place = partition, folder
     while True:
-        _take(place, CENTROIDS, step.centroids, store)
+        _check_and_store(place, CENTROIDS, step.centroids, store)
         store.add(step)
         if step.parent is None:
             return partition
@@ -88,23 +88,23 @@ def receive(folder: Path, store: Store) -> Partition:
             raise BadInput(f"{folder} lacks partition {step.parent[:8]}, which this one revises: export it again")
         parent = _read(place / RECORD)
         if parent.digest != step.parent or parent.embedder != partition.embedder:
-            raise Damaged(f"{place / RECORD} is not the record that was published: get the folder again")
+            raise Damaged(f"{place / RECORD} is not the record that was published: download the folder again")
         step = parent
 
 
 def _read(path: Path) -> Partition:
     record = parse(path.read_bytes())
     if not isinstance(record, Partition):
-        raise BadInput(f"{path} holds a {record.kind}, a partition is needed here")
+        raise BadInput(f"{path} holds a {record.kind}, and a partition is needed: name a folder written by `elmwood export PARTITION`")
     return record
 
 
-def _take(folder: Path, name: str, blob: str, store: Store) -> None:
+def _check_and_store(folder: Path, name: str, blob: str, store: Store) -> None:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BadRecord(f"the record names the file {name!r}; files stay inside their folder: do not use this partition")
     if not path.is_file() or f"sha256:{hash_file(path)}" != blob:
-        raise Damaged(f"{path} is missing or not what the record says: get the folder again")
+        raise Damaged(f"{path} is missing or does not match the record: download the folder again")
     store.put(path)
 
 
@@ -112,28 +112,28 @@ def _take(folder: Path, name: str, blob: str, store: Store) -> None:
 
 
 class Survey(NamedTuple):
-    """Which domains somebody's own documents belong to, and how near they are."""
+    """How many of somebody's documents belong to each domain, and how near they are to its centroid."""
 
     documents_K: Ints
     bytes_K: Ints
-    edge_B: Floats  # of the bins of squared distance: B edges, B - 1 bins
+    edge_B: Floats  # edges of the bins of squared distance: B edges, B - 1 bins
     near_KB: Ints  # documents of each domain in each bin
-    far_K: Ints  # of these, documents that lie nearer to the zero vector than to any centroid
+    far_K: Ints  # documents of each domain that lie nearer to the zero vector than to any centroid
     nearest_K: tuple[tuple[str, ...], ...]  # ids of the documents nearest to each centroid
-    wordless: int  # documents the embedder knows nothing of: near to no domain, and not counted above
+    wordless: int  # documents without a word the embedder knows; not counted above
 
 
 def survey(
-    partition: Partition, store: Store, found: Iterable[Document], *, open_model: Open | None = None, progress: Progress = silent
+    partition: Partition, store: Store, incoming: Iterable[Document], *, open_model: Open | None = None, progress: Progress = silent
 ) -> Survey:
-    """Assign a stream of documents to the domains, and count. Nothing is kept of them but counts and ids; nothing leaves the machine."""
+    """Assign a stream of documents to domains and count them. Only counts and ids are kept; nothing leaves the machine."""
     fitted = embed.load(partition.embedder, store, open_model)
     centroid_KD = np.asarray(centroids(partition, store))
     k = len(centroid_KD)
     documents_K, bytes_K, far_K, near_KB = (np.zeros(shape, np.int64) for shape in (k, k, k, (k, len(EDGES) - 1)))
     nearest: list[list[tuple[float, str]]] = [[] for _ in range(k)]
     wordless = 0
-    stream = iter(found)
+    stream = iter(incoming)
     while batch := list(islice(stream, BATCH)):
         x_ND = fitted.embed([document.text for document in batch])
         some_N = x_ND.any(1)
@@ -156,7 +156,7 @@ def survey(
 
 
 def quantiles(near_B: Ints, edge_B: Floats, share_Q: Sequence[float] = QUANTILES) -> list[float] | None:
-    """Squared distances below which these shares of the counted documents lie, to within a bin; none where none were counted."""
+    """Squared distances below which these shares of the documents lie, to within a bin; None if there are no documents."""
     if not near_B.sum():
         return None
     below_B = np.concatenate([[0], np.cumsum(near_B)]) / near_B.sum()

