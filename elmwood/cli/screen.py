@@ -1,10 +1,12 @@
-"""What people see: progress bars on stderr, tables and digests on stdout, numbers a person can read."""
+"""What people see: progress on stderr, tables and digests on stdout, numbers a person can read."""
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -22,6 +24,7 @@ __all__ = ["bars", "count", "duration", "emit", "expand", "keep", "made", "out",
 
 talk = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
+EVERY = 5.0  # seconds between two lines of progress
 
 
 class _Rate(ProgressColumn):
@@ -37,7 +40,13 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def bars() -> Iterator[Report]:
-    """Progress bars on stderr: one per task, with rate and time left; finished ones stay."""
+    """Progress on stderr. On a terminal a bar per task, with rate and time left; elsewhere, such as in a log file, plain lines."""
+    if not talk.is_terminal:
+        lines = Lines(write_line)
+        with beating(lines.beat):
+            yield lines.progress
+        lines.close()
+        return
     left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
     columns = (TextColumn("{task.description:<28}", table_column=Column(no_wrap=True)), BarColumn(16), _Rate(), left)
     with Progress(*columns, console=talk) as display:
@@ -49,6 +58,103 @@ def bars() -> Iterator[Report]:
             display.update(tasks[what], completed=done, total=total or None, unit=unit)  # 0: not known
 
         yield progress
+
+
+def write_line(line: str) -> None:
+    """A line on stderr, as it is."""
+    talk.print(line, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def beating(beat: Callable[[], None], every: float = 1.0) -> Iterator[None]:
+    """Call a function every second, in a thread, until the block ends: a task that reports nothing for long is still shown."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(every):
+            beat()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Running(NamedTuple):
+    """What is known of a task."""
+
+    unit: str
+    done: float
+    total: float  # 0: not known
+    first: float  # what was done when the task began: a resumed one does not begin at 0
+    began: float  # seconds on the clock
+    written: float  # when its last line was written
+
+
+class Lines:
+    """Progress as plain lines: one when a task begins, one about every 5 seconds while it runs, and one when it is done."""
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic, every: float = EVERY):
+        self.write, self.clock, self.every = write, clock, every
+        self.running: dict[str, Running] = {}
+        self.ended: set[tuple[str, str]] = set()  # what and unit of finished tasks: they may report their end again
+        self.lock = threading.RLock()  # the beat comes from another thread
+
+    def progress(self, what: str, done: float, total: float, unit: str) -> None:
+        """An event of a task. One whose unit changes (reading bytes, then training tokens) begins anew."""
+        with self.lock:
+            now, task = self.clock(), self.running.get(what)
+            complete = 0 < total <= done
+            if complete and task is None and (what, unit) in self.ended:
+                return
+            if task is None or task.unit != unit:
+                task = Running(unit, done, total, done, now, now)
+                if not complete:
+                    self.write(f"{what}: {_amount(task)}" if unit else what)
+            task = self.running[what] = task._replace(done=done, total=total)
+            if complete:
+                self._end(what)
+            else:
+                self.beat()
+
+    def beat(self) -> None:
+        """Write a line for each running task that has had none for so long."""
+        with self.lock:
+            now = self.clock()
+            for what, task in self.running.items():
+                if now - task.written >= self.every:
+                    self.write(f"{what}: {_amount(task)}{_speed(task, now)}")
+                    self.running[what] = task._replace(written=now)
+
+    def close(self) -> None:
+        """The end of tasks that never said how much there was to do."""
+        with self.lock:
+            for what in list(self.running):
+                self._end(what)
+
+    def _end(self, what: str) -> None:
+        task = self.running.pop(what)
+        self.ended.add((what, task.unit))
+        amount = f"{short(task.done)} {task.unit} " if task.unit else ""
+        self.write(f"{what}: done, {amount}in {duration(self.clock() - task.began)}")
+
+
+def _amount(task: Running) -> str:
+    """'1.2M of 3M tokens', or as much of that as is known."""
+    of = f" of {short(task.total)}" if task.total else ""
+    return f"{short(task.done)}{of} {task.unit}" if task.unit else "still at work"
+
+
+def _speed(task: Running, now: float) -> str:
+    """', 45k tokens/s, 40 s left', or how long the task has run where it has no speed yet."""
+    speed = (task.done - task.first) / (now - task.began) if now > task.began else 0
+    if speed <= 0:
+        return f", for {duration(now - task.began)}"
+    left = f", {duration((task.total - task.done) / speed)} left" if task.total else ""
+    return f", {short(speed)} {task.unit}/s{left}"
 
 
 def expand(store: Store, names: Sequence[str]) -> list[str]:

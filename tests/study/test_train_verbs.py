@@ -1,7 +1,6 @@
-"""The verbs of training, as they are typed: recipes, groups, the table, adapters made elsewhere."""
+"""The verbs of training, as they are typed: recipes, groups, adapters made elsewhere."""
 
 import contextlib
-import io
 import json
 import shlex
 import subprocess
@@ -9,22 +8,18 @@ import sys
 
 import numpy as np
 import pytest
-from rich.console import Console
 from tiny_models import save_adapter, tiny_seed
 from typer.testing import CliRunner
 
 from elmwood.cli import app
-from elmwood.cli import live_table as board
-from elmwood.cli.live_table import Board, Line
 from elmwood.corpus.build import build, documents
 from elmwood.domains.partition import partition
 from elmwood.errors import BadInput, ElmwoodError
 from elmwood.lm.experts import Experts
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model
-from elmwood.records import Expert, Merged, Partition, Recipe, Seed
+from elmwood.records import Expert, Partition, Recipe, Seed
 from elmwood.store import Store
-from elmwood.study.training import Planned
 
 SHORT = ["--tokens", "500", "--length", "32", "--batch", "4", "--rank", "4", "--workers", "1"]
 
@@ -147,35 +142,3 @@ def test_a_seed_from_a_gguf_file_is_trained_and_speaks(home, tmp_path):
     assert lms.score(0, [tokens_T]).sum() > lms.score(1, [tokens_T]).sum() + 1  # nats, over text that nobody trained on
     first, other = (typed(home, "chat", name, "--prompt", own[0][:8], "--max-tokens", "8", "--json") for name in ("grown/1", "found"))
     assert json.loads(first)["text"] != json.loads(other)["text"]
-
-
-# ---- the table --------------------------------------------------------------------------------------------------
-
-
-def test_rows_wait_read_train_and_are_done(tmp_path, monkeypatch):
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(board.time, "monotonic", lambda: float(next(clock)))
-    store = Store(tmp_path)
-    table = Board(
-        [Planned("one", "key-one", "one", 800), Planned("two", "key-two", "pair", 800), Planned("three", "key-three", "pair", 800)], store
-    )
-    assert [line.state for line in table.lines()] == ["waiting"] * 3
-    table.progress("pair", 10, 100, "bytes")
-    assert [line.state for line in table.lines()] == ["waiting", "reading", "reading"]
-    store.log("key-two", event="point", loss=2.5, tokens=400)
-    table.progress("pair", 400, 800, "tokens")  # it goes on where it was: these were trained before
-    table.progress("pair", 500, 800, "tokens")
-    two, three = table.lines()[1:]
-    assert (two.state, two.done, two.loss, two.speed, two.left) == ("training", 500, 2.5, 10, 30)
-    assert (three.state, three.loss) == ("training", None)
-    store.log("key-two", event="done", seconds=4.0, tokens=600)  # patience ran out
-    store.finish("key-two", Merged(seed="0" * 64, method="average", settings={}, contributions=(), files={}))
-    assert table.lines()[1] == Line("two", "done", 600, 800, 2.5, 150)
-    assert "1 waiting, 1 done" in board.summary(table.lines()).plain
-
-
-def test_where_experts_are_many_those_at_work_come_first():
-    lines = [Line(str(number), "training" if number > 97 else "waiting", 0, 10, None, None) for number in range(100)]
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(board.drawn(lines, 5))
-    assert [line.split()[0] for line in console.export_text().splitlines()[1:]] == ["98", "99", "0", "1", "2"]
