@@ -15,30 +15,63 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from elmwood.store import Store
     from elmwood.study.ancestry import forest, generate, open_model
+    from elmwood.study.merging import merge, state_add, state_finalize, state_make, state_remove
+    from elmwood.study.mixing import loads, mix
+    from elmwood.study.text import add, build, cluster, split, survey
+    from elmwood.study.training import adopt, import_seed, train, train_seed
+    from elmwood.study.training import compute_statistics as statistics
 
-# name -> the module it lives in
+# module -> the names it gives; `function as verb` where they differ
 FACE = {
-    "Store": "elmwood.store",
-    "forest": "elmwood.study.ancestry",
-    "generate": "elmwood.study.ancestry",
-    "open_model": "elmwood.study.ancestry",
+    "elmwood.store": "Store",
+    "elmwood.study.ancestry": "forest, generate, open_model",
+    "elmwood.study.merging": "merge, state_add, state_finalize, state_make, state_remove",
+    "elmwood.study.mixing": "loads, mix",
+    "elmwood.study.text": "add, build, cluster, split, survey",
+    "elmwood.study.training": "adopt, import_seed, train, train_seed, compute_statistics as statistics",
 }
-__all__ = ["Store", "forest", "generate", "open_model"]
+PLACES = {
+    one.rpartition(" ")[2]: (module, one.partition(" ")[0]) for module, names in FACE.items() for one in names.split(", ")
+}  # verb -> module, function
+__all__ = [
+    "Store",
+    "add",
+    "adopt",
+    "build",
+    "cluster",
+    "forest",
+    "generate",
+    "import_seed",
+    "loads",
+    "merge",
+    "mix",
+    "open_model",
+    "split",
+    "state_add",
+    "state_finalize",
+    "state_make",
+    "state_remove",
+    "statistics",
+    "survey",
+    "train",
+    "train_seed",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in FACE:
+    if name not in PLACES:
         raise AttributeError(f"module 'elmwood' has no attribute {name!r}; it has {', '.join(__all__)}")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does: waiting threads that spin slow each other down
     from elmwood.report.notebook import draw_records
 
     draw_records()
-    found = globals()[name] = getattr(import_module(FACE[name]), name)
+    module, function = PLACES[name]
+    found = globals()[name] = getattr(import_module(module), function)
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *FACE})
+    return sorted({*globals(), *PLACES})
 
 
 class _Face(ModuleType):
@@ -47,7 +80,7 @@ class _Face(ModuleType):
 
         So a room is imported by its modules: `from elmwood.merge.checkpoint import merge`, never `from elmwood import merge`.
         """
-        if not (name in FACE and isinstance(value, ModuleType)):
+        if not (name in PLACES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

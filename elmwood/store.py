@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar, overload, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
 from elmwood.records import Expert, Files, Partition, Record, Seed, canonical, fingerprint, parse, references
@@ -163,7 +163,7 @@ class Store:
     def expand(self, names: Named | Iterable[Named]) -> list[str | Record]:
         """One name or record, or several; a name that ends in '/' is replaced by all names below it. Raises UnknownName."""
         found: list[str | Record] = []
-        for name in [names] if isinstance(names, str | Record | Holder) else names:
+        for name in listed(names):
             if not isinstance(name, str):
                 found.append(_held(name))
             elif not name.endswith("/"):
@@ -296,6 +296,11 @@ class Store:
 
 
 AnyStore = Store | Path | str | None  # what a Store can be opened from; None: the default folder
+
+
+def listed(given: Named | Path | Iterable[Named | Path]) -> list[Any]:
+    """One thing or several, as a list."""
+    return [given] if isinstance(given, str | Path | Record | Holder) else list(given)
 
 
 def _held(given: Record | Holder) -> Record:

@@ -11,8 +11,33 @@ from types import ModuleType
 import pytest
 
 import elmwood as ew
+from elmwood.cli import SEED_VERBS, STATE_VERBS, VERBS
+from elmwood.cli.options import command
 
 HOUSE = Path(ew.__file__).parent
+# verb of the command line -> function, where the names differ
+RENAMED = {"eval": "evaluate", "chat": "generate", "seed train": "train_seed", "seed import": "import_seed"}
+RENAMED |= {f"state {verb}": f"state_{verb}" for verb in STATE_VERBS}
+PLACES = (
+    VERBS | {f"seed {verb}": place for verb, place in SEED_VERBS.items()} | {f"state {verb}": place for verb, place in STATE_VERBS.items()}
+)
+WITHOUT = {"demo", "verify", "show", "fit", "eval", "table", "compare", "accept", "report", "export"}
+BEYOND = {
+    "Store": "what --store names",
+    "build": "the first half of `cluster`",
+    "open_model": "the first half of `chat`",
+    "survey": "`cluster --with`",
+}
+TERMINAL = {"as_json", "context", "plot", "output"}  # options that are about the terminal and its files
+# options that are named or spelled otherwise in Python, by verb
+OTHERWISE = {
+    "train": {"commands", "tuned", "balance"},  # `commands` prints; the others tune a mixture
+    "chat": {"prompt"},
+    "cluster": {"partition"},  # `survey`
+    "mix": {"scale", "settings", "without"},  # numbers, mappings and lists where the command line has text
+    "state make": {"part", "weights"},
+    "statistics": {"engine"},  # `train --statistics` hands its own on
+}
 ROOMS = {path.name for path in HOUSE.iterdir() if path.is_dir()}
 
 
@@ -23,9 +48,9 @@ def test_importing_elmwood_is_free():
 
 
 def test_names_are_listed_and_found():
-    assert sorted(ew.__all__) == sorted(ew.FACE) == sorted(set(dir(ew)) & set(ew.FACE))
-    for name, module in ew.FACE.items():
-        assert getattr(ew, name) is getattr(import_module(module), name), name
+    assert ew.__all__ == sorted(ew.PLACES) == sorted(set(dir(ew)) & set(ew.PLACES))
+    for name, (module, function) in ew.PLACES.items():
+        assert getattr(ew, name) is getattr(import_module(module), function), name
     with pytest.raises(AttributeError, match="it has Store"):
         _ = ew.absent
 
@@ -34,11 +59,11 @@ def test_the_type_checker_sees_the_same_names():
     """The names under TYPE_CHECKING, with the modules they come from."""
     tree = ast.parse((HOUSE / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert seen == ew.FACE
+    imports = [(node.module, alias) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert {alias.asname or alias.name: (module, alias.name) for module, alias in imports} == ew.PLACES
 
 
-@pytest.mark.parametrize("name", sorted(ew.FACE))
+@pytest.mark.parametrize("name", sorted(ew.PLACES))
 def test_functions_are_typed_and_documented(name):
     found = getattr(ew, name)
     assert inspect.getdoc(found)
@@ -49,10 +74,31 @@ def test_functions_are_typed_and_documented(name):
         assert signature.return_annotation is not signature.empty
 
 
-@pytest.mark.parametrize("name", sorted(set(ew.FACE) & ROOMS))
+@pytest.mark.parametrize("name", sorted(set(ew.PLACES) & ROOMS))
 def test_a_verb_keeps_the_name_it_shares_with_a_room(name):
     """Whatever is imported first, `ew.merge` is the verb."""
     import_module(f"elmwood.{name}")
     script = f"import elmwood.{name}, elmwood as ew; assert callable(ew.{name}); import elmwood.{name}; assert callable(ew.{name})"
     subprocess.run([sys.executable, "-c", script], check=True)
     assert not isinstance(getattr(ew, name), ModuleType)
+
+
+def test_verbs_agree_with_the_command_line():
+    verbs = {RENAMED.get(verb, verb) for verb in PLACES if verb not in WITHOUT}
+    assert verbs | set(BEYOND) == set(ew.PLACES)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in PLACES if verb not in WITHOUT])
+def test_options_agree_with_the_command_line(verb):
+    """Every option is a parameter of the same name with the same default, and the other way round."""
+    module, _, name = PLACES[verb][0].partition(":")
+    typed = inspect.signature(command(getattr(import_module(f"elmwood.cli.{module}"), name))).parameters
+    known = inspect.signature(getattr(ew, RENAMED.get(verb, verb))).parameters
+    skipped = TERMINAL | OTHERWISE.get(verb, set())
+    assert set(typed) - skipped <= set(known)
+    assert set(known) - skipped - {"store", "progress", "on_text"} <= set(typed)
+    for option in set(typed) - skipped - {"store"}:
+        mine, theirs = (
+            None if default in (one[option].empty, (), []) else default for one in (known, typed) for default in [one[option].default]
+        )
+        assert mine == theirs, f"{option}: {mine!r} in Python, {theirs!r} on the command line"

@@ -53,7 +53,7 @@ def test_the_demo_shows_every_control(again):
     table, _ = again
     rows = {row["name"]: row for row in table["rows"]}
     for part in ("seed", "experts' batch", "k times the batch", "equal wall clock", "random clusters", "uniform routing", "oracle",
-                 "top-1", "top-2", "all"):  # fmt: skip
+                 "batch + seed", "random clusters, posterior", "c-BTM", "live routing", "posterior routing", "top-1", "top-2"):  # fmt: skip
         assert any(part in name for name in rows), part
     k = len(table["routing"])
     tokens = {row["tokens"] for name, row in rows.items() if row["tokens"] and "equal wall clock" not in name}

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.old_compare import Sides, bounded, parts, weights
 from elmwood.cli.screen import expand
 from elmwood.engine import silent
 from elmwood.evaluate.holdout import GATE
@@ -30,6 +29,7 @@ from elmwood.evaluate.sequential.decision import Population, StoppingRule, decid
 from elmwood.evaluate.sequential.error_budget import random_order
 from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import Store
+from elmwood.study.contest import Nearness, Pair, bound_blocks, pair_models
 from elmwood.study.scoring import Columns, ensure
 
 Floats = NDArray[np.floating]
@@ -51,21 +51,15 @@ class Real(NamedTuple):
     base: Ensemble
     forest: Forest
     division: Partition
-    token_N: Ints
-    block_N: Ints  # among those of the split
-    block_G: Ints
-    dist2_NK: Floats
+    near: Nearness
 
     def ensemble(self, members: Sequence[str], **settings: object) -> Ensemble:
         chosen = self.forest.model_copy(update={"experts": tuple(sorted(members))})
         self.columns.store.add(chosen)
         return self.base.model_copy(update={"forest": chosen.digest} | settings)
 
-    def sides(self, a: Record, b: Record) -> Sides:
-        store, seed = self.columns.store, self.forest.seed
-        models = (*sorted({digest for one in (a, b) for digest in parts(one, store)} - {seed}), seed)
-        weight_a_NM, weight_b_NM = (weights(one, models, lambda *_: self.dist2_NK, len(self.token_N), store) for one in (a, b))
-        return Sides(models, weight_a_NM, weight_b_NM, self.token_N, self.block_N, self.block_G)
+    def pair(self, a: Record, b: Record) -> Pair:
+        return pair_models(a, b, self.columns, silent, near=self.near)
 
 
 class Change(NamedTuple):
@@ -84,14 +78,7 @@ def opened(store: Store, name: str, documents: int | None) -> Real:
     division, seed = store.load(forest.partition, Partition), store.load(forest.seed, Seed)
     spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=min(seed.context, 256), documents=documents)
     columns = Columns(spec, store)
-    held = columns.held
-    inside_N = held.split_B[held.block_N] == GATE
-    block_G = np.flatnonzero(held.split_B == GATE)
-    here = held._replace(windows=type(held.windows)(*(part[np.unique(held.window_N[inside_N])] for part in held.windows)))
-    dist2_NK = evaluate.distances(here, division, store)
-    return Real(
-        columns, base, forest, division, np.flatnonzero(inside_N), np.searchsorted(block_G, held.block_N[inside_N]), block_G, dist2_NK
-    )
+    return Real(columns, base, forest, division, Nearness(columns.held, GATE, store, silent))
 
 
 def changes(real: Real, every: int, replaced: Sequence[str], merges: Sequence[str], unrouted: bool) -> Iterator[Change]:
@@ -126,29 +113,29 @@ def decide_all(real: Real, asked: Iterable[Change], orders: int) -> None:
     """One line for each change, one for all of a kind."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for change in asked:
-        sides = real.sides(change.a, change.b)
+        pair = real.pair(change.a, change.b)
         held = real.columns.held
-        spoken_NM = (sides.weight_a_NM > 0) | (sides.weight_b_NM > 0)
-        window_N = held.window_N[real.token_N]
-        windows = {digest: np.unique(window_N[spoken_NM[:, m]]) for m, digest in enumerate(sides.models)}
-        found = ensure([(digest[:8], digest) for digest in sides.models], real.columns, windows=windows, progress=silent)
-        loglik_NM = np.column_stack([found.columns[digest][real.token_N] for digest in sides.models])
-        row = measure(change, sides, held, loglik_NM, orders)
+        spoken_NM = (pair.weight_a_NM > 0) | (pair.weight_b_NM > 0)
+        window_N = held.window_N[pair.token_N]
+        windows = {digest: np.unique(window_N[spoken_NM[:, m]]) for m, digest in enumerate(pair.models)}
+        found = ensure([(digest[:8], digest) for digest in pair.models], real.columns, windows=windows, progress=silent)
+        loglik_NM = np.column_stack([found.columns[digest][pair.token_N] for digest in pair.models])
+        row = measure(change, pair, held, loglik_NM, orders)
         say(measured="change", way=change.way, change=change.what, label=change.label, **row)
         rows.setdefault((change.way, change.what), []).append(row)
     for (way, what), mine in rows.items():
         say(measured="together", way=way, change=what, count=len(mine), **together([row for row in mine if row["may_differ"] > 0]))
 
 
-def measure(change: Change, sides: Sides, held: evaluate.Holdout, loglik_NM: Floats, orders: int) -> dict[str, Any]:
+def measure(change: Change, pair: Pair, held: evaluate.Holdout, loglik_NM: Floats, orders: int) -> dict[str, Any]:
     """What the differences look like, and how many blocks it takes to know, in four ways."""
-    touched_G, blocks = sides.touched_G, len(sides.block_G)
-    here_N = touched_G[sides.block_N]
-    sides, loglik_NM = sides.within(touched_G), loglik_NM[here_N]
-    gain_N = worst(loglik_NM, sides.weight_b_NM) - worst(loglik_NM, sides.weight_a_NM)
-    value_G = per_byte(np.bincount(sides.block_N, gain_N, blocks).astype(float), held.block_bytes_B[sides.block_G])
-    known_NM = np.where(np.array([change.new in (None, digest) for digest in sides.models]), np.nan, loglik_NM)
-    bounds = bounded(sides, known_NM, held, np.flatnonzero(touched_G), CLIP)
+    touched_G, blocks = pair.touched_G, len(pair.block_G)
+    here_N = touched_G[pair.block_N]
+    pair, loglik_NM = pair.within(touched_G), loglik_NM[here_N]
+    gain_N = worst(loglik_NM, pair.weight_b_NM) - worst(loglik_NM, pair.weight_a_NM)
+    value_G = per_byte(np.bincount(pair.block_N, gain_N, blocks).astype(float), held.block_bytes_B[pair.block_G])
+    known_NM = np.where(np.array([change.new in (None, digest) for digest in pair.models]), np.nan, loglik_NM)
+    bounds = bound_blocks(pair, known_NM, held, np.flatnonzero(touched_G), CLIP)
     copies = -(-WHOLE // blocks)  # every block so many times: N blocks at least, the same mean and spread
     value_B, all_B = np.tile(value_G[touched_G], copies), np.tile(value_G, copies)
     by_weight = copied(bounds, copies)

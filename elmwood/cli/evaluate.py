@@ -1,12 +1,26 @@
 """Verbs of evaluation: loss on held-out text, benchmarks, comparisons, admission."""
 
+import platform
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 from typer import Argument, Option
 
-from elmwood.cli import old_accept, old_benchmarks, old_compare, old_evaluation, old_table
+from elmwood.cli import old_benchmarks, old_evaluation, old_table
 from elmwood.cli.options import DocumentsOption, MixingOption, Output, WindowOption, WorkersOption
+from elmwood.cli.screen import bars, emit, out, short, talk
+from elmwood.report.contest import headline, lines
+from elmwood.report.wealth import wealth_plot
+from elmwood.study import admission, contest
+
+PRECISION = "as each model is stored"
+
+
+class HeldOut(NamedTuple):
+    """Which held-out text, in what windows."""
+
+    length: WindowOption = None
+    documents: DocumentsOption = None
 
 
 def evaluate(
@@ -57,35 +71,100 @@ def table(
           as_json=output.as_json)  # fmt: skip
 
 
+class Samples(NamedTuple):
+    """How many blocks a test may draw, and what one counts."""
+
+    cap: Annotated[int, Option(help="Blocks of 2 KiB that a test may draw.")] = 5000
+    clip: Annotated[float, Option(help="Most bits per byte that a block counts, where no bound is certain.")] = 0.5
+
+
 def compare(
-    a: Annotated[str, Argument(help="What there is: a seed, expert, ensemble or forest; name or digest.")],
-    b: Annotated[str, Argument(help="What may be better, of the same seed.")],
-    partition: Annotated[str | None, Option(help="Whose holdout; default: the second model's, or the first's.")] = None,
-    length: WindowOption = None,
-    documents: DocumentsOption = None,
-    min_effect: Annotated[float, Option(help="The least gain worth having, bits per byte where they can differ.")] = 0.002,
+    a: Annotated[str, Argument(help="The present model: a seed, expert, ensemble or forest; name or digest.")],
+    b: Annotated[str, Argument(help="The model that may be better, of the same seed.")],
+    partition: Annotated[str | None, Option(help="Whose held-out text; default: the second model's, or the first's.")] = None,
+    text: HeldOut = HeldOut(),
+    min_effect: Annotated[float, Option(help="The least gain worth having, bits per byte where the two can differ.")] = 0.002,
     alpha: Annotated[float, Option(help="How often 'better' may be wrong.")] = 0.05,
     beta: Annotated[float, Option(help="How often 'not better by the least effect' may be wrong.")] = 0.1,
-    cap: Annotated[int, Option(help="Blocks of 2 KiB, then it stays undecided.")] = 5000,
-    clip: Annotated[float, Option(help="Bits per byte a block counts for at most, where mathematics knows no bound.")] = 0.5,
+    samples: Samples = Samples(),
     plot: Annotated[Path | None, Option(help="Draw wealth over blocks into this SVG file.")] = None,
     output: Output = Output(),
 ) -> None:
     """Is B better than A? Runs both only on as many held-out blocks as it takes to know."""
-    old_compare.compare(a=a, b=b, partition=partition, length=length, documents=documents, min_effect=min_effect, alpha=alpha,
-          beta=beta, cap=cap, clip=clip, plot=plot, store=output.store, as_json=output.as_json)  # fmt: skip
+    with bars() as progress:
+        found = contest.compare(
+            a, b, partition=partition, min_effect=min_effect, alpha=alpha, beta=beta, store=output.store, progress=progress,
+            **text._asdict(), **samples._asdict(),
+        )  # fmt: skip
+    record, (finding, cost) = found.record, found[1:]
+    if plot:
+        plot.write_text(wealth_plot(finding.for_T, finding.against_T, alpha=alpha, beta=beta, names=("better", "not better")))
+    machine = {"machine": platform.machine(), "precision": PRECISION}
+    if output.as_json:
+        facts = {"digest": record.digest, "overall": finding.effect * finding.share, **cost._asdict(), **machine}
+        return emit(record.model_dump(mode="json") | facts | {"plot": plot and str(plot)})
+    out.print(headline(record), style="bold", soft_wrap=True)
+    said = lines(record)
+    tokens = f"{short(cost.tokens_forwarded)} forwarded; running what is missing on all blocks: {short(cost.full_tokens)}"
+    run = f"{cost.models_known} models were known, {cost.models_run} were run, on {machine['machine']}, {PRECISION}"
+    for word, line in (*said[:2], ("tokens", tokens), *said[2:-1], ("models", run), said[-1]):
+        out.print(f"{word:<9} {line}", soft_wrap=True, markup=False)
+    if plot:
+        talk.print(f"wealth over blocks: {plot}")
 
 
 def accept(
-    expert: Annotated[str, Argument(help="Who asks: an expert; name or digest.")],
-    forest: Annotated[str, Argument(help="What it asks to join: a forest, or an ensemble whose settings are used.")],
-    length: WindowOption = None,
-    documents: DocumentsOption = None,
-    cap: Annotated[int, Option(help="Blocks of 2 KiB for each question at most.")] = 5000,
-    clip: Annotated[float, Option(help="Bits per byte a block counts for at most, where mathematics knows no bound.")] = 0.5,
-    name: Annotated[str | None, Option("--name", help="Call the forest with the expert in it this, if it is accepted.")] = None,
+    expert: Annotated[str, Argument(help="The expert: name or digest.")],
+    forest: Annotated[str, Argument(help="The forest to join, or an ensemble whose settings are used.")],
+    text: HeldOut = HeldOut(),
+    samples: Samples = Samples(),
+    name: Annotated[str | None, Option("--name", help="Name of the forest with the expert in it, if it is accepted.")] = None,
     output: Output = Output(),
 ) -> None:
     """May an expert join a forest? Prints every check with its value and threshold; keeps the verdict."""
-    old_accept.accept(expert=expert, forest=forest, length=length, documents=documents, cap=cap, clip=clip, name=name, store=output.store,
-          as_json=output.as_json)  # fmt: skip
+    with bars() as progress:
+        made = admission.accept(
+            expert, forest, name=name, store=output.store, progress=progress, on_submission=_print_submission,
+            **text._asdict(), **samples._asdict(),
+        )  # fmt: skip
+    if output.as_json:
+        return emit(_admission_json(made))
+    verdict = made.record
+    out.print(f"{verdict.digest}  {expert} {'may join' if verdict.accepted else 'may not join'} {forest}", style="bold", soft_wrap=True)
+    for check in verdict.checks:
+        value = "not measured" if check.value is None else f"{check.value:+.4f}"
+        threshold = "no threshold" if check.threshold is None else f"{check.side} {check.threshold:g}"
+        out.print(f"{'passed' if check.passed else 'FAILED':<7} {value:>13}  {threshold:<18} {check.name}", soft_wrap=True, markup=False)
+    _print_cost(made)
+
+
+def _print_submission(submission: admission.Submission) -> None:
+    talk.print(f"submission {submission.number + 1}: the order is {submission.commitment}", soft_wrap=True)
+
+
+def _print_cost(made: admission.Admission) -> None:
+    if made.evidence is None:
+        out.print("another process submitted the same expert at the same time: this is its verdict", soft_wrap=True)
+    elif made.submission is None:
+        out.print("its weights decided: nothing was drawn, and no error budget was spent", soft_wrap=True)
+    else:
+        one, cost = made.submission, made.cost
+        drawn = ", ".join(f"{what} {count:,}" for what, count in cost.blocks.items() if count is not None)
+        out.print(f"blocks drawn: {drawn}; {short(cost.tokens_forwarded)} tokens forwarded", soft_wrap=True, markup=False)
+        out.print(
+            f"submission {one.number + 1}, error level {one.level:.4g}; from a slice of {one.slice_G.sum():,} blocks, in the order of key "
+            f"{one.key.hex()[:16]}…, sealed before as {one.commitment[:20]}…", soft_wrap=True,
+        )  # fmt: skip
+
+
+def _admission_json(made: admission.Admission) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "digest": made.record.digest, "verdict": made.record.model_dump(mode="json"),
+        "evidence": made.evidence and made.evidence.model_dump(mode="json"), "tokens_forwarded": made.cost.tokens_forwarded,
+    }  # fmt: skip
+    if (one := made.submission) is None:
+        return found
+    return found | {
+        "blocks": made.cost.blocks, "holdout": made.record.holdout, "clip": made.cost.clip, "level": one.level,
+        "submission": one.number + 1, "sealed": one.commitment, "key": one.key.hex(), "slice_blocks": int(one.slice_G.sum()),
+    }  # fmt: skip

@@ -6,7 +6,6 @@ from typing import Annotated, NamedTuple
 
 from typer import Argument, Option
 
-from elmwood.cli.old_choose import tested
 from elmwood.cli.options import (
     DocumentsOption,
     EngineOption,
@@ -26,7 +25,7 @@ from elmwood.report.contest import headline, lines
 from elmwood.store import Store
 from elmwood.study import merging
 from elmwood.study.merging import Merges
-from elmwood.study.selection import BY_LAYER, Choice, Ranked
+from elmwood.study.selection import BY_LAYER, Choice, Ranked, test_best
 
 PartOption = Annotated[str, Option(help="Sum this share of every tensor alone: 0/4 to 3/4.")]
 ScaleOption = Annotated[str | None, Option(help="What is added to the seed is multiplied by this; several: 0.3,0.5,1.")]
@@ -208,7 +207,8 @@ def _test_and_print(done: Merges, choice: Choice, selection: Selection, name: st
     started = time.perf_counter()
     with bars() as progress:
         seed = store.load(done.record.seed, Seed)
-        test, tokens = tested(done.record, name or choice.best, seed, choice.partition, selection.documents, store, progress)
+        test, _, cost = test_best(done.record, name or choice.best, seed, choice.partition, selection.documents, store, progress)
+    tokens = cost.tokens_forwarded
     spent = choice.seconds + time.perf_counter() - started
     if choice.ranked:
         _print_ranked(choice.ranked)

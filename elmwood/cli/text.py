@@ -50,7 +50,7 @@ def cluster(
     store = Store(output.store)
     if partition is not None:
         with bars() as progress:
-            found = text.survey(corpus, partition, store, field=field, name=name, progress=progress)
+            found = text.survey(corpus, partition, field=field, name=name, store=store, progress=progress)
         if output.as_json:
             emit(found.to_dict() | {"name": name})
         else:
@@ -58,8 +58,8 @@ def cluster(
         return
     with bars() as progress:
         division = text.cluster(
-            corpus, store, domains=domains, embedder=embedder, embedder_model=embedder_model, method=method, holdout=holdout,
-            field=field, rng_seed=rng_seed, workers=workers, engine=engine, name=name, progress=progress,
+            corpus, domains=domains, embedder=embedder, embedder_model=embedder_model, method=method, holdout=holdout,
+            field=field, rng_seed=rng_seed, workers=workers, engine=engine, name=name, store=store, progress=progress,
         )  # fmt: skip
     print_corpus(store.load(division.corpus, Corpus))
     if not output.as_json:
@@ -78,7 +78,7 @@ def split(
     """Split one domain into several; the experts of the other domains stay valid."""
     store = Store(output.store)
     with bars() as progress:
-        revised = text.split(partition, domain, store, parts=parts, rng_seed=rng_seed, name=name, progress=progress)
+        revised = text.split(partition, domain, parts=parts, rng_seed=rng_seed, name=name, store=store, progress=progress)
     if not output.as_json:
         print_domains(revised.partition)
         old = revised.parent.domains[text.find_domain(domain, revised.parent)].name
@@ -103,8 +103,8 @@ def add(
     store = Store(output.store)
     with bars() as progress:
         revised = text.add(
-            partition, corpus, store, domains=domains, holdout=holdout, field=field, rng_seed=rng_seed, workers=workers, engine=engine,
-            name=name, progress=progress,
+            partition, corpus, domains=domains, holdout=holdout, field=field, rng_seed=rng_seed, workers=workers, engine=engine,
+            name=name, store=store, progress=progress,
         )  # fmt: skip
     print_corpus(store.load(revised.partition.corpus, Corpus))
     if not output.as_json:

@@ -1,12 +1,11 @@
 """Verbs of training: seeds, experts, adapters made elsewhere, and what a run will take."""
 
 import shlex
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
-from elmwood.cli import old_fitting, old_mix
 from elmwood.cli.live_table import live_table
 from elmwood.cli.options import (
     CorpusArgument,
@@ -20,12 +19,20 @@ from elmwood.cli.options import (
     WorkersOption,
     typed_options,
 )
-from elmwood.cli.screen import bars, made, out
+from elmwood.cli.screen import bars, emit, made, out, talk
+from elmwood.cli.screen import table as draw
 from elmwood.cli.text import print_corpus
 from elmwood.errors import BadInput
 from elmwood.records import Corpus
 from elmwood.store import Store
-from elmwood.study import training
+from elmwood.study import fitting, mixing, training
+from elmwood.units import duration, short
+
+if TYPE_CHECKING:
+    from elmwood.train.fit.gpu_table import Choice
+
+# options of `train` that say how experts branch from a seed, and nothing about a mixture
+EXPERTS = {"seed", "domains", "rank", "alpha", "targets", "late", "together", "report_to", "statistics", "workers", "engine", "commands"}
 
 
 def seed_import(
@@ -36,7 +43,7 @@ def seed_import(
 ) -> None:
     """Import a causal language model of transformers as a seed."""
     with bars() as progress:
-        seed = training.import_seed(model, Store(output.store), separator=separator, name=name, progress=progress)
+        seed = training.import_seed(model, separator=separator, name=name, store=output.store, progress=progress)
     made(seed, name, output.as_json)
 
 
@@ -57,8 +64,9 @@ def seed_train(
     store = Store(output.store)
     with bars() as progress:
         seed = training.train_seed(
-            corpus, store, tokens=tokens, layers=layers, width=width, vocabulary=vocabulary, length=length, batch=batch,
-            learning_rate=learning_rate, rng_seed=rng_seed, name=name, progress=progress,
+            corpus, tokens=tokens, layers=layers, width=width, vocabulary=vocabulary, length=length, batch=batch,
+            learning_rate=learning_rate, rng_seed=rng_seed, name=name, store=store,
+            progress=progress,
         )  # fmt: skip
     print_corpus(store.load(str(seed.corpus), Corpus))
     made(seed, name, output.as_json)
@@ -90,29 +98,35 @@ def train(
         raise BadInput(f"--{min(wrong)} is of mixtures: leave it out, or tune one with --method router")
     fields = recipe._asdict() | schedule._asdict()
     fields = {field: value for field, value in fields.items() if field not in ("tuned", "balance")}
-    plan = training.plan_training(partition, seed, store, domains=domains, report_to=report_to or (), workers=workers, **fields)
+    plan = training.plan_training(partition, seed, domains=domains, report_to=report_to or (), workers=workers, store=store, **fields)
     if commands:
         more = ["--statistics"] * statistics + (["--name", name] if name else []) + ["--store", str(output.store)]
         for words in plan.commands():
             out.print(shlex.join([*words, *more]), soft_wrap=True)
         return
     with live_table(plan.experts(store), store) as progress:
-        experts = training.run_plan(plan, store, engine=engine, name=name, progress=progress)
+        experts = training.run_plan(plan, engine=engine, name=name, store=store, progress=progress)
     if statistics:
         with bars() as progress:
-            training.compute_statistics(experts, store, workers=plan.workers, engine=engine, progress=progress)
+            training.run_statistics(experts, store, workers=plan.workers, engine=engine, progress=progress)
     for expert in experts:
         made(expert, training.expert_name(name, expert), output.as_json)
 
 
 def tune(mixture: str, recipe: RecipeOptions, schedule: ScheduleOptions, typed: set[str], name: str | None, output: Output) -> None:
     """Tune the routers, or more, of a mixture."""
-    old_mix.tune_verb(
-        given=typed, mixture=mixture, tokens=schedule.tokens, batch=recipe.batch, length=recipe.length,
-        learning_rate=schedule.learning_rate, schedule=schedule.schedule, tuned=recipe.tuned, balance=schedule.balance,
-        rng_seed=schedule.rng_seed, threads=schedule.threads or 1, accumulate=recipe.accumulate, checkpointing=recipe.checkpointing,
-        optimiser=recipe.optimiser, patience=schedule.patience, name=name, store=output.store, as_json=output.as_json,
-    )  # fmt: skip
+    if wrong := typed & EXPERTS:
+        option = min(wrong).replace("_", "-")
+        raise BadInput(f"--{option} is of experts that branch from a seed, and means nothing to a mixture (--method router): leave it out")
+    with bars() as progress:
+        done = mixing.tune(
+            mixture, output.store, tokens=schedule.tokens, batch=recipe.batch, length=recipe.length, learning_rate=schedule.learning_rate,
+            schedule=schedule.schedule, tuned=recipe.tuned, balance=schedule.balance, accumulate=recipe.accumulate,
+            checkpointing=recipe.checkpointing, optimiser=recipe.optimiser, patience=schedule.patience, rng_seed=schedule.rng_seed,
+            threads=schedule.threads or 1, name=name, progress=progress,
+        )  # fmt: skip
+    talk.print(done.summary(), soft_wrap=True)
+    made(done.record, name, output.as_json)
 
 
 def adopt(
@@ -124,7 +138,7 @@ def adopt(
     output: Output = Output(),
 ) -> None:
     """Take a LoRA or DoRA adapter trained elsewhere as an expert."""
-    made(training.adopt(adapter, seed, Store(output.store), partition=partition, domain=domain, name=name), name, output.as_json)
+    made(training.adopt(adapter, seed, partition=partition, domain=domain, name=name, store=output.store), name, output.as_json)
 
 
 def statistics(
@@ -135,7 +149,7 @@ def statistics(
 ) -> None:
     """Compute Gram and Fisher matrices of experts on their own text, for merge rules that need them."""
     with bars() as progress:
-        found = training.compute_statistics(experts, Store(output.store), rows=rows, workers=workers, progress=progress)
+        found = training.compute_statistics(experts, rows=rows, workers=workers, store=output.store, progress=progress)
     for record in found:
         made(record, None, output.as_json)
 
@@ -152,5 +166,67 @@ def fit(
     output: Output = Output(),
 ) -> None:
     """Predict the memory and time of a training run, and what would fit. The seed's config is enough."""
-    old_fitting.fit(seed=seed, **recipe._asdict(), memory=memory, device=device, measure=measure, table=table, store=output.store,
-          as_json=output.as_json)  # fmt: skip
+    if table:
+        print_gpu_table(output.as_json)
+        return
+    if seed is None:
+        raise BadInput("fit needs a seed: name one, a folder with its config.json, or a hub id; or ask for --table")
+    found = fitting.fit(seed, **recipe._asdict(), memory=memory, device=device, measure=measure, store=output.store)
+    if output.as_json:
+        measured = {"measured": found.measured._asdict() | {"predicted": found.predicted}} if found.measured else {}
+        emit(found.answer.model_dump(mode="json") | measured)
+    else:
+        print_prediction(seed, found)
+
+
+# ---- printing ----------------------------------------------------------------------------------------------------
+
+
+def print_prediction(seed: str, found: fitting.Prediction) -> None:
+    """The components of memory, the speed and the verdict; and what two real steps took."""
+    answer, what = found.answer, f"{found.recipe.method} on {seed}"
+    if found.recipe.method == "router":
+        what = f"{found.recipe.tuned} of {seed}"
+    trained = "tuned" if found.recipe.method == "router" else "trained"
+    join = f", {short(answer.trained)} of them {trained}"
+    if found.recipe.method not in ("full", "router"):
+        join = f" and {short(answer.trained)} that are trained"
+    rows = [(part, short(size) + "B") for part, size in answer.components.items() if size]
+    draw(f"{what}: {short(answer.parameters)} parameters{join}", (f"peak memory, {answer.device}", ""),
+         [*rows, ("total", short(answer.total) + "B")])  # fmt: skip
+    speed = answer.tokens_per_second
+    if speed:
+        out.print(f"{short(speed)} tokens/s here; a million tokens take {duration(1e6 / speed)}")
+    if found.measured:
+        took = found.measured
+        out.print(
+            f"measured over two steps: {short(took.peak)}B, prediction {found.predicted / took.peak - 1:+.1%}; "
+            f"{short(took.tokens_per_second)} tokens/s" + (f", prediction {speed / took.tokens_per_second - 1:+.0%}" if speed else "")
+        )
+    out.print(answer.verdict)
+
+
+MARKS = {(True, "adamw"): "¹", (True, "adamw8bit"): "²", (False, "adamw"): ""}
+METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+
+
+def print_gpu_table(as_json: bool) -> None:
+    """What fits which card: the table of the documentation, as Markdown."""
+    memory, found = fitting.gpu_table()
+    if as_json:
+        emit({
+            name: [choice and choice._asdict() | {"recipe": choice.recipe.model_dump(mode="json")} for choice in row] for name, row in found
+        })  # fmt: skip
+        return
+    out.print("| seed | " + " | ".join(f"{size} GB" for size in memory) + " |", soft_wrap=True)
+    out.print("|---" * (len(memory) + 1) + "|", soft_wrap=True)
+    for name, row in found:
+        out.print(f"| {name} | " + " | ".join(_cell(choice) for choice in row) + " |", soft_wrap=True)
+
+
+def _cell(choice: "Choice | None") -> str:
+    """'LoRA¹ 5.4': the recipe and its gigabytes."""
+    if choice is None:
+        return "no"
+    mark = MARKS[choice.recipe.checkpointing, choice.recipe.optimiser]
+    return f"{METHODS[choice.recipe.method]}{mark} {choice.total / 1e9:.1f}"

@@ -19,13 +19,14 @@ from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from elmwood.corpus.dedup import HASHES, near_duplicates, signatures
 from elmwood.corpus.read import Document, files, read
 from elmwood.engine import Progress, each, silent
 from elmwood.errors import BadCorpus
-from elmwood.records import Corpus, Shard, fingerprint
+from elmwood.records import Blob, Corpus, Shard, fingerprint
 from elmwood.store import Store, hash_file
 
 SHARD = 64_000_000  # bytes of text in one shard, at most (a longer document stands alone)
@@ -82,6 +83,13 @@ def build(sources: Sequence[str], store: Store, *, holdout: float = 0.1, field: 
         )
         store.finish(key, corpus)
         return corpus
+
+
+def read_shard(blob: Blob, store: Store) -> Shard:
+    """The record of a stored shard that is known by its digest alone. Reads its text."""
+    with pq.ParquetFile(store.get(blob)) as file:
+        sizes = (pc.sum(pc.binary_length(batch["text"])).as_py() or 0 for batch in file.iter_batches(columns=["text"]))
+        return Shard(blob=blob, documents=file.metadata.num_rows, bytes=sum(sizes))
 
 
 def documents(shards: Sequence[Shard], store: Store) -> Iterator[Document]:

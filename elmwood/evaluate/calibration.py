@@ -20,12 +20,12 @@ Ints = NDArray[np.integer]
 COLDEST, WARMEST = 1e-3, 10.0  # temperatures searched; squared distances of unit vectors lie in [0, 4]
 SHARPEST, FLATTEST = 0.3, 300.0  # of likelihoods of whole texts, which differ by many nats
 MEMORIES = (0.03, 0.1, 0.3, 1.0)  # first values of two settings, tried with each other
-DECAYS = (1.0, 0.99, 0.98, 0.96, 0.92)
+DECAYS = (1.0, 0.99, 0.98, 0.96, 0.92, 0.85)
 WIDTH = 3.0  # the search around a value goes from a third of it to three times as much
 GRID = 9  # values tried before the search narrows down
 SAMPLE = 40_000  # tokens the search looks at, evenly spread; what it finds is weighed on all
 STEPS = 8  # golden sections: each leaves 0.62 of the interval
-ANY = 0.1  # top-1 is the same at every temperature
+ANY, ANY_NATS = 0.1, 10.0  # a single candidate is the same at every temperature
 
 
 class Calibration(NamedTuple):
@@ -70,7 +70,10 @@ class Tuning:
             memory_NC = self.memory(routing.fading)[rows]
             level_N = memory_NC[:, -1] - memory_NC[:, :-1].max(1)
         level_N = level_N[np.isfinite(level_N)]
-        return np.unique(np.quantile(level_N, np.linspace(0.02, 0.98, GRID))) if len(level_N) else np.zeros(0)
+        if not len(level_N):
+            return level_N
+        levels = np.unique(np.quantile(level_N, np.linspace(0.02, 0.98, GRID)))
+        return levels if len(levels) > 2 else levels.mean() + np.linspace(-1, 1, GRID)  # an expert that is equally near to all text
 
 
 def calibrate(loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints, top_k: int, router: str = "centroid") -> Calibration:
@@ -81,12 +84,12 @@ def calibrate(loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints, top_
     """
     row = open_router(router)
     tuning = Tuning(loglik_NC, dist2_NE if row.distances else None, document_N)
-    begin = Routing(router, top_k, ANY)
+    begin = Routing(router, top_k, ANY if row.distances else ANY_NATS)
     coldest, warmest = (COLDEST, WARMEST) if row.distances else (SHARPEST, FLATTEST)
     grid = np.geomspace(coldest, warmest, GRID)
 
     def temper(routing: Routing) -> Routing:
-        single = top_k == 1 and row.memory != "fading"
+        single = (top_k == 1 and row.memory != "fading") or (loglik_NC.shape[1] == 2 and routing.seed_distance is None)
         return routing if single else tuning.search(routing, "temperature", grid)
 
     bare = temper(begin)
@@ -94,7 +97,7 @@ def calibrate(loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints, top_
     if len(levels := tuning.ties(bare)):
         found.append(temper(tuning.search(bare, "seed_distance", levels, log=False)))
     if row.memory == "fading":
-        found = [_refine(tuning, min(found, key=tuning.loss))]
+        found = [_refine(tuning, one) for one in found]
     made = [Calibration(one, tuning.loss(one, 1)) for one in found]
     return min(made, key=lambda one: one.nats)
 

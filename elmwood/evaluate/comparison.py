@@ -3,7 +3,7 @@
 N scored tokens, E experts by digest, C = E + 1 candidates (the seed last), K domains
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from elmwood.records import Frozen, Row
 Floats = NDArray[np.floating]
 
 TOP_K = (1, 2, 4)  # and all
-LIVE_K = (1, 2)  # beside the seed: two more gain little and cost a pass each (docs/log/routing.md)
+LIVE_K = (1, 2)  # beside the seed: more of them gain little and cost a pass each (docs/log/routing.md)
 BY_DISTANCE = ("centroid", "sparse")  # the better of them is a row
 MOST_GROWN = 16  # experts that are chosen one by one
 
@@ -88,11 +88,11 @@ class ExpertColumns(NamedTuple):
     def of(cls, holdout: Holdout, seed_N: Floats, side: Side) -> "ExpertColumns":
         return cls(holdout, np.column_stack([side.loglik_NK, seed_N]), side)
 
-    def calibrate(self, router: str, top_ks: Sequence[int]) -> Calibration:
-        """The best settings of a router on the tune half, over several top-k."""
+    def calibrate(self, router: str, top_ks: Sequence[int]) -> list[Calibration]:
+        """The settings of a router that are best on the tune half, for each top-k."""
         tune_N, dist2_NE = self.holdout.tune_N, self.side.distances(router)
         tuned = self.loglik_NC[tune_N], None if dist2_NE is None else dist2_NE[tune_N], self.holdout.document_N[tune_N]
-        return min((calibrate(*tuned, top_k, router) for top_k in top_ks), key=lambda one: one.nats)
+        return [calibrate(*tuned, top_k, router) for top_k in top_ks]
 
     def signals(self, routing: Routing) -> Signals:
         """Of every token; the memory begins with its document."""
@@ -119,17 +119,23 @@ def compare(
     holdout: Holdout, seed_N: Floats, experts: Side, dense: Sequence[Control] = (), random: Side | None = None, router: str | None = None
 ) -> Compared:
     """The honest table. Gains are over the dense control with the least loss on the test half (so chosen against the result),
-    or over the seed where there is no control. `best` goes by `router`, or else by the best of `centroid`, `sparse` and `live` on the
-    tune half: `posterior` must be asked for, since it runs every expert. Random clusters, and the strongest dense control mixed with
-    the seed, are routed as the result is. Raises BadInput where columns do not match the holdout, or nothing here goes by `router`.
+    or over the seed where there is no control.
+
+    `best` goes by `router`, or else by the best of `centroid`, `sparse` and `live` on the tune half: `posterior` must be asked for,
+    since it runs every expert. The router of the result has a row for each top-k, the others one for their best. Random clusters, and
+    the strongest dense control mixed with the seed, are routed as the result is. Raises BadInput where columns do not match the holdout
+    or this side lacks the distances of `router`, UnknownName.
     """
     for side in [experts] + ([random] if random else []):
         _check(holdout, seed_N, *(control.loglik_N for control in dense), side.loglik_NK, side.dist2_NK)
     test_D, mixture = ~holdout.tune_D, ExpertColumns.of(holdout, seed_N, experts)
     found = {name: mixture.calibrate(name, top_ks(name, experts)) for name in _routers(experts, router)}
-    best = min((one for name, one in found.items() if name == router or (router is None and name != "posterior")), key=lambda one: one.nats)
-    near = min((found[name] for name in BY_DISTANCE if name in found), key=lambda one: one.nats)
-    shown = [one for name, one in found.items() if name not in BY_DISTANCE or one is near or one is best]
+    best = least(one for name, fits in found.items() if name == router or (router is None and name != "posterior") for one in fits)
+    near = least(one for name in BY_DISTANCE for one in found.get(name, []))
+    shown = [
+        one for name, fits in found.items() for one in fits
+        if name == best.routing.router or (one is least(fits) and (one is near or name not in BY_DISTANCE))
+    ]  # fmt: skip
     results = [Line(_name(one, experts), "result", mixture.column(one.routing), experts.cost, one) for one in shown]
     strongest = min(dense, key=lambda one: nats(one.loglik_N, holdout)[test_D].sum(), default=Control("seed", seed_N))
     lines = [Line("seed", "seed", seed_N, Cost()), *(Line(one.name, "control", one.loglik_N, one.cost) for one in dense)]
@@ -151,12 +157,17 @@ def compare(
     return Compared(rows, tuple(shown), best, chosen.name, who, fitted, more, chosen.loglik_N)
 
 
-def top_ks(router: str, side: Side) -> list[int]:
-    """What is tried: 1, 2, 4 where there are so many experts, and all of them with the seed. Where the seed joins the nearest experts, 1
-    and 2."""
+def least(fits: Iterable[Calibration]) -> Calibration:
+    """The one with the least loss on the tune half."""
+    return min(fits, key=lambda one: one.nats)
+
+
+def top_ks(router: str, side: Side, control: bool = False) -> list[int]:
+    """What is tried: 1, 2, 4 where there are so many experts, and all of them with the seed. Of a router that adds the seed to the
+    nearest experts 1 and 2; and all, for a control."""
     row, experts = open_router(router), side.loglik_NK.shape[1]
     if row.distances and row.memory:
-        return [k for k in LIVE_K if k <= experts]
+        return sorted({k for k in LIVE_K if k <= experts} | ({experts} if control else set()))
     return [k for k in TOP_K if k < experts] + [experts + 1]
 
 
@@ -218,14 +229,14 @@ def _with_seed(holdout: Holdout, seed_N: Floats, dense: Control, router: str) ->
     """A dense control and the seed, mixed as the result mixes. It is of no domain, so all text is equally near to it."""
     near_N1 = np.zeros((len(seed_N), 1), np.float32)
     mixture = ExpertColumns.of(holdout, seed_N, Side(np.asarray(dense.loglik_N)[:, None], near_N1, sparse2_NK=near_N1))
-    fit = mixture.calibrate(router, [1 if open_router(router).distances and open_router(router).memory else 2])
+    fit = least(mixture.calibrate(router, top_ks(router, mixture.side)))
     return Line(f"{dense.name} + seed, {router} routing", "control", mixture.column(fit.routing), dense.cost, fit)
 
 
 def _random(mixture: ExpertColumns, router: str) -> Iterator[Line]:
     """Experts of random clusters, routed as the result is, and by the posterior."""
     for name in dict.fromkeys((router, "posterior")):
-        fit = mixture.calibrate(name, top_ks(name, mixture.side))
+        fit = least(mixture.calibrate(name, top_ks(name, mixture.side, control=True)))
         yield Line(f"random clusters, {_name(fit, mixture.side)}", "control", mixture.column(fit.routing), mixture.side.cost, fit)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -17,10 +18,13 @@ from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.cache import States
 from elmwood.lm.load import best_device, check_kin, ends, load_model
 from elmwood.lm.lora import Bank, adapter_of
+from elmwood.lm.products import linear, plain_head
 from elmwood.records import Expert, Seed
 from elmwood.store import Store
 
-LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # in memory at once while scoring: few enough for the cache; more where launches cost
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # rows read at once while scoring have so many: their activations fit in the cache
+LOGITS_OF_HEAD = {"cpu": 1 << 19, "cuda": 1 << 26}  # in memory at once, C rows of hidden states: 2 MB; more where launches cost
+ROWS = 64  # at least, so that the head's weights are not read for nothing
 MIXED = 1 << 26  # numbers of summed adapters in memory at once while scoring
 BANKED = ("lora", "qlora")  # what these change is W + B A; DoRA (arXiv:2402.09353) rescales the base's rows besides
 BASE = -1  # the key of the shared base among the bodies
@@ -31,6 +35,7 @@ class Body(NamedTuple):
 
     model: PreTrainedModel
     bank: Bank | None
+    head_VD: Tensor | None  # of a model whose logits are these weights times its last hidden states
 
 
 class Text:
@@ -89,7 +94,8 @@ class Experts:
         if key not in self._bodies:
             model = load_model(self.seed, self.store, None if key == BASE else self.experts[key], self.device)
             adapters = [adapter_of(self.experts[e], self.store) for e in self.adapters] if key == BASE else []
-            self._bodies[key] = Body(model, Bank(model, adapters) if adapters else None)
+            bank = Bank(model, adapters) if adapters else None
+            self._bodies[key] = Body(model, bank, plain_head(model, torch.zeros(1, 2, dtype=torch.long, device=self.device)))
         return self._bodies[key]
 
     @torch.inference_mode()
@@ -99,14 +105,14 @@ class Experts:
         rows, length = tokens_BT.shape
         self.check(tokens_BT.flatten(), length)
         key, number = self._places[e]
-        model, bank = self._body(key)
-        if bank:
-            bank.select([number])
+        body = self._body(key)
+        if body.bank:
+            body.bank.select([number])
         at_once = max(1, LOGITS[self.device.type] // (length * self.seed.vocabulary))
         loglik_BT = torch.zeros(rows, length)
         for start in range(0, rows, at_once):
             part_BT = tokens_BT[start : start + at_once].to(self.device)
-            loglik_BT[start : start + at_once, 1:] = _loglik(model, part_BT, length - 1)
+            loglik_BT[start : start + at_once, 1:] = _loglik(body, part_BT, length - 1)
         return loglik_BT
 
     @torch.inference_mode()
@@ -118,14 +124,15 @@ class Experts:
         tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
         rows, length = tokens_BT.shape
         self.check(tokens_BT.flatten(), length)
-        model, bank = self._body(BASE)
+        body = self._body(BASE)
+        bank = body.bank
         assert bank
         mixtures = [self._mixture(weight_E) for weight_E in weight_BE]
         at_once = max(1, min(LOGITS[self.device.type] // (last * self.seed.vocabulary), MIXED // max(1, bank.numbers)))
         parts = []
         for start in range(0, rows, at_once):
             bank.mix(mixtures[start : start + at_once])
-            parts.append(_loglik(model, tokens_BT[start : start + at_once].to(self.device), last))
+            parts.append(_loglik(body, tokens_BT[start : start + at_once].to(self.device), last))
         return torch.cat(parts)
 
     @torch.inference_mode()
@@ -262,11 +269,18 @@ def _of(logits_SUV: Tensor, tokens_U: Sequence[int]) -> Tensor:
     return logp_SUV.gather(-1, index_SU1)[..., 0].cpu()
 
 
-def _loglik(model: PreTrainedModel, tokens_BT: Tensor, last: int) -> Tensor:
-    """log p of the last tokens of each row, given those before them [B, last], on the CPU."""
-    logits_BTV = model(input_ids=tokens_BT, use_cache=False, logits_to_keep=last + 1).logits[:, :-1]
+def _loglik(body: Body, tokens_BT: Tensor, last: int) -> Tensor:
+    """log p of the last tokens of each row, given those before them [B, last], on the CPU. Where the head allows it, its logits are
+    made a few rows at a time, so that they stay in the cache."""
     target_N = tokens_BT[:, tokens_BT.shape[1] - last :].flatten()
-    nll_N = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), target_N, reduction="none")
+    if body.head_VD is None:
+        logits_BTV = body.model(input_ids=tokens_BT, use_cache=False, logits_to_keep=last + 1).logits[:, :-1]
+        nll_N = cross_entropy(logits_BTV.flatten(0, 1).float(), target_N, reduction="none")
+        return -nll_N.view(len(tokens_BT), -1).cpu()
+    hidden_ND = body.model.base_model(input_ids=tokens_BT, use_cache=False)[0][:, -last - 1 : -1].flatten(0, 1)
+    rows = max(ROWS, LOGITS_OF_HEAD[tokens_BT.device.type] // len(body.head_VD))
+    parts = zip(hidden_ND.split(rows), target_N.split(rows), strict=True)
+    nll_N = torch.cat([cross_entropy(linear(part_CD, body.head_VD).float(), part_C, reduction="none") for part_CD, part_C in parts])
     return -nll_N.view(len(tokens_BT), -1).cpu()
 
 

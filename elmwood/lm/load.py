@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from elmwood.errors import BadSeed, ForeignExpert
 from elmwood.lm import lowrank
 from elmwood.lm.files import KEPT, download, seed_folder
+from elmwood.lm.products import hasten
 from elmwood.records import Expert, Files, Point, Recipe, Seed, Shape
 from elmwood.registry import require
 from elmwood.store import Store, hash_file
@@ -60,7 +61,7 @@ def new_model(shape: Shape, rng_seed: int = 0) -> PreTrainedModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng_seed)
-        return LlamaForCausalLM(config).eval()
+        return hasten(LlamaForCausalLM(config).eval())
 
 
 def save_seed(
@@ -300,7 +301,7 @@ def load_model(
         from peft import PeftModel  # takes as long to import as all else here, and few need it
 
         model = PeftModel.from_pretrained(model, store.folder(expert.files), low_cpu_mem_usage=True)
-    return model.to(place).eval()
+    return hasten(model.to(place).eval())
 
 
 def load_quantised(seed: Seed, store: Store, device: torch.device | str | None = None) -> PreTrainedModel:

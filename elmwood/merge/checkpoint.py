@@ -17,7 +17,8 @@ from elmwood.merge.layer_weights import depth_of, layer_name, weight_of
 from elmwood.merge.rules.base import REVISION, Floats, Rule, Settings, Total
 from elmwood.merge.rules.table import RULES, on, settle
 from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_places, statistics_of, sum_places
-from elmwood.merge.sums.stream import Pass, Piece, Wanted
+from elmwood.merge.sums.blocks import ALL, span_of
+from elmwood.merge.sums.stream import Piece, Wanted
 from elmwood.records import Contribution, Merged, Seed, State, fingerprint
 from elmwood.store import Store
 from elmwood.weights import exact
@@ -79,9 +80,7 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
     for other in states[1:]:
         alike(first, other.model_copy(update={"part": first.part}))
         if {c.expert: c.weight for c in other.contributions} != {c.expert: c.weight for c in first.contributions}:
-            raise BadInput(
-                "the parts of a state must be of the same experts and weights: bring the missing ones in with `elmwood merge add`"
-            )
+            raise BadInput("the parts of a state must be of the same experts and weights: add the missing ones with `elmwood state add`")
     parts = sorted({one.part for one in states})
     if len(parts) != len(states) or parts != [(i, len(parts)) for i in range(len(parts))]:
         raise BadInput(f"these are the parts {parts}; a checkpoint needs each of them once: name them all")
@@ -106,14 +105,12 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
     finisher = Finisher(rule, begins | ends, tensors, _recorded(first, tensors), twin)
     files = Files()
     for name in (name for name in tensors if name in summed):
-        spans = Pass(tensors, [], lambda e, name: 0.0, [])
         mine = on(rule, name, tensors[name].shape)
         keys = [f"{name}|{field}" for field in mine.stored()]
         for one, found in held:
             if keys[0] not in found:  # it stands whole in another part
                 continue
-            spans.part = (0, 1) if mine.entire else one.part
-            begin, end = spans.span(name)
+            begin, end = span_of(tensors[name].numbers, ALL if mine.entire else one.part)
             for start in range(begin, end, end - begin if mine.entire else PIECE):
                 stop = end if mine.entire else min(end, start + PIECE)
                 size = {key: found[key].numbers if mine.entire else stop - start for key in keys}

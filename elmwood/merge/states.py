@@ -18,6 +18,7 @@ from elmwood.merge.layer_weights import depth_of, weight_of
 from elmwood.merge.rules.base import Rule, Settings
 from elmwood.merge.rules.table import on, settle
 from elmwood.merge.statistics import Opened, found
+from elmwood.merge.sums.blocks import share_of_tensors, span_of
 from elmwood.merge.sums.stream import Pass, Wanted
 from elmwood.records import Contribution, Expert, Seed, Share, State, Statistics, fingerprint
 from elmwood.store import Store
@@ -112,12 +113,12 @@ def state(
         store.finish(key, made)
         return made
     work = pass_over(tensors, sources, weights, [Wanted(rule, begins)], part, store, progress)
-    layout = layout_of(rule, work, work.names())
+    layout = layout_of(rule, tensors, work.names(), part)
 
     def pieces() -> Iterator[tuple[str, int, exact.Ints]]:
         for piece in work.run(lambda name: False):
             mine = on(rule, piece.name, tensors[piece.name].shape)
-            at = 0 if mine.entire else piece.first - work.span(piece.name)[0]
+            at = 0 if mine.entire else piece.first - span_of(tensors[piece.name].numbers, part)[0]
             yield from ((f"{piece.name}|{field}", at, sum_N) for field, sum_N in zip(mine.stored(), piece.sums[0], strict=True))
 
     files = _write_sums(store, key, layout, pieces())
@@ -126,15 +127,16 @@ def state(
     return made
 
 
-def layout_of(rule: Rule, work: Pass, names: Iterable[str]) -> dict[str, int]:
-    """The sums of a part of a state, by name, with their numbers."""
+def layout_of(rule: Rule, tensors: Mapping[str, Place], names: Iterable[str], part: tuple[int, int]) -> dict[str, int]:
+    """The sums of a part of a state, by name, with the number of their values."""
     layout: dict[str, int] = {}
+    order = list(tensors)
     for name in names:
-        shape = work.seed[name].shape
+        shape = tensors[name].shape
         mine = on(rule, name, shape)
-        first, last = work.span(name)
+        first, last = span_of(tensors[name].numbers, part)
         sizes = [math.prod(size) for size in mine.sizes(shape) for _ in "ab"] if mine.entire else [last - first] * len(mine.fields)
-        if not mine.entire or work.mine(name):
+        if not mine.entire or share_of_tensors(order, name, part):
             layout |= {f"{name}|{field}": size for field, size in zip(mine.stored(), sizes, strict=True)}
     return layout
 
@@ -153,7 +155,7 @@ def check(one: State, store: Store) -> None:
         raise ForeignExpert(f"this state sums {strange[0]!r}, which its seed does not have: ask for the state of this seed")
     if rule.needs or any(row.whole for row in one.contributions):  # only adapters leave tensors out
         names = {name for name, place in tensors.items() if place.dtype in SIZES}
-    wanted = layout_of(rule, Pass(tensors, [], lambda e, name: 0.0, [], one.part), names)
+    wanted = layout_of(rule, tensors, names, one.part)
     found = {key: place.numbers if place.dtype == "I64" else -1 for key, place in held.items()}
     if wrong := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
         raise BadInput(f"this state holds no sums of {wrong[0]!r} as {one.method} makes them for this seed: do not use it")

@@ -5,11 +5,12 @@ Pure functions from records to HTML. All text is escaped. `draw_records` makes t
 
 import base64
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from markupsafe import Markup
 
-from elmwood.records import Comparison, Contest, Ensemble, Expert, Forest, Merged, Partition, Row, Seed, Verdict
+from elmwood.records import Comparison, Contest, Ensemble, Expert, Forest, Merged, Mixture, Partition, Row, Seed, State, Verdict
 from elmwood.records.base import displays
 from elmwood.report.contest import headline, lines
 from elmwood.report.domains import COLOURS, LIGHT
@@ -24,7 +25,8 @@ def draw_records() -> None:
     """From now on these records show themselves in notebooks."""
     displays.update({
         "comparison": show_comparison, "contest": show_contest, "verdict": show_verdict, "partition": show_partition, "seed": show_seed,
-        "expert": show_expert, "forest": show_forest, "ensemble": show_ensemble, "merged": show_merged,
+        "expert": show_expert, "forest": show_forest, "ensemble": show_ensemble, "merged": show_merged, "mixture": show_mixture,
+        "state": show_state,
     })  # fmt: skip
 
 
@@ -129,6 +131,27 @@ def show_verdict(verdict: Verdict) -> Markup:
     return grid(("check", "value", "threshold"), rows, title, styles)
 
 
+class Estimate(Protocol):
+    """A mean and its standard error."""
+
+    @property
+    def value(self) -> float: ...
+
+    @property
+    def standard_error(self) -> float: ...
+
+
+def show_ranking(title: str, losses: Mapping[str, Estimate], behind: Mapping[str, Estimate]) -> Markup:
+    """Models by their loss, best first, and how far each is behind the best on the same documents."""
+    rows = [
+        (name, f"{losses[name].value:.4f}", f"{losses[name].standard_error:.4f}", f"{behind[name].value:.4f}",
+         f"{behind[name].standard_error:.4f}")
+        for name in sorted(losses, key=lambda name: losses[name].value)
+    ]  # fmt: skip
+    styles = ["font-weight:bold", *[""] * (len(rows) - 1)]
+    return grid(("", "bits per byte", "±", "behind the best", "±"), rows, title, styles)
+
+
 def show_sample(prompt: str, text: str, experts: Mapping[str, float]) -> Markup:
     """A prompt, what a model made of it, and each expert's share of the prediction."""
     shares = ", ".join(f"{name} {share:.0%}" for name, share in experts.items() if share >= 0.005)
@@ -196,4 +219,18 @@ def show_merged(merged: Merged) -> Markup:
         f"Merge {merged.digest[:12]}",
         {"method": merged.method, "settings": settings, "experts": len(merged.contributions),
          "off the exact sum": None if merged.error is None else f"{merged.error:.2g}"},
+    )  # fmt: skip
+
+
+def show_state(state: State) -> Markup:
+    part = "" if state.part == (0, 1) else f"{state.part[0]}/{state.part[1]}"
+    return facts(f"State {state.digest[:12]}", {"method": state.method, "experts": len(state.contributions), "part": part})
+
+
+def show_mixture(mixture: Mixture) -> Markup:
+    tuned = mixture.recipe and f"{mixture.recipe.tuned}, {short(mixture.recipe.tokens)} tokens"
+    return facts(
+        f"Mixture {mixture.digest[:12]}",
+        {"experts": len(mixture.experts), "gates": mixture.gates.kind, "top-k": mixture.gates.top_k, "layout": mixture.layout,
+         "tuned": tuned},
     )  # fmt: skip

@@ -12,12 +12,17 @@ from elmwood.lm.files import tokenizer
 from elmwood.ranges import Between, Count, RngSeed, checked
 from elmwood.records import Ensemble, Expert, Forest, Merged, Mixture, Partition, Record, Seed
 from elmwood.report.notebook import show_sample
-from elmwood.store import AnyStore, Store
+from elmwood.store import AnyStore, Named, Store
 
 if TYPE_CHECKING:
     from elmwood.lm.interface import LM
 
 MIXING = ("outputs", "weights")
+
+
+def name_of(model: Named, store: Store) -> str:
+    """What tables call a model: the name that the user gave, else the beginning of its digest."""
+    return model if isinstance(model, str) and not store.has(model) else store.resolve(model)[:8]
 
 
 def as_model(record: Record, store: Store) -> Record:
@@ -57,7 +62,7 @@ def common_seed(models: Sequence[Record], store: Store) -> Seed:
     return store.load(seeds.pop(), Seed)
 
 
-def partition_of(models: Sequence[Record], named: str | Partition | None, store: Store) -> Partition:
+def partition_of(models: Sequence[Record], named: Named | None, store: Store) -> Partition:
     """The partition whose holdout is scored: the named one, else that of the first model that has one. Raises BadInput."""
     if named:
         return store.load(named, Partition)
@@ -69,7 +74,7 @@ def partition_of(models: Sequence[Record], named: str | Partition | None, store:
     raise BadInput("none of these models names a partition: name the one whose held-out text is scored with --partition")
 
 
-def forest(partition: str | Partition, experts: str | Sequence[str | Expert], *, name: str | None = None, store: AnyStore = None) -> Forest:
+def forest(partition: Named, experts: Named | Sequence[Named], *, name: str | None = None, store: AnyStore = None) -> Forest:
     """A seed, a partition and experts as one record. Raises BadInput, ForeignExpert.
 
     An expert is left out if every part of its domain has an expert of its own.
@@ -107,7 +112,7 @@ class Opened(NamedTuple):
         return self.record._repr_html_()
 
 
-def open_model(model: str | Record, *, mixing: str | None = None, store: AnyStore = None) -> Opened:
+def open_model(model: Named, *, mixing: str | None = None, store: AnyStore = None) -> Opened:
     """A model by name or record; a forest opens as its default ensemble. Raises UnknownName, BadInput, ForeignExpert."""
     from elmwood.ensemble import mixture  # torch
 
@@ -137,7 +142,7 @@ TopP = Annotated[float, Between(1e-3, 1)]
 
 @checked
 def generate(
-    model: str | Record | Opened, prompt: str, *, mixing: str | None = None, max_tokens: Count = 128, temperature: Temperature = 0.8,
+    model: Named | Opened, prompt: str, *, mixing: str | None = None, max_tokens: Count = 128, temperature: Temperature = 0.8,
     top_p: TopP = 0.95, rng_seed: RngSeed = 0, store: AnyStore = None, on_text: Callable[[str], None] = lambda piece: None,
 ) -> Sample:  # fmt: skip
     """Continue a prompt. `on_text` gets the text piece by piece. Raises BadInput, UnknownName, ForeignExpert."""

@@ -14,10 +14,11 @@ from elmwood.merge.layer_weights import depth_of
 from elmwood.merge.parallel import StateJob, make_state, spread
 from elmwood.merge.states import add, check, remove, seed_places
 from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, parse
-from elmwood.store import AnyStore, Store
+from elmwood.report.notebook import facts, show_ranking
+from elmwood.store import AnyStore, Holder, Named, Store, listed
 from elmwood.study.selection import Choice, choose_best
+from elmwood.study.text import keep_name
 
-Named = str | Record  # a record, or its name, its digest or the beginning of one; "NAME/": all records so named
 Weight = float | Sequence[float]  # several numbers: a gradient over depth, from the first layer to the last
 Values = float | Sequence[float]  # several: an answer for each
 Members = dict[str, tuple[Share, ...]]  # expert's digest -> its weights
@@ -38,6 +39,13 @@ class Merges(NamedTuple):
             raise BadInput(f"these are {len(self.made)} merges, and none was chosen: take one of `made`, or merge with choose=True")
         return next(iter(self.made.values()))
 
+    def _repr_html_(self) -> str | None:
+        if self.choice:
+            return show_ranking("Merges on the tune half of held-out text", self.choice.tuned.losses, self.choice.tuned.behind)
+        if len(self.made) == 1:
+            return self.record._repr_html_()
+        return facts(f"{len(self.made)} merges", {one: record.digest[:12] for one, record in self.made.items()})
+
 
 def merge(
     experts: Named | Sequence[Named], store: AnyStore = None, *, method: str | Sequence[str] | None = None,
@@ -55,7 +63,7 @@ def merge(
     choose: name the best of several answers on the tune half of held-out text, and test it on fresh blocks. For the other options see
     `elmwood merge --help`. Raises BadInput, ForeignExpert, UnknownName, Damaged.
     """
-    home, names = Store(store), [experts] if isinstance(experts, str | Record) else list(experts)
+    home, names = Store(store), listed(experts)
     given = {"scale": scale, "density": density, "rank": rank, **(settings or {})}
     if len(names) == 1 and isinstance(names[0], str) and names[0].endswith((".yaml", ".yml")):
         if method or weights is not None or layers or tensors or any(value is not None for value in given.values()):
@@ -180,7 +188,7 @@ def state_make(
     members = members_of(experts, home, weights, layers, tensors)
     job = StateJob(store=home.root, seed=seed_of(members, home).digest, members=members, method=answers[0].method,
                    settings=dict(answers[0].settings), part=part)  # fmt: skip
-    return _named(home.load(make_state(job, progress), State), name, home)
+    return keep_name(home.load(make_state(job, progress), State), name, home)
 
 
 def state_add(states: Sequence[Named | Path], store: AnyStore = None, *, name: str | None = None) -> State:
@@ -189,7 +197,7 @@ def state_add(states: Sequence[Named | Path], store: AnyStore = None, *, name: s
     total, *others = [open_state(one, home) for one in states]
     for other in others:
         total = add(total, other, home)
-    return _named(total, name, home)
+    return keep_name(total, name, home)
 
 
 def state_remove(
@@ -200,7 +208,7 @@ def state_remove(
     rest = open_state(state, home)
     for expert in home.expand(experts):
         rest = remove(rest, home.resolve(expert), home, progress)
-    return _named(rest, name, home)
+    return keep_name(rest, name, home)
 
 
 def state_finalize(
@@ -209,7 +217,7 @@ def state_finalize(
 ) -> Merges:  # fmt: skip
     """The checkpoint of a state, or of all parts of one; several values give several checkpoints. No expert is read. Raises BadInput."""
     home = Store(store)
-    held = [open_state(one, home) for one in ([states] if isinstance(states, str | Path | Record) else states)]
+    held = [open_state(one, home) for one in listed(states)]
     answers = answers_of(held[0].method, {"scale": scale, **(settings or {})})
     made = {title(answer): finalize(held, answer.settings, home, progress) for answer in answers}
     return _name_all(made, name, home)
@@ -217,8 +225,8 @@ def state_finalize(
 
 def open_state(name: Named | Path, store: Store) -> State:
     """A state by name or digest, or from a folder that `elmwood export` wrote, perhaps elsewhere. Raises BadInput, Damaged."""
-    if isinstance(name, Record):
-        return store.load(name.digest, State)
+    if isinstance(name, Record | Holder):
+        return store.load(name, State)
     folder = Path(name)
     if not (folder / "elmwood.json").is_file():
         return store.load(str(name), State)
@@ -230,10 +238,4 @@ def open_state(name: Named | Path, store: Store) -> State:
             raise Damaged(f"{folder / file} is not what its record says: fetch it again")
     check(record, store)
     store.add(record)
-    return record
-
-
-def _named(record: State, name: str | None, store: Store) -> State:
-    if name:
-        store.name(name, record.digest)
     return record

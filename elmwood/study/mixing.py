@@ -1,5 +1,6 @@
 """Mixtures of experts: a forest becomes one model whose gates choose among its experts, and is tuned."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,12 +14,15 @@ from elmwood.merge.moe.build import KEPT, Mixing, gate_rows
 from elmwood.merge.moe.build import mix as build
 from elmwood.merge.moe.gates import GATES
 from elmwood.merge.moe.remove import remove
-from elmwood.records import Expert, Forest, Gates, Mixture, Partition, Seed
+from elmwood.records import Corpus, Expert, Forest, Gates, Mixture, Partition, Seed, Shard
 from elmwood.registry import lookup
-from elmwood.store import AnyStore, Store
-from elmwood.study.merging import Named, Values, answers_of
+from elmwood.report.notebook import grid, show_ranking
+from elmwood.store import AnyStore, Named, Store
+from elmwood.study.merging import Values, answers_of
 from elmwood.study.selection import Tuned
 from elmwood.study.selection import tune as score
+from elmwood.study.text import keep_name
+from elmwood.study.training import default_length, make_recipe, shards
 
 DEAD = 0.1  # of an even share: an expert with less in a layer counts as dead there
 # what `mix` does where nothing else is asked
@@ -31,6 +35,11 @@ class Mixed(NamedTuple):
 
     record: Mixture
     tuned: Tuned | None = None
+
+    def _repr_html_(self) -> str | None:
+        if self.tuned:
+            return show_ranking("Gates on the tune half of held-out text", self.tuned.losses, self.tuned.behind)
+        return self.record._repr_html_()
 
 
 def mix(
@@ -51,7 +60,7 @@ def mix(
     if isinstance(source, Mixture):
         given = {"gates": gates, "top_k": top_k, "scale": scales, "method": method, "settings": dict(settings or {}), "low_rank": low_rank,
                  "seed_expert": seed_expert, "seed_bias": seed_bias, "documents": documents, "rng_seed": rng_seed}  # fmt: skip
-        return Mixed(_named(_without(source, gone, given, home, progress), name, home))
+        return Mixed(keep_name(_without(source, gone, given, home, progress), name, home))
     rest = _rest(home.load(forest, Forest), gone, home)
     wanted = Gates(kind=gates, top_k=top_k, seed_bias=seed_bias if seed_expert else None, rng_seed=rng_seed)
     answers = answers_of(method, settings or {}) if method != KEPT or settings else [Answer(KEPT, {})]
@@ -65,15 +74,9 @@ def mix(
         )  # fmt: skip
         made[f"scale {each:g}"] = build(rest, rows, mixing, home, progress)
     if len(made) == 1:
-        return Mixed(_named(next(iter(made.values())), name, home))
+        return Mixed(keep_name(next(iter(made.values())), name, home))
     tuned = score(made, home.load(rest.seed, Seed), rest.partition, documents, home, progress)
-    return Mixed(_named(made[min(made, key=lambda one: tuned.losses[one].value)], name, home), tuned)
-
-
-def _named(record: Mixture, name: str | None, store: Store) -> Mixture:
-    if name:
-        store.name(name, record.digest)
-    return record
+    return Mixed(keep_name(made[min(made, key=lambda one: tuned.losses[one].value)], name, home), tuned)
 
 
 def _without(mixture: Mixture, gone: Sequence[str], given: Mapping[str, object], store: Store, progress: Progress) -> Mixture:
@@ -103,6 +106,53 @@ def _scales(scale: Values) -> list[float]:
     return found
 
 
+# ---- tuning ---------------------------------------------------------------------------------------------------------
+
+
+class TunedMixture(NamedTuple):
+    """What `tune` made: the mixture, and the share of the weight that its experts had last [L, E], by layer; none where nobody looked."""
+
+    record: Mixture
+    share_LE: NDArray[np.floating] | None
+
+    def summary(self) -> str:
+        """The load of the experts in words."""
+        return "" if self.share_LE is None else summary(self.share_LE)
+
+
+def tune(
+    mixture: Named, store: AnyStore = None, *, tokens: int | str = "1M", batch: int = 8, length: int | None = None,
+    learning_rate: float | None = None, schedule: str = "cosine", tuned: str = "routers", balance: float = 0.01,
+    accumulate: int = 1, checkpointing: bool = False, optimiser: str = "adamw", patience: int | None = None, rng_seed: int = 0,
+    threads: int = 1, name: str | None = None, progress: Progress = silent,
+) -> TunedMixture:  # fmt: skip
+    """Train the routers of a mixture, or more of it (`tuned`), on a mixed sample of its domains' text. An interrupted run resumes.
+
+    For the options see `elmwood train --help`. Raises BadInput, DoesNotFit.
+    """
+    from elmwood.train import router  # torch
+
+    home = Store(store)
+    start = home.load(mixture, Mixture)
+    recipe = make_recipe(
+        method="router", tokens=tokens, batch=batch, length=length or default_length(home.load(start.seed, Seed).context),
+        learning_rate=learning_rate or 3e-3, schedule=schedule, tuned=tuned, balance=balance, accumulate=accumulate,
+        checkpointing=checkpointing, optimiser=optimiser, patience=patience, rng_seed=rng_seed, threads=threads, weight_decay=0.0,
+    )  # fmt: skip
+    data = mixed_text(home.load(home.load(start.forest, Forest).partition, Partition), home)
+    made = router.tune(start, data, recipe, home, progress=progress)
+    loads = [json.loads(line["load"]) for line in home.logged(router.tune_key(start, data, recipe)) if line.get("event") == "load"]
+    last = next((load for load in reversed(loads) if load), None)
+    return TunedMixture(keep_name(made, name, home), np.array(list(last.values())) if last else None)
+
+
+def mixed_text(division: Partition, store: Store) -> tuple[Shard, ...]:
+    """The training text of all domains; as the corpus has it, where that is the same, since a seed trained on it has packed it."""
+    whole = store.load(division.corpus, Corpus).train
+    alike = sum(one.documents for one in whole) == sum(domain.documents for domain in division.domains)
+    return whole if alike else shards(division, None)
+
+
 # ---- loads ----------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +168,13 @@ class Loads(NamedTuple):
     def summary(self) -> str:
         """The load of the experts in words."""
         return summary(self.share_LDE.mean(1))
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (f"layer {layer}", *(f"{share:.1%}" for share in share_DE.mean(0)))
+            for layer, share_DE in zip(self.layers, self.share_LDE, strict=True)
+        ]
+        return grid(("share of the weight", *self.experts), rows, self.summary())
 
 
 def loads(mixture: Named, store: AnyStore = None, *, documents: int = 32, progress: Progress = silent) -> Loads:

@@ -13,13 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.engine import Progress, cores, run
-from elmwood.records import Digest, Frozen, Record
+from elmwood.engine import Progress, cores, run, silent
+from elmwood.errors import BadInput
+from elmwood.records import Digest, Frozen, Partition, Record, Seed
 from elmwood.store import Store
 from elmwood.study.tasks import named
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
+Bools = NDArray[np.bool_]
+
+LONGEST = 1024  # tokens of a window, where the user names no length
 
 
 class Budget(NamedTuple):
@@ -32,14 +36,28 @@ class Budget(NamedTuple):
 FREE = Budget()
 
 
+def holdout_spec(partition: Partition, seed: Seed, length: int | None, documents: int | None) -> evaluate.HoldoutSpec:
+    """The holdout of a partition in windows of a seed's tokens; by default as long as the seed reads, at most 1,024. Raises BadInput."""
+    if length is not None and length > seed.context:
+        raise BadInput(f"length is {length}: seed {seed.name} reads at most {seed.context} tokens, choose 2 to {seed.context}")
+    return evaluate.HoldoutSpec(
+        partition=partition.digest, seed=seed.digest, length=length or min(seed.context, LONGEST), documents=documents
+    )  # fmt: skip
+
+
 class Columns:
-    """The columns of one holdout by the digest of their model, as far as they are known. `stay`: models that are run stay open, for whoever
-    asks again and again."""
+    """The columns of one holdout by the digest of their model, as far as they are known. `stay`: models that are run stay open, for a
+    caller that asks again and again.
+
+    `seen`: the windows whose scores count as known, by model; others count as unknown until they are revealed. None: all that is scored.
+    So a test that is resumed knows what it knew when it began, whatever was scored since.
+    """
 
     def __init__(self, spec: evaluate.HoldoutSpec, store: Store, *, stay: bool = False):
         self.spec, self.store, self.stay = spec, store, stay
         self.held = evaluate.open_holdout(spec, store)
         self.opened: dict[Digest, evaluate.Partial] = {}
+        self.seen: dict[Digest, Bools] | None = None
 
     def __getitem__(self, digest: Digest) -> evaluate.Partial:
         if digest not in self.opened:
@@ -47,6 +65,22 @@ class Columns:
             load = partial(_open, record, self.store)
             self.opened[digest] = evaluate.Partial(record, cache(load) if self.stay else load, self.held, self.store)
         return self.opened[digest]
+
+    def known(self, digest: Digest) -> Floats:
+        """The log-likelihoods that count as known [N], NaN elsewhere."""
+        one = self[digest]
+        if self.seen is None:
+            return one.loglik_N
+        seen_W = self.seen.get(digest, np.zeros(len(one.known_W), bool))
+        return np.where(np.repeat(seen_W, one.count_W), one.loglik_N, np.nan)
+
+    def reveal(self, windows: Mapping[Digest, Ints]) -> None:
+        """From now on these windows, which have been scored, count as known."""
+        if self.seen is None:
+            return
+        for digest, window_w in windows.items():
+            seen_W = self.seen.setdefault(digest, np.zeros(len(self[digest].known_W), bool))
+            seen_W[window_w] = True
 
 
 def _open(model: Record, store: Store) -> evaluate.Scorer:
@@ -92,7 +126,7 @@ class Ensured(NamedTuple):
 
 def ensure(
     models: Sequence[tuple[str, Digest]], columns: Columns, *, windows: Mapping[Digest, Ints] | None = None, budget: Budget = FREE,
-    workers: int = 1, engine: str = "local", progress: Progress,
+    workers: int = 1, engine: str = "local", progress: Progress = silent,
 ) -> Ensured:  # fmt: skip
     """Columns of models (label, digest) on a holdout. `windows`: where a model is needed; everywhere, unless it says.
 

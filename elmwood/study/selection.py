@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from elmwood import evaluate
 from elmwood.engine import Progress
 from elmwood.errors import BadInput
+from elmwood.evaluate.sequential.decision import StoppingRule
 from elmwood.evaluate.surrogate import pool
 from elmwood.merge import statistics
 from elmwood.merge.checkpoint import assemble
@@ -22,12 +23,15 @@ from elmwood.merge.layer_weights import layer_name
 from elmwood.merge.states import seed_places
 from elmwood.records import Digest, Merged, Partition, Record, Seed
 from elmwood.store import Store
+from elmwood.study.contest import ContestResult, hold_contest
 from elmwood.study.scoring import Columns, ensure
 from elmwood.weights.tensors import SIZES
 
 Floats = NDArray[np.floating]
 
 TRIED = 2  # other answers that a layer is tried with
+TESTED = 1000  # blocks that the test of the best may draw
+CLIP = 0.5  # bits per byte
 BY_LAYER = "by_layer"  # the title of the checkpoint whose layers come from several answers
 
 
@@ -95,6 +99,14 @@ def choose_best(
     if name:
         store.name(name, models[best].digest)
     return Choice(best, found, ranked, layers, looked, read, time.perf_counter() - started, store.resolve(partition)), models
+
+
+def test_best(
+    best: Merged, name: str, seed: Seed, partition: str, documents: int | None, store: Store, progress: Progress
+) -> ContestResult:  # fmt: skip
+    """Whether the best is better than the seed, on fresh blocks: those of the gate split."""
+    columns = open_columns(seed, partition, documents, store, stay=True)
+    return hold_contest(seed, best, (seed.name, name), columns, StoppingRule(cap=TESTED), CLIP, progress)
 
 
 def open_columns(seed: Seed, partition: str, documents: int | None, store: Store, *, stay: bool = False) -> Columns:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from elmwood.corpus import build as corpora
+from elmwood.corpus.build import build as build_corpus
 from elmwood.corpus.read import read
 from elmwood.domains import partition as partitions
 from elmwood.domains import publish
@@ -17,11 +17,11 @@ from elmwood.domains.grow import Means
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.records import Corpus, Partition, Record, Seed
-from elmwood.store import Store
+from elmwood.report.notebook import grid
+from elmwood.store import AnyStore, Named, Store
 from elmwood.study.tasks import opener
 
 R = TypeVar("R", bound=Record)
-Place = Store | Path | str | None  # of a store; None: the default one
 
 
 class Revision(NamedTuple):
@@ -30,6 +30,13 @@ class Revision(NamedTuple):
     partition: Partition
     parent: Partition
     domains: tuple[int, ...]  # of the new partition: the parts of the domain that was split, or the domains that were added
+
+    @property
+    def record(self) -> Partition:
+        return self.partition
+
+    def _repr_html_(self) -> str | None:
+        return self.partition._repr_html_()
 
 
 class Survey(NamedTuple):
@@ -65,30 +72,35 @@ class Survey(NamedTuple):
             "domains": domains,
         }
 
+    def _repr_html_(self) -> str:
+        found = zip(self.partition.domains, self.counted.documents_K, self.counted.bytes_K, self.counted.far_K, strict=True)
+        rows = [(domain.name, f"{documents:,}", f"{size:,}", f"{far:,}") for domain, documents, size, far in found]
+        return grid(("domain", "documents", "bytes", "nearer to no words"), rows, "Domains that these documents belong to")
+
     def _histogram(self, near_B: np.ndarray) -> dict[str, Any]:
         found = publish.quantiles(near_B, self.counted.edge_B)
         return {"histogram": near_B.tolist(), "quantiles": found and dict(zip(map(str, publish.QUANTILES), found, strict=True))}
 
 
 def build(
-    sources: str | Sequence[str], store: Place = None, *, holdout: float = 0.1, field: str = "text", name: str | None = None,
+    sources: str | Sequence[str], store: AnyStore = None, *, holdout: float = 0.1, field: str = "text", name: str | None = None,
     progress: Progress = silent,
 ) -> Corpus:  # fmt: skip
     """Read sources, drop duplicates, set a share of the documents aside as holdout. Raises BadCorpus, DoesNotFit."""
     store = Store(store)
-    corpus = corpora.build(as_sources(sources), store, holdout=holdout, field=field, progress=progress)
+    corpus = build_corpus(as_sources(sources), store, holdout=holdout, field=field, progress=progress)
     return keep_name(corpus, name, store)
 
 
 def cluster(
-    corpus: Corpus | str | Sequence[str], store: Place = None, *, domains: int = 8, embedder: str = "tfidf",
+    corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: int = 8, embedder: str = "tfidf",
     embedder_model: str | None = None, method: str = "balanced", holdout: float = 0.1, field: str = "text", rng_seed: int = 0,
     workers: int = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
 ) -> Partition:  # fmt: skip
     """Read a corpus (sources, or a corpus that was built) and divide it into domains. Raises BadCorpus, BadInput, DoesNotFit."""
     store = Store(store)
     model = find_model(embedder, embedder_model, store)
-    built = corpus if isinstance(corpus, Corpus) else build(corpus, store, holdout=holdout, field=field, progress=progress)
+    built = corpus if isinstance(corpus, Corpus) else build(corpus, holdout=holdout, field=field, store=store, progress=progress)
     fitted = partitions.fit_embedder(built, store, embedder, model=model, rng_seed=rng_seed, progress=progress) if model else embedder
     means = Means(workers, engine, opener(embedder))
     made = partitions.partition(
@@ -98,7 +110,7 @@ def cluster(
 
 
 def split(
-    partition: Partition | str, domain: int | str, store: Place = None, *, parts: int = 2, rng_seed: int = 0, name: str | None = None,
+    partition: Named, domain: int | str, store: AnyStore = None, *, parts: int = 2, rng_seed: int = 0, name: str | None = None,
     progress: Progress = silent,
 ) -> Revision:  # fmt: skip
     """Split one domain, by number or name, into several. The experts of the other domains stay valid. Raises BadInput, BadCorpus."""
@@ -111,20 +123,20 @@ def split(
 
 
 def add(
-    partition: Partition | str, corpus: Corpus | str | Sequence[str], store: Place = None, *, domains: int = 1, holdout: float = 0.1,
+    partition: Named, corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: int = 1, holdout: float = 0.1,
     field: str = "text", rng_seed: int = 0, workers: int = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
 ) -> Revision:  # fmt: skip
     """Add new domains from a corpus. The experts of the old domains stay valid. Raises BadInput, BadCorpus, DoesNotFit."""
     store = Store(store)
     parent = open_partition(partition, store)
-    built = corpus if isinstance(corpus, Corpus) else build(corpus, store, holdout=holdout, field=field, progress=progress)
+    built = corpus if isinstance(corpus, Corpus) else build(corpus, holdout=holdout, field=field, store=store, progress=progress)
     means = Means(workers, engine, opener(parent.embedder.name))
     made = partitions.add(parent, built, store, domains=domains, rng_seed=rng_seed, means=means, progress=progress)
     return Revision(keep_name(made, name, store), parent, tuple(range(len(parent.domains), len(made.domains))))
 
 
 def survey(
-    corpus: str | Sequence[str], partition: Partition | str, store: Place = None, *, field: str = "text", name: str | None = None,
+    corpus: str | Sequence[str], partition: Named, store: AnyStore = None, *, field: str = "text", name: str | None = None,
     progress: Progress = silent,
 ) -> Survey:  # fmt: skip
     """Count which domains of a partition these documents belong to, and how near they are. Nothing is kept of the text.
@@ -153,7 +165,7 @@ def find_model(embedder: str, named: str | None, store: Store) -> Model | None:
     return Model(digest, seed_states(digest, store))
 
 
-def open_partition(given: Partition | str, store: Store) -> Partition:
+def open_partition(given: Named, store: Store) -> Partition:
     """A partition by its name or digest, or from a folder written by `export`, which is taken into the store."""
     if isinstance(given, str) and Path(given).is_dir():
         return publish.receive(Path(given), store)

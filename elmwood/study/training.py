@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from elmwood.engine import Progress, cores, run, silent
 from elmwood.errors import BadInput
-from elmwood.records import Corpus, Digest, Expert, Forest, Partition, Recipe, Seed, Shape, Shard, Statistics
-from elmwood.store import Store
+from elmwood.records import Corpus, Expert, Forest, Partition, Recipe, Seed, Shape, Shard, Statistics
+from elmwood.store import AnyStore, Named, Store
 from elmwood.study.tasks import (
     SMALL,
     StatisticsJob,
@@ -21,7 +21,7 @@ from elmwood.study.tasks import (
     label,
     statistics_job,
 )
-from elmwood.study.text import Place, build, keep_name
+from elmwood.study.text import build, keep_name
 from elmwood.units import parse_count
 
 R = TypeVar("R", Recipe, Shape)
@@ -36,7 +36,7 @@ OPTIONAL = ("rank", "alpha", "targets", "late", "schedule", "accumulate", "check
 
 
 def import_seed(
-    model: str, store: Place = None, *, separator: str | None = None, name: str | None = None, progress: Progress = silent
+    model: str, store: AnyStore = None, *, separator: str | None = None, name: str | None = None, progress: Progress = silent
 ) -> Seed:  # fmt: skip
     """Import a causal language model: a transformers folder, a GGUF file, or a hub id. Raises BadSeed, BadInput."""
     store = Store(store)
@@ -47,7 +47,7 @@ def import_seed(
 
 
 def train_seed(
-    corpus: Corpus | str | Sequence[str], store: Place = None, *, tokens: int | str = "3M", layers: int = 3, width: int = 128,
+    corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, tokens: int | str = "3M", layers: int = 3, width: int = 128,
     vocabulary: int = 2048, length: int = 256, batch: int = 8, learning_rate: float = 3e-3, rng_seed: int = 0, name: str | None = None,
     progress: Progress = silent,
 ) -> Seed:  # fmt: skip
@@ -57,7 +57,7 @@ def train_seed(
     recipe = make_recipe(
         tokens=tokens, method="full", batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed, threads=cores()
     )
-    built = corpus if isinstance(corpus, Corpus) else build(corpus, store, progress=progress)
+    built = corpus if isinstance(corpus, Corpus) else build(corpus, store=store, progress=progress)
     from elmwood.train import tasks  # torch
 
     return keep_name(tasks.train_seed(built, shape, recipe, store, name=name or "seed", progress=progress), name, store)
@@ -147,7 +147,7 @@ class Plan(NamedTuple):
 
 
 def plan_training(
-    partition: Partition | str, seed: Seed | str, store: Place = None, *, domains: str | int | Sequence[int] = "all", method: str = "lora",
+    partition: Named, seed: Named, store: AnyStore = None, *, domains: str | int | Sequence[int] = "all", method: str = "lora",
     batch: int = 8, length: int | None = None, learning_rate: float | None = None, together: int = 1, threads: int | None = None,
     workers: int | None = None, report_to: Sequence[str] = (), **options: Any,
 ) -> Plan:  # fmt: skip
@@ -169,7 +169,7 @@ def plan_training(
 
 
 def run_plan(
-    plan: Plan, store: Place = None, *, engine: str = "local", name: str | None = None, progress: Progress = silent
+    plan: Plan, store: AnyStore = None, *, engine: str = "local", name: str | None = None, progress: Progress = silent
 ) -> list[Expert]:  # fmt: skip
     """Train the experts of a plan. `name`: they are called NAME/0, NAME/1, ... after their domains."""
     store = Store(store)
@@ -179,7 +179,7 @@ def run_plan(
 
 
 def train(
-    partition: Partition | str, seed: Seed | str, store: Place = None, *, domains: str | int | Sequence[int] = "all", method: str = "lora",
+    partition: Named, seed: Named, store: AnyStore = None, *, domains: str | int | Sequence[int] = "all", method: str = "lora",
     tokens: int | str = "1M", batch: int = 8, length: int | None = None, learning_rate: float | None = None, schedule: str = "cosine",
     rank: int = 16, alpha: float | None = None, targets: str | Sequence[str] = "all-linear", late: float = 1.0, accumulate: int = 1,
     checkpointing: bool = False, optimiser: str = "adamw", patience: int | None = None, together: int = 1, report_to: Sequence[str] = (),
@@ -192,14 +192,14 @@ def train(
     """
     store = Store(store)
     plan = plan_training(
-        partition, seed, store, domains=domains, method=method, tokens=tokens, batch=batch, length=length, learning_rate=learning_rate,
+        partition, seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length, learning_rate=learning_rate,
         schedule=schedule, rank=rank, alpha=alpha, targets=targets, late=late, accumulate=accumulate, checkpointing=checkpointing,
         optimiser=optimiser, patience=patience, together=together, report_to=report_to, rng_seed=rng_seed, threads=threads,
-        workers=workers,
+        workers=workers, store=store,
     )  # fmt: skip
-    experts = run_plan(plan, store, engine=engine, name=name, progress=progress)
+    experts = run_plan(plan, engine=engine, name=name, store=store, progress=progress)
     if statistics:
-        compute_statistics(experts, store, workers=plan.workers, engine=engine, progress=progress)
+        run_statistics(experts, store, workers=plan.workers, engine=engine, progress=progress)
     return experts
 
 
@@ -260,7 +260,7 @@ def spell_domains(group: Sequence[int | None]) -> str:
     return ",".join("pooled" if domain is None else str(domain) for domain in group)
 
 
-def find_experts(given: Expert | Forest | str | Sequence[Expert | Forest | str], store: Store) -> list[Expert]:
+def find_experts(given: Named | Sequence[Named], store: Store) -> list[Expert]:
     """The experts that names and records stand for; a forest stands for its experts. Raises BadInput, UnknownName."""
     found: list[Expert] = []
     for record in map(store.load, store.expand(given)):
@@ -274,7 +274,7 @@ def find_experts(given: Expert | Forest | str | Sequence[Expert | Forest | str],
 
 
 def adopt(
-    adapter: str, seed: Seed | str, store: Place = None, *, partition: Partition | str | None = None, domain: int | None = None,
+    adapter: str, seed: Named, store: AnyStore = None, *, partition: Named | None = None, domain: int | None = None,
     name: str | None = None,
 ) -> Expert:  # fmt: skip
     """Take a LoRA or DoRA adapter trained elsewhere (a PEFT folder, or a hub id) as an expert. Raises BadInput."""
@@ -292,15 +292,20 @@ def adopt(
 
 
 def compute_statistics(
-    experts: Expert | Forest | str | Sequence[Expert | Forest | str], store: Place = None, *, rows: int = ROWS, workers: int | None = None,
+    experts: Named | Sequence[Named], store: AnyStore = None, *, rows: int = ROWS, workers: int | None = None,
     engine: str = "local", progress: Progress = silent,
 ) -> list[Statistics]:  # fmt: skip
     """Gram and Fisher matrices of experts on their own text, for merge rules that need them. Raises BadInput."""
     store = Store(store)
-    if rows < 1:
-        raise BadInput(f"--rows {rows}: statistics need at least one document")
-    found: list[Digest] = [expert.digest for expert in find_experts(experts, store)]
-    workers = workers or default_workers(store.load(store.load(found[0], Expert).seed, Seed), len(found))
-    jobs = [StatisticsJob(store=store.root, expert=digest, rows=rows) for digest in found]
+    return run_statistics(find_experts(experts, store), store, rows=rows, workers=workers, progress=progress)
+
+
+def run_statistics(
+    experts: Sequence[Expert], store: Store, *, rows: int = ROWS, workers: int | None = None, engine: str = "local",
+    progress: Progress = silent,
+) -> list[Statistics]:  # fmt: skip
+    """As `compute_statistics`, of experts that are known."""
+    workers = workers or default_workers(store.load(experts[0].seed, Seed), len(experts))
+    jobs = [StatisticsJob(store=store.root, expert=expert.digest, rows=rows) for expert in experts]
     made = run(statistics_job, jobs, workers=workers, engine=engine, gpu=True, progress=progress)
     return [store.load(digest, Statistics) for digest in made]

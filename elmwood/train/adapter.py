@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
+from elmwood.lm.products import linear
 from elmwood.records import Recipe
 
 ALPHA = 8  # of a rank-stabilised adapter (arXiv:2312.03732): at rank 16 its scale is 2, that of the usual alpha = 2 rank
@@ -75,7 +76,7 @@ class Adapted(torch.autograd.Function):
             x_NI = x.to(dtype).flatten(0, -2)
             weight_OI, a_RI, b_OR = weight_OI.to(dtype), a_RI.to(dtype), b_OR.to(dtype) * scale
             low_NR = x_NI @ a_RI.t()
-            y_NO = nn.functional.linear(x_NI, weight_OI, None if bias_O is None else bias_O.to(dtype)).addmm_(low_NR, b_OR.t())
+            y_NO = linear(x_NI, weight_OI, None if bias_O is None else bias_O.to(dtype)).addmm_(low_NR, b_OR.t())
         ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, low_NR)
         ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, scale
         return y_NO.view(*x.shape[:-1], -1)
@@ -87,5 +88,5 @@ class Adapted(torch.autograd.Function):
         low_grad_NR = grad_NO @ b_OR
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_NO @ weight_OI).addmm_(low_grad_NR, a_RI).view(ctx.shape).to(ctx.dtype)
+            grad_x = linear(grad_NO, weight_OI.t()).addmm_(low_grad_NR, a_RI).view(ctx.shape).to(ctx.dtype)
         return grad_x, None, None, low_grad_NR.t() @ x_NI, (grad_NO.t() @ low_NR) * ctx.scale, None

@@ -7,9 +7,10 @@ import inspect
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from elmwood.lm.products import linear, plain_head
 from elmwood.train.data import UNSCORED
 
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at once: a few MB, so that they stay in the cache; more where launches cost
@@ -59,7 +60,7 @@ def _chunks(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, wanted: tuple[
     rows = max(ROWS, CHUNK[hidden_ND.device.type] // len(head_VD))
     for start in range(0, len(hidden_ND), rows):
         hidden_CD, target_C1, share_C1 = (part[start : start + rows] for part in (hidden_ND, target_N1, share_N1))
-        logit_CV = (hidden_CD @ head_VD.t()).float()
+        logit_CV = linear(hidden_CD, head_VD).float()
         top_C1, place_C1 = logit_CV.max(-1, keepdim=True)
         gold_C1 = logit_CV.gather(1, target_C1)
         prob_CV = torch.softmax(logit_CV, -1)
@@ -67,9 +68,9 @@ def _chunks(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, wanted: tuple[
         prob_CV.mul_(share_C1).scatter_add_(1, target_C1, -share_C1)
         grad_CV = prob_CV.to(hidden_CD.dtype)
         if grad_ND is not None:
-            torch.mm(grad_CV, head_VD, out=grad_ND[start : start + rows])
+            grad_ND[start : start + rows] = linear(grad_CV, head_VD.t())
         if grad_VD is not None:
-            grad_VD += grad_CV.t() @ hidden_CD
+            grad_VD += linear(grad_CV.t(), hidden_CD.t())
     return loss, grad_ND, grad_VD
 
 
@@ -88,13 +89,7 @@ def abilities(model: Any, size: int = 8) -> Abilities:
     tokens_2L = torch.stack([document_3L[[0, 2]].flatten(), document_3L[[1, 2]].flatten()])
     ways: tuple[Way, ...] = ("positions",) if _windowed(model.config) else ("mask", "positions")
     packed: Way = next((way for way in ways if _apart(model, way, tokens_2L)), "no")
-    head, chunked = model.get_output_embeddings(), False
-    if type(head) is nn.Linear and head.bias is None:
-        hidden_2LD = model.base_model(input_ids=tokens_2L, use_cache=False)[0]
-        if hidden_2LD.shape[-1] == head.in_features:
-            logit_2LV = model(input_ids=tokens_2L, use_cache=False).logits
-            chunked = torch.equal(nn.functional.linear(hidden_2LD, head.weight), logit_2LV)
-    return Abilities(packed, chunked)
+    return Abilities(packed, plain_head(model, tokens_2L) is not None)
 
 
 def _windowed(config: Any) -> bool:

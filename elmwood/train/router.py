@@ -21,7 +21,7 @@ from elmwood.corpus.tokens import pack
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.lm.files import tokenizer
-from elmwood.lm.layer_inputs import gates_of
+from elmwood.lm.hidden_states import gates_of
 from elmwood.lm.load import load_model
 from elmwood.lm.mixture_card import card
 from elmwood.records import Expert, Mixture, Recipe, Seed, Shard, fingerprint

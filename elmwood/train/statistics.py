@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from elmwood.corpus.build import read_shard
 from elmwood.corpus.tokens import pack
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model
-from elmwood.records import Expert, Seed, Shard, Statistics, fingerprint
+from elmwood.records import Expert, Seed, Statistics, fingerprint
 from elmwood.store import Store
 from elmwood.train.data import batches
 from elmwood.train.loop import threads, value_of
@@ -45,7 +46,7 @@ def statistics(
         if done := store.done(key):
             return store.load(done, Statistics)
         seed = store.load(expert.seed, Seed)
-        shards = [Shard(blob=blob, documents=0, bytes=0) for blob in expert.data]
+        shards = [read_shard(blob, store) for blob in expert.data]
         packed = pack(shards, tokenizer(seed, store), seed.separator, store)
         recipe = expert.recipe.model_copy(update={"batch": 1, "rng_seed": expert.recipe.rng_seed + 1})
         count = max(1, min(rows, len(packed.tokens) // recipe.length))

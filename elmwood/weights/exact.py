@@ -86,7 +86,9 @@ def value(total_N: Ints) -> NDArray[np.float64]:
 def bound(largest: float) -> int:
     """A whole number no smaller, so that bounds add and subtract exactly too. Raises BadInput."""
     if not largest < ROOM:
-        raise BadInput(f"a number of magnitude {largest:g}: sums take finite ones up to {ROOM}; beyond that its training went astray")
+        raise BadInput(
+            f"a value of magnitude {largest:g}, and sums take finite values up to {ROOM}: NaN, Inf or more means that training diverged"
+        )
     return math.ceil(largest)
 
 

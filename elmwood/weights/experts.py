@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm.peft_config import read_settings, scale
+from elmwood.weights import exact
 from elmwood.weights.tensors import Files, Place, decode, places
 
 Doubles = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 SLICE = 21  # bits of a factor that are multiplied at once: 2 * 21 bits and a sum over up to 2^11 ranks fit into 53
 
 
@@ -88,7 +90,7 @@ class Low:
         a, b, scale = self.factors[name]
         a_RI, b_OR = (decode(self.files.read(p, 0, p.numbers), p.dtype).astype(np.float64).reshape(p.shape) for p in (a, b))
         if not (np.isfinite(a_RI).all() and np.isfinite(b_OR).all()):
-            raise BadInput(f"expert {self.digest[:8]}: {name} holds numbers that are not finite: its training went astray")
+            raise BadInput(f"expert {self.digest[:8]}: {name} contains NaN or Inf; training diverged: leave this expert out")
         return a_RI, b_OR, scale
 
     def delta(self, name: str, first: int, last: int, width: int) -> Doubles:
@@ -105,6 +107,49 @@ class Low:
 
 
 Source = Whole | Low
+
+
+def read_values(
+    one: Source, name: str, first: int, last: int, place: Place, raw: Any = None, at: int = 0, seed_N: Floats | None = None,
+    bits: bool = False,
+) -> Any:  # fmt: skip
+    """What an expert has at values first to last of the seed's tensor at `place`: a full checkpoint its own values, an adapter its delta.
+
+    raw: bytes of a full checkpoint, whose value number `at` is the one at `first`. Where they end (it has fewer rows) the seed's follow.
+    bits: bf16 values may come as their bits.
+    """
+    if isinstance(one, Low):
+        return one.delta(name, first, last, place.shape[-1]) if one.has(name) else np.zeros(last - first)
+    mine = one.places[name]
+    mine_N = raw[at * mine.width : (at + last - first) * mine.width]
+    if bits and mine.dtype == "BF16" and mine_N.size == 2 * (last - first):
+        return mine_N.view("<u2")
+    value_N = decode(mine_N, mine.dtype)
+    if value_N.size < last - first:
+        assert seed_N is not None
+        value_N = np.concatenate([value_N, seed_N[value_N.size :]])
+    return value_N
+
+
+def delta(one: Source, value_N: Floats, seed_N: Floats | None, out: Doubles | None = None) -> Doubles:
+    """Expert minus seed (the task vector), float64, from what `read_values` gave. Of an adapter the seed's values are not needed."""
+    if not isinstance(one, Whole):
+        return value_N.astype(np.float64, copy=False)
+    assert seed_N is not None
+    return np.subtract(value_N, seed_N, out=out, dtype=np.float64)
+
+
+def read_delta(one: Source, name: str, place: Place, first: int, last: int, seed_N: Floats, files: Files) -> Doubles:
+    """Values first to last of an expert's delta, from its file."""
+    known = one.reads(name, last) if isinstance(one, Whole) else 0
+    raw = files.read(one.places[name], min(first, known), known) if isinstance(one, Whole) else None
+    return delta(one, read_values(one, name, first, last, place, raw, seed_N=seed_N), seed_N)
+
+
+def refuse_nonfinite(value_N: Floats, one: Source, name: str) -> None:
+    """Raises BadInput where an expert's tensor contains NaN or infinity."""
+    if not exact.reach(value_N) < np.inf:
+        raise BadInput(f"expert {one.digest[:8]}: {name} contains NaN or Inf; training diverged: leave this expert out")
 
 
 def slices(matrix: Doubles) -> list[Doubles]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from elmwood.lm.files import seed_folder
 from elmwood.records import Expert, Seed
 from elmwood.store import Store
-from elmwood.weights.experts import Low, Source, Whole
+from elmwood.weights.experts import Low, Source, Whole, read_delta
 from elmwood.weights.tensors import PIECE, SIZES, Files, Place, decode, places
 
 Floats = NDArray[np.floating]
@@ -86,17 +86,13 @@ def _factors(one: Low, name: str) -> Factors:
 
 def _streamed(name: str, place: Place, sources: Sequence[Source]) -> Floats:
     """Piece by piece; the seed is subtracted from full checkpoints."""
-    product_MM = np.zeros((len(sources), len(sources)))
-    whole = [pieces(one.places[name]) if isinstance(one, Whole) else None for one in sources]
-    first = 0
-    for seed_N in pieces(place):
-        last = first + len(seed_N)
-        delta_MN = np.stack([
-            next(numbers).astype(np.float64) - seed_N if numbers else one.delta(name, first, last, place.shape[-1])  # type: ignore[union-attr]
-            for one, numbers in zip(sources, whole, strict=True)
-        ])  # fmt: skip
+    product_MM, files = np.zeros((len(sources), len(sources))), Files()
+    for first in range(0, place.numbers, PIECE):
+        last = min(first + PIECE, place.numbers)
+        seed_N = decode(files.read(place, first, last), place.dtype)
+        delta_MN = np.stack([read_delta(one, name, place, first, last, seed_N, files) for one in sources])
         product_MM += delta_MN @ delta_MN.T
-        first = last
+    files.close()
     return product_MM
 
 

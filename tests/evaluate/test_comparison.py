@@ -14,6 +14,7 @@ from elmwood.errors import BadInput, UnknownName
 from elmwood.evaluate.calibration import DECAYS, minimise
 from elmwood.evaluate.columns import run
 from elmwood.evaluate.comparison import top_ks
+from elmwood.evaluate.subsets import optimum
 from elmwood.records import Ensemble, Forest
 
 K = 3
@@ -99,6 +100,15 @@ def test_the_memory_s_settings_are_found():
     assert found.routing.decay == min(DECAYS)
     assert found.routing.memory > 0.3
     assert found.nats < 1.5 < alone.nats
+
+
+def test_one_expert_without_a_domain_gets_the_best_static_weight():
+    rng = np.random.default_rng(0)
+    loglik_NC = -rng.gamma(2.0, 1.0, (3000, 2)) - np.array([0.0, 0.2])
+    best = optimum(loglik_NC)
+    assert 0.1 < best.weight_E[1] < 0.9
+    found = evaluate.calibrate(loglik_NC, np.zeros((3000, 1)), np.zeros(3000, int), 2, "centroid")
+    assert found.nats == pytest.approx(best.nats, abs=1e-4)
 
 
 # ---- compare

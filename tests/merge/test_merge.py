@@ -426,7 +426,7 @@ def test_nonsense_is_refused(forest, tmp_path):
     weights = load_file(store.get(experts[0].files["model.safetensors"]))
     name = "model.layers.0.mlp.up_proj.weight"
     broken = {
-        "finite": weights | {name: torch.full_like(weights[name], torch.nan)},
+        "diverged": weights | {name: torch.full_like(weights[name], torch.nan)},
         "architecture": weights | {name: weights[name].T.contiguous()},
         "lacks": {key: value for key, value in weights.items() if key != name},
     }
@@ -451,9 +451,9 @@ def test_what_is_not_finite_is_refused_even_where_nothing_is_trimmed_or_added(ba
     store.add(stranger)
     whole = {"density": 1.0}
     for answer in [Answer("average", {}), Answer("ties", whole), Answer("breadcrumbs", whole), Answer("dare", whole)]:
-        with pytest.raises(BadInput, match="finite"):
+        with pytest.raises(BadInput, match="diverged"):
             merge(seed, equally([experts[1], stranger]), [answer], store)
-    with pytest.raises(BadInput, match="finite"):
+    with pytest.raises(BadInput, match="diverged"):
         merge(seed, equally([experts[1], experts[2]]) | equally([stranger], 0.0), [Answer("average", {})], store)
 
 

@@ -1,8 +1,11 @@
 """`elmwood accept` with real small experts: an honest one joins; a copy, a blend, a broken and a worthless one do not, and why."""
 
 import hashlib
+import itertools
 import json
+import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from elmwood.evaluate import holdout
 from elmwood.lm.peft_config import scale
 from elmwood.records import Ensemble, Expert, Forest, Ledger, Recipe, Seed, Verdict
 from elmwood.store import Store
+from elmwood.study.admission import accept, ledger_of
 from elmwood.train.tasks import train
 from elmwood.weights.similarity import products
 
@@ -174,7 +178,7 @@ def test_a_submission_that_was_cut_short_is_taken_up_again(grown, monkeypatch):
     store, seed, experts = grown
     noise = lora_expert(seed, store, rng_seed=11, partition=experts[2].partition, domain=2)
     with monkeypatch.context() as patch:
-        patch.setattr("elmwood.cli.old_accept.gather", lambda *_: pytest.fail("cut short"))
+        patch.setattr("elmwood.study.admission.Trial.gather", lambda *_: pytest.fail("cut short"))
         with pytest.raises(pytest.fail.Exception):
             asked(store, noise.digest)
     begun = store.load("ledger", Ledger).entries[-1]
@@ -183,6 +187,53 @@ def test_a_submission_that_was_cut_short_is_taken_up_again(grown, monkeypatch):
     ended = store.load("ledger", Ledger).entries[-1]
     assert (ended.sealed, ended.level, told["submission"]) == (begun.sealed, begun.level, len(store.load("ledger", Ledger).entries))
     assert ended.accepted is False
+
+
+def test_a_trial_that_is_cut_short_again_and_again_ends_in_the_same_verdict(grown, tmp_path):
+    store, seed, experts = grown
+    fresh = lora_expert(seed, store, rng_seed=17, partition=experts[2].partition, domain=2)
+    copies = [Store(shutil.copytree(store.root, tmp_path / name, symlinks=True)) for name in ("whole", "cut")]
+    for expert in (fresh, experts[2]):
+        whole = accept(expert, "two", length=48, cap=40, store=copies[0])
+        stops = 0
+        while True:
+            scored = itertools.count()
+
+            def stop(what, done, total, unit, scored=scored, last=stops):
+                if what == "score" and done == total and next(scored) == last:
+                    raise KeyboardInterrupt
+
+            try:
+                cut = accept(expert, "two", length=48, cap=40, store=copies[1], progress=stop)
+                break
+            except KeyboardInterrupt:
+                stops += 1
+        assert stops > 1
+        assert cut.record == whole.record
+        assert cut.cost.blocks == whole.cost.blocks
+    assert ledger_of(copies[0]) == ledger_of(copies[1])
+
+
+def test_two_at_once_spend_one_submission_and_give_one_verdict(grown):
+    store, seed, experts = grown
+    twin = lora_expert(seed, store, rng_seed=19, partition=experts[2].partition, domain=2)
+    before, found = len(ledger_of(store).entries), []
+
+    def ask(**fields):
+        found.append(accept(twin, "two", store=store, length=48, **fields))
+
+    other = threading.Thread(target=ask)
+    lock = (store.root / "work" / "ledger.lock").stat().st_ino
+
+    def start_the_other(_):
+        other.start()
+        while not any("->" in line and f":{lock} " in line for line in Path("/proc/locks").read_text().splitlines()):
+            assert other.is_alive()
+
+    ask(on_submission=start_the_other)
+    other.join()
+    assert found[0].record == found[1].record
+    assert len(ledger_of(store).entries) == before + 1
 
 
 def test_words_for_people(grown):

@@ -109,7 +109,7 @@ def gate_rows(forest: Forest, gates: Gates, scales: Sequence[float], store: Stor
 
     @cache
     def hidden() -> Any:
-        from elmwood.lm.layer_inputs import hidden  # torch
+        from elmwood.lm.hidden_states import hidden  # torch
 
         domains()  # fails sooner than the text is read
         return hidden(seed, [domain.train for domain in store.load(forest.partition, Partition).domains], store)

@@ -3,6 +3,7 @@
 N numbers of one tensor (or a block of it), F fields of a state, E experts. `delta` is expert minus seed (the task vector).
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,19 @@ class Local(NamedTuple):
     high: float = np.inf  # and those from here on
     chance: Callable[[], Floats] = lambda: np.empty(0)  # uniform numbers [N], the same for an expert wherever it is read
     statistic: Callable[[str], Floats | None] = lambda kind: None  # what the expert left of its text: "gram" [I, I], "fisher" [N]
+
+
+def chance(digest: str, name: str, begins: Settings, first: int, count: int) -> Callable[[], Floats]:
+    """Uniform numbers for values `first` on of an expert's tensor: the same ones wherever and in whatever order they are drawn."""
+
+    def draw() -> Floats:
+        key = hashlib.sha256(f"{digest} {name} {begins.get('rng_seed', 0.0)}".encode()).digest()
+        source = np.random.Philox(key=np.frombuffer(key[:16], np.uint64))
+        source.advance(first // 4)  # four numbers to a step
+        raw_N = source.random_raw(count + first % 4)[first % 4 :]
+        return (raw_N >> np.uint64(11)) * 2.0**-53
+
+    return draw
 
 
 class Total(NamedTuple):

@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from elmwood.merge.rules.base import Floats, Local, Rule, Settings
+from elmwood.merge.rules.base import Floats, Local, Rule, Settings, chance
 from elmwood.merge.statistics import Opened
-from elmwood.merge.sums.reading import chance, check_finite, numbers_of
 from elmwood.weights import exact
-from elmwood.weights.experts import Source, Whole
+from elmwood.weights.experts import Source, read_delta, refuse_nonfinite
 from elmwood.weights.tensors import Bytes, Files, Place, decode
 
 
-class Asked(NamedTuple):
+class TensorSum(NamedTuple):
     """One sum of a tensor."""
 
     rule: Rule
@@ -27,32 +26,31 @@ class Asked(NamedTuple):
 
 def whole_delta(one: Source, name: str, place: Place, seed_N: Floats, files: Files) -> Floats:
     """An expert's delta of a whole tensor, in its shape, float64. Raises BadInput."""
-    raw = files.read(one.places[name], 0, one.reads(name, place.numbers)) if isinstance(one, Whole) else None
-    value_N, delta_N = numbers_of(one, name, 0, place.numbers, 0, place, raw, seed_N)
-    check_finite(value_N, one, name)
-    return (value_N.astype(np.float64) - seed_N if delta_N is None else delta_N).reshape(place.shape)
+    delta_N = read_delta(one, name, place, 0, place.numbers, seed_N, files)
+    refuse_nonfinite(delta_N, one, name)
+    return delta_N.reshape(place.shape)
 
 
-def entire(
-    name: str, place: Place, sources: Sequence[Source], asked: Sequence[Asked], statistics: Sequence[Opened], files: Files
+def sum_whole(
+    name: str, place: Place, sources: Sequence[Source], asked: Sequence[TensorSum], statistics: Sequence[Opened], files: Files
 ) -> tuple[Bytes, list[list[Any]], list[list[int]]]:  # fmt: skip
-    """The seed's bytes; for each sum its keys' whole numbers (or what a set of experts came to), and the bound of what each expert added.
+    """The seed's bytes; for each sum the integers of its fields (or the delta of a rule that looks at all experts together), and the bound
+    of what each expert added.
 
-    In memory: the seed, one delta, and sixteen bytes for each number of each field. Raises BadInput."""
+    In memory: the seed, one delta, and sixteen bytes for each value of each field. Raises BadInput."""
     raw = files.read(place, 0, place.numbers)
     seed_N = decode(raw, place.dtype).astype(np.float64)
     sums: list[list[Any]] = [_nothing(one.rule, place) for one in asked]
     reach = [[0] * len(sources) for _ in asked]
     for e, source in enumerate(sources):
-        mine = [one for one in asked if one.rule.sums and one.weight_E[e] and (one.rule.needs or source.has(name))]
+        mine = [n for n, one in enumerate(asked) if one.rule.sums and one.weight_E[e] and (one.rule.needs or source.has(name))]
         if not mine:
             continue
         delta = whole_delta(source, name, place, seed_N, files)
-        for number, one in enumerate(asked):
-            if one in mine:
-                local = Local(chance=_drawn(source, name, place, one.begins), statistic=_left(statistics, e, name))
-                parts = one.rule.part(delta, float(one.weight_E[e]), local, one.begins)
-                reach[number][e] = _add(sums[number], parts)
+        for number in mine:
+            rule, begins, weight_E = asked[number]
+            local = Local(chance=_chance(source, name, place, begins), statistic=_statistic(statistics, e, name))
+            reach[number][e] = _add(sums[number], rule.part(delta, float(weight_E[e]), local, begins))
     for number, one in enumerate(asked):
         if one.rule.together:
 
@@ -64,7 +62,7 @@ def entire(
 
 
 def _nothing(rule: Rule, place: Place) -> list[Any]:
-    """Two whole numbers for each number of each field."""
+    """Two integers for each value of each field."""
     return [np.zeros(math.prod(size), np.int64) for size in rule.sizes(place.shape) for _ in "ab"] if rule.sums else []
 
 
@@ -79,10 +77,10 @@ def _add(sums: list[Any], parts: Sequence[Floats]) -> int:
     return bound
 
 
-def _drawn(source: Source, name: str, place: Place, begins: Settings) -> Callable[[], Floats]:
+def _chance(source: Source, name: str, place: Place, begins: Settings) -> Callable[[], Floats]:
     return lambda: chance(source.digest, name, begins, 0, place.numbers)().reshape(place.shape)
 
 
-def _left(statistics: Sequence[Opened], e: int, name: str) -> Callable[[str], Floats | None]:
+def _statistic(statistics: Sequence[Opened], e: int, name: str) -> Callable[[str], Floats | None]:
     """What an expert left of its text, of this tensor."""
     return lambda kind: getattr(statistics[e], kind)(name) if statistics else None

@@ -1,0 +1,103 @@
+"""Products of many rows with a weight matrix, by oneDNN instead of the BLAS that torch was built with.
+
+torch multiplies float32 matrices with MKL, which uses AVX2 on processors that are not Intel's. oneDNN uses AVX-512 wherever it is there:
+twice the speed on AMD Zen 5 (docs/log/demo.md), level on Intel.
+
+N rows, I inputs, O outputs; B texts of T tokens, hidden states of width D, vocabulary V
+"""
+
+import platform
+from functools import cache
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+FEWEST = 16  # rows: with fewer the call itself costs more than it saves
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def hasten(model: Model) -> Model:
+    """Let every `nn.Linear` of a model multiply by `linear`, in place. The modules keep their type and their weights."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+    return model
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """As `torch.nn.functional.linear`, through oneDNN where that pays: many rows in float32 on an x86 CPU, outside autocast.
+
+    The same inputs give the same bits every time, and other bits than torch's within rounding.
+    """
+    if not _pays(x, weight_OI):
+        return functional.linear(x, weight_OI, bias_O)
+    return _Linear.apply(x, weight_OI, bias_O) if torch.is_grad_enabled() else _product(x, weight_OI, bias_O)
+
+
+def _forward(module: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, module.weight, module.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b, its gradients by the same kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:  # type: ignore[override]  # torch leaves it open
+        ctx.save_for_backward(x, weight_OI)
+        return _product(x, weight_OI, bias_O)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight_OI = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grad_NO, x_NI = grad.flatten(0, -2), x.flatten(0, -2)
+        return (
+            _product(grad, weight_OI.t()) if wanted[0] else None,
+            _product(grad_NO.t(), x_NI.t()) if wanted[1] else None,
+            grad_NO.sum(0) if wanted[2] else None,
+        )
+
+
+def _product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight_OI, bias_O, "none", [], "")
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() >= FEWEST * x.shape[-1]
+        and _here()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@cache
+def _here() -> bool:
+    """Whether this build of torch has the kernel, and this machine is of the kind it was measured on."""
+    return (
+        platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+@torch.no_grad()
+def plain_head(model: Any, tokens_BT: Tensor) -> Tensor | None:
+    """The head's weights [V, D], if the logits are a bias-free linear head on the last hidden states and nothing else; else None.
+
+    The model is asked, not its name: both ways round these tokens must give the same bits.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return None
+    hidden_BTD = model.base_model(input_ids=tokens_BT, use_cache=False)[0]
+    if hidden_BTD.shape[-1] != head.in_features:
+        return None
+    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+    return head.weight if torch.equal(head(hidden_BTD), logits_BTV) else None

@@ -1,0 +1,96 @@
+"""What a training run will take, and what would fit: the prediction, and two real steps beside it."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from elmwood.engine import cores
+from elmwood.errors import BadInput
+from elmwood.records import Mixture, Recipe, Seed
+from elmwood.store import AnyStore, Store
+from elmwood.study.training import checked, default_length
+from elmwood.units import parse_count
+
+if TYPE_CHECKING:
+    from elmwood.train.fit.gpu_table import Choice
+    from elmwood.train.fit.measure import Measured
+    from elmwood.train.fit.mixture import Tuning
+    from elmwood.train.fit.predict import Fit
+
+
+class Prediction(NamedTuple):
+    """What a run will take, and, where it was measured, what two steps took."""
+
+    recipe: Recipe
+    answer: "Fit | Tuning"
+    measured: "Measured | None" = None
+    predicted: int = 0  # bytes, for the process that was measured
+
+
+def fit(
+    seed: Seed | Mixture | str, *, method: str = "lora", batch: int = 8, length: int | None = None, rank: int = 16, late: float = 1.0,
+    accumulate: int = 1, checkpointing: bool = False, optimiser: str = "adamw", together: int = 1, tuned: str = "routers",
+    memory: int | str | None = None, device: str | None = None, measure: bool = False, store: AnyStore = None,
+) -> Prediction:  # fmt: skip
+    """Predict the memory and time of training a seed, or of tuning a mixture. The config is enough: a seed may be a folder with a
+    config.json, or a hub id. Raises BadInput, BadSeed, DoesNotFit.
+
+    `memory`: what there is, such as "24GB"; `device`: cpu or cuda; by default this machine's. `measure`: train two steps as well.
+    """
+    store = Store(store)
+    known = _find(seed, store)
+    start = store.load(known.seed, Seed) if isinstance(known, Mixture) else known
+    length = length or default_length(start.context if start else 1024)
+    common = {
+        "batch": batch, "length": length, "accumulate": accumulate, "checkpointing": checkpointing, "optimiser": optimiser,
+    }  # fmt: skip
+    size = None if memory is None else parse_count(memory)
+    if isinstance(known, Mixture) or method == "router":
+        if not isinstance(known, Mixture):
+            raise BadInput(f"{seed} is no mixture, and routers are of mixtures: make one with `elmwood mix`, or ask for another --method")
+        if measure:
+            raise BadInput("--measure is of seeds and experts: of a mixture there is a prediction only; leave it out")
+        return _fit_mixture(known, _recipe(method=method, tuned=tuned, **common), store, size, device)
+    return _fit_seed(
+        known or str(seed), _recipe(method=method, rank=rank, late=late, together=together, **common), store, size, device, measure
+    )
+
+
+def _find(seed: Seed | Mixture | str, store: Store) -> Seed | Mixture | None:
+    """The record, if the seed is not a folder or a hub id."""
+    if isinstance(seed, str) and seed not in store.names() and len(seed) != 64:
+        return None
+    record = store.load(seed)
+    return record if isinstance(record, Mixture) else store.load(record, Seed)
+
+
+def _recipe(**fields: object) -> Recipe:
+    return checked(Recipe, "fit", steps=1, threads=cores(), **fields)
+
+
+def _fit_mixture(mixture: Mixture, recipe: Recipe, store: Store, memory: int | None, device: str | None) -> Prediction:
+    from elmwood.train.fit.mixture import fit_mixture  # torch
+
+    for option in ("optimiser", "checkpointing"):
+        if getattr(recipe, option) != Recipe.model_fields[option].default:
+            raise BadInput(f"--{option}: predictions for mixtures do not know it yet; leave it out")
+    return Prediction(recipe, fit_mixture(mixture, recipe, store, memory=memory, device=device))
+
+
+def _fit_seed(seed: Seed | str, recipe: Recipe, store: Store, memory: int | None, device: str | None, measure: bool) -> Prediction:
+    from elmwood.lm.load import best_device  # torch
+    from elmwood.train.fit import measure as two_steps
+    from elmwood.train.fit import predict
+
+    answer = predict.fit(seed, recipe, store, memory=memory, device=device)
+    if not measure:
+        return Prediction(recipe, answer)
+    if answer.device != best_device().type:
+        raise BadInput(f"there is no {answer.device} here to measure on: leave --device out")
+    found = two_steps.measure(seed if isinstance(seed, Seed) else predict.config_of(seed, store), recipe, store, answer.device)
+    return Prediction(recipe, answer, found, two_steps.foretold(answer.components, found))
+
+
+def gpu_table() -> "tuple[tuple[int, ...], list[tuple[str, list[Choice | None]]]]":
+    """Memory of common cards in GB, and for seeds of common shapes the recipe that trains most of them on each card; None: none fits."""
+    from elmwood.train.fit.gpu_table import MEMORY, cards  # torch
+
+    return MEMORY, cards()

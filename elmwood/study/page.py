@@ -1,0 +1,208 @@
+"""A comparison in the store -> what the report shows of it."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from elmwood.corpus.build import documents
+from elmwood.domains import embed
+from elmwood.engine import cores
+from elmwood.errors import BadInput
+from elmwood.records import (
+    Comparison,
+    Contest,
+    Corpus,
+    Ensemble,
+    Expert,
+    Forest,
+    Ledger,
+    Merged,
+    Mixture,
+    Partition,
+    Record,
+    Seed,
+    State,
+    Statistics,
+    Verdict,
+)
+from elmwood.report.contest import headline
+from elmwood.report.data import Ancestor, Area, Curve, Place, Report
+from elmwood.report.map import project
+from elmwood.report.page import html
+from elmwood.store import AnyStore, Store, lineage
+from elmwood.study.evaluation import conclusion
+from elmwood.study.tasks import opener
+from elmwood.units import duration, short
+
+PLACES = 2000  # documents on the map
+SNIPPET = 160  # characters of a document
+LIBRARIES = ("elmwood", "torch", "transformers", "peft", "numpy")
+
+
+def report(comparison: Comparison | Forest | str, *, output: Path | str = Path("report.html"), store: AnyStore = None) -> Path:
+    """Write the page of a comparison, or of the largest comparison of a forest. Raises BadInput, UnknownName."""
+    store = Store(store)
+    page = Path(output)
+    page.write_text(render(find_comparison(comparison, store), store), encoding="utf-8")
+    return page
+
+
+def find_comparison(given: Comparison | Forest | str, store: Store) -> Comparison:
+    """The comparison that a record or name stands for; a forest stands for its comparison with most rows. Raises BadInput, UnknownName."""
+    record = store.load(given)
+    if not isinstance(record, Forest):
+        return store.load(record, Comparison)
+    found = [one for one in map(store.load, store.records()) if isinstance(one, Comparison) and one.forest == record.digest]
+    if not found:
+        raise BadInput(f"forest {record.digest[:8]} has not been compared yet: run `elmwood eval {record.digest[:8]}` first")
+    return max(found, key=lambda one: len(one.rows))
+
+
+def render(comparison: Comparison, store: Store) -> str:
+    """The HTML of a comparison of a forest; of single models, the table alone."""
+    facts = {"machine": f"{cores()} cores, {platform.machine()}", "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES)}
+    facts |= {name: f"{value:.4g}" for name, value in comparison.fitted.items()}
+    if comparison.forest is None:
+        return html(Report(title="Models compared", rows=comparison.rows, facts=facts))
+    forest = store.load(comparison.forest, Forest)
+    partition = store.load(forest.partition, Partition)
+    seed = store.load(forest.seed, Seed)
+    corpus = store.load(partition.corpus, Corpus)
+    areas, places = _map(partition, store)
+    facts["corpus"] = f"{corpus.documents} documents, {short(corpus.bytes)}B, {corpus.holdout_share:.0%} held out"
+    facts["seed"] = summary(seed)
+    facts["holdout"] = comparison.holdout[:24]
+    timed = [row.machine_seconds for row in comparison.rows if row.machine_seconds]
+    if timed:
+        facts["further training, all rows"] = duration(sum(timed))
+    return html(
+        Report(
+            title=f"A forest of {len(forest.experts)} experts",
+            summary=conclusion(comparison),
+            domains=areas,
+            places=places,
+            curves=_curves(seed, forest, comparison, store),
+            rows=comparison.rows,
+            chosen=comparison.chosen,
+            routing=comparison.routing,
+            growth=comparison.growth,
+            contests=_contests(forest, store),
+            lineage=_lineage(forest, store),
+            facts=facts,
+        )
+    )
+
+
+def _map(partition: Partition, store: Store) -> tuple[tuple[Area, ...], tuple[Place, ...]]:
+    """The domains, and some of each domain's documents in the plane."""
+    share = max(1, PLACES // len(partition.domains))
+    texts: list[str] = []
+    domain_N: list[int] = []
+    areas = []
+    for number, domain in enumerate(partition.domains):
+        chosen = {}
+        for place, document in enumerate(documents(domain.train, store)):
+            if place < share or document.id in domain.examples:
+                chosen[document.id] = document.text
+        texts += chosen.values()
+        domain_N += [number] * len(chosen)
+        areas.append(
+            Area(
+                name=domain.name,
+                terms=domain.terms,
+                fitted=partition.fit_sizes[number] if partition.fit_sizes else None,
+                documents=domain.documents,
+                bytes=domain.bytes,
+                snippets=tuple(_begin(chosen[name]) for name in domain.examples if name in chosen),
+            )
+        )
+    x_N2 = project(embed.load(partition.embedder, store, opener(partition.embedder.name)).embed(texts), partition.rng_seed)
+    places = tuple(
+        Place(x=float(np.clip(x, 0, 1)), y=float(np.clip(y, 0, 1)), domain=number, text=_begin(text))
+        for (x, y), number, text in zip(x_N2, domain_N, texts, strict=True)
+    )
+    return tuple(areas), places
+
+
+def _begin(text: str) -> str:
+    return " ".join(text[: 2 * SNIPPET].split())[:SNIPPET]
+
+
+def _curves(seed: Seed, forest: Forest, comparison: Comparison, store: Store) -> tuple[Curve, ...]:
+    """Training loss of the seed, the dense controls and the experts."""
+    partition = store.load(forest.partition, Partition)
+    controls = [model for model in map(store.load, comparison.controls) if isinstance(model, Expert)]
+    names = [row.name for row in comparison.rows if row.name.startswith("dense")]
+    found: list[tuple[str, str, Seed | Expert, int | None]] = [("seed", "seed", seed, None)]
+    found += [(name, "control", model, None) for name, model in zip(names, controls, strict=False)]
+    for digest in forest.experts:
+        expert = store.load(digest, Expert)
+        found.append((partition.domains[expert.domain or 0].name, "expert", expert, expert.domain))
+    return tuple(
+        Curve(name=name, role=role, points=tuple((point.tokens, point.loss) for point in model.curve), domain=domain)
+        for name, role, model, domain in found
+        if model.curve
+    )
+
+
+def _contests(forest: Forest, store: Store) -> tuple[Contest, ...]:
+    """Comparisons of this forest, its ensembles and its experts with other models."""
+    mine = {forest.digest, *forest.experts}
+    found = []
+    for digest in store.records():
+        record = store.load(digest)
+        if isinstance(record, Ensemble) and record.forest == forest.digest:
+            mine.add(digest)
+        elif isinstance(record, Contest):
+            found.append(record)
+    return tuple(one for one in found if {one.a, one.b} & mine)
+
+
+def _lineage(record: Record, store: Store) -> tuple[Ancestor, ...]:
+    return tuple(
+        Ancestor(depth=depth, kind=one.kind, digest=one.digest, summary=summary(one)) for depth, one in lineage(store, record.digest)
+    )
+
+
+def summary(record: Record) -> str:
+    """One line on what a record holds."""
+    match record:
+        case Corpus():
+            left = sum(record.rejected.values())
+            return f"{record.documents} documents, {short(record.bytes)}B" + (f", {left} left out" if left else "")
+        case Partition():
+            return f"{len(record.domains)} domains, {record.embedder.name}, {record.method}"
+        case Seed():
+            return f"{record.name}: {record.architecture}, {short(record.parameters)} parameters, vocabulary {record.vocabulary}"
+        case Expert():
+            where = "all domains" if record.domain is None else f"domain {record.domain}"
+            return f"{record.recipe.method}, {where}, {short(record.recipe.tokens)} tokens"
+        case Statistics():
+            return f"over {short(record.tokens)} tokens"
+        case Forest():
+            return f"{len(record.experts)} experts"
+        case Ensemble():
+            mixed = ", weights mixed for each prompt" if record.mixing == "weights" else ""
+            return f"{record.router}, top-{record.top_k}, temperature {record.temperature:.3g}{mixed}"
+        case Merged():
+            off = "" if record.error is None else f", {record.error:.2g} from the exact sum"
+            return f"{record.method} of {len(record.contributions)} experts{off}"
+        case Mixture():
+            tuned = f", tuned: {record.recipe.tuned}" if record.recipe else ""
+            return f"{len(record.experts)} experts, top-{record.gates.top_k}, {record.gates.kind} gates, {record.layout}{tuned}"
+        case State():
+            part = "" if record.part == (0, 1) else f", part {record.part[0]}/{record.part[1]}"
+            return f"{record.method} of {len(record.contributions)} experts, unfinished{part}"
+        case Verdict():
+            failed = [check.name.split(":")[0].split(",")[0] for check in record.checks if not check.passed]
+            return "accepted" if record.accepted else f"refused: {failed[0]}"
+        case Ledger():
+            return f"{len(record.entries)} submissions, {sum(entry.accepted is True for entry in record.entries)} accepted"
+        case Contest():
+            return f"{headline(record)}: {record.effect:+.4f} bits per byte, {record.drawn} of {record.touched} blocks"
+        case Comparison():
+            best = min(record.rows, key=lambda row: row.bits_per_byte)
+            return f"{len(record.rows)} rows; lowest {best.bits_per_byte:.4f} bits/byte: {best.name}"
+    return ""
