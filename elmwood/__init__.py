@@ -14,9 +14,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from elmwood.store import Store
+    from elmwood.study.admission import accept
     from elmwood.study.ancestry import forest, generate, open_model
+    from elmwood.study.contest import compare
+    from elmwood.study.exporting import export, verify
+    from elmwood.study.fitting import fit
     from elmwood.study.merging import merge, state_add, state_finalize, state_make, state_remove
     from elmwood.study.mixing import loads, mix
+    from elmwood.study.page import report, show
     from elmwood.study.text import add, build, cluster, split, survey
     from elmwood.study.training import adopt, import_seed, train, train_seed
     from elmwood.study.training import compute_statistics as statistics
@@ -24,9 +29,14 @@ if TYPE_CHECKING:
 # module -> the names it gives; `function as verb` where they differ
 FACE = {
     "elmwood.store": "Store",
+    "elmwood.study.admission": "accept",
     "elmwood.study.ancestry": "forest, generate, open_model",
+    "elmwood.study.contest": "compare",
+    "elmwood.study.exporting": "export, verify",
+    "elmwood.study.fitting": "fit",
     "elmwood.study.merging": "merge, state_add, state_finalize, state_make, state_remove",
     "elmwood.study.mixing": "loads, mix",
+    "elmwood.study.page": "report, show",
     "elmwood.study.text": "add, build, cluster, split, survey",
     "elmwood.study.training": "adopt, import_seed, train, train_seed, compute_statistics as statistics",
 }
@@ -35,10 +45,14 @@ PLACES = {
 }  # verb -> module, function
 __all__ = [
     "Store",
+    "accept",
     "add",
     "adopt",
     "build",
     "cluster",
+    "compare",
+    "export",
+    "fit",
     "forest",
     "generate",
     "import_seed",
@@ -46,6 +60,8 @@ __all__ = [
     "merge",
     "mix",
     "open_model",
+    "report",
+    "show",
     "split",
     "state_add",
     "state_finalize",
@@ -55,6 +71,7 @@ __all__ = [
     "survey",
     "train",
     "train_seed",
+    "verify",
 ]
 
 

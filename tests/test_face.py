@@ -4,9 +4,11 @@ import ast
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any, get_args
 
 import pytest
 
@@ -21,20 +23,23 @@ RENAMED |= {f"state {verb}": f"state_{verb}" for verb in STATE_VERBS}
 PLACES = (
     VERBS | {f"seed {verb}": place for verb, place in SEED_VERBS.items()} | {f"state {verb}": place for verb, place in STATE_VERBS.items()}
 )
-WITHOUT = {"demo", "verify", "show", "fit", "eval", "table", "compare", "accept", "report", "export"}
+WITHOUT = {"demo", "eval", "table"}
 BEYOND = {
     "Store": "what --store names",
     "build": "the first half of `cluster`",
     "open_model": "the first half of `chat`",
     "survey": "`cluster --with`",
 }
-TERMINAL = {"as_json", "context", "plot", "output"}  # options that are about the terminal and its files
-# options that are named or spelled otherwise in Python, by verb
+TERMINAL = {"json", "context", "plot"}  # options that are about the terminal and its files
+CALLED = {"store", "progress", "on_text", "on_submission"}  # parameters that stand for what the command line does itself
+# options that are named or spelled otherwise in Python; all of them, and by verb
+MAPPING = {"set", "settings"}  # --set NAME=VALUE, and a mapping of these
 OTHERWISE = {
     "train": {"commands", "tuned", "balance"},  # `commands` prints; the others tune a mixture
     "chat": {"prompt"},
-    "cluster": {"partition"},  # `survey`
-    "mix": {"scale", "settings", "without"},  # numbers, mappings and lists where the command line has text
+    "cluster": {"with"},  # `survey`
+    "fit": {"table"},  # a table of cards
+    "mix": {"scale", "without"},  # numbers and lists where the command line has text
     "state make": {"part", "weights"},
     "statistics": {"engine"},  # `train --statistics` hands its own on
 }
@@ -92,13 +97,22 @@ def test_verbs_agree_with_the_command_line():
 def test_options_agree_with_the_command_line(verb):
     """Every option is a parameter of the same name with the same default, and the other way round."""
     module, _, name = PLACES[verb][0].partition(":")
-    typed = inspect.signature(command(getattr(import_module(f"elmwood.cli.{module}"), name))).parameters
-    known = inspect.signature(getattr(ew, RENAMED.get(verb, verb))).parameters
-    skipped = TERMINAL | OTHERWISE.get(verb, set())
+    typed = options(getattr(import_module(f"elmwood.cli.{module}"), name))
+    known = {name: one.default for name, one in inspect.signature(getattr(ew, RENAMED.get(verb, verb))).parameters.items()}
+    skipped = TERMINAL | MAPPING | OTHERWISE.get(verb, set())
     assert set(typed) - skipped <= set(known)
-    assert set(known) - skipped - {"store", "progress", "on_text"} <= set(typed)
-    for option in set(typed) - skipped - {"store"}:
-        mine, theirs = (
-            None if default in (one[option].empty, (), []) else default for one in (known, typed) for default in [one[option].default]
-        )
+    assert set(known) - skipped - CALLED <= set(typed)
+    for option in set(typed) - skipped - CALLED:
+        mine, theirs = (None if one[option] in (inspect.Parameter.empty, (), []) else one[option] for one in (known, typed))
         assert mine == theirs, f"{option}: {mine!r} in Python, {theirs!r} on the command line"
+
+
+def options(verb: Callable[..., None]) -> dict[str, Any]:
+    """The arguments and options of a verb, as they are typed, with their defaults."""
+    found = {}
+    for parameter in inspect.signature(command(verb)).parameters.values():
+        # typer keeps the first spelling, Option("--json"), where a default would be
+        declared = [flag for one in get_args(parameter.annotation)[1:] for flag in (one.default, *(one.param_decls or ()))]
+        spelled = next((flag[2:] for flag in declared if isinstance(flag, str) and flag.startswith("--")), parameter.name)
+        found[spelled.replace("-", "_")] = parameter.default
+    return found

@@ -10,10 +10,8 @@ from typer import Argument, Option
 from elmwood.cli.options import Output
 from elmwood.cli.screen import bars, emit, out, talk
 from elmwood.records import Partition
-from elmwood.store import Store, lineage
-from elmwood.study import exporting
-from elmwood.study.page import report as write_page
-from elmwood.study.page import summary
+from elmwood.store import Store
+from elmwood.study import exporting, page
 
 
 def show(
@@ -21,14 +19,16 @@ def show(
     output: Output = Output(),
 ) -> None:
     """List the names in the store, or the lineage of one of them."""
-    store = Store(output.store)
     if name is None:
-        print_names(store, output.as_json)
+        print_names(output)
     elif output.as_json:
-        record = store.load(name)
+        record = Store(output.store).load(name)
         emit({"digest": record.digest, "record": record.model_dump(mode="json")})
     else:
-        print_lineage(store, name)
+        for line in page.show(name, output.store).lines:
+            words = "(above)" if line.again else escape(page.summary(line.record))
+            head = f"{'   ' * line.depth}{line.record.kind} {line.record.digest[:12]} {line.name}"
+            out.print(f"{head}  [dim]{words}[/dim]".rstrip(), soft_wrap=True)
 
 
 def verify(output: Output = Output()) -> None:
@@ -47,7 +47,7 @@ def verify(output: Output = Output()) -> None:
 
 
 def export(
-    name: Annotated[str, Argument(help="A seed, an expert, a merge, a state or a partition: name or digest.")],
+    record: Annotated[str, Argument(help="A seed, an expert, a merge, a state or a partition: name or digest.")],
     folder: Annotated[Path, Argument(help="A new folder.")],
     form: Annotated[
         str | None,
@@ -59,8 +59,8 @@ def export(
     """Write a folder that other tools read: transformers, PEFT, GGUF, or a partition with or without its text."""
     store = Store(output.store)
     with bars() as progress:
-        written = exporting.export(name, folder, format=form, dtype=dtype, store=store, progress=progress)
-    if form is None and isinstance(store.load(name), Partition):
+        written = exporting.export(record, folder, format=form, dtype=dtype, store=store, progress=progress)
+    if form is None and isinstance(store.load(record), Partition):
         talk.print("no text is in it, but words are: terms and names of domains, and the vocabulary of embedders that keep one")
     if output.as_json:
         emit({"folder": str(written), "files": sorted(path.name for path in written.iterdir())})
@@ -70,40 +70,25 @@ def export(
 
 def report(
     comparison: Annotated[str, Argument(help="A comparison (made by demo or eval) or its forest: name or digest.")],
-    page: Annotated[Path, Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    html: Annotated[Path, Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
     output: Output = Output(),
 ) -> None:
     """Write one self-contained HTML page: domain map, curves, routing, results, lineage."""
-    written = write_page(comparison, output=page, store=output.store)
+    written = page.report(comparison, output=html, store=output.store)
     if output.as_json:
         emit({"report": str(written)})
     else:
         out.print(str(written), soft_wrap=True, markup=False)
 
 
-def print_names(store: Store, as_json: bool) -> None:
+def print_names(output: Output) -> None:
     """Every name, with the kind, digest and summary of its record."""
-    rows = [(name, record.kind, digest[:12], summary(record)) for name, digest in store.names().items() for record in [store.load(digest)]]
-    if as_json:
-        emit([dict(zip(("name", "kind", "digest", "summary"), row, strict=True)) for row in rows])
-    elif not rows:
-        talk.print(f"{store.root} names nothing yet: begin with `elmwood demo` or `elmwood cluster`")
-    for name, kind, digest, words in [] if as_json else rows:
-        out.print(f"{digest}  {kind:<10} {name}  [dim]{escape(words)}[/dim]", soft_wrap=True)
-
-
-def print_lineage(store: Store, name: str) -> None:
-    """A record and all it was made from, each indented below what it is for. What was shown above is not repeated."""
-    names = {digest: name for name, digest in store.names().items()}
-    seen: set[str] = set()
-    below = None  # the depth of what was shown above
-    for depth, record in lineage(store, store.resolve(name)):
-        if below is not None and depth > below:
-            continue
-        again = record.digest in seen
-        below = depth if again else None
-        seen.add(record.digest)
-        words = "(above)" if again else escape(summary(record))
-        out.print(
-            f"{'   ' * depth}{record.kind} {record.digest[:12]} {names.get(record.digest, '')}  [dim]{words}[/dim]".rstrip(), soft_wrap=True
-        )
+    lines = page.show(store=output.store).lines
+    if output.as_json:
+        rows = [(line.name, line.record.kind, line.record.digest[:12], page.summary(line.record)) for line in lines]
+        return emit([dict(zip(("name", "kind", "digest", "summary"), row, strict=True)) for row in rows])
+    if not lines:
+        talk.print(f"{output.store} names nothing yet: begin with `elmwood demo` or `elmwood cluster`")
+    for line in lines:
+        words = escape(page.summary(line.record))
+        out.print(f"{line.record.digest[:12]}  {line.record.kind:<10} {line.name}  [dim]{words}[/dim]", soft_wrap=True)

@@ -1,8 +1,9 @@
-"""A comparison in the store -> what the report shows of it."""
+"""What there is to show of records: the page of a comparison, the names in a store, the lineage of a record and the map of a partition."""
 
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,9 +30,11 @@ from elmwood.records import (
 )
 from elmwood.report.contest import headline
 from elmwood.report.data import Ancestor, Area, Curve, Place, Report
+from elmwood.report.domains import domain_map
 from elmwood.report.map import project
+from elmwood.report.notebook import grid, image
 from elmwood.report.page import html
-from elmwood.store import AnyStore, Store, lineage
+from elmwood.store import AnyStore, Named, Store, lineage
 from elmwood.study.evaluation import conclusion
 from elmwood.study.tasks import opener
 from elmwood.units import duration, short
@@ -41,7 +44,7 @@ SNIPPET = 160  # characters of a document
 LIBRARIES = ("elmwood", "torch", "transformers", "peft", "numpy")
 
 
-def report(comparison: Comparison | Forest | str, *, output: Path | str = Path("report.html"), store: AnyStore = None) -> Path:
+def report(comparison: Named, *, output: Path | str = Path("report.html"), store: AnyStore = None) -> Path:
     """Write the page of a comparison, or of the largest comparison of a forest. Raises BadInput, UnknownName."""
     store = Store(store)
     page = Path(output)
@@ -49,7 +52,7 @@ def report(comparison: Comparison | Forest | str, *, output: Path | str = Path("
     return page
 
 
-def find_comparison(given: Comparison | Forest | str, store: Store) -> Comparison:
+def find_comparison(given: Named, store: Store) -> Comparison:
     """The comparison that a record or name stands for; a forest stands for its comparison with most rows. Raises BadInput, UnknownName."""
     record = store.load(given)
     if not isinstance(record, Forest):
@@ -164,6 +167,60 @@ def _lineage(record: Record, store: Store) -> tuple[Ancestor, ...]:
     return tuple(
         Ancestor(depth=depth, kind=one.kind, digest=one.digest, summary=summary(one)) for depth, one in lineage(store, record.digest)
     )
+
+
+# ---- names and lineage ----------------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """One record of a lineage, or of a list of names."""
+
+    depth: int  # below the record that is shown
+    record: Record
+    name: str  # what it is called in the store; empty where it has no name
+    again: bool = False  # it was shown above, with all it was made from
+
+    def __str__(self) -> str:
+        words = "(above)" if self.again else summary(self.record)
+        return f"{'   ' * self.depth}{self.record.kind} {self.record.digest[:12]} {self.name}  {words}".rstrip()
+
+
+class Shown(NamedTuple):
+    """Records by their names, or one record and all it was made from. `print` it, or end a notebook's cell with it."""
+
+    lines: tuple[Line, ...]
+    record: Record | None  # the one that is shown; None for a list of names
+    store: Store
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.lines))
+
+    def _repr_html_(self) -> str:
+        rows = [("\xa0" * 4 * line.depth + line.record.kind, line.record.digest[:12], line.name, "(above)" if line.again else
+                 summary(line.record)) for line in self.lines]  # fmt: skip
+        table = grid(("record", "digest", "name", ""), rows)
+        if not isinstance(self.record, Partition):
+            return table if self.record is None else (self.record._repr_html_() or "") + table
+        areas, places = _map(self.record, self.store)
+        dots = [place.model_copy(update={"text": ""}) for place in places]  # an image shows no text when one points at a dot
+        return image(domain_map(areas, dots, alone=True)) + (self.record._repr_html_() or "") + table
+
+
+def show(name: Named | None = None, store: AnyStore = None) -> Shown:
+    """All names in the store; or one record with all it was made from, and the map of a partition. Raises UnknownName, Damaged."""
+    store = Store(store)
+    names = {digest: called for called, digest in store.names().items()}
+    if name is None:
+        return Shown(tuple(Line(0, store.load(digest), called) for called, digest in store.names().items()), None, store)
+    lines: list[Line] = []
+    below = None  # the depth of what was shown above
+    for depth, record in lineage(store, store.load(name).digest):
+        if below is not None and depth > below:
+            continue
+        again = any(line.record.digest == record.digest for line in lines)
+        below = depth if again else None
+        lines.append(Line(depth, record, names.get(record.digest, ""), again))
+    return Shown(tuple(lines), lines[0].record, store)
 
 
 def summary(record: Record) -> str:
