@@ -8,7 +8,7 @@ candidate by what it said of the text so far, all of it: one that joins late rea
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from elmwood.ensemble.text_router import open_forest, score_rows
 from elmwood.errors import UnknownName
 from elmwood.lm.experts import Experts, OneLM, Text
 from elmwood.lm.interface import LM
-from elmwood.records import Ensemble, Expert, Merged, Mixture, Recipe, Record, Seed
+from elmwood.records import Ensemble, Expert, Merged, Mixture, Record, Seed
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
@@ -127,21 +127,13 @@ def _up_to(flag_WX: Bools, document_W: Ints) -> Bools:
     return np.concatenate([np.logical_or.accumulate(part[::-1])[::-1] for part in parts])
 
 
-def _as_expert(merged: Merged | Mixture) -> Expert:
-    """A merge or mixture opens as an expert of its seed does: a checkpoint, or an adapter."""
-    method: Literal["full", "lora"] = "lora" if "adapter_config.json" in merged.files else "full"
-    return Expert(seed=merged.seed, data=(), recipe=Recipe(method=method, steps=1), files=merged.files)
-
-
 def open_model(record: Record, store: Store, device: torch.device | str | None = None) -> LM:
     """A model's record as an LM: the one place that looks at what kind of model it is. Raises UnknownName."""
     match record:
         case Seed():
             return OneLM(Experts(record, [], store, device), 0, "seed")
-        case Expert():
+        case Expert() | Merged() | Mixture():
             return OneLM(Experts(store.load(record.seed, Seed), [record], store, device), 0, record.digest[:8])
-        case Merged() | Mixture():
-            return OneLM(Experts(store.load(record.seed, Seed), [_as_expert(record)], store, device), 0, record.digest[:8])
         case Ensemble():
             return (WeightsLM if record.mixing == "weights" else EnsembleLM)(record, store, device)
     raise UnknownName(

@@ -39,9 +39,9 @@ def open_forest(ensemble: Ensemble, store: Store, device: torch.device | str | N
     """Raises ForeignExpert, UnknownName."""
     forest, routing = store.load(ensemble.forest, Forest), Routing.of(ensemble)
     seed, partition = store.load(forest.seed, Seed), store.load(forest.partition, Partition)
-    experts = Experts(seed, [store.load(digest, Expert) for digest in forest.experts], store, device)
-    router = TextRouter(routing, partition, experts.experts, seed, store)
-    return OpenForest(routing, experts, router, [*_names(experts.experts, store), "seed"])
+    members = [store.load(digest, Expert) for digest in forest.experts]
+    router = TextRouter(routing, partition, members, seed, store)
+    return OpenForest(routing, Experts(seed, members, store, device), router, [*_names(members, store), "seed"])
 
 
 class TextRouter:

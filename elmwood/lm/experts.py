@@ -16,10 +16,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.cache import States
-from elmwood.lm.load import best_device, check_kin, ends, load_model
+from elmwood.lm.load import Branch, best_device, check_kin, ends, load_model, method_of
 from elmwood.lm.lora import Bank, adapter_of
 from elmwood.lm.products import linear, plain_head
-from elmwood.records import Expert, Seed
+from elmwood.records import Seed
 from elmwood.store import Store
 
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # rows read at once while scoring have so many: their activations fit in the cache
@@ -64,18 +64,18 @@ class News(NamedTuple):
 
 
 class Experts:
-    """Experts of one seed, sorted by digest, and the seed itself as the last: index len(experts).
+    """Experts of one seed, or other weights grown from it, sorted by digest, and the seed itself as the last: index len(experts).
 
     Models are opened when they are first used. Raises ForeignExpert.
     """
 
-    def __init__(self, seed: Seed, experts: Sequence[Expert], store: Store, device: torch.device | str | None = None):
+    def __init__(self, seed: Seed, experts: Sequence[Branch], store: Store, device: torch.device | str | None = None):
         for expert in experts:
             check_kin(seed, expert)
         self.seed, self.store = seed, store
         self.experts = tuple(sorted(experts, key=lambda expert: expert.digest))
         self.device = torch.device(device) if device is not None else best_device()
-        self.adapters = [e for e, expert in enumerate(self.experts) if expert.recipe.method in BANKED]
+        self.adapters = [e for e, expert in enumerate(self.experts) if method_of(expert) in BANKED]
         # candidate -> the key of its body, and its number in that body's bank
         self._places = {e: (e, 0) for e in range(len(self.experts))} | {e: (BASE, number) for number, e in enumerate(self.adapters)}
         self._places[len(self.experts)] = (BASE, len(self.adapters))
@@ -211,8 +211,7 @@ class Experts:
         if len(self.adapters) < len(self.experts):
             other = next(expert for e, expert in enumerate(self.experts) if e not in self.adapters)
             raise BadInput(
-                f"expert {other.digest[:8]} is a {other.recipe.method} one: only LoRA adapters are summed for each prompt; "
-                "mix outputs instead"
+                f"expert {other.digest[:8]} is a {method_of(other)} one: only LoRA adapters are summed for each prompt; mix outputs instead"
             )
 
     def _mixture(self, weight_E: Any) -> dict[int, float]:

@@ -28,13 +28,14 @@ from elmwood.errors import BadSeed, ForeignExpert
 from elmwood.lm import lowrank
 from elmwood.lm.files import KEPT, download, seed_folder
 from elmwood.lm.products import hasten
-from elmwood.records import Expert, Files, Point, Recipe, Seed, Shape
+from elmwood.records import Expert, Files, Merged, Mixture, Point, Recipe, Seed, Shape
 from elmwood.registry import require
 from elmwood.store import Store, hash_file
 
 transformers.logging.disable_progress_bar()  # only cli prints
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it would praise a kernel that must come over the network
 
+Branch = Expert | Merged | Mixture  # weights grown from a seed: a checkpoint, or an adapter over it
 # what transformers raises when it cannot read something
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 
@@ -279,28 +280,35 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(
-    seed: Seed, store: Store, expert: Expert | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """The seed, or one expert of it, in eval mode on `device` (default: a GPU where there is one).
+def method_of(branch: Branch) -> str:
+    """The kind of adapter, or "full" for a checkpoint."""
+    if isinstance(branch, Expert):
+        return branch.recipe.method
+    return "lora" if "adapter_config.json" in branch.files else "full"
 
-    `dtype` is by default float32 on a CPU (bf16 is slower there), elsewhere as stored. An adapter expert comes as PEFT's
-    model over its own copy of the seed; many adapters over one copy are `elmwood.lm.lora`. Raises ForeignExpert, Damaged.
+
+def load_model(
+    seed: Seed, store: Store, branch: Branch | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The seed, or weights grown from it, in eval mode on `device` (default: a GPU where there is one).
+
+    `dtype` is by default float32 on a CPU (bf16 is slower there), elsewhere as stored. An adapter comes as PEFT's model over its own
+    copy of the seed; many adapters over one copy are `elmwood.lm.lora`. Raises ForeignExpert, Damaged.
     """
     place = torch.device(device) if device is not None else best_device()
     wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
-    if expert is not None:
-        check_kin(seed, expert)
-    low = expert is not None and lowrank.FILE in expert.files  # a mixture of adapters
-    full = expert is not None and expert.recipe.method == "full" and not low
-    folder = store.folder(expert.files) if full and expert is not None else seed_folder(seed, store)
+    if branch is not None:
+        check_kin(seed, branch)
+    low = branch is not None and lowrank.FILE in branch.files  # a mixture of adapters
+    full = branch is not None and method_of(branch) == "full" and not low
+    folder = store.folder(branch.files) if full and branch is not None else seed_folder(seed, store)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True, use_safetensors=True)
-    if expert is not None and low:
-        model = lowrank.gated(model, store.folder(expert.files))
-    elif expert is not None and not full:
+    if branch is not None and low:
+        model = lowrank.gated(model, store.folder(branch.files))
+    elif branch is not None and not full:
         from peft import PeftModel  # takes as long to import as all else here, and few need it
 
-        model = PeftModel.from_pretrained(model, store.folder(expert.files), low_cpu_mem_usage=True)
+        model = PeftModel.from_pretrained(model, store.folder(branch.files), low_cpu_mem_usage=True)
     return hasten(model.to(place).eval())
 
 
@@ -322,10 +330,10 @@ def load_quantised(seed: Seed, store: Store, device: torch.device | str | None =
     return model.eval()
 
 
-def check_kin(seed: Seed, expert: Expert) -> None:
-    """An expert is of use with its own seed only. Raises ForeignExpert."""
-    if expert.seed != seed.digest:
+def check_kin(seed: Seed, branch: Branch) -> None:
+    """Weights are of use with their own seed only. Raises ForeignExpert."""
+    if branch.seed != seed.digest:
         raise ForeignExpert(
-            f"expert {expert.digest[:8]} grew from seed {expert.seed[:8]}, not from {seed.digest[:8]} ({seed.name}): "
+            f"{branch.kind} {branch.digest[:8]} grew from seed {branch.seed[:8]}, not from {seed.digest[:8]} ({seed.name}): "
             "use it with its own seed, or retrain it on this one"
         )

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
 from elmwood.lm.peft_config import read_settings, scale
-from elmwood.records import Expert
+from elmwood.records import Expert, Merged, Mixture
 from elmwood.store import Store
 
 _KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight$")
@@ -51,12 +51,14 @@ class Layer(NamedTuple):
         return (self.inputs + self.outputs) * self.rank
 
 
-def adapter_of(expert: Expert, store: Store) -> Adapter:
-    """The files of a LoRA expert. Raises BadInput."""
+def adapter_of(branch: Expert | Merged | Mixture, store: Store) -> Adapter:
+    """The files of an adapter. Raises BadInput."""
     try:
-        return Adapter(store.get(expert.files["adapter_config.json"]), store.get(expert.files["adapter_model.safetensors"]))
+        return Adapter(store.get(branch.files["adapter_config.json"]), store.get(branch.files["adapter_model.safetensors"]))
     except KeyError as error:
-        raise BadInput(f"expert {expert.digest[:8]} has no {error}: an adapter is a folder that PEFT's save_pretrained wrote") from error
+        raise BadInput(
+            f"{branch.kind} {branch.digest[:8]} has no {error}: an adapter is a folder that PEFT's save_pretrained wrote"
+        ) from error
 
 
 class Adapted(nn.Module):

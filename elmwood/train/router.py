@@ -24,7 +24,7 @@ from elmwood.lm.files import tokenizer
 from elmwood.lm.hidden_states import gates_of
 from elmwood.lm.load import load_model
 from elmwood.lm.mixture_card import card
-from elmwood.records import Expert, Mixture, Recipe, Seed, Shard, fingerprint
+from elmwood.records import Mixture, Recipe, Seed, Shard, fingerprint
 from elmwood.store import Store
 from elmwood.train.loop import run
 from elmwood.train.tasks import check_length, finish
@@ -72,8 +72,7 @@ def tune(
 
 def opened(mixture: Mixture, store: Store, device: torch.device | str | None = None) -> Any:
     """The transformers model of a mixture, float32."""
-    stand_in = Expert(seed=mixture.seed, data=(), recipe=Recipe(steps=1), files=mixture.files)
-    return load_model(store.load(mixture.seed, Seed), store, stand_in, device, torch.float32)
+    return load_model(store.load(mixture.seed, Seed), store, mixture, device, torch.float32)
 
 
 def kind_of(name: str) -> str:
