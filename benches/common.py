@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
@@ -93,6 +93,11 @@ def open_forest(store: Store, name: str) -> Opened:
     ensemble = named if isinstance(named, Ensemble) else None
     forest = store.load(ensemble.forest if ensemble else named.digest, Forest)
     return Opened(store, forest, store.load(forest.seed, Seed), store.load(forest.partition, Partition), ensemble)
+
+
+def names_below(store: Store, names: Sequence[str]) -> list[str]:
+    """Names, with those that end in '/' replaced by all names below them. Raises UnknownName."""
+    return [name for name in store.expand(names) if isinstance(name, str)]
 
 
 # ---- time and memory

@@ -6,60 +6,58 @@ Names: lab/seed, lab/partition, lab/random-partition, lab/full/N, lab/lora/N, la
 lab/ensemble (full), lab/lora-forest and lab/lora-ensemble. One JSON line per row of each table; what was done in STORE is found again.
 """
 
-import argparse
-import json
-
+from benches.common import Lines, parser, say
 from elmwood.cli.old_study import Study, grow, plan, scratch
-from elmwood.cli.screen import bars, count
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores
 from elmwood.records import Expert
 from elmwood.store import Store
 from elmwood.train.task_names import train_key
+from elmwood.units import parse_count
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("store")
-    parser.add_argument("--corpus", nargs="+", default=["sample"])
-    parser.add_argument("--domains", type=int, default=8)
-    parser.add_argument("--seed-tokens", default="6M")
-    parser.add_argument("--tokens", default="1M")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=cores())
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("store")
+    options.add_argument("--corpus", nargs="+", default=["sample"])
+    options.add_argument("--domains", type=int, default=8)
+    options.add_argument("--seed-tokens", default="6M")
+    options.add_argument("--tokens", default="1M")
+    options.add_argument("--rank", type=int, default=16)
+    options.add_argument("--workers", type=int, default=cores())
+    asked = options.parse_args()
     store = Store(asked.store)
-    full = Study(domains=asked.domains, seed_tokens=count(asked.seed_tokens), tokens=count(asked.tokens), documents=300)
+    full = Study(domains=asked.domains, seed_tokens=parse_count(asked.seed_tokens), tokens=parse_count(asked.tokens), documents=300)
     # adapters take about three times the rate of full tuning on a seed this small (docs/log/)
     lora = full.model_copy(update={"method": "lora", "expert_rate": 6e-3, "dense_rate": 2e-3, "random_rate": 2e-3, "large_rate": 6e-3})
-    with bars() as progress:
-        corpus = build(asked.corpus, store, progress=progress)
-        seed = scratch(full, corpus, store, progress)
-        store.name("lab/seed", seed.digest)
-        divisions = {
-            name: divide(corpus, store, domains=full.domains, method=method, progress=progress)
-            for name, method in (("expert", "balanced"), ("random", "random"))
+    progress = Lines()
+    corpus = build(asked.corpus, store, progress=progress)
+    seed = scratch(full, corpus, store, progress)
+    store.name("lab/seed", seed.digest)
+    divisions = {
+        name: divide(corpus, store, domains=full.domains, method=method, progress=progress)
+        for name, method in (("expert", "balanced"), ("random", "random"))
+    }
+    store.name("lab/partition", divisions["expert"].digest)
+    store.name("lab/random-partition", divisions["random"].digest)
+    for study, kind, prefix in ((full, "full", "lab/"), (lora, "lora", "lab/lora-")):
+        grown = grow(study, corpus, seed, store, workers=asked.workers, progress=progress)
+        store.name(f"{prefix}forest", grown.forest.digest)
+        store.name(f"{prefix}ensemble", grown.ensemble.digest)
+        threads = max(1, cores() // asked.workers)
+        names = {"expert": kind, "random": "random" if kind == "full" else "lora-random"}
+        names |= {
+            row: f"{'' if kind == 'full' else 'lora-'}dense/{size}"
+            for row, size in zip(list(plan(study, seed, corpus, {}, store, threads=threads)), ("batch", "large", "short"), strict=True)
         }
-        store.name("lab/partition", divisions["expert"].digest)
-        store.name("lab/random-partition", divisions["random"].digest)
-        for study, kind, prefix in ((full, "full", "lab/"), (lora, "lora", "lab/lora-")):
-            grown = grow(study, corpus, seed, store, workers=asked.workers, progress=progress)
-            store.name(f"{prefix}forest", grown.forest.digest)
-            store.name(f"{prefix}ensemble", grown.ensemble.digest)
-            threads = max(1, cores() // asked.workers)
-            names = {"expert": kind, "random": "random" if kind == "full" else "lora-random"}
-            names |= {
-                row: f"{'' if kind == 'full' else 'lora-'}dense/{size}"
-                for row, size in zip(list(plan(study, seed, corpus, {}, store, threads=threads)), ("batch", "large", "short"), strict=True)
-            }
-            for row, jobs in plan(study, seed, corpus, divisions, store, threads=threads).items():
-                for place, job in enumerate(jobs):
-                    done = store.done(train_key(seed, job.data, job.recipe, job.partition, job.domain))
-                    expert = store.load(done or "", Expert)
-                    store.name(f"lab/{names[row]}" + (f"/{place}" if len(jobs) > 1 else ""), expert.digest)
-            for row in grown.comparison.rows:
-                print(json.dumps({"bench": "forest", "experts": kind, **row.model_dump(exclude={"domains"})}), flush=True)
+        for row, jobs in plan(study, seed, corpus, divisions, store, threads=threads).items():
+            for place, job in enumerate(jobs):
+                done = store.done(train_key(seed, job.data, job.recipe, job.partition, job.domain))
+                expert = store.load(done or "", Expert)
+                store.name(f"lab/{names[row]}" + (f"/{place}" if len(jobs) > 1 else ""), expert.digest)
+        for row in grown.comparison.rows:
+            say("forest", experts=kind, **row.model_dump(exclude={"domains"}))
 
 
 if __name__ == "__main__":

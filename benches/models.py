@@ -1,7 +1,7 @@
 """Models and adapters of known shapes with random weights, for the benches."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -15,9 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benches.common import say
 from elmwood.corpus.tokens import train_tokenizer
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput
 from elmwood.lm.load import save_seed
+from elmwood.merge.statistics import found
 from elmwood.records import Expert, Recipe, Seed
 from elmwood.store import Store
+from elmwood.train.statistics import statistics
 
 SHAPES = {  # hidden size, feed-forward, layers, heads, key-value heads, vocabulary
     "17M": (384, 1024, 8, 6, 6, 4096),
@@ -80,6 +84,15 @@ def experts(seed: Seed, base: PreTrainedModel, count: int, rank: int, store: Sto
             made.append(Expert(seed=seed.digest, data=(), recipe=recipe, files=store.put_folder(path), **fields, **place))
             store.add(made[-1])
         return made
+
+
+def leave_statistics(experts: Sequence[Expert], *, store: Store, rows: int, progress: Progress = silent) -> None:
+    """Statistics for experts that have none."""
+    for expert in experts:
+        try:
+            found(expert.digest, store)
+        except BadInput:
+            statistics(expert, store, rows=rows, progress=progress)
 
 
 class Spent(NamedTuple):

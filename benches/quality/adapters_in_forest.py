@@ -10,18 +10,17 @@ learning rate of each kind is the one that was best on the tune half at the midd
 `--together 16` so many experts train at once over one copy of the seed. One JSON line per arm; what was done in FOLDER is found again.
 """
 
-import argparse
-import json
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+from benches.common import Lines, integers, numbers, parser, say
 from benches.quality.clusters import Bench
 from elmwood import evaluate
 from elmwood.cli.old_study import Study, scratch
-from elmwood.cli.screen import bars, count
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores, run
@@ -30,11 +29,12 @@ from elmwood.report.wealth import Line, experts_plot
 from elmwood.store import Store
 from elmwood.study.tasks import experts_job, keys
 from elmwood.study.training import training_job
+from elmwood.units import parse_count
 
 LATE = 1 / 3
 
 
-def grown(bench: Bench, division: Partition, recipe: Recipe, together: int = 1) -> tuple[list[str], list[float]]:
+def train_experts(bench: Bench, division: Partition, recipe: Recipe, together: int = 1) -> tuple[list[str], list[float]]:
     """One expert per domain, and the seconds each took."""
     places = range(len(division.domains))
     groups = [places[first : first + together] for first in range(0, len(places), together)]
@@ -47,7 +47,7 @@ def grown(bench: Bench, division: Partition, recipe: Recipe, together: int = 1) 
 
 def arm(bench: Bench, division: Partition, recipe: Recipe, together: int = 1) -> tuple[dict[str, object], np.ndarray]:
     """Train, score and mix: the facts of one arm, and its mixed column with the settings of the tune half."""
-    digests, seconds = grown(bench, division, recipe, together)
+    digests, seconds = train_experts(bench, division, recipe, together)
     spec = bench.holdout(division)
     columns = bench.columns([*digests, bench.seed.digest], spec)
     held, seed_N = evaluate.open_holdout(spec, bench.store), columns[bench.seed.digest]
@@ -82,15 +82,11 @@ def paired(mixed_N: np.ndarray, other_N: np.ndarray, held: evaluate.Holdout, dom
     return [round(row.gain or 0.0, 4), round(row.gain_error or 0.0, 4)]
 
 
-def tell(**facts: object) -> None:
-    print(json.dumps({"bench": "adapters_in_forest", **facts}), flush=True)
-
-
-def ranks(bench: Bench, division: Partition, asked: argparse.Namespace) -> tuple[list[Line], tuple[str, float]]:
+def compare_ranks(bench: Bench, division: Partition, asked: Namespace) -> tuple[list[Line], tuple[str, float]]:
     held = evaluate.open_holdout(bench.holdout(division), bench.store)
     steps = bench.study.tokens // (len(division.domains) * bench.study.batch * bench.study.length)
     base = Recipe(steps=steps, batch=bench.study.batch, length=bench.study.length, threads=max(1, cores() // asked.workers))
-    levels = [int(rank) for rank in asked.ranks.split(",")]
+    levels = integers(asked.ranks)
     middle = levels[len(levels) // 2]
     kinds = {"full": (base, asked.full_rates), **{
         name: (base.model_copy(update={"method": "lora", "rank": middle, "late": late}), asked.rates)
@@ -99,9 +95,9 @@ def ranks(bench: Bench, division: Partition, asked: argparse.Namespace) -> tuple
     found: dict[str, dict[int, tuple[dict[str, object], np.ndarray]]] = {}
     for name, (recipe, grid) in kinds.items():
         tried = []
-        for rate in map(float, grid.split(",")):
+        for rate in numbers(grid):
             facts, mixed_N = arm(bench, division, recipe.model_copy(update={"learning_rate": rate}))
-            tell(study="ranks", arm=name, tuning=True, **facts)
+            say("adapters_in_forest", study="ranks", arm=name, tuning=True, **facts)
             tried.append((float(str(facts["tune_nats"])), rate, facts, mixed_N))
         _, rate, facts, mixed_N = min(tried, key=lambda one: one[0])
         found[name] = {recipe.rank: (facts, mixed_N)}
@@ -112,7 +108,7 @@ def ranks(bench: Bench, division: Partition, asked: argparse.Namespace) -> tuple
     full_N = next(iter(found["full"].values()))[1]
     for name, arms in found.items():
         for _, (facts, mixed_N) in sorted(arms.items()):
-            tell(study="ranks", arm=name, **facts, over_full=paired(mixed_N, full_N, held, len(division.domains)))
+            say("adapters_in_forest", study="ranks", arm=name, **facts, over_full=paired(mixed_N, full_N, held, len(division.domains)))
     lines = [
         Line(name, [float(rank) for rank in sorted(arms)], [float(str(arms[rank][0]["bits_per_byte"])) for rank in sorted(arms)])
         for name, arms in found.items() if name != "full"
@@ -120,7 +116,7 @@ def ranks(bench: Bench, division: Partition, asked: argparse.Namespace) -> tuple
     return lines, ("tuned in full", float(str(next(iter(found["full"].values()))[0]["bits_per_byte"])))
 
 
-def numbers(bench: Bench, asked: argparse.Namespace, divisions: Sequence[Partition]) -> tuple[list[Line], tuple[str, float] | None]:
+def compare_numbers(bench: Bench, asked: Namespace, divisions: Sequence[Partition]) -> tuple[list[Line], tuple[str, float] | None]:
     lines: dict[str, dict[int, float]] = {}
     single_N = level = None
     for division in divisions:
@@ -129,53 +125,53 @@ def numbers(bench: Bench, asked: argparse.Namespace, divisions: Sequence[Partiti
         batch = min(bench.study.batch, max(1, bench.study.tokens // (k * bench.study.length * asked.least)))
         recipe = Recipe(
             method="lora", rank=rank, batch=batch, length=bench.study.length, steps=bench.study.tokens // (k * batch * bench.study.length),
-            learning_rate=float(asked.rates.split(",")[0]) * (batch / bench.study.batch) ** 0.5, threads=max(1, cores() // asked.workers),
+            learning_rate=numbers(asked.rates)[0] * (batch / bench.study.batch) ** 0.5, threads=max(1, cores() // asked.workers),
         )  # fmt: skip
         held = evaluate.open_holdout(bench.holdout(division), bench.store)
         facts, mixed_N = arm(bench, division, recipe, asked.together)
         single_N = mixed_N if single_N is None else single_N
         if k == 1:
-            dense = recipe.model_copy(update={"method": "full", "learning_rate": float(asked.full_rates.split(",")[0])})
-            told, dense_N = arm(bench, division, dense)
-            level = ("one model tuned in full", float(str(told["bits_per_byte"])))
-            tell(study="numbers", batch=batch, **told, over_one=paired(dense_N, single_N, held, k))
-        tell(study="numbers", batch=batch, **facts, over_one=paired(mixed_N, single_N, held, k))
+            dense = recipe.model_copy(update={"method": "full", "learning_rate": numbers(asked.full_rates)[0]})
+            facts_dense, dense_N = arm(bench, division, dense)
+            level = ("one model tuned in full", float(str(facts_dense["bits_per_byte"])))
+            say("adapters_in_forest", study="numbers", batch=batch, **facts_dense, over_one=paired(dense_N, single_N, held, k))
+        say("adapters_in_forest", study="numbers", batch=batch, **facts, over_one=paired(mixed_N, single_N, held, k))
         lines.setdefault(division.method, {})[k] = float(str(facts["bits_per_byte"]))
     return [Line(name, [float(k) for k in points], list(points.values())) for name, points in lines.items()], level
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("study", choices=["ranks", "numbers"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--corpus", nargs="+", default=["sample"])
-    parser.add_argument("--seed", help="a seed in FOLDER; without it one is trained from scratch")
-    parser.add_argument("--seed-tokens", default="4M")
-    parser.add_argument("--tokens", default="0.75M", help="of further training, all experts together")
-    parser.add_argument("--domains", default="8", help="several for `numbers`")
-    parser.add_argument("--clusters", default="plain")
-    parser.add_argument("--random", default="", help="numbers of random clusters beside them")
-    parser.add_argument("--ranks", default="2,8,32,128")
-    parser.add_argument("--cap", type=int, default=64, help="the largest rank of `numbers`")
-    parser.add_argument("--product", type=int, default=64, help="rank times experts of `numbers`, where the rank is not capped")
-    parser.add_argument("--together", type=int, default=1, help="experts of `numbers` that train at once over one copy of the seed")
-    parser.add_argument("--least", type=int, default=12, help="steps an expert gets at least, by smaller batches")
-    parser.add_argument("--rates", default="6e-3,1.2e-2", help="of adapters")
-    parser.add_argument("--full-rates", default="1.5e-3")
-    parser.add_argument("--documents", type=int, default=60)
-    parser.add_argument("--workers", type=int, default=cores())
-    parser.add_argument("--plot", type=Path)
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("study", choices=["ranks", "numbers"])
+    options.add_argument("folder", type=Path)
+    options.add_argument("--corpus", nargs="+", default=["sample"])
+    options.add_argument("--seed", help="a seed in FOLDER; without it one is trained from scratch")
+    options.add_argument("--seed-tokens", default="4M")
+    options.add_argument("--tokens", default="0.75M", help="of further training, all experts together")
+    options.add_argument("--domains", default="8", help="several for `numbers`")
+    options.add_argument("--clusters", default="plain")
+    options.add_argument("--random", default="", help="numbers of random clusters beside them")
+    options.add_argument("--ranks", default="2,8,32,128")
+    options.add_argument("--cap", type=int, default=64, help="the largest rank of `numbers`")
+    options.add_argument("--product", type=int, default=64, help="rank times experts of `numbers`, where the rank is not capped")
+    options.add_argument("--together", type=int, default=1, help="experts of `numbers` that train at once over one copy of the seed")
+    options.add_argument("--least", type=int, default=12, help="steps an expert gets at least, by smaller batches")
+    options.add_argument("--rates", default="6e-3,1.2e-2", help="of adapters")
+    options.add_argument("--full-rates", default="1.5e-3")
+    options.add_argument("--documents", type=int, default=60)
+    options.add_argument("--workers", type=int, default=cores())
+    options.add_argument("--plot", type=Path)
+    asked = options.parse_args()
     store = Store(asked.folder)
-    study = Study(seed_tokens=count(asked.seed_tokens), tokens=count(asked.tokens), documents=asked.documents)
-    with bars() as progress:
-        corpus = build(asked.corpus, store, progress=progress)
-        seed = store.load(asked.seed, Seed) if asked.seed else scratch(study, corpus, store, progress)
-        bench = Bench(study, corpus, seed, store, asked.workers, progress)
-        ks = [int(k) for k in asked.domains.split(",")]
-        plans = [(k, asked.clusters) for k in ks] + [(int(k), "random") for k in asked.random.split(",") if k]
-        divisions = [divide(corpus, store, domains=k, method=method, progress=progress) for k, method in plans]
-        lines, level = ranks(bench, divisions[0], asked) if asked.study == "ranks" else numbers(bench, asked, divisions)
+    study = Study(seed_tokens=parse_count(asked.seed_tokens), tokens=parse_count(asked.tokens), documents=asked.documents)
+    progress = Lines()
+    corpus = build(asked.corpus, store, progress=progress)
+    seed = store.load(asked.seed, Seed) if asked.seed else scratch(study, corpus, store, progress)
+    bench = Bench(study, corpus, seed, store, asked.workers, progress)
+    ks = integers(asked.domains)
+    plans = [(k, asked.clusters) for k in ks] + [(k, "random") for k in integers(asked.random)]
+    divisions = [divide(corpus, store, domains=k, method=method, progress=progress) for k, method in plans]
+    lines, level = compare_ranks(bench, divisions[0], asked) if asked.study == "ranks" else compare_numbers(bench, asked, divisions)
     if asked.plot:
         asked.plot.write_text(experts_plot(lines, reference=level, by="rank" if asked.study == "ranks" else "number of experts"))
 

@@ -8,16 +8,14 @@ the tune half for all k (plain clusters use the rate of balanced ones). One JSON
 is best on the test half; then one with the rates. About an hour on one core; what was done in FOLDER is found again.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from benches.common import Lines, integers, numbers, parser, say, words
 from elmwood import evaluate
 from elmwood.cli.old_study import Study, scratch
-from elmwood.cli.screen import bars, count
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import Progress, cores, run
@@ -26,6 +24,7 @@ from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
 from elmwood.study.tasks import TrainJob, train_job
 from elmwood.study.training import shards
+from elmwood.units import parse_count
 
 BATCHES = (1, 4, 16)  # times the experts' batch, of dense controls
 
@@ -100,40 +99,40 @@ def dense(bench: Bench, rates: list[float], spec: evaluate.HoldoutSpec) -> list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--corpus", nargs="+", default=["sample"])
-    parser.add_argument("--domains", default="4,8,16,32")
-    parser.add_argument("--methods", default="balanced,plain,random")
-    parser.add_argument("--seed-tokens", default="4M")
-    parser.add_argument("--tokens", default="0.75M")
-    parser.add_argument("--rates", default="1.5e-3,3e-3")
-    parser.add_argument("--documents", type=int, default=120)
-    parser.add_argument("--workers", type=int, default=cores())
-    asked = parser.parse_args()
-    store, rates = Store(asked.folder), [float(rate) for rate in asked.rates.split(",")]
-    ks = [int(k) for k in asked.domains.split(",")]
-    study = Study(seed_tokens=count(asked.seed_tokens), tokens=count(asked.tokens), documents=asked.documents)
-    with bars() as progress:
-        corpus = build(asked.corpus, store, progress=progress)
-        seed = scratch(study, corpus, store, progress)
-        bench = Bench(study, corpus, seed, store, asked.workers, progress)
-        middle = ks[min(1, len(ks) - 1)]
-        first = divide(corpus, store, domains=middle, method="balanced", progress=progress)
-        spec = bench.holdout(first)
-        seed_N = bench.columns([seed.digest], spec)[seed.digest]
-        controls = dense(bench, rates, spec)
-        tuned: dict[str, float] = {}
-        for method in ("balanced", "random"):
-            division = divide(corpus, store, domains=middle, method=method, progress=progress)
-            sides = {rate: side(bench, division, rate) for rate in rates}
-            tuned[method] = min(rates, key=lambda rate: evaluate.compare(sides[rate][0], seed_N, sides[rate][1]).best.nats)
-        for k in ks:
-            for method in asked.methods.split(","):
-                division = divide(corpus, store, domains=k, method=method, progress=progress)
-                held, found = side(bench, division, tuned["random" if method == "random" else "balanced"])
-                print(json.dumps(line(bench, held, seed_N, controls, k, method, found)), flush=True)
-    print(json.dumps({"bench": "clusters", "rates": tuned, "dense": [control.name for control in controls]}), flush=True)
+    options = parser(__doc__)
+    options.add_argument("folder", type=Path)
+    options.add_argument("--corpus", nargs="+", default=["sample"])
+    options.add_argument("--domains", default="4,8,16,32")
+    options.add_argument("--methods", default="balanced,plain,random")
+    options.add_argument("--seed-tokens", default="4M")
+    options.add_argument("--tokens", default="0.75M")
+    options.add_argument("--rates", default="1.5e-3,3e-3")
+    options.add_argument("--documents", type=int, default=120)
+    options.add_argument("--workers", type=int, default=cores())
+    asked = options.parse_args()
+    store, rates = Store(asked.folder), numbers(asked.rates)
+    ks = integers(asked.domains)
+    study = Study(seed_tokens=parse_count(asked.seed_tokens), tokens=parse_count(asked.tokens), documents=asked.documents)
+    progress = Lines()
+    corpus = build(asked.corpus, store, progress=progress)
+    seed = scratch(study, corpus, store, progress)
+    bench = Bench(study, corpus, seed, store, asked.workers, progress)
+    middle = ks[min(1, len(ks) - 1)]
+    first = divide(corpus, store, domains=middle, method="balanced", progress=progress)
+    spec = bench.holdout(first)
+    seed_N = bench.columns([seed.digest], spec)[seed.digest]
+    controls = dense(bench, rates, spec)
+    tuned: dict[str, float] = {}
+    for method in ("balanced", "random"):
+        division = divide(corpus, store, domains=middle, method=method, progress=progress)
+        sides = {rate: side(bench, division, rate) for rate in rates}
+        tuned[method] = min(rates, key=lambda rate: evaluate.compare(sides[rate][0], seed_N, sides[rate][1]).best.nats)
+    for k in ks:
+        for method in words(asked.methods):
+            division = divide(corpus, store, domains=k, method=method, progress=progress)
+            held, found = side(bench, division, tuned["random" if method == "random" else "balanced"])
+            say("clusters", **line(bench, held, seed_N, controls, k, method, found))
+    say("clusters", rates=tuned, dense=[control.name for control in controls])
 
 
 def line(
@@ -142,7 +141,7 @@ def line(
     """What the honest table says of one division, shortened."""
     compared = evaluate.compare(held, seed_N, found, controls)
     return {
-        "bench": "clusters", "domains": k, "method": method, "chosen": compared.chosen, "tokens": bench.study.tokens,
+        "domains": k, "method": method, "chosen": compared.chosen, "tokens": bench.study.tokens,
         "seed_tokens": bench.study.seed_tokens, "fitted": {name: round(value, 4) for name, value in compared.fitted.items()},
         "rows": {row.name: [value and round(value, 4) for value in (row.bits_per_byte, row.gain, row.gain_error)] for row in compared.rows},
     }  # fmt: skip

@@ -12,8 +12,6 @@ each change, with r, the standard deviation over the mean, and one for all of a 
 G blocks of the gate split, B of them that may be drawn, N scored tokens in them, M models, K domains
 """
 
-import argparse
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
-from elmwood.cli.screen import expand
 from elmwood.engine import silent
 from elmwood.evaluate.holdout import GATE
 from elmwood.evaluate.sequential.decision import Population, StoppingRule, decide, per_byte, worst
 from elmwood.evaluate.sequential.error_budget import random_order
-from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
+from elmwood.records import Ensemble, Expert, Forest, Partition, Record
 from elmwood.store import Store
 from elmwood.study.contest import Nearness, Pair, bound_blocks, pair_models
 from elmwood.study.scoring import Columns, ensure
@@ -38,10 +35,6 @@ Ints = NDArray[np.integer]
 LEAST = 0.002  # bits per byte
 CLIP = 0.5
 WHOLE = 10_000  # blocks of a full evaluation
-
-
-def say(**line: object) -> None:
-    print(json.dumps({"bench": "compare"} | line), flush=True)
 
 
 class Real(NamedTuple):
@@ -71,13 +64,11 @@ class Change(NamedTuple):
     new: str | None  # the model whose column is not known beforehand; None: all are taken as unknown
 
 
-def opened(store: Store, name: str, documents: int | None) -> Real:
-    named = store.load(name)
-    forest = store.load(named.forest if isinstance(named, Ensemble) else named.digest, Forest)
-    base = named if isinstance(named, Ensemble) else Ensemble(forest=forest.digest, temperature=0.08, seed_distance=0.992)
-    division, seed = store.load(forest.partition, Partition), store.load(forest.seed, Seed)
-    spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=min(seed.context, 256), documents=documents)
-    columns = Columns(spec, store)
+def open_gate_split(store: Store, name: str, documents: int | None) -> Real:
+    opened = open_forest(store, name)
+    forest, division = opened.forest, opened.division
+    base = opened.ensemble or Ensemble(forest=forest.digest, temperature=0.08, seed_distance=0.992)
+    columns = Columns(opened.holdout(documents, 256), store)
     return Real(columns, base, forest, division, Nearness(columns.held, GATE, store, silent))
 
 
@@ -96,7 +87,7 @@ def changes(real: Real, every: int, replaced: Sequence[str], merges: Sequence[st
             label = division.domains[domain].name
             yield Change(way, "expert added", label, real.ensemble(others, **settings), everyone, experts[domain])
         for prefix in replaced:
-            for name in expand(store, [f"{prefix}/"]):
+            for name in names_below(store, [f"{prefix}/"]):
                 new = store.load(name, Expert)
                 others = [digest for digest in real.forest.experts if digest != experts[new.domain or 0]]
                 yield Change(way, f"replaced: {prefix}", name, everyone, real.ensemble([*others, new.digest], **settings), new.digest)
@@ -105,7 +96,7 @@ def changes(real: Real, every: int, replaced: Sequence[str], merges: Sequence[st
                 way, "temperature", "1.5 times", everyone, everyone.model_copy(update={"temperature": 1.5 * everyone.temperature}), None
             )
             yield Change(way, "top-1 to top-2", "", real.ensemble(real.forest.experts, top_k=1), everyone, None)
-    for name in expand(store, merges):
+    for name in names_below(store, merges):
         yield Change("one model", "merge for seed", name, store.load(real.forest.seed), store.load(name), store.resolve(name))
 
 
@@ -121,10 +112,17 @@ def decide_all(real: Real, asked: Iterable[Change], orders: int) -> None:
         found = ensure([(digest[:8], digest) for digest in pair.models], real.columns, windows=windows, progress=silent)
         loglik_NM = np.column_stack([found.columns[digest][pair.token_N] for digest in pair.models])
         row = measure(change, pair, held, loglik_NM, orders)
-        say(measured="change", way=change.way, change=change.what, label=change.label, **row)
+        say("compare", measured="change", way=change.way, change=change.what, label=change.label, **row)
         rows.setdefault((change.way, change.what), []).append(row)
     for (way, what), mine in rows.items():
-        say(measured="together", way=way, change=what, count=len(mine), **together([row for row in mine if row["may_differ"] > 0]))
+        say(
+            "compare",
+            measured="together",
+            way=way,
+            change=what,
+            count=len(mine),
+            **together([row for row in mine if row["may_differ"] > 0]),
+        )
 
 
 def measure(change: Change, pair: Pair, held: evaluate.Holdout, loglik_NM: Floats, orders: int) -> dict[str, Any]:
@@ -202,17 +200,17 @@ def together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("store", type=Path)
-    parser.add_argument("forest", help="or an ensemble, whose temperature is taken; of a forest it is 0.08, with the seed at 0.992")
-    parser.add_argument("--documents", type=int, help="at most so many held-out documents")
-    parser.add_argument("--every", type=int, default=1, help="add every so many-th expert")
-    parser.add_argument("--replaced", nargs="*", default=[], help="names of experts, up to the number of their domain")
-    parser.add_argument("--merges", nargs="*", default=[], help="names of merges")
-    parser.add_argument("--unrouted", action="store_true", help="as well: needs all columns on all blocks")
-    parser.add_argument("--orders", type=int, default=20, help="random orders of each change")
-    asked = parser.parse_args()
-    real = opened(Store(asked.store), asked.forest, asked.documents)
+    options = parser(__doc__)
+    options.add_argument("store", type=Path)
+    options.add_argument("forest", help="or an ensemble, whose temperature is taken; of a forest it is 0.08, with the seed at 0.992")
+    options.add_argument("--documents", type=int, help="at most so many held-out documents")
+    options.add_argument("--every", type=int, default=1, help="add every so many-th expert")
+    options.add_argument("--replaced", nargs="*", default=[], help="names of experts, up to the number of their domain")
+    options.add_argument("--merges", nargs="*", default=[], help="names of merges")
+    options.add_argument("--unrouted", action="store_true", help="as well: needs all columns on all blocks")
+    options.add_argument("--orders", type=int, default=20, help="random orders of each change")
+    asked = options.parse_args()
+    real = open_gate_split(Store(asked.store), asked.forest, asked.documents)
     decide_all(real, changes(real, asked.every, asked.replaced, asked.merges, asked.unrouted), asked.orders)
 
 

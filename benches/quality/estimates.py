@@ -6,23 +6,19 @@ One line for each candidate, and Spearman's rank correlation of both estimates w
 and over those that are better than the seed. Seconds are of this machine: for all estimates together, and for all losses.
 """
 
-import argparse
-import json
 from pathlib import Path
-from time import perf_counter
 
 from scipy.stats import spearmanr
 
+from benches.common import parser, say, timed
+from benches.models import leave_statistics
 from elmwood.engine import silent
-from elmwood.errors import BadInput
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.estimate import estimates
 from elmwood.merge.layer_weights import everywhere
-from elmwood.merge.statistics import found
 from elmwood.records import Expert, Record, Seed
 from elmwood.store import Store
 from elmwood.study.selection import tune
-from elmwood.train.statistics import statistics
 
 CANDIDATES = [
     *(Answer("task_arithmetic", {"scale": scale}) for scale in (0.1, 0.2, 0.3, 0.5, 0.8)),
@@ -40,54 +36,43 @@ CANDIDATES = [
 ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("store", type=Path)
-    parser.add_argument("experts", nargs="+")
-    parser.add_argument("--documents", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=64)
-    asked = parser.parse_args()
-    store = Store(asked.store)
-    experts = [store.load(name, Expert) for name in asked.experts]
-    started = perf_counter()
-    for expert in experts:
-        try:
-            found(expert.digest, store)
-        except BadInput:
-            statistics(expert, store, rows=asked.rows)
-    left = perf_counter() - started
-    seed = store.load(experts[0].seed, Seed)
-    members = {expert.digest: everywhere(1.0) for expert in experts}
-    started = perf_counter()
-    made = merge(seed, members, CANDIDATES, store)
-    merging = perf_counter() - started
-    titles = [" ".join([one.method, *(f"{key}={value:g}" for key, value in one.settings.items())]) for one in CANDIDATES]
-    candidates = dict(zip(titles, made, strict=True))
-    started = perf_counter()
-    both = {kind: estimates(seed, list(members), candidates, store, kind) for kind in ("gram", "fisher")}
-    estimating = perf_counter() - started
-    totals = {kind: {name: sum(rows.values()) for name, rows in table.items()} for kind, table in both.items()}
-    started = perf_counter()
-    models: dict[str, Record] = {**candidates, "seed": seed}
-    losses = tune(models, seed, experts[0].partition or "", asked.documents, store, silent).losses
-    scoring = perf_counter() - started
-    for name in titles:
-        print(json.dumps({"bench": "estimates", "merge": name, "bits_per_byte": round(losses[name].value, 4),
-                          **{kind: round(totals[kind][name], 6) for kind in totals}}), flush=True)  # fmt: skip
-    better = [name for name in titles if losses[name].value < losses["seed"].value]
-    line = {"bench": "estimates", "experts": len(experts), "seed": round(losses["seed"].value, 4), "better_than_seed": len(better)}
-    for kind, values in totals.items():
+def say_ranks(losses: dict[str, float], totals: dict[str, dict[str, float]], seconds: dict[str, float]) -> None:
+    """How each estimate orders the merges, all of them and those that are better than the seed."""
+    titles = [name for name in losses if name != "seed"]
+    better = [name for name in titles if losses[name] < losses["seed"]]
+    line: dict[str, object] = {"seed": losses["seed"], "better_than_seed": len(better)}
+    for kind, value_of in totals.items():
         for what, names in (("all", titles), ("better", better)):
             if len(names) > 2:
-                line[f"{kind}_{what}"] = round(
-                    float(spearmanr([values[name] for name in names], [losses[name].value for name in names])[0]), 3
-                )
-        first = min(values, key=lambda name: values[name])
-        line[f"{kind}_first"], line[f"{kind}_first_loss"] = first, round(losses[first].value, 4)
-    best = min(titles, key=lambda name: losses[name].value)
-    line |= {"best": best, "best_loss": round(losses[best].value, 4)}
-    seconds = {"statistics": left, "merges": merging, "estimates": estimating, "losses": scoring}
-    print(json.dumps(line | {f"{name}_s": round(value, 1) for name, value in seconds.items()}), flush=True)
+                line[f"{kind}_{what}"] = float(spearmanr([value_of[name] for name in names], [losses[name] for name in names])[0])
+        first = min(value_of, key=lambda name: value_of[name])
+        line |= {f"{kind}_first": first, f"{kind}_first_loss": losses[first]}
+    best = min(titles, key=lambda name: losses[name])
+    say("estimates", **line, best=best, best_loss=losses[best], **{f"{name}_s": value for name, value in seconds.items()})
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("store", type=Path)
+    options.add_argument("experts", nargs="+")
+    options.add_argument("--documents", type=int, default=60)
+    options.add_argument("--rows", type=int, default=64)
+    asked = options.parse_args()
+    store = Store(asked.store)
+    experts = [store.load(name, Expert) for name in asked.experts]
+    seed, members = store.load(experts[0].seed, Seed), {expert.digest: everywhere(1.0) for expert in experts}
+    _, leaving = timed(lambda: leave_statistics(experts, store=store, rows=asked.rows))
+    made, merging = timed(lambda: merge(seed, members, CANDIDATES, store))
+    titles = [" ".join([one.method, *(f"{key}={value:g}" for key, value in one.settings.items())]) for one in CANDIDATES]
+    candidates = dict(zip(titles, made, strict=True))
+    both, estimating = timed(lambda: {kind: estimates(seed, list(members), candidates, store, kind) for kind in ("gram", "fisher")})
+    totals = {kind: {name: float(sum(rows.values())) for name, rows in table.items()} for kind, table in both.items()}
+    models: dict[str, Record] = {**candidates, "seed": seed}
+    tuned, scoring = timed(lambda: tune(models, seed, experts[0].partition or "", asked.documents, store, silent))
+    losses = {name: loss.value for name, loss in tuned.losses.items()}
+    for name in titles:
+        say("estimates", merge=name, bits_per_byte=losses[name], **{kind: totals[kind][name] for kind in totals})
+    say_ranks(losses, totals, {"statistics": leaving, "merges": merging, "estimates": estimating, "losses": scoring})
 
 
 if __name__ == "__main__":

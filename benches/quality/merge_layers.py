@@ -10,14 +10,13 @@ first, keeping what lowers the loss on the tune documents. Bits per byte of the 
 paired standard error, and what the search cost: answers scored, tokens read, CPU seconds.
 """
 
-import argparse
-import json
 import time
+from argparse import Namespace
 from collections.abc import Mapping
 
-from benches.quality.merge_quality import Bench, numbers
+from benches.common import Lines, numbers, parser, say
+from benches.quality.merge_quality import Bench
 from elmwood import evaluate
-from elmwood.cli.screen import bars
 from elmwood.merge.checkpoint import Answer, assemble, merge
 from elmwood.merge.estimate import by_coordinates, estimates
 from elmwood.merge.layer_weights import everywhere
@@ -28,7 +27,7 @@ from elmwood.study.selection import TRIED
 class Search:
     """Answers at every scale, and what was spent on true losses."""
 
-    def __init__(self, bench: Bench, asked: argparse.Namespace):
+    def __init__(self, bench: Bench, asked: Namespace):
         self.bench, self.known, self.started = bench, dict[str, float](), time.process_time()
         members = {one.digest: everywhere(1.0) for one in bench.experts}
         scales = [scale / len(members) if asked.rule in ("task_arithmetic", "iso_c", "tsv") else scale for scale in numbers(asked.scales)]
@@ -66,37 +65,36 @@ class Search:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("store")
-    parser.add_argument("forest")
-    parser.add_argument("--rule", default="task_arithmetic")
-    parser.add_argument("--scales", default="0,0.1,0.2,0.35,0.5,0.75,1", help="of averages, rising")
-    parser.add_argument("--kind", default="fisher", choices=("fisher", "gram"))
-    parser.add_argument("--documents", type=int, default=300)
-    parser.add_argument("--tune", type=int, default=40)
-    asked = parser.parse_args()
-    with bars() as progress:
-        bench = Bench(asked, progress)
-        search = Search(bench, asked)
-        ways = {"one scale for all layers": search.everywhere()}
-        spent = {name: (len(search.known), time.process_time() - search.started) for name in ways}
-        ways["each layer by its estimate"] = search.by_estimate()
-        spent["each layer by its estimate"] = (0, search.estimating)
-        ways["by coordinates"] = search.by_coordinates()
-        spent["by coordinates"] = (len(search.known), time.process_time() - search.started)
-        columns = {name: bench.column(search.model(choice), bench.test_D) for name, choice in ways.items()}
+    options = parser(__doc__)
+    options.add_argument("store")
+    options.add_argument("forest")
+    options.add_argument("--rule", default="task_arithmetic")
+    options.add_argument("--scales", default="0,0.1,0.2,0.35,0.5,0.75,1", help="of averages, rising")
+    options.add_argument("--kind", default="fisher", choices=("fisher", "gram"))
+    options.add_argument("--documents", type=int, default=300)
+    options.add_argument("--tune", type=int, default=40)
+    asked = options.parse_args()
+    progress = Lines()
+    bench = Bench(asked, progress)
+    search = Search(bench, asked)
+    ways = {"one scale for all layers": search.everywhere()}
+    spent = {name: (len(search.known), time.process_time() - search.started) for name in ways}
+    ways["each layer by its estimate"] = search.by_estimate()
+    spent["each layer by its estimate"] = (0, search.estimating)
+    ways["by coordinates"] = search.by_coordinates()
+    spent["by coordinates"] = (len(search.known), time.process_time() - search.started)
+    columns = {name: bench.column(search.model(choice), bench.test_D) for name, choice in ways.items()}
     tokens = int(bench.held.windows.length_W[list({*bench.held.window_N[bench.tune_D[bench.held.document_N]].tolist()})].sum())
     reference = columns["one scale for all layers"]
     for name, column in {"seed": bench.seed_N, **columns}.items():
         loss = evaluate.bits_per_byte(column, bench.held, bench.test_D)
         behind = evaluate.difference(column, reference, bench.held, bench.test_D)
-        line = {"bench": "merge_layers", "forest": asked.forest, "rule": asked.rule, "way": name}
-        line |= {"bits_per_byte": round(loss.value, 5), "error": round(loss.standard_error, 5)}
-        line |= {"gain": round(-behind.value, 5), "gain_error": round(behind.standard_error, 5)}
+        line: dict[str, object] = {"forest": asked.forest, "rule": asked.rule, "way": name}
+        line |= {"bits_per_byte": loss.value, "error": loss.standard_error, "gain": -behind.value, "gain_error": behind.standard_error}
         if name in ways:
             answers, cpu = spent[name]
             line |= {"layers": ways[name], "answers": answers, "tokens": answers * tokens, "cpu": round(cpu, 1)}
-        print(json.dumps(line), flush=True)
+        say("merge_layers", **line)
 
 
 if __name__ == "__main__":

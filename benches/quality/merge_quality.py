@@ -12,29 +12,27 @@ half. LoRA experts are merged to one LoRA besides, and mixed for each prompt. Ex
 paired, with its standard error; `over_seed` and `over_ensemble` are over those.
 """
 
-import argparse
-import json
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 import numpy as np
 
+from benches.common import Lines, names_below, numbers, open_forest, parser, say, words
+from benches.models import leave_statistics
 from elmwood import evaluate
-from elmwood.cli.screen import bars, expand
 from elmwood.engine import Progress
-from elmwood.errors import BadInput, ElmwoodError
+from elmwood.errors import ElmwoodError
 from elmwood.merge.adapters import LOW_RULES
 from elmwood.merge.answers import make, title
 from elmwood.merge.checkpoint import Answer
 from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.rules.table import RULES
-from elmwood.merge.statistics import found
-from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
+from elmwood.records import Ensemble, Expert, Partition, Record
 from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
-from elmwood.train.statistics import statistics
 
 
 def answers_of(rule: str, scales: Sequence[float], ranks: Sequence[float], experts: int) -> list[Answer]:
@@ -52,14 +50,12 @@ def answers_of(rule: str, scales: Sequence[float], ranks: Sequence[float], exper
 class Bench:
     """A forest, its held-out text, and what has been scored."""
 
-    def __init__(self, asked: argparse.Namespace, progress: Progress):
+    def __init__(self, asked: Namespace, progress: Progress):
         self.asked, self.progress, self.store = asked, progress, Store(asked.store)
-        self.forest = self.store.load(asked.forest, Forest)
-        self.seed, self.partition = self.store.load(self.forest.seed, Seed), self.store.load(self.forest.partition, Partition)
+        opened = open_forest(self.store, asked.forest)
+        self.forest, self.seed, self.partition = opened.forest, opened.seed, opened.division
         self.experts = [self.store.load(digest, Expert) for digest in self.forest.experts]
-        length = min(self.seed.context, 1024)
-        self.spec = evaluate.HoldoutSpec(partition=self.partition.digest, seed=self.seed.digest, length=length, documents=asked.documents)
-        self.columns = Columns(self.spec, self.store)
+        self.columns = Columns(opened.holdout(asked.documents), self.store)
         self.held = self.columns.held
         self.test_D, self.tune_D = ~self.held.tune_D, self.held.tune_D.copy()
         self.tune_D[np.flatnonzero(self.tune_D)[asked.tune :]] = False  # documents are in order of id, which is chance
@@ -77,27 +73,19 @@ class Bench:
         distances = evaluate.distances(self.held, partition, self.store, self.progress)
         return evaluate.Side(np.column_stack([self.column(one) for one in experts]), distances)
 
-    def leave(self, rows: int) -> None:
-        """Let experts without statistics make them."""
-        for expert in self.experts:
-            try:
-                found(expert.digest, self.store)
-            except BadInput:
-                statistics(expert, self.store, rows=rows, progress=self.progress)
-
     def controls(self) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
         """The rows of the honest table, and the best single expert; sets what gains are over."""
         side = self.side(self.experts, self.partition)
         dense = {name: self.column(self.store.load(name)) for name in self.asked.dense}
         random = None
         if self.asked.random:
-            others = [self.store.load(name, Expert) for name in expand(self.store, [self.asked.random])]
+            others = [self.store.load(name, Expert) for name in names_below(self.store, [self.asked.random])]
             random = self.side(others, self.store.load(others[0].partition or "", Partition))
         table = evaluate.compare(self.held, self.seed_N, side, [evaluate.Control(name, one) for name, one in dense.items()], random)
         self.against = min([*dense.values()] or [self.seed_N], key=lambda one: evaluate.bits_per_byte(one, self.held, self.test_D).value)
         self.ensemble_N = table.column_N
         for row in table.rows:
-            emit(self.asked, row.name, row.bits_per_byte, row.standard_error, row.gain, row.gain_error, role=row.role)
+            say_row(self.asked, row.name, row.bits_per_byte, row.standard_error, row.gain, row.gain_error, role=row.role)
         tune_E = [evaluate.bits_per_byte(column, self.held, self.held.tune_D).value for column in side.loglik_NK.T]
         alone = int(np.argmin(tune_E))
         yield "best single expert", side.loglik_NK[:, alone], {"role": "control"}
@@ -114,7 +102,7 @@ class Bench:
 
     def merges(self) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
         """Every rule at its best scale."""
-        rules = self.asked.rules.split(",") if self.asked.rules else [*RULES, *(LOW_RULES if self.adapters else ())]
+        rules = words(self.asked.rules) or [*RULES, *(LOW_RULES if self.adapters else ())]
         members = {one.digest: everywhere(1.0) for one in self.experts}
         for rule in rules:
             answers = answers_of(rule, numbers(self.asked.scales), numbers(self.asked.ranks), len(members))
@@ -122,7 +110,7 @@ class Bench:
             try:
                 made = make(self.seed, members, answers, self.store, False, self.progress)
             except ElmwoodError as error:
-                print(json.dumps({"bench": "merge_quality", "forest": self.asked.forest, "model": rule, "refused": str(error)}), flush=True)
+                say("merge_quality", forest=self.asked.forest, model=rule, refused=str(error))
                 continue
             spent = round(time.process_time() - started, 1)
             errors = [one.error for one in made if one.error is not None]
@@ -140,42 +128,36 @@ class Bench:
         yield self.chosen("weights mixed for each prompt", made)
 
 
-def numbers(text: str) -> list[float]:
-    return [float(one) for one in text.split(",")]
-
-
-def emit(asked: argparse.Namespace, model: str, loss: float, error: float, gain: float | None, gain_error: float | None, **about) -> None:
-    line = {"bench": "merge_quality", "forest": asked.forest, "model": model, "bits_per_byte": round(loss, 5), "error": round(error, 5)}
-    line |= {"gain": None if gain is None else round(gain, 5), "gain_error": None if gain_error is None else round(gain_error, 5)}
-    print(json.dumps(line | about), flush=True)
+def say_row(asked: Namespace, model: str, loss: float, error: float, gain: float | None, gain_error: float | None, **about: Any) -> None:
+    say("merge_quality", forest=asked.forest, model=model, bits_per_byte=loss, error=error, gain=gain, gain_error=gain_error, **about)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("store")
-    parser.add_argument("forest")
-    parser.add_argument("--dense", nargs="*", default=[])
-    parser.add_argument("--random")
-    parser.add_argument("--rules")
-    parser.add_argument("--scales", default="0.2,0.5,1")
-    parser.add_argument("--ranks", default="16")
-    parser.add_argument("--temperatures", default="0.1", help="of the weights mixed for each prompt")
-    parser.add_argument("--documents", type=int, default=300)
-    parser.add_argument("--tune", type=int, default=40)
-    parser.add_argument("--statistics", type=int, default=32)
-    asked = parser.parse_args()
-    with bars() as progress:
-        bench = Bench(asked, progress)
-        if asked.statistics:
-            bench.leave(asked.statistics)
-        for rows in (bench.controls(), bench.merges(), bench.mixed() if bench.adapters else []):
-            for name, column, about in rows:
-                loss = evaluate.bits_per_byte(column, bench.held, bench.test_D)
-                worse = evaluate.difference(column, bench.against, bench.held, bench.test_D)
-                for key, other in (("over_seed", bench.seed_N), ("over_ensemble", bench.ensemble_N)):
-                    value, error = evaluate.difference(column, other, bench.held, bench.test_D)
-                    about |= {key: round(-value, 5), f"{key}_error": round(error, 5)}
-                emit(asked, name, *loss, -worse.value, worse.standard_error, **about)
+    options = parser(__doc__)
+    options.add_argument("store")
+    options.add_argument("forest")
+    options.add_argument("--dense", nargs="*", default=[])
+    options.add_argument("--random")
+    options.add_argument("--rules", default="", help="default: all")
+    options.add_argument("--scales", default="0.2,0.5,1")
+    options.add_argument("--ranks", default="16")
+    options.add_argument("--temperatures", default="0.1", help="of the weights mixed for each prompt")
+    options.add_argument("--documents", type=int, default=300)
+    options.add_argument("--tune", type=int, default=40)
+    options.add_argument("--statistics", type=int, default=32)
+    asked = options.parse_args()
+    progress = Lines()
+    bench = Bench(asked, progress)
+    if asked.statistics:
+        leave_statistics(bench.experts, store=bench.store, rows=asked.statistics, progress=progress)
+    for rows in (bench.controls(), bench.merges(), bench.mixed() if bench.adapters else []):
+        for name, column, about in rows:
+            loss = evaluate.bits_per_byte(column, bench.held, bench.test_D)
+            worse = evaluate.difference(column, bench.against, bench.held, bench.test_D)
+            for key, other in (("over_seed", bench.seed_N), ("over_ensemble", bench.ensemble_N)):
+                value, error = evaluate.difference(column, other, bench.held, bench.test_D)
+                about |= {key: round(-value, 5), f"{key}_error": round(error, 5)}
+            say_row(asked, name, *loss, -worse.value, worse.standard_error, **about)
 
 
 if __name__ == "__main__":

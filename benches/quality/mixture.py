@@ -12,10 +12,10 @@ One JSON line per row: bits per byte; gain over dense, over the same mixture unt
 parameters in all and at work on a token, CPU seconds of tuning, loads.
 """
 
-import argparse
 import json
 import re
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,17 +23,18 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from benches.common import numbers, open_forest, parser, say
 from elmwood import evaluate
-from elmwood.cli.screen import count
 from elmwood.domains.route import Routing, Signals, remember, router_of, weights
 from elmwood.ensemble.mixture import open_model
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.moe.build import Mixing, gate_rows, mix
-from elmwood.records import Corpus, Ensemble, Expert, Forest, Gates, Mixture, Partition, Recipe, Record, Seed
+from elmwood.records import Corpus, Ensemble, Expert, Forest, Gates, Mixture, Recipe, Record
 from elmwood.store import Store
 from elmwood.train.router import tune, tune_key
 from elmwood.train.tasks import train
+from elmwood.units import parse_count
 
 DENSE = "dense, equal total tokens"
 MERGED = (0.05, 0.1, 0.2)  # scales of task arithmetic: the sum of the deltas is added to the seed
@@ -86,11 +87,11 @@ PLANS = (
 class Bench:
     """The columns of all rows, on one holdout."""
 
-    def __init__(self, asked: argparse.Namespace):
+    def __init__(self, asked: Namespace):
         self.asked, self.store = asked, Store(asked.store)
-        self.forest = self.store.load(asked.forest, Forest)
-        self.seed, self.division = self.store.load(self.forest.seed, Seed), self.store.load(self.forest.partition, Partition)
-        self.length, self.tokens = min(self.seed.context, 256), count(asked.tokens)
+        opened = open_forest(self.store, asked.forest)
+        self.forest, self.seed, self.division = opened.forest, opened.seed, opened.division
+        self.length, self.tokens = min(self.seed.context, 256), parse_count(asked.tokens)
         spec = evaluate.HoldoutSpec(
             partition=self.division.digest, seed=self.seed.digest, length=self.length, documents=asked.documents
         )  # fmt: skip
@@ -120,20 +121,20 @@ class Bench:
     def wanted(self, name: str) -> bool:
         return re.search(self.asked.rows, name) is not None
 
-    def tell(self, name: str, record: Record | None = None, **facts: object) -> None:
+    def say_row(self, name: str, record: Record | None = None, **facts: object) -> None:
         if record is not None:
             self.columns[name] = self.column(record)
         found = evaluate.row(name, self.columns[name], self.held, domains=len(self.division.domains))
-        line = {"bench": "mixture", "forest": self.asked.forest, "row": name}
-        line |= {"bits_per_byte": round(found.bits_per_byte, 4), "error": round(found.standard_error, 4)}
+        line: dict[str, object] = {"forest": self.asked.forest, "row": name}
+        line |= {"bits_per_byte": found.bits_per_byte, "error": found.standard_error}
         merges = [other for other in self.columns if other.startswith("merge")]
         best = min(merges, default="", key=lambda other: evaluate.bits_per_byte(self.columns[other], self.held, self.held.tune_D).value)
         for other, label in ((DENSE, "gain"), ("seed", "over_seed"), (best, "over_merge"), ("mixture: untuned", "over_untuned")):
             if other in self.columns and other != name:
                 gain = evaluate.difference(self.columns[other], self.columns[name], self.held, ~self.held.tune_D)
-                line |= {label: round(gain.value, 4), f"{label}_error": round(gain.standard_error, 4)}
+                line |= {label: gain.value, f"{label}_error": gain.standard_error}
         line["tune_half"] = round(evaluate.bits_per_byte(self.columns[name], self.held, self.held.tune_D).value, 4)
-        print(json.dumps(line | facts), flush=True)
+        say("mixture", **line | facts)
 
     # ---- rows
 
@@ -142,15 +143,15 @@ class Bench:
         for spelled in self.asked.dense:
             made.append((spelled, train(self.seed, self.data, self.dense(spelled), self.store)))
         name, longer = self.best(made)
-        self.tell(DENSE, longer, which=name, among=[name for name, _ in made], tokens=longer.recipe.tokens)  # type: ignore[attr-defined]
-        self.tell("seed", self.seed)
+        self.say_row(DENSE, longer, which=name, among=[name for name, _ in made], tokens=longer.recipe.tokens)  # type: ignore[attr-defined]
+        self.say_row("seed", self.seed)
         if self.asked.ensemble and self.wanted("ensemble"):
             self.ensemble()
         if self.wanted("merge"):
             members = {digest: everywhere(1.0) for digest in self.forest.experts}
             answers = [Answer("average", {}), *(Answer("task_arithmetic", {"scale": scale}) for scale in MERGED)]
             for answer, one in zip(answers, merge(self.seed, members, answers, self.store), strict=True):
-                self.tell(f"merge: {answer.method} {answer.settings.get('scale', '')}".strip(), one)
+                self.say_row(f"merge: {answer.method} {answer.settings.get('scale', '')}".strip(), one)
 
     def dense(self, spelled: str) -> Recipe:
         """A trained control's recipe, or BATCH:RATE, for as many tokens as the experts' and the tuning's."""
@@ -176,7 +177,7 @@ class Bench:
         weight_NE = weights(Signals(dist2_NK[:, [expert.domain or 0 for expert in experts]], memory_NE), routing)
         name = f"c-BTM ensemble, top-{record.top_k}"
         self.columns[name] = evaluate.mix(loglik_NE, weight_NE)
-        self.tell(name)
+        self.say_row(name)
 
     def untuned(self, plan: Plan) -> tuple[float, Mixture]:
         """With the scale of its gates."""
@@ -194,10 +195,10 @@ class Bench:
     def mixture(self, plan: Plan) -> None:
         scale, start = self.untuned(plan)
         if plan.tuned is None:
-            self.tell(f"mixture: {plan.name}", start, scale=scale, shared=start.method, **self.sizes(start))
+            self.say_row(f"mixture: {plan.name}", start, scale=scale, shared=start.method, **self.sizes(start))
             return
         made = []
-        rates = plan.rates or tuple(float(rate) for rate in self.asked.rates.split(","))
+        rates = plan.rates or tuple(numbers(self.asked.rates))
         for rate in rates:
             recipe = Recipe(
                 method="router", steps=self.tokens // (self.asked.batch * self.length), batch=self.asked.batch, length=self.length,
@@ -213,7 +214,7 @@ class Bench:
         load = next(found for line in reversed(logged) if line.get("event") == "load" and (found := json.loads(line["load"])))
         share_LE = np.array(list(load.values()))
         even = 1 / share_LE.shape[1]
-        self.tell(
+        self.say_row(
             f"mixture: {plan.name}", best, rate=rate, rates=rates, scale=scale, shared=start.method, tuning_tokens=recipe.tokens,
             tuning_cpu=cpu, load=[round(float(share_LE.min() / even), 2), round(float(share_LE.max() / even), 2)],
             dead=int((share_LE < 0.1 * even).sum()), **self.sizes(best),  # type: ignore[arg-type]
@@ -234,19 +235,19 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("store")
-    parser.add_argument("forest")
-    parser.add_argument("--ensemble")
-    parser.add_argument("--dense", action="append", required=True)
-    parser.add_argument("--random")
-    parser.add_argument("--tokens", default="500k")
-    parser.add_argument("--batch", type=int, default=8, help="of tuning")
-    parser.add_argument("--rates", default="5e-4,1e-3", help="of tuning more than gates")
-    parser.add_argument("--rng-seed", type=int, default=0, help="of tuning: 1, and it reads other text than the seed did first")
-    parser.add_argument("--documents", type=int, default=100)
-    parser.add_argument("--rows", default="")
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("store")
+    options.add_argument("forest")
+    options.add_argument("--ensemble")
+    options.add_argument("--dense", action="append", required=True)
+    options.add_argument("--random")
+    options.add_argument("--tokens", default="500k")
+    options.add_argument("--batch", type=int, default=8, help="of tuning")
+    options.add_argument("--rates", default="5e-4,1e-3", help="of tuning more than gates")
+    options.add_argument("--rng-seed", type=int, default=0, help="of tuning: 1, and it reads other text than the seed did first")
+    options.add_argument("--documents", type=int, default=100)
+    options.add_argument("--rows", default="")
+    asked = options.parse_args()
     torch.set_num_threads(1)
     bench = Bench(asked)
     bench.controls()

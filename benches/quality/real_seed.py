@@ -9,8 +9,6 @@ JSON line per domain: bits per byte of both, and the gain with its standard erro
 D documents of a domain, M the two models, V vocabulary
 """
 
-import argparse
-import json
 from itertools import islice
 from math import log
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benches.common import parser, say
 from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import token_bytes
 from elmwood.lm.experts import Experts
@@ -34,15 +33,15 @@ def ratio(value_D: np.ndarray, bytes_D: np.ndarray) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("store", type=Path)
-    parser.add_argument("--seed", default="smollm2")
-    parser.add_argument("--expert", default="smol/0")
-    parser.add_argument("--domains", help="by comma; default: all")
-    parser.add_argument("--documents", type=int, default=30, help="of each domain, at most")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each document")
-    parser.add_argument("--threads", type=int, default=1)
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("store", type=Path)
+    options.add_argument("--seed", default="smollm2")
+    options.add_argument("--expert", default="smol/0")
+    options.add_argument("--domains", help="by comma; default: all")
+    options.add_argument("--documents", type=int, default=30, help="of each domain, at most")
+    options.add_argument("--length", type=int, default=256, help="tokens of each document")
+    options.add_argument("--threads", type=int, default=1)
+    asked = options.parse_args()
     torch.set_num_threads(asked.threads)
     store = Store(asked.store)
     seed, expert = store.load(asked.seed, Seed), store.load(asked.expert, Expert)
@@ -58,12 +57,12 @@ def main() -> None:
         bytes_D = np.array([size_V[np.array(row[1:])].sum() for row in rows])
         bits_DM = np.array([[-float(lms.score(e, [row]).sum()) / log(2) for e in (1, 0)] for row in rows])  # the seed, the expert
         gain, error = ratio(bits_DM[:, 0] - bits_DM[:, 1], bytes_D)
-        print(json.dumps({
-            "bench": "real_seed", "domain": division.domains[place].name, "own": place == expert.domain, "documents": len(rows),
+        say("real_seed", **{
+            "domain": division.domains[place].name, "own": place == expert.domain, "documents": len(rows),
             "bytes": int(bytes_D.sum()), "seed": round(ratio(bits_DM[:, 0], bytes_D)[0], 4),
             "expert": round(ratio(bits_DM[:, 1], bytes_D)[0], 4), "gain": round(gain, 4), "standard error": round(error, 4),
             "documents that gain": int((bits_DM[:, 0] > bits_DM[:, 1]).sum()),
-        }), flush=True)  # fmt: skip
+        })  # fmt: skip
 
 
 if __name__ == "__main__":

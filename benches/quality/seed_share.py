@@ -7,18 +7,17 @@ the rate with the least loss on the tune half; all numbers are of the test half.
 per setting on two cores; what was done in FOLDER is found again.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
+from benches.common import Lines, integers, numbers, parser, say, words
 from elmwood import evaluate
 from elmwood.cli.old_study import Arms, Study, branch, scratch
-from elmwood.cli.screen import bars, count
 from elmwood.corpus.build import build
 from elmwood.records import Row
 from elmwood.store import Store
+from elmwood.units import parse_count
 
 
 def tune(arms: list[Arms], rates: list[float]) -> tuple[Arms, dict[str, float]]:
@@ -48,35 +47,35 @@ def cell(row: Row) -> list[float | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed-tokens", default="0.4M,1.25M,3M,6M")
-    parser.add_argument("--domains", default="6")
-    parser.add_argument("--tokens", default="0.75M")
-    parser.add_argument("--rates", default="1e-3,2e-3")
-    parser.add_argument("--documents", type=int, default=None)
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("folder", type=Path)
+    options.add_argument("--seed-tokens", default="0.4M,1.25M,3M,6M")
+    options.add_argument("--domains", default="6")
+    options.add_argument("--tokens", default="0.75M")
+    options.add_argument("--rates", default="1e-3,2e-3")
+    options.add_argument("--documents", type=int, default=None)
+    asked = options.parse_args()
     store = Store(asked.folder)
-    rates = [float(rate) for rate in asked.rates.split(",")]
-    with bars() as progress:
-        corpus = build(["sample"], store, progress=progress)
-        for seed_tokens in map(count, asked.seed_tokens.split(",")):
-            for domains in map(int, asked.domains.split(",")):
-                base = Study(seed_tokens=seed_tokens, domains=domains, tokens=count(asked.tokens), documents=asked.documents)
-                seed = scratch(base, corpus, store, progress)
-                studies = [
-                    base.model_copy(update={"expert_rate": rate, "random_rate": rate, "dense_rate": rate, "large_rate": 2 * rate})
-                    for rate in rates
-                ]
-                arms = [branch(study, corpus, seed, store, workers=None, progress=progress) for study in studies]
-                best, chosen = tune(arms, rates)
-                compared = evaluate.compare(best.held, best.seed_N, best.experts, best.dense, best.random)
-                line = {
-                    "bench": "seed_share", "seed_tokens": seed_tokens, "tokens": base.tokens, "domains": domains,
-                    "share": round(seed_tokens / (seed_tokens + base.tokens), 3), "rates": chosen, "fitted": compared.fitted,
-                    "rows": {row.name: cell(row) for row in compared.rows},
-                }  # fmt: skip
-                print(json.dumps(line), flush=True)
+    rates = numbers(asked.rates)
+    progress = Lines()
+    corpus = build(["sample"], store, progress=progress)
+    for seed_tokens in map(parse_count, words(asked.seed_tokens)):
+        for domains in integers(asked.domains):
+            base = Study(seed_tokens=seed_tokens, domains=domains, tokens=parse_count(asked.tokens), documents=asked.documents)
+            seed = scratch(base, corpus, store, progress)
+            studies = [
+                base.model_copy(update={"expert_rate": rate, "random_rate": rate, "dense_rate": rate, "large_rate": 2 * rate})
+                for rate in rates
+            ]
+            arms = [branch(study, corpus, seed, store, workers=None, progress=progress) for study in studies]
+            best, chosen = tune(arms, rates)
+            compared = evaluate.compare(best.held, best.seed_N, best.experts, best.dense, best.random)
+            line = {
+                "seed_tokens": seed_tokens, "tokens": base.tokens, "domains": domains,
+                "share": round(seed_tokens / (seed_tokens + base.tokens), 3), "rates": chosen, "fitted": compared.fitted,
+                "rows": {row.name: cell(row) for row in compared.rows},
+            }  # fmt: skip
+            say("seed_share", **line)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ of the share of variance between blocks of (merge - seed) that it explains, whic
 N tokens, E experts, C candidates
 """
 
-import argparse
-import json
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from benches.common import open_forest, parser, say
 from elmwood import evaluate
 from elmwood.engine import silent
 from elmwood.errors import BadInput
@@ -28,16 +27,12 @@ from elmwood.evaluate.surrogate import interpolation, mixture, pool
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.estimate import estimates
 from elmwood.merge.layer_weights import everywhere
-from elmwood.records import Ensemble, Forest, Merged, Partition, Seed
+from elmwood.records import Forest, Merged, Seed
 from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
 
 Floats = NDArray[np.floating]
 SURROGATES = {"pool": pool, "mixture": mixture, "interpolation": interpolation}
-
-
-def say(**line: object) -> None:
-    print(json.dumps({"bench": "surrogates"} | line), flush=True)
 
 
 def candidates(forest: Forest, seed: Seed, count: int, store: Store) -> list[tuple[str, Merged, Floats]]:
@@ -59,21 +54,26 @@ def candidates(forest: Forest, seed: Seed, count: int, store: Store) -> list[tup
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("store", type=Path)
-    parser.add_argument("forest")
-    parser.add_argument("--merges", type=int, default=24)
-    parser.add_argument("--documents", type=int)
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("store", type=Path)
+    options.add_argument("forest")
+    options.add_argument("--merges", type=int, default=24)
+    options.add_argument("--documents", type=int)
+    asked = options.parse_args()
     store = Store(asked.store)
-    named = store.load(asked.forest)
-    forest = store.load(named.forest if isinstance(named, Ensemble) else named.digest, Forest)
-    seed, division = store.load(forest.seed, Seed), store.load(forest.partition, Partition)
+    opened = open_forest(store, asked.forest)
+    forest, seed = opened.forest, opened.seed
     made = candidates(forest, seed, asked.merges, store)
-    spec = evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=min(seed.context, 1024), documents=asked.documents)
     models = [("seed", seed.digest), *((digest[:8], digest) for digest in forest.experts), *(("merge", one.digest) for _, one, _ in made)]
-    found = ensure(models, Columns(spec, store), progress=silent)
-    say(measured="columns", merges=len(made), tokens=len(found.holdout.document_N), forwarded=found.tokens, seconds=round(found.seconds, 1))
+    found = ensure(models, Columns(opened.holdout(asked.documents), store), progress=silent)
+    say(
+        "surrogates",
+        measured="columns",
+        merges=len(made),
+        tokens=len(found.holdout.document_N),
+        forwarded=found.tokens,
+        seconds=round(found.seconds, 1),
+    )
     guessed_SC: dict[str, list[Floats]] = {}
     started = time.perf_counter()
     seed_N = found.columns[seed.digest]
@@ -99,7 +99,7 @@ def report(made, guessed_SC, columns, seed_N, held, seconds) -> None:
         for name, guesses in guessed_SC.items():
             value_c = np.array([loss(guesses[c]) for c in places])
             explained = [np.corrcoef(block_nats(guesses[c], held) - block_nats(seed_N, held), gain_CB[c])[0, 1] ** 2 for c in places]
-            say(measured="surrogate", surrogate=name, merges=kind, count=len(places), seed=round(loss(seed_N), 4),
+            say("surrogates", measured="surrogate", surrogate=name, merges=kind, count=len(places), seed=round(loss(seed_N), 4),
                 true=[round(float(true_C[places].min()), 4), round(float(true_C[places].max()), 4)],
                 rank_correlation=round(float(spearmanr(value_c, true_C[places]).statistic), 3),
                 mean_error=round(float(np.abs(value_c - true_C[places]).mean()), 4),
@@ -118,9 +118,10 @@ def by_weights(made, columns, seed: Seed, forest: Forest, held: evaluate.Holdout
         try:
             found = estimates(seed, forest.experts, {str(c): one for c, (_, one, _) in enumerate(made)}, store, kind)
         except BadInput as error:
-            return say(measured="surrogate", surrogate="statistics", left_out=str(error))
+            return say("surrogates", measured="surrogate", surrogate="statistics", left_out=str(error))
         value_C = [sum(found[str(c)].values()) for c in range(len(made))]
         say(
+            "surrogates",
             measured="surrogate",
             surrogate=kind,
             merges="all",

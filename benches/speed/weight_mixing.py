@@ -1,6 +1,6 @@
 """What mixing weights for each prompt costs and gives, beside the ensemble of outputs, one static merge, and the seed.
 
-    python -m benches.quality.weight_mixing STORE FOREST [--top-k 2] [--temperature 0.1] [--scale 0.5] [--documents 60] [--rounds 5]
+    python -m benches.speed.weight_mixing STORE FOREST [--top-k 2] [--temperature 0.1] [--scale 0.5] [--documents 60] [--rounds 5]
 
 STORE and a FOREST of LoRA experts can be made with benches/forest.py (lab/lora-forest). One JSON line for each way: bits per byte on the
 test half at these settings (benches/quality/merge_quality.py chooses them), forward passes of the base for a prompt and 32 new tokens
@@ -8,8 +8,7 @@ test half at these settings (benches/quality/merge_quality.py chooses them), for
 ratios to the seed's in the same round. Seconds are worth something on a quiet machine only; `cpu of seed` can be compared on a busy one.
 """
 
-import argparse
-import json
+from argparse import Namespace
 from functools import partial
 from statistics import median
 from time import perf_counter, process_time
@@ -17,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benches.common import Lines, open_forest, parser, say
 from elmwood import evaluate
-from elmwood.cli.screen import bars
 from elmwood.ensemble.mixture import open_model
 from elmwood.lm.interface import LM
 from elmwood.merge.adapters import merge_adapters
@@ -38,7 +37,7 @@ class Spent(NamedTuple):
     passes: int
 
 
-def ways(forest: Forest, seed: Seed, asked: argparse.Namespace, store: Store) -> dict[str, Record]:
+def ways(forest: Forest, seed: Seed, asked: Namespace, store: Store) -> dict[str, Record]:
     settings: dict[str, Any] = {"forest": forest.digest, "top_k": asked.top_k, "temperature": asked.temperature}
     members = {digest: everywhere(1.0) for digest in forest.experts}
     static, small = merge_adapters(seed, members, [("concat", {"scale": asked.scale}), ("svd", {"scale": asked.scale, "rank": 16})], store)
@@ -77,23 +76,22 @@ def spent(lm: LM, tokens: list[int]) -> Spent:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("store")
-    parser.add_argument("forest")
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--temperature", type=float, default=0.1)
-    parser.add_argument("--scale", type=float, default=0.5)
-    parser.add_argument("--documents", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("store")
+    options.add_argument("forest")
+    options.add_argument("--top-k", type=int, default=2)
+    options.add_argument("--temperature", type=float, default=0.1)
+    options.add_argument("--scale", type=float, default=0.5)
+    options.add_argument("--documents", type=int, default=60)
+    options.add_argument("--rounds", type=int, default=5)
+    asked = options.parse_args()
     store = Store(asked.store)
-    forest = store.load(asked.forest, Forest)
-    seed = store.load(forest.seed, Seed)
+    opened = open_forest(store, asked.forest)
+    forest, seed = opened.forest, opened.seed
     made = ways(forest, seed, asked, store)
-    spec = evaluate.HoldoutSpec(partition=forest.partition, seed=seed.digest, length=min(seed.context, 1024), documents=asked.documents)
-    with bars() as progress:
-        held = evaluate.open_holdout(spec, store)
-        scores = {one.digest: evaluate.score(one, partial(open_model, one, store), held, store, progress) for one in made.values()}
+    progress = Lines()
+    held = evaluate.open_holdout(opened.holdout(asked.documents), store)
+    scores = {one.digest: evaluate.score(one, partial(open_model, one, store), held, store, progress) for one in made.values()}
     long = max(range(len(held.windows.length_W)), key=lambda w: held.windows.length_W[w])
     tokens = held.windows.rows_WL[long, : PROMPT + NEW].tolist()
     torch.set_num_threads(1)
@@ -102,13 +100,12 @@ def main() -> None:
     for name, one in made.items():
         mine, seeds = [each[name] for each in rounds], [each["seed"] for each in rounds]
         loss = evaluate.bits_per_byte(evaluate.column(scores[one.digest], held, store), held, ~held.tune_D)
-        line = {"bench": "weight_mixing", "forest": asked.forest, "way": name, "bits_per_byte": round(loss.value, 5),
-                "error": round(loss.standard_error, 5), "passes": mine[0].passes}  # fmt: skip
+        line: dict[str, object] = {"bits_per_byte": loss.value, "error": loss.standard_error, "passes": mine[0].passes}
         for field, count in (("prompt", PROMPT), ("new", NEW)):
             line[f"{field}_tokens_per_second"] = round(count / median(getattr(each, field) for each in mine), 1)
             line[f"{field} of seed"] = round(median(getattr(a, field) / getattr(b, field) for a, b in zip(mine, seeds, strict=True)), 3)
         line["cpu of seed"] = round(median(a.cpu / b.cpu for a, b in zip(mine, seeds, strict=True)), 3)
-        print(json.dumps(line), flush=True)
+        say("weight_mixing", forest=asked.forest, way=name, **line)
 
 
 if __name__ == "__main__":
