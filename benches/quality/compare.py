@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from benches.common import names_below, open_forest, parser, say
 from elmwood import evaluate
 from elmwood.engine import silent
 from elmwood.evaluate.holdout import GATE

@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from benches.common import open_forest, parser, say, timed
 from elmwood import evaluate
 from elmwood.engine import cores
-from elmwood.evaluate.columns import rounded, run
+from elmwood.evaluate.columns import round_to_half, run
 from elmwood.evaluate.losses import bits_per_byte
 from elmwood.evaluate.subsets import optimum, probabilities, rank
 from elmwood.store import Store
@@ -100,7 +100,7 @@ def measure_real(store: Store, name: str, documents: int | None) -> None:
     exact_NM = np.column_stack(exact)
     tokens, count = exact_NM.shape
     weight_CM = draw_candidates(200, count)
-    kinds = {"kept": np.column_stack([rounded(one) for one in exact]), "plain half": exact_NM.astype(np.float16)}
+    kinds = {"kept": np.column_stack([round_to_half(one) for one in exact]), "plain half": exact_NM.astype(np.float16)}
     every_D = np.ones(len(held.bytes_D), bool)
 
     def losses(loglik_NM: Floats) -> tuple[Floats, Floats]:
