@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benches.common import names_below, open_forest, parser, say
-from elmwood import evaluate
 from elmwood.engine import silent
-from elmwood.evaluate.holdout import GATE
+from elmwood.evaluate.holdout import GATE, Holdout
 from elmwood.evaluate.sequential.decision import Population, StoppingRule, decide, per_byte, worst
 from elmwood.evaluate.sequential.error_budget import random_order
 from elmwood.records import Ensemble, Expert, Forest, Partition, Record
@@ -126,7 +125,7 @@ def decide_all(real: Real, asked: Iterable[Change], orders: int) -> None:
         )
 
 
-def measure(change: Change, pair: Pair, held: evaluate.Holdout, loglik_NM: Floats, orders: int) -> dict[str, Any]:
+def measure(change: Change, pair: Pair, held: Holdout, loglik_NM: Floats, orders: int) -> dict[str, Any]:
     """What the differences look like, and how many blocks it takes to know, in four ways."""
     touched_G, blocks = pair.touched_G, len(pair.block_G)
     here_N = touched_G[pair.block_N]

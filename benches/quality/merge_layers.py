@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from benches.common import Lines, numbers, parser, say
 from benches.quality.merge_quality import Bench
-from elmwood import evaluate
+from elmwood.evaluate.losses import bits_per_byte, difference
 from elmwood.merge.checkpoint import Answer, assemble, merge
 from elmwood.merge.estimate import by_coordinates, estimates
 from elmwood.merge.layer_weights import everywhere
@@ -47,7 +47,7 @@ class Search:
         model = self.model(choice)
         if model.digest not in self.known:
             column = self.bench.column(model, self.bench.tune_D)
-            self.known[model.digest] = evaluate.bits_per_byte(column, self.bench.held, self.bench.tune_D).value
+            self.known[model.digest] = bits_per_byte(column, self.bench.held, self.bench.tune_D).value
         return self.known[model.digest]
 
     def everywhere(self) -> dict[str, str]:
@@ -87,8 +87,8 @@ def main() -> None:
     tokens = int(bench.held.windows.length_W[list({*bench.held.window_N[bench.tune_D[bench.held.document_N]].tolist()})].sum())
     reference = columns["one scale for all layers"]
     for name, column in {"seed": bench.seed_N, **columns}.items():
-        loss = evaluate.bits_per_byte(column, bench.held, bench.test_D)
-        behind = evaluate.difference(column, reference, bench.held, bench.test_D)
+        loss = bits_per_byte(column, bench.held, bench.test_D)
+        behind = difference(column, reference, bench.held, bench.test_D)
         line: dict[str, object] = {"forest": asked.forest, "rule": asked.rule, "way": name}
         line |= {"bits_per_byte": loss.value, "error": loss.standard_error, "gain": -behind.value, "gain_error": behind.standard_error}
         if name in ways:

@@ -22,9 +22,11 @@ import numpy as np
 
 from benches.common import Lines, names_below, numbers, open_forest, parser, say, words
 from benches.models import leave_statistics
-from elmwood import evaluate
 from elmwood.engine import Progress
 from elmwood.errors import ElmwoodError
+from elmwood.evaluate.comparison import Control, Side, compare
+from elmwood.evaluate.holdout import distances as document_distances
+from elmwood.evaluate.losses import bits_per_byte, difference
 from elmwood.merge.adapters import LOW_RULES
 from elmwood.merge.answers import make, title
 from elmwood.merge.checkpoint import Answer
@@ -68,10 +70,10 @@ class Bench:
         windows = {} if document_D is None else {digest: np.unique(self.held.window_N[document_D[self.held.document_N]])}
         return ensure([("score", digest)], self.columns, windows=windows, progress=self.progress).columns[digest]
 
-    def side(self, names: Sequence[Record], partition: Partition) -> evaluate.Side:
+    def side(self, names: Sequence[Record], partition: Partition) -> Side:
         experts = sorted(names, key=lambda one: getattr(one, "domain", 0) or 0)
-        distances = evaluate.distances(self.held, partition, self.store, self.progress)
-        return evaluate.Side(np.column_stack([self.column(one) for one in experts]), distances)
+        distances = document_distances(self.held, partition, self.store, self.progress)
+        return Side(np.column_stack([self.column(one) for one in experts]), distances)
 
     def controls(self) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
         """The rows of the honest table, and the best single expert; sets what gains are over."""
@@ -81,12 +83,12 @@ class Bench:
         if self.asked.random:
             others = [self.store.load(name, Expert) for name in names_below(self.store, [self.asked.random])]
             random = self.side(others, self.store.load(others[0].partition or "", Partition))
-        table = evaluate.compare(self.held, self.seed_N, side, [evaluate.Control(name, one) for name, one in dense.items()], random)
-        self.against = min([*dense.values()] or [self.seed_N], key=lambda one: evaluate.bits_per_byte(one, self.held, self.test_D).value)
+        table = compare(self.held, self.seed_N, side, [Control(name, one) for name, one in dense.items()], random)
+        self.against = min([*dense.values()] or [self.seed_N], key=lambda one: bits_per_byte(one, self.held, self.test_D).value)
         self.ensemble_N = table.column_N
         for row in table.rows:
             say_row(self.asked, row.name, row.bits_per_byte, row.standard_error, row.gain, row.gain_error, role=row.role)
-        tune_E = [evaluate.bits_per_byte(column, self.held, self.held.tune_D).value for column in side.loglik_NK.T]
+        tune_E = [bits_per_byte(column, self.held, self.held.tune_D).value for column in side.loglik_NK.T]
         alone = int(np.argmin(tune_E))
         yield "best single expert", side.loglik_NK[:, alone], {"role": "control"}
 
@@ -94,7 +96,7 @@ class Bench:
         """Of several models the best on the tune half."""
         started = time.process_time()
         columns = {one: self.column(model, self.tune_D) for one, model in made.items()}
-        losses = {one: evaluate.bits_per_byte(column, self.held, self.tune_D).value for one, column in columns.items()}
+        losses = {one: bits_per_byte(column, self.held, self.tune_D).value for one, column in columns.items()}
         best = min(losses, key=lambda one: losses[one])
         column = self.column(made[best], self.test_D)
         about |= {"answer": best, "answers": len(made), "tune": round(losses[best], 5)}
@@ -152,10 +154,10 @@ def main() -> None:
         leave_statistics(bench.experts, store=bench.store, rows=asked.statistics, progress=progress)
     for rows in (bench.controls(), bench.merges(), bench.mixed() if bench.adapters else []):
         for name, column, about in rows:
-            loss = evaluate.bits_per_byte(column, bench.held, bench.test_D)
-            worse = evaluate.difference(column, bench.against, bench.held, bench.test_D)
+            loss = bits_per_byte(column, bench.held, bench.test_D)
+            worse = difference(column, bench.against, bench.held, bench.test_D)
             for key, other in (("over_seed", bench.seed_N), ("over_ensemble", bench.ensemble_N)):
-                value, error = evaluate.difference(column, other, bench.held, bench.test_D)
+                value, error = difference(column, other, bench.held, bench.test_D)
                 about |= {key: round(-value, 5), f"{key}_error": round(error, 5)}
             say_row(asked, name, *loss, -worse.value, worse.standard_error, **about)
 

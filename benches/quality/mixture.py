@@ -24,9 +24,12 @@ import torch
 from safetensors import safe_open
 
 from benches.common import numbers, open_forest, parser, say
-from elmwood import evaluate
 from elmwood.domains.route import Routing, Signals, remember, router_of, weights
 from elmwood.ensemble.mixture import open_model
+from elmwood.evaluate.holdout import HoldoutSpec, distances, open_holdout
+from elmwood.evaluate.losses import bits_per_byte, difference, row
+from elmwood.evaluate.losses import mix as mix_columns
+from elmwood.evaluate.partial import Partial
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.moe.build import Mixing, gate_rows, mix
@@ -92,15 +95,15 @@ class Bench:
         opened = open_forest(self.store, asked.forest)
         self.forest, self.seed, self.division = opened.forest, opened.seed, opened.division
         self.length, self.tokens = min(self.seed.context, 256), parse_count(asked.tokens)
-        spec = evaluate.HoldoutSpec(
+        spec = HoldoutSpec(
             partition=self.division.digest, seed=self.seed.digest, length=self.length, documents=asked.documents
         )  # fmt: skip
-        self.held = evaluate.open_holdout(spec, self.store)
+        self.held = open_holdout(spec, self.store)
         self.columns: dict[str, np.ndarray] = {}
         self.data = self.store.load(self.division.corpus, Corpus).train  # as the dense control's, so packed before
 
-    def partial(self, record: Record) -> evaluate.Partial:
-        return evaluate.Partial(record, lambda: open_model(record, self.store), self.held, self.store)
+    def partial(self, record: Record) -> Partial:
+        return Partial(record, lambda: open_model(record, self.store), self.held, self.store)
 
     def column(self, record: Record) -> np.ndarray:
         one = self.partial(record)
@@ -115,7 +118,7 @@ class Bench:
             one = self.partial(record)
             one.fill(np.unique(self.held.window_N[self.held.tune_N]))
             one.seal()
-            losses.append(evaluate.bits_per_byte(one.loglik_N, self.held, self.held.tune_D).value)
+            losses.append(bits_per_byte(one.loglik_N, self.held, self.held.tune_D).value)
         return made[int(np.argmin(losses))] if losses else made[0]
 
     def wanted(self, name: str) -> bool:
@@ -124,16 +127,16 @@ class Bench:
     def say_row(self, name: str, record: Record | None = None, **facts: object) -> None:
         if record is not None:
             self.columns[name] = self.column(record)
-        found = evaluate.row(name, self.columns[name], self.held, domains=len(self.division.domains))
+        found = row(name, self.columns[name], self.held, domains=len(self.division.domains))
         line: dict[str, object] = {"forest": self.asked.forest, "row": name}
         line |= {"bits_per_byte": found.bits_per_byte, "error": found.standard_error}
         merges = [other for other in self.columns if other.startswith("merge")]
-        best = min(merges, default="", key=lambda other: evaluate.bits_per_byte(self.columns[other], self.held, self.held.tune_D).value)
+        best = min(merges, default="", key=lambda other: bits_per_byte(self.columns[other], self.held, self.held.tune_D).value)
         for other, label in ((DENSE, "gain"), ("seed", "over_seed"), (best, "over_merge"), ("mixture: untuned", "over_untuned")):
             if other in self.columns and other != name:
-                gain = evaluate.difference(self.columns[other], self.columns[name], self.held, ~self.held.tune_D)
+                gain = difference(self.columns[other], self.columns[name], self.held, ~self.held.tune_D)
                 line |= {label: gain.value, f"{label}_error": gain.standard_error}
-        line["tune_half"] = round(evaluate.bits_per_byte(self.columns[name], self.held, self.held.tune_D).value, 4)
+        line["tune_half"] = round(bits_per_byte(self.columns[name], self.held, self.held.tune_D).value, 4)
         say("mixture", **line | facts)
 
     # ---- rows
@@ -172,11 +175,11 @@ class Bench:
         loglik_NE = np.column_stack([*(self.column(expert) for expert in experts), self.columns["seed"]])
         routing = Routing.of(record)
         kind = router_of(routing).distances or "dense"
-        dist2_NK = evaluate.distances(self.held, self.division, self.store, signal=kind)
+        dist2_NK = distances(self.held, self.division, self.store, signal=kind)
         memory_NE = remember(loglik_NE, routing.fading, self.held.document_N)
         weight_NE = weights(Signals(dist2_NK[:, [expert.domain or 0 for expert in experts]], memory_NE), routing)
         name = f"c-BTM ensemble, top-{record.top_k}"
-        self.columns[name] = evaluate.mix(loglik_NE, weight_NE)
+        self.columns[name] = mix_columns(loglik_NE, weight_NE)
         self.say_row(name)
 
     def untuned(self, plan: Plan) -> tuple[float, Mixture]:

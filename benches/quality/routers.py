@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from benches.common import Opened, open_forest, parser, say, words
-from elmwood import evaluate
 from elmwood.domains.partition import serving
 from elmwood.domains.route import nearest_place, router_of, weights
 from elmwood.engine import silent
 from elmwood.evaluate import calibration
 from elmwood.evaluate.comparison import ExpertColumns, Side
-from elmwood.evaluate.losses import nats
+from elmwood.evaluate.holdout import distances
+from elmwood.evaluate.losses import bits_per_byte, difference, nats
 from elmwood.records import Digest, Expert, Partition
 from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
@@ -51,7 +51,7 @@ class Bench:
         division = self.store.load(experts[0].partition or "", Partition)
         served = serving(division, [(expert.partition, expert.domain) for expert in experts], self.store)
         dense2_NE, sparse2_NE = (
-            nearest_place(evaluate.distances(self.held, division, self.store, signal=signal), served) for signal in ("dense", "sparse")
+            nearest_place(distances(self.held, division, self.store, signal=signal), served) for signal in ("dense", "sparse")
         )
         return Side(np.column_stack([self.column(expert.digest) for expert in experts]), dense2_NE, sparse2_NK=sparse2_NE)
 
@@ -82,8 +82,8 @@ def measure(bench: Bench, of: str, side: Side, against_N: np.ndarray, row: tuple
     seconds = time.process_time() - started
     column_N, weight_NC = columns.column(fit.routing), weights(columns.signals(fit.routing), fit.routing)
     run = (weight_NC > 0).sum(1).mean() if router_of(fit.routing).distances else weight_NC.shape[1]
-    loss = evaluate.bits_per_byte(column_N, bench.held, bench.test_D)
-    gain = evaluate.difference(against_N, column_N, bench.held, bench.test_D)
+    loss = bits_per_byte(column_N, bench.held, bench.test_D)
+    gain = difference(against_N, column_N, bench.held, bench.test_D)
     settings = asdict(fit.routing) if router == "live" else {name: getattr(fit.routing, name) for name in PLAIN}
     say(
         "routers", of=of, bits_per_byte=loss.value, standard_error=loss.standard_error, gain=gain.value, gain_error=gain.standard_error,
@@ -107,7 +107,7 @@ def main() -> None:
     dense = [bench.column(names[f"{folder}/{name}"]) for name in words(asked.dense)]
     strongest_N = min(dense or [bench.seed_N], key=lambda one_N: nats(one_N, bench.held)[bench.test_D].sum())
     for of, column_N in (("seed", bench.seed_N), ("dense", strongest_N)):
-        say("routers", of=of, bits_per_byte=evaluate.bits_per_byte(column_N, bench.held, bench.test_D).value)
+        say("routers", of=of, bits_per_byte=bits_per_byte(column_N, bench.held, bench.test_D).value)
     own = bench.side(opened.forest.experts)
     for row in rows(own.loglik_NK.shape[1]):
         measure(bench, "experts + seed", own, strongest_N, row)

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benches.common import open_forest, parser, say
-from elmwood import evaluate
 from elmwood.engine import silent
 from elmwood.errors import BadInput
+from elmwood.evaluate.holdout import Holdout
 from elmwood.evaluate.losses import bits_per_byte, block_nats
 from elmwood.evaluate.surrogate import interpolation, mixture, pool
 from elmwood.merge.checkpoint import Answer, merge
@@ -112,7 +112,7 @@ def kinds(made, convex_C: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
     return {kind: mine_C for kind, mine_C in groups.items() if mine_C.sum() > 2}
 
 
-def by_weights(made, columns, seed: Seed, forest: Forest, held: evaluate.Holdout, store: Store) -> None:
+def by_weights(made, columns, seed: Seed, forest: Forest, held: Holdout, store: Store) -> None:
     true_C = [-float(columns[one.digest].sum(dtype=np.float64)) for _, one, _ in made]
     for kind in ("gram", "fisher"):
         try:

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benches.common import open_forest, parser, say, timed
-from elmwood import evaluate
 from elmwood.engine import cores
 from elmwood.evaluate.columns import round_to_half, run
-from elmwood.evaluate.losses import bits_per_byte
+from elmwood.evaluate.holdout import open_holdout
+from elmwood.evaluate.losses import bits_per_byte, block_nats, mix
 from elmwood.evaluate.subsets import optimum, probabilities, rank
 from elmwood.store import Store
 
@@ -89,7 +89,7 @@ def measure_real(store: Store, name: str, documents: int | None) -> None:
 
     opened = open_forest(store, name)
     forest, seed = opened.forest, opened.seed
-    held = evaluate.open_holdout(opened.holdout(documents), store)
+    held = open_holdout(opened.holdout(documents), store)
     models = [store.load(digest) for digest in (*forest.experts, seed.digest)]
     exact, forward = [], 0.0
     for one in models:
@@ -104,10 +104,10 @@ def measure_real(store: Store, name: str, documents: int | None) -> None:
     every_D = np.ones(len(held.bytes_D), bool)
 
     def losses(loglik_NM: Floats) -> tuple[Floats, Floats]:
-        mixed = [evaluate.mix(loglik_NM, np.broadcast_to(one, loglik_NM.shape)) for one in weight_CM[:50]]
+        mixed = [mix(loglik_NM, np.broadcast_to(one, loglik_NM.shape)) for one in weight_CM[:50]]
         scale_B = np.log(2) * held.block_bytes_B
         return (np.array([bits_per_byte(one, held, every_D).value for one in mixed]),
-                np.array([evaluate.block_nats(one, held) / scale_B for one in mixed]))  # fmt: skip
+                np.array([block_nats(one, held) / scale_B for one in mixed]))  # fmt: skip
 
     true_C, true_CB = losses(exact_NM)
     for kind, loglik_NM in kinds.items():

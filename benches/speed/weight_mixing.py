@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benches.common import Lines, open_forest, parser, say
-from elmwood import evaluate
 from elmwood.ensemble.mixture import open_model
+from elmwood.evaluate.columns import column
+from elmwood.evaluate.holdout import open_holdout
+from elmwood.evaluate.losses import bits_per_byte
+from elmwood.evaluate.partial import score
 from elmwood.lm.interface import LM
 from elmwood.merge.adapters import merge_adapters
 from elmwood.merge.layer_weights import everywhere
@@ -90,8 +93,8 @@ def main() -> None:
     forest, seed = opened.forest, opened.seed
     made = ways(forest, seed, asked, store)
     progress = Lines()
-    held = evaluate.open_holdout(opened.holdout(asked.documents), store)
-    scores = {one.digest: evaluate.score(one, partial(open_model, one, store), held, store, progress) for one in made.values()}
+    held = open_holdout(opened.holdout(asked.documents), store)
+    scores = {one.digest: score(one, partial(open_model, one, store), held, store, progress) for one in made.values()}
     long = max(range(len(held.windows.length_W)), key=lambda w: held.windows.length_W[w])
     tokens = held.windows.rows_WL[long, : PROMPT + NEW].tolist()
     torch.set_num_threads(1)
@@ -99,7 +102,7 @@ def main() -> None:
     rounds = [{name: spent(lm, tokens) for name, lm in lms.items()} for _ in range(asked.rounds + 1)][1:]
     for name, one in made.items():
         mine, seeds = [each[name] for each in rounds], [each["seed"] for each in rounds]
-        loss = evaluate.bits_per_byte(evaluate.column(scores[one.digest], held, store), held, ~held.tune_D)
+        loss = bits_per_byte(column(scores[one.digest], held, store), held, ~held.tune_D)
         line: dict[str, object] = {"bits_per_byte": loss.value, "error": loss.standard_error, "passes": mine[0].passes}
         for field, count in (("prompt", PROMPT), ("new", NEW)):
             line[f"{field}_tokens_per_second"] = round(count / median(getattr(each, field) for each in mine), 1)

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood import evaluate
 from elmwood.engine import Progress, cores, run, silent
 from elmwood.errors import BadInput
+from elmwood.evaluate.columns import Scorer
+from elmwood.evaluate.holdout import Holdout, HoldoutSpec, open_holdout
+from elmwood.evaluate.partial import Partial
 from elmwood.records import Digest, Frozen, Partition, Record, Seed
 from elmwood.store import Store
 from elmwood.study.tasks import named
@@ -36,11 +38,11 @@ class Budget(NamedTuple):
 FREE = Budget()
 
 
-def holdout_spec(partition: Partition, seed: Seed, length: int | None, documents: int | None) -> evaluate.HoldoutSpec:
+def holdout_spec(partition: Partition, seed: Seed, length: int | None, documents: int | None) -> HoldoutSpec:
     """The holdout of a partition in windows of a seed's tokens; by default as long as the seed reads, at most 1,024. Raises BadInput."""
     if length is not None and length > seed.context:
         raise BadInput(f"length is {length}: seed {seed.name} reads at most {seed.context} tokens, choose 2 to {seed.context}")
-    return evaluate.HoldoutSpec(
+    return HoldoutSpec(
         partition=partition.digest, seed=seed.digest, length=length or min(seed.context, LONGEST), documents=documents
     )  # fmt: skip
 
@@ -53,17 +55,17 @@ class Columns:
     So a test that is resumed knows what it knew when it began, whatever was scored since.
     """
 
-    def __init__(self, spec: evaluate.HoldoutSpec, store: Store, *, stay: bool = False):
+    def __init__(self, spec: HoldoutSpec, store: Store, *, stay: bool = False):
         self.spec, self.store, self.stay = spec, store, stay
-        self.held = evaluate.open_holdout(spec, store)
-        self.opened: dict[Digest, evaluate.Partial] = {}
+        self.held = open_holdout(spec, store)
+        self.opened: dict[Digest, Partial] = {}
         self.seen: dict[Digest, Bools] | None = None
 
-    def __getitem__(self, digest: Digest) -> evaluate.Partial:
+    def __getitem__(self, digest: Digest) -> Partial:
         if digest not in self.opened:
             record = self.store.load(digest)
             load = partial(_open, record, self.store)
-            self.opened[digest] = evaluate.Partial(record, cache(load) if self.stay else load, self.held, self.store)
+            self.opened[digest] = Partial(record, cache(load) if self.stay else load, self.held, self.store)
         return self.opened[digest]
 
     def known(self, digest: Digest) -> Floats:
@@ -83,7 +85,7 @@ class Columns:
             seen_W[window_w] = True
 
 
-def _open(model: Record, store: Store) -> evaluate.Scorer:
+def _open(model: Record, store: Store) -> Scorer:
     from elmwood.ensemble.mixture import open_model  # torch: seconds, and only where something is missing
 
     return open_model(model, store)
@@ -95,7 +97,7 @@ class ScoreJob(Frozen):
     store: Path
     label: str
     model: Digest
-    holdout: evaluate.HoldoutSpec
+    holdout: HoldoutSpec
     threads: int  # of a process of its own
     windows: tuple[int, ...]
     until: float | None = None  # seconds of time.time
@@ -111,7 +113,7 @@ class Scored(Frozen):
 class Ensured(NamedTuple):
     """Columns, and what they cost."""
 
-    holdout: evaluate.Holdout
+    holdout: Holdout
     columns: dict[Digest, Floats]  # [N], nats; NaN where nobody has scored
     run: int  # models that had to be
     tokens: int  # forwarded

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood import evaluate
 from elmwood.engine import Progress
 from elmwood.errors import BadInput
+from elmwood.evaluate.holdout import Holdout, HoldoutSpec
+from elmwood.evaluate.losses import Estimate, bits_per_byte, difference
 from elmwood.evaluate.sequential.decision import StoppingRule
 from elmwood.evaluate.surrogate import pool
 from elmwood.merge import statistics
@@ -47,8 +48,8 @@ class Ranked(NamedTuple):
 class Tuned(NamedTuple):
     """By answer: bits per byte on the tune half, and how much worse than the best, paired; and the tokens that were read to know."""
 
-    losses: dict[str, evaluate.Estimate]
-    behind: dict[str, evaluate.Estimate]
+    losses: dict[str, Estimate]
+    behind: dict[str, Estimate]
     tokens: int
 
 
@@ -113,7 +114,7 @@ def open_columns(seed: Seed, partition: str, documents: int | None, store: Store
     """The columns of the holdout that merges are chosen on."""
     division = store.load(partition, Partition)
     length = min(seed.context, 1024)
-    return Columns(evaluate.HoldoutSpec(partition=division.digest, seed=seed.digest, length=length, documents=documents), store, stay=stay)
+    return Columns(HoldoutSpec(partition=division.digest, seed=seed.digest, length=length, documents=documents), store, stay=stay)
 
 
 def tune(
@@ -125,12 +126,12 @@ def tune(
     asked = [(name, record.digest) for name, record in models.items()]
     found = ensure(asked, table, windows=dict.fromkeys((digest for _, digest in asked), _tune_windows(held)), progress=progress)
     columns = {name: found.columns[digest] for name, digest in asked}
-    losses = {name: evaluate.bits_per_byte(column, held, held.tune_D) for name, column in columns.items()}
+    losses = {name: bits_per_byte(column, held, held.tune_D) for name, column in columns.items()}
     best = columns[min(losses, key=lambda name: losses[name].value)]
-    return Tuned(losses, {name: evaluate.difference(column, best, held, held.tune_D) for name, column in columns.items()}, found.tokens)
+    return Tuned(losses, {name: difference(column, best, held, held.tune_D) for name, column in columns.items()}, found.tokens)
 
 
-def _tune_windows(held: evaluate.Holdout) -> NDArray[np.integer]:
+def _tune_windows(held: Holdout) -> NDArray[np.integer]:
     return np.unique(held.window_N[held.tune_N])
 
 
@@ -138,7 +139,7 @@ def _tune_windows(held: evaluate.Holdout) -> NDArray[np.integer]:
 
 
 def layered(
-    models: Mapping[str, Merged], losses: Mapping[str, evaluate.Estimate], estimated: Mapping[str, Mapping[str, float]], seed: Seed,
+    models: Mapping[str, Merged], losses: Mapping[str, Estimate], estimated: Mapping[str, Mapping[str, float]], seed: Seed,
     partition: str, documents: int | None, store: Store, progress: Progress,
 ) -> Layered:  # fmt: skip
     """From the best answer, layer by layer to one of the two next best where the tune half is then predicted better (`by_coordinates`).
@@ -166,7 +167,7 @@ def layered(
         tried += 1
         loglik_N = np.full(len(held.document_N), np.nan, np.float32)
         loglik_N[among_N] = run(lm, held, wanted_W=window_W)
-        return evaluate.bits_per_byte(loglik_N, held, held.tune_D).value
+        return bits_per_byte(loglik_N, held, held.tune_D).value
 
     choice = by_coordinates(begin, others, list(names), estimated, loss)
     progress("layers", tried, tried, "trials")

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from tiny_models import full_expert, lora_expert, tiny_seed
 
-from elmwood import evaluate
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.ensemble.mixture import open_model
+from elmwood.evaluate.columns import column
+from elmwood.evaluate.holdout import HoldoutSpec, open_holdout
+from elmwood.evaluate.partial import score
 from elmwood.store import Store
 
 TOPICS = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()", "le {0} mange une pomme — {1} aussi")
@@ -33,7 +35,7 @@ def grown(tmp_path_factory):
 @pytest.fixture(scope="module")
 def held(grown):
     store, partition, seed, _ = grown
-    return evaluate.open_holdout(evaluate.HoldoutSpec(partition=partition.digest, seed=seed.digest, length=48), store)
+    return open_holdout(HoldoutSpec(partition=partition.digest, seed=seed.digest, length=48), store)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,6 @@ def columns(grown, held):
     """The seed's column [N] and the experts' [N, K]."""
     store, _, seed, experts = grown
     found = [
-        evaluate.column(evaluate.score(model, lambda model=model: open_model(model, store, "cpu"), held, store), held, store)
-        for model in (seed, *experts)
+        column(score(model, lambda model=model: open_model(model, store, "cpu"), held, store), held, store) for model in (seed, *experts)
     ]
     return found[0], np.column_stack(found[1:])

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elmwood import evaluate
 from elmwood.domains.route import ROUTERS, Routing, Signals, remember, weights
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, UnknownName
-from elmwood.evaluate.calibration import DECAYS, minimise
+from elmwood.evaluate.calibration import DECAYS, calibrate, minimise
 from elmwood.evaluate.columns import run
-from elmwood.evaluate.comparison import top_ks
+from elmwood.evaluate.comparison import Control, Cost, Side, compare, top_ks
+from elmwood.evaluate.holdout import distances
+from elmwood.evaluate.losses import bits_per_byte, mix
 from elmwood.evaluate.subsets import optimum
 from elmwood.records import Ensemble, Forest
 
@@ -43,19 +44,19 @@ def test_the_table_equals_the_live_ensemble(routing, grown, held, columns):
     store.add(forest)
     kept_NC = np.column_stack([columns[1][:, [experts.index(one) for one in members]], columns[0]])
     exact_NC = np.column_stack([run(open_model(one, store, "cpu"), held) for one in (*members, seed)])
-    dist2_NE = evaluate.distances(held, partition, store, signal=ROUTERS[routing.router].distances or "dense")
+    dist2_NE = distances(held, partition, store, signal=ROUTERS[routing.router].distances or "dense")
     dist2_NE = dist2_NE[:, [one.domain for one in members]]
     live = open_model(Ensemble(forest=forest.digest, **asdict(routing)), store, "cpu")
     live_N = run(live, held)
 
     def mixed(loglik_NC):
         memory_NC = remember(loglik_NC, routing.fading, held.document_N)
-        return evaluate.mix(loglik_NC, weights(Signals(dist2_NE, memory_NC), routing))
+        return mix(loglik_NC, weights(Signals(dist2_NE, memory_NC), routing))
 
     np.testing.assert_allclose(mixed(exact_NC), live_N, atol=1e-5)
     mixed_N = mixed(kept_NC)
     assert abs(mixed_N.mean() - live_N.mean(dtype=np.float64)) < 1e-5
-    two = [evaluate.bits_per_byte(one_N, held, ~held.tune_D).value for one_N in (mixed_N, live_N)]
+    two = [bits_per_byte(one_N, held, ~held.tune_D).value for one_N in (mixed_N, live_N)]
     assert abs(two[0] - two[1]) < 1e-5
     some_W = np.array([1, 4, 5, 11])  # some windows alone are what they are among all
     np.testing.assert_allclose(run(live, held, wanted_W=some_W), live_N[np.isin(held.window_N, some_W)], atol=1e-5)
@@ -78,10 +79,10 @@ def test_a_calibration_is_never_worse_than_where_it_started(rng_seed, top_k):
 
     def loss(routing):
         signals = Signals(dist2_NE, remember(loglik_NC, routing.fading, document_N))
-        return -evaluate.mix(loglik_NC, weights(signals, routing)).mean()
+        return -mix(loglik_NC, weights(signals, routing)).mean()
 
     for router in ("centroid", "sparse", "live", "posterior"):
-        found = evaluate.calibrate(loglik_NC, dist2_NE, document_N, top_k, router)
+        found = calibrate(loglik_NC, dist2_NE, document_N, top_k, router)
         assert (found.routing.router, found.routing.top_k) == (router, top_k)
         assert found.nats == pytest.approx(loss(found.routing))
         for temperature in (0.3, 1.0, 10.0):
@@ -95,8 +96,8 @@ def test_the_memory_s_settings_are_found():
     good_N, bad_N = -1.0 - 0.5 * rng.random(4000), -2.0 - 0.5 * rng.random(4000)
     loglik_NC = np.column_stack([np.where(turn_N == 0, good_N, bad_N), np.where(turn_N == 1, good_N, bad_N), np.full(4000, -4.0)])
     dist2_NE, document_N = np.ones((4000, 2)), np.zeros(4000, int)
-    found = evaluate.calibrate(loglik_NC, dist2_NE, document_N, 2, "live")
-    alone = evaluate.calibrate(loglik_NC, dist2_NE, document_N, 2, "centroid")
+    found = calibrate(loglik_NC, dist2_NE, document_N, 2, "live")
+    alone = calibrate(loglik_NC, dist2_NE, document_N, 2, "centroid")
     assert found.routing.decay == min(DECAYS)
     assert found.routing.memory > 0.3
     assert found.nats < 1.5 < alone.nats
@@ -107,7 +108,7 @@ def test_one_expert_without_a_domain_gets_the_best_static_weight():
     loglik_NC = -rng.gamma(2.0, 1.0, (3000, 2)) - np.array([0.0, 0.2])
     best = optimum(loglik_NC)
     assert 0.1 < best.weight_E[1] < 0.9
-    found = evaluate.calibrate(loglik_NC, np.zeros((3000, 1)), np.zeros(3000, int), 2, "centroid")
+    found = calibrate(loglik_NC, np.zeros((3000, 1)), np.zeros(3000, int), 2, "centroid")
     assert found.nats == pytest.approx(best.nats, abs=1e-4)
 
 
@@ -117,15 +118,15 @@ def test_one_expert_without_a_domain_gets_the_best_static_weight():
 @pytest.fixture(scope="module")
 def side(grown, held, columns):
     store, partition, _, _ = grown
-    cost = evaluate.Cost(batch=8, steps=10, tokens=300, machine_seconds=3.0, wall_seconds=1.0)
-    sparse2_NK = evaluate.distances(held, partition, store, signal="sparse")
-    return evaluate.Side(columns[1], evaluate.distances(held, partition, store), cost, sparse2_NK=sparse2_NK)
+    cost = Cost(batch=8, steps=10, tokens=300, machine_seconds=3.0, wall_seconds=1.0)
+    sparse2_NK = distances(held, partition, store, signal="sparse")
+    return Side(columns[1], distances(held, partition, store), cost, sparse2_NK=sparse2_NK)
 
 
 def test_the_table_has_every_control(held, columns, side):
     seed_N, expert_NK = columns
-    dense = [evaluate.Control("dense", expert_NK[:, 1] + 0.1, side.cost), evaluate.Control("dense, large batch", expert_NK[:, 1])]
-    made = evaluate.compare(held, seed_N, side, dense, random=side, router="centroid")
+    dense = [Control("dense", expert_NK[:, 1] + 0.1, side.cost), Control("dense, large batch", expert_NK[:, 1])]
+    made = compare(held, seed_N, side, dense, random=side, router="centroid")
     named = {one.name: one for one in made.rows}
     assert [one.role for one in made.rows] == ["seed", *["control"] * 6, *["result"] * len(made.fits), "bound"]
     result = made.chosen
@@ -152,7 +153,7 @@ def test_the_table_has_every_control(held, columns, side):
 
 @pytest.mark.parametrize("router", [None, "centroid", "sparse", "live", "posterior"])
 def test_the_result_and_its_controls_have_one_router(router, held, columns, side):
-    made = evaluate.compare(held, columns[0], side, [evaluate.Control("dense", columns[0] + 0.01)], random=side, router=router)
+    made = compare(held, columns[0], side, [Control("dense", columns[0] + 0.01)], random=side, router=router)
     name = made.best.routing.router
     assert router in (None, name)
     assert {"live", "posterior"} <= {one.routing.router for one in made.fits}
@@ -171,7 +172,7 @@ def test_the_result_and_its_controls_have_one_router(router, held, columns, side
 def test_a_row_is_what_its_settings_say(held, columns, side):
     """The chosen row, by the formula of its router written a second time: one document after another, token by token."""
     seed_N, expert_NK = columns
-    made = evaluate.compare(held, seed_N, side, router="live")
+    made = compare(held, seed_N, side, router="live")
     chosen = made.best.routing
     loglik_NC = np.column_stack([expert_NK, seed_N]).astype(np.float64)
     mixed_N = np.zeros(len(seed_N))
@@ -188,32 +189,32 @@ def test_a_row_is_what_its_settings_say(held, columns, side):
             memory_C = chosen.decay * memory_C + loglik_NC[n]
     np.testing.assert_allclose(made.column_N, mixed_N, atol=1e-9)
     row = next(one for one in made.rows if one.name == made.chosen)
-    assert row.bits_per_byte == pytest.approx(evaluate.bits_per_byte(mixed_N, held, ~held.tune_D).value)
+    assert row.bits_per_byte == pytest.approx(bits_per_byte(mixed_N, held, ~held.tune_D).value)
 
 
 def test_routers_that_a_table_cannot_have_are_refused(held, columns, side):
     with pytest.raises(UnknownName, match="no router 'oracle'"):
-        evaluate.compare(held, columns[0], side, router="oracle")
+        compare(held, columns[0], side, router="oracle")
     with pytest.raises(BadInput, match="no terms"):
-        evaluate.compare(held, columns[0], side._replace(sparse2_NK=None), router="sparse")
+        compare(held, columns[0], side._replace(sparse2_NK=None), router="sparse")
 
 
 def test_settings_do_not_look_at_the_test_half(grown, held, columns):
     store, partition, _, _ = grown
     seed_N, expert_NK = columns
-    dist2_NK = evaluate.distances(held, partition, store)
+    dist2_NK = distances(held, partition, store)
     spoiled_NK = np.where(held.tune_N[:, None], expert_NK, -9.0)
-    fits = [evaluate.compare(held, seed_N, evaluate.Side(column, dist2_NK)).fits for column in (expert_NK, spoiled_NK)]
+    fits = [compare(held, seed_N, Side(column, dist2_NK)).fits for column in (expert_NK, spoiled_NK)]
     assert fits[0] == fits[1]
 
 
 def test_columns_of_another_holdout_are_refused(held, columns):
     seed_N, expert_NK = columns
     with pytest.raises(BadInput, match="score the model on this holdout"):
-        evaluate.compare(held, seed_N[:-1], evaluate.Side(expert_NK, expert_NK))
+        compare(held, seed_N[:-1], Side(expert_NK, expert_NK))
 
 
 def test_top_k_goes_as_far_as_there_are_experts():
-    sides = [evaluate.Side(np.zeros((1, n)), np.zeros((1, n))) for n in (1, 2, 4, 6)]
+    sides = [Side(np.zeros((1, n)), np.zeros((1, n))) for n in (1, 2, 4, 6)]
     assert [top_ks("centroid", one) for one in sides] == [[2], [1, 3], [1, 2, 5], [1, 2, 4, 7]]
     assert [top_ks("live", one) for one in sides] == [[1], [1, 2], [1, 2], [1, 2]]

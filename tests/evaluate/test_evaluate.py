@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tiny_models import tiny_seed
 
-from elmwood import evaluate
 from elmwood.corpus.build import build, documents
 from elmwood.domains.partition import partition as divide
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, Damaged
-from elmwood.evaluate.columns import RUN, encode, open_tensors, round_to_half
-from elmwood.evaluate.holdout import AUDITED, GATE, TUNE, blocks, halve
-from elmwood.evaluate.losses import nats
+from elmwood.evaluate.columns import RUN, column, encode, open_tensors, round_to_half
+from elmwood.evaluate.holdout import AUDITED, GATE, TUNE, HoldoutSpec, blocks, halve, open_holdout
+from elmwood.evaluate.losses import bits_per_byte, block_nats, mix, nats
+from elmwood.evaluate.losses import difference as paired_difference
+from elmwood.evaluate.partial import Partial, bring
+from elmwood.evaluate.partial import score as score_model
 from elmwood.lm.files import tokenizer
 from elmwood.records import Score, fingerprint
 from elmwood.store import Store
@@ -26,11 +28,11 @@ K = 3
 
 
 def spec(partition, seed, **fields):
-    return evaluate.HoldoutSpec(partition=partition.digest, seed=seed.digest, **{"length": 48, **fields})
+    return HoldoutSpec(partition=partition.digest, seed=seed.digest, **{"length": 48, **fields})
 
 
 def difference(one, two, holdout):
-    return evaluate.difference(one, two, holdout, ~holdout.tune_D)
+    return paired_difference(one, two, holdout, ~holdout.tune_D)
 
 
 # ---- holdout
@@ -49,16 +51,16 @@ def test_every_held_out_byte_and_token_is_counted_once(grown, held):
 def test_another_partition_of_the_corpus_shares_the_columns(grown, held):
     store, partition, seed, _ = grown
     random = divide(store.load(partition.corpus), store, domains=K, method="random")
-    other = evaluate.open_holdout(spec(random, seed), store)
+    other = open_holdout(spec(random, seed), store)
     assert other.name == held.name
     assert (other.document_N == held.document_N).all()
     assert (other.domain_D != held.domain_D).any()
-    assert evaluate.open_holdout(spec(partition, seed, length=40), store).name != held.name
+    assert open_holdout(spec(partition, seed, length=40), store).name != held.name
 
 
 def test_fewer_documents_are_a_fixed_choice_of_all(grown, held):
     store, partition, seed, _ = grown
-    few = evaluate.open_holdout(spec(partition, seed, documents=8), store)
+    few = open_holdout(spec(partition, seed, documents=8), store)
     assert len(few.bytes_D) == 8
     assert set(few.bytes_D) <= set(held.bytes_D)
     assert few.name != held.name
@@ -71,7 +73,7 @@ def test_a_holdout_too_small_to_halve_is_refused(tmp_path):
     store = Store(tmp_path / "store")
     partition, seed = divide(build([str(tmp_path / "text")], store, holdout=0.01), store, domains=2), tiny_seed(store)
     with pytest.raises(BadInput, match="hold out a larger share"):
-        evaluate.open_holdout(spec(partition, seed), store)
+        open_holdout(spec(partition, seed), store)
 
 
 @given(hnp.arrays(np.float64, st.integers(4, 30), elements=st.floats(0, 1, exclude_max=True)))
@@ -93,7 +95,7 @@ def test_blocks_hold_every_byte_once_and_never_cross_a_split_or_a_domain(held):
     for d in range(len(held.bytes_D)):
         assert len(set(held.split_B[held.block_N[held.document_N == d]])) == 1
     loglik_N = -np.random.default_rng(0).random(len(held.block_N))
-    assert evaluate.block_nats(loglik_N, held).sum() == pytest.approx(-loglik_N.sum())
+    assert block_nats(loglik_N, held).sum() == pytest.approx(-loglik_N.sum())
 
 
 @settings(max_examples=30, deadline=None)
@@ -123,17 +125,17 @@ def test_blocks_are_equal_up_to_a_token(rng_seed, documents):
 
 def test_a_model_is_scored_once(grown, held, columns):
     store, _, seed, _ = grown
-    score = evaluate.score(seed, lambda: pytest.fail("opened again"), held, store)
+    score = score_model(seed, lambda: pytest.fail("opened again"), held, store)
     assert score.tokens == len(held.document_N)
     assert score.nats == pytest.approx(nats(columns[0], held).sum())
     with pytest.raises(Damaged, match="score the model again"):
-        evaluate.column(score, held._replace(name="holdout-other"), store)
+        column(score, held._replace(name="holdout-other"), store)
 
 
 def test_a_complete_column_is_a_read_only_memory_map_of_its_blob(grown, held, columns):
     store, _, seed, _ = grown
-    made = evaluate.score(seed, lambda: pytest.fail("opened again"), held, store)
-    loglik_N = evaluate.column(made, held, store)
+    made = score_model(seed, lambda: pytest.fail("opened again"), held, store)
+    loglik_N = column(made, held, store)
     base = loglik_N
     while not isinstance(base, np.memmap):
         base = base.base
@@ -178,30 +180,30 @@ def test_columns_of_single_precision_stay_readable(grown, held, columns):
         model=seed.digest, holdout=held.name, protocol=held.protocol, tokens=len(loglik_N), nats=1.0,
         loglik=store.put(safetensors.numpy.save({"loglik": loglik_N})),
     )  # fmt: skip
-    assert (evaluate.column(old, held, store) == loglik_N).all()
+    assert (column(old, held, store) == loglik_N).all()
 
 
 def test_windows_come_one_by_one_and_nothing_is_run_twice(grown, held, columns, tmp_path):
     _, _, seed, _ = grown
     store, grown_store = Store(tmp_path), grown[0]
     model = tiny_seed(store)
-    one = evaluate.Partial(model, lambda: open_model(model, store, "cpu"), held, store)
+    one = Partial(model, lambda: open_model(model, store, "cpu"), held, store)
     one.fill(np.array([3, 1]))
     first = one.seal()
     assert first.windows == 2
-    loglik_N = evaluate.column(first, held, store)
+    loglik_N = column(first, held, store)
     there_N = np.isin(held.window_N, [1, 3])
     assert np.isnan(loglik_N[~there_N]).all()
     np.testing.assert_allclose(loglik_N[there_N], columns[0][there_N], atol=0.01)
-    again = evaluate.Partial(model, lambda: pytest.fail("opened again"), held, store)
+    again = Partial(model, lambda: pytest.fail("opened again"), held, store)
     again.fill(np.array([1, 3]))
-    assert evaluate.bring([seed], held, grown_store, store) == 0  # what is here stays
+    assert bring([seed], held, grown_store, store) == 0  # what is here stays
     other = Store(tmp_path / "other")
-    assert evaluate.bring([seed], held, grown_store, other) == 1
-    score = evaluate.score(seed, lambda: pytest.fail("opened again"), held, other)
+    assert bring([seed], held, grown_store, other) == 1
+    score = score_model(seed, lambda: pytest.fail("opened again"), held, other)
     assert score.windows is None
-    assert (evaluate.column(score, held, other) == columns[0]).all()
-    whole = evaluate.score(model, lambda: open_model(model, store, "cpu"), held, store)
+    assert (column(score, held, other) == columns[0]).all()
+    whole = score_model(model, lambda: open_model(model, store, "cpu"), held, store)
     assert (whole.tokens, whole.windows) == (len(held.document_N), None)
 
 
@@ -211,7 +213,7 @@ def test_a_column_from_elsewhere_is_looked_at(grown, held, tmp_path):
     false = Score(model="0" * 64, holdout=held.name, protocol=held.protocol, loglik=source.put(b"x"), tokens=1, nats=0.0)
     source.finish(fingerprint("score", seed.digest, held.name), false)
     with pytest.raises(Damaged, match="here instead"):
-        evaluate.bring([seed], held, source, Store(tmp_path / "mine"))
+        bring([seed], held, source, Store(tmp_path / "mine"))
 
 
 # ---- table
@@ -222,14 +224,14 @@ def test_mixing(experts, rng_seed):
     rng = np.random.default_rng(rng_seed)
     loglik_NE, weight_NE = -50 * rng.random((20, experts)), rng.dirichlet(np.ones(experts), 20)
     expected = np.log((np.exp(loglik_NE) * weight_NE).sum(1))
-    np.testing.assert_allclose(evaluate.mix(loglik_NE, weight_NE), expected)
-    np.testing.assert_allclose(evaluate.mix(np.repeat(loglik_NE[:, :1], experts, 1), weight_NE), loglik_NE[:, 0])
+    np.testing.assert_allclose(mix(loglik_NE, weight_NE), expected)
+    np.testing.assert_allclose(mix(np.repeat(loglik_NE[:, :1], experts, 1), weight_NE), loglik_NE[:, 0])
     one_hot = np.eye(experts)[rng.integers(experts, size=20)]
-    np.testing.assert_allclose(evaluate.mix(loglik_NE, one_hot), (loglik_NE * one_hot).sum(1))
+    np.testing.assert_allclose(mix(loglik_NE, one_hot), (loglik_NE * one_hot).sum(1))
 
 
 def test_an_unlikely_expert_without_weight_changes_nothing():
-    assert evaluate.mix(np.array([[-1e5, -3.0], [-1e5, -1e5]]), np.array([[0.0, 1.0], [1.0, 0.0]])).tolist() == [-3.0, -1e5]
+    assert mix(np.array([[-1e5, -3.0], [-1e5, -1e5]]), np.array([[0.0, 1.0], [1.0, 0.0]])).tolist() == [-3.0, -1e5]
 
 
 def test_standard_errors_are_those_of_resampled_documents(held):
@@ -239,7 +241,7 @@ def test_standard_errors_are_those_of_resampled_documents(held):
     rate_D = rng.normal(2, 0.3, documents)
     wide = held._replace(document_N=np.arange(documents), bytes_D=size_D)
     all_D = np.ones(documents, bool)
-    loss = evaluate.bits_per_byte(-rate_D * size_D * np.log(2), wide, all_D)
+    loss = bits_per_byte(-rate_D * size_D * np.log(2), wide, all_D)
     assert loss.value == pytest.approx((rate_D * size_D).sum() / size_D.sum())
     drawn = rng.integers(documents, size=(2000, documents))
     resampled = (rate_D * size_D)[drawn].sum(1) / size_D[drawn].sum(1)
@@ -249,6 +251,6 @@ def test_standard_errors_are_those_of_resampled_documents(held):
 def test_a_difference_is_paired(held, columns):
     seed_N, expert_NK = columns
     both = difference(expert_NK[:, 0], seed_N, held)
-    losses = [evaluate.bits_per_byte(one, held, ~held.tune_D) for one in (expert_NK[:, 0], seed_N)]
+    losses = [bits_per_byte(one, held, ~held.tune_D) for one in (expert_NK[:, 0], seed_N)]
     assert both.value == pytest.approx(losses[0].value - losses[1].value)
     assert difference(seed_N, seed_N, held) == (0, 0)

@@ -11,12 +11,12 @@ from scipy.optimize import minimize
 from tiny_models import lora_expert, tiny_seed
 from typer.testing import CliRunner
 
-from elmwood import evaluate
 from elmwood.cli import app
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.domains.route import Routing, Signals, weights
 from elmwood.errors import BadInput, Damaged
+from elmwood.evaluate.losses import mix
 from elmwood.evaluate.subsets import greedy, member_weights, optimum, probabilities, rank, values, would_help
 from elmwood.evaluate.surrogate import interpolation, mixture, pool
 from elmwood.records import Ensemble, Forest, Score
@@ -35,7 +35,7 @@ def test_optimal_weights_are_optimal_and_the_gap_is_a_bound(rng_seed, experts):
     found = optimum(loglik_NE)
 
     def loss(weight_E):
-        return -float(evaluate.mix(loglik_NE, np.broadcast_to(weight_E, loglik_NE.shape)).mean())
+        return -float(mix(loglik_NE, np.broadcast_to(weight_E, loglik_NE.shape)).mean())
 
     assert found.weight_E.sum() == pytest.approx(1)
     assert (found.weight_E >= 0).all()
@@ -95,7 +95,7 @@ def test_the_screen_is_the_slope_of_the_loss():
     block_N = np.arange(4000) // 40
     ratio = would_help(loglik_NE[:, 1], loglik_NE[:, 0], block_N, np.ones(4000, bool))
     little = 1e-9
-    mixed_N = evaluate.mix(loglik_NE, np.broadcast_to([1 - little, little], loglik_NE.shape))
+    mixed_N = mix(loglik_NE, np.broadcast_to([1 - little, little], loglik_NE.shape))
     assert (mixed_N - loglik_NE[:, 0]).mean() / little == pytest.approx(ratio.value - 1, rel=1e-3)
     drawn = np.random.default_rng(0).integers(100, size=(2000, 100))
     sum_B = np.exp(loglik_NE[:, 1] - loglik_NE[:, 0]).reshape(100, 40).mean(1)
@@ -108,7 +108,7 @@ def test_a_ranking_is_exact_for_the_best():
     weight_CE = rng.dirichlet(np.full(6, 0.5), 300)
     block_N = np.arange(6000) // 30
     found = rank(*probabilities(loglik_NE), weight_CE, block_N, keep=((1 / 4, 60), (1 / 2, 20)))
-    exact_C = np.array([-evaluate.mix(loglik_NE, np.broadcast_to(one_E, loglik_NE.shape)).mean() for one_E in weight_CE])
+    exact_C = np.array([-mix(loglik_NE, np.broadcast_to(one_E, loglik_NE.shape)).mean() for one_E in weight_CE])
     assert sorted(found.order_C) == list(range(300))
     assert found.order_C[0] == exact_C.argmin()
     np.testing.assert_allclose(found.nats_C[found.order_C[:20]], np.sort(found.nats_C[found.order_C[:20]]))

@@ -9,14 +9,16 @@ from markupsafe import escape
 from tiny_models import full_expert, lora_expert, tiny_seed
 from typer.testing import CliRunner
 
-from elmwood import evaluate
 from elmwood.cli import app
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, UnknownName
 from elmwood.evaluate import holdout
-from elmwood.evaluate.partial import Partial
+from elmwood.evaluate.columns import run
+from elmwood.evaluate.holdout import HoldoutSpec, open_holdout
+from elmwood.evaluate.losses import block_nats, mix
+from elmwood.evaluate.partial import Partial, score
 from elmwood.evaluate.sequential.decision import best, per_byte, worst
 from elmwood.records import Contest, Ensemble, Forest, references
 from elmwood.report import Report, html
@@ -58,7 +60,7 @@ def grown(tmp_path_factory):
     store.name("seed", seed.digest)
     store.name("last", experts[-1].digest)
     store.name("partition", partition.digest)
-    held = evaluate.open_holdout(evaluate.HoldoutSpec(partition=partition.digest, seed=seed.digest, length=48), store)
+    held = open_holdout(HoldoutSpec(partition=partition.digest, seed=seed.digest, length=48), store)
     return store, held
 
 
@@ -70,10 +72,7 @@ def asked(store, *words):
 
 def differences(store, held, a, b):
     """The full table's answer for the gate split."""
-    loss = [
-        evaluate.block_nats(evaluate.columns.run(open_model(store.load(name), store, "cpu"), held), held)[held.split_B == holdout.GATE]
-        for name in (a, b)
-    ]
+    loss = [block_nats(run(open_model(store.load(name), store, "cpu"), held), held)[held.split_B == holdout.GATE] for name in (a, b)]
     return per_byte(loss[0] - loss[1], held.block_bytes_B[held.split_B == holdout.GATE])
 
 
@@ -103,7 +102,7 @@ def test_a_clear_answer_costs_few_tokens(grown):
 def test_known_columns_give_the_exact_answer_for_nothing(grown, tmp_path):
     store, held = grown
     for name in ("seed", "last"):
-        evaluate.score(store.load(name), lambda name=name: open_model(store.load(name), store, "cpu"), held, store)
+        score(store.load(name), lambda name=name: open_model(store.load(name), store, "cpu"), held, store)
     told = asked(store, "seed", "last", "--plot", str(tmp_path / "wealth.svg"))
     full_G = differences(store, held, "seed", "last")
     assert told["tokens_forwarded"] == told["full_tokens"] == 0
@@ -173,7 +172,7 @@ def test_a_partial_column_is_the_column_where_it_is_known(grown):
         opened.append(1)
         return open_model(model, store, "cpu")
 
-    whole_N = evaluate.columns.run(load(), held)
+    whole_N = run(load(), held)
     one = Partial(model, load, held, store)
     assert not one.known_W.any()
     one.fill(np.array([0, 5, 6]))
@@ -191,7 +190,7 @@ def test_bounds_hold_whatever_the_unknown_models_say():
     rng = np.random.default_rng(0)
     loglik_NE, weight_NE = -4 * rng.random((50, 4)), rng.dirichlet(np.ones(4), 50)
     true_N = worst(loglik_NE, weight_NE)
-    np.testing.assert_allclose(true_N, evaluate.mix(loglik_NE, weight_NE))
+    np.testing.assert_allclose(true_N, mix(loglik_NE, weight_NE))
     for known in range(5):
         assert (worst(loglik_NE[:, :known], weight_NE[:, :known]) <= true_N + 1e-12).all()
         assert (best(loglik_NE[:, :known], weight_NE[:, :known]) >= true_N - 1e-12).all()
