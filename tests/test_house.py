@@ -1,6 +1,7 @@
 """The house stands: imports point down, and the torch-free half stays free of torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,40 @@ def test_nothing_is_pickled():
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called not in {"torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dump", "joblib.load", "np.load"}, path
+
+
+@pytest.mark.parametrize("path", [path for path in files() if room(path) != "cli"], ids=lambda path: path.relative_to(HOUSE).as_posix())
+def test_only_the_command_line_prints(path):
+    """Below it nothing writes to stdout or stderr, and nothing opens a progress bar: that is what `progress` is for."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.partition(".")[0] for name in names} & {"rich", "tqdm", "typer", "click"}, path
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        assert not re.match(r"print$|sys\.std(out|err)\.", called), f"{path}: {called}"
+
+
+# Tests of the command line, and those that type commands because a command is what they are about.
+OF_THE_COMMAND_LINE = ("tests/cli/", "tests/test_cli.py", "tests/test_docs.py", "tests/test_face.py", "tests/test_story.py")
+OF_VERBS = ("tests/study/test_train_verbs.py", "tests/study/test_contest.py", "tests/study/test_admission_of_experts.py")
+# These are to call `elmwood.study` instead; the list only ever gets shorter.
+STILL = {
+    "tests/evaluate/test_subsets.py", "tests/evaluate/test_harness.py", "tests/ensemble/test_ensemble.py", "tests/train/test_fit.py",
+    "tests/merge/test_statistics.py", "tests/merge/test_merge_parts.py", "tests/merge/test_export.py",
+    "benches/forest.py", "benches/quality/compare.py", "benches/quality/clusters.py", "benches/quality/seed_share.py",
+    "benches/quality/merge_quality.py", "benches/quality/weight_mixing.py", "benches/quality/adapters_in_forest.py",
+    "benches/quality/mixture.py", "benches/quality/merge_layers.py",
+}  # fmt: skip
+
+
+def test_benches_and_tests_use_the_library():
+    """The command line is for people: no bench and no test imports it, but those that test it."""
+    root = HOUSE.parent
+    found = {
+        path.relative_to(root).as_posix()
+        for folder in ("benches", "tests")
+        for path in (root / folder).rglob("*.py")
+        if "cli" in imports(path)
+    }
+    found = {path for path in found if not path.startswith((*OF_THE_COMMAND_LINE, *OF_VERBS))}
+    assert found <= STILL, f"import elmwood.study instead: {sorted(found - STILL)}"

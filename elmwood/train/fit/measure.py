@@ -46,14 +46,15 @@ def measure(seed: Seed | Mixture | Any, recipe: Recipe, store: Store | None = No
             store = Store(Path(scratch))
             seed = random_seed(seed, store)
         recipe = recipe.model_copy(update={"steps": STEPS, "patience": None})
-        words = [str(store.root if store else Path(".elmwood")), seed.digest, recipe.model_dump_json(), device]
+        result = Path(scratch) / "measured.json"
+        words = [str(Store(store).root), seed.digest, recipe.model_dump_json(), device, str(result)]
         done = subprocess.run([sys.executable, "-W", "ignore", "-m", __spec__.name, *words], capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"killed, status {done.returncode}"])[-1]
-        if done.returncode < 0 or "memory" in last.lower():
-            raise DoesNotFit(f"two steps of this recipe did not come to their end ({last}): ask for less, as `elmwood fit` says")
-        raise BadInput(f"two steps of this recipe did not come to their end: {last}")
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"killed, status {done.returncode}"])[-1]
+            if done.returncode < 0 or "memory" in last.lower():
+                raise DoesNotFit(f"two steps of this recipe did not finish ({last}): ask for less, as `elmwood fit` says")
+            raise BadInput(f"two steps of this recipe did not finish: {last}")
+        return Measured(**json.loads(result.read_text()))
 
 
 def random_seed(config: Any, store: Store) -> Seed:
@@ -110,8 +111,8 @@ def peak(device: str) -> int:
 
 
 if __name__ == "__main__":
-    place, digest, plan, kind = sys.argv[1:]
+    place, digest, plan, kind, path = sys.argv[1:]
     home = Store(place)
     given = home.load(digest)
     assert isinstance(given, Seed | Mixture)
-    print(json.dumps(take(given, Recipe.model_validate_json(plan), home, kind)._asdict()))
+    Path(path).write_text(json.dumps(take(given, Recipe.model_validate_json(plan), home, kind)._asdict()))
