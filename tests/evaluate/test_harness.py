@@ -86,7 +86,8 @@ class Bench:
         experts = [lora_expert(self.seed, self.store, n, domain=n, partition=division.digest) for n in range(2)]
         forest = Forest(seed=self.seed.digest, partition=division.digest, experts=[expert.digest for expert in experts])
         self.ensemble = Ensemble(forest=forest.digest, top_k=2)
-        for record in (forest, self.ensemble):
+        self.live = Ensemble(forest=forest.digest, router="live", top_k=1, temperature=0.5, seed_distance=1.0, memory=0.5)
+        for record in (forest, self.ensemble, self.live):
             self.store.add(record)
         self.tokenizer = tokenizer(self.seed, self.store)
 
@@ -121,7 +122,7 @@ def direct(lm, before, after):
     return total, greedy
 
 
-@pytest.mark.parametrize("which", ["seed", "ensemble"])
+@pytest.mark.parametrize("which", ["seed", "ensemble", "live"])
 def test_what_the_harness_reports_is_what_the_model_says(which, bench):
     record = getattr(bench, which)
     tasks, reader, lm = harness.open_tasks(list(TASKS), bench.folder), bench.reader(record), open_model(record, bench.store)
