@@ -1,4 +1,4 @@
-"""Text from any LM, token by token, and who spoke.
+"""Text from any LM, token by token, and the share of each expert in it.
 
 V vocabulary
 """
@@ -22,7 +22,7 @@ class Step(NamedTuple):
     text: str
     token: int
     logprob: float  # of the token under the model itself, before temperature
-    weights: Mapping[str, float]  # who predicted it: name -> share
+    weights: Mapping[str, float]  # of the candidates that predicted it, by name
 
 
 def generate(
@@ -35,10 +35,10 @@ def generate(
     top_p: float = 1.0,
     rng_seed: int = 0,
 ) -> Iterator[Step]:
-    """Continue a prompt until the model ends its text, `max_tokens` are made or the context is full.
+    """Continue a prompt until the model ends its text, `max_tokens` are generated or the context is full.
 
-    The prompt is a text, or its tokens from the separator on. Temperature 0 takes the likeliest token; top_p draws from the
-    likeliest that together have this probability. The same settings give the same text on the same machine. Raises BadInput.
+    The prompt is a text, or its tokens from the separator on. Temperature 0 takes the most likely token; top_p samples from the most
+    likely tokens that together have this probability. The same settings give the same text on the same machine. Raises BadInput.
     """
     if not (temperature >= 0 and 0 < top_p <= 1):
         raise BadInput(f"temperature {temperature} and top_p {top_p}: the first must not be negative, the second above 0 and at most 1")
@@ -51,18 +51,18 @@ def generate(
     logp_V, cache = lm.extend(tokens, lm.start())
     room = min(max_tokens, lm.context - len(tokens))
     for made in range(1, room + 1):
-        token = draw(logp_V, temperature, top_p, generator)
+        token = sample(logp_V, temperature, top_p, generator)
         ended = token in lm.stops
         last = ended or made == room
         text = decode(b"" if ended or token >= len(spelled) else spelled[token], last)
-        yield Step(text, token, float(logp_V[token]), dict(cache.spoke))
+        yield Step(text, token, float(logp_V[token]), dict(cache.shares))
         if last:
             return
         logp_V, cache = lm.extend([token], cache)
 
 
-def draw(logp_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token id."""
+def sample(logp_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Choose a token id."""
     if temperature == 0:
         return int(logp_V.argmax())
     p_V, order_V = torch.softmax(logp_V / temperature, -1).sort(descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""A sparse mixture of experts' next-token probabilities (c-BTM, arXiv:2303.14177), and the one door to every model.
+"""A sparse mixture of experts' next-token probabilities (c-BTM, arXiv:2303.14177), and the function that opens every model.
 
 Shapes: C candidates (experts by digest, the seed last), A of them active, B rows, T tokens, W windows, N scored tokens of several
 documents, V vocabulary.
@@ -38,7 +38,7 @@ class Mixed(Text):
 
     def __init__(self, prefix: PrefixDistances | None, count: int) -> None:
         super().__init__()
-        self.spoke: dict[str, float] = {}
+        self.shares: dict[str, float] = {}
         self.prefix = prefix  # none where the router looks at no distances
         self.memory_C = np.zeros(count)  # up to the last token that each candidate has read, nats
 
@@ -80,7 +80,7 @@ class EnsembleLM:
         return torch.logsumexp(weight_nC.log() + torch.from_numpy(loglik_NC[wanted_N]), 1).float()
 
     def _read(self, windows: Windows, read_WC: Bools, progress: Progress) -> Floats:
-        """Log-likelihoods of the scored tokens under each candidate, of the windows that it is to read [N, C]; 0 elsewhere."""
+        """Log-likelihoods of the scored tokens of the windows that each candidate reads [N, C]; 0 elsewhere."""
         loglik_NC = np.zeros((int(windows.count_W.sum()), read_WC.shape[1]), np.float32)
         total, done, scored_WL = int((windows.length_W @ read_WC).sum()), 0, windows.scored_WL
         progress("score", 0, total, "tokens")
@@ -98,7 +98,7 @@ class EnsembleLM:
         return Mixed(self.router.start(), len(self.experts))
 
     def extend(self, tokens_T: Sequence[int], cache: Mixed) -> tuple[Tensor, Mixed]:
-        """Log-probabilities [V] of the token after these, from the candidates that the text so far calls for."""
+        """Log-probabilities [V] of the token after these, from the candidates of the text so far."""
         self.experts.check(tokens_T, len(cache.tokens) + len(tokens_T))
         signals = Signals(self.router.push(cache.prefix, tokens_T), cache.memory_C[None])
         active = np.flatnonzero(candidates(signals, self.routing)[0])
@@ -107,11 +107,11 @@ class EnsembleLM:
         else:
             logp_AV, _ = self.experts.extend(active.tolist(), tokens_T, cache)
         weight_A = weights(signals, self.routing)[0, active]
-        cache.spoke = {self.names[c]: float(weight) for c, weight in zip(active, weight_A, strict=True) if weight}
+        cache.shares = {self.names[c]: float(weight) for c, weight in zip(active, weight_A, strict=True) if weight}
         return torch.logsumexp(logp_AV + torch.from_numpy(weight_A).to(logp_AV.device).log()[:, None], 0).float().cpu(), cache
 
     def _follow(self, active: Sequence[int], tokens_T: Sequence[int], cache: Mixed) -> Tensor:
-        """Let the active candidates read on, and bring their memory up to the end of the text."""
+        """Let the active candidates read on, and update their memory."""
         logp_AV, news = self.experts.follow(active, tokens_T, cache)
         for c, (first, loglik_U) in zip(active, news, strict=True):
             left_U = self.routing.fading ** np.arange(len(loglik_U) - 1, -1, -1)

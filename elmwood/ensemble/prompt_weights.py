@@ -31,8 +31,8 @@ class Fixed(Text):
 
     def __init__(self) -> None:
         super().__init__()
-        self.spoke: dict[str, float] = {}
-        self.weight_C: Floats | None = None  # none before its prompt has come
+        self.shares: dict[str, float] = {}
+        self.weight_C: Floats | None = None  # None until the prompt is read
 
 
 class WeightsLM:
@@ -79,7 +79,7 @@ class WeightsLM:
         return torch.from_numpy(loglik_WL[wanted_W][windows.scored_WL[wanted_W]])
 
     def _blocks(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The blocks of a row that reach beyond `begin`; its first token is given."""
+        """The blocks of a row that end after `begin`, without its first token, which is given."""
         for first in range(begin - begin % self.block, end, self.block):
             if max(1, first) < min(first + self.block, end):
                 yield max(1, first), min(first + self.block, end)
@@ -91,5 +91,5 @@ class WeightsLM:
         self.experts.check(tokens_T, len(cache.tokens) + len(tokens_T))
         if cache.weight_C is None:
             cache.weight_C = weights(Signals(self.router.push(self.router.start(), tokens_T)), self.routing)[0]
-            cache.spoke = {self.names[c]: float(cache.weight_C[c]) for c in np.flatnonzero(cache.weight_C)}
+            cache.shares = {self.names[c]: float(cache.weight_C[c]) for c in np.flatnonzero(cache.weight_C)}
         return self.experts.extend_mixed(cache.weight_C, tokens_T, cache).cpu(), cache

@@ -27,16 +27,16 @@ Floats = NDArray[np.floating]
 
 
 class OpenForest(NamedTuple):
-    """What an ensemble mixes, and by what."""
+    """The parts of an ensemble."""
 
     routing: Routing
     experts: Experts
     router: "TextRouter"
-    names: list[str]  # of the candidates: what they are called in a text's shares
+    names: list[str]  # of the candidates, in a text's shares
 
 
 def open_forest(ensemble: Ensemble, store: Store, device: torch.device | str | None = None) -> OpenForest:
-    """Raises ForeignExpert, UnknownName."""
+    """Open the experts of an ensemble's forest and its router. Raises ForeignExpert, UnknownName."""
     forest, routing = store.load(ensemble.forest, Forest), Routing.of(ensemble)
     seed, partition = store.load(forest.seed, Seed), store.load(forest.partition, Partition)
     members = [store.load(digest, Expert) for digest in forest.experts]
@@ -59,7 +59,7 @@ class TextRouter:
         starts_E = np.cumsum([0, *map(len, self.places_E)])
         self.own_E = [range(first, last) for first, last in pairwise(starts_E.tolist())]  # rows of these centroids
         spelled = token_bytes(tokenizer(seed, store))
-        self.spelled = spelled + [b""] * (seed.vocabulary - len(spelled))  # some embeddings are padded with rows nobody uses
+        self.spelled = spelled + [b""] * (seed.vocabulary - len(spelled))  # some embeddings are padded with unused rows
 
     def distances(self, windows: Windows) -> Floats | None:
         """Of the document before each scored token [N, E]."""
@@ -82,7 +82,7 @@ class TextRouter:
 
 
 def places(experts: Sequence[Expert], partition: Partition, store: Store) -> list[tuple[int, ...]]:
-    """The domains of a partition that each expert serves. Raises ForeignExpert, also for one that no domain needs any more."""
+    """The domains of a partition that each expert serves. Raises ForeignExpert, also where an expert serves none."""
     found = serving(partition, [(expert.partition, expert.domain) for expert in experts], store)
     for expert, served in zip(experts, found, strict=True):
         if not served:
@@ -107,6 +107,6 @@ def score_rows(lm: WindowScorer, tokens_BT: Any) -> Tensor:
 
 
 def _names(experts: Sequence[Expert], store: Store) -> list[str]:
-    """What each expert is called: the domain it was trained on, and its digest where it shares the name."""
+    """The name of each expert: its domain, with its digest where several have the same."""
     domains = [store.load(expert.partition or "", Partition).domains[expert.domain or 0].name for expert in experts]
     return [f"{name}:{expert.digest[:8]}" if domains.count(name) > 1 else name for name, expert in zip(domains, experts, strict=True)]

@@ -1,14 +1,15 @@
-"""Models -> numbers. Every held-out token is scored once per model; everything else is arithmetic on those columns.
+"""Models -> losses. Every held-out token is scored once per model; everything else is arithmetic on these columns.
 
-holdout   the held-out text as windows of tokens, with bytes, domains, the two halves and blocks of 2 KiB
-columns   run a model over some of it, and what is kept: two bytes a token
-partial   columns that grow: the only functions here that need a model; columns of other stores
-losses    columns -> bits per byte, mixtures, differences, each with its standard error
-subsets   which weights, which experts, what each is worth, many candidates ranked
-surrogate merges ranked without running them
-calibration  the settings of a router, on the tune half
-harness   standard benchmarks, every answer kept
-comparison  the result and every control beside it, on the test half
+holdout      the held-out text as windows of tokens, with bytes, domains, the two halves and blocks of 2 KiB
+columns      scores a model on some of it, and stores the result: two bytes per token
+partial      columns that grow window by window; columns of other stores
+losses       columns -> bits per byte, mixtures, differences, each with its standard error
+calibration  the settings of a router, chosen on the tune half
+comparison   the result and every control beside it, on the test half
+subsets      static weights, choice of experts, the value of each, ranking of many candidates
+surrogate    merges ranked without running them
+admission    what an expert must show to join a forest
+harness      standard benchmarks; every answer is stored
 """
 
 from elmwood.evaluate.calibration import Calibration, calibrate

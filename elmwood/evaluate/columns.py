@@ -1,4 +1,4 @@
-"""Run a model over the holdout, and what is kept of it: two bytes a token.
+"""Score a model on the holdout, and store the result: two bytes per token.
 
 B windows of at most L tokens in one batch, W windows, N scored tokens, R runs of T tokens
 """
@@ -21,7 +21,7 @@ from elmwood.records import Score
 from elmwood.store import Store
 
 TOKENS = 8192  # in one batch, padding included
-RUN = 256  # tokens over which rounding errors are passed on
+RUN = 256  # tokens over which rounding errors carry over
 LEAST = float(np.finfo(np.float16).min)
 DTYPES = {"F16": np.float16, "F32": np.float32, "U32": np.uint32}  # of what is kept
 
@@ -30,7 +30,7 @@ Ints = NDArray[np.integer]
 
 
 class Scorer(Protocol):
-    """The part of an LM that is needed here."""
+    """The part of an LM that scoring needs."""
 
     def score(self, tokens_BL: Any) -> Any:
         """log p(token | those before it in its row) [B, L] float32, nats; column 0 is zero."""
@@ -38,15 +38,16 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class WindowScorer(Protocol):
-    """An LM whose weights depend on the document before the window."""
+    """An LM that looks at the document before the window: an ensemble."""
 
     def score_windows(self, windows: Windows, wanted_W: Ints, progress: Progress = silent) -> Any:
-        """log p of the scored tokens of the wanted windows (ascending), in order [n] float32, nats. `windows` are all there are."""
+        """log p of the scored tokens of the wanted windows (ascending), in order [n] float32, nats. `windows` has all of their
+        documents' windows."""
 
 
 def column(score: Score, holdout: Holdout, store: Store) -> Floats:
-    """The log-likelihoods of a Score [N] float16 (float32 of older ones), nats: the blob itself, memory-mapped and read-only. Those of a
-    Score that has only some windows are spread in memory as float32, NaN elsewhere. Raises Damaged where they are of another holdout."""
+    """The log-likelihoods of a Score [N] float16 (float32 in older ones), nats: the blob itself, memory-mapped and read-only. Where a
+    Score has only some windows, a float32 array in memory, NaN elsewhere. Raises Damaged where it is of another holdout."""
     parts, known_W = open_tensors(store.get(score.loglik)), np.ones(len(holdout.count_W), bool)
     if "windows" in parts:
         known_W = np.isin(np.arange(len(known_W)), parts["windows"])
@@ -63,7 +64,7 @@ def open_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a blob that `encode` wrote, as views of its memory map: opening reads the header alone. Raises Damaged."""
     try:
         with safetensors.safe_open(path, "numpy"):
-            pass  # the library looks whether the header is sound
+            pass  # the library checks the header
         whole = np.asarray(np.memmap(path, np.uint8, "r"))
         begin = 8 + int(whole[:8].view("<u8")[0])
         said = json.loads(whole[8:begin].tobytes())
@@ -77,7 +78,7 @@ def open_tensors(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def encode(loglik_N: Floats, known_W: NDArray[np.bool_] | None = None) -> bytes:
-    """The blob of a Score: "loglik" [N] float16, and "windows", which of them, where it has not all."""
+    """The blob of a Score: "loglik" [N] float16, and "windows", their numbers, where some are missing."""
     parts: dict[str, Any] = {"loglik": round_to_half(loglik_N)}
     if known_W is not None:
         parts["windows"] = np.flatnonzero(known_W).astype(np.uint32)
@@ -85,8 +86,8 @@ def encode(loglik_N: Floats, known_W: NDArray[np.bool_] | None = None) -> bytes:
 
 
 def round_to_half(loglik_N: Floats) -> Floats:
-    """Log-likelihoods in half precision [N] float16. What rounding takes from one token it adds to the next of its run, so a sum over many
-    is as right as one over a few, and none is above zero: the error of a block does not grow with its tokens."""
+    """Log-likelihoods in half precision [N] float16, none above zero. The rounding error of a token is added to the next one of its run,
+    so the error of a sum does not grow with its tokens."""
     runs = -(-len(loglik_N) // RUN)
     loglik_RT = np.zeros((runs, RUN))
     loglik_RT.ravel()[: len(loglik_N)] = loglik_N

@@ -29,7 +29,7 @@ Bools = NDArray[np.bool_]
 
 FEWEST = 4  # documents: two on each half, so that each has a standard error
 BLOCK = 2048  # bytes of UTF-8 text
-AUDIT = 0.2  # of the documents that report: they are looked at last, and seldom
+AUDIT = 0.2  # of the documents that report: kept for rare, final checks
 TUNE, GATE, AUDITED = 0, 1, 2  # splits
 
 
@@ -48,7 +48,7 @@ class HoldoutSpec(Frozen):
 
     @property
     def protocol(self) -> str:
-        """What another scorer must do alike: documents begin with the separator, which is given and not scored."""
+        """The rules that every scorer must follow. Documents begin with the separator, which is given and not scored."""
         return f"windows-v1:length={self.length},carry={self.carried}"
 
 
@@ -75,7 +75,7 @@ class Holdout(NamedTuple):
 
     @property
     def count_W(self) -> Ints:
-        """How many tokens of each window are scored: in every column they stand together, window by window."""
+        """How many tokens of each window are scored. A column has them window by window."""
         return self.windows.count_W
 
     @property
@@ -127,7 +127,7 @@ def open_holdout(spec: HoldoutSpec, store: Store, progress: Progress = silent) -
 
 
 def chance(name: str, salt: str) -> float:
-    """A number in [0, 1) decided by a document's id alone."""
+    """A number in [0, 1) that depends on a document's id alone."""
     return int.from_bytes(hashlib.sha256(f"{salt}:{name}".encode()).digest()[:8], "big") / 2**64
 
 
@@ -140,7 +140,7 @@ def halve(chance_D: Floats) -> Bools:
 
 
 def choose_audited(chance_D: Floats, test_D: Bools) -> Ints:
-    """AUDITED for the documents outside the tune half whose chance is least, about AUDIT of them but at least one; GATE for the others."""
+    """AUDITED for the documents outside the tune half with the smallest chance, about AUDIT of them, at least one; GATE for others."""
     test = np.flatnonzero(test_D)
     count = int(np.clip((chance_D[test] < AUDIT).sum(), 1, len(test) - 1))
     split_D = np.full(len(chance_D), GATE)
@@ -176,7 +176,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(document_N: Ints, end_N: Ints, bytes_D: Ints, domain_D: Ints, split_D: Ints) -> Blocks:
-    """Cut the text of each split and domain, documents one after another, into equal blocks as near BLOCK bytes as it divides.
+    """Cut the text of each split and domain, its documents joined, into equal blocks of about BLOCK bytes.
 
     A token belongs to the block it begins in. So a block has one split and one domain, and another domain's documents do not move it.
     `end_N`: where each token ends in its document, bytes.

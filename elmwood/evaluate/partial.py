@@ -1,4 +1,4 @@
-"""A column that grows by windows: a test needs a model on the blocks it draws, an expert only where it is near. What is scored is kept.
+"""A column that grows by windows: a test scores only the blocks it draws, a table an expert only where it is near.
 
 W windows, N scored tokens
 """
@@ -27,7 +27,7 @@ SLICE = 1 << 17  # tokens between two saves
 
 
 def score(model: Record, load: Callable[[], Scorer], holdout: Holdout, store: Store, progress: Progress = silent) -> Score:
-    """The Score of a model on the holdout; the model is opened only where there is none yet. Interrupted, it goes on."""
+    """The Score of a model on the holdout; the model is opened only if something is missing. Interrupted runs resume."""
     one = Partial(model, load, holdout, store)
     one.fill(np.arange(len(one.known_W)), progress)
     return one.seal()
@@ -53,7 +53,7 @@ class Partial:
             self.known_W[:] = True
             return
         first_W = np.cumsum(self.count_W) - self.count_W
-        scored_W = self.count_W > 0  # a window of nothing but context has no token
+        scored_W = self.count_W > 0  # a window with nothing but context has no scored token
         self.known_W[scored_W] = ~np.isnan(self.loglik_N[first_W[scored_W]])
         self.known_W[~scored_W] = self.score is not None
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -64,7 +64,7 @@ class Partial:
         return bool(self.known_W.all())
 
     def fill(self, window_W: Ints, progress: Progress = silent, until: float | None = None) -> None:
-        """Score those of these windows that are not known yet, as far as one comes by `until` (seconds of time.time)."""
+        """Score those of these windows that are not known yet, until the time `until` (seconds of time.time)."""
         missing_W = np.unique(window_W[~self.known_W[window_W]])
         if not len(missing_W):
             return
@@ -83,7 +83,7 @@ class Partial:
         self.seconds += time.perf_counter() - started
 
     def seal(self) -> Score:
-        """What is known as a Score, for everyone who shares the store; the parts it was saved in go."""
+        """Store what is known as a Score."""
         if self.score and self.score.tokens == self.count_W[self.known_W].sum():
             return self.score
         key = self.keys[0] if self.complete else self.keys[1]
@@ -121,7 +121,7 @@ def _onward(progress: Progress, before: int, total: int) -> Progress:
 
 
 def bring(models: list[Record], holdout: Holdout, source: Store, store: Store) -> int:
-    """Take over the Scores that another store has of these models on this holdout, their bytes looked at; how many came.
+    """Copy the Scores that another store has of these models on this holdout, and check their bytes; how many came.
 
     What came is a claim of whoever scored it. A model that has a Score here keeps it. Raises Damaged.
     """

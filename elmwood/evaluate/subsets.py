@@ -1,4 +1,4 @@
-"""Ensembles from the table alone: which weights, which experts, what each is worth, and whether a new one would help.
+"""Ensembles from columns alone: static weights, a choice of experts, the value of each, whether a new one would help.
 
 N scored tokens, E models, C candidates (experts and the seed; or candidate ensembles), B blocks
 """
@@ -24,7 +24,7 @@ CHUNK = 1 << 16  # tokens multiplied at once
 
 
 def probabilities(loglik_NE: Floats) -> tuple[Floats, Floats]:
-    """exp(loglik - peak) [N, E] float32 and the peak [N] float64 of each token, nats. What nobody has scored (NaN) gives nothing."""
+    """exp(loglik - peak) [N, E] float32 and the peak [N] float64 of each token, nats. NaN, not scored, has probability 0."""
     loglik_NE = np.asarray(loglik_NE)
     peak_N = np.nanmax(loglik_NE, axis=1).astype(np.float64)
     return np.nan_to_num(np.exp(loglik_NE - peak_N[:, None], dtype=np.float32)), peak_N
@@ -34,7 +34,7 @@ def probabilities(loglik_NE: Floats) -> tuple[Floats, Floats]:
 
 
 class Optimum(NamedTuple):
-    """Static weights of least loss, how far from the best they can be at most, and in how many passes over the columns."""
+    """Static weights of least loss, a bound on their distance from the best, and the passes over the columns."""
 
     weight_E: Floats
     nats: float  # per token
@@ -107,7 +107,7 @@ def member_weights(signals: Signals, routing: Routing, members: Sequence[int]) -
 
 
 class Growth(NamedTuple):
-    """Members in the order they were chosen, the loss with each of them and those before, and the losses that were looked at."""
+    """Members in the order of choice, the loss with each of them and those before, and the number of losses computed."""
 
     order: tuple[int, ...]
     losses: tuple[float, ...]
@@ -149,7 +149,7 @@ def greedy(loss: Loss, members: Iterable[int], most: int, start: Sequence[int] =
 
 def would_help(new_N: Floats, mixed_N: Floats, block_N: Ints, among_N: Bools) -> Estimate:
     """Mean of p_new / p_mix over some tokens, and its standard error over blocks. Above one: some weight on the new model lowers the loss
-    there, and below one none does. A screen, and no proof that it is better by anything worth having."""
+    there, and below one none does. A screen: it does not show that the gain is worth having."""
     ratio_N = np.exp(np.asarray(new_N, np.float64)[among_N] - np.asarray(mixed_N, np.float64)[among_N])
     _, place_N = np.unique(block_N[among_N], return_inverse=True)
     sum_B, count_B = np.bincount(place_N, ratio_N), np.bincount(place_N)

@@ -321,4 +321,4 @@ class OneText(Text):
 
     def __init__(self, name: str):
         super().__init__()
-        self.spoke = {name: 1.0}
+        self.shares = {name: 1.0}

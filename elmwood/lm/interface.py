@@ -13,11 +13,14 @@ class Cache(Protocol):
     """The state of one text while it grows."""
 
     tokens: list[int]  # so far
-    spoke: Mapping[str, float]  # who predicted the next token, with what weight: name -> share, summing to one
+    shares: Mapping[str, float]  # of the models that predict the next token, by name; they sum to one
 
 
 class LM(Protocol):
-    """A language model. All log-probabilities are natural logarithms, float32."""
+    """A language model. All log-probabilities are natural logarithms, float32.
+
+    An ensemble has `score_windows` besides (ensemble/mixture.py): its router looks at the document before a window.
+    """
 
     context: int  # tokens at most
     vocabulary: int

@@ -44,9 +44,9 @@ def test_reading_on_equals_scoring(fields, house):
     for t, token in enumerate(tokens_T[:-1]):
         logp_V, text = lm.extend([token], text)
         torch.testing.assert_close(logp_V[tokens_T[t + 1]], loglik_T[t + 1], atol=1e-5, rtol=1e-5)
-        assert len(text.spoke) <= fields["top_k"] + (fields.get("router") == "live" and "seed_distance" in fields)
-        assert sum(text.spoke.values()) == pytest.approx(1)
-        met.add(frozenset(text.spoke))
+        assert len(text.shares) <= fields["top_k"] + (fields.get("router") == "live" and "seed_distance" in fields)
+        assert sum(text.shares.values()) == pytest.approx(1)
+        met.add(frozenset(text.shares))
     if fields["top_k"] < 3 and fields.get("router") != "posterior":
         assert len(met) > 1, "the active experts should have changed on the way"
 
@@ -96,8 +96,8 @@ def test_uniform_weights_are_the_plain_average(house):
     p_EV = torch.stack([model(torch.tensor([house.tokens])).logits[0, -1].softmax(-1) for model in models])
     logp_V, text = lm.extend(house.tokens, lm.start())
     torch.testing.assert_close(logp_V.exp(), p_EV.mean(0), atol=1e-6, rtol=1e-4)
-    assert set(text.spoke.values()) == {0.25}
-    assert text.spoke.keys() == {*(domain.name for domain in house.partition.domains), "seed"}
+    assert set(text.shares.values()) == {0.25}
+    assert text.shares.keys() == {*(domain.name for domain in house.partition.domains), "seed"}
 
 
 @pytest.mark.parametrize("seed_distance", [None, 0.5])
@@ -118,7 +118,7 @@ def test_the_posterior_weighs_by_what_each_said(seed_distance, house):
         logp_V, text = lm.extend(house.tokens[read : read + size], text)
         read += size
         torch.testing.assert_close(logp_V[house.tokens[read]], expected_T[read], atol=1e-5, rtol=1e-5)
-        np.testing.assert_allclose(list(text.spoke.values()), weight_TE[read][weight_TE[read] > 0], atol=1e-4)
+        np.testing.assert_allclose(list(text.shares.values()), weight_TE[read][weight_TE[read] > 0], atol=1e-4)
 
 
 @pytest.mark.parametrize("seed_distance", [None, 1.1])
@@ -139,7 +139,7 @@ def test_live_weights_are_their_formula(seed_distance, house):
             p_C = np.array([0, 0, 0, 1.0] if seed_distance else [1.0, 1, 0, 0])
         expected.append(np.log(p_C @ np.exp(loglik_TC[t + 1]) / p_C.sum()))
         _, text = lm.extend([house.tokens[t]], text)
-        np.testing.assert_allclose(list(text.spoke.values()), (p_C / p_C.sum())[p_C > 0], atol=1e-5)
+        np.testing.assert_allclose(list(text.shares.values()), (p_C / p_C.sum())[p_C > 0], atol=1e-5)
     np.testing.assert_allclose(lm.score([house.tokens])[0, 1:], expected, atol=1e-5)
 
 
@@ -152,9 +152,9 @@ def test_an_expert_that_joins_late_has_read_all_of_the_text(house):
     for t, token in enumerate([0, *house.tokenizer.encode(words).ids]):
         _, text = lm.extend([token], text)
         _, other = always.extend([token], other)
-        (one, *_) = [name for name in text.spoke if name != "seed"] or ["seed"]
-        assert text.spoke["seed"] / (text.spoke["seed"] + text.spoke[one] * (one != "seed")) == pytest.approx(
-            other.spoke["seed"] / (other.spoke["seed"] + other.spoke[one] * (one != "seed")), abs=1e-5
+        (one, *_) = [name for name in text.shares if name != "seed"] or ["seed"]
+        assert text.shares["seed"] / (text.shares["seed"] + text.shares[one] * (one != "seed")) == pytest.approx(
+            other.shares["seed"] / (other.shares["seed"] + other.shares[one] * (one != "seed")), abs=1e-5
         )
         met.append(one)
         if t == 20:  # as when more experts are active than the cache has rows for
@@ -207,7 +207,7 @@ def test_a_partition_embedded_by_its_seed_routes_live(house):
         state = lm.start()
         lm.extend([0, *house.tokenizer.encode(text).ids[:60]], state)
         near_N, _ = assign(divided, house.store, [house.tokenizer.decode(state.tokens[1:])], seed_states)
-        assert state.spoke == {divided.domains[near_N[0]].name: 1.0}
+        assert state.shares == {divided.domains[near_N[0]].name: 1.0}
     assert lm.score([house.tokens]).isfinite().all()
     with pytest.raises(BadInput, match="nothing here opens it"):
         assign(divided, house.store, own)
@@ -226,7 +226,7 @@ def test_only_experts_with_weight_are_run(house, monkeypatch):
 def test_text_far_from_every_domain_is_left_to_the_seed(house):
     lm, seed = open_model(house.ensemble(top_k=1, seed_distance=0.0), house.store), open_model(house.seed, house.store)
     torch.testing.assert_close(lm.score([house.tokens]), seed.score([house.tokens]))
-    assert lm.extend(house.tokens, lm.start())[1].spoke == {"seed": 1.0}
+    assert lm.extend(house.tokens, lm.start())[1].shares == {"seed": 1.0}
 
 
 def test_every_kind_of_model_opens_as_an_lm(house):

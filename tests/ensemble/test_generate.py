@@ -36,7 +36,7 @@ class Parrot:
         return self
 
     def extend(self, tokens_T, cache):
-        self.spoke = {"parrot": 1.0}
+        self.shares = {"parrot": 1.0}
         logp_V = torch.full((SHAPE.vocabulary,), -50.0)
         logp_V[self.says.pop(0)] = 0
         return logp_V, self

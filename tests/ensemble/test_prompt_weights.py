@@ -20,7 +20,7 @@ def test_weights_of_a_prompt_are_a_static_merge_of_its_own(house, adapters):
     lm = open_model(house.ensemble(adapters, mixing="weights", top_k=2, temperature=0.5), house.store)
     prompt, rest = house.tokens[:20], house.tokens[20:26]
     logp_V, text = lm.extend(prompt, lm.start())
-    assert len(text.spoke) == 2
+    assert len(text.shares) == 2
     members = {expert.digest: everywhere(w) for expert, w in zip(lm.experts.experts, text.weight_C[:-1], strict=True) if w}
     (merged,) = merge_adapters(house.seed, members, [("concat", {})], house.store)
     static = open_model(merged, house.store)
@@ -28,7 +28,7 @@ def test_weights_of_a_prompt_are_a_static_merge_of_its_own(house, adapters):
     for token in rest:
         torch.testing.assert_close(logp_V, expected_V, atol=1e-5, rtol=1e-5)
         (logp_V, text), (expected_V, other) = lm.extend([token], text), static.extend([token], other)
-    assert text.spoke == lm.extend(prompt, lm.start())[1].spoke, "the weights are the prompt's, whatever comes after it"
+    assert text.shares == lm.extend(prompt, lm.start())[1].shares, "the weights are the prompt's, whatever comes after it"
 
 
 @pytest.mark.parametrize("fields", [{"top_k": 2}, {"top_k": 3, "temperature": 1.0, "seed_distance": 0.4}, {"top_k": 1, "block": 7}])

@@ -410,7 +410,7 @@ def test_one_expert_is_an_lm(seed, forest, store):
     tokens_BT = some_tokens(1, 5)
     logp_V, text = lm.extend(tokens_BT[0, :4].tolist(), lm.start())
     torch.testing.assert_close(logp_V[tokens_BT[0, 4]], lm.score(tokens_BT)[0, 4], atol=1e-5, rtol=1e-5)
-    assert text.spoke == {"first": 1.0}
+    assert text.shares == {"first": 1.0}
     assert (lm.context, lm.vocabulary, lm.separator, lm.stops) == (64, 320, 0, {0})
 
 
