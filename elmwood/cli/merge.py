@@ -27,6 +27,7 @@ from elmwood.study import merging
 from elmwood.study.merging import Merges
 from elmwood.study.selection import BY_LAYER, Choice, Ranked, test_best
 
+OwnRuleOption = Annotated[str | None, Option("--method", help="The rule, where it is one of your own: module:function.")]
 PartOption = Annotated[str, Option(help="Sum this share of every tensor alone: 0/4 to 3/4.")]
 ScaleOption = Annotated[str | None, Option(help="What is added to the seed is multiplied by this; several: 0.3,0.5,1.")]
 StateArgument = Annotated[str, Argument(help="Name, digest, or a folder written by export.")]
@@ -65,7 +66,7 @@ class Tasks(NamedTuple):
 
 def merge(
     experts: Annotated[list[str], Argument(help="A forest, experts (NAME/ stands for all so named), or a mergekit YAML file.")],
-    method: Annotated[str | None, Option(help="A merge rule, default average; several: ties,dare.")] = None,
+    method: Annotated[str | None, Option(help="A merge rule or module:function, default average; several: ties,dare.")] = None,
     members: Members = Members(),
     scale: ScaleOption = None,
     density: Annotated[str | None, Option(help="Share of values that trimming keeps; several: 0.2,0.5.")] = None,
@@ -94,7 +95,7 @@ def merge(
 
 def state_make(
     experts: ExpertsArgument,
-    method: Annotated[str, Option(help="A merge rule.")] = "average",
+    method: Annotated[str, Option(help="A merge rule, or module:function.")] = "average",
     members: Members = Members(),
     density: Annotated[float | None, Option(help="Share of values that trimming keeps.")] = None,
     settings: SettingOption = None,
@@ -115,25 +116,27 @@ def state_make(
     made(state, name, output.as_json)
 
 
-def state_add(states: StatesArgument, name: NameOption = None, output: Output = Output()) -> None:
+def state_add(states: StatesArgument, method: OwnRuleOption = None, name: NameOption = None, output: Output = Output()) -> None:
     """Add states. An expert that is in several counts once."""
-    made(merging.state_add(states, name=name, store=output.store), name, output.as_json)
+    made(merging.state_add(states, output.store, method=method, name=name), name, output.as_json)
 
 
 def state_remove(
     state: StateArgument,
     experts: Annotated[list[str], Argument(help="Names or digests; NAME/ stands for all experts so named.")],
+    method: OwnRuleOption = None,
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:
     """Subtract experts from a state, exactly."""
     with bars() as progress:
-        rest = merging.state_remove(state, experts, name=name, store=output.store, progress=progress)
+        rest = merging.state_remove(state, experts, output.store, method=method, name=name, progress=progress)
     made(rest, name, output.as_json)
 
 
 def state_finalize(
     states: Annotated[list[str], Argument(help="A state, or all parts of one: names, digests, or folders written by export.")],
+    method: OwnRuleOption = None,
     scale: ScaleOption = None,
     settings: SettingOption = None,
     name: NameOption = None,
@@ -142,8 +145,9 @@ def state_finalize(
     """Turn states into a checkpoint. No expert is read."""
     with bars() as progress:
         done = merging.state_finalize(
-            states, scale=values_of("scale", scale), settings=settings_of(settings), name=name, store=output.store, progress=progress
-        )
+            states, output.store, method=method, scale=values_of("scale", scale), settings=settings_of(settings), name=name,
+            progress=progress,
+        )  # fmt: skip
     _print_merges(done, name, output.as_json)
 
 

@@ -28,7 +28,7 @@ def mix(
         Option(help="Of the gates: the larger, the more the first choice counts; of several, 0.5,1,2, the best on held-out text."),
     ] = "1",
     method: Annotated[
-        str, Option(help="Of what all share: a merge rule, or seed. What no expert changed is the seed's anyway.")
+        str, Option(help="Of what all share: a merge rule, module:function, or seed. What no expert changed is the seed's anyway.")
     ] = "average",
     settings: SettingOption = None,
     low_rank: Annotated[bool, Option("--low-rank", help="Keep adapters as factors over one shared feed-forward.")] = False,

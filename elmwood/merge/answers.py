@@ -7,18 +7,18 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, UnknownName
 from elmwood.merge.adapters import LOW_RULES, merge_adapters
 from elmwood.merge.checkpoint import Answer, merge
-from elmwood.merge.rules.table import RULES, settle
+from elmwood.merge.rules.table import RULES, Rules, settle
 from elmwood.merge.states import Weights
 from elmwood.records import Merged, Seed
 from elmwood.store import Store
 
 
-def combine(methods: Sequence[str], values: Mapping[str, Sequence[float]]) -> list[Answer]:
+def combine(methods: Sequence[str], values: Mapping[str, Sequence[float]], rules: Rules = RULES) -> list[Answer]:
     """Every combination of methods and values of their settings. A setting that only some of the methods have is for those.
 
     Raises BadInput, UnknownName.
     """
-    known = {method: settings_of(method) for method in methods}
+    known = {method: settings_of(method, rules) for method in methods}
     if unknown := sorted(values.keys() - set().union(*known.values())):
         named = "; ".join(f"{method} has {', '.join(sorted(mine)) or 'none'}" for method, mine in known.items())
         raise BadInput(f"no setting {unknown[0]!r}: {named}")
@@ -29,13 +29,16 @@ def combine(methods: Sequence[str], values: Mapping[str, Sequence[float]]) -> li
     return answers
 
 
-def settings_of(method: str) -> set[str]:
+def settings_of(method: str, rules: Rules = RULES) -> set[str]:
     """The settings of a merge rule, of checkpoints or of adapters. Raises UnknownName."""
     if method in LOW_RULES:
         return set(LOW_RULES[method].settings)
-    if method not in RULES:
-        raise UnknownName(f"no merge rule {method!r}; have {', '.join(sorted(RULES))}; of adapters to one: {', '.join(sorted(LOW_RULES))}")
-    _, begins, ends = settle(method, {})
+    if method not in rules and ":" not in method:
+        raise UnknownName(
+            f"no merge rule {method!r}; have {', '.join(sorted(RULES))}; of adapters to one: {', '.join(sorted(LOW_RULES))}; "
+            "or pass 'module:function'"
+        )
+    _, begins, ends = settle(method, {}, rules)
     return {*begins, *ends}
 
 
@@ -45,7 +48,8 @@ def title(answer: Answer) -> str:
 
 
 def make(
-    seed: Seed, members: Mapping[str, Weights], answers: Sequence[Answer], store: Store, resize: bool = False, progress: Progress = silent
+    seed: Seed, members: Mapping[str, Weights], answers: Sequence[Answer], store: Store, resize: bool = False,
+    progress: Progress = silent, rules: Rules = RULES,
 ) -> list[Merged]:  # fmt: skip
     """A checkpoint for each answer, or an adapter, by its rule; the experts are read once for all answers of either kind.
 
@@ -53,7 +57,7 @@ def make(
     """
     makers: dict[bool, Callable[[list[Answer]], list[Merged]]] = {
         True: lambda asked: merge_adapters(seed, members, asked, store, progress),
-        False: lambda asked: merge(seed, members, asked, store, resize, progress),
+        False: lambda asked: merge(seed, members, asked, store, resize, progress, rules),
     }
     kinds = [answer.method in LOW_RULES for answer in answers]
     made = {low: iter(makers[low]([one for one, kind in zip(answers, kinds, strict=True) if kind == low])) for low in set(kinds)}

@@ -15,7 +15,7 @@ from elmwood.lm.files import seed_folder
 from elmwood.merge.export.card import EXACT, KERNELS, card
 from elmwood.merge.layer_weights import depth_of, layer_name, weight_of
 from elmwood.merge.rules.base import REVISION, Floats, Rule, Settings, Total
-from elmwood.merge.rules.table import RULES, on, settle
+from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
 from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_places, statistics_of, sum_places
 from elmwood.merge.sums.blocks import ALL, span_of
 from elmwood.merge.sums.stream import Piece, Wanted
@@ -36,23 +36,26 @@ class Answer(NamedTuple):
 
 
 def merge(
-    seed: Seed, members: Mapping[str, Weights], answers: Sequence[Answer], store: Store, resize: bool = False, progress: Progress = silent
+    seed: Seed, members: Mapping[str, Weights], answers: Sequence[Answer], store: Store, resize: bool = False,
+    progress: Progress = silent, rules: Rules = RULES,
 ) -> list[Merged]:  # fmt: skip
     """One reading of the experts, a checkpoint for each answer. Raises ForeignExpert, BadInput, UnknownName."""
     if len(members) < 2:
         raise BadInput("a merge takes two experts or more; one alone is exported as it is: `elmwood export`")
     plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
-    rules = [settle(*answer) for answer in answers]
-    left = statistics_of(any(rule.needs for rule, _, _ in rules), members, store)
+    settled = [settle(*answer, rules) for answer in answers]
+    left = statistics_of(any(rule.needs for rule, _, _ in settled), members, store)
     keys = [
-        fingerprint("merge", REVISION, seed, plain, a.method, begins, ends, resize, *([left] if rule.needs else []))
-        for a, (rule, begins, ends) in zip(answers, rules, strict=True)
+        fingerprint(
+            "merge", REVISION, seed, plain, a.method, begins, ends, resize, *([left] if rule.needs else []), *code_of(a.method, rules)
+        )
+        for a, (rule, begins, ends) in zip(answers, settled, strict=True)
     ]
     if all(store.done(key) for key in keys):
         return [store.load(store.done(key) or "", Merged) for key in keys]
     tensors, sources, weights = open_all(seed, members, store, resize)
     wanted: list[Wanted] = []
-    for rule, begins, _ in rules:
+    for rule, begins, _ in settled:
         if Wanted(rule, begins) not in wanted:
             wanted.append(Wanted(rule, begins))
     work = pass_over(tensors, sources, weights, wanted, (0, 1), store, progress)
@@ -60,21 +63,23 @@ def merge(
     twins = [Twin(tensors, store.work(key) / "out", names) for key in keys]
     finishers = [
         (place := wanted.index(Wanted(rule, begins)), Finisher(rule, begins | ends, tensors, partial(work.total, place), twin))
-        for (rule, begins, ends), twin in zip(rules, twins, strict=True)
+        for (rule, begins, ends), twin in zip(settled, twins, strict=True)
     ]
     for piece in work.run(lambda name: any(one.with_seed(name) for _, one in finishers)):
         for place, one in finishers:
             if piece.sums[place]:
                 one.write(piece, piece.sums[place])
     made = []
-    for answer, (rule, begins, ends), key, (place, _), twin in zip(answers, rules, keys, finishers, twins, strict=True):
+    for answer, (rule, begins, ends), key, (place, _), twin in zip(answers, settled, keys, finishers, twins, strict=True):
         rows = contributions(sources, weights, work.reach[place], left if rule.needs else {})
-        made.append(_stored(seed, answer.method, begins | ends, rows, twin, store))
+        made.append(_stored(seed, answer.method, rule, begins | ends, rows, twin, store))
         store.finish(key, made[-1])
     return made
 
 
-def finalize(states: Sequence[State], settings: Settings, store: Store, progress: Progress = silent) -> Merged:
+def finalize(
+    states: Sequence[State], settings: Settings, store: Store, progress: Progress = silent, rules: Rules = RULES
+) -> Merged:  # fmt: skip
     """The checkpoint of a state, or of all the parts of one. Raises BadInput."""
     first = states[0]
     for other in states[1:]:
@@ -86,16 +91,16 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
         raise BadInput(f"these are the parts {parts}; a checkpoint needs each of them once: name them all")
     if len(first.contributions) < 2:
         raise BadInput("a merge takes two experts or more, this state holds one: add others first")
-    rule, begins, ends = settle(first.method, {**first.settings, **settings})
+    rule, begins, ends = settle(first.method, {**first.settings, **settings}, rules)
     if begins != first.settings:
         raise BadInput(f"{sorted(set(settings) & set(begins))} decided this state when it was made: make the state again to change them")
     seed = store.load(first.seed, Seed)
-    key = fingerprint("finalize", REVISION, *sorted(one.digest for one in states), ends)
+    key = fingerprint("finalize", REVISION, *sorted(one.digest for one in states), ends, *code_of(first.method, rules))
     if done := store.done(key):
         return store.load(done, Merged)
     if not rule.sums:  # its experts are looked at together, and now
         members = {c.expert: c.weight for c in first.contributions}
-        (made,) = merge(seed, members, [Answer(first.method, begins | ends)], store, False, progress)
+        (made,) = merge(seed, members, [Answer(first.method, begins | ends)], store, False, progress, rules)
         store.finish(key, made)
         return made
     tensors = seed_places(seed, store)
@@ -122,7 +127,7 @@ def finalize(states: Sequence[State], settings: Settings, store: Store, progress
         row.model_copy(update={"reach": max(c.reach for one in states for c in one.contributions if c.expert == row.expert)})
         for row in first.contributions
     )
-    made = _stored(seed, first.method, begins | ends, rows, twin, store)
+    made = _stored(seed, first.method, rule, begins | ends, rows, twin, store)
     store.finish(key, made)
     return made
 
@@ -150,7 +155,7 @@ def assemble(choice: Mapping[str, Merged], store: Store) -> Merged:
             twin.put(place, start, files.read(mine, start, min(place.numbers, start + PIECE)))
     files.close()
     rows = tuple(row.model_copy(update={"statistics": None, "reach": 0}) for row in first.contributions)
-    made = _stored(seed, "by_layer", {}, rows, twin, store).model_copy(update={"layers": layers})
+    made = _stored(seed, "by_layer", None, {}, rows, twin, store).model_copy(update={"layers": layers})
     store.finish(key, made)
     return made
 
@@ -225,11 +230,13 @@ def _opened(rule: Rule, place: Place, sums: Sequence[Any]) -> tuple[Floats, ...]
     return tuple(exact.wide_value(high_N, low_N).reshape(size) for high_N, low_N, size in pairs)
 
 
-def _stored(seed: Seed, method: str, settings: dict[str, float], rows: tuple[Contribution, ...], twin: Twin, store: Store) -> Merged:
+def _stored(
+    seed: Seed, method: str, rule: Rule | None, settings: dict[str, float], rows: tuple[Contribution, ...], twin: Twin, store: Store
+) -> Merged:  # fmt: skip
+    """`rule`: none where layers come from several."""
     weights = {name: store.take(twin.folder / name, digest) for name, digest in sorted(twin.close().items())}
     source = seed_folder(seed, store)
     kept = {name: digest if seed.hub is None else store.put(source / name) for name, digest in seed.files.items() if name not in weights}
-    rule = RULES.get(method)  # none where layers come from several
     about = KERNELS if rule is None or rule.matrices else EXACT
     text = card(seed, method, rule.paper if rule else "each layer from a merge of its own", settings, rows, weights, about=about)
     return Merged(

@@ -9,7 +9,7 @@ from pathlib import Path
 from elmwood.engine import Progress, run, silent
 from elmwood.errors import BadInput
 from elmwood.merge.checkpoint import Answer, finalize
-from elmwood.merge.rules.table import settle
+from elmwood.merge.rules.table import RULES, Rules, open_rules, settle
 from elmwood.merge.states import state
 from elmwood.records import Digest, Frozen, Merged, Seed, Share, State
 from elmwood.store import Store
@@ -24,6 +24,7 @@ class StateJob(Frozen):
     method: str
     settings: dict[str, float]
     part: tuple[int, int] = (0, 1)
+    typed: tuple[str, ...] = ()  # rules of the user's own, 'module:function'
 
 
 def make_state(job: StateJob, progress: Progress) -> Digest:
@@ -34,24 +35,33 @@ def make_state(job: StateJob, progress: Progress) -> Digest:
     def told(_: str, done: float, total: float, unit: str) -> None:
         progress(label, done, total, unit)
 
-    return state(store.load(job.seed, Seed), job.members, job.method, job.settings, store, job.part, told).digest
+    return state(store.load(job.seed, Seed), job.members, job.method, job.settings, store, job.part, told,
+                 open_rules(job.typed)).digest  # fmt: skip
 
 
 def spread(
     seed: Seed, members: dict[str, tuple[Share, ...]], answers: Sequence[Answer], store: Store, *,
-    parts: int, workers: int = 1, engine: str = "local", progress: Progress = silent,
+    parts: int, workers: int = 1, engine: str = "local", progress: Progress = silent, rules: Rules = RULES,
 ) -> list[Merged]:  # fmt: skip
     """As elmwood.merge.checkpoint.merge, with `workers` tasks at a time on an engine. Raises what that does."""
     if len(members) < 2:
         raise BadInput("a merge takes two experts or more; one alone is exported as it is: `elmwood export`")
     sums: dict[str, list[State]] = {}
-    settled = [(answer.method, *settle(*answer)[1:]) for answer in answers]
+    settled = [(answer.method, *settle(*answer, rules)[1:]) for answer in answers]
     for method, begins, _ in settled:
         if (key := f"{method} {begins}") in sums:
             continue
         jobs = [
-            StateJob(store=store.root.resolve(), seed=seed.digest, members=members, method=method, settings=begins, part=(part, parts))
+            StateJob(
+                store=store.root.resolve(),
+                seed=seed.digest,
+                members=members,
+                method=method,
+                settings=begins,
+                part=(part, parts),
+                typed=tuple(rules.keys() - RULES.keys()),
+            )
             for part in range(parts)
         ]
         sums[key] = [store.load(digest, State) for digest in run(make_state, jobs, workers=workers, engine=engine, progress=progress)]
-    return [finalize(sums[f"{method} {begins}"], ends, store, progress) for method, begins, ends in settled]
+    return [finalize(sums[f"{method} {begins}"], ends, store, progress, rules) for method, begins, ends in settled]

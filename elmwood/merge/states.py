@@ -16,9 +16,9 @@ from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm.files import seed_folder
 from elmwood.merge.layer_weights import depth_of, weight_of
 from elmwood.merge.rules.base import Rule, Settings
-from elmwood.merge.rules.table import on, settle
+from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
 from elmwood.merge.statistics import Opened, found
-from elmwood.merge.sums.blocks import share_of_tensors, span_of
+from elmwood.merge.sums.blocks import ALL, share_of_tensors, span_of
 from elmwood.merge.sums.stream import Pass, Wanted
 from elmwood.records import Contribution, Expert, Seed, Share, State, Statistics, fingerprint
 from elmwood.store import Store
@@ -97,14 +97,14 @@ def statistics_of(needed: bool, members: Iterable[str], store: Store) -> dict[st
 
 def state(
     seed: Seed, members: Mapping[str, Weights], method: str, settings: Settings, store: Store,
-    part: tuple[int, int] = (0, 1), progress: Progress = silent,
+    part: tuple[int, int] = ALL, progress: Progress = silent, rules: Rules = RULES,
 ) -> State:  # fmt: skip
     """The sum of one expert or more: expert's digest -> weight. Raises ForeignExpert, BadInput, UnknownName."""
-    rule, begins, _ = settle(method, settings)
+    rule, begins, _ = settle(method, settings, rules)
     fields = {"seed": seed.digest, "method": method, "settings": begins, "part": part}
     plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
     left = statistics_of(bool(rule.needs), members, store)
-    key = fingerprint("state", seed, method, begins, part, plain, *([left] if left else []))
+    key = fingerprint("state", seed, method, begins, part, plain, *([left] if left else []), *code_of(method, rules))
     if done := store.done(key):
         return store.load(done, State)
     tensors, sources, weights = open_all(seed, members, store, False)
@@ -141,10 +141,10 @@ def layout_of(rule: Rule, tensors: Mapping[str, Place], names: Iterable[str], pa
     return layout
 
 
-def check(one: State, store: Store) -> None:
+def check(one: State, store: Store, rules: Rules = RULES) -> None:
     """Look at a state that somebody else made: whether its sums are those of its rule and seed, and within the bounds that its
     contributions give, so that nothing overflows later. Reads it all. Raises BadInput, ForeignExpert, UnknownName."""
-    rule, begins, _ = settle(one.method, one.settings)
+    rule, begins, _ = settle(one.method, one.settings, rules)
     if begins != one.settings or not 0 <= one.part[0] < one.part[1]:
         raise BadInput(f"this state of {one.method} has the settings {one.settings} and the part {one.part}: none that elmwood makes")
     if not rule.sums:
@@ -174,7 +174,7 @@ def check(one: State, store: Store) -> None:
     files.close()
 
 
-def add(one: State, other: State, store: Store) -> State:
+def add(one: State, other: State, store: Store, rules: Rules = RULES) -> State:
     """The sum of both. What one of them holds already is not added again. Raises BadInput, ForeignExpert."""
     alike(one, other)
     left, right = ({c.expert: c for c in each.contributions} for each in (one, other))
@@ -186,21 +186,21 @@ def add(one: State, other: State, store: Store) -> State:
     if shared:
         raise BadInput(f"both states hold expert {sorted(shared)[0][:8]}, and each holds others: remove it from one of them first")
     both = tuple((left | right)[digest] for digest in sorted(left.keys() | right.keys()))
-    return _combined(one, other, both, store, np.add)
+    return _combined(one, other, both, store, np.add, rules)
 
 
-def remove(one: State, expert: str, store: Store, progress: Progress = silent) -> State:
+def remove(one: State, expert: str, store: Store, progress: Progress = silent, rules: Rules = RULES) -> State:
     """The sum without an expert, as if it had never been there. Needs the expert's files. Raises BadInput."""
     row = next((c for c in one.contributions if c.expert == expert), None)
     if row is None:
         raise BadInput(f"expert {expert[:8]} is not in this state; `elmwood show` lists what is")
     if len(one.contributions) == 1:
         raise BadInput(f"expert {expert[:8]} is the only one in this state: nothing would be left")
-    alone = state(store.load(one.seed, Seed), {expert: row.weight}, one.method, one.settings, store, one.part, progress)
+    alone = state(store.load(one.seed, Seed), {expert: row.weight}, one.method, one.settings, store, one.part, progress, rules)
     if alone.contributions != (row,):
         raise BadInput(f"expert {expert[:8]} has other statistics now than when it was added: sum the others anew")
     rest = tuple(c for c in one.contributions if c.expert != expert)
-    return _combined(one, alone, rest, store, np.subtract)
+    return _combined(one, alone, rest, store, np.subtract, rules)
 
 
 def alike(one: State, other: State) -> None:
@@ -210,12 +210,14 @@ def alike(one: State, other: State) -> None:
             raise kind(f"states of different {field} do not add: {getattr(one, field)} and {getattr(other, field)}; make one of them again")
 
 
-def _combined(one: State, other: State, rows: tuple[Contribution, ...], store: Store, combine: Callable[..., Any]) -> State:
+def _combined(
+    one: State, other: State, rows: tuple[Contribution, ...], store: Store, combine: Callable[..., Any], rules: Rules
+) -> State:  # fmt: skip
     exact.check_room(sum(row.reach for row in rows))
     key = fingerprint("states", one, other, combine.__name__)
     if done := store.done(key):
         return store.load(done, State)
-    rule = settle(one.method, one.settings)[0]
+    rule = settle(one.method, one.settings, rules)[0]
     if not rule.sums:  # the set of experts is all there is
         made = one.model_copy(update={"contributions": rows})
         store.finish(key, made)

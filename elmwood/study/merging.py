@@ -1,5 +1,6 @@
 """Merges: which experts with which weights, by which rules; and states, the sums that merges are made from."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from elmwood.merge.answers import combine, make, title
 from elmwood.merge.checkpoint import Answer, finalize
 from elmwood.merge.layer_weights import depth_of
 from elmwood.merge.parallel import StateJob, make_state, spread
+from elmwood.merge.rules.table import RULES, Rules, open_rules
 from elmwood.merge.states import add, check, remove, seed_places
 from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, parse
 from elmwood.report.notebook import facts, show_ranking
@@ -68,18 +70,20 @@ def merge(
     if len(names) == 1 and isinstance(names[0], str) and names[0].endswith((".yaml", ".yml")):
         if method or weights is not None or layers or tensors or any(value is not None for value in given.values()):
             raise BadInput(f"{names[0]} says how to merge: change it there, or name the experts here instead of the file")
-        members, answers = read_mergekit(Path(names[0]), home)
+        rules, (members, answers) = RULES, read_mergekit(Path(names[0]), home)
     else:
-        members = members_of(names, home, weights, layers, tensors)
-        answers = answers_of(method or "average", given)
+        members, methods = members_of(names, home, weights, layers, tensors), listed(method or "average")
+        rules = open_rules(methods)
+        answers = answers_of(methods, given, rules)
     if per_layer and (not choose or len(answers) < 2 or any(answer.method in LOW_RULES for answer in answers)):
         raise BadInput("--per-layer takes layers from several checkpoints: give --choose, several answers, and no rule that makes adapters")
     seed = seed_of(members, home)
     if parts:
         _check_parts(answers, resize)
-        found = spread(seed, members, answers, home, parts=parts, workers=workers or 1, engine=engine, progress=progress)
+        found = spread(seed, members, answers, home, parts=parts, workers=workers or 1, engine=engine, progress=progress,
+                       rules=rules)  # fmt: skip
     else:
-        found = make(seed, members, answers, home, resize, progress)
+        found = make(seed, members, answers, home, resize, progress, rules)
     made = dict(zip(map(title, answers), found, strict=True))
     if choose:
         where = partition or partition_of(members, home)
@@ -100,7 +104,7 @@ def names_of(name: str | None, made: Mapping[str, Merged]) -> list[str | None]:
     """What merges are called: a single one NAME, several NAME/method-setting."""
     if name is None or len(made) == 1:
         return [name] * len(made)
-    return [f"{name}/{one.replace(' ', '-')}" for one in made]
+    return [f"{name}/{re.sub('[^A-Za-z0-9._-]', '-', one)}" for one in made]
 
 
 # ---- what is merged -------------------------------------------------------------------------------------------------
@@ -130,10 +134,10 @@ def members_of(
     return dict(zip(found, shares * (len(found) if len(each) == 1 else 1), strict=True))
 
 
-def answers_of(method: str | Sequence[str], given: Mapping[str, Values | None]) -> list[Answer]:
+def answers_of(methods: Sequence[str], given: Mapping[str, Values | None], rules: Rules = RULES) -> list[Answer]:
     """Every combination of what is given; None is the rule's own default. Raises BadInput, UnknownName."""
     values = {name: list(value) if isinstance(value, Sequence) else [value] for name, value in given.items() if value is not None}
-    return combine([method] if isinstance(method, str) else list(method), values)
+    return combine(methods, values, rules)
 
 
 def read_mergekit(path: Path, store: Store) -> tuple[Members, list[Answer]]:
@@ -179,7 +183,8 @@ def state_make(
     part: tuple[int, int] = (0, 1), name: str | None = None, progress: Progress = silent,
 ) -> State:  # fmt: skip
     """Sum one or more experts under a merge rule. `part`: the (i, n)-th share of every tensor alone. Raises BadInput, ForeignExpert."""
-    answers = answers_of(method, {"density": density, **(settings or {})})
+    rules = open_rules([method])
+    answers = answers_of([method], {"density": density, **(settings or {})}, rules)
     if len(answers) != 1:
         raise BadInput("a state has one method and one value of each setting: make the others one by one")
     if not 0 <= part[0] < part[1]:
@@ -187,43 +192,49 @@ def state_make(
     home = Store(store)
     members = members_of(experts, home, weights, layers, tensors)
     job = StateJob(store=home.root, seed=seed_of(members, home).digest, members=members, method=answers[0].method,
-                   settings=dict(answers[0].settings), part=part)  # fmt: skip
+                   settings=dict(answers[0].settings), part=part, typed=tuple(rules.keys() - RULES.keys()))  # fmt: skip
     return keep_name(home.load(make_state(job, progress), State), name, home)
 
 
-def state_add(states: Sequence[Named | Path], store: AnyStore = None, *, name: str | None = None) -> State:
+def state_add(states: Sequence[Named | Path], store: AnyStore = None, *, method: str | None = None, name: str | None = None) -> State:
     """The sum of states: names, records, or folders written by `export`. An expert that is in several counts once. Raises BadInput."""
-    home = Store(store)
-    total, *others = [open_state(one, home) for one in states]
+    home, rules = Store(store), _own_rules(method)
+    total, *others = [open_state(one, home, rules) for one in states]
     for other in others:
-        total = add(total, other, home)
+        total = add(total, other, home, rules)
     return keep_name(total, name, home)
 
 
 def state_remove(
-    state: Named | Path, experts: Named | Sequence[Named], store: AnyStore = None, *, name: str | None = None, progress: Progress = silent
+    state: Named | Path, experts: Named | Sequence[Named], store: AnyStore = None, *, method: str | None = None, name: str | None = None,
+    progress: Progress = silent,
 ) -> State:  # fmt: skip
     """The state without some experts, exactly as if they had never been in it. Their files are read. Raises BadInput."""
-    home = Store(store)
-    rest = open_state(state, home)
+    home, rules = Store(store), _own_rules(method)
+    rest = open_state(state, home, rules)
     for expert in home.expand(experts):
-        rest = remove(rest, home.resolve(expert), home, progress)
+        rest = remove(rest, home.resolve(expert), home, progress, rules)
     return keep_name(rest, name, home)
 
 
 def state_finalize(
-    states: Named | Path | Sequence[Named | Path], store: AnyStore = None, *, scale: Values | None = None,
+    states: Named | Path | Sequence[Named | Path], store: AnyStore = None, *, method: str | None = None, scale: Values | None = None,
     settings: Mapping[str, Values] | None = None, name: str | None = None, progress: Progress = silent,
 ) -> Merges:  # fmt: skip
     """The checkpoint of a state, or of all parts of one; several values give several checkpoints. No expert is read. Raises BadInput."""
-    home = Store(store)
-    held = [open_state(one, home) for one in listed(states)]
-    answers = answers_of(held[0].method, {"scale": scale, **(settings or {})})
-    made = {title(answer): finalize(held, answer.settings, home, progress) for answer in answers}
+    home, rules = Store(store), _own_rules(method)
+    held = [open_state(one, home, rules) for one in listed(states)]
+    answers = answers_of([held[0].method], {"scale": scale, **(settings or {})}, rules)
+    made = {title(answer): finalize(held, answer.settings, home, progress, rules) for answer in answers}
     return _name_all(made, name, home)
 
 
-def open_state(name: Named | Path, store: Store) -> State:
+def _own_rules(method: str | None) -> Rules:
+    """The rules that states are added or finished by: the table and, where it is typed, a rule of the user's own."""
+    return open_rules([method] if method else [])
+
+
+def open_state(name: Named | Path, store: Store, rules: Rules = RULES) -> State:
     """A state by name or digest, or from a folder that `elmwood export` wrote, perhaps elsewhere. Raises BadInput, Damaged."""
     if isinstance(name, Record | Holder):
         return store.load(name, State)
@@ -236,6 +247,6 @@ def open_state(name: Named | Path, store: Store) -> State:
     for file, digest in record.files.items():
         if store.put(folder / file) != digest:
             raise Damaged(f"{folder / file} is not what its record says: fetch it again")
-    check(record, store)
+    check(record, store, rules)
     store.add(record)
     return record

@@ -14,6 +14,7 @@ from elmwood.merge.moe.build import KEPT, Mixing, gate_rows
 from elmwood.merge.moe.build import mix as build
 from elmwood.merge.moe.gates import GATES
 from elmwood.merge.moe.remove import remove
+from elmwood.merge.rules.table import open_rules
 from elmwood.records import Corpus, Expert, Forest, Gates, Mixture, Partition, Seed, Shard
 from elmwood.registry import lookup
 from elmwood.report.notebook import grid, show_ranking
@@ -51,7 +52,8 @@ def mix(
     """Combine the experts of a forest into one mixture-of-experts model; or take experts out of a mixture.
 
     gates: how experts are chosen before any tuning: hidden, arrow, random, or 'module:function' (see `elmwood.merge.moe.gates`).
-    scale: of the gates; of several, the best on held-out text. method: the merge rule of what all experts share, or 'seed'.
+    scale: of the gates; of several, the best on held-out text. method: the merge rule of what all experts share, 'module:function' of
+    one of your own, or 'seed'.
     For the other options see `elmwood mix --help`. Raises BadInput, BadSeed, ForeignExpert, UnknownName.
     """
     home = Store(store)
@@ -63,7 +65,8 @@ def mix(
         return Mixed(keep_name(_without(source, gone, given, home, progress), name, home))
     rest = _rest(home.load(forest, Forest), gone, home)
     wanted = Gates(kind=gates, top_k=top_k, seed_bias=seed_bias if seed_expert else None, rng_seed=rng_seed)
-    answers = answers_of(method, settings or {}) if method != KEPT or settings else [Answer(KEPT, {})]
+    rules = open_rules([method])
+    answers = answers_of([method], settings or {}, rules) if method != KEPT or settings else [Answer(KEPT, {})]
     if len(answers) > 1:
         raise BadInput("what all share is merged by one rule with one value of each setting: make the other mixtures one by one")
     made = {}
@@ -72,7 +75,7 @@ def mix(
             gates=wanted.model_copy(update={"scale": each}), layout="low-rank" if low_rank else "checkpoint", method=method,
             settings=dict(answers[0].settings),
         )  # fmt: skip
-        made[f"scale {each:g}"] = build(rest, rows, mixing, home, progress)
+        made[f"scale {each:g}"] = build(rest, rows, mixing, home, progress, rules)
     if len(made) == 1:
         return Mixed(keep_name(next(iter(made.values())), name, home))
     tuned = score(made, home.load(rest.seed, Seed), rest.partition, documents, home, progress)
@@ -81,12 +84,12 @@ def mix(
 
 def _without(mixture: Mixture, gone: Sequence[str], given: Mapping[str, object], store: Store, progress: Progress) -> Mixture:
     """The mixture without some experts. Raises BadInput."""
-    others = sorted(option for option, value in given.items() if value != DEFAULTS[option])
+    others = sorted(option for option, value in given.items() if value not in (DEFAULTS[option], getattr(mixture, option, None)))
     if others or not gone:
         what = f"--{others[0].replace('_', '-')} is of mixtures that are made of a forest" if others else "a mixture is mixed already"
         raise BadInput(f"{what}: of a mixture say which experts go, --without NAME, or name its forest")
     for digest in gone:
-        mixture = remove(mixture, digest, store, progress)
+        mixture = remove(mixture, digest, store, progress, open_rules([str(given["method"])]))
     return mixture
 
 

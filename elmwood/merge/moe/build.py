@@ -25,7 +25,7 @@ from elmwood.merge.moe.gates import GATES, GateInputs, GatesFn, direction, layer
 from elmwood.merge.moe.layout import FEED_FORWARD, Cell, cells, family_of, mixed_config
 from elmwood.merge.moe.shards import Shards
 from elmwood.merge.moe.trial import try_copies
-from elmwood.merge.rules.table import settle
+from elmwood.merge.rules.table import RULES, Rules, code_of, settle
 from elmwood.merge.states import contributions, open_all, open_expert, pass_over, seed_places, statistics_of
 from elmwood.merge.sums.stream import Wanted
 from elmwood.records import Contribution, Expert, Forest, Frozen, Gates, Mixture, Partition, Seed, fingerprint
@@ -57,6 +57,7 @@ class Parts(NamedTuple):
     sources: list[Source]  # in the order of their digests, as sums take them
     order: tuple[str, ...]  # digests by number in the mixture; the seed last, where it is one
     store: Store | None = None  # none where there are no sources
+    rules: Rules = RULES
 
 
 def order_of(forest: Forest, with_seed: bool, store: Store) -> tuple[str, ...]:
@@ -65,13 +66,13 @@ def order_of(forest: Forest, with_seed: bool, store: Store) -> tuple[str, ...]:
     return tuple(expert.digest for expert in found) + ((forest.seed,) if with_seed else ())
 
 
-def opened(forest: Forest, with_seed: bool, store: Store) -> Parts:
+def opened(forest: Forest, with_seed: bool, store: Store, rules: Rules = RULES) -> Parts:
     """Raises BadSeed, ForeignExpert."""
     seed = store.load(forest.seed, Seed)
     config = json.loads((seed_folder(seed, store) / "config.json").read_bytes())
     family_of(config)
     tensors, sources, _ = open_all(seed, {digest: everywhere(1.0) for digest in forest.experts}, store, False)
-    return Parts(seed.digest, config, tensors, sources, order_of(forest, with_seed, store), store)
+    return Parts(seed.digest, config, tensors, sources, order_of(forest, with_seed, store), store, rules)
 
 
 def directions(forest: Forest, order: Sequence[str], store: Store) -> dict[str, list[NDArray[np.floating] | None]]:
@@ -128,13 +129,15 @@ def _domain(expert: Expert) -> int:
     return expert.domain
 
 
-def mix(forest: Forest, rows: Rows, mixing: Mixing, store: Store, progress: Progress = silent) -> Mixture:
+def mix(
+    forest: Forest, rows: Rows, mixing: Mixing, store: Store, progress: Progress = silent, rules: Rules = RULES
+) -> Mixture:  # fmt: skip
     """Done once per inputs. `rows` are the gates (see gates.py). Raises BadSeed, BadInput, ForeignExpert."""
     packed = hashlib.sha256(b"".join(name.encode() + np.asarray(rows[name], "<f8").tobytes() for name in sorted(rows))).hexdigest()
-    key = fingerprint("mixture", forest, mixing, packed)
+    key = fingerprint("mixture", forest, mixing, packed, *([] if mixing.method == KEPT else code_of(mixing.method, rules)))
     if done := store.done(key):
         return store.load(done, Mixture)
-    parts = opened(forest, mixing.gates.seed_bias is not None, store)
+    parts = opened(forest, mixing.gates.seed_bias is not None, store, rules)
     folder = store.work(key) / "out"
     if mixing.layout == "checkpoint":
         try_copies(parts.config, copies, store)
@@ -265,7 +268,7 @@ def share(parts: Parts, mixing: Mixing, shards: Shards, files: Files, progress: 
     written: set[str] = set()
     rows: tuple[Contribution, ...] = ()
     if parts.store and any(one.has(name) for one in sources for name in shared):
-        rule, begins, ends = settle(mixing.method, mixing.settings)
+        rule, begins, ends = settle(mixing.method, mixing.settings, parts.rules)
         if mixing.method == "average" and parts.order[-1] == parts.seed:
             ends["scale"] *= len(sources) / (len(sources) + 1)
         weights = [everywhere(1.0)] * len(sources)

@@ -16,6 +16,7 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.merge.moe.build import KEPT, LOW, Mixing, Written, changed, finished, moved, opened, share
 from elmwood.merge.moe.shards import Shards
+from elmwood.merge.rules.table import RULES, Rules
 from elmwood.records import Forest, Mixture, Seed, fingerprint
 from elmwood.store import Store
 from elmwood.weights.tensors import Files, Place, decode, places
@@ -23,7 +24,7 @@ from elmwood.weights.tensors import Files, Place, decode, places
 EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 
 
-def remove(mixture: Mixture, expert: str, store: Store, progress: Progress = silent) -> Mixture:
+def remove(mixture: Mixture, expert: str, store: Store, progress: Progress = silent, rules: Rules = RULES) -> Mixture:
     """The mixture without an expert, named by its digest; the seed's digest is its own feed-forward. Raises BadInput."""
     if expert not in mixture.experts:
         raise BadInput(f"expert {expert[:8]} is not in this mixture; its card lists who is (README.md of an export)")
@@ -39,7 +40,7 @@ def remove(mixture: Mixture, expert: str, store: Store, progress: Progress = sil
     forest = old.model_copy(update={"experts": tuple(digest for digest in old.experts if digest != expert)})
     store.add(forest)
     folder = store.work(key) / "out"
-    rows, hashes = _write(mixture, mixture.experts.index(expert), forest, folder, store, progress)
+    rows, hashes = _write(mixture, mixture.experts.index(expert), forest, folder, store, progress, rules)
     facts: dict[str, object] = {"forest": forest.digest, "experts": rest, "parent": mixture.digest, "removed": (*mixture.removed, expert)}
     facts |= {"method": mixture.method if rows else KEPT, "settings": mixture.settings if rows else {}}
     made = mixture.model_copy(update={**facts, "contributions": rows, "files": moved(folder, hashes, store)})
@@ -53,11 +54,11 @@ def again(mixture: Mixture) -> bool:
     return bool(mixture.contributions) and (mixture.recipe is None or mixture.recipe.tuned == "routers")
 
 
-def _write(mixture: Mixture, gone: int, forest: Forest, folder: Path, store: Store, progress: Progress) -> Written:
+def _write(mixture: Mixture, gone: int, forest: Forest, folder: Path, store: Store, progress: Progress, rules: Rules) -> Written:
     """Config and shards of all but one expert."""
     found = places(sorted(store.folder(mixture.files).glob("*.safetensors")))
     kept = {name: new for name in found if (new := renamed(name, gone))}
-    parts = opened(forest, mixture.seed in mixture.experts and mixture.experts[gone] != mixture.seed, store)
+    parts = opened(forest, mixture.seed in mixture.experts and mixture.experts[gone] != mixture.seed, store, rules)
     anew = again(mixture)
     shared = {name for name in kept if not name.endswith(".gate.weight") and not EXPERT.fullmatch(name)} if anew else set()
     wanted = shared if mixture.layout == "checkpoint" else shared & set(changed(parts))

@@ -1,10 +1,16 @@
 """The table of merge rules. Each is finish(sum over experts of part(expert)), or a set of experts looked at together."""
 
+import hashlib
+import inspect
 import re
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
+import numpy as np
+
 from elmwood.errors import BadInput, UnknownName
-from elmwood.merge.rules.base import Rule, Settings, Shape
+from elmwood.merge.rules.base import Floats, Local, Rule, Settings, Shape
 from elmwood.merge.rules.elementwise import (
     cut,
     directed,
@@ -24,6 +30,7 @@ from elmwood.merge.rules.elementwise import (
 )
 from elmwood.merge.rules.matrices import interfering, isotropic, normal_shapes, regressed, selected, solved, task_singular
 from elmwood.merge.rules.spherical import arc, karcher, mean_direction
+from elmwood.registry import lookup
 
 SUM = ("sum",)
 BALLOT = ("plus", "minus", "plus_weight", "minus_weight")
@@ -45,7 +52,9 @@ def _crumbs(settings: Settings) -> tuple[float, float]:
     return settings["density"] + top, top
 
 
-RULES: dict[str, Rule] = {
+Rules = dict[str, Rule]
+
+RULES: Rules = {
     "average": Rule("arXiv:2203.05482", SUM, scaled, shifted, {}, VOTE, linear=True),
     "task_arithmetic": Rule("arXiv:2212.04089", SUM, scaled, shifted, {}, ADD, linear=True),
     "ties": Rule("arXiv:2306.01708", BALLOT, cut, elected, {"density": 0.2, "across": 0.0}, VOTE, ballot=True, ranks=_densest),
@@ -79,16 +88,59 @@ def on(rule: Rule, name: str, shape: Shape) -> Rule:
     return RULES["average"] if rule.matrices and (len(shape) != 2 or APART.search(name)) else rule
 
 
-def settle(name: str, given: Settings) -> tuple[Rule, dict[str, float], dict[str, float]]:
+def open_rules(names: Iterable[str]) -> Rules:
+    """The table, with those of these rules that are 'module:function': a Rule, or a function (`rule_of`).
+
+    Only for names typed by the user of this machine: it imports the module. Raises UnknownName, BadInput.
+    """
+    return RULES | {name: rule_of(lookup(RULES, name, "merge rule"), name) for name in names if ":" in name}
+
+
+def rule_of(given: Rule | Callable[..., Floats], name: str) -> Rule:
+    """A Rule as it is; a function (delta_N, weight, **settings) -> what an expert adds, as the rule that adds it to the seed.
+
+    The settings are keyword arguments with numbers as defaults. Raises BadInput.
+    """
+    if isinstance(given, Rule):
+        return given
+    if not callable(given):
+        raise BadInput(f"merge rule {name} is a {type(given).__name__}: write a function (delta_N, weight, **settings), or a Rule")
+    _, _, *others = inspect.signature(given).parameters.values()
+    begins = {one.name: one.default for one in others}
+    if wrong := next((key for key, value in begins.items() if not isinstance(value, int | float)), None):
+        raise BadInput(f"merge rule {name}: its setting {wrong!r} has no number as a default: give it one")
+
+    @wraps(given)
+    def part(delta_N: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
+        part_N = np.asarray(given(delta_N, weight, **settings), np.float64)
+        if part_N.shape != delta_N.shape:
+            raise BadInput(f"merge rule {name} makes shape {part_N.shape} of {delta_N.shape}: it works element by element")
+        return (part_N,)
+
+    return Rule((inspect.getdoc(given) or name).partition("\n")[0], SUM, part, shifted, begins, ADD)
+
+
+def code_of(name: str, rules: Rules) -> list[str]:
+    """What names the code of a rule that is none of the table, so that another version of it is another task; nothing for those of it."""
+    if name in RULES:
+        return []
+    sources = [inspect.getsource(inspect.unwrap(value)) if callable(value) else repr(value) for value in rules[name]]
+    return [hashlib.sha256("\n".join(sources).encode()).hexdigest()]
+
+
+def settle(name: str, given: Settings, rules: Rules | None = None) -> tuple[Rule, dict[str, float], dict[str, float]]:
     """A rule by name, with its settings of beginning and end. Raises UnknownName, BadInput."""
-    if name not in RULES:
-        raise UnknownName(f"no merge rule {name!r}; have {', '.join(sorted(RULES))}")
-    rule = RULES[name]
+    rules = RULES if rules is None else rules
+    if name not in rules and ":" in name:
+        raise UnknownName(f"merge rule {name!r} is not elmwood's own: to run its code, name it with --method {name}")
+    if name not in rules:
+        raise UnknownName(f"no merge rule {name!r}; have {', '.join(sorted(rules))}")
+    rule = rules[name]
     if unknown := set(given) - set(rule.begins) - set(rule.ends):
         raise BadInput(f"{name} has no setting {sorted(unknown)[0]!r}; it has {', '.join([*rule.begins, *rule.ends])}")
     if not 0 < given.get("density", 1.0) <= 1:
-        raise BadInput(f"density {given['density']}: the share of numbers kept is above 0 and at most 1")
-    if "epsilon" in rule.begins:
+        raise BadInput(f"density {given['density']}: the share of values kept is above 0 and at most 1")
+    if {"density", "epsilon"} <= rule.begins.keys():
         density, epsilon = (given.get(key, rule.begins[key]) for key in ("density", "epsilon"))
         if density < 1 and not 0 < density - epsilon <= density + epsilon <= 1:
             raise BadInput(

@@ -111,7 +111,7 @@ class Pass:
         total = sum(last - first for first, last in spans.values()) * max(1, len(self.sources))
         done = 0
         with Reader(PIECE * 8) as reader:
-            across = [self._cuts(one, names, reader) if one.begins.get("across") else None for one in self.wanted]
+            across = [self._cuts(one, names, reader) if one.rule.ranks and one.begins.get("across") else None for one in self.wanted]
             for name in names:
                 whole = [number for number in range(len(self.wanted)) if self.rule(number, name).entire]
                 if whole and share_of_tensors(order, name, self.part):
