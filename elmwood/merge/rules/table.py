@@ -124,18 +124,29 @@ def code_of(name: str, rules: Rules) -> list[str]:
     """What names the code of a rule that is none of the table, so that another version of it is another task; nothing for those of it."""
     if name in RULES:
         return []
-    sources = [inspect.getsource(inspect.unwrap(value)) if callable(value) else repr(value) for value in rules[name]]
+    sources = [_source(inspect.unwrap(value)) if callable(value) else repr(value) for value in named(name, rules)]
     return [hashlib.sha256("\n".join(sources).encode()).hexdigest()]
 
 
-def settle(name: str, given: Settings, rules: Rules | None = None) -> tuple[Rule, dict[str, float], dict[str, float]]:
-    """A rule by name, with its settings of beginning and end. Raises UnknownName, BadInput."""
-    rules = RULES if rules is None else rules
+def _source(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # typed at a prompt, or compiled
+        return repr(getattr(getattr(function, "__code__", None), "co_code", function.__qualname__))
+
+
+def named(name: str, rules: Rules) -> Rule:
+    """Raises UnknownName."""
     if name not in rules and ":" in name:
         raise UnknownName(f"merge rule {name!r} is not elmwood's own: to run its code, name it with --method {name}")
     if name not in rules:
         raise UnknownName(f"no merge rule {name!r}; have {', '.join(sorted(rules))}")
-    rule = rules[name]
+    return rules[name]
+
+
+def settle(name: str, given: Settings, rules: Rules = RULES) -> tuple[Rule, dict[str, float], dict[str, float]]:
+    """A rule by name, with its settings of beginning and end. Raises UnknownName, BadInput."""
+    rule = named(name, rules)
     if unknown := set(given) - set(rule.begins) - set(rule.ends):
         raise BadInput(f"{name} has no setting {sorted(unknown)[0]!r}; it has {', '.join([*rule.begins, *rule.ends])}")
     if not 0 < given.get("density", 1.0) <= 1:

@@ -1,0 +1,58 @@
+"""The examples of CONTRIBUTING.md, each run as a stranger would: a module of its own on the Python path, named 'module:function'."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_models import full_expert, lora_expert
+
+import elmwood as ew
+from elmwood.records import Forest
+
+TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+EXAMPLES = {match[1]: match[2] for match in re.finditer(r"^### (.+)\n(?:(?!#|```).*\n)*```python\n((?:.*\n)*?)```", TEXT, re.M)}
+
+
+def merge_rule(store, seed):
+    for number in range(2):
+        store.name(f"expert/{number}", full_expert(seed, store, number).digest)
+    ew.merge("expert/", store, method="soft:soft", settings={"threshold": 0.01}, name="merged")
+    base, made, *experts = (weights_of(store, name) for name in ("seed", "merged", "expert/0", "expert/1"))
+    for name, value in base.items():
+        deltas = [one[name].astype(float) - value for one in experts]
+        wanted = value + sum(np.sign(delta) * np.maximum(np.abs(delta) - 0.01, 0) for delta in deltas)
+        np.testing.assert_allclose(made[name], wanted, rtol=1e-6, atol=1e-7)
+
+
+def gates(store, seed):
+    experts = [lora_expert(seed, store, number, domain=number).digest for number in range(2)]
+    forest = Forest(seed=seed.digest, partition="0" * 64, experts=tuple(experts))
+    store.name("forest", store.add(forest))
+    ew.mix("forest", store, gates="prototypes:plain", name="mixture")
+    rows = next(value for name, value in weights_of(store, "mixture", "model-00001-of-00002").items() if "gate.weight" in name)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1, 1, 0], atol=1e-6)  # two experts, and the seed's own
+
+
+USES = {"A new merge rule in ten lines": merge_rule, "New gates in ten lines": gates}
+
+
+def weights_of(store, name, stem="model"):
+    return load_file(store.get(store.load(name).files[f"{stem}.safetensors"]))
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_an_example_runs(title, store, seed, tmp_path, monkeypatch):
+    code = EXAMPLES[title]
+    assert code.count("\n") <= 10
+    name = re.match(r"# (\w+\.py)\n", code)
+    assert name
+    (tmp_path / name[1]).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    store.name("seed", seed.digest)
+    USES[title](store, seed)
+
+
+def test_every_use_has_an_example():
+    assert EXAMPLES.keys() == USES.keys()
