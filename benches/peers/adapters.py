@@ -1,9 +1,9 @@
-"""Seconds to load many LoRA adapters over one base: the bank's stacked tensors against PEFT's load_adapter, from the same files.
+"""Seconds to load many LoRA adapters over one base: our bank of stacked tensors against PEFT's load_adapter, from the same files.
 
     python -m benches.peers.adapters [--shape 17M] [--rank 8] [--count 100] [--peft 20] [--rounds 3]
 
-PEFT's time grows with the square of their number, so it loads fewer; the ratio is at that number. Also the time to give a
-slot another adapter. The files have been read before: this is a warm page cache.
+PEFT's time grows with the square of the number of adapters, so it loads fewer, and the ratio is at that number. The last line is the
+time to give a slot another adapter. The page cache is warm: the files have been read before.
 """
 
 import tempfile

@@ -2,8 +2,8 @@
 
     python -m benches.peers.decode [--shape 135M] [--experts 4] [--rank 16] [--tokens 24] [--rounds 5] [--threads 2]
 
-One JSON line per way of decoding: seconds per token, and ratios. "ensemble" is the whole of it:
-routing by the text so far, one pass, mixing. "peft switching" runs one adapter after the other (top-k passes).
+One JSON line per way of decoding: seconds per token, and ratios. "ensemble" includes everything: routing by the text so far, one pass,
+mixing. "peft switching" runs one adapter after the other (top-k passes).
 """
 
 import argparse

@@ -1,16 +1,15 @@
-"""Merging against mergekit from PyPI: CPU seconds, wall clock, memory, and how near the disk's own speed.
+"""Merging against mergekit from PyPI: CPU seconds, wall clock, memory, and share of the disk's own speed.
 
     python -m benches.peers.merge FOLDER --mergekit VENV/bin/python [--shapes 300M,1B] [--experts 4,8] [--rules average,ties] [--parts 8]
 
-Both read the same bf16 files, whose pages are dropped from the cache first, and both are whole commands, imports included, with one
-thread for arithmetic. Loops that the first merge ever compiles (some CPU seconds) are compiled before. Inputs are random, made in
-FOLDER and kept (300M: 0.6 GB for the seed and for each expert; 1B: 2.1 GB). What the disk reads, and writes durably, is measured in
-the same run. Results of ours are compared with mergekit's, told to calculate in float32.
+Both sides read the same bf16 files, whose pages are dropped from the cache first. Both are whole commands, including imports, with one
+thread for arithmetic. Loops that the first merge compiles (some CPU seconds) are compiled before. Inputs are random, made in FOLDER and
+kept (300M: 0.6 GB for the seed and for each expert; 1B: 2.1 GB). The same run measures sequential reading and durable writing of the
+disk. Results are compared with mergekit's in float32 arithmetic.
 
-`share`: bytes of the experts over wall seconds, over the sequential read speed; `share_in_turn`: over that of pieces of each file in turn,
-as a merge reads. `disk`: the seconds that reading and durably writing alone would
-take, over wall seconds.
-One JSON line for each. 300M, four experts: about ten minutes, most of them mergekit's TIES; everything: about three hours.
+`share`: bytes of the experts over wall seconds, over the sequential read speed. `share_in_turn`: over the speed of reading pieces of each
+file in turn, as a merge does. `disk`: the seconds that reading and durable writing alone would take, over wall seconds.
+One JSON line for each setting. 300M, four experts: about ten minutes, most of them mergekit's TIES; everything: about three hours.
 """
 
 import argparse
@@ -202,7 +201,7 @@ def measure(command: Sequence[str], log: Path) -> Run:
 
 
 def ours(store: Store, experts: Sequence[Expert], rule: str, folder: Path, parts: int) -> tuple[Run, Path]:
-    """`elmwood merge`; its result is moved away, so that the next run begins anew."""
+    """`elmwood merge`; its result is moved away, so that the next run starts from scratch."""
     command = [
         sys.executable,
         "-m",
@@ -227,7 +226,7 @@ def ours(store: Store, experts: Sequence[Expert], rule: str, folder: Path, parts
 
 
 def theirs(python: Path, store: Store, seed: Seed, experts: Sequence[Expert], rule: str, folder: Path) -> tuple[Run, Path]:
-    """`mergekit-yaml` of the environment that `python` stands in."""
+    """`mergekit-yaml` of the environment of `python`."""
     recipe = {**THEIRS[rule], "dtype": "float32", "out_dtype": "bfloat16"}
     recipe["models"] = [{"model": str(store.folder(one.files).resolve())} for one in experts]
     if rule != "average":

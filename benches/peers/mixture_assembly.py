@@ -50,7 +50,7 @@ def ours(store: Store, seed: Seed, experts: Sequence[Expert], shared: str, folde
 
 
 def forget(store: Store, made: Mixture) -> None:
-    """Delete a result, so that the next run begins anew."""
+    """Delete a result, so that the next run starts from scratch."""
     for digest in set(made.files.values()):
         if store.has(digest) and store.path(digest).stat().st_size > 1 << 16:
             store.path(digest).unlink()
@@ -60,7 +60,7 @@ def forget(store: Store, made: Mixture) -> None:
 
 
 def theirs(python: Path, store: Store, seed: Seed, experts: Sequence[Expert], folder: Path) -> tuple[Run, Path]:
-    """`mergekit-moe` of the environment that `python` stands in."""
+    """`mergekit-moe` of the environment of `python`."""
     from elmwood.corpus.tokens import train_tokenizer  # takes as long to import as all that is measured
 
     base = folder / "base"  # it wants a tokenizer, also where it copies none
@@ -100,7 +100,7 @@ def differing(mine: Path, its: Path, count: int) -> float:
 
 def bench(asked: argparse.Namespace, shape: str, count: int, trial: Mapping[str, float]) -> None:
     store, seed, experts = prepare(asked.folder, shape, max(integers(asked.experts)))
-    # experts stand by digest in a mixture
+    # a mixture orders its experts by digest
     experts = sorted(experts[:count], key=lambda one: one.digest)
     inputs = [store.get(one.files["model.safetensors"]) for one in (seed, *experts)]
     layer = count * 3 * SHAPES[shape][0] * SHAPES[shape][1] * 2 / 1e6

@@ -1,11 +1,11 @@
-"""Rules held against mergekit's in-memory interface, and against their own promise that order does not matter.
+"""Merge rules against mergekit's in-memory interface, and against the promise that order does not matter.
 
     python -m benches.peers.rules oracle FOLDER --mergekit ENV/bin/python   # a minute
     python -m benches.peers.rules trees FOLDER                              # 100 random trees for each rule; some minutes
 
-oracle: the largest difference in float64, and the share of bf16 numbers that are not the nearest to mergekit's float64 result, for ours and
-for mergekit's own bf16 output with its default arithmetic and with float32. trees: states added in random trees and orders, counted when
-all digests are the same; then an expert is added and removed again.
+oracle: the largest difference in float64, and the share of bf16 values that are not the nearest to mergekit's float64 result, for ours and
+for mergekit's own bf16 output with its default arithmetic and with float32. trees: states are added in random trees and orders; the line
+counts distinct digests. Then an expert is added and removed again.
 """
 
 import json
@@ -133,9 +133,7 @@ def ours(folder: Path, dtype: str, rule: str, count: int) -> dict[str, np.ndarra
     store, seed, experts = prepare(folder, dtype)
     weights = [0.7, 0.3] if rule == "slerp" else [1.0] * 4 if rule in EQUAL else WEIGHTS
     members = {one.digest: everywhere(weight) for one, weight in zip(experts[:count], weights, strict=False)}
-    if (
-        rule in ("slerp", "nuslerp") and experts[0].digest > experts[1].digest
-    ):  # experts stand in the order of their digests: the arc is the same
+    if rule in ("slerp", "nuslerp") and experts[0].digest > experts[1].digest:  # experts are ordered by digest: the arc is the same
         members = dict(reversed(members.items()))
     (made,) = merge(seed, members, [Answer(rule, OURS.get(rule, {}))], store)
     raw = store.get(made.files["model.safetensors"])

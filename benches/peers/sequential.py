@@ -1,13 +1,13 @@
-"""How soon, and how often wrongly, does a sequential comparison answer?
+"""How soon a sequential comparison answers, and how often wrongly, on simulated differences.
 
-    python -m benches.peers.sequential [--runs 2000]          simulated differences; under five minutes on one core
+    python -m benches.peers.sequential [--runs 2000]          under five minutes on one core
 
 One JSON line per setting. Simulated blocks have heavy tails (half near zero, half Student's t with three degrees of freedom; a seventh
-of the variance between 18 domains), clipped at five standard deviations; r is the standard deviation over the mean. The null with rare
-large losses is a little better nearly everywhere and broken on one block in a hundred. Every mean is exact for the population drawn
-from, and every test may be looked at after each block, but where a line says otherwise. Peers are measured on the same draws: the
-t-test looked at every 10 blocks, the asymptotic confidence sequence (normal mixture, arXiv:2103.06476), the fixed-size test's size
-at 90 % power by its formula.
+of the variance between 18 domains), clipped at five standard deviations. r is the standard deviation over the mean. The null with rare
+large losses is a little better nearly everywhere and broken on one block in a hundred. Every mean is exact for the population that is
+drawn from. Every test may be looked at after each block, unless a line states otherwise. Peers are measured on the same draws: a t-test
+after every 10 blocks, the asymptotic confidence sequence (normal mixture, arXiv:2103.06476), and the size of the fixed-size test at 90 %
+power by its formula.
 
 S runs, N blocks, T draws
 """

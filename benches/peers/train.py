@@ -1,18 +1,21 @@
-"""Tokens per second of training: ours against transformers' Trainer (with PEFT for LoRA), same model, tokens and threads.
+"""Tokens per second of training: our loop against transformers' Trainer (with PEFT for LoRA), same model, tokens and threads.
 
     python -m benches.peers.train [--steps 40] [--rounds 5] [--batch 8] [--length 256] [--threads 1]
                                   [--only full,lora] [--shape 17M] [--trl] [--together]
 
-One JSON line per measurement: medians over interleaved rounds, wall and CPU seconds (the latter bear neighbours better), and ratios.
-"full" and "lora" are on the same packed rows; "padding" is one document per row for the Trainer, as a plain one is fed: paragraphs, and
-documents of the sample in rows of up to 1,024 tokens; with `--trl` (pip install trl) beside TRL's SFTTrainer, which packs too; "memory" is
-the peak of a process of its own, whole and less what it held before training; "saving" is the share of the time spent on states, saved
-as often as the loop ever does; "mask" is what keeping packed documents apart costs; "processes" is two experts side by side with one
-thread each against one with two. The last line holds the ratios against their goals.
+One JSON line per measurement: medians over interleaved rounds, wall and CPU seconds (CPU seconds depend less on other processes), ratios.
 
-`--together`: 2, 4, 8 and 16 LoRA experts at once over one seed against one alone (separate runs in turn have its speed), for several
-rows per expert and step, on models of 0.9 and 17 million parameters; "pays up to" is the largest number of rows of those tried up to
-which every ratio is above 1.
+full, lora   both sides on the same packed rows
+padding      the Trainer gets one document per row, as by default: paragraphs, and documents of the sample in rows of up to 1,024 tokens;
+             with --trl (pip install trl) also TRL's SFTTrainer, which packs too
+memory       peak of a separate process, whole and without what it held before training
+saving       share of the time spent on checkpoints, saved as often as the loop ever does
+mask         the cost of keeping packed documents apart
+processes    two experts side by side with one thread each, against one with two threads
+
+The last line has the ratios and their goals. --together runs another study alone: 2, 4, 8 and 16 LoRA experts at once over one seed
+against one alone (separate runs in turn have its speed), for several rows per expert and step, on models of 0.9 and 17 million parameters.
+"pays up to" is the largest number of rows up to which every ratio is above 1.
 """
 
 import json

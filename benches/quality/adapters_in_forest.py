@@ -1,13 +1,13 @@
-"""LoRA against full training inside c-BTM at equal tokens; and into how many experts a fixed number of tokens is best cut.
+"""LoRA against full training inside c-BTM at equal tokens, and the best number of experts for a fixed number of tokens.
 
     python -m benches.quality.adapters_in_forest ranks FOLDER [--corpus ...] [--seed NAME] [--plot ranks.svg]
     python -m benches.quality.adapters_in_forest numbers FOLDER [--corpus ...] [--seed NAME] [--plot numbers.svg]
 
-`ranks`: k experts, in full, and as adapters of several ranks on all layers or on the last third, every arm at the same tokens; the
-learning rate of each kind is the one that was best on the tune half at the middle rank.
-`numbers`: one adapter, then 4, 16, 64, 256 on ever smaller domains with ranks that fall, so that tokens and adapter numbers stay the same
-(`--product` is rank times experts); beside them random clusters of the same sizes, and one model tuned in full on all the text. With
-`--together 16` so many experts train at once over one copy of the seed. One JSON line per arm; what was done in FOLDER is found again.
+ranks: k experts, in full, and as adapters of several ranks on all layers or on the last third, all at the same tokens. The learning rate
+of each kind is the best on the tune half at the middle rank. numbers: one adapter, then 4, 16, 64, 256 on smaller and smaller domains with
+falling ranks, so that tokens and adapter parameters stay the same (--product is rank times experts), beside random clusters of the same
+sizes and one model tuned in full on all the text. --together 16 trains 16 experts at once over one copy of the seed. One JSON line per
+arm. Finished steps in FOLDER are found again.
 """
 
 from argparse import Namespace

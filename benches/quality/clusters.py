@@ -1,11 +1,11 @@
-"""Does specialisation on discovered domains pay, and where does it stop? c-BTM for several k with balanced, plain and random clusters.
+"""Whether specialisation on discovered domains pays, and up to which k: c-BTM with balanced, plain and random clusters.
 
     python -m benches.quality.clusters FOLDER [--corpus FOLDER_OR_FILE ...] [--domains 4,8,16,32] [--tokens 0.75M] [--rates 1.5e-3,3e-3]
 
-One small seed; every row takes the same further tokens. Dense controls are trained at every rate and with one, four and sixteen times
-the experts' batch; experts of balanced and of random clusters are tuned over the same rates at the second k, and keep what was best on
-the tune half for all k (plain clusters use the rate of balanced ones). One JSON line per k and method, with gains over the dense model that
-is best on the test half; then one with the rates. About an hour on one core; what was done in FOLDER is found again.
+One small seed; every row takes the same further tokens. Dense controls are trained at every rate and with one, four and sixteen times the
+experts' batch. Experts of balanced and of random clusters are tuned over the same rates at the second k; the best rate on the tune half
+is used for all k (plain clusters use that of balanced ones). One JSON line per k and method, with gains over the dense model that is best
+on the test half; then one with the rates. About an hour on one core. Finished steps in FOLDER are found again.
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
-"""How many blocks does it take to know what a change of a real forest is worth?
+"""How many blocks it takes to decide what a change of a real forest is worth.
 
     python -m benches.quality.compare STORE FOREST [--documents N] [--every 4] [--replaced PREFIX ...] [--merges NAME ...] [--unrouted]
 
-The changes that people make: an expert is added to the others, or replaced by PREFIX/domain; the temperature is half as high again; a
-second expert speaks; a merge stands in for the seed. What is missing of the columns is run first, only where a model has weight. Then
-all differences on the gate split are known, and each is decided in many random orders: drawing from all blocks alike; from those that the
-change can touch alike; from these by the weight that moves, as `elmwood compare` does; and so with control variates. Every block is
-there as often as makes a full evaluation of 10,000 blocks: mean, spread and the share that is touched stay the same. One JSON line for
-each change, with r, the standard deviation over the mean, and one for all of a kind.
+Typical changes: an expert is added, or replaced by PREFIX/domain; the temperature rises by half; a second expert is used; a merge
+replaces the seed. Missing columns are run first, only where a model has weight. All differences on the gate split are then known, and
+each is decided in many random orders: drawing uniformly from all blocks; uniformly from those that the change can touch; from these by
+the weight that moves, as `elmwood compare` does; and the same with control variates. Blocks are repeated until a full evaluation has
+10,000: mean, spread and the touched share stay the same. One JSON line for each change, with r (standard deviation over mean), and one
+for all changes of a kind.
 
 G blocks of the gate split, B of them that may be drawn, N scored tokens in them, M models, K domains
 """
@@ -73,8 +73,8 @@ def open_gate_split(store: Store, name: str, documents: int | None) -> Real:
 
 
 def changes(real: Real, every: int, replaced: Sequence[str], merges: Sequence[str], unrouted: bool) -> Iterator[Change]:
-    """What people change: every so many-th expert is added to the others; experts are replaced by those named PREFIX/domain; the
-    temperature is half as high again; a second expert speaks; a merge stands in for the seed."""
+    """What people change: every n-th expert is added to the others; experts are replaced by those named PREFIX/domain; the
+    temperature rises by half; a second expert is used; a merge replaces the seed."""
     store, division = real.columns.store, real.division
     experts = {store.load(digest, Expert).domain or 0: digest for digest in real.forest.experts}
     ways: dict[str, dict[str, Any]] = {f"top-{k}": {"top_k": k} for k in (1, 2)}
@@ -147,8 +147,8 @@ def measure(change: Change, pair: Pair, held: Holdout, loglik_NM: Floats, orders
         "r_all": spread(all_B), "deviation_over_least": round(float(value_B.std()) / LEAST, 1), "proven": bounds.proven_low,
     }  # fmt: skip
     ways = {
-        "all alike": (all_B, Population(-everywhere, everywhere, len(all_B)), LEAST * share),
-        "touched alike": (value_B, Population(-wide_B, wide_B, len(all_B)), LEAST),
+        "all uniformly": (all_B, Population(-everywhere, everywhere, len(all_B)), LEAST * share),
+        "touched uniformly": (value_B, Population(-wide_B, wide_B, len(all_B)), LEAST),
         "by weight": (value_B, by_weight._replace(feature_BF=None), LEAST),
         "by weight, predicted": (value_B, by_weight, LEAST),
     }
@@ -191,7 +191,7 @@ def together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {name: round(float(np.median([row[name] for row in rows])), 3)
                             for name in ("may_differ", "moved", "r", "r_all", "deviation_over_least")}  # fmt: skip
     whole = rows[0]["N"]
-    for way in ("all alike", "touched alike", "by weight", "by weight, predicted"):
+    for way in ("all uniformly", "touched uniformly", "by weight", "by weight, predicted"):
         drawn = np.array([row[way]["drawn"] for row in rows])
         made[way] = {"drawn": round(float(np.median(drawn)), 1), "N_over_drawn": [round(float(whole / drawn.max()), 1),
                      round(float(np.median(whole / drawn)), 1)], **{outcome: sum(row[way][outcome] for row in rows)
@@ -204,7 +204,7 @@ def main() -> None:
     options.add_argument("store", type=Path)
     options.add_argument("forest", help="or an ensemble, whose temperature is taken; of a forest it is 0.08, with the seed at 0.992")
     options.add_argument("--documents", type=int, help="at most so many held-out documents")
-    options.add_argument("--every", type=int, default=1, help="add every so many-th expert")
+    options.add_argument("--every", type=int, default=1, help="add every n-th expert")
     options.add_argument("--replaced", nargs="*", default=[], help="names of experts, up to the number of their domain")
     options.add_argument("--merges", nargs="*", default=[], help="names of merges")
     options.add_argument("--unrouted", action="store_true", help="as well: needs all columns on all blocks")

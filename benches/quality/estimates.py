@@ -1,9 +1,9 @@
 """How estimates from statistics rank merges, beside their losses on held-out text.
 
-    python -m benches.quality.estimates STORE EXPERT [EXPERT …] [--documents 60]     # names or digests; statistics are made where absent
+    python -m benches.quality.estimates STORE EXPERT [EXPERT …] [--documents 60]     # names or digests; missing statistics are computed
 
-One line for each candidate, and Spearman's rank correlation of both estimates with the loss (tune half, bits per byte), over all candidates
-and over those that are better than the seed. Seconds are of this machine: for all estimates together, and for all losses.
+One line for each candidate; then Spearman's rank correlation of both estimates with the loss (tune half, bits per byte), over all
+candidates and over those that are better than the seed. Seconds are of this machine: for all estimates together, and for all losses.
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
-"""A scale for each layer: does a search by layers, guided by the estimate and checked by true losses, beat the best scale for all?
+"""A scale for each layer: whether a search by layers, guided by the estimate and checked by true losses, beats the best single scale.
 
     python -m benches.quality.merge_layers STORE FOREST [--rule task_arithmetic] [--scales 0,0.1,0.2,0.35,0.5,0.75,1] [--kind fisher]
         [--documents 300] [--tune 40]
 
-As benches/quality/merge_quality.py, whose settings these are. Experts must have left statistics (that bench makes them). One JSON line for
-each way: the best scale for all layers; each layer from the merge with the least estimate there; and a search by layers, as
-`elmwood merge --choose --per-layer` does it, which begins at the best scale and tries the two next best in each layer, most promising
-first, keeping what lowers the loss on the tune documents. Bits per byte of the test half, the gain over the best scale for all with its
-paired standard error, and what the search cost: answers scored, tokens read, CPU seconds.
+Settings are those of benches/quality/merge_quality.py. Experts need statistics (that bench makes them). One JSON line for each way: the
+best scale for all layers; each layer from the merge with the least estimate there; and a search by layers, as
+`elmwood merge --choose --per-layer` does it. The search begins at the best scale, tries the next two in each layer, most promising
+first, and keeps what lowers the loss on the tune documents. Lines have bits per byte of the test half, the gain over the best single
+scale with its paired standard error, and the cost of the search: candidates scored, tokens read, CPU seconds.
 """
 
 import time

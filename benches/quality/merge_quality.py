@@ -1,15 +1,15 @@
-"""Every merge rule on the experts of a forest: bits per byte beside the output ensemble, the seed, and every control.
+"""Every merge rule on the experts of a forest: bits per byte beside the output ensemble, the seed and every control.
 
     python -m benches.quality.merge_quality STORE FOREST [--dense NAME …] [--random NAME/] [--rules a,b] [--scales 0.2,0.5,1]
         [--ranks 16] [--temperatures 0.1] [--documents 300] [--tune 40] [--statistics 32]
 
-STORE and its forests can be made with benches/forest.py (lab/forest, lab/lora-forest; --dense lab/dense/large --random lab/random/), or
-with `elmwood demo` (demo/forest --dense demo/dense/large --random demo/random/; `elmwood show` lists the names).
-A rule's answers at all scales come from one reading of the experts. Scales count averages: a rule that sums takes each divided by the
-number of experts. The best answer is the one with the least loss on `tune` documents of the tune half; what is printed is of the other
-half. LoRA experts are merged to one LoRA besides, and mixed for each prompt. Experts without statistics leave them first, of so many rows
-(0: rules that need them say so). One JSON line for each row: `gain` is over the strongest dense control (the seed, where there is none),
-paired, with its standard error; `over_seed` and `over_ensemble` are over those.
+Make STORE and its forests with benches/forest.py (lab/forest, lab/lora-forest; --dense lab/dense/large --random lab/random/), or with
+`elmwood demo` (demo/forest --dense demo/dense/large --random demo/random/; `elmwood show` lists the names).
+All scales of a rule come from one reading of the experts. A scale of 1 is an average: for a rule that sums, the scale is divided by the
+number of experts. The best candidate has the least loss on `tune` documents of the tune half; lines report the other half. LoRA experts
+are also merged to one LoRA, and mixed for each prompt. Experts without statistics compute them first, from so many rows (0: rules that
+need them are refused). One JSON line for each row: `gain` is over the strongest dense control (the seed, if there is none), paired, with
+its standard error; `over_seed` and `over_ensemble` are over those.
 """
 
 import time

@@ -3,13 +3,13 @@
     python -m benches.quality.mixture STORE FOREST --dense NAME|BATCH:RATE [--dense …] [--ensemble NAME] [--random FOREST]
         [--tokens 500k] [--batch 8] [--rates 5e-4,1e-3] [--rng-seed 0] [--documents 100] [--rows PATTERN]
 
-All of them stand in STORE (benches/forest.py makes them). Tuning takes tokens on top of the experts', so every `--dense` is trained for
-both together; gains are over the better of them, paired, on the test half. `--random`: experts of clusters without meaning, in the same
-mixture. Rates, scales and what dense is best are chosen on the tune half, never on the half that is reported. `--rows`: only those whose
-name matches this expression. What STORE has is not done again, so a run that was stopped goes on, and rows can be asked for one by one.
+benches/forest.py makes STORE. Tuning takes tokens on top of the experts', so every --dense is trained for both together. Gains are over
+the best of them, paired, on the test half. --random: experts of random clusters in the same mixture. Rates, scales and the best dense
+model are chosen on the tune half, never on the half that is reported. --rows: only rows whose name matches this expression. Finished
+steps in STORE are found again, so an interrupted run resumes, and rows can be run one by one.
 
 One JSON line per row: bits per byte; gain over dense, over the same mixture untuned and over the best merge, each with its standard error;
-parameters in all and at work on a token, CPU seconds of tuning, loads.
+parameters in all and active per token, CPU seconds of tuning, loads.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Does an expert of a real seed read its own domain better, and what of the others? Seed and expert on the same held-out text.
+"""Whether an expert of a real seed is better on its own domain, and on the others: seed and expert on the same held-out text.
 
     python -m benches.quality.real_seed STORE --seed NAME --expert NAME [--domains 0,1,2] [--documents 30] [--length 256]
 
-The store holds what "A real seed" of docs/training.md leaves: a seed, a partition, an expert of one of its domains. Read are the first
-`length` tokens of held-out documents that nobody trained on, at most `documents` of each domain, in order of id (a hash of the text). One
-JSON line per domain: bits per byte of both, and the gain with its standard error over documents.
+The store is that of "A real seed" in docs/training.md: a seed, a partition, an expert of one of its domains. The bench reads the first
+`length` tokens of held-out documents, at most `documents` of each domain, in order of id (a hash of the text). One JSON line per domain:
+bits per byte of both, and the gain with its standard error over documents.
 
 D documents of a domain, M the two models, V vocabulary
 """

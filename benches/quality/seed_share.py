@@ -1,10 +1,10 @@
-"""Where does specialisation pay? Gain of c-BTM over its controls against the seed's share of all tokens, and against k.
+"""Where specialisation pays: gain of c-BTM over its controls against the seed's share of all tokens, and against k.
 
     python -m benches.quality.seed_share FOLDER [--seed-tokens 0.4M,1.25M,3M,6M] [--domains 6] [--tokens 0.75M] [--rates 1e-3,2e-3]
 
-For each seed every side (experts, random clusters, both dense controls) is trained at every learning rate, and each side takes
-the rate with the least loss on the tune half; all numbers are of the test half. One JSON line per setting. About ten minutes
-per setting on two cores; what was done in FOLDER is found again.
+For each seed every side (experts, random clusters, dense controls) is trained at every learning rate and takes the rate with the least
+loss on the tune half. All figures are of the test half. One JSON line per setting. About ten minutes per setting on two cores. Finished
+steps in FOLDER are found again.
 """
 
 from pathlib import Path

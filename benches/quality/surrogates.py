@@ -1,12 +1,12 @@
-"""Can merges be ranked without running them?
+"""Whether merges can be ranked without running them.
 
     python -m benches.quality.surrogates STORE FOREST [--merges 24] [--documents N]
 
 Makes real merges of a forest's experts (random subsets, weights and scales by task arithmetic, and one in four by ties), scores each on
-the held-out text, and says how well each surrogate ranks them: from the experts' columns (log-linear pool, probability mixture,
-interpolated log-likelihoods), and, where the experts left statistics, from these ("gram", "fisher"; see elmwood/merge/estimate.py). One
-JSON line per surrogate and kind of merge: rank correlation with the true losses, mean error in bits per byte, and the mean over merges
-of the share of variance between blocks of (merge - seed) that it explains, which is what a control variate would save.
+the held-out text, and measures how well each surrogate ranks them: from the experts' columns (log-linear pool, probability mixture,
+interpolated log-likelihoods), and from statistics, if the experts left them ("gram", "fisher"; see elmwood/merge/estimate.py). One JSON
+line per surrogate and kind of merge: rank correlation with the true losses, mean error in bits per byte, and the mean over merges of the
+share of variance between blocks of (merge - seed) that it explains, which is what a control variate would save.
 
 N tokens, E experts, C candidates
 """

@@ -1,14 +1,14 @@
-"""What `fit` predicts against what runs take: peak memory and tokens per second, each run in a process of its own.
+"""What `fit` predicts against what runs take: peak memory and tokens per second, each run in a separate process.
 
     python -m benches.speed.fit [--quick] [--recipes] [--apart]
     python -m benches.speed.fit --mixture              four experts of random weights in one mixture, routers tuned and more
-    python -m benches.speed.fit --opt [--small]        OPT-6.7B of random weights as QLoRA at 2,048 tokens, on a GPU; its shape shrunk, here
+    python -m benches.speed.fit --opt [--small]        OPT-6.7B of random weights as QLoRA at 2,048 tokens, on a GPU; --small: shrunk, here
 
-One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/fit/formulas.py were fitted to
-the runs marked "fitted" (one thread, glibc, x86); those marked "apart" were not used. `--recipes` runs only those that are neither full
-nor plain lora, `--apart` those that nothing was fitted to. With MALLOC_MMAP_THRESHOLD_=1000000 before it each tensor is mapped by itself:
-no constant of the allocator enters, and the sum of what was counted is held against the peak. Memory can be measured beside other work,
-speed (CPU seconds) less so. `--opt` needs 30 GB of disk and 16 of memory.
+One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/fit/formulas.py were fitted to the runs marked
+"fitted" (one thread, glibc, x86); those marked "apart" were not used. --recipes runs only those that are neither full nor plain lora,
+--apart only those that nothing was fitted to. With MALLOC_MMAP_THRESHOLD_=1000000 in the environment each tensor is mapped separately: no
+constant of the allocator is used, and the sum of the counted tensors is compared with the peak. Memory can be measured beside other
+processes, speed (CPU seconds) less so. --opt needs 30 GB of disk and 16 of memory.
 """
 
 import json
@@ -129,15 +129,15 @@ def main() -> None:
 def one(name: str, config: object, recipe: Recipe, kind: str, device: str) -> None:
     """Two steps; peak and speed, predicted and measured."""
     body = anatomy(config)
-    parts, told = components(body, recipe, device), speed(body, recipe, device)
+    parts, predicted = components(body, recipe, device), speed(body, recipe, device)
     found = measure(config, recipe, device=device)
     total = foretold(parts, found)
     say("fit", **{
         "model": name, **recipe.model_dump(exclude_defaults=True, exclude={"steps"}), "kind": kind, "device": device,
         "allocator": "heap" if scattered(device) else "mapped",
         "predicted MB": round(total / 1e6), "peak MB": round(found.peak / 1e6), "error": round(total / found.peak - 1, 3),
-        "predicted tokens/s": round(told), "tokens/s": round(found.tokens_per_second),
-        "speed error": round(told / found.tokens_per_second - 1, 3), 
+        "predicted tokens/s": round(predicted), "tokens/s": round(found.tokens_per_second),
+        "speed error": round(predicted / found.tokens_per_second - 1, 3), 
         "components MB": {what: round(size / 1e6, 1) for what, size in parts.items()},
     })  # fmt: skip
 
@@ -148,17 +148,17 @@ def mixture(name: str, layout: str, top_k: int, recipe: Recipe, kind: str) -> No
     with tempfile.TemporaryDirectory() as scratch:
         store = Store(Path(scratch))
         made = random_mixture(config, layout, top_k, store)
-        told, found = fit_mixture(made, recipe, store, device="cpu"), measure(made, recipe, store)
-    total = foretold(told.components, found)
+        fitted, found = fit_mixture(made, recipe, store, device="cpu"), measure(made, recipe, store)
+    total = foretold(fitted.components, found)
     say("fit", **{
         "mixture of 4": name, "layout": layout, "top_k": top_k,
         **recipe.model_dump(exclude_defaults=True, exclude={"steps", "method"}), "tuned": recipe.tuned, "kind": kind,
-        "allocator": "heap" if scattered("cpu") else "mapped", "parameters": told.parameters, "trained": told.trained,
+        "allocator": "heap" if scattered("cpu") else "mapped", "parameters": fitted.parameters, "trained": fitted.trained,
         "predicted MB": round(total / 1e6), "peak MB": round(found.peak / 1e6), "error": round(total / found.peak - 1, 3),
-        "CPU seconds per million tokens, predicted": round(1e6 / (told.tokens_per_second or 1)),
+        "CPU seconds per million tokens, predicted": round(1e6 / (fitted.tokens_per_second or 1)),
         "CPU seconds per million tokens": round(1e6 / found.tokens_per_second),
-        "speed error": round((told.tokens_per_second or 1) / found.tokens_per_second - 1, 3),
-        "components MB": {what: round(size / 1e6, 1) for what, size in told.components.items()},
+        "speed error": round((fitted.tokens_per_second or 1) / found.tokens_per_second - 1, 3),
+        "components MB": {what: round(size / 1e6, 1) for what, size in fitted.components.items()},
     })  # fmt: skip
 
 
@@ -168,8 +168,8 @@ def random_mixture(config: object, layout: str, top_k: int, store: Store, expert
     folder, tensors, gates = store.root / "work" / "mixture", seed_places(seed, store), Gates(kind="random", top_k=top_k)
     rows = random_rows(tensors, [str(e) for e in range(experts)], 0, 50.0)
     if layout == "checkpoint":
-        said = json.loads((seed_folder(seed, store) / "config.json").read_bytes())
-        write(Parts(seed.digest, said, tensors, [], (seed.digest,) * experts), rows, Mixing(gates=gates), folder, lambda *_: None)
+        config_of_seed = json.loads((seed_folder(seed, store) / "config.json").read_bytes())
+        write(Parts(seed.digest, config_of_seed, tensors, [], (seed.digest,) * experts), rows, Mixing(gates=gates), folder, lambda *_: None)
     else:
         shape = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size, "down_proj": config.hidden_size}
         wide = {"gate_proj": config.hidden_size, "up_proj": config.hidden_size, "down_proj": config.intermediate_size}

@@ -1,11 +1,11 @@
 """How time and memory of `elmwood cluster` grow with the corpus. One JSON line per stage and size.
 
-    python -m benches.speed.scale FOLDER [DOCUMENTS ...] [--workers N] [--engine ray]     10000 100000 1000000 unless given
+    python -m benches.speed.scale FOLDER [DOCUMENTS ...] [--workers N] [--engine ray]     default: 10000 100000 1000000
 
-FOLDER holds JSON lines (text, source). A document is made of three passages of one source, drawn with a fixed seed; so sizes differ in
-nothing but their number. Each size runs in a process of its own, in a store that is deleted afterwards. `peak_mb` is the largest memory
-that no file backs, of this process during a stage (workers have their own); `start_mb` is what the libraries take before the first.
-`cpu_seconds` of this process mean something on a busy machine too, where `seconds` do not.
+FOLDER holds JSON lines (text, source). A document is made of three passages of one source, drawn with a fixed seed, so sizes differ only
+in the number of documents. Each size runs in a separate process, in a store that is deleted afterwards. `peak_mb` is the largest memory
+that no file backs, of this process during a stage (workers have their own). `start_mb` is the memory of the libraries before the first
+stage. `cpu_seconds` of this process are meaningful on a busy machine, `seconds` are not.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How long `elmwood --help` takes, beside an empty Python and a bare `import torch`, in turn: one JSON line.
+"""How long `elmwood --help` takes, beside an empty Python and a bare `import torch`, interleaved: one JSON line.
 
 python -m benches.speed.start [--rounds 9]
 """

@@ -1,13 +1,13 @@
-"""What does the score table cost, and what does it save?
+"""What the score table costs, and what it saves.
 
     python -m benches.speed.table [--tokens 1000000] [--experts 64] [--candidates 10000]   synthetic columns; a minute on two quiet cores
-    python -m benches.speed.table real STORE FOREST [--documents N]                        columns of a forest's models, run where missing
+    python -m benches.speed.table real STORE FOREST [--documents N]                        columns of a forest's models, run if missing
 
-One JSON line per measurement. "ranked": candidates are static mixtures (Dirichlet weights over subsets of 2 to 16 experts); every one is
-scored on 1/32 of the blocks, the best 1,000 on 1/8, the best 100 on all; a peer scores --exhaustive of them on all tokens, and says how
-the orders agree. "weights": sequential quadratic programming, and expectation-maximisation as its peer. "storage": bytes per token and
-expert, and the error of ensembles in bits per byte, of plain half precision and of what is kept, against single precision. "saving":
-seconds to score one candidate from the table, over seconds to run its experts.
+One JSON line per measurement. "ranked": candidates are static mixtures (Dirichlet weights over subsets of 2 to 16 experts). All are scored
+on 1/32 of the blocks, the best 1,000 on 1/8, the best 100 on all. A peer scores --exhaustive of them on all tokens; the line has the rank
+correlation of the orders. "weights": sequential quadratic programming, and expectation-maximisation as its peer. "storage": bytes per
+token and expert, and the error of ensembles in bits per byte, of plain half precision and of what is stored, against single precision.
+"saving": seconds to score one candidate from the table, over seconds to run its experts.
 
 N tokens, E experts, C candidates
 """

@@ -1,11 +1,11 @@
-"""What mixing weights for each prompt costs and gives, beside the ensemble of outputs, one static merge, and the seed.
+"""What mixing the weights of adapters for each prompt costs and gains, beside the ensemble of outputs, a static merge, and the seed.
 
     python -m benches.speed.weight_mixing STORE FOREST [--top-k 2] [--temperature 0.1] [--scale 0.5] [--documents 60] [--rounds 5]
 
-STORE and a FOREST of LoRA experts can be made with benches/forest.py (lab/lora-forest). One JSON line for each way: bits per byte on the
-test half at these settings (benches/quality/merge_quality.py chooses them), forward passes of the base for a prompt and 32 new tokens
-(experts of one base are rows of one pass), tokens per second of the prompt and of new tokens, medians of rounds taken in turn, and their
-ratios to the seed's in the same round. Seconds are worth something on a quiet machine only; `cpu of seed` can be compared on a busy one.
+Make STORE and a FOREST of LoRA experts with benches/forest.py (lab/lora-forest). One JSON line for each way: bits per byte on the test
+half at these settings (benches/quality/merge_quality.py chooses them), forward passes of the base for a prompt and 32 new tokens (experts
+of one base are rows of one pass), tokens per second of the prompt and of new tokens, medians of interleaved rounds, and ratios to the
+seed in the same round. Seconds need a quiet machine; `cpu of seed` can be compared on a busy one.
 """
 
 from argparse import Namespace
