@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood import evaluate
+from elmwood.cli.evaluate import print_comparison
 from elmwood.cli.old_domains import say_read
-from elmwood.cli.old_evaluation import both_distances, keep_comparison, print_comparison
 from elmwood.cli.old_page import page
 from elmwood.cli.old_training import default_rate, llama, shards
 from elmwood.cli.screen import bars, count, duration, emit, out, talk
@@ -32,7 +32,7 @@ from elmwood.records import (
     Shard,
 )
 from elmwood.store import Store
-from elmwood.study.evaluation import conclusion
+from elmwood.study.evaluation import conclusion, keep_comparison, measure_distances
 from elmwood.study.scoring import Columns, ensure
 from elmwood.study.tasks import TrainJob, default_workers, label, train_job
 from elmwood.train.task_names import seed_key, train_key
@@ -162,7 +162,7 @@ def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: i
     def side(name: str) -> evaluate.Side:
         digests = [trained[name, place] for place in range(study.domains)]
         order = sorted(range(study.domains), key=digests.__getitem__)
-        dist2_NK, sparse2_NK = both_distances(held, divisions[name], store, progress)
+        dist2_NK, sparse2_NK = measure_distances(held, divisions[name], store, progress)
         return evaluate.Side(
             np.column_stack([columns[digests[place]] for place in order]), dist2_NK[:, order], costs(sides[name], store),
             owners=tuple(order.index(place) for place in range(study.domains)),

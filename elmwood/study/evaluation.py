@@ -1,6 +1,147 @@
-"""Models on held-out text: what a comparison says, in one sentence."""
+"""Models on held-out text: any side by side, or a forest with every routing of it; and standard benchmarks.
 
-from elmwood.records import Comparison
+N scored tokens, K domains
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmwood.domains.embed import EMBEDDERS
+from elmwood.domains.partition import serving
+from elmwood.domains.route import nearest_place
+from elmwood.engine import Progress, silent
+from elmwood.errors import BadInput
+from elmwood.evaluate import harness
+from elmwood.evaluate.comparison import Compared, Side, compare
+from elmwood.evaluate.holdout import Holdout, distances
+from elmwood.evaluate.losses import row
+from elmwood.ranges import Between, Documents, Window, checked
+from elmwood.records import Comparison, Digest, Ensemble, Expert, Forest, Partition, Record, Seed
+from elmwood.store import AnyStore, Named, Store
+from elmwood.study.ancestry import common_seed, name_of, open_model, partition_of, with_mixing
+from elmwood.study.scoring import Columns, ensure, holdout_spec
+from elmwood.study.tasks import default_workers, label, opener
+
+Floats = NDArray[np.floating]
+Some = Annotated[int | None, Between(1)]
+
+
+class Evaluation(NamedTuple):
+    """A comparison, the names of its domains, and the ensemble with the best settings where a forest was evaluated."""
+
+    record: Comparison
+    domains: tuple[str, ...]
+    ensemble: Ensemble | None = None
+
+    def _repr_html_(self) -> str | None:
+        return self.record._repr_html_()
+
+
+@checked
+def evaluate(
+    models: Named | Sequence[Named], store: AnyStore = None, *, mixing: str | None = None, partition: Named | None = None,
+    length: Window = None, documents: Documents = None, router: str | None = None, name: str | None = None, workers: Some = None,
+    progress: Progress = silent,
+) -> Evaluation:  # fmt: skip
+    """Bits per byte on held-out documents: of models side by side, or of one forest with every routing, its settings fitted.
+
+    mixing: for ensembles, outputs or weights. partition: the one whose held-out text is used. router: of the fitted ensemble. name: of the
+    fitted ensemble of a forest, or of the only ensemble with another mixing. Raises BadInput, UnknownName.
+    """
+    home = Store(store)
+    named = home.expand(models)
+    opened = [home.load(model) for model in named]
+    if not opened:
+        raise BadInput("no model is named: name seeds, experts, merges, ensembles or a forest")
+    if mixing:
+        opened = [with_mixing(model, mixing, home) for model in opened]
+    forests = [model for model in opened if isinstance(model, Forest)]
+    if forests and len(opened) > 1:
+        raise BadInput("a forest is compared with its seed and its own routings: name one forest, or only models")
+    division, seed = partition_of(opened, partition, home), common_seed(opened, home)
+    columns = Columns(holdout_spec(division, seed, length, documents), home)
+    workers = workers or default_workers(seed, len(opened))
+    if forests:
+        comparison, ensemble = _evaluate_forest(forests[0], seed, division, columns, router, workers, progress)
+    else:
+        titles = [name_of(model, home) for model in named]
+        comparison, ensemble = _side_by_side(opened, titles, seed, columns, workers, progress), None
+    kept = ensemble or (opened[0] if mixing and len(opened) == 1 else None)
+    if name and kept:
+        home.name(name, kept.digest)
+    return Evaluation(comparison, tuple(domain.name for domain in division.domains), ensemble)
+
+
+def _evaluate_forest(
+    forest: Forest, seed: Seed, division: Partition, columns: Columns, router: str | None, workers: int, progress: Progress
+) -> tuple[Comparison, Ensemble]:
+    """A forest against its seed, with every routing. Raises BadInput where a domain has not one expert."""
+    store = columns.store
+    experts = [store.load(digest, Expert) for digest in forest.experts]
+    served = serving(division, [(expert.partition, expert.domain) for expert in experts], store)
+    owners = [[e for e, places in enumerate(served) if k in places] for k in range(len(division.domains))]
+    if any(len(mine) != 1 for mine in owners):
+        found = ", ".join(f"{k}: {len(mine)}" for k, mine in enumerate(owners) if len(mine) != 1)
+        raise BadInput(
+            f"the table needs one expert for each domain, and these domains have other numbers ({found}): train or leave out some, or "
+            "evaluate an ensemble of these"
+        )
+    named = [("seed", seed.digest), *((label(division, expert.domain), expert.digest) for expert in experts)]
+    ensured = ensure(named, columns, workers=workers, progress=progress)
+    dist2_NK, sparse2_NK = measure_distances(ensured.holdout, division, store, progress)
+    order = sorted({mine[0] for mine in owners})  # a forest has its experts by digest
+    side = Side(
+        np.column_stack([ensured.columns[experts[e].digest] for e in order]),
+        nearest_place(dist2_NK, [served[e] for e in order]),
+        owners=tuple(order.index(mine[0]) for mine in owners),
+        sparse2_NK=None if sparse2_NK is None else nearest_place(sparse2_NK, [served[e] for e in order]),
+    )
+    compared = compare(ensured.holdout, ensured.columns[seed.digest], side, router=router)
+    return keep_comparison(compared, ensured.holdout, forest, (), store)
+
+
+def _side_by_side(
+    models: Sequence[Record], titles: Sequence[str], seed: Seed, columns: Columns, workers: int, progress: Progress
+) -> Comparison:
+    named = [(title, model.digest) for title, model in zip(titles, models, strict=True)]
+    ensured = ensure(named, columns, workers=workers, progress=progress)
+    domains = len(columns.store.load(columns.spec.partition, Partition).domains)
+    rows = tuple(
+        row(title, ensured.columns[digest], ensured.holdout, domains=domains, role="seed" if digest == seed.digest else "result")
+        for title, digest in named
+    )
+    comparison = Comparison(forest=None, controls=tuple(model.digest for model in models), holdout=ensured.holdout.name, rows=rows)
+    columns.store.add(comparison)
+    return comparison
+
+
+def measure_distances(
+    held: Holdout, division: Partition, store: Store, progress: Progress = silent
+) -> tuple[Floats, Floats | None]:  # fmt: skip
+    """Squared distances to dense centroids, and to sparse ones where the embedder has terms [N, K]."""
+    dist2_NK = distances(held, division, store, progress, open_model=opener(division.embedder.name))
+    termed = division.embedder.name in EMBEDDERS
+    return dist2_NK, distances(held, division, store, progress, signal="sparse") if termed else None
+
+
+def keep_comparison(
+    compared: Compared, held: Holdout, forest: Forest, controls: tuple[Digest, ...], store: Store
+) -> tuple[Comparison, Ensemble]:
+    """Store what was found: the table, and the ensemble with the settings that were best on the tune half."""
+    ensemble = Ensemble(forest=forest.digest, **asdict(compared.best.routing))
+    comparison = Comparison(
+        forest=forest.digest, controls=controls, holdout=held.name, rows=compared.rows, routing=compared.routing,
+        fitted=compared.fitted, chosen=compared.chosen, growth=compared.growth,
+    )  # fmt: skip
+    for record in (forest, ensemble, comparison):
+        store.add(record)
+    return comparison, ensemble
 
 
 def conclusion(comparison: Comparison) -> str:
@@ -14,3 +155,46 @@ def conclusion(comparison: Comparison) -> str:
     if best.gain is not None and best.gain < 2 * (best.gain_error or 0):
         return f"{best.name} is level with the best control: the difference is within two standard errors{margin}."
     return f"{best.name} is better than every control{margin}."
+
+
+# ---- benchmarks -----------------------------------------------------------------------------------------------------
+
+
+class Benchmarked(NamedTuple):
+    """One model on standard benchmarks."""
+
+    name: str
+    record: Record
+    results: dict[str, Any]  # lm_eval (version), tasks, groups, asked: see evaluate.harness.benchmark
+
+
+@checked
+def benchmark(
+    models: Named | Sequence[Named], tasks: str | Sequence[str], store: AnyStore = None, *, mixing: str | None = None, limit: Some = None,
+    folder: Path | None = None, download: bool = False, progress: Progress = silent,
+) -> list[Benchmarked]:  # fmt: skip
+    """Models on tasks of lm-evaluation-harness. Answers are kept, so no request is computed twice.
+
+    tasks: names, or one text with commas. limit: items of each task, the same for every model. folder: your own tasks, the harness's YAML
+    files and their data. download: let tasks fetch their data. Raises BadInput, UnknownName, MissingExtra.
+    """
+    if not download:
+        harness.forbid_downloads()
+    from elmwood.ensemble.generate import generate  # torch, and the libraries that may not fetch
+
+    home = Store(store)
+    asked = tasks.split(",") if isinstance(tasks, str) else tasks
+    names = [name.strip() for name in asked if name.strip()]
+    if not names:
+        raise BadInput("no task is named: name tasks of the harness, such as arc_easy,lambada_openai")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    records = {name_of(model, home): home.load(model) for model in home.expand(models)}
+    loaded, found = harness.open_tasks(names, folder, limit), []
+    for title, record in records.items():
+        opened = open_model(record, mixing=mixing, store=home)
+        reader = harness.Reader(
+            opened.lm, opened.tokenizer, harness.Answers(home, opened.record.digest), generate,
+            lambda what, *event, title=title: progress(f"{title}: {what}", *event),
+        )  # fmt: skip
+        found.append(Benchmarked(title, opened.record, harness.benchmark(loaded, reader)))
+    return found

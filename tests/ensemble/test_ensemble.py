@@ -7,7 +7,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import SHAPE, lora_expert
 
-from elmwood.cli.old_evaluation import compare_models
 from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import Windows
 from elmwood.domains.dense import Model
@@ -20,6 +19,7 @@ from elmwood.errors import BadInput, ForeignExpert, UnknownName
 from elmwood.lm.hidden_states import seed_states
 from elmwood.lm.load import load_model
 from elmwood.records import Corpus, Ensemble, Forest
+from elmwood.study.evaluation import evaluate
 
 SETTINGS = [
     {"top_k": 1},
@@ -176,12 +176,12 @@ def test_old_experts_serve_a_revised_partition_until_new_ones_come(house):
     np.testing.assert_allclose(lm.router.distances(row), nearest_place(dist2_TK, lm.router.places_E)[1:], atol=1e-6)
     assert "".join(step.text for step in generate(lm, house.tokenizer, "the sea", max_tokens=4))
     assert set(lm.names) == {*(domain.name for domain in house.partition.domains), "seed"}
-    comparison, found = compare_models([old], ["old"], house.store, partition=None, length=64, documents=None, workers=1)
+    comparison, _, found = evaluate(old, house.store, length=64, workers=1)
     rows = {row.name: row for row in comparison.rows}
     assert {len(row) for row in comparison.routing} == {5}
     assert len(rows["oracle routing"].domains) == 4
     np.testing.assert_allclose(np.sum([row for row in comparison.routing if any(row)], 1), 1)
-    (live,) = compare_models([found], ["live"], house.store, partition=None, length=64, documents=None, workers=1)[0].rows
+    (live,) = evaluate(found, house.store, length=64, workers=1).record.rows
     assert live.bits_per_byte == pytest.approx(rows[comparison.chosen].bits_per_byte, abs=1e-4)
     part = lora_expert(house.seed, house.store, 7, domain=3, partition=revised.digest)
     both = house.add(old.model_copy(update={"experts": tuple(sorted((*old.experts, part.digest)))}))
