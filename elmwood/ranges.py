@@ -29,7 +29,7 @@ class Between(NamedTuple):
         if value is None or (self.zero and value == 0):
             return
         if not math.isfinite(value) or not (self.low < value < self.high if self.inside else self.low <= value <= self.high):
-            raise BadInput(f"{name.replace('_', '-')} is {value}: choose {self}")
+            raise BadInput(f"{name.replace('_', '-')} is {value}: choose {self}{'' if math.isfinite(value) else ', and finite'}")
 
     def __str__(self) -> str:
         low, high = (f"{end:.0f}" if float(end).is_integer() else f"{end:g}" for end in (self.low, self.high))

@@ -350,3 +350,9 @@ def test_slices_serve_and_retire():
     assert sorted(np.concatenate(served[::3])) == list(range(100))
     with pytest.raises(BadInput, match="hold out new documents"):
         error_budget.open_slice(b"a", 100, 4, 12, uses=3)
+
+
+def test_a_mixture_of_columns_in_half_precision_is_summed_in_double():
+    rng = np.random.default_rng(11)
+    loglik_NE, weight_NE = (-6 * rng.random((500, 4))).astype(np.float16), rng.dirichlet(np.ones(4), 500)
+    np.testing.assert_allclose(worst(loglik_NE, weight_NE), worst(loglik_NE.astype(np.float64), weight_NE), rtol=1e-12)

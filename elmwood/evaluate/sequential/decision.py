@@ -137,7 +137,7 @@ def worst(loglik_NC: Floats, weight_NC: Floats) -> Floats:
     be NaN.
     """
     weight_NC = np.asarray(weight_NC, np.float64)
-    loglik_NC = np.where(weight_NC > 0, loglik_NC, -np.inf)
+    loglik_NC = np.where(weight_NC > 0, np.asarray(loglik_NC, np.float64), -np.inf)  # stored columns are in half precision
     peak_N = loglik_NC.max(1, initial=-np.inf)
     peak_N = np.where(np.isfinite(peak_N), peak_N, 0)
     with np.errstate(divide="ignore"):
