@@ -1,14 +1,11 @@
 """`elmwood table` on a real forest: no model runs twice, every router has a table, and what is missing is bounded."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 from tiny_models import lora_expert, tiny_seed
-from typer.testing import CliRunner
 
-from elmwood.cli import app
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.domains.route import ROUTERS
@@ -19,19 +16,14 @@ from elmwood.study.evaluation import evaluate
 from elmwood.study.forest_table import table
 
 
-class Asked:
+class Grown:
     """A store with a forest of two experts, and one that may join."""
 
     def __init__(self, root, ensemble, candidate):
         self.store, self.ensemble, self.candidate = Store(root), ensemble, candidate
 
-    def run(self, *more):
-        return CliRunner().invoke(app, ["table", self.ensemble, "--store", str(self.store.root), "--workers", "1", "--json", *more])
-
-    def told(self, *more):
-        done = self.run(*more)
-        assert done.exit_code == 0, done.output
-        return json.loads(done.stdout)
+    def table(self, **options):
+        return table(self.ensemble, self.store, workers=1, **options)
 
 
 @pytest.fixture(scope="module")
@@ -51,64 +43,62 @@ def grown(tmp_path_factory):
     ensemble = Ensemble(forest=forest.digest, top_k=1)
     for record in (forest, ensemble):
         store.add(record)
-    return Asked(store.root, ensemble.digest, experts[2].digest)
+    return Grown(store.root, ensemble.digest, experts[2].digest)
 
 
 @pytest.fixture
 def elsewhere(grown, tmp_path):
     """The same in another store, where no model has been run."""
     shutil.copytree(grown.store.root, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("done", "work"), symlinks=True)
-    return Asked(tmp_path / "elsewhere", grown.ensemble, grown.candidate)
+    return Grown(tmp_path / "elsewhere", grown.ensemble, grown.candidate)
 
 
-def test_the_verb_runs_a_model_once(grown, tmp_path):
-    """What is there is only read; near columns are bounded, and right where they alone have weight."""
-    plot = tmp_path / "plot.svg"
-    near = grown.told("--near", "1")
-    assert 0 < near["cost"]["known"] < 1
-    assert near["routed"]["least"] <= near["routed"]["value"] <= near["routed"]["most"] + 1e-9
-    full = grown.told("--candidate", grown.candidate, "--plot", str(plot))
-    assert full["cost"]["models_run"] > 0
-    assert full["routed"]["value"] == pytest.approx(near["routed"]["value"], abs=1e-4)  # the nearest alone has weight
-    assert full["candidates"][0]["tokens"] > 0
-    assert plot.read_text().startswith("<svg")
-    again = grown.told("--candidate", grown.candidate)
-    assert again["cost"]["tokens"] == 0
-    assert again["static"] == full["static"]
+def test_a_model_runs_once(grown):
+    """Known columns are only read; missing entries are bounded, and near columns suffice where they alone have weight."""
+    near = grown.table(near=1)
+    assert 0 < near.cost.known < 1
+    assert near.routed.least <= near.routed.loss.value <= near.routed.most + 1e-9
+    full = grown.table(candidate=grown.candidate)
+    assert full.cost.models_run > 0
+    assert full.routed.loss.value == pytest.approx(near.routed.loss.value, abs=1e-4)  # the nearest alone has weight
+    assert full.candidates[0].tokens > 0
+    again = grown.table(candidate=grown.candidate)
+    assert again.cost.tokens == 0
+    assert again.static == full.static
 
 
 def test_a_budget_of_tokens_is_kept_and_gone_on_from(elsewhere, grown):
-    whole = grown.told()
+    whole = grown.table()
     column = next(one for digest in grown.store.records() if isinstance(one := grown.store.load(digest), Score) and one.windows is None)
-    poor = elsewhere.run("--budget", str(column.tokens // 2))
-    assert isinstance(poor.exception, BadInput)
-    assert "column of the seed" in str(poor.exception)
-    some = elsewhere.told("--budget", str(2 * column.tokens))
-    assert 0 < some["cost"]["tokens"] <= 2 * column.tokens
-    assert 0 < some["cost"]["known"] < 1
-    for value in (some["routed"]["value"], whole["routed"]["value"]):
-        assert some["routed"]["least"] <= value <= (some["routed"]["most"] or np.inf)  # none: one that is missing speaks alone
-    rest = elsewhere.told()
-    assert rest["cost"]["tokens"] == some["cost"]["missing"]
-    assert rest["routed"]["value"] == pytest.approx(whole["routed"]["value"], abs=1e-5)
+    with pytest.raises(BadInput, match="column of the seed"):
+        elsewhere.table(budget=column.tokens // 2)
+    some = elsewhere.table(budget=str(2 * column.tokens))
+    assert 0 < some.cost.tokens <= 2 * column.tokens
+    assert 0 < some.cost.known < 1
+    for value in (some.routed.loss.value, whole.routed.loss.value):
+        assert some.routed.least <= value <= (some.routed.most or np.inf)  # none: a missing entry may have all the weight
+    rest = elsewhere.table()
+    assert rest.cost.tokens == some.cost.missing
+    assert rest.routed.loss.value == pytest.approx(whole.routed.loss.value, abs=1e-5)
 
 
 def test_a_budget_of_no_seconds_runs_nothing(elsewhere, grown):
-    assert isinstance(elsewhere.run("--seconds", "0").exception, BadInput)
-    grown.told()
-    assert grown.told("--seconds", "0")["cost"]["tokens"] == 0
+    with pytest.raises(BadInput, match="column of the seed"):
+        elsewhere.table(seconds=0)
+    grown.table()
+    assert grown.table(seconds=0).cost.tokens == 0
 
 
 def test_columns_of_another_store_are_taken_over_and_looked_at(elsewhere, grown):
-    whole = grown.told()
-    brought = elsewhere.told("--from", str(grown.store.root))
-    assert (brought["cost"]["tokens"], brought["cost"]["brought"]) == (0, 3)
-    assert brought["routed"] == whole["routed"]
-    assert elsewhere.told("--from", str(grown.store.root))["cost"]["brought"] == 0
+    whole = grown.table()
+    brought = elsewhere.table(source=grown.store.root)
+    assert (brought.cost.tokens, brought.cost.brought) == (0, 3)
+    assert brought.routed == whole.routed
+    assert elsewhere.table(source=grown.store.root).cost.brought == 0
 
 
 def test_what_another_store_has_broken_is_refused(elsewhere, grown, tmp_path):
-    grown.told()
+    grown.table()
     shutil.copytree(grown.store.root, tmp_path / "broken", symlinks=True)
     broken = Store(tmp_path / "broken")
     for digest in list(broken.records()):
@@ -116,7 +106,8 @@ def test_what_another_store_has_broken_is_refused(elsewhere, grown, tmp_path):
             blob = bytearray(broken.get(one.loglik).read_bytes())
             blob[-2] ^= 1
             broken.path(one.loglik).write_bytes(bytes(blob))
-    assert isinstance(elsewhere.run("--from", str(broken.root)).exception, Damaged)
+    with pytest.raises(Damaged):
+        elsewhere.table(source=broken.root)
 
 
 @pytest.mark.parametrize("router", sorted(ROUTERS))
@@ -138,7 +129,7 @@ def test_with_a_memory_missing_entries_leave_no_bounds(elsewhere):
     assert (made.routed.least, made.routed.most) == (None, None)
 
 
-@pytest.mark.parametrize("option", ["--choose", "--near", "--top-k", "--workers"])
+@pytest.mark.parametrize("option", ["choose", "near", "top_k"])
 def test_numbers_out_of_range_are_refused(grown, option):
-    with pytest.raises(BadInput, match=f"{option[2:]} is 0: choose 1 or more"):
-        raise grown.run(option, "0").exception
+    with pytest.raises(BadInput, match="is 0: choose 1 or more"):
+        grown.table(**{option: 0})

@@ -1,0 +1,101 @@
+"""What the verbs of evaluation print, and how they refuse numbers out of range."""
+
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from tiny_models import lora_expert, tiny_seed
+from typer.testing import CliRunner
+
+from elmwood.cli import app
+from elmwood.corpus.build import build
+from elmwood.domains.partition import partition as divide
+from elmwood.errors import BadInput
+from elmwood.records import Ensemble, Forest
+from elmwood.store import Store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store with a seed, two experts, a forest of the first, and an ensemble of it."""
+    folder = tmp_path_factory.mktemp("verbs")
+    (folder / "text").mkdir()
+    rng = np.random.default_rng(0)
+    topics = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()")
+    for n in range(40):
+        words = ("".join(rng.choice(list("abcdefghij"), 4)) for _ in range(8))
+        (folder / "text" / f"{n}.txt").write_text(". ".join(topics[n % 2].format(next(words), next(words)) for _ in range(4)))
+    store = Store(folder / "store")
+    division = divide(build([str(folder / "text")], store, holdout=0.4), store, domains=2)
+    seed = tiny_seed(store)
+    experts = [lora_expert(seed, store, rng_seed=k, partition=division.digest, domain=k) for k in range(2)]
+    forest = Forest(seed=seed.digest, partition=division.digest, experts=tuple(one.digest for one in experts))
+    ensemble = Ensemble(forest=store.add(forest), router="live", top_k=1, seed_distance=1.0)
+    for name, record in (("seed", seed), ("forest", forest), ("ensemble", ensemble), ("expert/0", experts[0]), ("expert/1", experts[1])):
+        store.name(name, store.add(record))
+    return store
+
+
+def run(store, *words):
+    done = CliRunner().invoke(app, [*words, "--store", str(store.root)], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def test_a_table_in_words_and_numbers(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ("table", "ensemble", "--workers", "1", "--candidate", "expert/1", "--plot", str(tmp_path / "plot.svg"))
+    found = json.loads(run(store, *words, "--json"))
+    assert (found["router"], found["top_k"], found["seed_joins"]) == ("live", 1, True)
+    assert ElementTree.parse(tmp_path / "plot.svg").getroot().tag.endswith("svg")
+    shown = run(store, *words)
+    for value in (found["routed"]["value"], found["static"]["value"], found["seed"]["value"]):
+        assert f"{value:.4f}" in shown
+    for word in (
+        "(live, top-1",
+        "models run",
+        "columns brought in",
+        "help: mean p_new / p_mix",
+        *(one["name"] for one in found["experts"]),
+    ):
+        assert word in shown
+
+
+def test_a_forest_with_every_routing(store, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    found = json.loads(run(store, "eval", "forest", "--workers", "1", "--name", "fitted", "--json"))
+    assert isinstance(store.load("fitted"), Ensemble)
+    shown = run(store, "eval", "forest", "--workers", "1")
+    for row in found["rows"]:
+        assert row["name"] in shown
+        assert f"{row['bits_per_byte']:.4f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "values"),
+    [
+        ("compare seed ensemble", "--alpha", ("0", "1", "2", "nan")),
+        ("compare seed ensemble", "--beta", ("0", "1", "nan")),
+        ("compare seed ensemble", "--cap", ("0", "-1")),
+        ("compare seed ensemble", "--clip", ("0", "inf", "nan")),
+        ("compare seed ensemble", "--min-effect", ("nan", "-1")),
+        ("compare seed ensemble", "--documents", ("0", "3")),
+        ("compare seed ensemble", "--length", ("1", "-1", "1000000")),
+        ("accept expert/1 forest", "--cap", ("0", "-1")),
+        ("accept expert/1 forest", "--clip", ("inf", "nan")),
+        ("accept expert/1 forest", "--length", ("1", "-1", "1000000")),
+        ("eval seed --partition none", "--length", ("0", "1")),
+        ("eval seed --tasks none", "--limit", ("0", "-1")),
+        ("table forest", "--near", ("0", "-1")),
+        ("table forest", "--seconds", ("nan", "-1")),
+        ("chat seed --prompt x", "--temperature", ("1e-320", "nan", "-1")),
+        ("chat seed --prompt x", "--top-p", ("0", "1e-320", "2")),
+        ("chat seed --prompt x", "--rng-seed", ("-1", str(2**70))),
+        ("chat seed --prompt x", "--max-tokens", ("0",)),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(store, verb, option, values):
+    for value in values:
+        with pytest.raises(BadInput, match=rf"^{option[2:]} is .*(choose|reads at most)"):
+            run(store, *verb.split(), option, value)
