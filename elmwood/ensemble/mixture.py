@@ -33,7 +33,7 @@ Bools = NDArray[np.bool_]
 TOKENS = 8192  # in one batch, padding included
 
 
-class Mixed(Text):
+class MixedText(Text):
     """A text that an ensemble reads."""
 
     def __init__(self, prefix: PrefixDistances | None, count: int) -> None:
@@ -55,7 +55,7 @@ class EnsembleLM:
 
     def score(self, tokens_BT: Any) -> Tensor:
         """log p(x_t | x_<t) [B, T], float32 on the CPU; each row is a document of its own."""
-        return score_rows(self, tokens_BT)
+        return score_rows(self.score_windows, tokens_BT)
 
     def score_windows(self, windows: Windows, wanted_W: Ints, progress: Progress = silent) -> Tensor:
         """log p of the scored tokens of some windows (ascending), in order [n] float32 on the CPU.
@@ -94,10 +94,10 @@ class EnsembleLM:
             loglik_NC[:, c] = loglik_WL[scored_WL]
         return loglik_NC
 
-    def start(self) -> Mixed:
-        return Mixed(self.router.start(), len(self.experts))
+    def start(self) -> MixedText:
+        return MixedText(self.router.start(), len(self.experts))
 
-    def extend(self, tokens_T: Sequence[int], cache: Mixed) -> tuple[Tensor, Mixed]:
+    def extend(self, tokens_T: Sequence[int], cache: MixedText) -> tuple[Tensor, MixedText]:
         """Log-probabilities [V] of the token after these, from the candidates of the text so far."""
         self.experts.check(tokens_T, len(cache.tokens) + len(tokens_T))
         signals = Signals(self.router.push(cache.prefix, tokens_T), cache.memory_C[None])
@@ -110,7 +110,7 @@ class EnsembleLM:
         cache.shares = {self.names[c]: float(weight) for c, weight in zip(active, weight_A, strict=True) if weight}
         return torch.logsumexp(logp_AV + torch.from_numpy(weight_A).to(logp_AV.device).log()[:, None], 0).float().cpu(), cache
 
-    def _follow(self, active: Sequence[int], tokens_T: Sequence[int], cache: Mixed) -> Tensor:
+    def _follow(self, active: Sequence[int], tokens_T: Sequence[int], cache: MixedText) -> Tensor:
         """Let the active candidates read on, and update their memory."""
         logp_AV, news = self.experts.follow(active, tokens_T, cache)
         for c, (first, loglik_U) in zip(active, news, strict=True):

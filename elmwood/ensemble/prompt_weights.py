@@ -26,7 +26,7 @@ Ints = NDArray[np.integer]
 TOKENS = 8192  # in one batch, padding included
 
 
-class Fixed(Text):
+class PromptText(Text):
     """A text that is read with weights of its own."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class WeightsLM:
 
     def score(self, tokens_BT: Any) -> Tensor:
         """log p(x_t | x_<t) [B, T], float32 on the CPU; each row is a document of its own."""
-        return score_rows(self, tokens_BT)
+        return score_rows(self.score_windows, tokens_BT)
 
     def score_windows(self, windows: Windows, wanted_W: Ints, progress: Progress = silent) -> Tensor:
         """log p of the scored tokens of some windows (ascending), in order [n] float32 on the CPU: one pass for each block, over all of
@@ -84,10 +84,10 @@ class WeightsLM:
             if max(1, first) < min(first + self.block, end):
                 yield max(1, first), min(first + self.block, end)
 
-    def start(self) -> Fixed:
-        return Fixed()
+    def start(self) -> PromptText:
+        return PromptText()
 
-    def extend(self, tokens_T: Sequence[int], cache: Fixed) -> tuple[Tensor, Fixed]:
+    def extend(self, tokens_T: Sequence[int], cache: PromptText) -> tuple[Tensor, PromptText]:
         self.experts.check(tokens_T, len(cache.tokens) + len(tokens_T))
         if cache.weight_C is None:
             cache.weight_C = weights(Signals(self.router.push(self.router.start(), tokens_T)), self.routing)[0]

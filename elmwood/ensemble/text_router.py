@@ -3,9 +3,9 @@
 Shapes: E experts by digest, T tokens, N scored tokens of several documents, P domains that the experts serve
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
 
 
 class OpenForest(NamedTuple):
@@ -90,19 +91,13 @@ def places(experts: Sequence[Expert], partition: Partition, store: Store) -> lis
     return found
 
 
-class WindowScorer(Protocol):
-    """An LM that scores windows of documents."""
-
-    def score_windows(self, windows: Windows, wanted_W: NDArray[np.integer]) -> Tensor: ...
-
-
-def score_rows(lm: WindowScorer, tokens_BT: Any) -> Tensor:
+def score_rows(score_windows: Callable[[Windows, Ints], Tensor], tokens_BT: Any) -> Tensor:
     """log p(x_t | x_<t) [B, T] of rows that are documents of their own; column 0 is 0."""
     rows_BT = torch.as_tensor(tokens_BT, dtype=torch.long).numpy()
     rows, length = rows_BT.shape
     windows = Windows(rows_BT, np.full(rows, length), np.ones(rows, np.int64), np.arange(rows))
     loglik_BT = torch.zeros(rows, length)
-    loglik_BT[:, 1:] = lm.score_windows(windows, np.arange(rows)).view(rows, -1)
+    loglik_BT[:, 1:] = score_windows(windows, np.arange(rows)).view(rows, -1)
     return loglik_BT
 
 

@@ -35,7 +35,7 @@ class Calibration(NamedTuple):
     nats: float  # per token
 
 
-class Tuning:
+class TuneTokens:
     """Tokens to choose settings on: a loss for any settings."""
 
     def __init__(self, loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints):
@@ -83,7 +83,7 @@ def calibrate(loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints, top_
     fades, its weight and decay are then tried on a grid, and each setting is searched once more around what was found.
     """
     row = open_router(router)
-    tuning = Tuning(loglik_NC, dist2_NE if row.distances else None, document_N)
+    tuning = TuneTokens(loglik_NC, dist2_NE if row.distances else None, document_N)
     begin = Routing(router, top_k, ANY if row.distances else ANY_NATS)
     coldest, warmest = (COLDEST, WARMEST) if row.distances else (SHARPEST, FLATTEST)
     grid = np.geomspace(coldest, warmest, GRID)
@@ -102,7 +102,7 @@ def calibrate(loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints, top_
     return min(made, key=lambda one: one.nats)
 
 
-def _refine(tuning: Tuning, routing: Routing) -> Routing:
+def _refine(tuning: TuneTokens, routing: Routing) -> Routing:
     """Memory and decay from their grid, then every setting around its value."""
     tried = [replace(routing, memory=memory, decay=decay) for memory in MEMORIES for decay in DECAYS]
     best = min(tried, key=tuning.loss)

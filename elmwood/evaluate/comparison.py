@@ -105,7 +105,7 @@ class ExpertColumns(NamedTuple):
         return mix(self.loglik_NC, weights(self.signals(routing), routing))
 
 
-class Line(NamedTuple):
+class UnratedRow(NamedTuple):
     """One row before it is held against the others."""
 
     name: str
@@ -128,33 +128,37 @@ def compare(
     """
     for side in [experts] + ([random] if random else []):
         _check(holdout, seed_N, *(control.loglik_N for control in dense), side.loglik_NK, side.dist2_NK)
-    test_D, mixture = ~holdout.tune_D, ExpertColumns.of(holdout, seed_N, experts)
-    found = {name: mixture.calibrate(name, top_ks(name, experts)) for name in _routers(experts, router)}
-    best = least(one for name, fits in found.items() if name == router or (router is None and name != "posterior") for one in fits)
-    near = least(one for name in BY_DISTANCE for one in found.get(name, []))
-    shown = [
-        one for name, fits in found.items() for one in fits
-        if name == best.routing.router or (one is least(fits) and (one is near or name not in BY_DISTANCE))
-    ]  # fmt: skip
-    results = [Line(_name(one, experts), "result", mixture.column(one.routing), experts.cost, one) for one in shown]
+    mixture = ExpertColumns.of(holdout, seed_N, experts)
+    best, shown = choose(mixture, router)
+    results = [UnratedRow(_name(one, experts), "result", mixture.column(one.routing), experts.cost, one) for one in shown]
+    test_D = ~holdout.tune_D
     strongest = min(dense, key=lambda one: nats(one.loglik_N, holdout)[test_D].sum(), default=Control("seed", seed_N))
-    lines = [Line("seed", "seed", seed_N, Cost()), *(Line(one.name, "control", one.loglik_N, one.cost) for one in dense)]
+    found = [UnratedRow("seed", "seed", seed_N, Cost()), *(UnratedRow(one.name, "control", one.loglik_N, one.cost) for one in dense)]
     if dense:
-        lines.append(_with_seed(holdout, seed_N, strongest, best.routing.router))
+        found.append(_with_seed(holdout, seed_N, strongest, best.routing.router))
     if random:
-        lines += _random(ExpertColumns.of(holdout, seed_N, random), best.routing.router)
-    own_N = np.take_along_axis(experts.loglik_NK, np.array(experts.owner_K)[holdout.domain_D[holdout.document_N], None], 1)[:, 0]
-    lines += [Line("uniform routing", "control", _uniform(experts), experts.cost), *results]
-    lines += [Line("oracle routing", "bound", own_N, experts.cost)]
+        found += _random(ExpertColumns.of(holdout, seed_N, random), best.routing.router)
+    found += [UnratedRow("uniform routing", "control", _uniform(experts), experts.cost), *results, _oracle(holdout, experts)]
     rows = tuple(
         row(one.name, one.loglik_N, holdout, domains=len(experts.owner_K), role=one.role, **one.cost.model_dump(),
             against_N=None if one.loglik_N is strongest.loglik_N else strongest.loglik_N)
-        for one in lines
+        for one in found
     )  # fmt: skip
     chosen = next(one for one in results if one.fit is best)
-    fitted = _settings(best) | {f"{one.name}: {key}": value for one in lines if one.fit for key, value in _settings(one.fit).items()}
+    fitted = _settings(best) | {f"{one.name}: {key}": value for one in found if one.fit for key, value in _settings(one.fit).items()}
     who, more = mean_weights(mixture, best.routing), growth(mixture, best.routing)
     return Compared(rows, tuple(shown), best, chosen.name, who, fitted, more, chosen.loglik_N)
+
+
+def choose(mixture: ExpertColumns, router: str | None) -> tuple[Calibration, list[Calibration]]:
+    """The settings of the result, and those of all rows in the order of reading."""
+    found = {name: mixture.calibrate(name, top_ks(name, mixture.side)) for name in _routers(mixture.side, router)}
+    best = least(one for name, fits in found.items() if name == router or (router is None and name != "posterior") for one in fits)
+    near = least(one for name in BY_DISTANCE for one in found.get(name, []))
+    return best, [
+        one for name, fits in found.items() for one in fits
+        if name == best.routing.router or (one is least(fits) and (one is near or name not in BY_DISTANCE))
+    ]  # fmt: skip
 
 
 def least(fits: Iterable[Calibration]) -> Calibration:
@@ -225,19 +229,25 @@ def _routers(experts: Side, asked: str | None) -> list[str]:
     return there
 
 
-def _with_seed(holdout: Holdout, seed_N: Floats, dense: Control, router: str) -> Line:
+def _with_seed(holdout: Holdout, seed_N: Floats, dense: Control, router: str) -> UnratedRow:
     """A dense control and the seed, mixed as the result mixes. It is of no domain, so all text is equally near to it."""
     near_N1 = np.zeros((len(seed_N), 1), np.float32)
     mixture = ExpertColumns.of(holdout, seed_N, Side(np.asarray(dense.loglik_N)[:, None], near_N1, sparse2_NK=near_N1))
     fit = least(mixture.calibrate(router, top_ks(router, mixture.side)))
-    return Line(f"{dense.name} + seed, {router} routing", "control", mixture.column(fit.routing), dense.cost, fit)
+    return UnratedRow(f"{dense.name} + seed, {router} routing", "control", mixture.column(fit.routing), dense.cost, fit)
 
 
-def _random(mixture: ExpertColumns, router: str) -> Iterator[Line]:
+def _random(mixture: ExpertColumns, router: str) -> Iterator[UnratedRow]:
     """Experts of random clusters, routed as the result is, and by the posterior."""
     for name in dict.fromkeys((router, "posterior")):
         fit = least(mixture.calibrate(name, top_ks(name, mixture.side, control=True)))
-        yield Line(f"random clusters, {_name(fit, mixture.side)}", "control", mixture.column(fit.routing), mixture.side.cost, fit)
+        yield UnratedRow(f"random clusters, {_name(fit, mixture.side)}", "control", mixture.column(fit.routing), mixture.side.cost, fit)
+
+
+def _oracle(holdout: Holdout, side: Side) -> UnratedRow:
+    """Each document by the expert of its own domain."""
+    owner_N = np.array(side.owner_K)[holdout.domain_D[holdout.document_N]]
+    return UnratedRow("oracle routing", "bound", np.take_along_axis(side.loglik_NK, owner_N[:, None], 1)[:, 0], side.cost)
 
 
 def _uniform(side: Side) -> Floats:
