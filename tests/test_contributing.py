@@ -1,5 +1,6 @@
 """The examples of CONTRIBUTING.md, each run as a stranger would: a module of its own on the Python path, named 'module:function'."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from safetensors.numpy import load_file
 from tiny_models import full_expert, lora_expert
 
 import elmwood as ew
+from elmwood.corpus.build import documents
 from elmwood.records import Forest
+from elmwood.registry import trust_file
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
 EXAMPLES = {match[1]: match[2] for match in re.finditer(r"^### (.+)\n(?:(?!#|```).*\n)*```python\n((?:.*\n)*?)```", TEXT, re.M)}
@@ -35,7 +38,30 @@ def gates(store, seed):
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1, 1, 0], atol=1e-6)  # two experts, and the seed's own
 
 
-USES = {"A new merge rule in ten lines": merge_rule, "New gates in ten lines": gates}
+def embedder(store, seed):
+    texts = [f"{word} {n} " * 9 for n in range(20) for word in ("zebra jazz", "quick quiz", "onion soup")]
+    folder = store.root.parent / "texts.jsonl"
+    folder.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    made = ew.cluster(str(folder), store, embedder="letters:letters", domains=3)
+    assert made.embedder.name == "letters:letters"
+    assert all(len({document.text[:5] for document in documents(domain.train, store)}) == 1 for domain in made.domains)
+    assert "letters:letters" in trust_file().read_text()
+
+
+def importer(store, seed):
+    table = store.root.parent / "reviews.csv"
+    table.write_text("review,stars\nThe mill turns slowly,5\nBoil the onions,4\n,3\n")
+    made = ew.build(f"tables:rows:{table}", store)
+    assert {document.text for document in documents((*made.train, *made.holdout), store)} == {"The mill turns slowly", "Boil the onions"}
+    assert made.rejected == {"no words": 1}
+
+
+USES = {
+    "A new embedder in ten lines": embedder,
+    "A new importer in ten lines": importer,
+    "A new merge rule in ten lines": merge_rule,
+    "New gates in ten lines": gates,
+}
 
 
 def weights_of(store, name, stem="model"):
@@ -50,6 +76,7 @@ def test_an_example_runs(title, store, seed, tmp_path, monkeypatch):
     assert name
     (tmp_path / name[1]).write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     store.name("seed", seed.digest)
     USES[title](store, seed)
 

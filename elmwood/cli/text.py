@@ -33,7 +33,7 @@ def cluster(
         str | None, Option("--with", help="Only count which domains of this partition they belong to: a name, digest or folder.")
     ] = None,
     domains: Annotated[int, Option(help="How many.")] = 8,
-    embedder: Annotated[str, Option(help="tfidf, hashing, cbtm, seed or sentence.")] = "tfidf",
+    embedder: Annotated[str, Option(help="tfidf, hashing, cbtm, seed, sentence or module:function.")] = "tfidf",
     embedder_model: Annotated[
         str | None, Option(help="For 'seed': its name or digest; for 'sentence': a folder, or a hub id (downloads it).")
     ] = None,

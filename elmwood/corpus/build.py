@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from elmwood.corpus.dedup import HASHES, near_duplicates, signatures
-from elmwood.corpus.read import Document, files, read
+from elmwood.corpus.read import Document, files, parse_source, read
 from elmwood.engine import Progress, each, silent
 from elmwood.errors import BadCorpus
 from elmwood.records import Blob, Corpus, Shard, fingerprint
@@ -59,8 +59,7 @@ def build(sources: Sequence[str], store: Store, *, holdout: float = 0.1, field: 
         raise BadCorpus("a corpus needs a source, and none was given: name a file, a folder, 'sample' or 'datasets:NAME'")
     key = fingerprint("corpus", RULES, _contents(sources, progress), holdout, field)
     with alone(store, key) as work:
-        local = not any(source.startswith("datasets:") for source in sources)
-        if local and (done := store.done(key)):
+        if all(parse_source(source).repeatable for source in sources) and (done := store.done(key)):
             return store.load(done, Corpus)
         rejected: Counter[str] = Counter()
         staged = _stage(sources, work / "text", rejected, field, progress)
@@ -131,11 +130,12 @@ def alone(store: Store, key: str) -> Iterator[Path]:
 
 
 def _contents(sources: Sequence[str], progress: Progress) -> list[str]:
-    """What names sources in a task: content and place of each file, the name of each data set; sorted."""
-    roots = [(Path(source), file) for source in sources for file in files(source)]
+    """What names sources in a task: content and path of each file, the name of each data set and importer; sorted."""
+    parsed = [parse_source(source) for source in sources]
+    roots = [(one.root, file) for one, source in zip(parsed, sources, strict=True) for file in files(source)]
     hashed = each(roots, "hash sources", len(roots), "files", progress)
     names = [f"{hash_file(file)} {file.relative_to(root) if root.is_dir() else file.name}" for root, file in hashed]
-    return sorted(names + [source for source in sources if source.startswith("datasets:")])
+    return sorted(names + [source for one, source in zip(parsed, sources, strict=True) if not one.repeatable])
 
 
 def _id(staged: Staged, n: int) -> str:

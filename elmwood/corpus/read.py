@@ -1,12 +1,15 @@
-"""Documents out of files and data sets, one at a time. What cannot be read is counted with its reason, never a crash.
+"""Read documents from files and data sets, one at a time. What cannot be read is counted with its reason and never a crash.
 
 A source is one string:
     sample                           the corpus that comes with elmwood
     datasets:NAME[:CONFIG[:SPLIT]]   a data set of the `datasets` library, streamed; the split is `train` unless given
-    FILE.jsonl[.gz|.xz|.zst]         one JSON object a line
-    FILE.parquet                     one row a document
+    FILE.jsonl[.gz|.xz|.zst]         one JSON object per line
+    FILE.parquet                     one document per row
     FILE                             any other file is one document
-    FOLDER                           all of these below it, but nothing hidden
+    FOLDER                           all of these below it, hidden ones excepted
+    MODULE:FUNCTION:PATH             a file, or all files below a folder, read by an importer of your own
+
+An importer is a function of a File that yields objects with the text in a field, or a Reason. IMPORTERS has one by ending.
 """
 
 import gzip
@@ -17,7 +20,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,12 +29,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elmwood.errors import BadCorpus
-from elmwood.registry import require
+from elmwood.registry import lookup, require
 
 SAMPLE = Path(__file__).parent / "sample" / "sample-corpus.jsonl.xz"
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
-KEPT = ("source", "licence")  # fields carried along as meta: for reports and credit, never an input of clustering
+KEPT = ("source", "licence")  # fields kept as meta, for reports and credit; clustering never reads them
 _WORD = re.compile(r"\w")
+_OWN = re.compile(r"([\w.]+:\w+):(.+)")  # module:function:path
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # a file cut short or damaged
 
 
@@ -51,10 +54,34 @@ class Reason(str):
     """Why there is no document where one should be."""
 
 
+class File(NamedTuple):
+    """A file to import."""
+
+    path: Path
+    name: str  # its path in the folder that is the source, or its file name
+    field: str  # the field that holds the text
+
+
+Importer = Callable[[File], Iterator[Any]]
+
+
+class Source(NamedTuple):
+    """A source, taken apart."""
+
+    root: Path  # a file or a folder; without meaning for a data set
+    importer: str = ""  # module:function; empty: by the ending of each file
+    dataset: str = ""  # NAME[:CONFIG[:SPLIT]]
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the documents depend on the bytes of the files alone, so that a corpus made of them before can be reused."""
+        return not self.importer and not self.dataset
+
+
 def read(source: str, rejected: Counter[str], *, field: str = "text") -> Iterator[Document]:
     """The documents of one source, streamed; `field` holds the text in JSON lines, Parquet and data sets.
 
-    `rejected` counts what was left out, by reason. Raises BadCorpus when the source does not exist or yields nothing.
+    `rejected` counts what was left out, by reason. Raises BadCorpus when the source does not exist or has no document; UnknownName.
     """
     before = rejected.copy()
     empty = True
@@ -65,17 +92,27 @@ def read(source: str, rejected: Counter[str], *, field: str = "text") -> Iterato
     if empty:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted((rejected - before).items()))
         raise BadCorpus(
-            f"{source}: a corpus needs text, and no document was found here ({reasons or 'it is empty'}); check the path and --field"
+            f"{source}: a corpus needs text, and there is no document here ({reasons or 'it is empty'}); check the path and --field"
         )
+
+
+def parse_source(source: str) -> Source:
+    """Take a source apart."""
+    if source == "sample":
+        return Source(SAMPLE)
+    if source.startswith("datasets:"):
+        return Source(Path(), dataset=source.removeprefix("datasets:"))
+    if (match := _OWN.fullmatch(source)) and not Path(source).exists():
+        return Source(Path(match[2]), importer=match[1])
+    return Source(Path(source))
 
 
 def files(source: str) -> list[Path]:
     """The files of a source, sorted: none for a data set of the `datasets` library. Raises BadCorpus when it does not exist."""
-    if source == "sample":
-        return [SAMPLE]
-    if source.startswith("datasets:"):
+    parsed = parse_source(source)
+    if parsed.dataset or source == "datasets:":
         return []
-    path = Path(source)
+    path = parsed.root
     if path.is_dir():
         visible = (file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts))
         return sorted(file for file in visible if file.is_file())
@@ -89,15 +126,13 @@ def _texts(source: str, rejected: Counter[str], field: str) -> Iterator[Any]:
     if source.startswith("datasets:"):
         yield from _dataset(source, field)
         return
-    root = Path(source)
+    parsed = parse_source(source)
+    own: Importer | None = lookup({}, parsed.importer, "importer") if parsed.importer else None
     for path in files(source):
+        name = path.relative_to(parsed.root).as_posix() if parsed.root.is_dir() else path.name
+        importer = own or next(importer for ending, importer in IMPORTERS.items() if path.name.endswith(ending))
         try:
-            if path.name.endswith(LINES):
-                yield from _lines(path)
-            elif path.suffix == ".parquet":
-                yield from _rows(path, field)
-            else:
-                yield _whole(path, root, field)
+            yield from importer(File(path, name, field))
         except _BROKEN as error:
             if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
                 raise BadCorpus(f"{path}: cannot be read ({error.strerror}); give read permission or leave it out") from error
@@ -125,7 +160,7 @@ def _document(item: Any, rejected: Counter[str], field: str) -> Document | None:
 
 
 def _encodes(text: str) -> bool:
-    """JSON can spell half a surrogate pair, which no UTF-8 can."""
+    """JSON can hold half a surrogate pair, which UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -134,7 +169,7 @@ def _encodes(text: str) -> bool:
 
 
 def _open(path: Path) -> Any:
-    """A binary file whose lines can be read, decompressed as its name says."""
+    """A binary file, decompressed as its ending says."""
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".xz":
@@ -144,10 +179,10 @@ def _open(path: Path) -> Any:
     return path.open("rb")
 
 
-def _lines(path: Path) -> Iterator[Any]:
-    """JSON lines. A line that is no JSON (the last one of a file cut short, say) is a reason."""
-    with _open(path) as file:
-        for number, line in enumerate(file):
+def read_lines(file: File) -> Iterator[Any]:
+    """JSON lines. A line that is not JSON, such as the last one of a truncated file, is a reason."""
+    with _open(file.path) as opened:
+        for number, line in enumerate(opened):
             if not line.strip():
                 continue
             try:
@@ -158,28 +193,38 @@ def _lines(path: Path) -> Iterator[Any]:
                 yield Reason("not JSON")
 
 
-def _rows(path: Path, field: str) -> Iterator[Any]:
+def read_rows(file: File) -> Iterator[Any]:
     """Rows of a Parquet file, a thousand at a time."""
-    with pq.ParquetFile(path) as file:
-        names = set(file.schema_arrow.names)
-        columns = [name for name in (field, *KEPT) if name in names]
-        if field not in names:
-            yield from ({} for _ in range(file.metadata.num_rows))
+    with pq.ParquetFile(file.path) as opened:
+        names = set(opened.schema_arrow.names)
+        columns = [name for name in (file.field, *KEPT) if name in names]
+        if file.field not in names:
+            yield from ({} for _ in range(opened.metadata.num_rows))
             return
-        for batch in file.iter_batches(batch_size=1000, columns=columns):
+        for batch in opened.iter_batches(batch_size=1000, columns=columns):
             yield from batch.to_pylist()
 
 
-def _whole(path: Path, root: Path, field: str) -> Any:
-    """A file as one document, named by its place in the folder."""
-    with path.open("rb") as file:
-        if b"\0" in (head := file.read(8192)):
-            return Reason("not text")
+def read_whole(file: File) -> Iterator[Any]:
+    """A text file as one document, with its name as the source."""
+    with file.path.open("rb") as opened:
+        if b"\0" in (head := opened.read(8192)):
+            yield Reason("not text")
+            return
         try:
-            text = (head + file.read()).decode("utf-8-sig")
+            yield {file.field: (head + opened.read()).decode("utf-8-sig"), "source": file.name}
         except UnicodeDecodeError:
-            return Reason("not UTF-8")
-    return {field: text, "source": path.relative_to(root).as_posix() if root.is_dir() else path.name}
+            yield Reason("not UTF-8")
+
+
+IMPORTERS: dict[str, Importer] = {  # ending -> importer; the first that fits
+    ".jsonl": read_lines,
+    ".jsonl.gz": read_lines,
+    ".jsonl.xz": read_lines,
+    ".jsonl.zst": read_lines,
+    ".parquet": read_rows,
+    "": read_whole,
+}
 
 
 def _dataset(source: str, field: str) -> Iterator[Any]:

@@ -2,9 +2,11 @@
 
 Shapes: N documents, W words of all of them together, V rows of the term table, D dimensions.
 
-The embedding of a text is normalise(sum over its words of tf**power * weight_V[w] * vector_VD[w]): the tf-idf norm
-cancels, so each further word of a prefix is one addition (route.py). Rare words weigh more by the logarithm of how rare
-they are, and words that stand in every document weigh nothing: stop words of any language fade without a list.
+The embedding of a text is normalise(sum over its words of tf**power * weight_V[w] * vector_VD[w]). The norm of tf-idf cancels,
+so each further word of a prefix is one addition (route.py). Words in every document have weight zero, so no list of stop words
+is needed.
+
+EMBEDDERS also lists the embedders by a model (dense.py). A function `module:function` of texts, as the user types it, is one more.
 """
 
 import hashlib
@@ -21,11 +23,12 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from scipy import sparse
 
-from elmwood.domains.dense import DENSE, Dense, Model, Open, fit_dense, load_dense
+from elmwood.domains.dense import Dense, Encode, Model, Open, fit_dense, load_dense, open_sentence, sentence_model
 from elmwood.domains.words import Lexicon, finished
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
-from elmwood.records import Embedder
+from elmwood.records import Embedder, Seed
+from elmwood.registry import lookup, trust, trusted
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
@@ -33,24 +36,49 @@ Ints = NDArray[np.integer]
 
 VOCABULARY = 1 << 16  # terms kept, or buckets hashed into
 SAMPLE = 20_000  # documents the SVD is fitted on
-LOOKED_AT = 100_000  # characters of a document that the fit looks at
-COUNTED = 1 << 21  # terms counted at once before the rarest are forgotten
+LOOKED_AT = 100_000  # characters of a document that the fit reads
+COUNTED = 1 << 21  # terms counted at once; beyond that the rarest are dropped
 DOCUMENTS, CHARACTERS = 256, 1 << 22  # embedded at once, at most
 
 
-class Kind(NamedTuple):
-    """A row of the table of embedders."""
+class Words(NamedTuple):
+    """How an embedder of words counts."""
 
     hashed: bool  # terms are buckets of a hash: no list of words leaves the machine
     power: float  # of the term frequency
     smooth: float  # added to the inverse document frequency
+
+
+class Row(NamedTuple):
+    """A row of the table of embedders: one of words, or one by a model."""
+
     source: str
+    words: Words | None = None
+    needs: str = ""  # what the user has to name with --embedder-model; empty: nothing
+    find: Callable[[str, Store], Model] | None = None  # the model that the user named
+    open: Open | None = None  # a saved model again
+    by_token: bool = False  # the model gives a vector for each token (dense.py)
 
 
-EMBEDDERS: dict[str, Kind] = {
-    "tfidf": Kind(False, 0.5, 0.0, "square roots of counts as in Hellinger PCA, arXiv:1312.5542"),
-    "hashing": Kind(True, 0.5, 0.0, "the same without a vocabulary, arXiv:0902.2206"),
-    "cbtm": Kind(False, 1.0, 1.0, "the weights of the published code of arXiv:2303.14177"),
+def find_seed(named: str, store: Store) -> Model:
+    """The seed of this name as the model of an embedder. Raises UnknownName."""
+    digest = store.load(named, Seed).digest
+    return Model(digest, open_seed(digest, store))
+
+
+def open_seed(digest: str, store: Store) -> Encode:
+    """The hidden states of a seed. Found by name, since this room comes before that of language models and is free of torch."""
+    return lookup({}, "elmwood.lm.hidden_states:seed_states")(digest, store)
+
+
+EMBEDDERS: dict[str, Row] = {
+    "tfidf": Row("square roots of counts as in Hellinger PCA, arXiv:1312.5542", Words(False, 0.5, 0.0)),
+    "hashing": Row("the same without a vocabulary, arXiv:0902.2206", Words(True, 0.5, 0.0)),
+    "cbtm": Row("the weights of the published code of arXiv:2303.14177", Words(False, 1.0, 1.0)),
+    "seed": Row("mean hidden state of the seed LM", None, "a seed", find_seed, open_seed, by_token=True),
+    "sentence": Row(
+        "any sentence embedder, such as arXiv:1908.10084", None, "a sentence model's folder or hub id", sentence_model, open_sentence
+    ),
 }
 
 
@@ -69,12 +97,12 @@ class Terms:
 
     @property
     def power(self) -> float:
-        return EMBEDDERS[self.name].power
+        return _words(self.name).power
 
     @cached_property
     def lexicon(self) -> Lexicon:
         """Words -> rows."""
-        return Lexicon(_bucket if EMBEDDERS[self.name].hashed else _rows_of(self.terms))
+        return Lexicon(_bucket if _words(self.name).hashed else _rows_of(self.terms))
 
     @cached_property
     def table_VD(self) -> Floats:
@@ -88,13 +116,13 @@ class Terms:
         return np.concatenate(parts)
 
     def known(self, text: str) -> tuple[Ints, Floats, Ints]:
-        """Of each known word of a text: its row [W], how often it stood before [W], the shortest prefix in which it counts [W]."""
+        """Of each known word of a text: its row [W], how often it occurred before [W], the shortest prefix in which it counts [W]."""
         row_W, count_W = self.lexicon.steps(text)
         known_W = row_W >= 0
         return row_W[known_W], occurrences(row_W[known_W]), count_W[known_W]
 
     def rise(self, before_W: Floats) -> Floats:
-        """By how much tf**power rises with one more of a word that stood there `before` times [W]."""
+        """By how much tf**power rises with one more occurrence of a word that had `before` of them [W]."""
         return (before_W + 1) ** self.power - before_W**self.power
 
     def steps(self, text: str) -> tuple[Floats, Ints]:
@@ -103,7 +131,7 @@ class Terms:
         return self.table_VD[row_W] * self.rise(before_W)[:, None], count_W
 
     def counted(self, text: str) -> int:
-        """The length of the prefix of a growing text that counts by now."""
+        """The length of the prefix of a growing text that the embedding is of by now."""
         return len(finished(text))
 
     def tfidf(self, texts: Sequence[str]) -> sparse.csr_matrix:
@@ -126,18 +154,42 @@ Fitted = Terms | Dense
 
 
 def load(embedder: Embedder, store: Store, open_model: Open | None = None) -> Fitted:
-    """Open a saved embedder; `open_model` opens the model of a neural one (dense.py). Raises UnknownName, BadInput, BadRecord, Damaged."""
-    if embedder.name in DENSE:
-        return load_dense(embedder, store, open_model)
-    if embedder.name not in EMBEDDERS:  # never looked up as module:function: the record may be a stranger's
-        raise UnknownName(f"no embedder {embedder.name!r}; have {', '.join(EMBEDDERS)}: a newer elmwood may know it")
+    """Open a saved embedder, and its model if it has one: with `open_model`, or as its row says.
+
+    A module:function is called only if the user of this machine has typed it before: the record may come from somebody else.
+    Raises UnknownName, BadRecord, Damaged.
+    """
+    if ":" in embedder.name:
+        encode = trusted(embedder.name, "embedder")
+        return load_dense(embedder, store, lambda *_: encode)
+    if embedder.name not in EMBEDDERS:
+        raise UnknownName(f"no embedder {embedder.name!r}; have {', '.join(EMBEDDERS)}: a newer elmwood may have it")
+    row = EMBEDDERS[embedder.name]
+    if row.words is None:
+        return load_dense(embedder, store, open_model or row.open, row.by_token)  # type: ignore[arg-type]
     about = json.loads(store.get(embedder.files["embedder.json"]).read_bytes())
     tensors = safetensors.numpy.load_file(store.get(embedder.files["embedder.safetensors"]))
     fitted = Terms(embedder.name, tuple(about["terms"]), tensors["weight"], tensors["vectors"])
-    rows = VOCABULARY if EMBEDDERS[embedder.name].hashed else len(fitted.terms)
+    rows = VOCABULARY if row.words.hashed else len(fitted.terms)
     if fitted.weight_V.shape != (rows,) or fitted.vector_VD.shape != (rows, embedder.dimension) or not np.isfinite(fitted.table_VD).all():
-        raise BadRecord(f"embedder {embedder.name}: {rows} terms need {rows} finite weights and vectors; get it again from its source")
+        raise BadRecord(f"embedder {embedder.name}: {rows} terms need {rows} finite weights and vectors; download it again")
     return fitted
+
+
+def find_model(name: str, named: str | None, store: Store) -> Model | None:
+    """The model of an embedder that the user typed: a row of EMBEDDERS, or `module:function`, which is then trusted.
+
+    `named` is what the user typed for the row's model. None: the embedder has no model. Raises UnknownName, BadInput.
+    """
+    if ":" in name:
+        return Model(name, trust(name, "embedder"))
+    row: Row = lookup(EMBEDDERS, name, "embedder")
+    if named and not row.needs:
+        others = " or ".join(other for other, one in EMBEDDERS.items() if one.needs)
+        raise BadInput(f"embedder {name!r} needs no model: leave out --embedder-model, or use {others}")
+    if row.needs and not named:
+        raise BadInput(f"embedder {name!r} needs a model: name {row.needs} with --embedder-model")
+    return row.find(named, store) if row.find and named else None
 
 
 def fit(
@@ -149,24 +201,27 @@ def fit(
     rng_seed: int = 0,
     progress: Progress = silent,
 ) -> Fitted:
-    """Fit an embedder of either table; neural ones need their model. Raises UnknownName, BadInput, BadCorpus."""
-    if name not in DENSE:
+    """Fit a row of EMBEDDERS, or a module:function; one by a model needs it (find_model). Raises UnknownName, BadInput, BadCorpus."""
+    row = EMBEDDERS.get(name)
+    if row and row.words:
         return fit_terms(name, texts, dimension=dimension, rng_seed=rng_seed, progress=progress)
     if model is None:
-        raise BadInput(f"embedder {name!r} needs a model, and got none: pass one, or take 'tfidf'")
-    return fit_dense(name, texts, model, dimension=dimension, rng_seed=rng_seed, progress=progress)
+        if row is None and ":" not in name:
+            lookup(EMBEDDERS, name, "embedder")  # raises
+        raise BadInput(f"embedder {name!r} needs a model, and got none: pass what find_model returns, or use 'tfidf'")
+    by_token = row is not None and row.by_token
+    return fit_dense(name, texts, model, by_token=by_token, dimension=dimension, rng_seed=rng_seed, progress=progress)
 
 
 def fit_terms(name: str, texts: Iterable[str], *, dimension: int = 100, rng_seed: int = 0, progress: Progress = silent) -> Terms:
-    """Fit a tf-idf embedder in one pass over texts, whatever their order. Memory is bounded.
+    """Fit an embedder of words in one pass over texts; their order does not matter, and memory is bounded.
 
-    Terms of `tfidf` stand in at least two documents; the most widespread are kept. The SVD sees a sample of documents.
-    Raises UnknownName, BadCorpus when no text has a word.
+    Terms of `tfidf` occur in at least two documents; the most widespread are kept. The SVD is of a sample of documents.
+    Raises BadCorpus when no text has a word.
     """
-    if name not in EMBEDDERS:
-        raise UnknownName(f"no embedder {name!r}; have {', '.join((*EMBEDDERS, *DENSE))}")
-    kind = EMBEDDERS[name]
-    from sklearn.utils.extmath import randomized_svd  # two seconds that only fitting needs
+    from sklearn.utils.extmath import randomized_svd  # takes two seconds, needed only here
+
+    kind = _words(name)
 
     counted = _Counted(kind.hashed)
     sample = _Sample()
@@ -177,7 +232,7 @@ def fit_terms(name: str, texts: Iterable[str], *, dimension: int = 100, rng_seed
             progress("fit embedder", done, 0, "documents")
     terms, df_V = counted.terms()
     if not df_V.any():
-        raise BadCorpus(f"no words in {counted.documents} documents: an embedder needs text; check the corpus and its field")
+        raise BadCorpus(f"no words in {counted.documents} documents: an embedder needs text; check the corpus and its --field")
     weight_V = np.where(df_V > 0, np.log((1 + counted.documents) / np.maximum(df_V, 1)) + kind.smooth, 0).astype(np.float32)
     bare = Terms(name, terms, weight_V, np.zeros((len(weight_V), 1), np.float16))
     x_NV = bare.tfidf(sample.texts())
@@ -191,6 +246,12 @@ def fit_terms(name: str, texts: Iterable[str], *, dimension: int = 100, rng_seed
     return Terms(name, terms, weight_V, vector_VD)
 
 
+def _words(name: str) -> Words:
+    words = EMBEDDERS[name].words
+    assert words is not None
+    return words
+
+
 def unit(x_ND: Floats) -> Floats:
     """Rows scaled to length one; zero rows stay zero."""
     norm_N = np.sqrt(np.einsum("nd,nd->n", x_ND, x_ND))
@@ -198,7 +259,7 @@ def unit(x_ND: Floats) -> Floats:
 
 
 def occurrences(row_W: Ints) -> Floats:
-    """How often each word stood before its place [W], as floats."""
+    """How often each word occurred before its place [W], as floats."""
     order = np.argsort(row_W, kind="stable")
     sorted_W = row_W[order]
     first_W = np.flatnonzero(np.diff(sorted_W, prepend=-1))
@@ -231,7 +292,7 @@ def _counts(fitted: Terms, texts: Sequence[str]) -> sparse.csr_matrix:
 
 
 def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Cut into runs that are embedded at once."""
+    """Cut texts into runs that are embedded at once."""
     first, size = 0, 0
     for place, text in enumerate(texts):
         if place - first == DOCUMENTS or (size and size + len(text) > CHARACTERS):
@@ -243,7 +304,7 @@ def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 class _Counted:
-    """Document frequencies of a stream. Past COUNTED terms the rarest are forgotten (Manku and Motwani 2002)."""
+    """Document frequencies of a stream. Beyond COUNTED terms the rarest are dropped (Manku and Motwani 2002)."""
 
     def __init__(self, hashed: bool):
         self.documents = 0
@@ -260,9 +321,9 @@ class _Counted:
             self.df_V = np.append(self.df_V, np.zeros(len(self.row), np.int64))
         self.df_V[found] += 1
         if len(self.row) > COUNTED:
-            self._forget(int(np.sort(self.df_V[: len(self.row)])[len(self.row) // 2]))
+            self._drop(int(np.sort(self.df_V[: len(self.row)])[len(self.row) // 2]))
 
-    def _forget(self, most: int) -> None:
+    def _drop(self, most: int) -> None:
         kept = [(word, self.df_V[row]) for word, row in self.row.items() if self.df_V[row] > most]
         self.row.clear()
         self.row.update((word, place) for place, (word, _) in enumerate(kept))

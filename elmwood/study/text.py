@@ -12,11 +12,11 @@ from elmwood.corpus.build import build as build_corpus
 from elmwood.corpus.read import read
 from elmwood.domains import partition as partitions
 from elmwood.domains import publish
-from elmwood.domains.dense import DENSE, Model, sentence_model
+from elmwood.domains.embed import find_model
 from elmwood.domains.grow import Means
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
-from elmwood.records import Corpus, Partition, Record, Seed
+from elmwood.records import Corpus, Partition, Record
 from elmwood.report.notebook import grid
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.tasks import opener
@@ -147,22 +147,6 @@ def survey(
     found = chain.from_iterable(read(source, rejected, field=field) for source in as_sources(corpus))
     counted = publish.survey(division, store, found, open_model=opener(division.embedder.name), progress=progress)
     return Survey(keep_name(division, name, store), counted, dict(rejected))
-
-
-def find_model(embedder: str, named: str | None, store: Store) -> Model | None:
-    """The model that a neural embedder is fitted with. `named`: a seed, or the folder of a sentence model. Raises BadInput."""
-    if embedder not in DENSE:
-        if named:
-            raise BadInput(f"embedder {embedder!r} needs no model: leave out --embedder-model, or take {' or '.join(DENSE)}")
-        return None
-    if not named:
-        raise BadInput(f"embedder {embedder!r} needs a model: name it with --embedder-model (a seed here, or a sentence model's folder)")
-    if embedder == "sentence":
-        return sentence_model(named, store)
-    from elmwood.lm.hidden_states import seed_states  # torch
-
-    digest = store.load(named, Seed).digest
-    return Model(digest, seed_states(digest, store))
 
 
 def open_partition(given: Named, store: Store) -> Partition:

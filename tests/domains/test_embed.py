@@ -14,7 +14,7 @@ from elmwood.domains.grow import Means
 from elmwood.domains.partition import assign, centroids, fit_embedder, partition
 from elmwood.domains.publish import receive
 from elmwood.domains.words import spans, words
-from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
+from elmwood.errors import BadCorpus, BadInput, BadRecord, Damaged, UnknownName
 from elmwood.store import Store
 
 
@@ -87,13 +87,13 @@ def test_a_stranger_s_sentence_embedder_runs_no_code(name, content, complaint, t
 def test_embedders_of_strangers(fitted, tmp_path):
     store = Store(tmp_path)
     record = fitted.save(store)
-    with pytest.raises(UnknownName, match="have tfidf"):
+    with pytest.raises(UnknownName, match="not part of elmwood"):
         embed.load(record.model_copy(update={"name": "os:system"}), store)
-    with pytest.raises(BadRecord, match="get it again"):
+    with pytest.raises(BadRecord, match="download it again"):
         embed.load(record.model_copy(update={"dimension": 7}), store)
     with pytest.raises(BadCorpus, match="no words in 2 documents"):
         embed.fit("tfidf", ["1 2", "-"])
-    with pytest.raises(UnknownName, match="have tfidf"):
+    with pytest.raises(UnknownName, match="no embedder 'no-such'; have cbtm"):
         embed.fit("no-such", ["text"])
 
 
@@ -127,7 +127,7 @@ def test_neural_embedders(name, tmp_path):
     walk = route.PrefixDistances(fitted, x_ND[:3])
     walked = np.stack([walk.push(letter.encode()) for letter in text])
     np.testing.assert_allclose(walked, route.prefix_distances(fitted, x_ND[:3], text, range(1, len(text) + 1)), atol=1e-5)
-    with pytest.raises(BadInput, match="'letters'"):
+    with pytest.raises((BadInput, Damaged), match="letters"):
         embed.load(record, store)
     with pytest.raises(BadInput, match="needs a model"):
         embed.fit(name, found)
@@ -141,3 +141,33 @@ def test_a_partition_by_a_neural_embedder(made):
     assert len(set(label_N.tolist())) == 3
     with pytest.raises(BadInput, match="no sparse centroids"):
         centroids(found, store, "sparse")
+
+
+def test_an_embedder_of_one_s_own_is_opened_where_its_user_typed_it(made, tmp_path, monkeypatch):
+    """Any function of texts, as module:function; a record that names it opens on this machine, and nowhere else."""
+    store, corpus, _ = made
+    (tmp_path / "my_embedder.py").write_text(
+        "import numpy as np\n\n\ndef some_words(texts):\n"
+        "    return np.array([[text.count(word) for word in ('sea', 'captain', 'open', 'return', 'pomme')] for text in texts], float)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "here"))
+    name = "my_embedder:some_words"
+    fitted = fit_embedder(corpus, store, name, model=embed.find_model(name, None, store))
+    found = partition(corpus, store, domains=3, embedder=fitted)
+    own = some_texts(TOPICS[:3], 1, np.random.default_rng(8))
+    assert len(set(assign(found, store, own)[0].tolist())) == 3
+    assert found.embedder.name == name
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "elsewhere"))
+    with pytest.raises(UnknownName, match="install and read that code"):
+        assign(found, store, own)
+    with pytest.raises(UnknownName, match="check that the module"):
+        embed.find_model("no_such_module:letters", None, store)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "complaint"), [("tfidf", "x", "needs no model"), ("seed", None, "name a seed"), ("sentence", None, "sentence model")]
+)
+def test_an_embedder_says_what_it_needs(name, model, complaint, tmp_path):
+    with pytest.raises(BadInput, match=complaint):
+        embed.find_model(name, model, Store(tmp_path))
