@@ -42,7 +42,7 @@ def bench_quality(*sources: str) -> None:
     texts, names = labelled(list(sources))
     pipeline = make_pipeline(TfidfVectorizer(stop_words="english"), TruncatedSVD(100, random_state=0), Normalizer())
     embedded = {"scikit-learn": pipeline.fit_transform(texts).astype(np.float32)}
-    embedded |= {name: embed.fit(name, texts).embed(texts) for name in embed.EMBEDDERS}
+    embedded |= {name: embed.fit(name, texts).embed(texts) for name in embed.EMBEDDERS if embed.has_terms(name)}
     judge(embedded, names)
 
 
@@ -56,7 +56,7 @@ def bench_embedders(corpus: str, count: int, *models: str) -> None:
         rank[names[n]] += 1
     chosen = sorted(np.argsort(nth_N, kind="stable")[:count].tolist())  # the first of each source, then the second, ...
     texts, names = [texts[n] for n in chosen], [names[n] for n in chosen]
-    embedded = {name: embed.fit(name, texts).embed(texts) for name in embed.EMBEDDERS}
+    embedded = {name: embed.fit(name, texts).embed(texts) for name in embed.EMBEDDERS if embed.has_terms(name)}
     with tempfile.TemporaryDirectory() as scratch:
         for word in models:
             kind, _, named = word.partition(":")

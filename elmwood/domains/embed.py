@@ -192,6 +192,11 @@ def find_model(name: str, named: str | None, store: Store) -> Model | None:
     return row.find(named, store) if row.find and named else None
 
 
+def has_terms(name: str) -> bool:
+    """Whether an embedder is one of words, so that its partitions have sparse centroids too."""
+    return name in EMBEDDERS and EMBEDDERS[name].words is not None
+
+
 def fit(
     name: str,
     texts: Iterable[str],

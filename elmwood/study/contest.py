@@ -33,7 +33,6 @@ from elmwood.records import Contest, Digest, Ensemble, Expert, Forest, Partition
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.ancestry import as_model, common_seed, name_of, partition_of
 from elmwood.study.scoring import Columns, ensure, holdout_spec
-from elmwood.study.tasks import opener
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -168,7 +167,7 @@ class Nearness:
         @cache
         def to_domains(partition: Digest, signal: str) -> Floats:
             division = store.load(partition, Partition)
-            return distances(here, division, store, progress, signal=signal, open_model=opener(division.embedder.name))
+            return distances(here, division, store, progress, signal=signal)
 
         self.to_domains = to_domains
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.domains.embed import EMBEDDERS
+from elmwood.domains.embed import has_terms
 from elmwood.domains.partition import serving
 from elmwood.domains.route import nearest_place
 from elmwood.engine import Progress, silent
@@ -26,7 +26,7 @@ from elmwood.records import Comparison, Digest, Ensemble, Expert, Forest, Partit
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.ancestry import common_seed, name_of, open_model, partition_of, with_mixing
 from elmwood.study.scoring import Columns, ensure, holdout_spec
-from elmwood.study.tasks import default_workers, label, opener
+from elmwood.study.tasks import default_workers, label
 
 Floats = NDArray[np.floating]
 Some = Annotated[int | None, Between(1)]
@@ -125,8 +125,8 @@ def measure_distances(
     held: Holdout, division: Partition, store: Store, progress: Progress = silent
 ) -> tuple[Floats, Floats | None]:  # fmt: skip
     """Squared distances to dense centroids, and to sparse ones where the embedder has terms [N, K]."""
-    dist2_NK = distances(held, division, store, progress, open_model=opener(division.embedder.name))
-    termed = division.embedder.name in EMBEDDERS
+    dist2_NK = distances(held, division, store, progress)
+    termed = has_terms(division.embedder.name)
     return dist2_NK, distances(held, division, store, progress, signal="sparse") if termed else None
 
 

@@ -25,7 +25,7 @@ from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.ancestry import as_model
 from elmwood.study.scoring import Budget, Columns, Ensured, ensure, holdout_spec
-from elmwood.study.tasks import default_workers, label, opener
+from elmwood.study.tasks import default_workers, label
 from elmwood.units import parse_count
 
 Floats = NDArray[np.floating]
@@ -147,8 +147,7 @@ def table(
 def _distances(named: Ensemble, experts: Sequence[Expert], division: Partition, columns: Columns, progress: Progress) -> Floats:
     """Squared distances of every token's text to the experts, as the ensemble's router needs them [N, E]."""
     kind = router_of(named).distances or "dense"
-    open_model = opener(division.embedder.name)
-    dist2_NK = distances(columns.held, division, columns.store, progress, signal=kind, open_model=open_model)
+    dist2_NK = distances(columns.held, division, columns.store, progress, signal=kind)
     return nearest_place(dist2_NK, serving(division, [(one.partition, one.domain) for one in experts], columns.store))
 
 

@@ -36,7 +36,6 @@ from elmwood.report.notebook import grid, image
 from elmwood.report.page import html
 from elmwood.store import AnyStore, Named, Store, lineage
 from elmwood.study.evaluation import conclusion
-from elmwood.study.tasks import opener
 from elmwood.units import duration, short
 
 PLACES = 2000  # documents on the map
@@ -121,7 +120,7 @@ def _map(partition: Partition, store: Store) -> tuple[tuple[Area, ...], tuple[Pl
                 snippets=tuple(_begin(chosen[name]) for name in domain.examples if name in chosen),
             )
         )
-    x_N2 = project(embed.load(partition.embedder, store, opener(partition.embedder.name)).embed(texts), partition.rng_seed)
+    x_N2 = project(embed.load(partition.embedder, store).embed(texts), partition.rng_seed)
     places = tuple(
         Place(x=float(np.clip(x, 0, 1)), y=float(np.clip(y, 0, 1)), domain=number, text=_begin(text))
         for (x, y), number, text in zip(x_N2, domain_N, texts, strict=True)

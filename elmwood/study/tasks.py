@@ -5,7 +5,6 @@ What trains is imported where it trains: torch takes seconds that handing out ta
 
 from pathlib import Path
 
-from elmwood.domains.dense import Open
 from elmwood.engine import Progress, cores, gpus
 from elmwood.records import Digest, Expert, Frozen, Partition, Recipe, Seed, Shard
 from elmwood.store import Store
@@ -118,12 +117,3 @@ def label(partition: Partition, domain: int | None) -> str:
 def default_workers(seed: Seed, jobs: int) -> int:
     """Small models: one core each, side by side. Large ones: one for each GPU, or one after another, with all cores."""
     return min(cores(), jobs) if seed.parameters < SMALL else max(1, min(len(gpus()), jobs))
-
-
-def opener(embedder: str) -> Open | None:
-    """What opens the model of a saved embedder; torch is imported only for a seed."""
-    if embedder != "seed":
-        return None
-    from elmwood.lm.hidden_states import seed_states
-
-    return seed_states

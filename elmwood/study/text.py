@@ -19,7 +19,6 @@ from elmwood.errors import BadInput
 from elmwood.records import Corpus, Partition, Record
 from elmwood.report.notebook import grid
 from elmwood.store import AnyStore, Named, Store
-from elmwood.study.tasks import opener
 
 R = TypeVar("R", bound=Record)
 
@@ -102,7 +101,7 @@ def cluster(
     model = find_model(embedder, embedder_model, store)
     built = corpus if isinstance(corpus, Corpus) else build(corpus, holdout=holdout, field=field, store=store, progress=progress)
     fitted = partitions.fit_embedder(built, store, embedder, model=model, rng_seed=rng_seed, progress=progress) if model else embedder
-    means = Means(workers, engine, opener(embedder))
+    means = Means(workers, engine)
     made = partitions.partition(
         built, store, domains=domains, embedder=fitted, method=method, rng_seed=rng_seed, means=means, progress=progress
     )
@@ -117,8 +116,7 @@ def split(
     store = Store(store)
     parent = open_partition(partition, store)
     number = find_domain(domain, parent)
-    means = Means(open_model=opener(parent.embedder.name))
-    made = partitions.split(parent, number, store, parts=parts, rng_seed=rng_seed, means=means, progress=progress)
+    made = partitions.split(parent, number, store, parts=parts, rng_seed=rng_seed, progress=progress)
     return Revision(keep_name(made, name, store), parent, partitions.heirs(parent, made, store)[number])
 
 
@@ -130,7 +128,7 @@ def add(
     store = Store(store)
     parent = open_partition(partition, store)
     built = corpus if isinstance(corpus, Corpus) else build(corpus, holdout=holdout, field=field, store=store, progress=progress)
-    means = Means(workers, engine, opener(parent.embedder.name))
+    means = Means(workers, engine)
     made = partitions.add(parent, built, store, domains=domains, rng_seed=rng_seed, means=means, progress=progress)
     return Revision(keep_name(made, name, store), parent, tuple(range(len(parent.domains), len(made.domains))))
 
@@ -145,7 +143,7 @@ def survey(
     division = open_partition(partition, store)
     rejected: Counter[str] = Counter()
     found = chain.from_iterable(read(source, rejected, field=field) for source in as_sources(corpus))
-    counted = publish.survey(division, store, found, open_model=opener(division.embedder.name), progress=progress)
+    counted = publish.survey(division, store, found, progress=progress)
     return Survey(keep_name(division, name, store), counted, dict(rejected))
 
 
