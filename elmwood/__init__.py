@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from elmwood.study.admission import accept
     from elmwood.study.ancestry import forest, generate, open_model
     from elmwood.study.contest import compare
+    from elmwood.study.evaluation import benchmark, evaluate
     from elmwood.study.exporting import export, verify
     from elmwood.study.fitting import fit
+    from elmwood.study.forest_table import table
     from elmwood.study.merging import merge, state_add, state_finalize, state_make, state_remove
     from elmwood.study.mixing import loads, mix
     from elmwood.study.page import report, show
@@ -32,8 +34,10 @@ FACE = {
     "elmwood.study.admission": "accept",
     "elmwood.study.ancestry": "forest, generate, open_model",
     "elmwood.study.contest": "compare",
+    "elmwood.study.evaluation": "benchmark, evaluate",
     "elmwood.study.exporting": "export, verify",
     "elmwood.study.fitting": "fit",
+    "elmwood.study.forest_table": "table",
     "elmwood.study.merging": "merge, state_add, state_finalize, state_make, state_remove",
     "elmwood.study.mixing": "loads, mix",
     "elmwood.study.page": "report, show",
@@ -48,9 +52,11 @@ __all__ = [
     "accept",
     "add",
     "adopt",
+    "benchmark",
     "build",
     "cluster",
     "compare",
+    "evaluate",
     "export",
     "fit",
     "forest",
@@ -69,6 +75,7 @@ __all__ = [
     "state_remove",
     "statistics",
     "survey",
+    "table",
     "train",
     "train_seed",
     "verify",

@@ -23,9 +23,10 @@ RENAMED |= {f"state {verb}": f"state_{verb}" for verb in STATE_VERBS}
 PLACES = (
     VERBS | {f"seed {verb}": place for verb, place in SEED_VERBS.items()} | {f"state {verb}": place for verb, place in STATE_VERBS.items()}
 )
-WITHOUT = {"demo", "eval", "table"}
+WITHOUT = {"demo"}
 BEYOND = {
     "Store": "what --store names",
+    "benchmark": "`eval --tasks`",
     "build": "the first half of `cluster`",
     "open_model": "the first half of `chat`",
     "survey": "`cluster --with`",
@@ -38,7 +39,9 @@ OTHERWISE = {
     "train": {"commands", "tuned", "balance"},  # `commands` prints; the others tune a mixture
     "chat": {"prompt"},
     "cluster": {"with"},  # `survey`
+    "eval": {"tasks", "limit", "tasks_folder", "download"},  # `benchmark`
     "fit": {"table"},  # a table of cards
+    "table": {"from", "source"},  # `from` is a word of Python
     "mix": {"scale", "without"},  # numbers and lists where the command line has text
     "state make": {"part", "weights"},
     "statistics": {"engine"},  # `train --statistics` hands its own on

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import elmwood
+
 HOUSE = Path(__file__).parent.parent / "elmwood"
 FLOORS = {
     "errors": 1, "ranges": 1, "records": 1, "registry": 1, "units": 1,
@@ -120,3 +122,12 @@ def test_benches_and_tests_use_the_library():
     }
     found = {path for path in found if not path.startswith((*OF_THE_COMMAND_LINE, *OF_VERBS))}
     assert found <= STILL, f"import elmwood.study instead: {sorted(found - STILL)}"
+
+
+def test_a_room_that_shares_its_name_with_a_verb_is_imported_by_its_modules():
+    """`from elmwood import evaluate` gives the verb."""
+    for path in [*HOUSE.rglob("*.py"), *HOUSE.parent.glob("tests/**/*.py"), *HOUSE.parent.glob("benches/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "elmwood":
+                found = {alias.name for alias in node.names} & set(elmwood.PLACES) & set(FLOORS)
+                assert not found, f"{path}: write `from elmwood.evaluate.comparison import Side`, not `from elmwood import {min(found)}`"

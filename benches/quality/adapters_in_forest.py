@@ -19,11 +19,13 @@ import numpy as np
 
 from benches.common import Lines, integers, numbers, parser, say
 from benches.quality.clusters import Bench
-from elmwood import evaluate
 from elmwood.cli.old_study import Study, scratch
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores, run
+from elmwood.evaluate.comparison import Side, compare
+from elmwood.evaluate.holdout import Holdout, distances, open_holdout
+from elmwood.evaluate.losses import row as row_of
 from elmwood.records import Expert, Partition, Recipe, Seed
 from elmwood.report.wealth import Line, experts_plot
 from elmwood.store import Store
@@ -50,11 +52,9 @@ def arm(bench: Bench, division: Partition, recipe: Recipe, together: int = 1) ->
     digests, seconds = train_experts(bench, division, recipe, together)
     spec = bench.holdout(division)
     columns = bench.columns([*digests, bench.seed.digest], spec)
-    held, seed_N = evaluate.open_holdout(spec, bench.store), columns[bench.seed.digest]
-    side = evaluate.Side(
-        np.column_stack([columns[digest] for digest in digests]), evaluate.distances(held, division, bench.store, bench.progress)
-    )
-    compared = evaluate.compare(held, seed_N, side)
+    held, seed_N = open_holdout(spec, bench.store), columns[bench.seed.digest]
+    side = Side(np.column_stack([columns[digest] for digest in digests]), distances(held, division, bench.store, bench.progress))
+    compared = compare(held, seed_N, side)
     sizes = [size(bench.store, digest) for digest in digests]
     row = next(row for row in compared.rows if row.name == compared.chosen)
     facts: dict[str, object] = {
@@ -76,14 +76,14 @@ def size(store: Store, digest: str) -> int:
     return sum(store.get(blob).stat().st_size for name, blob in files.items() if name.endswith(".safetensors"))
 
 
-def paired(mixed_N: np.ndarray, other_N: np.ndarray, held: evaluate.Holdout, domains: int) -> list[float]:
+def paired(mixed_N: np.ndarray, other_N: np.ndarray, held: Holdout, domains: int) -> list[float]:
     """Bits per byte better than another, and its standard error over documents, on the test half."""
-    row = evaluate.row("", mixed_N, held, domains=domains, against_N=other_N)
+    row = row_of("", mixed_N, held, domains=domains, against_N=other_N)
     return [round(row.gain or 0.0, 4), round(row.gain_error or 0.0, 4)]
 
 
 def compare_ranks(bench: Bench, division: Partition, asked: Namespace) -> tuple[list[Line], tuple[str, float]]:
-    held = evaluate.open_holdout(bench.holdout(division), bench.store)
+    held = open_holdout(bench.holdout(division), bench.store)
     steps = bench.study.tokens // (len(division.domains) * bench.study.batch * bench.study.length)
     base = Recipe(steps=steps, batch=bench.study.batch, length=bench.study.length, threads=max(1, cores() // asked.workers))
     levels = integers(asked.ranks)
@@ -127,7 +127,7 @@ def compare_numbers(bench: Bench, asked: Namespace, divisions: Sequence[Partitio
             method="lora", rank=rank, batch=batch, length=bench.study.length, steps=bench.study.tokens // (k * batch * bench.study.length),
             learning_rate=numbers(asked.rates)[0] * (batch / bench.study.batch) ** 0.5, threads=max(1, cores() // asked.workers),
         )  # fmt: skip
-        held = evaluate.open_holdout(bench.holdout(division), bench.store)
+        held = open_holdout(bench.holdout(division), bench.store)
         facts, mixed_N = arm(bench, division, recipe, asked.together)
         single_N = mixed_N if single_N is None else single_N
         if k == 1:

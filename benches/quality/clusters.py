@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from benches.common import Lines, integers, numbers, parser, say, words
-from elmwood import evaluate
 from elmwood.cli.old_study import Study, scratch
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import Progress, cores, run
+from elmwood.evaluate.comparison import Control, Side, compare
+from elmwood.evaluate.holdout import Holdout, HoldoutSpec, distances, open_holdout
 from elmwood.records import Corpus, Digest, Partition, Recipe, Seed
 from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
@@ -49,13 +50,11 @@ class Bench(NamedTuple):
     def train(self, jobs: list[TrainJob]) -> list[Digest]:
         return run(train_job, jobs, workers=self.workers, progress=self.progress)
 
-    def holdout(self, division: Partition) -> evaluate.HoldoutSpec:
+    def holdout(self, division: Partition) -> HoldoutSpec:
         """All partitions of a corpus share their held-out documents, and so the columns."""
-        return evaluate.HoldoutSpec(
-            partition=division.digest, seed=self.seed.digest, length=self.study.length, documents=self.study.documents
-        )
+        return HoldoutSpec(partition=division.digest, seed=self.seed.digest, length=self.study.length, documents=self.study.documents)
 
-    def columns(self, models: list[Digest], spec: evaluate.HoldoutSpec) -> dict[Digest, np.ndarray]:
+    def columns(self, models: list[Digest], spec: HoldoutSpec) -> dict[Digest, np.ndarray]:
         named = [(model[:8], model) for model in models]
         return ensure(named, Columns(spec, self.store), workers=self.workers, progress=self.progress).columns
 
@@ -72,18 +71,18 @@ def experts(bench: Bench, division: Partition, rate: float) -> list[Digest]:
     ])  # fmt: skip
 
 
-def side(bench: Bench, division: Partition, rate: float) -> tuple[evaluate.Holdout, evaluate.Side]:
+def side(bench: Bench, division: Partition, rate: float) -> tuple[Holdout, Side]:
     digests = experts(bench, division, rate)
     spec = bench.holdout(division)
     columns = bench.columns(digests, spec)
-    held = evaluate.open_holdout(spec, bench.store)
+    held = open_holdout(spec, bench.store)
     loglik_NK = np.column_stack([columns[digest] for digest in digests])
-    return held, evaluate.Side(loglik_NK, evaluate.distances(held, division, bench.store, bench.progress))
+    return held, Side(loglik_NK, distances(held, division, bench.store, bench.progress))
 
 
-def dense(bench: Bench, rates: list[float], spec: evaluate.HoldoutSpec) -> list[evaluate.Control]:
+def dense(bench: Bench, rates: list[float], spec: HoldoutSpec) -> list[Control]:
     """For each batch the rate with the least loss on the tune half (the rate grows with the root of the batch)."""
-    held, chosen = evaluate.open_holdout(spec, bench.store), []
+    held, chosen = open_holdout(spec, bench.store), []
     for times in BATCHES:
         recipes = [bench.recipe(bench.study.tokens, rate * times**0.5 / 4, times) for rate in rates]
         jobs = [
@@ -94,7 +93,7 @@ def dense(bench: Bench, rates: list[float], spec: evaluate.HoldoutSpec) -> list[
         columns = bench.columns(digests, spec)
         best = max(range(len(rates)), key=lambda i: columns[digests[i]][held.tune_N].mean())
         name = f"dense, {times} x batch, rate {recipes[best].learning_rate:g}"
-        chosen.append(evaluate.Control(name, columns[digests[best]]))
+        chosen.append(Control(name, columns[digests[best]]))
     return chosen
 
 
@@ -126,7 +125,7 @@ def main() -> None:
     for method in ("balanced", "random"):
         division = divide(corpus, store, domains=middle, method=method, progress=progress)
         sides = {rate: side(bench, division, rate) for rate in rates}
-        tuned[method] = min(rates, key=lambda rate: evaluate.compare(sides[rate][0], seed_N, sides[rate][1]).best.nats)
+        tuned[method] = min(rates, key=lambda rate: compare(sides[rate][0], seed_N, sides[rate][1]).best.nats)
     for k in ks:
         for method in words(asked.methods):
             division = divide(corpus, store, domains=k, method=method, progress=progress)
@@ -135,11 +134,9 @@ def main() -> None:
     say("clusters", rates=tuned, dense=[control.name for control in controls])
 
 
-def line(
-    bench: Bench, held: evaluate.Holdout, seed_N: np.ndarray, controls: list[evaluate.Control], k: int, method: str, found: evaluate.Side
-) -> dict[str, object]:
+def line(bench: Bench, held: Holdout, seed_N: np.ndarray, controls: list[Control], k: int, method: str, found: Side) -> dict[str, object]:
     """What the honest table says of one division, shortened."""
-    compared = evaluate.compare(held, seed_N, found, controls)
+    compared = compare(held, seed_N, found, controls)
     return {
         "domains": k, "method": method, "chosen": compared.chosen, "tokens": bench.study.tokens,
         "seed_tokens": bench.study.seed_tokens, "fitted": {name: round(value, 4) for name, value in compared.fitted.items()},

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from benches.common import Lines, integers, numbers, parser, say, words
-from elmwood import evaluate
 from elmwood.cli.old_study import Arms, Study, branch, scratch
 from elmwood.corpus.build import build
+from elmwood.evaluate.comparison import Side, compare
 from elmwood.records import Row
 from elmwood.store import Store
 from elmwood.units import parse_count
@@ -27,8 +27,8 @@ def tune(arms: list[Arms], rates: list[float]) -> tuple[Arms, dict[str, float]]:
     def loss(loglik_N: np.ndarray) -> float:
         return -float(loglik_N[held.tune_N].mean())
 
-    def mixed(one: Arms, side: evaluate.Side) -> float:
-        return evaluate.compare(held, one.seed_N, side).best.nats
+    def mixed(one: Arms, side: Side) -> float:
+        return compare(held, one.seed_N, side).best.nats
 
     places = range(len(arms))
     experts = min(places, key=lambda i: mixed(arms[i], arms[i].experts))
@@ -69,7 +69,7 @@ def main() -> None:
             ]
             arms = [branch(study, corpus, seed, store, workers=None, progress=progress) for study in studies]
             best, chosen = tune(arms, rates)
-            compared = evaluate.compare(best.held, best.seed_N, best.experts, best.dense, best.random)
+            compared = compare(best.held, best.seed_N, best.experts, best.dense, best.random)
             line = {
                 "seed_tokens": seed_tokens, "tokens": base.tokens, "domains": domains,
                 "share": round(seed_tokens / (seed_tokens + base.tokens), 3), "rates": chosen, "fitted": compared.fitted,

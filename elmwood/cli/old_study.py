@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood import evaluate
 from elmwood.cli.evaluate import print_comparison
 from elmwood.cli.old_domains import say_read
 from elmwood.cli.old_page import page
@@ -19,6 +18,8 @@ from elmwood.cli.screen import bars, count, duration, emit, out, talk
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import Progress, cores, run
+from elmwood.evaluate.comparison import Control, Cost, Side, compare
+from elmwood.evaluate.holdout import Holdout, HoldoutSpec
 from elmwood.records import (
     Comparison,
     Corpus,
@@ -124,11 +125,11 @@ def demo(*, quick, corpus, seed, domains, tokens, method, learning_rate, report,
 class Arms(NamedTuple):
     """Columns of every model of a study, ready to be compared."""
 
-    held: evaluate.Holdout
+    held: Holdout
     seed_N: NDArray[np.floating]
-    experts: evaluate.Side
-    dense: tuple[evaluate.Control, ...]
-    random: evaluate.Side
+    experts: Side
+    dense: tuple[Control, ...]
+    random: Side
     forest: Forest
     models: dict[str, Digest]  # by name: expert/0 …, random/0 …, dense/batch, dense/large, dense/short
 
@@ -137,7 +138,7 @@ def grow(study: Study, corpus: Corpus, seed: Seed | None, store: Store, *, worke
     """Run a study. Every part is done once for the same inputs."""
     seed = seed or scratch(study, corpus, store, progress)
     arms = branch(study, corpus, seed, store, workers=workers, progress=progress)
-    compared = evaluate.compare(arms.held, arms.seed_N, arms.experts, arms.dense, arms.random)
+    compared = compare(arms.held, arms.seed_N, arms.experts, arms.dense, arms.random)
     partition = store.load(arms.forest.partition, Partition)
     controls = tuple(arms.models[name] for name in CONTROLS.values())
     return Grown(*keep_comparison(compared, arms.held, arms.forest, controls, store), arms.forest, partition, seed, arms.models)
@@ -154,16 +155,16 @@ def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: i
     jobs = [job for side in sides.values() for job in side]
     digests = run(train_job, jobs, workers=workers, progress=progress)
     trained = dict(zip([(name, place) for name, side in sides.items() for place in range(len(side))], digests, strict=True))
-    spec = evaluate.HoldoutSpec(partition=divisions["expert"].digest, seed=seed.digest, length=study.length, documents=study.documents)
+    spec = HoldoutSpec(partition=divisions["expert"].digest, seed=seed.digest, length=study.length, documents=study.documents)
     models = [("seed", seed.digest), *((job.label, digest) for job, digest in zip(jobs, digests, strict=True))]
     ensured = ensure(models, Columns(spec, store), workers=workers, progress=progress)
     held, columns = ensured.holdout, ensured.columns
 
-    def side(name: str) -> evaluate.Side:
+    def side(name: str) -> Side:
         digests = [trained[name, place] for place in range(study.domains)]
         order = sorted(range(study.domains), key=digests.__getitem__)
         dist2_NK, sparse2_NK = measure_distances(held, divisions[name], store, progress)
-        return evaluate.Side(
+        return Side(
             np.column_stack([columns[digests[place]] for place in order]), dist2_NK[:, order], costs(sides[name], store),
             owners=tuple(order.index(place) for place in range(study.domains)),
             sparse2_NK=None if sparse2_NK is None else sparse2_NK[:, order],
@@ -174,7 +175,7 @@ def branch(study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: i
         seed_N=columns[seed.digest],
         experts=side("expert"),
         dense=tuple(
-            evaluate.Control(name, columns[trained[name, 0]], costs(sides[name], store, machines=study.domains if name == LARGE else 1))
+            Control(name, columns[trained[name, 0]], costs(sides[name], store, machines=study.domains if name == LARGE else 1))
             for name in CONTROLS
         ),
         random=side("random"),
@@ -226,13 +227,13 @@ def plan(
     return made
 
 
-def costs(jobs: Sequence[TrainJob], store: Store, machines: int = 1) -> evaluate.Cost:
+def costs(jobs: Sequence[TrainJob], store: Store, machines: int = 1) -> Cost:
     """What the models of one row took, by what their tasks logged. `machines`: how many would share one model's batch."""
     keys = [train_key(store.load(job.seed, Seed), job.data, job.recipe, job.partition, job.domain) for job in jobs]
     ends = [[line["seconds"] for line in store.logged(key) if line.get("event") == "done"] for key in keys]
     seconds = [end[-1] for end in ends if end]  # a store copied from elsewhere may have come without its logs
     recipe = jobs[0].recipe
-    return evaluate.Cost(
+    return Cost(
         batch=recipe.batch, steps=recipe.steps, tokens=sum(job.recipe.tokens for job in jobs),
         machine_seconds=sum(seconds) if len(seconds) == len(jobs) else None,
         wall_seconds=max(seconds) / machines if len(seconds) == len(jobs) else None,

@@ -59,7 +59,7 @@ def facts(title: str, values: Mapping[str, object]) -> Markup:
         for name, value in values.items()
         if value not in (None, "")
     )
-    return Markup("<table><caption style='text-align:left;caption-side:top'><b>{}</b></caption><tbody>{}</tbody></table>").format(
+    return Markup('<table><caption style="text-align:left;caption-side:top"><b>{}</b></caption><tbody>{}</tbody></table>').format(
         title, rows
     )
 

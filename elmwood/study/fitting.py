@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from elmwood.engine import cores
 from elmwood.errors import BadInput
 from elmwood.records import Mixture, Recipe, Seed
-from elmwood.store import AnyStore, Store
+from elmwood.report.notebook import facts
+from elmwood.store import AnyStore, Named, Store
 from elmwood.study.training import checked, default_length
-from elmwood.units import parse_count
+from elmwood.units import parse_count, short
 
 if TYPE_CHECKING:
     from elmwood.train.fit.gpu_table import Choice
@@ -24,9 +25,15 @@ class Prediction(NamedTuple):
     measured: "Measured | None" = None
     predicted: int = 0  # bytes, for the process that was measured
 
+    def _repr_html_(self) -> str:
+        values = {part: f"{short(size)}B" for part, size in self.answer.components.items() if size}
+        speed = self.answer.tokens_per_second
+        values |= {"total": f"{short(self.answer.total)}B", "speed": f"{short(speed)} tokens/s" if speed else ""}
+        return facts(self.answer.verdict, values)
+
 
 def fit(
-    seed: Seed | Mixture | str, *, method: str = "lora", batch: int = 8, length: int | None = None, rank: int = 16, late: float = 1.0,
+    seed: Named, *, method: str = "lora", batch: int = 8, length: int | None = None, rank: int = 16, late: float = 1.0,
     accumulate: int = 1, checkpointing: bool = False, optimiser: str = "adamw", together: int = 1, tuned: str = "routers",
     memory: int | str | None = None, device: str | None = None, measure: bool = False, store: AnyStore = None,
 ) -> Prediction:  # fmt: skip
@@ -54,7 +61,7 @@ def fit(
     )
 
 
-def _find(seed: Seed | Mixture | str, store: Store) -> Seed | Mixture | None:
+def _find(seed: Named, store: Store) -> Seed | Mixture | None:
     """The record, if the seed is not a folder or a hub id."""
     if isinstance(seed, str) and seed not in store.names() and len(seed) != 64:
         return None

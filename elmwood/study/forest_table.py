@@ -22,6 +22,7 @@ from elmwood.evaluate.sequential.decision import best, worst
 from elmwood.evaluate.subsets import greedy, member_weights, optimum, values, would_help
 from elmwood.ranges import Between, Count, Documents, Window, checked
 from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
+from elmwood.report.notebook import facts, grid
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.ancestry import as_model
 from elmwood.study.scoring import Budget, Columns, Ensured, ensure, holdout_spec
@@ -106,6 +107,23 @@ class ForestTable(NamedTuple):
     looked: int  # subsets tried for the choice
     candidates: tuple[CandidateRow, ...]
     cost: TableCost
+
+    def _repr_html_(self) -> str:
+        step_of = {one.place: (step, one.test) for step, one in enumerate(self.chosen, 1)}
+        order = sorted(range(len(self.experts)), key=lambda e: step_of[e][0] if e in step_of else len(self.experts) + 1)
+        rows = []
+        for e in order:
+            one, (step, test) = self.experts[e], step_of.get(e, ("", None))
+            loss = f"{test.value:.4f} ± {test.standard_error:.4f}" if test else ""
+            rows.append((one.name, f"{one.weight:.3f}", f"{one.value:+.4f}", str(step), loss))
+        table = grid(
+            ("expert", "static weight", "value", "chosen", "bits per byte"), rows,
+            "Value: bits per byte that are lost without the expert. Chosen: in this order, with the loss of those up to it.",
+        )  # fmt: skip
+        losses = {"seed": self.seed, "ensemble of all": self.routed.loss, "one weight each": self.static.loss}
+        beside = {what: f"{loss.value:.4f} ± {loss.standard_error:.4f}" for what, loss in losses.items()}
+        helps = {one.name: f"mean p_new / p_mix {one.ratio:.4f}" for one in self.candidates}
+        return table + facts("Bits per byte on the test half", beside | helps)
 
 
 @checked
