@@ -48,7 +48,7 @@ def optimum(loglik_NE: Floats, tolerance: float = 1e-6) -> Optimum:
     Sequential quadratic programming on the dual form of the simplex, each step one non-negative least squares (arXiv:1806.01412):
     ten passes where expectation-maximisation takes hundreds. The gap is max_e mean_t(p_e / p_mix) - 1: loss(w) - loss(w*) is not above it.
     """
-    from scipy.linalg import cholesky, solve_triangular  # a third of a second that only static weights need
+    from scipy.linalg import solve_triangular  # a third of a second that only static weights need
     from scipy.optimize import nnls
 
     p_NE, peak_N = probabilities(loglik_NE)
@@ -61,8 +61,7 @@ def optimum(loglik_NE: Floats, tolerance: float = 1e-6) -> Optimum:
         gap = float(ratio_E.max()) - 1
         if gap <= tolerance:
             break
-        curvature_EE[np.diag_indices(experts)] += RIDGE * np.trace(curvature_EE) / experts
-        upper_EE = cholesky(curvature_EE)
+        upper_EE = _factor(curvature_EE)
         goal_E, _ = nnls(upper_EE, solve_triangular(upper_EE, 2 * ratio_E - 1, trans="T"))
         goal_E /= goal_E.sum()
         step, better = 1.0, loss
@@ -77,6 +76,21 @@ def optimum(loglik_NE: Floats, tolerance: float = 1e-6) -> Optimum:
         weight_E, loss = tried_E, better
     gap = max(float(_moments(p_NE, weight_E)[0].max()) - 1, 0.0)
     return Optimum(weight_E, loss - float(peak_N.mean()), gap, passes + 1)
+
+
+def _factor(curvature_EE: Floats) -> Floats:
+    """Its upper Cholesky factor, with as small a ridge as makes it positive definite: sums in single precision of experts that are nearly
+    the same are not, by rounding."""
+    from scipy.linalg import LinAlgError, cholesky
+
+    mean, ridge = np.trace(curvature_EE) / len(curvature_EE), RIDGE
+    while True:
+        try:
+            return cholesky(curvature_EE + ridge * mean * np.eye(len(curvature_EE)))
+        except LinAlgError:
+            if ridge > 1:  # cannot happen with finite numbers
+                raise
+            ridge *= 10
 
 
 def _loss(p_NE: Floats, weight_E: Floats) -> float:

@@ -91,6 +91,17 @@ def test_the_screen_is_the_slope_of_the_loss():
     assert ratio.standard_error == pytest.approx(sum_B[drawn].mean(1).std(), rel=0.1)
 
 
+@pytest.mark.parametrize("experts", [40, 250])
+def test_experts_that_are_nearly_the_same_have_best_weights(experts):
+    rng = np.random.default_rng(2)
+    loglik_NE = (-3 * rng.random((2000, 1)) - 1e-3 * rng.random((2000, experts))).astype(np.float16)
+    found = optimum(loglik_NE)
+    assert found.gap < 1e-5
+    assert found.weight_E.min() >= 0
+    assert found.weight_E.sum() == pytest.approx(1)
+    assert found.nats == pytest.approx(-mix(loglik_NE, np.broadcast_to(found.weight_E, loglik_NE.shape)).mean(), abs=1e-6)
+
+
 def test_a_ranking_is_exact_for_the_best():
     rng = np.random.default_rng(1)
     loglik_NE = columns(4, tokens=6000, experts=6)
