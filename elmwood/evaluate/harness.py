@@ -28,7 +28,7 @@ from elmwood.store import Store
 if TYPE_CHECKING:
     from elmwood.lm.interface import LM
 
-PROTOCOL = "harness-v1"  # how a request becomes tokens; a change of any answer needs a new name
+PROTOCOL = "harness-v2"  # how a request becomes tokens; a change of any answer needs a new name
 TOKENS = 8192  # in one batch, padding included
 ANSWER = 256  # most new tokens, where a task sets no limit
 SAMPLING = {"do_sample", "until", "max_gen_toks", "temperature", "top_p"}
@@ -123,13 +123,13 @@ class Reader:
         head = context.rstrip()
         before, whole = [self.lm.separator, *self.encode(head)], [self.lm.separator, *self.encode(context + continuation)]
         after = whole[len(before) :] or self.encode(continuation)  # empty where the boundary is inside a token
-        if len(after) >= self.lm.context:
+        if len(after) > self.lm.context:
             return self._windows(before[-1], after)
-        return [(before[-(self.lm.context - len(after)) :], after)]
+        return [(before[-(self.lm.context + 1 - len(after)) :], after)]  # the last token is predicted and not read
 
     def _windows(self, given: int, tokens_T: list[int]) -> list[Span]:
         utils = require("lm_eval.utils", "benchmarks")
-        return [utils.make_disjoint_window(pair) for pair in utils.get_rolling_token_windows(tokens_T, given, self.lm.context - 1, 1)]
+        return [utils.make_disjoint_window(pair) for pair in utils.get_rolling_token_windows(tokens_T, given, self.lm.context, 1)]
 
     def _score(self, spans: Mapping[str, list[Span]]) -> Iterator[tuple[str, list[Span], float]]:
         """Key, spans and log-likelihood of each request, the longest first: rows of similar length share a batch."""
@@ -174,12 +174,15 @@ class Reader:
         if foreign:
             raise BadInput(f"a task sets {', '.join(foreign)}, and sampling here supports temperature and top_p only: leave the task out")
         kept = self.lm.context - min(wanted["max_gen_toks"], self.lm.context // 2)
-        text, stops = "", [stop for stop in wanted["until"] if stop]
+        text, tokens, stops = "", list[int](), [stop for stop in wanted["until"] if stop]
         for step in self.generate(
             self.lm, self.tokenizer, [self.lm.separator, *self.encode(context)][-kept:], max_tokens=wanted["max_gen_toks"],
             temperature=wanted.get("temperature", 1.0) if samples else 0.0, top_p=wanted.get("top_p", 1.0), rng_seed=nth,
         ):  # fmt: skip
-            text += step.text
+            if step.token in self.lm.stops:
+                break
+            tokens.append(step.token)
+            text = self.tokenizer.decode(tokens)  # of all tokens: a sentencepiece tokenizer drops the space before the first word
             if any(stop in text for stop in stops):
                 break
         return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]

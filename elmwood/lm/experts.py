@@ -100,10 +100,11 @@ class Experts:
 
     @torch.inference_mode()
     def score(self, e: int, tokens_BT: Any) -> Tensor:
-        """log p(x_t | x_<t) [B, T] of candidate e, float32 on the CPU; column 0 is 0. Raises BadInput."""
+        """log p(x_t | x_<t) [B, T] of candidate e, float32 on the CPU; column 0 is 0. Rows may be one token longer than the context, for
+        the last token is predicted and not read. Raises BadInput."""
         tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
         rows, length = tokens_BT.shape
-        self.check(tokens_BT.flatten(), length)
+        self.check(tokens_BT.flatten(), length - 1)
         key, number = self._places[e]
         body = self._body(key)
         if body.bank:
@@ -123,7 +124,7 @@ class Experts:
         """
         tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
         rows, length = tokens_BT.shape
-        self.check(tokens_BT.flatten(), length)
+        self.check(tokens_BT.flatten(), length - 1)
         body = self._body(BASE)
         bank = body.bank
         assert bank
@@ -271,12 +272,14 @@ def _of(logits_SUV: Tensor, tokens_U: Sequence[int]) -> Tensor:
 def _loglik(body: Body, tokens_BT: Tensor, last: int) -> Tensor:
     """log p of the last tokens of each row, given those before them [B, last], on the CPU. Where the head allows it, its logits are
     made a few rows at a time, so that they stay in the cache."""
-    target_N = tokens_BT[:, tokens_BT.shape[1] - last :].flatten()
+    if not last:
+        return torch.zeros(len(tokens_BT), 0)
+    read_BT, target_N = tokens_BT[:, :-1], tokens_BT[:, -last:].flatten()
     if body.head_VD is None:
-        logits_BTV = body.model(input_ids=tokens_BT, use_cache=False, logits_to_keep=last + 1).logits[:, :-1]
+        logits_BTV = body.model(input_ids=read_BT, use_cache=False, logits_to_keep=last).logits
         nll_N = cross_entropy(logits_BTV.flatten(0, 1).float(), target_N, reduction="none")
         return -nll_N.view(len(tokens_BT), -1).cpu()
-    hidden_ND = body.model.base_model(input_ids=tokens_BT, use_cache=False)[0][:, -last - 1 : -1].flatten(0, 1)
+    hidden_ND = body.model.base_model(input_ids=read_BT, use_cache=False)[0][:, -last:].flatten(0, 1)
     rows = max(ROWS, LOGITS_OF_HEAD[tokens_BT.device.type] // len(body.head_VD))
     parts = zip(hidden_ND.split(rows), target_N.split(rows), strict=True)
     nll_N = torch.cat([cross_entropy(linear(part_CD, body.head_VD).float(), part_C, reduction="none") for part_CD, part_C in parts])

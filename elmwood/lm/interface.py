@@ -28,7 +28,8 @@ class LM(Protocol):
     stops: frozenset[int]  # tokens that end a text
 
     def score(self, tokens_BT: Any) -> Tensor:
-        """log p(x_t | x_<t) for rows of token ids [B, T] (a tensor or an array), on the CPU; column 0, which is given, is 0."""
+        """log p(x_t | x_<t) for rows of token ids [B, T] (a tensor or an array), on the CPU; column 0, which is given, is 0.
+        The last token of a row is not read, so a row has `context` + 1 tokens at most."""
         ...
 
     def start(self) -> Any:

@@ -432,7 +432,10 @@ def test_bad_texts_and_strangers_are_refused(seed, forest, store):
         with pytest.raises(BadInput, match=complaint):
             experts.extend([0], tokens, experts.start())
     with pytest.raises(BadInput, match="reads 64"):
-        experts.score(0, some_tokens(1, 65))
+        experts.score(0, some_tokens(1, 66))
+    long_BT = some_tokens(1, 65)  # the last token is predicted and not read
+    torch.testing.assert_close(experts.score(0, long_BT)[:, :64], experts.score(0, long_BT[:, :64]), atol=1e-5, rtol=0)
+    assert experts.score(0, long_BT)[0, 64] < 0
     stranger = tiny_seed(store, 9)
     with pytest.raises(ForeignExpert, match="retrain"):
         Experts(stranger, forest, store)
