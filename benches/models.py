@@ -18,7 +18,7 @@ from elmwood.corpus.tokens import train_tokenizer
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.lm.load import save_seed
-from elmwood.merge.statistics import found
+from elmwood.merge.statistics import find_statistics
 from elmwood.records import Expert, Recipe, Seed
 from elmwood.store import Store
 from elmwood.train.statistics import statistics
@@ -90,7 +90,7 @@ def leave_statistics(experts: Sequence[Expert], *, store: Store, rows: int, prog
     """Statistics for experts that have none."""
     for expert in experts:
         try:
-            found(expert.digest, store)
+            find_statistics(expert.digest, store)
         except BadInput:
             statistics(expert, store, rows=rows, progress=progress)
 

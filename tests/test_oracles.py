@@ -11,7 +11,7 @@ from tiny_models import full_expert, leave_statistics, tiny_seed
 from elmwood.merge.checkpoint import Answer, assemble, merge
 from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.rules.table import RULES, on
-from elmwood.merge.statistics import opened
+from elmwood.merge.statistics import open_statistics
 from elmwood.records import Merged
 from elmwood.store import Store
 
@@ -207,7 +207,7 @@ def test_a_rule_is_its_formula(doubles, method):
         if on(RULES[method], name, base[name].shape) is RULES["average"]:
             right = base[name] + sum(w * d for w, d in zip(weights, deltas, strict=True)) / sum(weights)
         else:
-            left = [opened(one.digest, store) for one in experts[:count]]
+            left = [open_statistics(one.digest, store) for one in experts[:count]]
             right = wanted(method, base[name], deltas, weights, [one.gram(name) for one in left], [one.fisher(name) for one in left])
         assert np.abs(got[name] - right).max() < 1e-12, name
 

@@ -25,7 +25,7 @@ from elmwood.report.contest import headline, lines
 from elmwood.store import Store
 from elmwood.study import merging
 from elmwood.study.merging import Merges
-from elmwood.study.selection import BY_LAYER, Choice, Ranked, test_best
+from elmwood.study.selection import BY_LAYER, ChosenMerge, Ranked, test_best
 
 OwnRuleOption = Annotated[str | None, Option("--method", help="The rule, where it is one of your own: module:function.")]
 PartOption = Annotated[str, Option(help="Sum this share of every tensor alone: 0/4 to 3/4.")]
@@ -38,7 +38,7 @@ BY = {
 }
 
 
-class Members(NamedTuple):
+class MemberOptions(NamedTuple):
     """How experts enter a merge."""
 
     weights: WeightsOption = None
@@ -46,7 +46,7 @@ class Members(NamedTuple):
     tensors: TensorsOption = ""
 
 
-class Selection(NamedTuple):
+class SelectionOptions(NamedTuple):
     """How one of several answers is chosen."""
 
     choose: Annotated[bool, Option("--choose", help="Of several answers name the best on the tune half of held-out text.")] = False
@@ -56,7 +56,7 @@ class Selection(NamedTuple):
     documents: DocumentsOption = None
 
 
-class Tasks(NamedTuple):
+class TaskOptions(NamedTuple):
     """How a merge is shared out."""
 
     parts: Annotated[int | None, Option(help="Sum in so many tasks, each a share of every tensor.")] = None
@@ -67,14 +67,14 @@ class Tasks(NamedTuple):
 def merge(
     experts: Annotated[list[str], Argument(help="A forest, experts (NAME/ stands for all so named), or a mergekit YAML file.")],
     method: Annotated[str | None, Option(help="A merge rule or module:function, default average; several: ties,dare.")] = None,
-    members: Members = Members(),
+    members: MemberOptions = MemberOptions(),
     scale: ScaleOption = None,
     density: Annotated[str | None, Option(help="Share of values that trimming keeps; several: 0.2,0.5.")] = None,
     rank: Annotated[str | None, Option(help="Of an adapter that is made of adapters; several: 8,16.")] = None,
     settings: SettingOption = None,
     resize: Annotated[bool, Option("--resize", help="Experts of another vocabulary: merge the rows they share.")] = False,
-    selection: Selection = Selection(),
-    tasks: Tasks = Tasks(),
+    selection: SelectionOptions = SelectionOptions(),
+    tasks: TaskOptions = TaskOptions(),
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:
@@ -96,7 +96,7 @@ def merge(
 def state_make(
     experts: ExpertsArgument,
     method: Annotated[str, Option(help="A merge rule, or module:function.")] = "average",
-    members: Members = Members(),
+    members: MemberOptions = MemberOptions(),
     density: Annotated[float | None, Option(help="Share of values that trimming keeps.")] = None,
     settings: SettingOption = None,
     part: PartOption = "0/1",
@@ -206,7 +206,7 @@ def _print_merges(done: Merges, name: str | None, as_json: bool) -> None:
         out.print(f"{record.digest}  {called or answer}", soft_wrap=True)
 
 
-def _test_and_print(done: Merges, choice: Choice, selection: Selection, name: str | None, store: Store, as_json: bool) -> None:
+def _test_and_print(done: Merges, choice: ChosenMerge, selection: SelectionOptions, name: str | None, store: Store, as_json: bool) -> None:
     """Test the best on blocks that nothing was chosen on, and print what it all cost."""
     started = time.perf_counter()
     with bars() as progress:
@@ -234,7 +234,7 @@ def _print_ranked(ranked: Ranked) -> None:
     table(BY[ranked.by].format(duration(ranked.seconds)), ["", "estimate"], rows, to=talk)
 
 
-def _choice_json(done: Merges, choice: Choice, name: str | None, test: Contest, tokens: int, spent: float) -> dict[str, object]:
+def _choice_json(done: Merges, choice: ChosenMerge, name: str | None, test: Contest, tokens: int, spent: float) -> dict[str, object]:
     losses, behind = choice.tuned.losses, choice.tuned.behind
     answers = [
         {"answer": one, "digest": record.digest, "tune": losses[one]._asdict(), "behind": behind[one]._asdict()}

@@ -1,1 +1,1 @@
-"""Experts -> one checkpoint: merge rules as sums of states, streamed. Everything but `statistics` is free of torch."""
+"""Experts -> one checkpoint, one adapter or one mixture: merge rules as sums of states, streamed. `moe/trial` and `export` import torch."""

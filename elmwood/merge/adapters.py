@@ -24,7 +24,7 @@ from elmwood.merge.states import Weights, open_all
 from elmwood.records import Contribution, Merged, Seed, fingerprint
 from elmwood.store import Store
 from elmwood.weights.experts import Low
-from elmwood.weights.tensors import Place, pack_header
+from elmwood.weights.tensors import StoredTensor, pack_header
 
 Doubles = NDArray[np.float64]
 Pair = tuple[Doubles, Doubles]  # B [O, R] and A [R, I] of one layer: delta = B A
@@ -42,13 +42,13 @@ class LowRule(NamedTuple):
 # ---- cores: one for each expert -> one --------------------------------------------------------------------------
 
 
-def summed(cores: Iterable[Doubles], weight_E: Sequence[float], settings: Settings) -> Doubles:
+def sum_cores(cores: Iterable[Doubles], weight_E: Sequence[float], settings: Settings) -> Doubles:
     """The weighted sum, which is the core of the exact sum."""
     total = sum(weight * core_XY for weight, core_XY in zip(weight_E, cores, strict=True))
     return np.asarray(total)
 
 
-def orthogonalised(cores: Iterable[Doubles], weight_E: Sequence[float], settings: Settings) -> Doubles:
+def orthogonalise_cores(cores: Iterable[Doubles], weight_E: Sequence[float], settings: Settings) -> Doubles:
     """Each expert's first singular directions, made orthogonal to the others' (TSV-Merge, arXiv:2412.00081)."""
     found = [np.linalg.svd(core_XY, full_matrices=False) for core_XY in cores]
     kept = -(-len(found[0].S) // len(found))
@@ -58,14 +58,14 @@ def orthogonalised(cores: Iterable[Doubles], weight_E: Sequence[float], settings
     return (_nearest_orthogonal(u_XR) * s_R) @ _nearest_orthogonal(v_RY)
 
 
-def flattened(cores: Iterable[Doubles], weight_E: Sequence[float], settings: Settings) -> Doubles:
+def flatten_cores(cores: Iterable[Doubles], weight_E: Sequence[float], settings: Settings) -> Doubles:
     """The sum with all its singular values alike (Iso-C, arXiv:2502.04959)."""
-    u_XR, s_R, v_RY = np.linalg.svd(summed(cores, weight_E, settings), full_matrices=False)
+    u_XR, s_R, v_RY = np.linalg.svd(sum_cores(cores, weight_E, settings), full_matrices=False)
     return float(s_R.mean()) * (u_XR @ v_RY)
 
 
-def voted(cores: Iterable[Doubles], weight_E: Sequence[float], settings: Settings) -> Doubles:
-    """Trim, elect a sign, the mean of those who agree (TIES, arXiv:2306.01708), of numbers of the core."""
+def vote_cores(cores: Iterable[Doubles], weight_E: Sequence[float], settings: Settings) -> Doubles:
+    """Trim, elect a sign, the mean of those who agree (TIES, arXiv:2306.01708), of values of the core."""
     core_EXY = np.stack(list(cores))
     magnitude_EN = np.abs(core_EXY).reshape(len(core_EXY), -1)
     kept = max(1, int(settings["density"] * magnitude_EN.shape[1]))
@@ -87,10 +87,10 @@ def _nearest_orthogonal(matrix: Doubles) -> Doubles:
 _PLAIN = {"rank": 0.0, "scale": 1.0, "normalise": 0.0}
 LOW_RULES: dict[str, LowRule] = {
     "concat": LowRule("arXiv:2409.05976", None, {"scale": 1.0, "normalise": 0.0}),
-    "svd": LowRule("Eckart and Young, Psychometrika 1, 1936", summed, _PLAIN),
-    "core_space": LowRule("arXiv:2509.17786, with TSV of arXiv:2412.00081", orthogonalised, _PLAIN),
-    "core_space_iso": LowRule("arXiv:2509.17786, with Iso-C of arXiv:2502.04959", flattened, _PLAIN),
-    "core_space_ties": LowRule("arXiv:2509.17786, with TIES of arXiv:2306.01708", voted, {**_PLAIN, "density": 0.2}),
+    "svd": LowRule("Eckart and Young, Psychometrika 1, 1936", sum_cores, _PLAIN),
+    "core_space": LowRule("arXiv:2509.17786, with TSV of arXiv:2412.00081", orthogonalise_cores, _PLAIN),
+    "core_space_iso": LowRule("arXiv:2509.17786, with Iso-C of arXiv:2502.04959", flatten_cores, _PLAIN),
+    "core_space_ties": LowRule("arXiv:2509.17786, with TIES of arXiv:2306.01708", vote_cores, {**_PLAIN, "density": 0.2}),
 }
 
 
@@ -102,9 +102,9 @@ def settle_low(name: str, given: Settings) -> tuple[LowRule, dict[str, float]]:
     if unknown := set(given) - set(rule.settings):
         raise BadInput(f"{name} has no setting {sorted(unknown)[0]!r}; it has {', '.join(rule.settings)}")
     if (rank := given.get("rank", 0.0)) < 0 or rank != int(rank):
-        raise BadInput(f"rank {rank:g}: a rank is a whole number; 0 keeps all that the result has")
+        raise BadInput(f"rank {rank:g}: a rank is an integer; 0 keeps all that the result has")
     if not 0 < given.get("density", 1.0) <= 1:
-        raise BadInput(f"density {given['density']}: the share of numbers kept is above 0 and at most 1")
+        raise BadInput(f"density {given['density']}: the share of values kept is above 0 and at most 1")
     return rule, {key: float(given.get(key, value)) for key, value in rule.settings.items()}
 
 
@@ -215,7 +215,7 @@ def _pairs(experts: Sequence[Low], weights: Sequence[Weights], name: str, depth:
 class AdapterFile:
     """A PEFT adapter folder, written layer by layer in float32; how far it is from the exact sum is added up on the way."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, Place], turned: bool):
+    def __init__(self, folder: Path, tensors: Mapping[str, StoredTensor], turned: bool):
         self.folder, self.tensors, self.turned = folder, tensors, turned
         folder.mkdir(parents=True, exist_ok=True)
         self.ranks: dict[str, int] = {}

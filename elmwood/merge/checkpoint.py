@@ -1,6 +1,6 @@
 """Checkpoints: of many experts in one reading, or of states.
 
-N numbers of a piece of one tensor
+N values of a piece of one tensor
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +16,13 @@ from elmwood.merge.export.card import EXACT, KERNELS, card
 from elmwood.merge.layer_weights import depth_of, layer_name, weight_of
 from elmwood.merge.rules.base import REVISION, Floats, Rule, Settings, Total
 from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
-from elmwood.merge.states import Weights, alike, contributions, open_all, pass_over, seed_places, statistics_of, sum_places
+from elmwood.merge.states import Weights, check_alike, contributions, open_all, open_pass, seed_places, statistics_of, sum_places
 from elmwood.merge.sums.blocks import ALL, span_of
 from elmwood.merge.sums.stream import Piece, Wanted
 from elmwood.records import Contribution, Merged, Seed, State, fingerprint
 from elmwood.store import Store
 from elmwood.weights import exact
-from elmwood.weights.tensors import PIECE, SIZES, Bytes, Files, Place, Twin, decode, encode, places
+from elmwood.weights.tensors import PIECE, SIZES, Bytes, Files, StoredTensor, Twin, decode, encode, places
 
 
 class Answer(NamedTuple):
@@ -58,7 +58,7 @@ def merge(
     for rule, begins, _ in settled:
         if Wanted(rule, begins) not in wanted:
             wanted.append(Wanted(rule, begins))
-    work = pass_over(tensors, sources, weights, wanted, (0, 1), store, progress)
+    work = open_pass(tensors, sources, weights, wanted, (0, 1), store, progress)
     names = work.names()
     twins = [Twin(tensors, store.work(key) / "out", names) for key in keys]
     finishers = [
@@ -72,7 +72,7 @@ def merge(
     made = []
     for answer, (rule, begins, ends), key, (place, _), twin in zip(answers, settled, keys, finishers, twins, strict=True):
         rows = contributions(sources, weights, work.reach[place], left if rule.needs else {})
-        made.append(_stored(seed, answer.method, rule, begins | ends, rows, twin, store))
+        made.append(_store(seed, answer.method, rule, begins | ends, rows, twin, store))
         store.finish(key, made[-1])
     return made
 
@@ -83,7 +83,7 @@ def finalize(
     """The checkpoint of a state, or of all the parts of one. Raises BadInput."""
     first = states[0]
     for other in states[1:]:
-        alike(first, other.model_copy(update={"part": first.part}))
+        check_alike(first, other.model_copy(update={"part": first.part}))
         if {c.expert: c.weight for c in other.contributions} != {c.expert: c.weight for c in first.contributions}:
             raise BadInput("the parts of a state must be of the same experts and weights: add the missing ones with `elmwood state add`")
     parts = sorted({one.part for one in states})
@@ -107,7 +107,7 @@ def finalize(
     held = [(one, sum_places(one, store)) for one in sorted(states, key=lambda one: one.part)]
     summed = {key.rpartition("|")[0] for _, found in held for key in found}
     twin = Twin(tensors, store.work(key) / "out", summed)
-    finisher = Finisher(rule, begins | ends, tensors, _recorded(first, tensors), twin)
+    finisher = Finisher(rule, begins | ends, tensors, _totals_of(first, tensors), twin)
     files = Files()
     for name in (name for name in tensors if name in summed):
         mine = on(rule, name, tensors[name].shape)
@@ -127,7 +127,7 @@ def finalize(
         row.model_copy(update={"reach": max(c.reach for one in states for c in one.contributions if c.expert == row.expert)})
         for row in first.contributions
     )
-    made = _stored(seed, first.method, rule, begins | ends, rows, twin, store)
+    made = _store(seed, first.method, rule, begins | ends, rows, twin, store)
     store.finish(key, made)
     return made
 
@@ -155,12 +155,12 @@ def assemble(choice: Mapping[str, Merged], store: Store) -> Merged:
             twin.put(place, start, files.read(mine, start, min(place.numbers, start + PIECE)))
     files.close()
     rows = tuple(row.model_copy(update={"statistics": None, "reach": 0}) for row in first.contributions)
-    made = _stored(seed, "by_layer", None, {}, rows, twin, store).model_copy(update={"layers": layers})
+    made = _store(seed, "by_layer", None, {}, rows, twin, store).model_copy(update={"layers": layers})
     store.finish(key, made)
     return made
 
 
-def _recorded(one: State, tensors: dict[str, Place]) -> Callable[[str], Total]:
+def _totals_of(one: State, tensors: dict[str, StoredTensor]) -> Callable[[str], Total]:
     depth = depth_of(tensors)
 
     def total(name: str) -> Total:
@@ -173,15 +173,15 @@ def _recorded(one: State, tensors: dict[str, Place]) -> Callable[[str], Total]:
 
 
 class Puts(Protocol):
-    """Takes numbers from `first` on, as bytes, of the tensor that stands at `place` in the seed."""
+    """Takes values from `first` on, as bytes, of the tensor that stands at `place` in the seed."""
 
-    def put(self, place: Place, first: int, raw: Bytes) -> None: ...
+    def put(self, place: StoredTensor, first: int, raw: Bytes) -> None: ...
 
 
 class Finisher:
     """Ends sums and puts them where the seed's tensors stand in its twin, or wherever else `twin` puts them."""
 
-    def __init__(self, rule: Rule, settings: Settings, tensors: dict[str, Place], total: Callable[[str], Total], twin: Puts):
+    def __init__(self, rule: Rule, settings: Settings, tensors: dict[str, StoredTensor], total: Callable[[str], Total], twin: Puts):
         self.rule, self.settings, self.tensors, self.total, self.twin = rule, settings, tensors, total, twin
 
     def _rule(self, name: str) -> tuple[Rule, Settings]:
@@ -195,7 +195,7 @@ class Finisher:
         return not total.squares or (bool(self._rule(name)[1].get("normalise")) and not total.weight)
 
     def with_seed(self, name: str) -> bool:
-        """Whether the seed's own numbers are part of the result."""
+        """Whether the seed's own values are part of the result."""
         (rule, settings), total = self._rule(name), self.total(name)
         if not rule.linear or rule.share or self._silent(name):
             return True
@@ -210,7 +210,7 @@ class Finisher:
         if rule.entire:
             assert piece.seed is not None
             seed = decode(piece.seed, place.dtype).astype(np.float64).reshape(place.shape)
-            theta = rule.finish(_opened(rule, place, sums), seed, total, settings)
+            theta = rule.finish(_shape_fields(rule, place, sums), seed, total, settings)
             self.twin.put(place, 0, encode(np.ascontiguousarray(theta, np.float64).reshape(-1), place.dtype))
             return
         for at in range(0, piece.last - piece.first, 1 << 16):
@@ -222,7 +222,7 @@ class Finisher:
             self.twin.put(place, piece.first + at, encode(theta_N.astype(np.float64, copy=False), place.dtype))
 
 
-def _opened(rule: Rule, place: Place, sums: Sequence[Any]) -> tuple[Floats, ...]:
+def _shape_fields(rule: Rule, place: StoredTensor, sums: Sequence[Any]) -> tuple[Floats, ...]:
     """The fields of a whole tensor, in their shapes; what a set of experts came to stands there as it is."""
     if rule.together:
         return (sums[0],)
@@ -230,7 +230,7 @@ def _opened(rule: Rule, place: Place, sums: Sequence[Any]) -> tuple[Floats, ...]
     return tuple(exact.wide_value(high_N, low_N).reshape(size) for high_N, low_N, size in pairs)
 
 
-def _stored(
+def _store(
     seed: Seed, method: str, rule: Rule | None, settings: dict[str, float], rows: tuple[Contribution, ...], twin: Twin, store: Store
 ) -> Merged:  # fmt: skip
     """`rule`: none where layers come from several."""

@@ -1,6 +1,6 @@
 """What a merge will lose, from what its experts left of their text: no model is run, no text is read. A proxy: true losses decide.
 
-O numbers a layer gives out, I it reads; E experts. Deltas are from the seed.
+O outputs and I inputs of a linear layer; E experts. Deltas are from the seed.
 
 Both estimates are quadratic in the candidate and add over experts, so the three sums of a tensor serve any number of candidates:
 tr(D G Dᵀ) - 2 tr(D R) + c, with G = Σ w_i G_i, R = Σ w_i G_i D_iᵀ, c = Σ w_i tr(D_i G_i D_iᵀ).
@@ -16,7 +16,7 @@ from elmwood.engine import Progress, silent
 from elmwood.merge.layer_weights import everywhere, layer_name
 from elmwood.merge.rules.base import Floats
 from elmwood.merge.states import open_all, statistics_of
-from elmwood.merge.statistics import Opened
+from elmwood.merge.statistics import ExpertStatistics
 from elmwood.merge.sums.whole_tensor import whole_delta
 from elmwood.records import Merged, Seed, Statistics
 from elmwood.store import Store
@@ -64,7 +64,7 @@ def estimates(
     """
     tensors, sources, _ = open_all(seed, {digest: everywhere(1.0) for digest in members}, store, False)
     left = statistics_of(True, members, store)
-    statistics = [Opened(store.load(left[one.digest], Statistics), store) for one in sources]
+    statistics = [ExpertStatistics(store.load(left[one.digest], Statistics), store) for one in sources]
     merged: dict[str, Source] = {name: Whole(one.digest, store.folder(one.files), tensors) for name, one in candidates.items()}
     found: dict[str, dict[str, float]] = {name: {} for name in candidates}
     counts: dict[str, int] = {}

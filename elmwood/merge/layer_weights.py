@@ -1,4 +1,4 @@
-"""Weights that may differ over tensors and depth, as merge tools know them: numbers, gradients over the layers, filters."""
+"""Weights that may differ over tensors and depth, as merge tools know them: single values, gradients over the layers, filters."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -166,7 +166,7 @@ def _agree(settings: dict[str, float], own: dict[str, float], model: str) -> Non
 
 
 def _shares(weight: Any, layers: tuple[int, int] | None, edges: tuple[bool, bool] | None) -> list[Share]:
-    """A weight as numbers, a gradient, or a list of filters, over these layers; `edges`: whether tensors before all layers, and after
+    """A weight as one value, a gradient, or a list of filters, over these layers; `edges`: whether tensors before all layers, and after
     them, belong to these."""
     rows = weight if isinstance(weight, list) and weight and isinstance(weight[0], dict) else [{"value": weight}]
     found: list[Share] = []
@@ -178,7 +178,7 @@ def _shares(weight: Any, layers: tuple[int, int] | None, edges: tuple[bool, bool
             found.append(Share(tensors=row.get("filter") or "", values=values))
             continue
         if len(values) > 1:
-            raise BadInput(f"weight {value}: a gradient within a slice is not supported: give it over all layers, or one number a slice")
+            raise BadInput(f"weight {value}: a gradient within a slice is not supported: give it over all layers, or one value a slice")
         found.append(Share(tensors=row.get("filter") or "", layers=layers, values=values))
         if "filter" not in row:
             found += [Share(tensors=name, values=values) for name in itertools.compress(("embed", ""), edges)]

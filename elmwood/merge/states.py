@@ -1,6 +1,6 @@
 """Merges as values: states of experts, their sums and differences.
 
-N numbers of a piece of one tensor
+N values of a piece of one tensor
 """
 
 import math
@@ -17,14 +17,14 @@ from elmwood.lm.files import seed_folder
 from elmwood.merge.layer_weights import depth_of, weight_of
 from elmwood.merge.rules.base import Rule, Settings
 from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
-from elmwood.merge.statistics import Opened, found
+from elmwood.merge.statistics import ExpertStatistics, find_statistics
 from elmwood.merge.sums.blocks import ALL, share_of_tensors, span_of
 from elmwood.merge.sums.stream import Pass, Wanted
 from elmwood.records import Contribution, Expert, Seed, Share, State, Statistics, fingerprint
 from elmwood.store import Store
 from elmwood.weights import exact
 from elmwood.weights.experts import Low, Source, Whole
-from elmwood.weights.tensors import PIECE, SIZES, Files, Place, pack_header, places
+from elmwood.weights.tensors import PIECE, SIZES, Files, StoredTensor, pack_header, places
 
 SUMS = "sums.safetensors"
 Weights = tuple[Share, ...]
@@ -33,12 +33,12 @@ Weights = tuple[Share, ...]
 # ---- opened -----------------------------------------------------------------------------------------------------
 
 
-def seed_places(seed: Seed, store: Store) -> dict[str, Place]:
+def seed_places(seed: Seed, store: Store) -> dict[str, StoredTensor]:
     """The seed's tensors."""
     return places(sorted(seed_folder(seed, store).glob("*.safetensors")))
 
 
-def open_expert(expert: Expert, seed: Seed, tensors: dict[str, Place], store: Store, resize: bool = False) -> Source:
+def open_expert(expert: Expert, seed: Seed, tensors: dict[str, StoredTensor], store: Store, resize: bool = False) -> Source:
     """Raises ForeignExpert, BadInput, Damaged."""
     if expert.seed != seed.digest:
         raise ForeignExpert(
@@ -59,21 +59,21 @@ def open_expert(expert: Expert, seed: Seed, tensors: dict[str, Place], store: St
 
 def open_all(
     seed: Seed, members: Mapping[str, Weights], store: Store, resize: bool
-) -> tuple[dict[str, Place], list[Source], list[Weights]]:
+) -> tuple[dict[str, StoredTensor], list[Source], list[Weights]]:
     """Tensors of the seed, and the experts by digest with their weights."""
     tensors = seed_places(seed, store)
     sources = [open_expert(store.load(digest, Expert), seed, tensors, store, resize) for digest in sorted(members)]
     return tensors, sources, [members[one.digest] for one in sources]
 
 
-def pass_over(
-    tensors: dict[str, Place], sources: Sequence[Source], weights: Sequence[Weights], wanted: Sequence[Wanted], part: tuple[int, int],
-    store: Store, progress: Progress,
+def open_pass(
+    tensors: dict[str, StoredTensor], sources: Sequence[Source], weights: Sequence[Weights], wanted: Sequence[Wanted],
+    part: tuple[int, int], store: Store, progress: Progress,
 ) -> Pass:  # fmt: skip
     """Raises BadInput where a rule needs statistics that some expert has not left."""
     depth = depth_of(tensors)
     left = statistics_of(any(one.rule.needs for one in wanted), [one.digest for one in sources], store)
-    statistics = [Opened(store.load(left[one.digest], Statistics), store) for one in sources] if left else []
+    statistics = [ExpertStatistics(store.load(left[one.digest], Statistics), store) for one in sources] if left else []
     return Pass(tensors, sources, lambda e, name: weight_of(weights[e], name, depth), wanted, part, progress, statistics)
 
 
@@ -89,7 +89,7 @@ def contributions(
 
 def statistics_of(needed: bool, members: Iterable[str], store: Store) -> dict[str, str]:
     """Expert -> its statistics, where they are needed. Raises BadInput where some are absent."""
-    return {digest: found(digest, store).digest for digest in sorted(members)} if needed else {}
+    return {digest: find_statistics(digest, store).digest for digest in sorted(members)} if needed else {}
 
 
 # ---- states -----------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def state(
         made = State(**fields, contributions=contributions(sources, weights, [0] * len(sources), left), files={})
         store.finish(key, made)
         return made
-    work = pass_over(tensors, sources, weights, [Wanted(rule, begins)], part, store, progress)
+    work = open_pass(tensors, sources, weights, [Wanted(rule, begins)], part, store, progress)
     layout = layout_of(rule, tensors, work.names(), part)
 
     def pieces() -> Iterator[tuple[str, int, exact.Ints]]:
@@ -127,7 +127,7 @@ def state(
     return made
 
 
-def layout_of(rule: Rule, tensors: Mapping[str, Place], names: Iterable[str], part: tuple[int, int]) -> dict[str, int]:
+def layout_of(rule: Rule, tensors: Mapping[str, StoredTensor], names: Iterable[str], part: tuple[int, int]) -> dict[str, int]:
     """The sums of a part of a state, by name, with the number of their values."""
     layout: dict[str, int] = {}
     order = list(tensors)
@@ -163,7 +163,7 @@ def check(one: State, store: Store, rules: Rules = RULES) -> None:
     exact.check_room(together)
     for key, place in held.items():
         name, _, field = key.rpartition("|")
-        if field.endswith(".low"):  # what is left of the number beside it
+        if field.endswith(".low"):  # what is left of the value beside it
             continue
         entire = on(rule, name, tensors[name].shape).entire
         most = together * (exact.WIDER << exact.HIGH if entire else 1 << exact.BITS)
@@ -176,7 +176,7 @@ def check(one: State, store: Store, rules: Rules = RULES) -> None:
 
 def add(one: State, other: State, store: Store, rules: Rules = RULES) -> State:
     """The sum of both. What one of them holds already is not added again. Raises BadInput, ForeignExpert."""
-    alike(one, other)
+    check_alike(one, other)
     left, right = ({c.expert: c for c in each.contributions} for each in (one, other))
     shared = left.keys() & right.keys()
     if differing := [digest for digest in shared if left[digest] != right[digest]]:
@@ -186,7 +186,7 @@ def add(one: State, other: State, store: Store, rules: Rules = RULES) -> State:
     if shared:
         raise BadInput(f"both states hold expert {sorted(shared)[0][:8]}, and each holds others: remove it from one of them first")
     both = tuple((left | right)[digest] for digest in sorted(left.keys() | right.keys()))
-    return _combined(one, other, both, store, np.add, rules)
+    return _combine(one, other, both, store, np.add, rules)
 
 
 def remove(one: State, expert: str, store: Store, progress: Progress = silent, rules: Rules = RULES) -> State:
@@ -200,17 +200,17 @@ def remove(one: State, expert: str, store: Store, progress: Progress = silent, r
     if alone.contributions != (row,):
         raise BadInput(f"expert {expert[:8]} has other statistics now than when it was added: sum the others anew")
     rest = tuple(c for c in one.contributions if c.expert != expert)
-    return _combined(one, alone, rest, store, np.subtract, rules)
+    return _combine(one, alone, rest, store, np.subtract, rules)
 
 
-def alike(one: State, other: State) -> None:
+def check_alike(one: State, other: State) -> None:
     for field in ("seed", "method", "settings", "part"):
         if getattr(one, field) != getattr(other, field):
             kind = ForeignExpert if field == "seed" else BadInput
             raise kind(f"states of different {field} do not add: {getattr(one, field)} and {getattr(other, field)}; make one of them again")
 
 
-def _combined(
+def _combine(
     one: State, other: State, rows: tuple[Contribution, ...], store: Store, combine: Callable[..., Any], rules: Rules
 ) -> State:  # fmt: skip
     exact.check_room(sum(row.reach for row in rows))
@@ -226,11 +226,11 @@ def _combined(
     # a tensor that no expert of a state changes is not in it: it counts as zero
     layout = {key: place.numbers for key, place in (mine | its).items()}
     names = {key.rpartition("|")[0] for key in layout}
-    changed = names if combine is np.add or rule.needs else _changed(rows, names, store)
+    changed = names if combine is np.add or rule.needs else _changed_tensors(rows, names, store)
     layout = {key: numbers for key, numbers in layout.items() if key.rpartition("|")[0] in changed}
     files = Files()
 
-    def read(held: dict[str, Place], key: str, first: int, last: int) -> NDArray[np.int64]:
+    def read(held: dict[str, StoredTensor], key: str, first: int, last: int) -> NDArray[np.int64]:
         return files.read(held[key], first, last).view(np.int64) if key in held else np.zeros(last - first, np.int64)
 
     def pieces() -> Iterator[tuple[str, int, exact.Ints]]:
@@ -246,7 +246,7 @@ def _combined(
     return made
 
 
-def _changed(rows: tuple[Contribution, ...], names: set[str], store: Store) -> set[str]:
+def _changed_tensors(rows: tuple[Contribution, ...], names: set[str], store: Store) -> set[str]:
     """The tensors that these experts change."""
     changed: set[str] = set()
     for row in rows:
@@ -259,7 +259,7 @@ def _changed(rows: tuple[Contribution, ...], names: set[str], store: Store) -> s
     return changed
 
 
-def sum_places(one: State, store: Store) -> dict[str, Place]:
+def sum_places(one: State, store: Store) -> dict[str, StoredTensor]:
     return places([store.folder(one.files) / SUMS])
 
 

@@ -1,6 +1,6 @@
 """Statistics that experts left beside their weights, found and opened.
 
-I numbers a linear layer reads
+I inputs of a linear layer
 """
 
 import json
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from elmwood.errors import BadInput
 from elmwood.records import Statistics
 from elmwood.store import Store
-from elmwood.weights.tensors import Files, Place, decode, header, places
+from elmwood.weights.tensors import Files, StoredTensor, decode, header, places
 
 Doubles = NDArray[np.float64]
 
 
-def found(expert: str, store: Store) -> Statistics:
+def find_statistics(expert: str, store: Store) -> Statistics:
     """The statistics of an expert that are over the most tokens. Raises BadInput where there are none."""
     have = [one for one in map(store.load, _named(expert, store)) if isinstance(one, Statistics) and one.expert == expert]
     if not have:
@@ -34,13 +34,13 @@ def _named(expert: str, store: Store) -> list[str]:
     return [digest for digest, data in raw if b'"kind":"statistics"' in data and text in data]
 
 
-class Opened:
-    """The numbers of one expert's statistics, by tensor."""
+class ExpertStatistics:
+    """The values of one expert's statistics, by tensor."""
 
     def __init__(self, record: Statistics, store: Store):
         self.record, self.files = record, Files(most=2)
         path = store.folder(record.files) / "statistics.safetensors"
-        self.places: dict[str, Place] = places([path])
+        self.places: dict[str, StoredTensor] = places([path])
         self.same: dict[str, str] = json.loads(header(path).metadata.get("same", "{}"))
 
     def _read(self, key: str) -> Doubles | None:
@@ -63,6 +63,6 @@ class Opened:
         return None if value is None else value / (self.record.fisher or 1.0)
 
 
-def opened(expert: str, store: Store) -> Opened:
+def open_statistics(expert: str, store: Store) -> ExpertStatistics:
     """Raises BadInput, Damaged."""
-    return Opened(found(expert, store), store)
+    return ExpertStatistics(find_statistics(expert, store), store)

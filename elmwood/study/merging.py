@@ -18,10 +18,10 @@ from elmwood.merge.states import add, check, remove, seed_places
 from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, parse
 from elmwood.report.notebook import facts, show_ranking
 from elmwood.store import AnyStore, Holder, Named, Store, listed
-from elmwood.study.selection import Choice, choose_best
+from elmwood.study.selection import ChosenMerge, choose_best
 from elmwood.study.text import keep_name
 
-Weight = float | Sequence[float]  # several numbers: a gradient over depth, from the first layer to the last
+Weight = float | Sequence[float]  # several: a gradient over depth, from the first layer to the last
 Values = float | Sequence[float]  # several: an answer for each
 Members = dict[str, tuple[Share, ...]]  # expert's digest -> its weights
 
@@ -30,7 +30,7 @@ class Merges(NamedTuple):
     """What `merge` made: by answer, as in 'ties density=0.2', a checkpoint or an adapter; and how the best was chosen, if one was."""
 
     made: dict[str, Merged]
-    choice: Choice | None = None
+    choice: ChosenMerge | None = None
 
     @property
     def record(self) -> Merged:

@@ -31,7 +31,7 @@ DEFAULTS = {"gates": "hidden", "top_k": 2, "scale": [1.0], "method": "average", 
             "seed_bias": 0.0, "documents": None, "rng_seed": 0}  # fmt: skip
 
 
-class Mixed(NamedTuple):
+class MixResult(NamedTuple):
     """What `mix` made: the mixture; and, of several scales of the gates, how each predicts the tune half of held-out text."""
 
     record: Mixture
@@ -48,7 +48,7 @@ def mix(
     settings: Mapping[str, Values] | None = None, low_rank: bool = False, seed_expert: bool = True, seed_bias: float = 0.0,
     without: Named | Sequence[Named] = (), documents: int | None = None, rng_seed: int = 0, name: str | None = None,
     progress: Progress = silent,
-) -> Mixed:  # fmt: skip
+) -> MixResult:  # fmt: skip
     """Combine the experts of a forest into one mixture-of-experts model; or take experts out of a mixture.
 
     gates: how experts are chosen before any tuning: hidden, arrow, random, or 'module:function' (see `elmwood.merge.moe.gates`).
@@ -62,7 +62,7 @@ def mix(
     if isinstance(source, Mixture):
         given = {"gates": gates, "top_k": top_k, "scale": scales, "method": method, "settings": dict(settings or {}), "low_rank": low_rank,
                  "seed_expert": seed_expert, "seed_bias": seed_bias, "documents": documents, "rng_seed": rng_seed}  # fmt: skip
-        return Mixed(keep_name(_without(source, gone, given, home, progress), name, home))
+        return MixResult(keep_name(_without(source, gone, given, home, progress), name, home))
     rest = _rest(home.load(forest, Forest), gone, home)
     wanted = Gates(kind=gates, top_k=top_k, seed_bias=seed_bias if seed_expert else None, rng_seed=rng_seed)
     rules = open_rules([method])
@@ -77,9 +77,9 @@ def mix(
         )  # fmt: skip
         made[f"scale {each:g}"] = build(rest, rows, mixing, home, progress, rules)
     if len(made) == 1:
-        return Mixed(keep_name(next(iter(made.values())), name, home))
+        return MixResult(keep_name(next(iter(made.values())), name, home))
     tuned = score(made, home.load(rest.seed, Seed), rest.partition, documents, home, progress)
-    return Mixed(keep_name(made[min(made, key=lambda one: tuned.losses[one].value)], name, home), tuned)
+    return MixResult(keep_name(made[min(made, key=lambda one: tuned.losses[one].value)], name, home), tuned)
 
 
 def _without(mixture: Mixture, gone: Sequence[str], given: Mapping[str, object], store: Store, progress: Progress) -> Mixture:

@@ -53,7 +53,7 @@ class Tuned(NamedTuple):
     tokens: int
 
 
-class Layered(NamedTuple):
+class LayerSearch(NamedTuple):
     """Layer -> the answer it is taken from; and what it took to know."""
 
     choice: dict[str, str]
@@ -61,7 +61,7 @@ class Layered(NamedTuple):
     tokens: int
 
 
-class Choice(NamedTuple):
+class ChosenMerge(NamedTuple):
     """How one of several merges was chosen."""
 
     best: str
@@ -77,7 +77,7 @@ class Choice(NamedTuple):
 def choose_best(
     made: Mapping[str, Merged], seed: Seed, experts: Sequence[Digest], partition: str, store: Store, *, per_layer: bool, run: int | None,
     documents: int | None, name: str | None, progress: Progress,
-) -> tuple[Choice, dict[str, Merged]]:  # fmt: skip
+) -> tuple[ChosenMerge, dict[str, Merged]]:  # fmt: skip
     """The best of several merges of these experts on the tune half, named; and those that were scored.
 
     run: score only so many, the best by estimates. per_layer: go on from the best, layer by layer.
@@ -89,7 +89,7 @@ def choose_best(
     looked, read, layers = len(models), found.tokens, dict[str, str]()
     if per_layer and len(models) > 1:  # `run` may have left one
         by_layer = ranked.layers if ranked else estimate_layers(models, seed, experts, store, progress)
-        search = layered(models, found.losses, by_layer, seed, partition, documents, store, progress)
+        search = search_layers(models, found.losses, by_layer, seed, partition, documents, store, progress)
         looked, read = looked + search.losses, read + search.tokens
         if len(set(search.choice.values())) > 1:
             layers = search.choice
@@ -99,7 +99,7 @@ def choose_best(
     best = min(models, key=lambda one: found.losses[one].value)
     if name:
         store.name(name, models[best].digest)
-    return Choice(best, found, ranked, layers, looked, read, time.perf_counter() - started, store.resolve(partition)), models
+    return ChosenMerge(best, found, ranked, layers, looked, read, time.perf_counter() - started, store.resolve(partition)), models
 
 
 def test_best(
@@ -138,10 +138,10 @@ def _tune_windows(held: Holdout) -> NDArray[np.integer]:
 # ---- layer by layer -------------------------------------------------------------------------------------------------
 
 
-def layered(
+def search_layers(
     models: Mapping[str, Merged], losses: Mapping[str, Estimate], estimated: Mapping[str, Mapping[str, float]], seed: Seed,
     partition: str, documents: int | None, store: Store, progress: Progress,
-) -> Layered:  # fmt: skip
+) -> LayerSearch:  # fmt: skip
     """From the best answer, layer by layer to one of the two next best where the tune half is then predicted better (`by_coordinates`).
     One model stays open and its layers are exchanged, so trials leave nothing in the store."""
     from elmwood.ensemble.mixture import open_model  # torch
@@ -171,7 +171,7 @@ def layered(
 
     choice = by_coordinates(begin, others, list(names), estimated, loss)
     progress("layers", tried, tried, "trials")
-    return Layered(choice, tried, tried * int(held.windows.length_W[window_W].sum()))
+    return LayerSearch(choice, tried, tried * int(held.windows.length_W[window_W].sum()))
 
 
 # ---- ranked without running -----------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def estimate_layers(
     """Answer -> layer -> estimate from the experts' Fisher matrices; empty where some expert left no statistics."""
     try:
         for digest in experts:
-            statistics.found(digest, store)
+            statistics.find_statistics(digest, store)
     except BadInput:
         return {}
     return estimates(seed, experts, models, store, "fisher", progress)

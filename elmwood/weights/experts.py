@@ -1,6 +1,6 @@
 """Experts as the sum sees them: whole tensors read from a checkpoint, or deltas worked out from an adapter's factors.
 
-N numbers of a block of one tensor; O, I: what a linear layer gives out and takes in; R rank
+N values of a block of one tensor; O, I: what a linear layer gives out and takes in; R rank
 """
 
 import re
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm.peft_config import read_settings, scale
 from elmwood.weights import exact
-from elmwood.weights.tensors import Files, Place, decode, places
+from elmwood.weights.tensors import Files, StoredTensor, decode, places
 
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.floating[Any]]
@@ -22,11 +22,11 @@ SLICE = 21  # bits of a factor that are multiplied at once: 2 * 21 bits and a su
 
 
 class Whole:
-    """A full checkpoint: every tensor of the seed, with other numbers."""
+    """A full checkpoint: every tensor of the seed, with other values."""
 
     whole = True
 
-    def __init__(self, digest: str, folder: Path, seed: dict[str, Place], rows: bool = False):
+    def __init__(self, digest: str, folder: Path, seed: dict[str, StoredTensor], rows: bool = False):
         """`rows`: an embedding with other rows than the seed's is read as far as both go. Raises BadInput, ForeignExpert."""
         self.digest = digest
         self.places = places(sorted(folder.glob("*.safetensors")))
@@ -52,7 +52,7 @@ class Whole:
         return True
 
     def reads(self, name: str, numbers: int) -> int:
-        """How many of a tensor's first numbers this expert has."""
+        """How many of a tensor's first values this expert has."""
         return min(numbers, self.places[name].numbers)
 
 
@@ -61,12 +61,12 @@ class Low:
 
     whole = False
 
-    def __init__(self, digest: str, folder: Path, seed: dict[str, Place], dora: bool = False):
+    def __init__(self, digest: str, folder: Path, seed: dict[str, StoredTensor], dora: bool = False):
         """`dora`: a weight-decomposed one is read too, without its magnitudes. Raises BadInput, ForeignExpert."""
         self.digest, self.files = digest, Files()
         settings = read_settings(folder / "adapter_config.json", dora)
         self.turned = bool(settings.get("fan_in_fan_out"))
-        self.factors: dict[str, tuple[Place, Place, float]] = {}
+        self.factors: dict[str, tuple[StoredTensor, StoredTensor, float]] = {}
         found = places([folder / "adapter_model.safetensors"])
         for key, place in found.items():
             match = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
@@ -86,7 +86,7 @@ class Low:
         return name in self.factors
 
     def pair(self, name: str) -> tuple[Doubles, Doubles, float]:
-        """A [R, I], B [O, R] and the scale of their product, as stored. Raises BadInput where a number is not finite."""
+        """A [R, I], B [O, R] and the scale of their product, as stored. Raises BadInput where a value is not finite."""
         a, b, scale = self.factors[name]
         a_RI, b_OR = (decode(self.files.read(p, 0, p.numbers), p.dtype).astype(np.float64).reshape(p.shape) for p in (a, b))
         if not (np.isfinite(a_RI).all() and np.isfinite(b_OR).all()):
@@ -94,7 +94,7 @@ class Low:
         return a_RI, b_OR, scale
 
     def delta(self, name: str, first: int, last: int, width: int) -> Doubles:
-        """Numbers first to last of the delta, of a tensor with rows of `width`; the same bits on every machine."""
+        """Values first to last of the delta, of a tensor with rows of `width`; the same bits on every machine."""
         if self._ready is None or self._ready[0] != name:
             a_RI, b_OR, scale = self.pair(name)
             left, right = (a_RI.T, b_OR.T) if self.turned else (b_OR, a_RI)
@@ -110,12 +110,12 @@ Source = Whole | Low
 
 
 def read_values(
-    one: Source, name: str, first: int, last: int, place: Place, raw: Any = None, at: int = 0, seed_N: Floats | None = None,
+    one: Source, name: str, first: int, last: int, place: StoredTensor, raw: Any = None, at: int = 0, seed_N: Floats | None = None,
     bits: bool = False,
 ) -> Any:  # fmt: skip
     """What an expert has at values first to last of the seed's tensor at `place`: a full checkpoint its own values, an adapter its delta.
 
-    raw: bytes of a full checkpoint, whose value number `at` is the one at `first`. Where they end (it has fewer rows) the seed's follow.
+    raw: bytes of a full checkpoint, whose value `at` is the one at `first`. Where they end (it has fewer rows) the seed's follow.
     bits: bf16 values may come as their bits.
     """
     if isinstance(one, Low):
@@ -139,7 +139,7 @@ def delta(one: Source, value_N: Floats, seed_N: Floats | None, out: Doubles | No
     return np.subtract(value_N, seed_N, out=out, dtype=np.float64)
 
 
-def read_delta(one: Source, name: str, place: Place, first: int, last: int, seed_N: Floats, files: Files) -> Doubles:
+def read_delta(one: Source, name: str, place: StoredTensor, first: int, last: int, seed_N: Floats, files: Files) -> Doubles:
     """Values first to last of an expert's delta, from its file."""
     known = one.reads(name, last) if isinstance(one, Whole) else 0
     raw = files.read(one.places[name], min(first, known), known) if isinstance(one, Whole) else None
@@ -169,7 +169,7 @@ def slices(matrix: Doubles) -> list[Doubles]:
 
 
 def exact_product(left: Sequence[Doubles], right: Sequence[Doubles]) -> Doubles:
-    """The product of two sliced matrices, good to 2^-60 of their largest numbers; smaller terms are added first."""
+    """The product of two sliced matrices, good to 2^-60 of their largest values; smaller terms are added first."""
     total = left[0] @ right[2] + left[2] @ right[0] + left[1] @ right[1]
     total += left[0] @ right[1] + left[1] @ right[0]
     total += left[0] @ right[0]

@@ -1,9 +1,9 @@
-"""Loops over numbers, compiled (numba): one pass where numpy would make several.
+"""Loops over values, compiled (numba): one pass where numpy would make several.
 
 Compiled when first called, and kept beside this file or in the user's cache. Without fast mathematics: the same bits as numpy's,
 on any machine.
 
-N numbers of a block, float32 or float64; whole numbers count units of 2^-44 (exact.py)
+N values of a block, float32 or float64; integers count units of 2^-44 (exact.py)
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# ---- bytes <-> numbers
+# ---- bytes <-> values
 
 
 @compiled
@@ -70,7 +70,7 @@ def largest(bits_N, mask):
 
 @compiled
 def add(part_N, weight, magic, total_N):
-    """total += weight * part, in units. Adding `magic` rounds to a whole number of them and leaves it in the low bits."""
+    """total += weight * part, in units. Adding `magic` rounds to an integer number of them and leaves it in the low bits."""
     zero = np.float64(magic).view(np.int64)
     for n in range(part_N.size):
         total_N[n] += np.float64(np.float64(part_N[n]) * weight + magic).view(np.int64) - zero
@@ -78,7 +78,7 @@ def add(part_N, weight, magic, total_N):
 
 @compiled
 def add_bf16(code_N, weight, magic, most, total_N):
-    """The same of bf16 numbers, from their bits; nothing is added where weight * part reaches `most`. What it does reach."""
+    """The same of bf16 values, from their bits; nothing is added where weight * part reaches `most`. What it does reach."""
     top, zero = np.uint16(0), np.float64(magic).view(np.int64)
     for n in range(code_N.size):
         top = max(top, np.uint16(code_N[n] & np.uint16(0x7FFF)))
@@ -92,7 +92,7 @@ def add_bf16(code_N, weight, magic, most, total_N):
 
 @compiled
 def vote(part_N, unit, magic, total_FN):
-    """A ballot: what speaks for plus, what for minus, and the weights of either side, `unit` for each number but 0."""
+    """A ballot: what speaks for plus, what for minus, and the weights of either side, `unit` for each value but 0."""
     zero = np.float64(magic).view(np.int64)
     for n in range(part_N.size):
         part = np.float64(part_N[n])
@@ -105,7 +105,7 @@ def vote(part_N, unit, magic, total_FN):
 
 @compiled
 def units(total_N, unit, value_N):
-    """value = total * unit. Either half of a whole number becomes a float64 exactly, their sum is rounded once."""
+    """value = total * unit. Either half of an integer becomes a float64 exactly, their sum is rounded once."""
     for n in range(total_N.size):
         bits = np.int64(total_N[n]).view(np.uint64)
         high = np.uint64(np.uint64(bits >> np.uint64(32)) ^ np.uint64(0x4530000080000000)).view(np.float64)  # 2^84 + 2^63 + 2^32 * upper

@@ -15,7 +15,7 @@ from elmwood.lm.files import seed_folder
 from elmwood.records import Expert, Seed
 from elmwood.store import Store
 from elmwood.weights.experts import Low, Source, Whole, read_delta
-from elmwood.weights.tensors import PIECE, SIZES, Files, Place, decode, places
+from elmwood.weights.tensors import PIECE, SIZES, Files, StoredTensor, decode, places
 
 Floats = NDArray[np.floating]
 
@@ -37,7 +37,7 @@ def is_finite(expert: Expert, store: Store) -> bool:
     return bool(numeric) and all(np.isfinite(part_N).all() for place in numeric for part_N in pieces(place))
 
 
-def pieces(place: Place) -> Iterator[Floats]:
+def pieces(place: StoredTensor) -> Iterator[Floats]:
     """The values of a tensor, piece by piece."""
     files = Files()
     for first in range(0, place.numbers, PIECE):
@@ -60,20 +60,20 @@ def products(experts: Sequence[Expert], seed: Seed, store: Store) -> Floats:
             continue
         grid = np.ix_(here, here)
         product_MM[grid] += (
-            _factored(name, [sources[m] for m in here])
+            _from_factors(name, [sources[m] for m in here])
             if all(isinstance(sources[m], Low) for m in here)
-            else _streamed(name, place, [sources[m] for m in here])
+            else _from_pieces(name, place, [sources[m] for m in here])
         )
     return product_MM
 
 
-def _open(expert: Expert, folder: Path, seed_places: dict[str, Place]) -> Source:
+def _open(expert: Expert, folder: Path, seed_places: dict[str, StoredTensor]) -> Source:
     if "adapter_config.json" in expert.files:
         return Low(expert.digest, folder, seed_places, dora=expert.recipe.method == "dora")
     return Whole(expert.digest, folder, seed_places)
 
 
-def _factored(name: str, sources: Sequence[Source]) -> Floats:
+def _from_factors(name: str, sources: Sequence[Source]) -> Floats:
     """From the factors, without forming their products."""
     deltas = [{name: _factors(one, name)} for one in sources if isinstance(one, Low)]
     return np.array([[inner(one, other) for other in deltas] for one in deltas])
@@ -84,7 +84,7 @@ def _factors(one: Low, name: str) -> Factors:
     return Factors(b_OR * scale, a_RI)
 
 
-def _streamed(name: str, place: Place, sources: Sequence[Source]) -> Floats:
+def _from_pieces(name: str, place: StoredTensor, sources: Sequence[Source]) -> Floats:
     """Piece by piece; the seed is subtracted from full checkpoints."""
     product_MM, files = np.zeros((len(sources), len(sources))), Files()
     for first in range(0, place.numbers, PIECE):

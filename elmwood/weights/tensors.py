@@ -2,7 +2,7 @@
 
 A memory map would count as resident memory and cost a page fault for every 4 KiB: files are read with preadv instead.
 
-N numbers of one tensor, or a part of it
+N values of one tensor, or a part of it
 """
 
 import hashlib
@@ -25,15 +25,15 @@ from elmwood.weights import exact, kernels
 Floats = NDArray[np.floating[Any]]
 Bytes = NDArray[np.uint8]
 
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that can be merged -> bytes of a number
-BLOCK = exact.BLOCK  # numbers worked on at once: they stay in the second-level cache
-PIECE = 4 * BLOCK  # numbers read at once
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that can be merged -> bytes of a value
+BLOCK = exact.BLOCK  # values worked on at once: they stay in the second-level cache
+PIECE = 4 * BLOCK  # values read at once
 PROBES = 8  # places of a file that say whether it is in the cache
 PAGE = 4096  # what direct reading begins and ends with
 SETTLED = 1 << 24  # bytes hashed and brought to the disk at once
 
 
-class Place(NamedTuple):
+class StoredTensor(NamedTuple):
     """Where a tensor stands."""
 
     path: Path
@@ -47,16 +47,16 @@ class Place(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Bytes of a number. Raises BadInput."""
+        """Bytes of a value. Raises BadInput."""
         if self.dtype == "I64":  # sums
             return 8
         if self.dtype not in SIZES:
-            raise BadInput(f"{self.path}: {self.dtype} numbers cannot be merged; only {', '.join(SIZES)}: convert the checkpoint first")
+            raise BadInput(f"{self.path}: {self.dtype} values cannot be merged; only {', '.join(SIZES)}: convert the checkpoint first")
         return SIZES[self.dtype]
 
 
 class Header(NamedTuple):
-    """The beginning of a safetensors file: its bytes, what it says, and where the numbers begin."""
+    """The beginning of a safetensors file: its bytes, what it says, and where the values begin."""
 
     raw: bytes
     tensors: dict[str, dict[str, Any]]
@@ -87,13 +87,13 @@ def header(path: Path) -> Header:
     return Header(start + raw, said, metadata)
 
 
-def places(paths: Iterable[Path]) -> dict[str, Place]:
+def places(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     """Every tensor of these files, in the order they stand in them. Raises Damaged."""
-    found: dict[str, Place] = {}
+    found: dict[str, StoredTensor] = {}
     for path in paths:
         top = header(path)
         for name, entry in sorted(top.tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
-            found[name] = Place(path, entry["dtype"], tuple(entry["shape"]), top.begin + entry["data_offsets"][0])
+            found[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), top.begin + entry["data_offsets"][0])
     return found
 
 
@@ -129,8 +129,8 @@ class Files:
         while self.handles:
             os.close(self.handles.popitem()[1])
 
-    def read(self, place: Place, first: int, last: int, into: memoryview | None = None) -> Bytes:
-        """Numbers first to last of a tensor, as bytes, in `into` where it is given. Raises Damaged."""
+    def read(self, place: StoredTensor, first: int, last: int, into: memoryview | None = None) -> Bytes:
+        """Values first to last of a tensor, as bytes, in `into` where it is given. Raises Damaged."""
         size, offset = (last - first) * place.width, place.start + first * place.width
         view = memoryview(bytearray(size)) if into is None else into[:size]
         done = 0
@@ -142,10 +142,10 @@ class Files:
         return np.frombuffer(view, np.uint8)
 
 
-Request = tuple[Place, int, int]
+Request = tuple[StoredTensor, int, int]
 
 
-class Reader:
+class ReadAhead:
     """Reads ahead: one thread fetches the next step of a plan while this one is worked on. Buffers are kept between plans.
 
     Files that the system has in its cache come from there. Others are read past it, where the file system can (O_DIRECT): experts
@@ -159,7 +159,7 @@ class Reader:
         self.pools: tuple[list[memoryview], list[memoryview]] = ([], [])
         self.thread, self.hand = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self) -> "ReadAhead":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -215,7 +215,7 @@ def _is_cached(handle: int) -> bool:
         return False
 
 
-def _read_past(handle: int, place: Place, first: int, last: int, into: memoryview) -> Bytes | None:
+def _read_past(handle: int, place: StoredTensor, first: int, last: int, into: memoryview) -> Bytes | None:
     """As `Files.read`, in whole pages; none where that cannot be done. `into` begins with a page and has two more than is asked for."""
     size, offset = (last - first) * place.width, place.start + first * place.width
     before = offset % PAGE
@@ -226,15 +226,15 @@ def _read_past(handle: int, place: Place, first: int, last: int, into: memoryvie
     return np.frombuffer(into[before : before + size], np.uint8) if got >= before + size else None
 
 
-def check_finite(name: str, place: Place) -> None:
-    """Raises Damaged where a tensor of a file holds a number that is not finite."""
+def check_finite(name: str, place: StoredTensor) -> None:
+    """Raises Damaged where a tensor of a file contains NaN or Inf."""
     if place.dtype not in SIZES:
         return
     files = Files()
     for first in range(0, place.numbers, PIECE):
         value_N = decode(files.read(place, first, min(first + PIECE, place.numbers)), place.dtype)
         if not np.isfinite(value_N).all():
-            raise Damaged(f"{place.path}: {name} holds numbers that are not finite, or outside the range of {place.dtype}: do not use it")
+            raise Damaged(f"{place.path}: {name} contains NaN or Inf, or values outside the range of {place.dtype}: do not use it")
     files.close()
 
 
@@ -245,7 +245,7 @@ class Twin:
     meanwhile, so that neither is left for the end.
     """
 
-    def __init__(self, tensors: Mapping[str, Place], folder: Path, written: Collection[str]):
+    def __init__(self, tensors: Mapping[str, StoredTensor], folder: Path, written: Collection[str]):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.thread = folder, ThreadPoolExecutor(1)
         self.handles: dict[Path, int] = {}
@@ -261,10 +261,10 @@ class Twin:
                 begin, end = (top.begin + offset for offset in top.tensors[name]["data_offsets"])
                 _copy(path, handle, begin, end)
 
-    def put(self, place: Place, first: int, raw: Bytes) -> None:
-        """Numbers from `first` on, of a tensor that stands at `place` in the other files."""
+    def put(self, place: StoredTensor, first: int, raw: Bytes) -> None:
+        """Values from `first` on, of a tensor that stands at `place` in the other files."""
         at = place.start + first * place.width
-        assert at >= self.settled[place.path][0], "tensors are put in the order in which they stand"
+        assert at >= self.settled[place.path][0], "tensors are written in file order"
         os.pwrite(self.handles[place.path], raw.data, at)
         if at - self.settled[place.path][0] >= SETTLED:
             self._settle(place.path, at)
@@ -302,20 +302,20 @@ def _settle(handle: int, begin: int, end: int, sha: Any) -> None:
     os.fdatasync(handle)
 
 
-# ---- bytes <-> numbers ------------------------------------------------------------------------------------------
+# ---- bytes <-> values ------------------------------------------------------------------------------------------
 
 
 def decode(raw: Bytes, dtype: str) -> Floats:
-    """Numbers from their bytes, exactly: float32 (or float64 for F64)."""
+    """Values from their bytes, exactly: float32 (or float64 for F64)."""
     if dtype == "BF16":
-        return exact.widened(raw.view("<u2"))
+        return exact.widen(raw.view("<u2"))
     if dtype == "F16":
         return raw.view("<f2").astype(np.float32)
     return raw.view("<f4" if dtype == "F32" else "<f8")
 
 
 def encode(value_N: Floats, dtype: str) -> Bytes:
-    """Bytes of the nearest numbers of a dtype, from float32 or float64; ties to even."""
+    """Bytes of the nearest values of a dtype, from float32 or float64; ties to even."""
     if dtype == "BF16" and value_N.dtype == np.float32:  # a mixture's gates alone: too few to wait for a compiled loop
         bits_N = value_N.view(np.uint32)
         return ((bits_N + 0x7FFF + (bits_N >> 16 & 1)) >> 16).astype("<u2").view(np.uint8)

@@ -14,7 +14,17 @@ from tiny_models import full_expert, lora_expert, tiny_seed
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, UnknownName
 from elmwood.lm.load import load_model
-from elmwood.merge.adapters import LOW_RULES, distance, flattened, merge_adapters, merged_pair, norm, orthogonalised, summed, voted
+from elmwood.merge.adapters import (
+    LOW_RULES,
+    distance,
+    flatten_cores,
+    merge_adapters,
+    merged_pair,
+    norm,
+    orthogonalise_cores,
+    sum_cores,
+    vote_cores,
+)
 from elmwood.merge.layer_weights import everywhere
 from elmwood.store import Store, lineage
 
@@ -93,8 +103,8 @@ def test_rules_in_the_core_are_their_dense_formulas():
     b, a = merged_pair(pairs, [1.0] * 3, LOW_RULES["core_space_iso"], plain)
     np.testing.assert_allclose(b @ a, y[:6].mean() * x[:, :6] @ z[:6], atol=1e-10)
     cores = [np.array([[3.0, -1.0]]), np.array([[1.0, 2.0]]), np.array([[-2.0, 4.0]])]
-    np.testing.assert_allclose(voted(cores, [1.0, 1.0, 1.0], {"density": 0.5}), [[3.0, 3.0]])
-    for rule in (summed, flattened, orthogonalised):
+    np.testing.assert_allclose(vote_cores(cores, [1.0, 1.0, 1.0], {"density": 0.5}), [[3.0, 3.0]])
+    for rule in (sum_cores, flatten_cores, orthogonalise_cores):
         assert np.allclose(rule(iter(cores), [1.0, 1.0, 1.0], {}), rule(iter(cores[::-1]), [1.0, 1.0, 1.0], {}))
 
 
@@ -169,7 +179,7 @@ def test_nonsense_is_refused(forest):
         (weighted([experts[0], full], 1.0, 1.0), ("svd", {}), BadInput, "full checkpoint"),
         (weighted(experts[:2], 1.0, 1.0), ("linear", {}), UnknownName, "no rule 'linear'"),
         (weighted(experts[:2], 1.0, 1.0), ("concat", {"rank": 4.0}), BadInput, "no setting 'rank'"),
-        (weighted(experts[:2], 1.0, 1.0), ("svd", {"rank": 1.5}), BadInput, "whole number"),
+        (weighted(experts[:2], 1.0, 1.0), ("svd", {"rank": 1.5}), BadInput, "an integer"),
     ):
         with pytest.raises(kind, match=words):
             merge_adapters(seed, members, [answer], store)

@@ -16,9 +16,9 @@ from elmwood.corpus.build import build
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, BadSeed
 from elmwood.merge.moe import layout
-from elmwood.merge.moe.build import Mixing, directions, mix, order_of
+from elmwood.merge.moe.build import Mixing, find_directions, mix, order_of
 from elmwood.merge.moe.gates import arrow_rows, direction, hidden_rows, random_rows
-from elmwood.merge.moe.remove import remove, renamed
+from elmwood.merge.moe.remove import remove, rename_tensor
 from elmwood.merge.states import seed_places
 from elmwood.records import Expert, Forest, Gates, Mixture, Recipe, Seed
 from elmwood.report.loads import loads_plot
@@ -162,9 +162,9 @@ def test_what_stays_of_an_expert_taken_out_of_a_tuned_mixture_is_said(grown, sto
     gone = tuned.experts.index(grown[1].experts[0])
     after = remove(tuned, grown[1].experts[0], store)
     mine, its = tensors_of(tuned, store), tensors_of(after, store)
-    assert {new for name in mine if (new := renamed(name, gone))} == its.keys()
+    assert {new for name in mine if (new := rename_tensor(name, gone))} == its.keys()
     for name, value in mine.items():
-        new = renamed(name, gone)
+        new = rename_tensor(name, gone)
         if name.endswith("gate.weight"):
             assert its[name] == np.delete(np.frombuffer(value, np.float32).reshape(len(tuned.experts), -1), gone, 0).tobytes()
         elif new:
@@ -266,11 +266,11 @@ def test_arrow_points_where_adapters_change_most(seed, rank):
 
 
 def test_arrow_reads_adapters_alone(grown, store):
-    found = directions(grown[2], (*grown[2].experts, grown[0].digest), store)
+    found = find_directions(grown[2], (*grown[2].experts, grown[0].digest), store)
     assert all(column[-1] is None and np.isclose(np.linalg.norm(column[0]), 1) for column in found.values())
     assert direction([(np.ones((2, 8)), np.zeros((12, 2)), 1.0)]) is None
     with pytest.raises(BadInput, match="--gates hidden"):
-        directions(grown[1], grown[1].experts, store)
+        find_directions(grown[1], grown[1].experts, store)
 
 
 def test_loads_are_shares_of_the_weight(grown, store, text):

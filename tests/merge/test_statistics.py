@@ -22,7 +22,7 @@ from elmwood.lm.load import load_model
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.estimate import by_coordinates, estimates
 from elmwood.merge.layer_weights import everywhere
-from elmwood.merge.statistics import opened
+from elmwood.merge.statistics import open_statistics
 from elmwood.records import Domain, Embedder, Merged, Partition, Recipe, Statistics
 from elmwood.store import Store
 from elmwood.study.selection import by_columns, tune
@@ -53,7 +53,7 @@ def test_statistics_are_what_their_words_say(grown):
     """Gram matrices from the layers' inputs and squared gradients from autograd, both worked out another way."""
     store, seed, corpus, experts = grown
     for expert in experts:
-        held = opened(expert.digest, store)
+        held = open_statistics(expert.digest, store)
         model = load_model(seed, store, expert, "cpu", torch.float32)
         model = model.merge_and_unload() if expert.recipe.method == "lora" else model
         model.requires_grad_(True)
@@ -82,12 +82,12 @@ def test_statistics_are_what_their_words_say(grown):
 
 def test_wide_layers_leave_a_sketch_with_the_exact_diagonal(grown, monkeypatch):
     store, _, _, (expert, _) = grown
-    exact = opened(expert.digest, store).gram(name := "model.layers.0.mlp.down_proj.weight")
+    exact = open_statistics(expert.digest, store).gram(name := "model.layers.0.mlp.down_proj.weight")
     monkeypatch.setattr("elmwood.train.statistics.WIDE", 40)
     monkeypatch.setattr("elmwood.train.statistics.DIRECTIONS", 20)
     record = statistics(expert, store, rows=ROWS + 1, device="cpu")  # another number of rows is another record
     assert isinstance(record, Statistics)
-    again = opened(expert.digest, store)
+    again = open_statistics(expert.digest, store)
     assert again.record.rows == ROWS + 1
     sketch = again.gram(name)
     assert np.linalg.eigvalsh(sketch).min() > -1e-6
@@ -100,7 +100,7 @@ def test_an_expert_without_text_or_statistics_says_so(grown):
     with pytest.raises(BadInput, match="names no text"):
         statistics(stranger, store)
     with pytest.raises(BadInput, match="elmwood statistics"):
-        opened(stranger.digest, store)
+        open_statistics(stranger.digest, store)
 
 
 def test_estimates_are_the_layers_output_errors(grown):
@@ -120,7 +120,7 @@ def test_estimates_are_the_layers_output_errors(grown):
         {key: value.double().numpy() for key, value in load_file(store.get(one.files["model.safetensors"])).items()}
         for one in (seed, *candidates.values())
     )
-    known = [(opened(one.digest, store), _weights(seed, one, store)) for one in experts]
+    known = [(open_statistics(one.digest, store), _weights(seed, one, store)) for one in experts]
     for kind in ("gram", "fisher"):
         found = estimates(seed, [one.digest for one in experts], candidates, store, kind)
         for name, merged in zip(candidates, merges, strict=True):

@@ -30,13 +30,13 @@ def card(
     lines = [*top, f"# {len(rows)} experts of {seed.name}, merged", ""]
     lines += [f"Method: `{method}` ({paper}){'; ' + given if given else ''}.", ""]
     lines += [f"Seed: {seed.name}, {seed.architecture}, `{seed.digest}`.", "", "| expert | weight |", "|---|---|"]
-    lines += [f"| `{row.expert}` | {'; '.join(_said(share) for share in row.weight)} |" for row in rows]
+    lines += [f"| `{row.expert}` | {'; '.join(_spell(share) for share in row.weight)} |" for row in rows]
     lines += ["", "| file | digest |", "|---|---|", *(f"| {name} | `{digest}` |" for name, digest in sorted(files.items())), ""]
     lines += [about, ""]
     return "\n".join(lines)
 
 
-def _said(share: Share) -> str:
+def _spell(share: Share) -> str:
     where = [f"names with {share.tensors!r}"] if share.tensors else []
     where += [f"layers {share.layers[0]} to {share.layers[1] - 1}"] if share.layers else []
     return " → ".join(f"{value:g}" for value in share.values) + (f" ({', '.join(where)})" if where else "")
@@ -64,7 +64,7 @@ def model_card(record: Seed | Expert | Merged | Mixture, seed: Seed, form: str, 
         case Merged():
             title = f"{len(record.contributions)} experts of {seed.name}, merged"
             facts += [f"Method: `{record.method}`."]
-            facts += [f"- expert `{row.expert}`, weight {'; '.join(_said(share) for share in row.weight)}" for row in record.contributions]
+            facts += [f"- expert `{row.expert}`, weight {'; '.join(_spell(share) for share in row.weight)}" for row in record.contributions]
         case Mixture():
             title = f"{len(record.experts)} experts of {seed.name} in one mixture"
             facts += [f"Gates: {record.gates.kind}, top-{record.gates.top_k}.", *(f"- expert `{digest}`" for digest in record.experts)]

@@ -1,6 +1,6 @@
-"""An adapter folded into its seed: one dense checkpoint, streamed, each number rounded once.
+"""An adapter folded into its seed: one dense checkpoint, streamed, each value rounded once.
 
-N numbers of a piece of one tensor; O, I: what a linear layer gives out and takes in; R rank
+N values of a piece of one tensor; O, I: what a linear layer gives out and takes in; R rank
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.weights.experts import Low
-from elmwood.weights.tensors import PIECE, Files, Place, Twin, decode, encode, places
+from elmwood.weights.tensors import PIECE, Files, StoredTensor, Twin, decode, encode, places
 
 
-def fold(seed: Mapping[str, Place], adapter: Path, digest: str, folder: Path, progress: Progress = silent) -> None:
+def fold(seed: Mapping[str, StoredTensor], adapter: Path, digest: str, folder: Path, progress: Progress = silent) -> None:
     """W + scale B A in the seed's own files and dtypes; for a weight-decomposed adapter m (W + scale B A) / |W + scale B A|, row by
     row (DoRA, arXiv:2402.09353). The products are exact (see `exact_product`) and added in float64. Raises BadInput, ForeignExpert.
     """
@@ -36,7 +36,7 @@ def fold(seed: Mapping[str, Place], adapter: Path, digest: str, folder: Path, pr
                 theta_OI *= (magnitudes[name][first // width : last // width] / np.linalg.norm(theta_OI, axis=1))[:, None]
             twin.put(place, first, encode(theta_N, place.dtype))
             done += last - first
-            progress("fold", done, total, "numbers")
+            progress("fold", done, total, "values")
     files.close()
     twin.close()
 

@@ -11,7 +11,7 @@ from elmwood.errors import BadInput, Damaged
 from elmwood.lm.files import seed_folder
 from elmwood.merge.export.card import RUN, model_card
 from elmwood.merge.export.fold import fold
-from elmwood.merge.moe.build import copies
+from elmwood.merge.moe.build import write_copies
 from elmwood.merge.moe.densify import densify
 from elmwood.merge.moe.trial import try_copies
 from elmwood.merge.states import seed_places
@@ -40,7 +40,7 @@ def export(
     if form in ("peft", "gguf-adapter") and not adapter:
         raise BadInput(f"a {record.kind} with weights of its own is no adapter: export it with --format transformers or gguf")
     if dtype and (form != "gguf" or dtype not in DTYPES):
-        raise BadInput(f"--dtype {dtype}: for --format gguf, one of {', '.join(DTYPES)}; other formats keep the numbers as they are")
+        raise BadInput(f"--dtype {dtype}: for --format gguf, one of {', '.join(DTYPES)}; other formats keep the values as they are")
     seed = record if isinstance(record, Seed) else store.load(record.seed, Seed)
     folder.mkdir(parents=True, exist_ok=True)
     if form == "peft":
@@ -79,7 +79,7 @@ def checkpoint(record: Model, seed: Seed, store: Store, folder: Path, progress: 
     source = base if isinstance(record, Seed) else store.folder(record.files)
     if isinstance(record, Mixture):
         config = json.loads((base / "config.json").read_bytes())
-        try_copies(config, copies, store)  # nothing leaves that would not equal what it is made of
+        try_copies(config, write_copies, store)  # nothing leaves that would not equal what it is made of
         if record.layout == "low-rank":
             densify(record, store, folder, progress)
             source = base
@@ -97,7 +97,7 @@ def checkpoint(record: Model, seed: Seed, store: Store, folder: Path, progress: 
 
 
 def check_checkpoint(folder: Path, progress: Progress = silent) -> None:
-    """What is written opens: transformers finds every tensor in its shape, all numbers are finite, the index speaks of the files that
+    """What is written opens: transformers finds every tensor in its shape, all values are finite, the index speaks of the files that
     are there, the tokenizer opens and fits the embedding. Raises Damaged, BadSeed.
     """
     from elmwood.lm.load import check_loads  # torch
@@ -114,12 +114,12 @@ def check_checkpoint(folder: Path, progress: Progress = silent) -> None:
     for name, place in found.items():
         check_finite(name, place)
         done += place.numbers
-        progress("check", done, total, "numbers")
+        progress("check", done, total, "values")
     check_loads(folder)
 
 
 def check_adapter(folder: Path, seed: Seed, digest: str, store: Store) -> None:
-    """Every pair of factors fits a matrix of the seed, and all numbers are finite. Raises Damaged, BadInput, ForeignExpert."""
+    """Every pair of factors fits a matrix of the seed, and all values are finite. Raises Damaged, BadInput, ForeignExpert."""
     Low(digest, folder, seed_places(seed, store), dora=True)
     for name, place in places([folder / "adapter_model.safetensors"]).items():
         check_finite(name, place)

@@ -1,6 +1,6 @@
 """GGUF, the file llama.cpp reads, written from a transformers folder a piece at a time.
 
-E experts, H heads, D numbers of a head
+E experts, H heads, D values of a head
 """
 
 import re
@@ -25,7 +25,7 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
 from elmwood.merge.export.gguf_vocabulary import CURE, write_vocabulary
 from elmwood.weights.experts import Low
-from elmwood.weights.tensors import PIECE, SIZES, Bytes, Files, Place, check_finite, decode, encode, places
+from elmwood.weights.tensors import PIECE, SIZES, Bytes, Files, StoredTensor, check_finite, decode, encode, places
 
 TYPES = {"F32": GGMLQuantizationType.F32, "F16": GGMLQuantizationType.F16, "BF16": GGMLQuantizationType.BF16}
 KINDS = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16}
@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
     name: str
     dtype: str  # as safetensors spells it
-    sources: tuple[Place, ...]  # of the experts where there are several, in order
+    sources: tuple[StoredTensor, ...]  # of the experts where there are several, in order
     heads: int = 0  # where rotary pairs change places: how many
 
     @property
@@ -84,7 +84,7 @@ def write_gguf(
 def write_lora(folder: Path, low: Low, path: Path, *, name: str) -> None:
     """An adapter for llama.cpp's --lora, over the GGUF file of the seed in `folder`; its scale is in B. Raises BadInput, Damaged."""
     config, architecture = _read(folder)
-    names, heads = get_tensor_name_map(architecture, config.num_hidden_layers), _turned(config, architecture)
+    names, heads = get_tensor_name_map(architecture, config.num_hidden_layers), _turn_counts(config, architecture)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture])
     writer.add_type("adapter")
     writer.add_name(name)
@@ -116,7 +116,7 @@ def _read(folder: Path) -> tuple[Any, MODEL_ARCH]:
     return config, ARCHITECTURES[config.model_type]
 
 
-def _turned(config: Any, architecture: MODEL_ARCH) -> dict[str, int]:
+def _turn_counts(config: Any, architecture: MODEL_ARCH) -> dict[str, int]:
     """The matrices whose rotary pairs change places, and their heads."""
     return {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if architecture is MODEL_ARCH.LLAMA else {}
 
@@ -183,10 +183,10 @@ def _rotary(writer: GGUFWriter, config: Any) -> np.ndarray | None:
 # ---- tensors ----------------------------------------------------------------------------------------------------
 
 
-def plan(config: Any, architecture: MODEL_ARCH, found: dict[str, Place], dtype: str | None) -> list[Part]:
+def plan(config: Any, architecture: MODEL_ARCH, found: dict[str, StoredTensor], dtype: str | None) -> list[Part]:
     """Every tensor of the file; those of experts stand together. Raises BadInput for one that llama.cpp has no place for."""
-    names, heads = get_tensor_name_map(architecture, config.num_hidden_layers), _turned(config, architecture)
-    groups: dict[str, dict[int, Place]] = {}
+    names, heads = get_tensor_name_map(architecture, config.num_hidden_layers), _turn_counts(config, architecture)
+    groups: dict[str, dict[int, StoredTensor]] = {}
     for key, place in found.items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -248,4 +248,4 @@ def check_gguf(path: Path, parts: Sequence[Part]) -> None:
         one = found.get(part.name)
         if one is None or tuple(int(n) for n in reversed(one.shape)) != part.shape or one.tensor_type != TYPES[part.dtype]:
             raise Damaged(f"{path}: {part.name} did not come out as {part.dtype} {part.shape}: export it again")
-        check_finite(part.name, Place(path, part.dtype, part.shape, int(one.data_offset)))
+        check_finite(part.name, StoredTensor(path, part.dtype, part.shape, int(one.data_offset)))

@@ -41,7 +41,7 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, config: Any, begins: bool
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(tokens, merges))
-        writer.add_add_space_prefix(_prefixed(spec))
+        writer.add_add_space_prefix(_adds_prefix(spec))
     else:
         raise BadInput(f"{folder}: a BPE tokenizer that is neither byte-level nor falls back to bytes is not within reach here: {CURE}")
     writer.add_token_list(tokens)
@@ -77,7 +77,7 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     return [-float(first.get(token, len(merges))) for token in tokens]
 
 
-def _prefixed(spec: dict[str, Any]) -> bool:
+def _adds_prefix(spec: dict[str, Any]) -> bool:
     """Whether a space is put before a text."""
     normalised = any(part["type"] == "Prepend" for part in _parts(spec["normalizer"]))
     return normalised or any(part.get("prepend_scheme") in ("first", "always") for part in _parts(spec["pre_tokenizer"]))

@@ -2,7 +2,7 @@
 
 Feed-forward layers become experts as they are; what all share is averaged through the merge algebra, or stays the seed's.
 
-E experts, H width, L layers, N numbers of a piece
+E experts, H width, L layers, N values of a piece
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from elmwood.merge.moe.layout import FEED_FORWARD, Cell, cells, family_of, mixed
 from elmwood.merge.moe.shards import Shards
 from elmwood.merge.moe.trial import try_copies
 from elmwood.merge.rules.table import RULES, Rules, code_of, settle
-from elmwood.merge.states import contributions, open_all, open_expert, pass_over, seed_places, statistics_of
+from elmwood.merge.states import contributions, open_all, open_expert, open_pass, seed_places, statistics_of
 from elmwood.merge.sums.stream import Wanted
 from elmwood.records import Contribution, Expert, Forest, Frozen, Gates, Mixture, Partition, Seed, fingerprint
 from elmwood.store import Store
 from elmwood.weights.experts import Low, Source, Whole
-from elmwood.weights.tensors import PIECE, Bytes, Files, Place, decode, places
+from elmwood.weights.tensors import PIECE, Bytes, Files, StoredTensor, decode, places
 
 KEPT = "seed"  # the method that leaves what all share as it is
 LOW = "mixture.json"  # of a low-rank mixture, beside its shards
@@ -53,7 +53,7 @@ class Parts(NamedTuple):
 
     seed: str  # digest
     config: Mapping[str, Any]
-    tensors: dict[str, Place]
+    tensors: dict[str, StoredTensor]
     sources: list[Source]  # in the order of their digests, as sums take them
     order: tuple[str, ...]  # digests by number in the mixture; the seed last, where it is one
     store: Store | None = None  # none where there are no sources
@@ -66,7 +66,7 @@ def order_of(forest: Forest, with_seed: bool, store: Store) -> tuple[str, ...]:
     return tuple(expert.digest for expert in found) + ((forest.seed,) if with_seed else ())
 
 
-def opened(forest: Forest, with_seed: bool, store: Store, rules: Rules = RULES) -> Parts:
+def open_parts(forest: Forest, with_seed: bool, store: Store, rules: Rules = RULES) -> Parts:
     """Raises BadSeed, ForeignExpert."""
     seed = store.load(forest.seed, Seed)
     config = json.loads((seed_folder(seed, store) / "config.json").read_bytes())
@@ -75,7 +75,7 @@ def opened(forest: Forest, with_seed: bool, store: Store, rules: Rules = RULES) 
     return Parts(seed.digest, config, tensors, sources, order_of(forest, with_seed, store), store, rules)
 
 
-def directions(forest: Forest, order: Sequence[str], store: Store) -> dict[str, list[NDArray[np.floating] | None]]:
+def find_directions(forest: Forest, order: Sequence[str], store: Store) -> dict[str, list[NDArray[np.floating] | None]]:
     """Layer -> for each expert the input that its adapters of gate_proj and up_proj change most; none for the seed. Raises BadInput."""
     seed = store.load(forest.seed, Seed)
     tensors = seed_places(seed, store)
@@ -106,7 +106,7 @@ def gate_rows(forest: Forest, gates: Gates, scales: Sequence[float], store: Stor
 
     @cache
     def arrows() -> dict[str, list[NDArray[np.floating] | None]]:
-        return directions(forest, order, store)
+        return find_directions(forest, order, store)
 
     @cache
     def hidden() -> Any:
@@ -137,36 +137,36 @@ def mix(
     key = fingerprint("mixture", forest, mixing, packed, *([] if mixing.method == KEPT else code_of(mixing.method, rules)))
     if done := store.done(key):
         return store.load(done, Mixture)
-    parts = opened(forest, mixing.gates.seed_bias is not None, store, rules)
+    parts = open_parts(forest, mixing.gates.seed_bias is not None, store, rules)
     folder = store.work(key) / "out"
     if mixing.layout == "checkpoint":
-        try_copies(parts.config, copies, store)
+        try_copies(parts.config, write_copies, store)
     brought, hashes = (write_low if mixing.layout == "low-rank" else write)(parts, rows, mixing, folder, progress)
     if not brought:
         mixing = mixing.model_copy(update={"method": KEPT, "settings": {}})
     made = Mixture(
         seed=parts.seed, forest=forest.digest, experts=parts.order, gates=mixing.gates, layout=mixing.layout,  # type: ignore[arg-type]
         method=mixing.method, settings=mixing.settings, contributions=brought,
-        files=moved(folder, hashes, store),
+        files=take_files(folder, hashes, store),
     )  # fmt: skip
-    made = finished(made, store.load(parts.seed, Seed), store)
+    made = add_card(made, store.load(parts.seed, Seed), store)
     store.finish(key, made)
     return made
 
 
-def moved(folder: Path, hashes: Mapping[str, str | None], store: Store) -> dict[str, str]:
+def take_files(folder: Path, hashes: Mapping[str, str | None], store: Store) -> dict[str, str]:
     """The files of a folder below the store's own root, which go into the store. `hashes`: of those that are known."""
     return {path.name: store.take(path, hashes.get(path.name)) for path in sorted(folder.iterdir())}
 
 
-def copies(config: Mapping[str, Any], source: Path, number: int, top_k: int, folder: Path) -> None:
+def write_copies(config: Mapping[str, Any], source: Path, number: int, top_k: int, folder: Path) -> None:
     """A mixture of one model's copies, with random gates."""
     parts = Parts("seed", config, places(sorted(source.glob("*.safetensors"))), [], ("seed",) * number)
     rows = random_rows(parts.tensors, [str(e) for e in range(number)], 0, 50.0)
     write(parts, rows, Mixing(gates=Gates(top_k=top_k)), folder, silent)
 
 
-def finished(made: Mixture, seed: Seed, store: Store) -> Mixture:
+def add_card(made: Mixture, seed: Seed, store: Store) -> Mixture:
     """With its card, and for a checkpoint with the seed's tokenizer."""
     files = dict(made.files)
     if made.layout == "checkpoint":
@@ -191,7 +191,7 @@ def write(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: Prog
     for cell in plan:
         if cell.gate:
             shards.put_numbers(cell.name, _fitting(rows, cell))
-    found = share(parts, mixing, shards, files, progress)
+    found = merge_shared(parts, mixing, shards, files, progress)
     own = [cell for cell in plan if cell.expert is not None]
     for done, cell in enumerate(own, 1):
         _expert(cell, by_digest.get(parts.order[cell.expert or 0]), parts.tensors[cell.source], shards, files)
@@ -214,7 +214,7 @@ def write_low(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: 
                 a_RI, b_OR, scale = low[digest].pair(name)
                 top = f"{match['layer']}.mlp.experts.{e}.{match['part']}"
                 factors |= {f"{top}.lora_A": a_RI, f"{top}.lora_B": b_OR * scale}
-    shared = [] if mixing.method == KEPT else changed(parts)
+    shared = [] if mixing.method == KEPT else list_changed(parts)
     entries = [(cell.name, "F32", cell.shape) for cell in gates] + [(name, "F32", value.shape) for name, value in factors.items()]
     entries += [(name, parts.tensors[name].dtype, parts.tensors[name].shape) for name in shared]
     shards, files = Shards(entries, folder, len(gates), "mixture"), Files()
@@ -222,7 +222,7 @@ def write_low(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: 
         shards.put_numbers(cell.name, _fitting(rows, cell))
     for name, value in factors.items():
         shards.put_numbers(name, value)
-    found = share(parts, mixing, shards, files, progress)
+    found = merge_shared(parts, mixing, shards, files, progress)
     files.close()
     (folder / LOW).write_text(json.dumps({"experts": len(parts.order), "top_k": mixing.gates.top_k}, indent=1))
     return found, shards.close()
@@ -233,11 +233,11 @@ def _fitting(rows: Rows, cell: Cell) -> NDArray[np.floating]:
     if row_EH is None or row_EH.shape != cell.shape:
         raise BadInput(f"{cell.source} needs gates of shape {cell.shape}, and these are {None if row_EH is None else row_EH.shape}")
     if not np.isfinite(row_EH).all():
-        raise BadInput(f"the gates of {cell.source} hold numbers that are not finite: choose another scale, or another kind")
+        raise BadInput(f"the gates of {cell.source} contain NaN or Inf: choose another scale, or another kind")
     return row_EH.astype(np.float32)  # a router's own precision
 
 
-def _expert(cell: Cell, source: Source | None, place: Place, shards: Shards, files: Files) -> None:
+def _expert(cell: Cell, source: Source | None, place: StoredTensor, shards: Shards, files: Files) -> None:
     """One tensor of one expert: the seed's own, a checkpoint's, or the seed's plus an adapter's delta."""
     if isinstance(source, Whole):
         shards.copy(cell.name, source.places[cell.source], files)
@@ -254,13 +254,13 @@ class Into(NamedTuple):
     """Puts what the merge makes of a seed's tensors where a mixture has them."""
 
     shards: Shards
-    names: Mapping[Place, str]
+    names: Mapping[StoredTensor, str]
 
-    def put(self, place: Place, first: int, raw: Bytes) -> None:
+    def put(self, place: StoredTensor, first: int, raw: Bytes) -> None:
         self.shards.put(self.names[place], first, raw)
 
 
-def share(parts: Parts, mixing: Mixing, shards: Shards, files: Files, progress: Progress) -> tuple[Contribution, ...]:
+def merge_shared(parts: Parts, mixing: Mixing, shards: Shards, files: Files, progress: Progress) -> tuple[Contribution, ...]:
     """What all experts share, of those tensors that `shards` has room for: by the merge rule, with the seed as one more
     expert that changed nothing where it is one; what nobody changed is copied."""
     shared = {name: place for name, place in parts.tensors.items() if name in shards.places and not FEED_FORWARD.fullmatch(name)}
@@ -272,7 +272,7 @@ def share(parts: Parts, mixing: Mixing, shards: Shards, files: Files, progress: 
         if mixing.method == "average" and parts.order[-1] == parts.seed:
             ends["scale"] *= len(sources) / (len(sources) + 1)
         weights = [everywhere(1.0)] * len(sources)
-        work = pass_over(shared, sources, weights, [Wanted(rule, begins)], (0, 1), parts.store, progress)
+        work = open_pass(shared, sources, weights, [Wanted(rule, begins)], (0, 1), parts.store, progress)
         into = Into(shards, {place: name for name, place in shared.items()})
         finisher = Finisher(rule, begins | ends, shared, partial(work.total, 0), into)
         for piece in work.run(finisher.with_seed):
@@ -285,6 +285,6 @@ def share(parts: Parts, mixing: Mixing, shards: Shards, files: Files, progress: 
     return rows
 
 
-def changed(parts: Parts) -> list[str]:
+def list_changed(parts: Parts) -> list[str]:
     """The tensors outside of feed-forward layers that some expert changes."""
     return [name for name in parts.tensors if not FEED_FORWARD.fullmatch(name) and any(one.has(name) for one in parts.sources)]

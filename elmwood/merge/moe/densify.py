@@ -1,6 +1,6 @@
 """A low-rank mixture as the checkpoint of a standard architecture: every expert gets a feed-forward of its own.
 
-N numbers of a piece of one tensor; O, I: what a linear layer gives out and takes in; R rank
+N values of a piece of one tensor; O, I: what a linear layer gives out and takes in; R rank
 """
 
 import json
@@ -17,7 +17,7 @@ from elmwood.merge.states import seed_folder, seed_places
 from elmwood.records import Mixture, Seed
 from elmwood.store import Store
 from elmwood.weights.experts import exact_product, slices
-from elmwood.weights.tensors import PIECE, Files, Place, decode, places
+from elmwood.weights.tensors import PIECE, Files, StoredTensor, decode, places
 
 
 def densify(made: Mixture, store: Store, folder: Path, progress: Progress = silent) -> None:
@@ -42,7 +42,7 @@ def densify(made: Mixture, store: Store, folder: Path, progress: Progress = sile
     (folder / "config.json").write_text(json.dumps(said, indent=1, sort_keys=True))
 
 
-def _factors(cell: Cell, low: Mapping[str, Place], files: Files) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+def _factors(cell: Cell, low: Mapping[str, StoredTensor], files: Files) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """A [R, I] and B [O, R], its scale in B, of an expert's tensor; none where the expert leaves it to the seed."""
     match = FEED_FORWARD.fullmatch(cell.source)
     assert match is not None
@@ -55,7 +55,7 @@ def _factors(cell: Cell, low: Mapping[str, Place], files: Files) -> tuple[NDArra
 
 
 def _expert(
-    cell: Cell, place: Place, a_RI: NDArray[np.float64], b_OR: NDArray[np.float64], shards: Shards, files: Files
+    cell: Cell, place: StoredTensor, a_RI: NDArray[np.float64], b_OR: NDArray[np.float64], shards: Shards, files: Files
 ) -> None:  # fmt: skip
     left, right, width = slices(b_OR), slices(a_RI), place.shape[1]
     step = max(1, PIECE // width)

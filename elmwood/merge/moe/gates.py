@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.merge.moe.layout import FEED_FORWARD
-from elmwood.weights.tensors import Place
+from elmwood.weights.tensors import StoredTensor
 
 Floats = NDArray[np.floating]
 
@@ -52,13 +52,13 @@ def arrow_gates(inputs: GateInputs) -> Floats:
 GATES: dict[str, GatesFn] = {"hidden": hidden_gates, "arrow": arrow_gates, "random": random_gates}
 
 
-def layers_of(tensors: Mapping[str, Place]) -> dict[str, int]:
+def layers_of(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
     """The seed's layers with a feed-forward, and the width of what enters it."""
     found = ((FEED_FORWARD.fullmatch(name), place) for name, place in tensors.items())
     return {match["layer"]: place.shape[1] for match, place in found if match and match["part"] == "gate_proj"}
 
 
-def random_rows(tensors: Mapping[str, Place], experts: Sequence[str], rng_seed: int, scale: float) -> dict[str, Floats]:
+def random_rows(tensors: Mapping[str, StoredTensor], experts: Sequence[str], rng_seed: int, scale: float) -> dict[str, Floats]:
     """Random gates of every layer (`random_gates`)."""
     return {layer: _random(layer, width, experts, rng_seed, scale) for layer, width in layers_of(tensors).items()}
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from elmwood.errors import BadInput, BadSeed
-from elmwood.weights.tensors import Place
+from elmwood.weights.tensors import StoredTensor
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 FEED_FORWARD = re.compile(r"(?P<layer>.*\.layers\.(?P<number>\d+))\.mlp\.(?P<part>gate_proj|up_proj|down_proj)\.weight")
@@ -103,7 +103,7 @@ class Cell(NamedTuple):
     gate: bool = False
 
 
-def cells(family: Family, tensors: Mapping[str, Place], experts: int) -> list[Cell]:
+def cells(family: Family, tensors: Mapping[str, StoredTensor], experts: int) -> list[Cell]:
     """Every tensor of a mixture: gates first, then what is shared, then the experts layer by layer. Raises BadSeed."""
     gates: dict[str, Cell] = {}
     shared: list[Cell] = []

@@ -14,12 +14,12 @@ import numpy as np
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
-from elmwood.merge.moe.build import KEPT, LOW, Mixing, Written, changed, finished, moved, opened, share
+from elmwood.merge.moe.build import KEPT, LOW, Mixing, Written, add_card, list_changed, merge_shared, open_parts, take_files
 from elmwood.merge.moe.shards import Shards
 from elmwood.merge.rules.table import RULES, Rules
 from elmwood.records import Forest, Mixture, Seed, fingerprint
 from elmwood.store import Store
-from elmwood.weights.tensors import Files, Place, decode, places
+from elmwood.weights.tensors import Files, StoredTensor, decode, places
 
 EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 
@@ -43,8 +43,8 @@ def remove(mixture: Mixture, expert: str, store: Store, progress: Progress = sil
     rows, hashes = _write(mixture, mixture.experts.index(expert), forest, folder, store, progress, rules)
     facts: dict[str, object] = {"forest": forest.digest, "experts": rest, "parent": mixture.digest, "removed": (*mixture.removed, expert)}
     facts |= {"method": mixture.method if rows else KEPT, "settings": mixture.settings if rows else {}}
-    made = mixture.model_copy(update={**facts, "contributions": rows, "files": moved(folder, hashes, store)})
-    made = finished(made, store.load(mixture.seed, Seed), store)
+    made = mixture.model_copy(update={**facts, "contributions": rows, "files": take_files(folder, hashes, store)})
+    made = add_card(made, store.load(mixture.seed, Seed), store)
     store.finish(key, made)
     return made
 
@@ -57,11 +57,11 @@ def again(mixture: Mixture) -> bool:
 def _write(mixture: Mixture, gone: int, forest: Forest, folder: Path, store: Store, progress: Progress, rules: Rules) -> Written:
     """Config and shards of all but one expert."""
     found = places(sorted(store.folder(mixture.files).glob("*.safetensors")))
-    kept = {name: new for name in found if (new := renamed(name, gone))}
-    parts = opened(forest, mixture.seed in mixture.experts and mixture.experts[gone] != mixture.seed, store, rules)
+    kept = {name: new for name in found if (new := rename_tensor(name, gone))}
+    parts = open_parts(forest, mixture.seed in mixture.experts and mixture.experts[gone] != mixture.seed, store, rules)
     anew = again(mixture)
     shared = {name for name in kept if not name.endswith(".gate.weight") and not EXPERT.fullmatch(name)} if anew else set()
-    wanted = shared if mixture.layout == "checkpoint" else shared & set(changed(parts))
+    wanted = shared if mixture.layout == "checkpoint" else shared & set(list_changed(parts))
     kept = {name: new for name, new in kept.items() if name not in shared or name in wanted}
     entries = [(new, found[name].dtype, _shape(name, found[name])) for name, new in kept.items()]
     gates = sum(name.endswith(".gate.weight") for name in kept)
@@ -74,13 +74,13 @@ def _write(mixture: Mixture, gone: int, forest: Forest, folder: Path, store: Sto
             shards.copy(new, found[name], files)
         progress("experts", done, len(kept), "tensors")
     mixing = Mixing(gates=mixture.gates, layout=mixture.layout, method=mixture.method, settings=mixture.settings)
-    rows = share(parts, mixing, shards, files, progress) if anew else mixture.contributions  # what was tuned keeps what it brought
+    rows = merge_shared(parts, mixing, shards, files, progress) if anew else mixture.contributions  # what was tuned keeps what it brought
     files.close()
     _settings(mixture, store.folder(mixture.files), folder)
     return rows, shards.close()
 
 
-def renamed(name: str, gone: int) -> str | None:
+def rename_tensor(name: str, gone: int) -> str | None:
     """A tensor's name when the experts after `gone` have moved up; none for one of its own."""
     if not (match := EXPERT.fullmatch(name)):
         return name
@@ -88,7 +88,7 @@ def renamed(name: str, gone: int) -> str | None:
     return None if number == gone else f"{match[1]}{number - (number > gone)}{match[3]}"
 
 
-def _shape(name: str, place: Place) -> tuple[int, ...]:
+def _shape(name: str, place: StoredTensor) -> tuple[int, ...]:
     return (place.shape[0] - 1, *place.shape[1:]) if name.endswith(".gate.weight") else place.shape
 
 

@@ -1,7 +1,7 @@
 """Sharded safetensors written in place, tensor by tensor, in any order. Gates stand in a shard of their own: tuning or choosing them
 again leaves every other file, and so every other blob, as it was.
 
-N numbers of one tensor, or a part of it
+N values of one tensor, or a part of it
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.weights.tensors import SIZES, Files, Place, decode, encode, pack_header
+from elmwood.weights.tensors import SIZES, Files, StoredTensor, decode, encode, pack_header
 
 SHARD = 4 << 30  # bytes of a file, about
 COPIED = 1 << 18  # bytes at once: with 2 MiB a copy takes several times the CPU, since they do not stay in the cache
@@ -37,7 +37,7 @@ class Shards:
             groups[-1].append((name, dtype, shape, size))
             filled += size
         self.buffer = memoryview(bytearray(COPIED))
-        self.index, self.places, self.handles = folder / f"{stem}.safetensors.index.json", dict[str, Place](), dict[Path, int]()
+        self.index, self.places, self.handles = folder / f"{stem}.safetensors.index.json", dict[str, StoredTensor](), dict[Path, int]()
         self.hashed: dict[Path, tuple[int, Any]] = {}  # file -> how far it has been written from its beginning on, and the hash so far
         for number, group in enumerate(groups, 1):
             path, top = folder / f"{stem}-{number:05}-of-{len(groups):05}.safetensors", pack_header(group, {"format": "pt"})
@@ -46,12 +46,12 @@ class Shards:
             at = len(top)
             self.hashed[path] = at, hashlib.sha256(top)
             for name, dtype, shape, size in group:
-                self.places[name] = Place(path, dtype, shape, at)
+                self.places[name] = StoredTensor(path, dtype, shape, at)
                 at += size
             os.ftruncate(handle, at)
 
     def put(self, name: str, first: int, raw: NDArray[np.uint8]) -> None:
-        """The bytes of a tensor from its number `first` on."""
+        """The bytes of a tensor from its value `first` on."""
         place = self.places[name]
         at = place.start + first * place.width
         os.pwrite(self.handles[place.path], raw.data, at)
@@ -61,10 +61,10 @@ class Shards:
             self.hashed[place.path] = at + raw.nbytes, sha
 
     def put_numbers(self, name: str, value_N: NDArray[np.floating], first: int = 0) -> None:
-        """Numbers, rounded to the tensor's dtype."""
+        """Values, rounded to the tensor's dtype."""
         self.put(name, first, encode(np.ascontiguousarray(value_N).reshape(-1), self.places[name].dtype))
 
-    def copy(self, name: str, source: Place, files: Files, first: int = 0) -> None:
+    def copy(self, name: str, source: StoredTensor, files: Files, first: int = 0) -> None:
         """A tensor of another file, byte by byte where the dtypes are alike."""
         same = source.dtype == self.places[name].dtype
         step = COPIED // source.width

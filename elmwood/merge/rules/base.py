@@ -1,6 +1,6 @@
 """What a merge rule is: finish(sum over experts of part(expert)), or a set of experts that is looked at together.
 
-N numbers of one tensor (or a block of it), F fields of a state, E experts. `delta` is expert minus seed (the task vector).
+N values of one tensor (or a block of it), F fields of a state, E experts. `delta` is expert minus seed (the task vector).
 """
 
 import hashlib
@@ -14,7 +14,7 @@ Floats = NDArray[np.floating[Any]]
 Settings = Mapping[str, float]
 Shape = tuple[int, ...]
 
-REVISION = 2  # raised when a mended rule gives other numbers: what was merged before is then merged anew
+REVISION = 2  # raised when a mended rule gives other values: what was merged before is then merged anew
 
 
 class Local(NamedTuple):
@@ -40,7 +40,7 @@ def chance(digest: str, name: str, begins: Settings, first: int, count: int) -> 
 
 
 class Total(NamedTuple):
-    """What is known of a sum beside its numbers."""
+    """What is known of a sum beside its values."""
 
     weight: float  # of all experts together
     whole: float  # of those that were added as themselves, not as deltas

@@ -1,6 +1,6 @@
 """Rules for the weights of linear layers, which look at a whole matrix. All else is averaged beside them.
 
-O numbers a layer gives out, I it reads; R singular values. `delta` [O, I] is expert minus seed.
+O outputs and I inputs of a linear layer; R singular values. `delta` [O, I] is expert minus seed.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ def normal_shapes(shape: Shape) -> tuple[Shape, Shape]:
     return (shape[1], shape[1]), (shape[1], shape[0])
 
 
-def regressed(delta_OI: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
+def regress(delta_OI: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
     """Normal equations: G and G deltaᵀ. G is xᵀx of what the layer read, off its diagonal times `alpha` (RegMean, arXiv:2212.09849).
 
     Without a Gram matrix (the weight of no linear layer) G is 1: the average."""
@@ -31,7 +31,7 @@ def regressed(delta_OI: Floats, weight: float, local: Local, settings: Settings)
     return weight * gram_II, weight * (gram_II @ delta_OI.T)
 
 
-def interfering(delta_OI: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
+def weigh_by_delta(delta_OI: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
     """Normal equations with G = deltaᵀ delta / |delta|^2: inputs lie about where delta does (WUDI, arXiv:2503.08099, in closed form)."""
     size = float(np.square(delta_OI).sum())
     if not size:
@@ -40,7 +40,7 @@ def interfering(delta_OI: Floats, weight: float, local: Local, settings: Setting
     return gram_II, gram_II @ delta_OI.T
 
 
-def solved(sums: tuple[Floats, ...], seed_OI: Floats, total: Total, settings: Settings) -> Floats:
+def solve(sums: tuple[Floats, ...], seed_OI: Floats, total: Total, settings: Settings) -> Floats:
     """Seed + the delta that answers the summed normal equations. `ridge`, a share of the mean of G's diagonal, is added to it: where G
     says nothing the seed stays. Of LAPACK: the same bytes on the same kernels."""
     gram_II, right_IO = sums
@@ -52,14 +52,14 @@ def solved(sums: tuple[Floats, ...], seed_OI: Floats, total: Total, settings: Se
     return seed_OI + settings["scale"] * delta_IO.T
 
 
-def isotropic(sums: tuple[Floats, ...], seed_OI: Floats, total: Total, settings: Settings) -> Floats:
+def flatten_spectrum(sums: tuple[Floats, ...], seed_OI: Floats, total: Total, settings: Settings) -> Floats:
     """Seed + scale * mean singular value * U Vᵀ of the summed delta: no direction dominates (Iso-C, arXiv:2502.04959). Of LAPACK."""
     u_OR, size_R, v_RI = np.linalg.svd(sums[0], full_matrices=False)
     kept = size_R > NOTHING * size_R.max(initial=0.0)
     return seed_OI + settings["scale"] * (size_R.mean() if size_R.size else 0.0) * (u_OR[:, kept] @ v_RI[kept])
 
 
-def task_singular(deltas: Callable[[], Iterator[Floats]], weight_E: Floats, settings: Settings) -> Floats:
+def join_singular_vectors(deltas: Callable[[], Iterator[Floats]], weight_E: Floats, settings: Settings) -> Floats:
     """Each delta's strongest singular directions, a share `rank` (0: one part in as many as there are experts) of them, all made
     orthogonal together (TSV-Merge, arXiv:2412.00081). Of LAPACK."""
     left, sizes, right = [], [], []
@@ -85,8 +85,8 @@ def _orthogonal(matrix: Doubles) -> Doubles:
     return u @ v
 
 
-def selected(deltas: Callable[[], Iterator[Floats]], weight_E: Floats, settings: Settings) -> Floats:
-    """SCE with its selection (arXiv:2408.07990): the `density` of numbers that vary most between experts, the mean of those who agree in
+def select_and_vote(deltas: Callable[[], Iterator[Floats]], weight_E: Floats, settings: Settings) -> Floats:
+    """SCE with its selection (arXiv:2408.07990): the `density` of values that vary most between experts, the mean of those who agree in
     sign, weighed by the squared length of what was selected. The deltas are read twice."""
     count, plain, squares = 0, None, None
     for delta in deltas():

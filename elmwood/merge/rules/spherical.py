@@ -14,7 +14,7 @@ from elmwood.merge.rules.base import Floats, Settings
 Doubles = NDArray[np.float64]
 
 
-def arc(inner_EE: Floats, weight_E: Floats, settings: Settings) -> Floats:
+def follow_arc(inner_EE: Floats, weight_E: Floats, settings: Settings) -> Floats:
     """Along the great circle from the first expert to the second, by the second's share of the weights (slerp, Shoemake 1985).
 
     Straight where the cosine is above `straight` in magnitude. Lengths are mixed along with directions. Raises BadInput."""
@@ -29,14 +29,14 @@ def arc(inner_EE: Floats, weight_E: Floats, settings: Settings) -> Floats:
     return np.array([math.sin((1 - share) * angle), math.sin(share * angle)]) / math.sin(angle)
 
 
-def mean_direction(inner_EE: Floats, weight_E: Floats, settings: Settings) -> Floats:
+def average_directions(inner_EE: Floats, weight_E: Floats, settings: Settings) -> Floats:
     """The weighted mean of the directions, with the weighted mean of the lengths (what mergekit's multislerp comes to: its step in the
     tangent space at that mean is zero)."""
     share_E, length_E, unit_EE = _units(inner_EE, weight_E)
     return _along(share_E, share_E, length_E, unit_EE)
 
 
-def karcher(inner_EE: Floats, weight_E: Floats, settings: Settings) -> Floats:
+def find_karcher_mean(inner_EE: Floats, weight_E: Floats, settings: Settings) -> Floats:
     """The point of the sphere with the least squared distances to all, by gradient descent (Karcher 1977), with the mean of the lengths."""
     share_E, length_E, unit_EE = _units(inner_EE, weight_E)
     mean_E = _normal(share_E.copy(), unit_EE)

@@ -12,24 +12,32 @@ import numpy as np
 from elmwood.errors import BadInput, UnknownName
 from elmwood.merge.rules.base import Floats, Local, Rule, Settings, Shape
 from elmwood.merge.rules.elementwise import (
-    cut,
-    directed,
-    divided,
-    dropped,
-    elected,
-    energetic,
-    erased,
-    gaussian,
-    known,
-    ranked,
-    ranked_votes,
-    scaled,
-    shifted,
-    spanned,
-    stocked,
+    add_curvature,
+    add_direction,
+    divide_by_curvature,
+    drop,
+    drop_by_rank,
+    elect_sign,
+    erase_minority,
+    scale,
+    shift_seed,
+    shrink_to_seed,
+    span,
+    trim,
+    vote_by_energy,
+    vote_by_rank,
+    weigh_by_fisher,
 )
-from elmwood.merge.rules.matrices import interfering, isotropic, normal_shapes, regressed, selected, solved, task_singular
-from elmwood.merge.rules.spherical import arc, karcher, mean_direction
+from elmwood.merge.rules.matrices import (
+    flatten_spectrum,
+    join_singular_vectors,
+    normal_shapes,
+    regress,
+    select_and_vote,
+    solve,
+    weigh_by_delta,
+)
+from elmwood.merge.rules.spherical import average_directions, find_karcher_mean, follow_arc
 from elmwood.registry import lookup
 
 SUM = ("sum",)
@@ -55,31 +63,35 @@ def _crumbs(settings: Settings) -> tuple[float, float]:
 Rules = dict[str, Rule]
 
 RULES: Rules = {
-    "average": Rule("arXiv:2203.05482", SUM, scaled, shifted, {}, VOTE, linear=True),
-    "task_arithmetic": Rule("arXiv:2212.04089", SUM, scaled, shifted, {}, ADD, linear=True),
-    "ties": Rule("arXiv:2306.01708", BALLOT, cut, elected, {"density": 0.2, "across": 0.0}, VOTE, ballot=True, ranks=_densest),
-    "dare": Rule("arXiv:2311.03099", SUM, dropped, shifted, {"density": 0.5, "rng_seed": 0.0}, ADD),
-    "dare_ties": Rule("arXiv:2311.03099", BALLOT, dropped, elected, {"density": 0.5, "rng_seed": 0.0}, VOTE, ballot=True),
-    "breadcrumbs": Rule("arXiv:2312.06795", SUM, cut, shifted, CUT, ADD, ranks=_crumbs),
-    "breadcrumbs_ties": Rule("arXiv:2312.06795", BALLOT, cut, elected, CUT, VOTE, ballot=True, ranks=_crumbs),
-    "della": Rule("arXiv:2406.11617", SUM, ranked, shifted, DRAWN, ADD, entire=True),
-    "della_ties": Rule("arXiv:2406.11617", BALLOT, ranked_votes, elected, DRAWN, VOTE, entire=True),
-    "sce": Rule("arXiv:2408.07990", ("sum", *BALLOT), energetic, erased, {}, SCALE, entire=True),
-    "sce_select": Rule("arXiv:2408.07990", (), scaled, shifted, {"density": 0.1}, ADD, entire=True, together=selected),
-    "model_stock": Rule("arXiv:2403.19522", ("sum", "direction"), directed, stocked, {}, {}, entire=True),
+    "average": Rule("arXiv:2203.05482", SUM, scale, shift_seed, {}, VOTE, linear=True),
+    "task_arithmetic": Rule("arXiv:2212.04089", SUM, scale, shift_seed, {}, ADD, linear=True),
+    "ties": Rule("arXiv:2306.01708", BALLOT, trim, elect_sign, {"density": 0.2, "across": 0.0}, VOTE, ballot=True, ranks=_densest),
+    "dare": Rule("arXiv:2311.03099", SUM, drop, shift_seed, {"density": 0.5, "rng_seed": 0.0}, ADD),
+    "dare_ties": Rule("arXiv:2311.03099", BALLOT, drop, elect_sign, {"density": 0.5, "rng_seed": 0.0}, VOTE, ballot=True),
+    "breadcrumbs": Rule("arXiv:2312.06795", SUM, trim, shift_seed, CUT, ADD, ranks=_crumbs),
+    "breadcrumbs_ties": Rule("arXiv:2312.06795", BALLOT, trim, elect_sign, CUT, VOTE, ballot=True, ranks=_crumbs),
+    "della": Rule("arXiv:2406.11617", SUM, drop_by_rank, shift_seed, DRAWN, ADD, entire=True),
+    "della_ties": Rule("arXiv:2406.11617", BALLOT, vote_by_rank, elect_sign, DRAWN, VOTE, entire=True),
+    "sce": Rule("arXiv:2408.07990", ("sum", *BALLOT), vote_by_energy, erase_minority, {}, SCALE, entire=True),
+    "sce_select": Rule("arXiv:2408.07990", (), scale, shift_seed, {"density": 0.1}, ADD, entire=True, together=select_and_vote),
+    "model_stock": Rule("arXiv:2403.19522", ("sum", "direction"), add_direction, shrink_to_seed, {}, {}, entire=True),
     # on the sphere
-    "slerp": Rule("Shoemake 1985", SUM, scaled, spanned, {"deltas": 0.0, "straight": 0.9995}, {}, linear=True, share=arc),
-    "nuslerp": Rule("Shoemake 1985", SUM, scaled, spanned, {"deltas": 1.0, "straight": 1.0}, {}, linear=True, share=arc),
-    "multislerp": Rule("mergekit", SUM, scaled, spanned, {"deltas": 1.0}, {}, linear=True, share=mean_direction),
-    "karcher": Rule("Karcher 1977", SUM, scaled, spanned, KARCHER, {}, linear=True, share=karcher),
+    "slerp": Rule("Shoemake 1985", SUM, scale, span, {"deltas": 0.0, "straight": 0.9995}, {}, linear=True, share=follow_arc),
+    "nuslerp": Rule("Shoemake 1985", SUM, scale, span, {"deltas": 1.0, "straight": 1.0}, {}, linear=True, share=follow_arc),
+    "multislerp": Rule("mergekit", SUM, scale, span, {"deltas": 1.0}, {}, linear=True, share=average_directions),
+    "karcher": Rule("Karcher 1977", SUM, scale, span, KARCHER, {}, linear=True, share=find_karcher_mean),
     # with statistics that the experts left
-    "fisher": Rule("arXiv:2111.09832", ("fisher", "sum"), known, divided, {"floor": 1e-6}, SCALE, entire=True, needs="fisher"),
-    "uncertainty": Rule("arXiv:2310.12808", ("fisher", "sum"), gaussian, divided, {"prior": 1.0}, SCALE, entire=True, needs="fisher"),
-    "regmean": Rule("arXiv:2212.09849", NORMAL, regressed, solved, {"alpha": 0.9}, RIDGE, needs="gram", **MATRIX),
+    "fisher": Rule(
+        "arXiv:2111.09832", ("fisher", "sum"), weigh_by_fisher, divide_by_curvature, {"floor": 1e-6}, SCALE, entire=True, needs="fisher"
+    ),
+    "uncertainty": Rule(
+        "arXiv:2310.12808", ("fisher", "sum"), add_curvature, divide_by_curvature, {"prior": 1.0}, SCALE, entire=True, needs="fisher"
+    ),
+    "regmean": Rule("arXiv:2212.09849", NORMAL, regress, solve, {"alpha": 0.9}, RIDGE, needs="gram", **MATRIX),
     # of whole matrices
-    "wudi": Rule("arXiv:2503.08099", NORMAL, interfering, solved, {}, RIDGE, **MATRIX),
-    "iso_c": Rule("arXiv:2502.04959", SUM, scaled, isotropic, {}, SCALE, entire=True, matrices=True),
-    "tsv": Rule("arXiv:2412.00081", (), scaled, shifted, {"rank": 0.0}, ADD, entire=True, matrices=True, together=task_singular),
+    "wudi": Rule("arXiv:2503.08099", NORMAL, weigh_by_delta, solve, {}, RIDGE, **MATRIX),
+    "iso_c": Rule("arXiv:2502.04959", SUM, scale, flatten_spectrum, {}, SCALE, entire=True, matrices=True),
+    "tsv": Rule("arXiv:2412.00081", (), scale, shift_seed, {"rank": 0.0}, ADD, entire=True, matrices=True, together=join_singular_vectors),
 }
 
 
@@ -117,14 +129,14 @@ def rule_of(given: Rule | Callable[..., Floats], name: str) -> Rule:
             raise BadInput(f"merge rule {name} makes shape {part_N.shape} of {delta_N.shape}: it works element by element")
         return (part_N,)
 
-    return Rule((inspect.getdoc(given) or name).partition("\n")[0], SUM, part, shifted, begins, ADD)
+    return Rule((inspect.getdoc(given) or name).partition("\n")[0], SUM, part, shift_seed, begins, ADD)
 
 
 def code_of(name: str, rules: Rules) -> list[str]:
     """What names the code of a rule that is none of the table, so that another version of it is another task; nothing for those of it."""
     if name in RULES:
         return []
-    sources = [_source(inspect.unwrap(value)) if callable(value) else repr(value) for value in named(name, rules)]
+    sources = [_source(inspect.unwrap(value)) if callable(value) else repr(value) for value in find_rule(name, rules)]
     return [hashlib.sha256("\n".join(sources).encode()).hexdigest()]
 
 
@@ -135,7 +147,7 @@ def _source(function: Any) -> str:
         return repr(getattr(getattr(function, "__code__", None), "co_code", function.__qualname__))
 
 
-def named(name: str, rules: Rules) -> Rule:
+def find_rule(name: str, rules: Rules) -> Rule:
     """Raises UnknownName."""
     if name not in rules and ":" in name:
         raise UnknownName(f"merge rule {name!r} is not elmwood's own: to run its code, name it with --method {name}")
@@ -146,7 +158,7 @@ def named(name: str, rules: Rules) -> Rule:
 
 def settle(name: str, given: Settings, rules: Rules = RULES) -> tuple[Rule, dict[str, float], dict[str, float]]:
     """A rule by name, with its settings of beginning and end. Raises UnknownName, BadInput."""
-    rule = named(name, rules)
+    rule = find_rule(name, rules)
     if unknown := set(given) - set(rule.begins) - set(rule.ends):
         raise BadInput(f"{name} has no setting {sorted(unknown)[0]!r}; it has {', '.join([*rule.begins, *rule.ends])}")
     if not 0 < given.get("density", 1.0) <= 1:

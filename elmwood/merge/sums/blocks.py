@@ -10,7 +10,7 @@ import numpy as np
 
 from elmwood.merge.rules.base import Floats
 from elmwood.weights.experts import Doubles, Source, Whole, delta, read_values, refuse_nonfinite
-from elmwood.weights.tensors import BLOCK, PIECE, Bytes, Place, Reader, Request, decode
+from elmwood.weights.tensors import BLOCK, PIECE, Bytes, ReadAhead, Request, StoredTensor, decode
 
 ALL = (0, 1)  # the part that is the whole
 Span = tuple[int, int]
@@ -29,7 +29,7 @@ def pieces_of(span: Span) -> Iterator[Span]:
         yield first, min(span[1], first + PIECE)
 
 
-def step_of(name: str, seed: Place | None, group: Sequence[Source], first: int, last: int) -> list[Request]:
+def step_of(name: str, seed: StoredTensor | None, group: Sequence[Source], first: int, last: int) -> list[Request]:
     """What to read of a piece: the seed's values, where they are called for, and those of full experts."""
     step: list[Request] = [(seed, first, last)] if seed else []
     for one in group:
@@ -39,7 +39,7 @@ def step_of(name: str, seed: Place | None, group: Sequence[Source], first: int, 
     return step
 
 
-def seed_values(raw: Bytes, place: Place, at: int, end: int) -> Doubles:
+def seed_values(raw: Bytes, place: StoredTensor, at: int, end: int) -> Doubles:
     """Values of the seed, from the bytes of a piece."""
     return decode(raw[at * place.width : end * place.width], place.dtype).astype(np.float64)
 
@@ -52,7 +52,7 @@ class Deltas(NamedTuple):
     delta_EN: list[Doubles]
 
 
-def read_deltas(name: str, place: Place, group: Sequence[Source], spans: Sequence[Span], reader: Reader) -> Iterator[Deltas]:
+def read_deltas(name: str, place: StoredTensor, group: Sequence[Source], spans: Sequence[Span], reader: ReadAhead) -> Iterator[Deltas]:
     """Block by block over these spans, none longer than a piece. Raises BadInput where a value is not finite."""
     plan = [step_of(name, place, group, *span) for span in spans]
     for (first, last), raws in zip(spans, reader.stream(plan), strict=True):
@@ -63,7 +63,7 @@ def read_deltas(name: str, place: Place, group: Sequence[Source], spans: Sequenc
             yield Deltas(first + at, seed_N, [_delta(one, name, first + at, first + end, place, rest, at, seed_N) for one in group])
 
 
-def _delta(one: Source, name: str, first: int, last: int, place: Place, rest: Iterator[Any], at: int, seed_N: Doubles) -> Doubles:
+def _delta(one: Source, name: str, first: int, last: int, place: StoredTensor, rest: Iterator[Any], at: int, seed_N: Doubles) -> Doubles:
     raw = next(rest) if isinstance(one, Whole) else None
     delta_N = delta(one, read_values(one, name, first, last, place, raw, at, seed_N), seed_N)
     refuse_nonfinite(delta_N, one, name)

@@ -12,10 +12,10 @@ from elmwood.merge.rules.base import Floats
 from elmwood.merge.sums.blocks import pieces_of, read_deltas
 from elmwood.weights import exact
 from elmwood.weights.experts import Source
-from elmwood.weights.tensors import Place, Reader
+from elmwood.weights.tensors import ReadAhead, StoredTensor
 
 
-def inner_products(name: str, place: Place, sources: Sequence[Source], whole: bool, reader: Reader) -> Floats:
+def inner_products(name: str, place: StoredTensor, sources: Sequence[Source], whole: bool, reader: ReadAhead) -> Floats:
     """[E, E], of the experts' deltas or, where `whole`, of their weights as they are; blocks of all experts stand in memory."""
     count = len(sources)
     found: dict[tuple[int, int], list[float]] = {(i, j): [] for i in range(count) for j in range(i + 1)}

@@ -1,6 +1,6 @@
 """The k-th largest magnitude of a tensor that is read in pieces: a sample says about where, one reading settles it exactly.
 
-N numbers of a part of a tensor; U different magnitudes in the window
+N values of a part of a tensor; U different magnitudes in the window
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ WAITING = 1 << 18  # magnitudes in the window that wait to be counted
 class Kth:
     """Finds the `rank`-th largest of `numbers` magnitudes. Rank 0: infinity; a rank of all or more: 0.
 
-    Differences of bf16 numbers take few values, each of them often: those in the window are kept as values and counts."""
+    Differences of bf16 values take few values, each of them often: those in the window are kept as values and counts."""
 
-    def __init__(self, numbers: int, rank: int, sample_N: Floats | None):
-        self.numbers, self.rank = numbers, rank
+    def __init__(self, numbers: int, rank: int, sample_N: Floats | None, waiting: int = WAITING):
+        self.numbers, self.rank, self.room = numbers, rank, waiting
         self.low, self.high = self._window(sample_N)
         self.above = 0  # magnitudes at or over the window
         self.value_U, self.count_U = np.empty(0), np.empty(0, np.int64)  # ascending
@@ -42,7 +42,7 @@ class Kth:
             return
         if self.waiting + magnitude_N.size >= self.waiting_N.size:
             self._count()
-            self.waiting_N = np.empty(max(self.waiting_N.size, min(self.numbers, WAITING) + magnitude_N.size + 1))
+            self.waiting_N = np.empty(max(self.waiting_N.size, min(self.numbers, self.room) + magnitude_N.size + 1))
         above, inside = kernels.window(magnitude_N, self.low, self.high, self.waiting_N[self.waiting :])
         self.above, self.waiting = self.above + above, self.waiting + inside
 

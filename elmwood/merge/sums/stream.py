@@ -13,14 +13,14 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.merge.rules.base import Floats, Local, Rule, Settings, Total, chance
 from elmwood.merge.rules.table import on
-from elmwood.merge.statistics import Opened
+from elmwood.merge.statistics import ExpertStatistics
 from elmwood.merge.sums.blocks import ALL, pieces_of, seed_values, share_of_tensors, span_of, step_of
 from elmwood.merge.sums.inner_products import inner_products
 from elmwood.merge.sums.thresholds import Cut, find_cuts
 from elmwood.merge.sums.whole_tensor import TensorSum, sum_whole
 from elmwood.weights import exact
 from elmwood.weights.experts import Doubles, Source, Whole, delta, read_values
-from elmwood.weights.tensors import BLOCK, PIECE, SIZES, Place, Reader
+from elmwood.weights.tensors import BLOCK, PIECE, SIZES, ReadAhead, StoredTensor
 
 GROUP = 32  # experts whose pieces stand in memory at once
 
@@ -70,13 +70,13 @@ class Pass:
 
     def __init__(
         self,
-        seed: Mapping[str, Place],
+        seed: Mapping[str, StoredTensor],
         sources: Sequence[Source],
         weight: Callable[[int, str], float],
         wanted: Sequence[Wanted],
         part: tuple[int, int] = ALL,
         progress: Progress = silent,
-        statistics: Sequence[Opened] = (),
+        statistics: Sequence[ExpertStatistics] = (),
     ):
         self.seed, self.sources, self.weight, self.wanted, self.part, self.progress = seed, sources, weight, wanted, part, progress
         self.statistics = statistics
@@ -110,7 +110,7 @@ class Pass:
         spans = {name: span_of(self.seed[name].numbers, self.part) for name in names}
         total = sum(last - first for first, last in spans.values()) * max(1, len(self.sources))
         done = 0
-        with Reader(PIECE * 8) as reader:
+        with ReadAhead(PIECE * 8) as reader:
             across = [self._cuts(one, names, reader) if one.rule.ranks and one.begins.get("across") else None for one in self.wanted]
             for name in names:
                 whole = [number for number in range(len(self.wanted)) if self.rule(number, name).entire]
@@ -129,7 +129,7 @@ class Pass:
 
     # ---- one tensor
 
-    def _rules(self, name: str, across: Sequence[list[Cut] | None], with_seed: bool, reader: Reader) -> TensorRules:
+    def _rules(self, name: str, across: Sequence[list[Cut] | None], with_seed: bool, reader: ReadAhead) -> TensorRules:
         """What must be known of a tensor before it is summed, for which it may be read before."""
         self._choose_weights(name, reader)
         cuts = [
@@ -146,7 +146,7 @@ class Pass:
         full = [one for one in self.sources if isinstance(one, Whole)]
         return any(one.reads(name, numbers) < numbers for one in full) or (bool(full) and any(not rule.linear for rule in rules))
 
-    def _tensor(self, how: TensorRules, span: tuple[int, int], reader: Reader) -> Iterator[Piece]:
+    def _tensor(self, how: TensorRules, span: tuple[int, int], reader: ReadAhead) -> Iterator[Piece]:
         here = [e for e, one in enumerate(self.sources) if one.has(how.name)]
         groups = [here[at : at + GROUP] for at in range(0, len(here), GROUP)] or [[]]  # nobody: another rule asks for this tensor
         seed = self.seed[how.name] if how.seed else None
@@ -204,7 +204,7 @@ class Pass:
         (part_N,) = rule.part(delta_N, weight, local, begins)
         return exact.vote(total_FN, part_N, weight) if rule.ballot else exact.add(total_FN[0], part_N)
 
-    def _whole(self, name: str, whole: Sequence[int], reader: Reader) -> Piece:
+    def _whole(self, name: str, whole: Sequence[int], reader: ReadAhead) -> Piece:
         """The sums of those that look at a whole tensor."""
         asked = [TensorSum(self.rule(number, name), self.wanted[number].begins, self.weights(number, name)) for number in whole]
         raw, found, reach = sum_whole(name, self.seed[name], self.sources, asked, self.statistics, reader.files)
@@ -216,7 +216,7 @@ class Pass:
 
     # ---- what is read before
 
-    def _choose_weights(self, name: str, reader: Reader) -> None:
+    def _choose_weights(self, name: str, reader: ReadAhead) -> None:
         """Let the rules that see experts as points of a sphere choose their weights, from one reading of the tensor."""
         asked = [(number, one) for number, one in enumerate(self.wanted) if one.rule.share]
         for whole in {not one.begins["deltas"] for _, one in asked}:
@@ -227,7 +227,7 @@ class Pass:
                     weight_E = np.array([self.weight(e, name) for e in range(len(self.sources))])
                     self.shares[number][name] = one.rule.share(inner_EE, weight_E, one.begins) if weight_E.any() else weight_E
 
-    def _cuts(self, wanted: Wanted, names: Sequence[str], reader: Reader) -> list[Cut]:
+    def _cuts(self, wanted: Wanted, names: Sequence[str], reader: ReadAhead) -> list[Cut]:
         """For each expert the magnitudes that are kept of these tensors together."""
         assert wanted.rule.ranks is not None
         return find_cuts(wanted.rule.ranks(wanted.begins), {name: self.seed[name] for name in names}, self.sources, reader)

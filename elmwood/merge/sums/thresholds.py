@@ -11,14 +11,14 @@ from elmwood.merge.rules.base import Floats
 from elmwood.merge.sums.blocks import magnitudes, pieces_of, read_deltas
 from elmwood.merge.sums.kth import Kth
 from elmwood.weights.experts import Source
-from elmwood.weights.tensors import BLOCK, Place, Reader
+from elmwood.weights.tensors import BLOCK, ReadAhead, StoredTensor
 
 SAMPLE, STRIP = 1 << 16, 1 << 12  # magnitudes that say about where a threshold lies, and how many of them stand side by side
 GROUP = 8  # experts whose magnitudes are ranked in one reading
 Cut = tuple[float, float]  # magnitudes from the first up to the second are kept
 
 
-def find_cuts(shares: tuple[float, float], tensors: Mapping[str, Place], sources: Sequence[Source], reader: Reader) -> list[Cut]:
+def find_cuts(shares: tuple[float, float], tensors: Mapping[str, StoredTensor], sources: Sequence[Source], reader: ReadAhead) -> list[Cut]:
     """For each expert the cut that keeps magnitudes by rank over all these tensors together: `shares` as in `Rule.ranks`."""
     numbers = sum(place.numbers for place in tensors.values())
     ranks = [int(share * numbers) for share in shares]
@@ -36,7 +36,7 @@ def find_cuts(shares: tuple[float, float], tensors: Mapping[str, Place], sources
     return found
 
 
-def _push(name: str, place: Place, group: Sequence[Source], kths: Sequence[Sequence[Kth]], reader: Reader) -> None:
+def _push(name: str, place: StoredTensor, group: Sequence[Source], kths: Sequence[Sequence[Kth]], reader: ReadAhead) -> None:
     """Show every magnitude of a tensor of these experts to those who rank them."""
     for block in read_deltas(name, place, group, list(pieces_of((0, place.numbers))), reader):
         for magnitude_N, pair in zip(magnitudes(block.delta_EN), kths, strict=True):
@@ -44,7 +44,7 @@ def _push(name: str, place: Place, group: Sequence[Source], kths: Sequence[Seque
                 kth.push(magnitude_N)
 
 
-def _sample(group: Sequence[Source], tensors: Mapping[str, Place], numbers: int, reader: Reader) -> list[Floats | None]:
+def _sample(group: Sequence[Source], tensors: Mapping[str, StoredTensor], numbers: int, reader: ReadAhead) -> list[Floats | None]:
     """Magnitudes of each expert, from strips evenly over the tensors."""
     found: list[list[Floats]] = [[] for _ in group]
     for name, place in tensors.items():

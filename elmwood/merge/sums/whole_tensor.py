@@ -1,6 +1,6 @@
 """Sums of rules that look at a whole tensor at once.
 
-E experts, N numbers of a tensor
+E experts, N values of a tensor
 """
 
 import math
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elmwood.merge.rules.base import Floats, Local, Rule, Settings, chance
-from elmwood.merge.statistics import Opened
+from elmwood.merge.statistics import ExpertStatistics
 from elmwood.weights import exact
 from elmwood.weights.experts import Source, read_delta, refuse_nonfinite
-from elmwood.weights.tensors import Bytes, Files, Place, decode
+from elmwood.weights.tensors import Bytes, Files, StoredTensor, decode
 
 
 class TensorSum(NamedTuple):
@@ -24,7 +24,7 @@ class TensorSum(NamedTuple):
     weight_E: Floats
 
 
-def whole_delta(one: Source, name: str, place: Place, seed_N: Floats, files: Files) -> Floats:
+def whole_delta(one: Source, name: str, place: StoredTensor, seed_N: Floats, files: Files) -> Floats:
     """An expert's delta of a whole tensor, in its shape, float64. Raises BadInput."""
     delta_N = read_delta(one, name, place, 0, place.numbers, seed_N, files)
     refuse_nonfinite(delta_N, one, name)
@@ -32,7 +32,8 @@ def whole_delta(one: Source, name: str, place: Place, seed_N: Floats, files: Fil
 
 
 def sum_whole(
-    name: str, place: Place, sources: Sequence[Source], asked: Sequence[TensorSum], statistics: Sequence[Opened], files: Files
+    name: str, place: StoredTensor, sources: Sequence[Source], asked: Sequence[TensorSum], statistics: Sequence[ExpertStatistics],
+    files: Files,
 ) -> tuple[Bytes, list[list[Any]], list[list[int]]]:  # fmt: skip
     """The seed's bytes; for each sum the integers of its fields (or the delta of a rule that looks at all experts together), and the bound
     of what each expert added.
@@ -61,7 +62,7 @@ def sum_whole(
     return raw, sums, reach
 
 
-def _nothing(rule: Rule, place: Place) -> list[Any]:
+def _nothing(rule: Rule, place: StoredTensor) -> list[Any]:
     """Two integers for each value of each field."""
     return [np.zeros(math.prod(size), np.int64) for size in rule.sizes(place.shape) for _ in "ab"] if rule.sums else []
 
@@ -77,10 +78,10 @@ def _add(sums: list[Any], parts: Sequence[Floats]) -> int:
     return bound
 
 
-def _chance(source: Source, name: str, place: Place, begins: Settings) -> Callable[[], Floats]:
+def _chance(source: Source, name: str, place: StoredTensor, begins: Settings) -> Callable[[], Floats]:
     return lambda: chance(source.digest, name, begins, 0, place.numbers)().reshape(place.shape)
 
 
-def _statistic(statistics: Sequence[Opened], e: int, name: str) -> Callable[[str], Floats | None]:
+def _statistic(statistics: Sequence[ExpertStatistics], e: int, name: str) -> Callable[[str], Floats | None]:
     """What an expert left of its text, of this tensor."""
     return lambda kind: getattr(statistics[e], kind)(name) if statistics else None
