@@ -20,7 +20,7 @@ from elmwood.errors import BadInput, UnknownName
 from elmwood.merge.export.card import card
 from elmwood.merge.layer_weights import depth_of, weight_of
 from elmwood.merge.rules.base import REVISION, Settings
-from elmwood.merge.states import Weights, open_all
+from elmwood.merge.states import Weights, hold, open_all
 from elmwood.records import Contribution, Merged, Seed, fingerprint
 from elmwood.store import Store
 from elmwood.weights.experts import Low
@@ -160,39 +160,48 @@ def merge_adapters(
     plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
     rules = [settle_low(*answer) for answer in answers]
     keys = [fingerprint("merge", REVISION, seed, plain, name, settings) for (name, _), (_, settings) in zip(answers, rules, strict=True)]
-    if all(store.done(key) for key in keys):
-        return [store.load(store.done(key) or "", Merged) for key in keys]
+    with hold(keys, store):
+        if all(store.done(key) for key in keys):
+            return [store.load(store.done(key) or "", Merged) for key in keys]
+        tensors, experts, weights, turned = _open_adapters(seed, members, answers[0][0], store)
+        depth = depth_of(tensors)
+        writers = [AdapterFile(store.work(key) / "out", tensors, turned) for key in keys]
+        reach = [0.0] * len(experts)
+        names = [name for name in tensors if any(one.has(name) for one in experts)]
+        for place, name in enumerate(names):
+            pairs, weight_E = _pairs(experts, weights, name, depth, reach)
+            exact = side_by_side(pairs, weight_E)
+            for writer, (rule, settings) in zip(writers, rules, strict=True):
+                total = settings["scale"] / (sum(weight_E) if settings["normalise"] and sum(weight_E) else 1.0)
+                writer.put(name, merged_pair(pairs, weight_E, rule, settings), (exact[0] * total, exact[1]))
+            progress("merge", place + 1, len(names), "layers")
+        rows = tuple(
+            Contribution(expert=one.digest, weight=weight, whole=False, reach=int(np.ceil(most)))
+            for one, weight, most in zip(experts, weights, reach, strict=True)
+        )
+        made = []
+        for (name, _), (rule, settings), key, writer in zip(answers, rules, keys, writers, strict=True):
+            files = {path.name: store.put(path) for path in writer.close(seed)}
+            about = f"Its relative distance from the exact sum of the experts' deltas, over all layers (Frobenius): {writer.error:.6g}."
+            text = card(seed, name, rule.paper, settings, rows, files, library="peft", about=about)
+            files["README.md"] = store.put(text.encode())
+            made.append(Merged(seed=seed.digest, method=name, settings=settings, contributions=rows, files=files, error=writer.error))
+            store.finish(key, made[-1])
+        return made
+
+
+def _open_adapters(
+    seed: Seed, members: Mapping[str, Weights], method: str, store: Store
+) -> tuple[dict[str, StoredTensor], list[Low], list[Weights], bool]:  # fmt: skip
+    """Tensors of the seed, the experts with their weights, and whether their matrices are transposed. Raises BadInput, ForeignExpert."""
     tensors, sources, weights = open_all(seed, members, store, False)
-    experts = [one for one in sources if isinstance(one, Low)]
     if whole := [one.digest for one in sources if one.whole]:
-        raise BadInput(f"expert {whole[0][:8]} is a full checkpoint: {answers[0][0]} makes an adapter of adapters; use average or ties")
-    depth = depth_of(tensors)
+        raise BadInput(f"expert {whole[0][:8]} is a full checkpoint: {method} makes an adapter of adapters; use average or ties")
+    experts = [one for one in sources if isinstance(one, Low)]
     turned = {one.turned for one in experts}
     if len(turned) > 1:
         raise BadInput("some of these adapters have fan_in_fan_out and others not: they grew on different models; leave some out")
-    writers = [AdapterFile(store.work(key) / "out", tensors, turned.pop() if turned else False) for key in keys]
-    reach = [0.0] * len(experts)
-    names = [name for name in tensors if any(one.has(name) for one in experts)]
-    for place, name in enumerate(names):
-        pairs, weight_E = _pairs(experts, weights, name, depth, reach)
-        exact = side_by_side(pairs, weight_E)
-        for writer, (rule, settings) in zip(writers, rules, strict=True):
-            total = settings["scale"] / (sum(weight_E) if settings["normalise"] and sum(weight_E) else 1.0)
-            writer.put(name, merged_pair(pairs, weight_E, rule, settings), (exact[0] * total, exact[1]))
-        progress("merge", place + 1, len(names), "layers")
-    rows = tuple(
-        Contribution(expert=one.digest, weight=weight, whole=False, reach=int(np.ceil(most)))
-        for one, weight, most in zip(experts, weights, reach, strict=True)
-    )
-    made = []
-    for (name, _), (rule, settings), key, writer in zip(answers, rules, keys, writers, strict=True):
-        files = {path.name: store.put(path) for path in writer.close(seed)}
-        about = f"Its relative distance from the exact sum of the experts' deltas, over all layers (Frobenius): {writer.error:.6g}."
-        text = card(seed, name, rule.paper, settings, rows, files, library="peft", about=about)
-        files["README.md"] = store.put(text.encode())
-        made.append(Merged(seed=seed.digest, method=name, settings=settings, contributions=rows, files=files, error=writer.error))
-        store.finish(key, made[-1])
-    return made
+    return tensors, experts, weights, any(turned)
 
 
 def _pairs(experts: Sequence[Low], weights: Sequence[Weights], name: str, depth: int, reach: list[float]) -> tuple[list[Pair], list[float]]:

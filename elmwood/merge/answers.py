@@ -25,7 +25,7 @@ def combine(methods: Sequence[str], values: Mapping[str, Sequence[float]], rules
     answers: list[Answer] = []
     for method, mine in known.items():
         names = [name for name in values if name in mine]
-        answers += [Answer(method, dict(zip(names, row, strict=True))) for row in product(*(values[name] for name in names))]
+        answers += [Answer(method, dict(zip(names, row, strict=True))) for row in product(*(dict.fromkeys(values[name]) for name in names))]
     return answers
 
 

@@ -5,6 +5,7 @@ N values of a piece of one tensor
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,9 +17,9 @@ from elmwood.merge.export.card import EXACT, KERNELS, card
 from elmwood.merge.layer_weights import depth_of, layer_name, weight_of
 from elmwood.merge.rules.base import REVISION, Floats, Rule, Settings, Total
 from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
-from elmwood.merge.states import Weights, check_alike, contributions, open_all, open_pass, seed_places, statistics_of, sum_places
+from elmwood.merge.states import Weights, check_alike, contributions, hold, open_all, open_pass, seed_places, statistics_of, sum_places
 from elmwood.merge.sums.blocks import ALL, span_of
-from elmwood.merge.sums.stream import Piece, Wanted
+from elmwood.merge.sums.stream import Pass, Piece, Wanted
 from elmwood.records import Contribution, Merged, Seed, State, fingerprint
 from elmwood.store import Store
 from elmwood.weights import exact
@@ -51,36 +52,64 @@ def merge(
         )
         for a, (rule, begins, ends) in zip(answers, settled, strict=True)
     ]
-    if all(store.done(key) for key in keys):
-        return [store.load(store.done(key) or "", Merged) for key in keys]
-    tensors, sources, weights = open_all(seed, members, store, resize)
-    wanted: list[Wanted] = []
-    for rule, begins, _ in settled:
-        if Wanted(rule, begins) not in wanted:
-            wanted.append(Wanted(rule, begins))
-    work = open_pass(tensors, sources, weights, wanted, (0, 1), store, progress)
-    names = work.names()
-    twins = [Twin(tensors, store.work(key) / "out", names) for key in keys]
+    with hold(keys, store):
+        if all(store.done(key) for key in keys):
+            return [store.load(store.done(key) or "", Merged) for key in keys]
+        tensors, sources, weights = open_all(seed, members, store, resize)
+        wanted: list[Wanted] = []
+        for rule, begins, _ in settled:
+            if Wanted(rule, begins) not in wanted:
+                wanted.append(Wanted(rule, begins))
+        work = open_pass(tensors, sources, weights, wanted, ALL, store, progress)
+        twins = [Twin(tensors, store.work(key) / "out", work.names()) for key in keys]
+        places = _write(work, settled, twins)
+        made = []
+        for answer, (rule, begins, ends), key, place, twin in zip(answers, settled, keys, places, twins, strict=True):
+            rows = contributions(sources, weights, work.reach[place], left if rule.needs else {})
+            made.append(_store(seed, answer.method, rule, begins | ends, rows, twin, store))
+            store.finish(key, made[-1])
+        return made
+
+
+def _write(work: Pass, settled: Sequence[tuple[Rule, dict[str, float], dict[str, float]]], twins: Sequence[Twin]) -> list[int]:
+    """Finish the sums of a pass into a twin for each answer; the place of each answer's sums among those of the pass."""
+    places = [work.wanted.index(Wanted(rule, begins)) for rule, begins, _ in settled]
     finishers = [
-        (place := wanted.index(Wanted(rule, begins)), Finisher(rule, begins | ends, tensors, partial(work.total, place), twin))
-        for (rule, begins, ends), twin in zip(settled, twins, strict=True)
+        Finisher(rule, begins | ends, dict(work.seed), partial(work.total, place), twin)
+        for (rule, begins, ends), place, twin in zip(settled, places, twins, strict=True)
     ]
-    for piece in work.run(lambda name: any(one.with_seed(name) for _, one in finishers)):
-        for place, one in finishers:
+    for piece in work.run(lambda name: any(one.with_seed(name) for one in finishers)):
+        for place, one in zip(places, finishers, strict=True):
             if piece.sums[place]:
                 one.write(piece, piece.sums[place])
-    made = []
-    for answer, (rule, begins, ends), key, (place, _), twin in zip(answers, settled, keys, finishers, twins, strict=True):
-        rows = contributions(sources, weights, work.reach[place], left if rule.needs else {})
-        made.append(_store(seed, answer.method, rule, begins | ends, rows, twin, store))
-        store.finish(key, made[-1])
-    return made
+    return places
 
 
 def finalize(
     states: Sequence[State], settings: Settings, store: Store, progress: Progress = silent, rules: Rules = RULES
 ) -> Merged:  # fmt: skip
     """The checkpoint of a state, or of all the parts of one. Raises BadInput."""
+    first = states[0]
+    _check_parts(states)
+    rule, begins, ends = settle(first.method, {**first.settings, **settings}, rules)
+    if begins != first.settings:
+        raise BadInput(f"{sorted(set(settings) & set(begins))} decided this state when it was made: make the state again to change them")
+    seed = store.load(first.seed, Seed)
+    key = fingerprint("finalize", REVISION, *sorted(one.digest for one in states), ends, *code_of(first.method, rules))
+    with store.held(key):
+        if done := store.done(key):
+            return store.load(done, Merged)
+        if rule.sums:
+            made = _finish_sums(states, rule, begins | ends, seed, store.work(key) / "out", store)
+        else:  # its experts are looked at together, and now
+            members = {c.expert: c.weight for c in first.contributions}
+            (made,) = merge(seed, members, [Answer(first.method, begins | ends)], store, False, progress, rules)
+        store.finish(key, made)
+        return made
+
+
+def _check_parts(states: Sequence[State]) -> None:
+    """Raises BadInput where these are not all the parts of one state."""
     first = states[0]
     for other in states[1:]:
         check_alike(first, other.model_copy(update={"part": first.part}))
@@ -91,29 +120,20 @@ def finalize(
         raise BadInput(f"these are the parts {parts}; a checkpoint needs each of them once: name them all")
     if len(first.contributions) < 2:
         raise BadInput("a merge takes two experts or more, this state holds one: add others first")
-    rule, begins, ends = settle(first.method, {**first.settings, **settings}, rules)
-    if begins != first.settings:
-        raise BadInput(f"{sorted(set(settings) & set(begins))} decided this state when it was made: make the state again to change them")
-    seed = store.load(first.seed, Seed)
-    key = fingerprint("finalize", REVISION, *sorted(one.digest for one in states), ends, *code_of(first.method, rules))
-    if done := store.done(key):
-        return store.load(done, Merged)
-    if not rule.sums:  # its experts are looked at together, and now
-        members = {c.expert: c.weight for c in first.contributions}
-        (made,) = merge(seed, members, [Answer(first.method, begins | ends)], store, False, progress, rules)
-        store.finish(key, made)
-        return made
-    tensors = seed_places(seed, store)
+
+
+def _finish_sums(states: Sequence[State], rule: Rule, settings: dict[str, float], seed: Seed, folder: Path, store: Store) -> Merged:
+    """The checkpoint of the sums of all parts."""
+    first, tensors = states[0], seed_places(seed, store)
     held = [(one, sum_places(one, store)) for one in sorted(states, key=lambda one: one.part)]
     summed = {key.rpartition("|")[0] for _, found in held for key in found}
-    twin = Twin(tensors, store.work(key) / "out", summed)
-    finisher = Finisher(rule, begins | ends, tensors, _totals_of(first, tensors), twin)
-    files = Files()
+    twin = Twin(tensors, folder, summed)
+    finisher, files = Finisher(rule, settings, tensors, _totals_of(first, tensors), twin), Files()
     for name in (name for name in tensors if name in summed):
         mine = on(rule, name, tensors[name].shape)
         keys = [f"{name}|{field}" for field in mine.stored()]
         for one, found in held:
-            if keys[0] not in found:  # it stands whole in another part
+            if keys[0] not in found:  # it is whole in another part
                 continue
             begin, end = span_of(tensors[name].numbers, ALL if mine.entire else one.part)
             for start in range(begin, end, end - begin if mine.entire else PIECE):
@@ -127,9 +147,7 @@ def finalize(
         row.model_copy(update={"reach": max(c.reach for one in states for c in one.contributions if c.expert == row.expert)})
         for row in first.contributions
     )
-    made = _store(seed, first.method, rule, begins | ends, rows, twin, store)
-    store.finish(key, made)
-    return made
+    return _store(seed, first.method, rule, settings, rows, twin, store)
 
 
 def assemble(choice: Mapping[str, Merged], store: Store) -> Merged:
@@ -142,22 +160,23 @@ def assemble(choice: Mapping[str, Merged], store: Store) -> Merged:
         raise BadInput("layers are chosen among merges of the same experts of one seed: merge them anew")
     layers = {layer: one.digest for layer, one in sorted(choice.items())}
     key = fingerprint("assemble", layers)
-    if done := store.done(key):
-        return store.load(done, Merged)
-    seed = store.load(first.seed, Seed)
-    tensors, files = seed_places(seed, store), Files()
-    held = {layer: places(sorted(store.folder(one.files).glob("*.safetensors"))) for layer, one in choice.items()}
-    chosen = [name for name, place in tensors.items() if layer_name(name) in held and place.dtype in SIZES]
-    twin = Twin(tensors, store.work(key) / "out", chosen)
-    for name in chosen:
-        place, mine = tensors[name], held[layer_name(name)][name]
-        for start in range(0, place.numbers, PIECE):
-            twin.put(place, start, files.read(mine, start, min(place.numbers, start + PIECE)))
-    files.close()
-    rows = tuple(row.model_copy(update={"statistics": None, "reach": 0}) for row in first.contributions)
-    made = _store(seed, "by_layer", None, {}, rows, twin, store).model_copy(update={"layers": layers})
-    store.finish(key, made)
-    return made
+    with store.held(key):
+        if done := store.done(key):
+            return store.load(done, Merged)
+        seed = store.load(first.seed, Seed)
+        tensors, files = seed_places(seed, store), Files()
+        held = {layer: places(sorted(store.folder(one.files).glob("*.safetensors"))) for layer, one in choice.items()}
+        chosen = [name for name, place in tensors.items() if layer_name(name) in held and place.dtype in SIZES]
+        twin = Twin(tensors, store.work(key) / "out", chosen)
+        for name in chosen:
+            place, mine = tensors[name], held[layer_name(name)][name]
+            for start in range(0, place.numbers, PIECE):
+                twin.put(place, start, files.read(mine, start, min(place.numbers, start + PIECE)))
+        files.close()
+        rows = tuple(row.model_copy(update={"statistics": None, "reach": 0}) for row in first.contributions)
+        made = _store(seed, "by_layer", None, {}, rows, twin, store).model_copy(update={"layers": layers})
+        store.finish(key, made)
+        return made
 
 
 def _totals_of(one: State, tensors: dict[str, StoredTensor]) -> Callable[[str], Total]:

@@ -6,6 +6,7 @@ N values of a piece of one tensor
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,15 @@ def statistics_of(needed: bool, members: Iterable[str], store: Store) -> dict[st
     return {digest: find_statistics(digest, store).digest for digest in sorted(members)} if needed else {}
 
 
+@contextmanager
+def hold(keys: Sequence[str], store: Store) -> Iterator[None]:
+    """Tasks held by one process at a time, as `Store.held`; in one order, so that two processes never wait for one another."""
+    with ExitStack() as stack:
+        for key in sorted(set(keys)):
+            stack.enter_context(store.held(key))
+        yield
+
+
 # ---- states -----------------------------------------------------------------------------------------------------
 
 
@@ -105,26 +115,27 @@ def state(
     plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
     left = statistics_of(bool(rule.needs), members, store)
     key = fingerprint("state", seed, method, begins, part, plain, *([left] if left else []), *code_of(method, rules))
-    if done := store.done(key):
-        return store.load(done, State)
-    tensors, sources, weights = open_all(seed, members, store, False)
-    if not rule.sums:
-        made = State(**fields, contributions=contributions(sources, weights, [0] * len(sources), left), files={})
+    with store.held(key):
+        if done := store.done(key):
+            return store.load(done, State)
+        tensors, sources, weights = open_all(seed, members, store, False)
+        if not rule.sums:
+            made = State(**fields, contributions=contributions(sources, weights, [0] * len(sources), left), files={})
+            store.finish(key, made)
+            return made
+        work = open_pass(tensors, sources, weights, [Wanted(rule, begins)], part, store, progress)
+        layout = layout_of(rule, tensors, work.names(), part)
+
+        def pieces() -> Iterator[tuple[str, int, exact.Ints]]:
+            for piece in work.run(lambda name: False):
+                mine = on(rule, piece.name, tensors[piece.name].shape)
+                at = 0 if mine.entire else piece.first - span_of(tensors[piece.name].numbers, part)[0]
+                yield from ((f"{piece.name}|{field}", at, sum_N) for field, sum_N in zip(mine.stored(), piece.sums[0], strict=True))
+
+        files = _write_sums(store, key, layout, pieces())
+        made = State(**fields, contributions=contributions(sources, weights, work.reach[0], left), files=files)
         store.finish(key, made)
         return made
-    work = open_pass(tensors, sources, weights, [Wanted(rule, begins)], part, store, progress)
-    layout = layout_of(rule, tensors, work.names(), part)
-
-    def pieces() -> Iterator[tuple[str, int, exact.Ints]]:
-        for piece in work.run(lambda name: False):
-            mine = on(rule, piece.name, tensors[piece.name].shape)
-            at = 0 if mine.entire else piece.first - span_of(tensors[piece.name].numbers, part)[0]
-            yield from ((f"{piece.name}|{field}", at, sum_N) for field, sum_N in zip(mine.stored(), piece.sums[0], strict=True))
-
-    files = _write_sums(store, key, layout, pieces())
-    made = State(**fields, contributions=contributions(sources, weights, work.reach[0], left), files=files)
-    store.finish(key, made)
-    return made
 
 
 def layout_of(rule: Rule, tensors: Mapping[str, StoredTensor], names: Iterable[str], part: tuple[int, int]) -> dict[str, int]:
@@ -215,35 +226,36 @@ def _combine(
 ) -> State:  # fmt: skip
     exact.check_room(sum(row.reach for row in rows))
     key = fingerprint("states", one, other, combine.__name__)
-    if done := store.done(key):
-        return store.load(done, State)
-    rule = settle(one.method, one.settings, rules)[0]
-    if not rule.sums:  # the set of experts is all there is
-        made = one.model_copy(update={"contributions": rows})
+    with store.held(key):
+        if done := store.done(key):
+            return store.load(done, State)
+        rule = settle(one.method, one.settings, rules)[0]
+        if not rule.sums:  # the set of experts is all there is
+            made = one.model_copy(update={"contributions": rows})
+            store.finish(key, made)
+            return made
+        mine, its = sum_places(one, store), sum_places(other, store)
+        # a tensor that no expert of a state changes is not in it: it counts as zero
+        layout = {key: place.numbers for key, place in (mine | its).items()}
+        names = {key.rpartition("|")[0] for key in layout}
+        changed = names if combine is np.add or rule.needs else _changed_tensors(rows, names, store)
+        layout = {key: numbers for key, numbers in layout.items() if key.rpartition("|")[0] in changed}
+        files = Files()
+
+        def read(held: dict[str, StoredTensor], key: str, first: int, last: int) -> NDArray[np.int64]:
+            return files.read(held[key], first, last).view(np.int64) if key in held else np.zeros(last - first, np.int64)
+
+        def pieces() -> Iterator[tuple[str, int, exact.Ints]]:
+            for key, numbers in layout.items():
+                for first in range(0, numbers, PIECE):
+                    last = min(numbers, first + PIECE)
+                    yield key, first, combine(read(mine, key, first, last), read(its, key, first, last))
+
+        written = _write_sums(store, key, layout, pieces())
+        files.close()
+        made = one.model_copy(update={"contributions": rows, "files": written})
         store.finish(key, made)
         return made
-    mine, its = sum_places(one, store), sum_places(other, store)
-    # a tensor that no expert of a state changes is not in it: it counts as zero
-    layout = {key: place.numbers for key, place in (mine | its).items()}
-    names = {key.rpartition("|")[0] for key in layout}
-    changed = names if combine is np.add or rule.needs else _changed_tensors(rows, names, store)
-    layout = {key: numbers for key, numbers in layout.items() if key.rpartition("|")[0] in changed}
-    files = Files()
-
-    def read(held: dict[str, StoredTensor], key: str, first: int, last: int) -> NDArray[np.int64]:
-        return files.read(held[key], first, last).view(np.int64) if key in held else np.zeros(last - first, np.int64)
-
-    def pieces() -> Iterator[tuple[str, int, exact.Ints]]:
-        for key, numbers in layout.items():
-            for first in range(0, numbers, PIECE):
-                last = min(numbers, first + PIECE)
-                yield key, first, combine(read(mine, key, first, last), read(its, key, first, last))
-
-    written = _write_sums(store, key, layout, pieces())
-    files.close()
-    made = one.model_copy(update={"contributions": rows, "files": written})
-    store.finish(key, made)
-    return made
 
 
 def _changed_tensors(rows: tuple[Contribution, ...], names: set[str], store: Store) -> set[str]:

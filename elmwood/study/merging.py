@@ -75,8 +75,8 @@ def merge(
         members, methods = members_of(names, home, weights, layers, tensors), listed(method or "average")
         rules = open_rules(methods)
         answers = answers_of(methods, given, rules)
-    if per_layer and (not choose or len(answers) < 2 or any(answer.method in LOW_RULES for answer in answers)):
-        raise BadInput("--per-layer takes layers from several checkpoints: give --choose, several answers, and no rule that makes adapters")
+    if per_layer:
+        _check_layers(answers, choose)
     seed = seed_of(members, home)
     if parts:
         _check_parts(answers, resize)
@@ -164,6 +164,12 @@ def partition_of(members: Mapping[str, Any], store: Store) -> str:
     if not where:
         raise BadInput("none of these experts names a partition: say whose held-out text to choose on with --partition")
     return where
+
+
+def _check_layers(answers: Sequence[Answer], choose: bool) -> None:
+    """Raises BadInput where layers cannot be taken from several answers."""
+    if not choose or len(answers) < 2 or any(answer.method in LOW_RULES for answer in answers):
+        raise BadInput("--per-layer takes layers from several checkpoints: give --choose, several answers, and no rule that makes adapters")
 
 
 def _check_parts(answers: Sequence[Answer], resize: bool) -> None:

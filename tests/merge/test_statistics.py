@@ -1,6 +1,7 @@
 """Statistics that experts leave, and the rules and estimates that use them."""
 
 import json
+from importlib import import_module
 
 import hypothesis.extra.numpy
 import hypothesis.strategies as st
@@ -83,8 +84,9 @@ def test_statistics_are_what_their_words_say(grown):
 def test_wide_layers_leave_a_sketch_with_the_exact_diagonal(grown, monkeypatch):
     store, _, _, (expert, _) = grown
     exact = open_statistics(expert.digest, store).gram(name := "model.layers.0.mlp.down_proj.weight")
-    monkeypatch.setattr("elmwood.train.statistics.WIDE", 40)
-    monkeypatch.setattr("elmwood.train.statistics.DIRECTIONS", 20)
+    module = import_module("elmwood.train.statistics")
+    monkeypatch.setattr(module, "WIDE", 40)
+    monkeypatch.setattr(module, "DIRECTIONS", 20)
     record = statistics(expert, store, rows=ROWS + 1, device="cpu")  # another number of rows is another record
     assert isinstance(record, Statistics)
     again = open_statistics(expert.digest, store)

@@ -33,14 +33,7 @@ def export(
     """Write a model into a new folder. By default an adapter stays an adapter and all else is a transformers checkpoint; an adapter
     asked for as a checkpoint is folded into its seed. `dtype` is for GGUF. Raises BadInput, Damaged, MissingExtra.
     """
-    adapter = ADAPTER in record.files
-    form = form or ("peft" if adapter else "transformers")
-    if form not in FORMATS:
-        raise BadInput(f"no format {form!r}; have {', '.join(FORMATS)}")
-    if form in ("peft", "gguf-adapter") and not adapter:
-        raise BadInput(f"a {record.kind} with weights of its own is no adapter: export it with --format transformers or gguf")
-    if dtype and (form != "gguf" or dtype not in DTYPES):
-        raise BadInput(f"--dtype {dtype}: for --format gguf, one of {', '.join(DTYPES)}; other formats keep the values as they are")
+    form = check_form(record, form, dtype)
     seed = record if isinstance(record, Seed) else store.load(record.seed, Seed)
     folder.mkdir(parents=True, exist_ok=True)
     if form == "peft":
@@ -71,6 +64,19 @@ def export(
             file.write("\n".join(["", "```python", RUN[form], "```", "", "| file | digest |", "|---|---|", *rows, ""]))
     if not (folder / "README.md").exists():  # what was combined has its own
         (folder / "README.md").write_text(model_card(record, seed, form, _domain(record, store), _digests(folder)))
+
+
+def check_form(record: Model, form: str | None, dtype: str | None) -> str:
+    """The format that is asked for, or the default one. Raises BadInput."""
+    adapter = ADAPTER in record.files
+    form = form or ("peft" if adapter else "transformers")
+    if form not in FORMATS:
+        raise BadInput(f"no format {form!r}; have {', '.join(FORMATS)}")
+    if form in ("peft", "gguf-adapter") and not adapter:
+        raise BadInput(f"a {record.kind} with weights of its own is no adapter: export it with --format transformers or gguf")
+    if dtype and (form != "gguf" or dtype not in DTYPES):
+        raise BadInput(f"--dtype {dtype}: for --format gguf, one of {', '.join(DTYPES)}; other formats keep the values as they are")
+    return form
 
 
 def checkpoint(record: Model, seed: Seed, store: Store, folder: Path, progress: Progress, links: bool = False) -> None:

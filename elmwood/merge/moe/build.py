@@ -135,23 +135,24 @@ def mix(
     """Done once per inputs. `rows` are the gates (see gates.py). Raises BadSeed, BadInput, ForeignExpert."""
     packed = hashlib.sha256(b"".join(name.encode() + np.asarray(rows[name], "<f8").tobytes() for name in sorted(rows))).hexdigest()
     key = fingerprint("mixture", forest, mixing, packed, *([] if mixing.method == KEPT else code_of(mixing.method, rules)))
-    if done := store.done(key):
-        return store.load(done, Mixture)
-    parts = open_parts(forest, mixing.gates.seed_bias is not None, store, rules)
-    folder = store.work(key) / "out"
-    if mixing.layout == "checkpoint":
-        try_copies(parts.config, write_copies, store)
-    brought, hashes = (write_low if mixing.layout == "low-rank" else write)(parts, rows, mixing, folder, progress)
-    if not brought:
-        mixing = mixing.model_copy(update={"method": KEPT, "settings": {}})
-    made = Mixture(
-        seed=parts.seed, forest=forest.digest, experts=parts.order, gates=mixing.gates, layout=mixing.layout,  # type: ignore[arg-type]
-        method=mixing.method, settings=mixing.settings, contributions=brought,
-        files=take_files(folder, hashes, store),
-    )  # fmt: skip
-    made = add_card(made, store.load(parts.seed, Seed), store)
-    store.finish(key, made)
-    return made
+    with store.held(key):
+        if done := store.done(key):
+            return store.load(done, Mixture)
+        parts = open_parts(forest, mixing.gates.seed_bias is not None, store, rules)
+        folder = store.work(key) / "out"
+        if mixing.layout == "checkpoint":
+            try_copies(parts.config, write_copies, store)
+        brought, hashes = (write_low if mixing.layout == "low-rank" else write)(parts, rows, mixing, folder, progress)
+        if not brought:
+            mixing = mixing.model_copy(update={"method": KEPT, "settings": {}})
+        made = Mixture(
+            seed=parts.seed, forest=forest.digest, experts=parts.order, gates=mixing.gates, layout=mixing.layout,  # type: ignore[arg-type]
+            method=mixing.method, settings=mixing.settings, contributions=brought,
+            files=take_files(folder, hashes, store),
+        )  # fmt: skip
+        made = add_card(made, store.load(parts.seed, Seed), store)
+        store.finish(key, made)
+        return made
 
 
 def take_files(folder: Path, hashes: Mapping[str, str | None], store: Store) -> dict[str, str]:

@@ -34,19 +34,21 @@ def remove(mixture: Mixture, expert: str, store: Store, progress: Progress = sil
             f"without {expert[:8]} there are {len(rest)} experts for top-{mixture.gates.top_k}: mix again, with a smaller --top-k"
         )
     key = fingerprint("remove from mixture", mixture.digest, expert)
-    if done := store.done(key):
-        return store.load(done, Mixture)
-    old = store.load(mixture.forest, Forest)
-    forest = old.model_copy(update={"experts": tuple(digest for digest in old.experts if digest != expert)})
-    store.add(forest)
-    folder = store.work(key) / "out"
-    rows, hashes = _write(mixture, mixture.experts.index(expert), forest, folder, store, progress, rules)
-    facts: dict[str, object] = {"forest": forest.digest, "experts": rest, "parent": mixture.digest, "removed": (*mixture.removed, expert)}
-    facts |= {"method": mixture.method if rows else KEPT, "settings": mixture.settings if rows else {}}
-    made = mixture.model_copy(update={**facts, "contributions": rows, "files": take_files(folder, hashes, store)})
-    made = add_card(made, store.load(mixture.seed, Seed), store)
-    store.finish(key, made)
-    return made
+    with store.held(key):
+        if done := store.done(key):
+            return store.load(done, Mixture)
+        old = store.load(mixture.forest, Forest)
+        forest = old.model_copy(update={"experts": tuple(digest for digest in old.experts if digest != expert)})
+        store.add(forest)
+        folder = store.work(key) / "out"
+        rows, hashes = _write(mixture, mixture.experts.index(expert), forest, folder, store, progress, rules)
+        facts: dict[str, object] = {"forest": forest.digest, "experts": rest, "parent": mixture.digest}
+        facts |= {"removed": (*mixture.removed, expert)}
+        facts |= {"method": mixture.method if rows else KEPT, "settings": mixture.settings if rows else {}}
+        made = mixture.model_copy(update={**facts, "contributions": rows, "files": take_files(folder, hashes, store)})
+        made = add_card(made, store.load(mixture.seed, Seed), store)
+        store.finish(key, made)
+        return made
 
 
 def again(mixture: Mixture) -> bool:
