@@ -18,7 +18,7 @@ from elmwood.corpus.tokens import Packed
 from elmwood.lm.load import best_device, new_model
 from elmwood.records import Recipe, Shape
 from elmwood.train import loop
-from elmwood.train.adapter import adapter
+from elmwood.train.adapter import add_adapter
 from elmwood.train.data import UNSCORED, batches
 
 WARM = 5  # steps not counted
@@ -83,8 +83,8 @@ def trainers(rows: Rows, tokens_of_a_step: float, recipe: Recipe, shape: Shape) 
     """transformers' Trainer, its defaults but for what the recipe says, over PEFT's own modules."""
     model, clock = new_model(shape).to(best_device()), Clock(recipe.steps)
     if recipe.method == "lora":
-        model = plain(adapter(model, recipe, "bench"))
-    with tempfile.TemporaryDirectory() as folder, loop.threads(recipe.threads):
+        model = plain(add_adapter(model, recipe, "bench"))
+    with tempfile.TemporaryDirectory() as folder, loop.use_threads(recipe.threads):
         settings = TrainingArguments(output_dir=folder, **settings_of(recipe))
         trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[Ticks(clock)])
         trainer.log = lambda *_, **__: None  # it would print
@@ -99,11 +99,11 @@ def packers(packed: Packed, words: Tokenizer, recipe: Recipe, shape: Shape) -> T
 
     model, clock = new_model(shape).to(best_device()), Clock(recipe.steps)
     if recipe.method == "lora":
-        model = plain(adapter(model, recipe, "bench"))
+        model = plain(add_adapter(model, recipe, "bench"))
     ends = np.append(packed.starts[1:], len(packed.tokens))
     documents = [packed.tokens[first:end].tolist() for first, end in zip(packed.starts, ends, strict=True)]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    with tempfile.TemporaryDirectory() as folder, loop.threads(recipe.threads):
+    with tempfile.TemporaryDirectory() as folder, loop.use_threads(recipe.threads):
         # its default strategy; the options that it would choose by itself where a GPU is, spelled out
         settings = SFTConfig(output_dir=folder, packing=True, max_length=recipe.length, gradient_checkpointing=False, **settings_of(recipe))
         trainer = SFTTrainer(

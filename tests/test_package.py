@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 import elmwood
-from elmwood.train.trackers import MODULES
+from elmwood.train.tasks import TRACKERS
 
 ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "elmwood"
@@ -58,7 +58,7 @@ def imported() -> dict[str, set[str | None]]:
                 top = module.split(".")[0]
                 if top not in {*sys.stdlib_module_names, "elmwood"}:
                     found.setdefault(provider(top), set()).add(extra)
-    for name, module in MODULES.items():
+    for name, module in TRACKERS.items():
         found.setdefault(provider(module), set()).add(name)
     return found
 

@@ -40,7 +40,7 @@ from elmwood.lm.load import best_device, new_model
 from elmwood.records import Recipe, Shape
 from elmwood.store import Store
 from elmwood.train import loop, together
-from elmwood.train.adapter import adapter
+from elmwood.train.adapter import add_adapter
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT 0.21 with transformers 5.23
 SHAPE = Shape(layers=3, width=128, heads=4, feed_forward=352, vocabulary=2048, context=1024)
@@ -72,7 +72,7 @@ def say_line(**line: object) -> None:
 def ours(packed: Packed, recipe: Recipe, shape: Shape) -> Times:
     model, clock = new_model(shape).to(best_device()), Clock(recipe.steps)
     if recipe.method == "lora":
-        model = adapter(model, recipe, "bench")
+        model = add_adapter(model, recipe, "bench")
     with tempfile.TemporaryDirectory() as work:
         loop.run(model, packed, recipe, Path(work), lambda **_: None, lambda *_: clock.tick())
     return clock.per_token(recipe.batch * recipe.length)
@@ -80,7 +80,7 @@ def ours(packed: Packed, recipe: Recipe, shape: Shape) -> Times:
 
 def at_once(packed: list[Packed], recipe: Recipe, shape: Shape) -> Times:
     """Experts together over one model; times of one token of any of them."""
-    model, clock = adapter(new_model(shape), recipe, "bench"), Clock(recipe.steps)
+    model, clock = add_adapter(new_model(shape), recipe, "bench"), Clock(recipe.steps)
     with tempfile.TemporaryDirectory() as work:
         together.run(model, packed, recipe, Path(work), lambda *_, **__: None, lambda *_: clock.tick())
     return clock.per_token(len(packed) * recipe.batch * recipe.length)
@@ -182,7 +182,9 @@ def saving(packed: Packed, recipe: Recipe, shape: Shape, **facts: object) -> Non
     model, before = new_model(shape), loop.EVERY
     loop.EVERY = 0.0
     with tempfile.TemporaryDirectory() as work:
-        done = loop.run(adapter(model, recipe, "bench") if recipe.method == "lora" else model, packed, recipe, Path(work), lambda **_: None)
+        done = loop.run(
+            add_adapter(model, recipe, "bench") if recipe.method == "lora" else model, packed, recipe, Path(work), lambda **_: None
+        )
     loop.EVERY = before
     line = {"seconds": round(done.seconds, 2), "saving": round(done.saving, 4), "share": round(done.saving / done.seconds, 5)}
     say_line(what=f"saving, {recipe.method}", **facts | {"steps": recipe.steps, "method": recipe.method}, **line)

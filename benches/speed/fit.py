@@ -26,9 +26,9 @@ from elmwood.merge.moe.shards import Shards
 from elmwood.merge.states import seed_places
 from elmwood.records import Gates, Mixture, Recipe
 from elmwood.store import Store
-from elmwood.train.fit.formulas import anatomy, components, scattered, speed
+from elmwood.train.fit.formulas import anatomy, components, leaves_holes, speed
 from elmwood.train.fit.gpu_table import SEEDS
-from elmwood.train.fit.measure import foretold, measure, random_seed
+from elmwood.train.fit.measure import predict_peak, measure, random_seed
 from elmwood.train.fit.mixture import fit_mixture
 
 
@@ -131,10 +131,10 @@ def one(name: str, config: object, recipe: Recipe, kind: str, device: str) -> No
     body = anatomy(config)
     parts, predicted = components(body, recipe, device), speed(body, recipe, device)
     found = measure(config, recipe, device=device)
-    total = foretold(parts, found)
+    total = predict_peak(parts, found)
     say("fit", **{
         "model": name, **recipe.model_dump(exclude_defaults=True, exclude={"steps"}), "kind": kind, "device": device,
-        "allocator": "heap" if scattered(device) else "mapped",
+        "allocator": "heap" if leaves_holes(device) else "mapped",
         "predicted MB": round(total / 1e6), "peak MB": round(found.peak / 1e6), "error": round(total / found.peak - 1, 3),
         "predicted tokens/s": round(predicted), "tokens/s": round(found.tokens_per_second),
         "speed error": round(predicted / found.tokens_per_second - 1, 3), 
@@ -149,11 +149,11 @@ def mixture(name: str, layout: str, top_k: int, recipe: Recipe, kind: str) -> No
         store = Store(Path(scratch))
         made = random_mixture(config, layout, top_k, store)
         fitted, found = fit_mixture(made, recipe, store, device="cpu"), measure(made, recipe, store)
-    total = foretold(fitted.components, found)
+    total = predict_peak(fitted.components, found)
     say("fit", **{
         "mixture of 4": name, "layout": layout, "top_k": top_k,
         **recipe.model_dump(exclude_defaults=True, exclude={"steps", "method"}), "tuned": recipe.tuned, "kind": kind,
-        "allocator": "heap" if scattered("cpu") else "mapped", "parameters": fitted.parameters, "trained": fitted.trained,
+        "allocator": "heap" if leaves_holes("cpu") else "mapped", "parameters": fitted.parameters, "trained": fitted.trained,
         "predicted MB": round(total / 1e6), "peak MB": round(found.peak / 1e6), "error": round(total / found.peak - 1, 3),
         "CPU seconds per million tokens, predicted": round(1e6 / (fitted.tokens_per_second or 1)),
         "CPU seconds per million tokens": round(1e6 / found.tokens_per_second),

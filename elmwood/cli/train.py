@@ -29,7 +29,7 @@ from elmwood.study import fitting, mixing, training
 from elmwood.units import duration, short
 
 if TYPE_CHECKING:
-    from elmwood.train.fit.gpu_table import Choice
+    from elmwood.train.fit.gpu_table import CardRecipe
 
 # options of `train` that say how experts branch from a seed, and nothing about a mixture
 EXPERTS = {"seed", "domains", "rank", "alpha", "targets", "late", "together", "report_to", "statistics", "workers", "engine", "commands"}
@@ -182,7 +182,7 @@ def fit(
 # ---- printing ----------------------------------------------------------------------------------------------------
 
 
-def print_prediction(seed: str, found: fitting.Prediction) -> None:
+def print_prediction(seed: str, found: fitting.Fitting) -> None:
     """The components of memory, the speed and the verdict; and what two real steps took."""
     answer, what = found.answer, f"{found.recipe.method} on {seed}"
     if found.recipe.method == "router":
@@ -224,7 +224,7 @@ def print_gpu_table(as_json: bool) -> None:
         out.print(f"| {name} | " + " | ".join(_cell(choice) for choice in row) + " |", soft_wrap=True)
 
 
-def _cell(choice: "Choice | None") -> str:
+def _cell(choice: "CardRecipe | None") -> str:
     """'LoRA¹ 5.4': the recipe and its gigabytes."""
     if choice is None:
         return "no"

@@ -11,17 +11,17 @@ from elmwood.study.training import checked, default_length
 from elmwood.units import parse_count, short
 
 if TYPE_CHECKING:
-    from elmwood.train.fit.gpu_table import Choice
+    from elmwood.train.fit.gpu_table import CardRecipe
     from elmwood.train.fit.measure import Measured
-    from elmwood.train.fit.mixture import Tuning
-    from elmwood.train.fit.predict import Fit
+    from elmwood.train.fit.mixture import TuningPrediction
+    from elmwood.train.fit.predict import Prediction
 
 
-class Prediction(NamedTuple):
+class Fitting(NamedTuple):
     """What a run will take, and, where it was measured, what two steps took."""
 
     recipe: Recipe
-    answer: "Fit | Tuning"
+    answer: "Prediction | TuningPrediction"
     measured: "Measured | None" = None
     predicted: int = 0  # bytes, for the process that was measured
 
@@ -36,7 +36,7 @@ def fit(
     seed: Named, *, method: str = "lora", batch: int = 8, length: int | None = None, rank: int = 16, late: float = 1.0,
     accumulate: int = 1, checkpointing: bool = False, optimiser: str = "adamw", together: int = 1, tuned: str = "routers",
     memory: int | str | None = None, device: str | None = None, measure: bool = False, store: AnyStore = None,
-) -> Prediction:  # fmt: skip
+) -> Fitting:  # fmt: skip
     """Predict the memory and time of training a seed, or of tuning a mixture. The config is enough: a seed may be a folder with a
     config.json, or a hub id. Raises BadInput, BadSeed, DoesNotFit.
 
@@ -73,31 +73,32 @@ def _recipe(**fields: object) -> Recipe:
     return checked(Recipe, "fit", steps=1, threads=cores(), **fields)
 
 
-def _fit_mixture(mixture: Mixture, recipe: Recipe, store: Store, memory: int | None, device: str | None) -> Prediction:
+def _fit_mixture(mixture: Mixture, recipe: Recipe, store: Store, memory: int | None, device: str | None) -> Fitting:
     from elmwood.train.fit.mixture import fit_mixture  # torch
 
     for option in ("optimiser", "checkpointing"):
         if getattr(recipe, option) != Recipe.model_fields[option].default:
             raise BadInput(f"--{option}: predictions for mixtures do not know it yet; leave it out")
-    return Prediction(recipe, fit_mixture(mixture, recipe, store, memory=memory, device=device))
+    return Fitting(recipe, fit_mixture(mixture, recipe, store, memory=memory, device=device))
 
 
-def _fit_seed(seed: Seed | str, recipe: Recipe, store: Store, memory: int | None, device: str | None, measure: bool) -> Prediction:
+def _fit_seed(seed: Seed | str, recipe: Recipe, store: Store, memory: int | None, device: str | None, measure: bool) -> Fitting:
     from elmwood.lm.load import best_device  # torch
     from elmwood.train.fit import measure as two_steps
     from elmwood.train.fit import predict
 
     answer = predict.fit(seed, recipe, store, memory=memory, device=device)
     if not measure:
-        return Prediction(recipe, answer)
+        return Fitting(recipe, answer)
     if answer.device != best_device().type:
         raise BadInput(f"there is no {answer.device} here to measure on: leave --device out")
-    found = two_steps.measure(seed if isinstance(seed, Seed) else predict.config_of(seed, store), recipe, store, answer.device)
-    return Prediction(recipe, answer, found, two_steps.foretold(answer.components, found))
+    found = two_steps.measure(seed if isinstance(seed, Seed) else predict.load_config(seed, store), recipe, store, answer.device)
+    return Fitting(recipe, answer, found, two_steps.predict_peak(answer.components, found))
 
 
-def gpu_table() -> "tuple[tuple[int, ...], list[tuple[str, list[Choice | None]]]]":
+def gpu_table() -> "tuple[tuple[int, ...], list[tuple[str, list[CardRecipe | None]]]]":
     """Memory of common cards in GB, and for seeds of common shapes the recipe that trains most of them on each card; None: none fits."""
-    from elmwood.train.fit.gpu_table import MEMORY, cards  # torch
+    from elmwood.train.fit.gpu_table import MEMORY  # torch
+    from elmwood.train.fit.gpu_table import gpu_table as rows
 
-    return MEMORY, cards()
+    return MEMORY, rows()

@@ -190,7 +190,7 @@ def loads(mixture: Named, store: AnyStore = None, *, documents: int = 32, progre
     held = [(place, domain) for place, domain in enumerate(division.domains) if domain.holdout]
     if not held:
         raise BadInput("this partition holds no text out, and loads are looked at on text nobody trained on: cluster with --holdout")
-    found = router.loads(given, [domain.holdout for _, domain in held], home, documents, progress=progress)
+    found = router.measure_loads(given, [domain.holdout for _, domain in held], home, documents, progress=progress)
     domains = [f"{place} {domain.name}"[:28] for place, domain in held]
     return Loads(given.digest, [layer.rpartition(".")[2] for layer in found], domains, expert_names(given, home),
                  np.array(list(found.values())))  # fmt: skip

@@ -1,6 +1,6 @@
-"""LoRA over a frozen model (arXiv:2106.09685): PEFT's modules and files, with a forward and backward of our own for the plain case.
+"""LoRA on a frozen model (arXiv:2106.09685): PEFT's modules and files, with our own forward and backward pass for plain LoRA.
 
-N positions, R rank, I and O: what a linear layer takes in and gives out
+N positions, R rank, I and O: inputs and outputs of a linear layer
 """
 
 import math
@@ -21,36 +21,36 @@ from elmwood.records import Recipe
 ALPHA = 8  # of a rank-stabilised adapter (arXiv:2312.03732): at rank 16 its scale is 2, that of the usual alpha = 2 rank
 
 
-def adapter(model: Any, recipe: Recipe, base: str) -> Any:
-    """Put an adapter into a model, which is frozen. The same recipe gives the same bytes. Raises BadInput.
+def add_adapter(model: Any, recipe: Recipe, base: str) -> Any:
+    """Freeze a model and add an adapter to it. The same recipe gives the same bytes. Raises BadInput.
 
-    `base` is written where PEFT keeps the base model's name.
+    `base` is the name of the base model in PEFT's config.
     """
-    alpha: Any = ALPHA if recipe.alpha is None else recipe.alpha  # PEFT takes any number, its annotation whole ones
+    alpha: Any = ALPHA if recipe.alpha is None else recipe.alpha  # PEFT takes any number, though it is annotated as int
     config = LoraConfig(
         r=recipe.rank, lora_alpha=alpha, use_rslora=recipe.alpha is None, use_dora=recipe.method == "dora", task_type="CAUSAL_LM",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps its matrices the other way round
-        **where(model, recipe),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores its matrices transposed
+        **adapter_places(model, recipe),
     )  # fmt: skip
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT 0.21 asks transformers 5.23 by the old name
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT 0.21 uses the old name in transformers 5.23
         torch.manual_seed(recipe.rng_seed)
         adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base
     for module in adapted.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear and recipe.method != "dora":
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]  # this module alone, while it is trained
+            module.forward = partial(_forward, module)  # type: ignore[method-assign]  # of this module only, while it is trained
     return adapted
 
 
-def where(model: Any, recipe: Recipe) -> dict[str, Any]:
-    """PEFT's settings for the modules that get adapters: all linear ones but the head, or those named; in the last layers if `late`."""
+def adapter_places(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """PEFT's settings for the modules that get adapters: all linear ones but the head, or the named ones; if `late`, in the last layers."""
     if recipe.late == 1:
         return {"target_modules": recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)}
     count = model.config.get_text_config().num_hidden_layers
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count}
     if not stacks:
-        raise BadInput(f"{type(model).__name__} has no list of its {count} layers: adapters in the last of them need one; ask for late 1")
+        raise BadInput(f"{type(model).__name__} has no list of its {count} layers, so no adapters in the last ones: choose --late 1")
     name, layers = next(iter(stacks.items()))
     linear = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     return {
@@ -62,11 +62,11 @@ def where(model: Any, recipe: Recipe) -> dict[str, Any]:
 
 def _forward(module: Linear, x: Tensor) -> Tensor:
     factors = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return Adapted.apply(x, module.base_layer.weight, module.base_layer.bias, *factors, module.scaling["default"])
+    return LoraFunction.apply(x, module.base_layer.weight, module.base_layer.bias, *factors, module.scaling["default"])
 
 
-class Adapted(torch.autograd.Function):
-    """x Wᵀ + bias + scale · x Aᵀ Bᵀ without the passes over whole activations that scaling and adding cost."""
+class LoraFunction(torch.autograd.Function):
+    """x Wᵀ + bias + scale · x Aᵀ Bᵀ, without extra passes over whole activations to scale and add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:  # type: ignore[override]

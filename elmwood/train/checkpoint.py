@@ -1,4 +1,4 @@
-"""Where a run stands, in one file: trained weights, the optimiser's moments, step, curve, seconds. Written atomically, never half."""
+"""The checkpoint of a run, one file: trained weights, the optimiser's moments, step, curve, seconds. Written atomically."""
 
 import json
 import os
@@ -20,50 +20,50 @@ FILE = "state.safetensors"
 S = TypeVar("S")
 
 
-class Stand(NamedTuple):
+class Position(NamedTuple):
     """Everything beside tensors that the next step depends on, and the clock."""
 
     step: int = 0  # steps done
     loss: float = 0.0  # sum since the last point of the curve, nats per token
     curve: tuple[Point, ...] = ()
-    seconds: float = 0.0  # spent in all runs, those cut short included as far as they were kept
-    best: int = 0  # the step of the least validation loss, where one is looked at; its weights stand in a file of their own
+    seconds: float = 0.0  # over all runs, interrupted ones included up to their checkpoint
+    best: int = 0  # the step of the lowest validation loss, if there is one; its weights have a file of their own
     best_loss: float | None = None
-    waited: int = 0  # looks since
+    waited: int = 0  # validations since
 
 
-def save(folder: Path, stand: Stand, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Replace the state in `folder`. Raises DoesNotFit."""
-    write(folder / FILE, stand._asdict() | {"curve": [point.model_dump() for point in stand.curve]}, weights, optimizer)
+def save(folder: Path, position: Position, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Replace the checkpoint in `folder`. Raises DoesNotFit."""
+    write(folder / FILE, position._asdict() | {"curve": [point.model_dump() for point in position.curve]}, weights, optimizer)
     for path in folder.glob(_best("*")):
-        if path.name != _best(stand.best):
-            path.unlink()  # no state speaks of it any more
+        if path.name != _best(position.best):
+            path.unlink()  # no checkpoint refers to it any more
 
 
-def load(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Stand:
-    """Bring weights and optimiser to where the last run stood; the beginning where there was none. Raises Damaged."""
-    return read(folder / FILE, lambda plain: Stand(**plain | {"curve": points(plain["curve"])}), weights, optimizer) or Stand()
+def load(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Position:
+    """Set weights and optimiser to the last checkpoint, and return its position; the start if there is none. Raises Damaged."""
+    return read(folder / FILE, lambda plain: Position(**plain | {"curve": parse_curve(plain["curve"])}), weights, optimizer) or Position()
 
 
-def points(plain: list[dict[str, Any]]) -> tuple[Point, ...]:
-    """A curve as it stands in a state."""
+def parse_curve(plain: list[dict[str, Any]]) -> tuple[Point, ...]:
+    """A curve as a checkpoint stores it."""
     return tuple(Point(**point) for point in plain)
 
 
-def keep_best(folder: Path, stand: Stand, weights: dict[str, Tensor]) -> None:
-    """Set the weights aside as the best so far. Earlier ones stay until a state that does not speak of them is written."""
-    _write(folder / _best(stand.best), {name: weight.detach() for name, weight in weights.items()}, {})
+def keep_best(folder: Path, position: Position, weights: dict[str, Tensor]) -> None:
+    """Keep the weights as the best so far. Earlier ones stay until a checkpoint is written that does not refer to them."""
+    _write(folder / _best(position.best), {name: weight.detach() for name, weight in weights.items()}, {})
 
 
-def load_best(folder: Path, stand: Stand, weights: dict[str, Tensor]) -> None:
-    """Bring back the weights of the least validation loss. Raises Damaged."""
-    path = folder / _best(stand.best)
+def load_best(folder: Path, position: Position, weights: dict[str, Tensor]) -> None:
+    """Restore the weights of the lowest validation loss. Raises Damaged."""
+    path = folder / _best(position.best)
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(file.get_tensor(name))
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise Damaged(f"{path} cannot be read ({error}): delete its folder, and the run starts anew") from error
+        raise Damaged(f"{path} cannot be read ({error}): delete its folder, and the run starts again") from error
 
 
 def _best(step: int | str) -> str:
@@ -71,7 +71,7 @@ def _best(step: int | str) -> str:
 
 
 def write(path: Path, plain: dict[str, Any], weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """A file of weights, of what the optimiser keeps of each, and of `plain`, which is JSON and has `step`. Raises DoesNotFit."""
+    """Write the weights, the optimiser's tensors for each, and `plain`, which is JSON and has `step`. Raises DoesNotFit."""
     tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
     for name, weight in weights.items():
         tensors |= {f"{part}.{name}": tensor for part, tensor in optimizer.state[weight].items() if part != "step"}
@@ -81,37 +81,32 @@ def write(path: Path, plain: dict[str, Any], weights: dict[str, Tensor], optimiz
 def read(
     path: Path, parse: Callable[[dict[str, Any]], S], weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> S | None:  # fmt: skip
-    """Bring weights and optimiser to where they stood when the file was written; what was plain, parsed. None where there is no file.
-
-    Raises Damaged.
-    """
+    """Restore weights and optimiser from a file, and return the parsed JSON; None if there is no file. Raises Damaged."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             plain = json.loads(file.metadata()["stand"])
-            kept: dict[str, dict[str, Tensor]] = {}  # name of a weight -> itself and what the optimiser keeps of it
+            kept: dict[str, dict[str, Tensor]] = {}  # name of a weight -> the weight and the optimiser's tensors for it
             for key in file.keys():  # noqa: SIM118  # not a dict
                 part, _, name = key.partition(".")
                 kept.setdefault(name, {})[part] = file.get_tensor(key)
-            counted = isinstance(optimizer, torch.optim.AdamW)  # others count in whole numbers
+            counted = isinstance(optimizer, torch.optim.AdamW)  # other optimisers count in integers
             for name, weight in weights.items():
                 weight.copy_(kept[name].pop("weight"))
                 step = torch.tensor(float(plain["step"])) if counted else plain["step"]
                 optimizer.state[weight] = {"step": step, **{part: tensor.to(weight.device) for part, tensor in kept[name].items()}}
             return parse(plain)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise Damaged(f"{path} cannot be read ({error}): delete it, and the run starts anew") from error
+        raise Damaged(f"{path} cannot be read ({error}): delete it, and the run starts again") from error
 
 
 def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
     """All or nothing. Raises DoesNotFit."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     if shutil.disk_usage(path.parent).free < size + (1 << 20):
-        raise DoesNotFit(
-            f"{path.parent} needs {size:,} bytes for the state of the run, and the disk has less: free some, or move the store"
-        )
-    seen: set[int] = set()  # tables that an optimiser shares among weights; a file wants one of each
+        raise DoesNotFit(f"{path.parent} needs {size:,} bytes for a checkpoint, and the disk has less: free some, or move the store")
+    seen: set[int] = set()  # an optimiser may share a table among weights; a file needs a copy for each
     whole = {}
     for name, tensor in tensors.items():
         whole[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()

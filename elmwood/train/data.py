@@ -1,4 +1,4 @@
-"""Packed tokens -> batches. The position in the data is the step: the batches are a pure function of packing, recipe and step.
+"""Packed tokens -> batches: a pure function of packing, recipe and step.
 
 D documents, N of them chosen, B rows of a batch, L tokens of a row
 """
@@ -16,22 +16,22 @@ from elmwood.errors import BadCorpus
 from elmwood.records import Recipe
 
 UNSCORED = -100
-VALIDATION = 0.05  # of the training documents, where training stops by a validation loss
+VALIDATION = 0.05  # share of the training documents that are kept for validation, if the recipe has patience
 
 
 class Batch(NamedTuple):
-    """Rows cut from documents standing one after another."""
+    """Rows cut from documents that follow one another."""
 
     tokens_BL: np.ndarray  # int64
-    targets_BL: np.ndarray  # int64, the token that follows; UNSCORED where another document begins
-    positions_BL: np.ndarray  # int64, counted from the start of the document (or of the row, where it began before)
+    targets_BL: np.ndarray  # int64, the next token; UNSCORED if it begins another document
+    positions_BL: np.ndarray  # int64, from the start of the document, or of the row if the document began before it
 
 
 def batches(packed: Packed, recipe: Recipe, start: int = 0, chosen_N: np.ndarray | None = None) -> Iterator[Batch]:
-    """The batches of steps start, start + 1, … without end, of all documents or of those chosen. Raises BadCorpus.
+    """Batches of steps start, start + 1, … without end, from all documents or the chosen ones. Raises BadCorpus.
 
-    Each epoch shuffles the documents, joins them, cuts the tokens into rows and shuffles the rows. Every token but the separators is
-    a target once per epoch, save what is left over for less than a row.
+    Each epoch shuffles the documents, joins them, cuts the tokens into rows and shuffles the rows. Every token except separators is a
+    target once per epoch; what is left over for less than a row is dropped.
     """
     if not len(packed.tokens):
         raise BadCorpus("there are no tokens to train on: give shards that hold documents")
@@ -41,23 +41,21 @@ def batches(packed: Packed, recipe: Recipe, start: int = 0, chosen_N: np.ndarray
         yield _batch(chosen)
 
 
-def parts(batch: Batch, count: int) -> Iterator[Batch]:
-    """A batch in so many parts of about as many rows each; no more parts than rows."""
+def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
+    """A batch in `count` parts of about equal size; at most one part per row."""
     ends = np.linspace(0, len(batch.tokens_BL), min(count, len(batch.tokens_BL)) + 1).round().astype(int)
     return (Batch(*(array[first:last] for array in batch)) for first, last in pairwise(ends))
 
 
-def scored(batch: Batch) -> int:
-    """Targets that count."""
+def count_scored(batch: Batch) -> int:
+    """Number of targets that are scored."""
     return int((batch.targets_BL != UNSCORED).sum())
 
 
-def apart(packed: Packed) -> tuple[np.ndarray, np.ndarray]:
-    """The documents to train on and those to validate on: [N] and [M], decided by what stands in each. Raises BadCorpus."""
+def split_validation(packed: Packed) -> tuple[np.ndarray, np.ndarray]:
+    """The documents to train on [N] and to validate on [M], decided by their content. Raises BadCorpus."""
     if len(packed.starts) < 2:
-        raise BadCorpus(
-            "stopping by a validation loss takes at least two documents, one of them to validate on: give more text, or no patience"
-        )
+        raise BadCorpus("patience needs at least two documents, one of them for validation: give more text, or leave patience out")
     ends_D = np.append(packed.starts[1:], len(packed.tokens))
     tokens = (packed.tokens[first:last].astype("<u4").tobytes() for first, last in zip(packed.starts, ends_D, strict=True))
     held_D = split([f"validation {hashlib.sha256(one).hexdigest()}" for one in tokens], VALIDATION)
@@ -65,10 +63,10 @@ def apart(packed: Packed) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows(packed: Packed, chosen_N: np.ndarray, length: int, rng_seed: int, skip: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of length + 1 tokens from row `skip` on, and where in them documents begin."""
+    """Rows of length + 1 tokens from row `skip` on, and where documents begin in each."""
     size_N = np.diff(packed.starts, append=len(packed.tokens))[chosen_N]
     total = int(size_N.sum())
-    repeats = -(-(length + 1) // total)  # a domain smaller than a row is read several times for one
+    repeats = -(-(length + 1) // total)  # a domain smaller than a row is repeated
     per_epoch = (repeats * total - 1) // length
     for epoch in count(skip // per_epoch):
         rng = np.random.default_rng((rng_seed, epoch))
@@ -88,7 +86,7 @@ def _cut(packed: Packed, order_N: np.ndarray, end_N: np.ndarray, at: int, size: 
         document = order_N[place]
         first = packed.starts[document]
         last = packed.starts[document + 1] if document + 1 < len(packed.starts) else ends
-        inside = at + filled - (end_N[place] - (last - first))  # tokens of the document that stand before
+        inside = at + filled - (end_N[place] - (last - first))  # tokens of the document before this piece
         piece = packed.tokens[first + inside : min(last, first + inside + size - filled)]
         tokens[filled : filled + len(piece)] = piece
         begins[filled] = inside == 0

@@ -1,4 +1,4 @@
-"""Cross-entropy without the logits standing whole, and what a model allows of it: found out by asking the model, not by its name.
+"""Cross-entropy without all logits in memory, and which fast paths a model allows: tried on the model, not looked up by name.
 
 N positions, C of them at a time, D width, V vocabulary, L tokens of a row
 """
@@ -13,24 +13,27 @@ from torch.nn.functional import cross_entropy
 from elmwood.lm.products import linear, plain_head
 from elmwood.train.data import UNSCORED
 
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at once: a few MB, so that they stay in the cache; more where launches cost
-ROWS = 128  # at least, so that the head's weights are not read for nothing
+CHUNK = {
+    "cpu": 1 << 20,
+    "cuda": 1 << 26,
+}  # logits at once: a few MB, so that they stay in the cache; more where launches are expensive
+ROWS = 128  # at least: fewer rows would read the head's weights too often
 
 
 Way = Literal["mask", "positions", "no"]  # one mask for all layers; position_ids that restart; documents see one another
 
 
 class Abilities(NamedTuple):
-    """What a model allows. Where something is missing the plain way is taken, which is slower or sees across documents."""
+    """What a model allows. Otherwise the plain path is taken, which is slower or attends across documents."""
 
-    packed: Way  # what keeps the documents of a row from seeing one another
+    packed: Way  # how the documents of a row are kept apart
     chunked: bool  # the logits are a bias-free linear head on the last hidden states, and nothing else
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of a linear head, its gradient made in the forward pass, chunk by chunk (arXiv:2411.09009 has the idea).
+    """Mean cross-entropy of a linear head. The forward pass computes its gradient too, chunk by chunk (idea of arXiv:2411.09009).
 
-    The weights' gradient is made only where it is wanted: a frozen head has none.
+    The gradient of the weights is computed only if it is needed: a frozen head has none.
     """
 
     @staticmethod
@@ -50,7 +53,7 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def _chunks(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss (float32) and its gradients after hidden states and head."""
+    """The loss (float32), and its gradients with respect to hidden states and head."""
     grad_ND = torch.empty_like(hidden_ND) if wanted[0] else None
     grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wanted[1] else None
     share_N1 = (target_N != UNSCORED).float()[:, None]
@@ -74,48 +77,48 @@ def _chunks(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, wanted: tuple[
     return loss, grad_ND, grad_VD
 
 
-def bare(model: Any) -> Any:
-    """The transformers model, which adapters were put into in place."""
+def base_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model; PEFT adds its adapters in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.no_grad()
-def abilities(model: Any, size: int = 8) -> Abilities:
-    """Try it with documents of `size` tokens: do two in a row keep apart, and are the logits head(trunk)?"""
-    model = bare(model)
+def find_abilities(model: Any, size: int = 8) -> Abilities:
+    """Try documents of `size` tokens: are two in one row kept apart, and are the logits head(trunk)?"""
+    model = base_model(model)
     document_3L = (
         torch.arange(3 * size, device=next(model.parameters()).device).reshape(3, size) % model.config.get_text_config().vocab_size
     )
     tokens_2L = torch.stack([document_3L[[0, 2]].flatten(), document_3L[[1, 2]].flatten()])
-    ways: tuple[Way, ...] = ("positions",) if _windowed(model.config) else ("mask", "positions")
-    packed: Way = next((way for way in ways if _apart(model, way, tokens_2L)), "no")
+    ways: tuple[Way, ...] = ("positions",) if _has_windows(model.config) else ("mask", "positions")
+    packed: Way = next((way for way in ways if _keeps_documents_apart(model, way, tokens_2L)), "no")
     return Abilities(packed, plain_head(model, tokens_2L) is not None)
 
 
-def _windowed(config: Any) -> bool:
-    """Some layers see less than everything before: one mask for all of them would be wrong."""
+def _has_windows(config: Any) -> bool:
+    """Whether some layers attend to a window only, so that one mask for all layers would be wrong."""
     text = config.get_text_config()
     return bool(getattr(text, "sliding_window", None)) or set(getattr(text, "layer_types", None) or ()) > {"full_attention"}
 
 
-def _apart(model: Any, way: Way, tokens_2L: Tensor) -> bool:
-    """Whether another first half changes no bit of what the model says of the second, and no more than rounding if there is none."""
+def _keeps_documents_apart(model: Any, way: Way, tokens_2L: Tensor) -> bool:
+    """Whether the logits of the second half are bit-identical for any first half, and equal but for rounding without one."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     half = tokens_2L.shape[1] // 2
     positions_2L = torch.arange(half, device=tokens_2L.device).repeat(2, 2)
     try:
-        logit_2LV = model(**inputs(way, tokens_2L, positions_2L, model.dtype)).logits[:, half:]
-    except (TypeError, ValueError, RuntimeError, IndexError):  # how a model refuses a mask of its rows' own
+        logit_2LV = model(**model_inputs(way, tokens_2L, positions_2L, model.dtype)).logits[:, half:]
+    except (TypeError, ValueError, RuntimeError, IndexError):  # how a model refuses a mask per row
         return False
     alone_LV = model(input_ids=tokens_2L[:1, half:], use_cache=False).logits[0]
     near = 0.1 if model.dtype.itemsize < 4 else 1e-3
     return torch.equal(logit_2LV[0], logit_2LV[1]) and torch.allclose(logit_2LV[0], alone_LV, near, near * alone_LV.std().item())
 
 
-def inputs(way: Way, tokens_BL: Tensor, positions_BL: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What a transformers model is given, `dtype` being that of its attention. One mask made here serves all layers; from positions each
-    layer makes its own again. positions_BL None: every row is of one document."""
+def model_inputs(way: Way, tokens_BL: Tensor, positions_BL: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The inputs of a transformers model; `dtype` is that of its attention. One mask serves all layers; from positions each layer
+    makes its own. positions_BL None: every row is one document."""
     given: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": False}
     if way == "no" or positions_BL is None:
         return given
@@ -130,10 +133,10 @@ def inputs(way: Way, tokens_BL: Tensor, positions_BL: Tensor | None, dtype: torc
 
 
 def loss(model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None) -> Tensor:
-    """Mean cross-entropy in nats over the scored targets. positions_BL None: every row is of one document."""
-    model, kind = bare(model), tokens_BL.device.type
+    """Mean cross-entropy in nats over the scored targets. positions_BL None: every row is one document."""
+    model, kind = base_model(model), tokens_BL.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    given = inputs(able.packed, tokens_BL, positions_BL, dtype)
+    given = model_inputs(able.packed, tokens_BL, positions_BL, dtype)
     if not able.chunked:
         return cross_entropy(model(**given).logits.float().flatten(0, 1), targets_BL.flatten(), ignore_index=UNSCORED)
     hidden_BLD = model.base_model(**given)[0]

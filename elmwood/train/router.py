@@ -1,6 +1,6 @@
-"""Mixtures tuned by the same loop: routers alone, or more; with a load-balancing loss (BTX, arXiv:2403.07816).
+"""Tune mixtures with the same loop: the routers, or more; with a load-balancing loss (BTX, arXiv:2403.07816).
 
-E experts, H width, K experts chosen by a token, N tokens
+E experts, H width, K experts per token, N tokens
 """
 
 import json
@@ -29,10 +29,11 @@ from elmwood.store import Store
 from elmwood.train.loop import run
 from elmwood.train.tasks import check_length, finish
 
-ORDER = ("routers", "norms", "shared", "everything")  # what is tuned, each with those before it
+ORDER = ("routers", "norms", "shared", "everything")  # parts that are tuned, each with those before it
 
 
 def tune_key(mixture: Mixture, data: Sequence[Shard], recipe: Recipe) -> str:
+    """The name of the task that tunes a mixture."""
     return fingerprint("tune", mixture.digest, [shard.blob for shard in data], recipe)
 
 
@@ -40,29 +41,30 @@ def tune(
     mixture: Mixture, data: Sequence[Shard], recipe: Recipe, store: Store, *, device: torch.device | str | None = None,
     progress: Progress = silent,
 ) -> Mixture:  # fmt: skip
-    """Train what `recipe.tuned` names, on a mixed sample of shards. Done once per inputs; a run cut short goes on. Raises BadInput."""
+    """Train the parts that `recipe.tuned` names, on a mixed sample of shards. Done once per inputs; interrupted runs resume.
+    Raises BadInput."""
     seed = store.load(mixture.seed, Seed)
     if recipe.method != "router":
         raise BadInput(f"a mixture is tuned with method 'router', not {recipe.method!r}")
     if mixture.layout == "low-rank" and recipe.tuned != "routers":
-        raise BadInput(f"a low-rank mixture keeps all but its gates: tune 'routers', not {recipe.tuned!r}, or mix without --low-rank")
+        raise BadInput(f"--tuned {recipe.tuned}: a low-rank mixture tunes routers only: choose routers, or mix without --low-rank")
     check_length(recipe, seed.context)
     key = tune_key(mixture, data, recipe)
     with store.held(key) as work:
         if done := store.done(key):
             return store.load(done, Mixture)
         packed = pack(data, tokenizer(seed, store), seed.separator, store, progress)
-        model = opened(mixture, store, device)
-        choose(model, recipe.tuned)
-        with watched(model, recipe.balance) as watch:
+        model = open_mixture(mixture, store, device)
+        select_trained(model, recipe.tuned)
+        with watch_routers(model, recipe.balance) as watch:
 
             def log(**facts: Any) -> None:
                 store.log(key, **facts)
-                store.log(key, event="load", load=json.dumps(watch.taken()))
+                store.log(key, event="load", load=json.dumps(watch.take_loads()))
 
             trained = run(model, packed, recipe, work, log, progress, watch.balance)
         weights = {name: weight.detach().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
-        files = patched(mixture, model, weights, store)
+        files = patch_files(mixture, model, weights, store)
         facts = {"parent": mixture.digest, "data": tuple(shard.blob for shard in data), "recipe": recipe, "curve": trained.curve}
         made = mixture.model_copy(update={**facts, "files": files})
         made = made.model_copy(update={"files": files | {"README.md": store.put(card(made, seed).encode())}})
@@ -70,13 +72,13 @@ def tune(
         return made
 
 
-def opened(mixture: Mixture, store: Store, device: torch.device | str | None = None) -> Any:
+def open_mixture(mixture: Mixture, store: Store, device: torch.device | str | None = None) -> Any:
     """The transformers model of a mixture, float32."""
     return load_model(store.load(mixture.seed, Seed), store, mixture, device, torch.float32)
 
 
-def kind_of(name: str) -> str:
-    """What a tensor of a mixture belongs to: one of ORDER."""
+def part_of(name: str) -> str:
+    """The part of a mixture that a tensor belongs to: one of ORDER."""
     if name.endswith(".gate.weight"):
         return "routers"
     if ".experts." in name or ".mlp.base." in name:
@@ -84,32 +86,32 @@ def kind_of(name: str) -> str:
     return "norms" if "norm" in name else "shared"
 
 
-def choose(model: Any, tuned: str) -> None:
-    """Let a gradient be taken of what is tuned, and of nothing else."""
+def select_trained(model: Any, tuned: str) -> None:
+    """Require gradients of the tuned parts only."""
     for name, weight in model.named_parameters():
-        weight.requires_grad_(ORDER.index(kind_of(name)) <= ORDER.index(tuned))
+        weight.requires_grad_(ORDER.index(part_of(name)) <= ORDER.index(tuned))
 
 
 class Watch:
-    """What the routers of a mixture said in the pass that is running, and how much each expert has had to do."""
+    """The outputs of a mixture's routers in the current pass, and the load of each expert."""
 
     def __init__(self, weight: float):
         self.weight = weight
         self.logits: dict[str, Tensor] = {}  # layer -> [N, E]
         self.chosen: dict[str, Tensor] = {}  # layer -> [N, K]
-        self.load: dict[str, Tensor] = {}  # layer -> sum of weights [E] since they were taken: soft routing chooses all
+        self.load: dict[str, Tensor] = {}  # layer -> sum of weights [E] since `take_loads`: soft routing chooses all experts
 
-    def hear(self, layer: str) -> Callable[..., None]:
-        def hook(module: Any, given: Any, said: Any) -> None:
-            logit_NE, weight_NK, chosen_NK = said
+    def hook(self, layer: str) -> Callable[..., None]:
+        def record(module: Any, given: Any, output: Any) -> None:
+            logit_NE, weight_NK, chosen_NK = output
             self.logits[layer], self.chosen[layer] = logit_NE, chosen_NK
             weight_E = torch.bincount(chosen_NK.flatten(), weight_NK.detach().flatten().double(), logit_NE.shape[-1]).cpu()
             self.load[layer] = self.load.get(layer, torch.zeros_like(weight_E)) + weight_E
 
-        return hook
+        return record
 
     def balance(self) -> Tensor | None:
-        """weight * E * sum over experts of share chosen * mean probability, its mean over layers; 1 * weight where all is even."""
+        """weight * E * sum over experts of (share chosen * mean probability), averaged over layers; `weight` if the load is even."""
         if not self.weight:
             return None
         losses = []
@@ -119,18 +121,18 @@ class Watch:
             losses.append(experts * (share_E * torch.softmax(logit_NE.float(), -1).mean(0)).sum())
         return self.weight * torch.stack(losses).mean()
 
-    def taken(self) -> dict[str, list[float]]:
-        """Layer -> the share of the weight that each expert has had since this was last asked."""
+    def take_loads(self) -> dict[str, list[float]]:
+        """Layer -> share of the weight of each expert since the last call."""
         shares = {layer: (weight_E / weight_E.sum()).tolist() for layer, weight_E in self.load.items()}
         self.load.clear()
         return shares
 
 
 @contextmanager
-def watched(model: Any, weight: float = 0.0) -> Iterator[Watch]:
-    """Listen to a mixture's routers."""
+def watch_routers(model: Any, weight: float = 0.0) -> Iterator[Watch]:
+    """Watch a mixture's routers with hooks while the block runs."""
     watch = Watch(weight)
-    hooks = [module.register_forward_hook(watch.hear(layer)) for layer, module in gates_of(model).items()]
+    hooks = [module.register_forward_hook(watch.hook(layer)) for layer, module in gates_of(model).items()]
     try:
         yield watch
     finally:
@@ -139,32 +141,32 @@ def watched(model: Any, weight: float = 0.0) -> Iterator[Watch]:
 
 
 @torch.inference_mode()
-def loads(
+def measure_loads(
     mixture: Mixture, domains: Sequence[Sequence[Shard]], store: Store, count: int = 32, length: int = 256, *,
     device: torch.device | str | None = None, progress: Progress = silent,
 ) -> dict[str, list[list[float]]]:  # fmt: skip
-    """Layer -> for each domain the share of the weight that each expert has on its text: the first `length` tokens of `count` documents.
+    """Layer -> for each domain, the share of the weight of each expert on its text: the first `length` tokens of `count` documents.
 
-    Raises BadInput where a domain has no text.
+    Raises BadInput if a domain has no text.
     """
     seed = store.load(mixture.seed, Seed)
-    model, words = opened(mixture, store, device), tokenizer(seed, store)
+    model, words = open_mixture(mixture, store, device), tokenizer(seed, store)
     found: dict[str, list[list[float]]] = {}
-    with watched(model) as watch:
+    with watch_routers(model) as watch:
         for done, shards in enumerate(domains):
             for document in islice(documents(shards, store), count):
                 ids = [seed.separator, *words.encode(document.text[: 16 * length], add_special_tokens=False).ids]
                 model(torch.tensor([ids[: min(length, seed.context)]], device=model.device), use_cache=False)
-            if not (shares := watch.taken()):
-                raise BadInput(f"domain {done} has no such text: loads are of what is read")
+            if not (shares := watch.take_loads()):
+                raise BadInput(f"domain {done} has no text to measure loads on: leave it out, or cluster with --holdout")
             for layer, share_E in shares.items():
                 found.setdefault(layer, []).append(share_E)
             progress("read", done + 1, len(domains), "domains")
     return found
 
 
-def patched(mixture: Mixture, model: Any, weights: dict[str, Tensor], store: Store) -> dict[str, str]:
-    """The mixture's files with these weights in the place of its own, in its dtypes; files without any of them stay as they are."""
+def patch_files(mixture: Mixture, model: Any, weights: dict[str, Tensor], store: Store) -> dict[str, str]:
+    """The mixture's files with these weights in place of the old ones, in the same dtypes; other files stay as they are."""
     with tempfile.TemporaryDirectory() as scratch:
         named = weights if mixture.layout == "low-rank" else _on_disk(model, weights, Path(scratch) / "saved")
         files = dict(mixture.files)
@@ -181,7 +183,7 @@ def patched(mixture: Mixture, model: Any, weights: dict[str, Tensor], store: Sto
 
 
 def _on_disk(model: Any, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Weights under the names that transformers gives them on disk, where experts stand one by one."""
+    """Weights under the names of transformers' checkpoint files, where each expert has tensors of its own."""
     model.save_pretrained(folder, state_dict=weights)
     found: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):

@@ -1,7 +1,7 @@
-"""What an expert leaves beside its weights, so that others can merge it without its text: Gram matrices of what its linear layers
-read, and squared gradients (the diagonal of the empirical Fisher matrix), both over a few rows of its own training documents.
+"""Statistics of an expert, which let others merge it without its text: Gram matrices of the inputs of its linear layers, and squared
+gradients (the diagonal of the empirical Fisher matrix), both over a few rows of its own training documents.
 
-T tokens of a row, I numbers a linear layer reads, R directions kept of a wide one
+T tokens of a row, I inputs of a linear layer, R directions kept of a wide one
 """
 
 import json
@@ -24,11 +24,11 @@ from elmwood.lm.load import load_model
 from elmwood.records import Expert, Seed, Statistics, fingerprint
 from elmwood.store import Store
 from elmwood.train.data import batches
-from elmwood.train.loop import threads, value_of
-from elmwood.train.loss import abilities
+from elmwood.train.loop import batch_loss, use_threads
+from elmwood.train.loss import find_abilities
 
 FILE = "statistics.safetensors"
-WIDE = 2048  # a layer that reads more numbers leaves a sketch: the strongest directions, and a diagonal for the rest
+WIDE = 2048  # a layer with more inputs gets a sketch: the strongest directions, and a diagonal for the rest
 DIRECTIONS = 256
 
 
@@ -37,10 +37,10 @@ def statistics(
 ) -> Statistics:  # fmt: skip
     """The statistics of an expert over `rows` rows (its recipe's length) of its training documents. Done once. Raises BadInput, Damaged.
 
-    A gradient and its squares stand in memory for every weight, four bytes each, beside the model and the Gram matrices.
+    Memory: for every weight a gradient and its square, four bytes each, beside the model and the Gram matrices.
     """
     if not expert.data:
-        raise BadInput(f"expert {expert.digest[:8]} names no text it was trained on: whoever has it must make its statistics")
+        raise BadInput(f"expert {expert.digest[:8]} names no training text: its statistics must be computed where the text is")
     key = fingerprint("statistics", expert.digest, rows)
     with store.held(key):
         if done := store.done(key):
@@ -52,8 +52,8 @@ def statistics(
         count = max(1, min(rows, len(packed.tokens) // recipe.length))
         model: Any = load_model(seed, store, expert, device, torch.float32)
         model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-        with threads(recipe.threads):
-            grams, fisher = _measured(model.requires_grad_(True), islice(batches(packed, recipe), count), count, recipe.length, progress)
+        with use_threads(recipe.threads):
+            grams, fisher = _measure(model.requires_grad_(True), islice(batches(packed, recipe), count), count, recipe.length, progress)
         tensors = {f"fisher|{name}": value for name, value in fisher.items()} | grams.tensors()
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / FILE
@@ -66,13 +66,13 @@ def statistics(
         return made
 
 
-def _measured(model: Any, rows: Any, count: int, length: int, progress: Progress) -> tuple["Grams", dict[str, Tensor]]:
-    able = abilities(model, min(8, length // 2))
+def _measure(model: Any, rows: Any, count: int, length: int, progress: Progress) -> tuple["Grams", dict[str, Tensor]]:
+    able = find_abilities(model, min(8, length // 2))
     grams = Grams(model)
     weights = dict(model.named_parameters())
     fisher = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for number, batch in enumerate(rows):
-        value_of(model, able, batch).backward()
+        batch_loss(model, able, batch).backward()
         for name, weight in weights.items():
             if weight.grad is not None:
                 fisher[name].addcmul_(weight.grad, weight.grad, value=1 / count)
@@ -83,7 +83,7 @@ def _measured(model: Any, rows: Any, count: int, length: int, progress: Progress
 
 
 class Grams:
-    """Sums of xᵀx over all that each linear layer reads, while a model runs. Layers that read the same share one (q, k, v; gate, up)."""
+    """Sums of xᵀx over the inputs x of each linear layer, while a model runs. Layers with the same input share one (q, k, v; gate, up)."""
 
     def __init__(self, model: Any):
         head = model.get_output_embeddings()
@@ -125,7 +125,7 @@ class Grams:
         self._last = (None, "")
 
     def tensors(self) -> dict[str, Tensor]:
-        """Means over tokens, by what they are."""
+        """Means over tokens: `gram|<tensor>`, `factor|<tensor>`, `rest|<tensor>`."""
         found = {f"gram|{name}": value / self.tokens[name] for name, value in self.gram.items()}
         found |= {f"factor|{name}": value / np.sqrt(self.tokens[name]) for name, value in self.factor.items()}
         found |= {f"rest|{name}": value / self.tokens[name] for name, value in self.rest.items()}

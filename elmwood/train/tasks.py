@@ -1,4 +1,4 @@
-"""The two tasks of this room: a seed from a corpus, an expert from a seed. Named by their inputs, so done once and resumed."""
+"""Two tasks: a seed from a corpus, an expert from a seed. They are named by their inputs, so each is done once, and resumes."""
 
 import json
 import tempfile
@@ -9,29 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from tokenizers import Tokenizer
 
 from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.engine import Progress, silent
-from elmwood.errors import BadInput
+from elmwood.errors import BadInput, MissingExtra
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model, load_quantised, new_model, save_folder, save_seed
 from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Record, Seed, Shape, Shard
+from elmwood.registry import require
 from elmwood.store import Store
-from elmwood.train.adapter import adapter
+from elmwood.train.adapter import add_adapter
 from elmwood.train.loop import Trained, run
 from elmwood.train.task_names import seed_key, train_key
-from elmwood.train.trackers import followed
 
 END = 0  # token id of a trained tokenizer's <|endoftext|>
-SAMPLE = 50_000_000  # bytes of text a tokenizer is trained on
+TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}  # and the module that each needs
+SAMPLE = 50_000_000  # bytes of text that a tokenizer is trained on
 
 
 def train_seed(corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, name: str = "seed", progress: Progress = silent) -> Seed:
-    """A Llama and its tokenizer from nothing but text. Done once per inputs; a run cut short goes on. Raises BadInput, BadCorpus."""
+    """Train a Llama and its tokenizer from scratch. Done once per inputs; interrupted runs resume. Raises BadInput, BadCorpus."""
     if recipe.method != "full":
-        raise BadInput(f"a seed is trained with method 'full', not {recipe.method!r}: adapters need a seed to stand on")
+        raise BadInput(f"a seed is trained with method 'full', not {recipe.method!r}: adapters need a seed")
     check_length(recipe, shape.context)
     key = seed_key(corpus, shape, recipe, name)
     with store.held(key) as work:
@@ -51,9 +54,9 @@ def train(
     seed: Seed, data: Sequence[Shard], recipe: Recipe, store: Store, *, partition: Digest | None = None, domain: int | None = None,
     device: torch.device | str | None = None, progress: Progress = silent, report_to: Sequence[str] = (),
 ) -> Expert:  # fmt: skip
-    """Branch the seed and train it on shards. Done once per inputs; a run cut short goes on. Raises BadInput, BadCorpus, MissingExtra.
+    """Branch the seed and train it on shards. Done once per inputs; interrupted runs resume. Raises BadInput, BadCorpus, MissingExtra.
 
-    `report_to` names trackers that are told the points of the curve too: tensorboard, trackio, wandb, mlflow. The bytes stay the same.
+    `report_to` names trackers that get the points of the curve too: tensorboard, trackio, wandb, mlflow. They do not change the result.
     """
     check_length(recipe, seed.context)
     key = train_key(seed, data, recipe, partition, domain)
@@ -62,42 +65,43 @@ def train(
             return store.load(done, Expert)
         words = tokenizer(seed, store)
         packed = pack(data, words, seed.separator, store, progress)
-        model = opened(seed, recipe, store, device)
-        with reported(store, seed, key, recipe, domain, report_to) as log:
+        model = open_trainable(seed, recipe, store, device)
+        with open_log(store, seed, key, recipe, domain, report_to) as log:
             trained = run(model, packed, recipe, work, log, progress)
         expert = Expert(
             seed=seed.digest, partition=partition, domain=domain, data=tuple(shard.blob for shard in data), recipe=recipe,
-            files=saved(model, words, recipe, store), curve=trained.curve,
+            files=store_trained(model, words, recipe, store), curve=trained.curve,
         )  # fmt: skip
         finish(store, key, expert, recipe, trained)
         return expert
 
 
 @contextmanager
-def reported(
+def open_log(
     store: Store, seed: Seed, key: str, recipe: Recipe, domain: int | None, report_to: Sequence[str]
 ) -> Iterator[Callable[..., None]]:  # fmt: skip
-    """The log of a task, which the trackers hear of too."""
+    """A function that logs an event of a task, to the store and to trackers."""
     label = f"{seed.name}-{'pooled' if domain is None else domain}-{key[:8]}"
-    with followed(report_to, store.root / "logs" / "runs", label, recipe) as tell:
+    with open_trackers(report_to, store.root / "logs" / "runs", label, recipe) as track:
 
         def log(**facts: Any) -> None:
             store.log(key, **facts)
-            tell(**facts)
+            track(**facts)
 
         yield log
 
 
-def opened(seed: Seed, recipe: Recipe, store: Store, device: torch.device | str | None = None) -> Any:
-    """The seed as this recipe trains it: whole, or frozen (in four bits for qlora) with an adapter. Raises BadInput, MissingExtra."""
-    if recipe.method == "full":  # float32 everywhere: in bf16 small updates would be rounded away
+def open_trainable(seed: Seed, recipe: Recipe, store: Store, device: torch.device | str | None = None) -> Any:
+    """The model that this recipe trains: the seed itself, or the frozen seed (in four bits for qlora) with an adapter.
+    Raises BadInput, MissingExtra."""
+    if recipe.method == "full":  # float32: in bf16 small updates would be rounded away
         return load_model(seed, store, device=device, dtype=torch.float32)
     base = load_quantised(seed, store, device) if recipe.method == "qlora" else load_model(seed, store, device=device)
-    return adapter(base, recipe, seed.digest)
+    return add_adapter(base, recipe, seed.digest)
 
 
-def saved(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
-    """What was trained, stored: a transformers checkpoint folder, or a PEFT adapter folder."""
+def store_trained(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
+    """Store what was trained: a transformers checkpoint folder, or a PEFT adapter folder."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if recipe.method == "full":
@@ -112,7 +116,7 @@ def saved(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:
 
 
 def finish(store: Store, key: str, record: Record, recipe: Recipe, trained: Trained, **more: float) -> None:
-    """Log what a task took, and mark it done."""
+    """Log the time and size of a task, and mark it done."""
     able = {what: str(has).lower() for what, has in trained.able._asdict().items()}
     store.log(
         key, event="done", seconds=round(trained.seconds, 3), saving=round(trained.saving, 3),
@@ -122,13 +126,13 @@ def finish(store: Store, key: str, record: Record, recipe: Recipe, trained: Trai
 
 
 def check_length(recipe: Recipe, context: int) -> None:
-    """Rows must be within a model's positions. Raises BadInput."""
+    """A row must fit in a model's context. Raises BadInput."""
     if recipe.length > context:
-        raise BadInput(f"rows of {recipe.length} tokens are longer than the {context} positions of the model: ask for a length within them")
+        raise BadInput(f"--length {recipe.length}: the model has {context} positions; choose --length {context}")
 
 
 def _tokenizer(corpus: Corpus, vocabulary: int, store: Store, path: Path, progress: Progress) -> Tokenizer:
-    """Trained once, kept while the seed is unfinished."""
+    """Trained once, and kept while the seed is unfinished."""
     if not path.exists():
         texts = _sample((document.text for document in documents(corpus.train, store)), min(SAMPLE, corpus.bytes), progress)
         train_tokenizer(texts, vocabulary).save(f"{path}.tmp")
@@ -145,3 +149,35 @@ def _sample(texts: Iterable[str], size: int, progress: Progress) -> Iterator[str
         yield text
         done += len(text.encode())
         progress("train the tokenizer", done, size, "bytes")
+
+
+# ---- trackers: training in other people's viewers. Nothing of it enters a recipe, so the bytes are the same ------
+
+
+@contextmanager
+def open_trackers(names: Sequence[str], folder: Path, run: str, recipe: Recipe) -> Iterator[Callable[..., None]]:
+    """A function that takes the events of a training log and sends the numbers of its points to these trackers.
+
+    Files of a tracker go below `folder`. Raises BadInput, MissingExtra.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise BadInput(f"--report-to {name}: no such tracker; choose among {', '.join(TRACKERS)}")
+        require(TRACKERS[name], name)
+        if name not in {str(found) for found in get_available_trackers()}:
+            raise MissingExtra(f"accelerate finds no {name}, though it is installed: upgrade both, pip install -U accelerate {name}")
+    if not names:
+        yield lambda **_: None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder)  # only for its trackers
+    accelerator.init_trackers(run, {what: str(value) for what, value in recipe.model_dump().items()})
+
+    def log(event: str, **facts: Any) -> None:
+        if event == "point":
+            accelerator.log({what: value for what, value in facts.items() if what != "step"}, step=facts["step"])
+
+    try:
+        yield log
+    finally:
+        accelerator.end_training()

@@ -1,7 +1,7 @@
-"""Several adapters trained at once over one frozen base: a pass mixes the rows of all experts, and the base multiplies them together.
+"""Train several adapters at once on one frozen base: a pass holds the rows of all experts, and the base multiplies them together.
 
-E experts, B rows of each, L tokens of a row, N = B·L positions of each, R rank, P numbers of one adapter; I and O: what a linear layer
-takes in and gives out. Rows stand expert by expert.
+E experts, B rows of each, L tokens of a row, N = B·L positions of each, R rank, P numbers of one adapter; I and O: inputs and outputs
+of a linear layer. Rows are ordered by expert.
 """
 
 import math
@@ -26,10 +26,10 @@ from elmwood.records import Digest, Expert, Point, Recipe, Seed, Shard
 from elmwood.store import Store
 from elmwood.train import checkpoint, loop
 from elmwood.train.data import UNSCORED, Batch, batches
-from elmwood.train.loss import Abilities, ChunkedLoss, abilities, inputs
-from elmwood.train.schedule import rate
+from elmwood.train.loop import rate
+from elmwood.train.loss import Abilities, ChunkedLoss, find_abilities, model_inputs
 from elmwood.train.task_names import together_keys
-from elmwood.train.tasks import check_length, finish, opened, reported, saved
+from elmwood.train.tasks import check_length, finish, open_log, open_trainable, store_trained
 
 FILE = "together.safetensors"
 
@@ -37,8 +37,8 @@ FILE = "together.safetensors"
 # ---- the adapters -----------------------------------------------------------------------------------------------
 
 
-class Layer(NamedTuple):
-    """The adapters of one linear layer, and where their gradients are added: views of flat memory."""
+class StackedLayer(NamedTuple):
+    """The adapters of one linear layer and their gradients: views of flat memory."""
 
     base: nn.Module
     scale: float
@@ -49,7 +49,7 @@ class Layer(NamedTuple):
 
 
 class Stack:
-    """E copies of a PEFT model's adapter as one flat matrix, which the layers of the model look into from now on."""
+    """E copies of a PEFT model's adapter as one flat matrix; the layers of the model become views of it."""
 
     def __init__(self, model: Any, experts: int):
         names = [name for name, weight in model.named_parameters() if weight.requires_grad]
@@ -60,35 +60,35 @@ class Stack:
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer) and isinstance(module, nn.Module):
                 (a, grad_a), (b, grad_b) = (places[f"{name}.lora_{half}.default.weight"] for half in "AB")
-                layer = Layer(module.base_layer, module.scaling["default"], a, b, grad_a, grad_b)
-                module.forward = partial(_forward, layer, self.flat_EP)  # type: ignore[method-assign]  # this module alone
+                layer = StackedLayer(module.base_layer, module.scaling["default"], a, b, grad_a, grad_b)
+                module.forward = partial(_forward, layer, self.flat_EP)  # type: ignore[method-assign]  # of this module only
 
     def _views(self, flat_EP: Tensor) -> list[Tensor]:
-        """The weights of all experts [E, …], one after another."""
+        """Each weight, of all experts [E, …]."""
         parts = flat_EP.split([weight.numel() for weight in self.weights], 1)
         return [part.unflatten(1, weight.shape) for part, weight in zip(parts, self.weights, strict=True)]
 
     @torch.no_grad()
     def put(self, expert: int) -> None:
-        """Copy one expert's numbers into the PEFT model, which then can be saved."""
+        """Copy one expert's parameters into the PEFT model, which can then be saved."""
         for weight, view in zip(self.weights, self._views(self.flat_EP.detach()), strict=True):
             weight.copy_(view[expert])
 
 
-def _forward(layer: Layer, flat_EP: Tensor, x: Tensor) -> Tensor:
+def _forward(layer: StackedLayer, flat_EP: Tensor, x: Tensor) -> Tensor:
     if type(layer.base) is nn.Linear:
-        return Stacked.apply(x, flat_EP, layer.base.weight, layer.base.bias, layer)
-    return layer.base(x) + Stacked.apply(x, flat_EP, None, None, layer)  # a quantised base, or one that stands the other way round
+        return StackedFunction.apply(x, flat_EP, layer.base.weight, layer.base.bias, layer)
+    return layer.base(x) + StackedFunction.apply(x, flat_EP, None, None, layer)  # a quantised base, or a transposed one
 
 
-class Stacked(torch.autograd.Function):
+class StackedFunction(torch.autograd.Function):
     """x Wᵀ + bias, one product for all rows, + scale · x Aᵀ Bᵀ with the A and B of each row's expert.
 
-    Gradients of A and B are added where `layer` says; flat_EP is here for autograd alone, to know that there are some.
+    Gradients of A and B are added into `layer`; flat_EP is an argument only so that autograd calls the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, flat_EP: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, layer: Layer) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, flat_EP: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, layer: StackedLayer) -> Tensor:  # type: ignore[override]
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
@@ -121,11 +121,11 @@ class Stacked(torch.autograd.Function):
         return grad_x.view(ctx.shape).to(ctx.dtype), None, None, None, None
 
 
-def losses(model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None, experts: int) -> Tensor:
-    """Mean cross-entropy [E] of each expert over the scored targets of its own rows. positions_BL None: every row is of one document."""
+def expert_losses(model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None, experts: int) -> Tensor:
+    """Mean cross-entropy [E] of each expert over the scored targets of its own rows. positions_BL None: every row is one document."""
     model, kind = model.get_base_model(), tokens_BL.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    given = inputs(able.packed, tokens_BL, positions_BL, dtype)
+    given = model_inputs(able.packed, tokens_BL, positions_BL, dtype)
     target_EN = targets_BL.view(experts, -1)
     if not able.chunked:
         logit_ENV = model(**given).logits.float().unflatten(0, (experts, -1)).flatten(1, 2)
@@ -139,11 +139,11 @@ def losses(model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, p
 # ---- the loop ---------------------------------------------------------------------------------------------------
 
 
-class Stand(NamedTuple):
+class GroupPosition(NamedTuple):
     """Everything beside tensors that the next step depends on, and the clock."""
 
     step: int = 0  # steps done
-    losses: tuple[float, ...] = ()  # of each expert, sum since the last point of its curve, nats per token
+    losses: tuple[float, ...] = ()  # per expert: sum since the last point of its curve, nats per token
     curves: tuple[tuple[Point, ...], ...] = ()
     seconds: float = 0.0
 
@@ -151,48 +151,48 @@ class Stand(NamedTuple):
 def run(
     model: Any, packed: Sequence[Packed], recipe: Recipe, work: Path, log: Callable[..., None], progress: Progress = silent
 ) -> tuple[Stack, list[loop.Trained]]:
-    """Train a PEFT model's adapter once for each text, all at once, from where the last run in `work` stood. Raises BadInput, Damaged.
+    """Train a copy of a PEFT model's adapter on each text, all at once. Raises BadInput, Damaged.
 
-    `log(expert, …)` is told the points of the curves. Times are each one's share. On a CPU the result is the same bytes however often the
-    run was cut short.
+    `log(expert, …)` gets the points of the curves. Each expert's seconds are its share. An interrupted run resumes from the checkpoint in
+    `work`; on a CPU the result is bit-identical.
     """
-    with loop.threads(recipe.threads), torch.random.fork_rng(), loop.recomputed(model, recipe):
-        able = abilities(model.eval(), min(8, recipe.length // 2))
+    with loop.use_threads(recipe.threads), torch.random.fork_rng(), loop.recompute_activations(model, recipe):
+        able = find_abilities(model.eval(), min(8, recipe.length // 2))
         stack = Stack(model, len(packed))
         weights: dict[str, Tensor] = {"flat": stack.flat_EP}
         optimizer = loop.adamw(weights, recipe)
-        stand = checkpoint.read(work / FILE, _stand, weights, optimizer) or Stand()
+        position = checkpoint.read(work / FILE, _from_plain, weights, optimizer) or GroupPosition()
         model.train()
-        clock, last, pause, saving = time.monotonic() - stand.seconds, time.monotonic(), loop.EVERY, 0.0
-        running_E = torch.tensor(stand.losses or [0.0] * len(packed), dtype=torch.float64, device=stack.flat_EP.device)
-        given = zip(*(batches(one, recipe, stand.step) for one in packed), strict=True)
-        for step, parts in zip(range(stand.step, recipe.steps), given):  # noqa: B905  # one has no end
+        clock, last, pause, saving = time.monotonic() - position.seconds, time.monotonic(), loop.EVERY, 0.0
+        running_E = torch.tensor(position.losses or [0.0] * len(packed), dtype=torch.float64, device=stack.flat_EP.device)
+        given = zip(*(batches(one, recipe, position.step) for one in packed), strict=True)
+        for step, parts in zip(range(position.step, recipe.steps), given):  # noqa: B905  # one has no end
             torch.manual_seed((recipe.rng_seed << 32) + step)
             running_E += _step(model, able, stack, parts, optimizer, recipe, step)
-            stand = _record(stand, step + 1, running_E, recipe, time.monotonic() - clock, log)
+            position = _record(position, step + 1, running_E, recipe, time.monotonic() - clock, log)
             progress("train", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
             if (now := time.monotonic()) - last >= pause and step + 1 < recipe.steps:
-                here = stand._replace(losses=tuple(running_E.tolist()), seconds=now - clock)
-                checkpoint.write(work / FILE, _plain(here), weights, optimizer)
+                here = position._replace(losses=tuple(running_E.tolist()), seconds=now - clock)
+                checkpoint.write(work / FILE, _to_plain(here), weights, optimizer)
                 last = time.monotonic()
                 saving, pause = saving + last - now, max(loop.EVERY, (last - now) / loop.SHARE)
         model.eval()
-        share = (time.monotonic() - clock) / len(packed)  # of each: the machine is busy with all of them
-        return stack, [loop.Trained(curve, share, able, stand.step, saving / len(packed)) for curve in stand.curves]
+        share = (time.monotonic() - clock) / len(packed)  # per expert
+        return stack, [loop.Trained(curve, share, able, position.step, saving / len(packed)) for curve in position.curves]
 
 
 def _step(
     model: Any, able: Abilities, stack: Stack, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, recipe: Recipe, step: int
 ) -> Tensor:
-    """One optimiser step of all experts; their losses [E], not yet waited for."""
+    """One optimiser step of all experts; their losses [E], still on the device."""
     flat_EP = stack.flat_EP
     scored_E = torch.tensor([(part.targets_BL != UNSCORED).sum() for part in parts], device=flat_EP.device).clamp(min=1)
     flat_EP.grad.zero_()  # type: ignore[union-attr]
     loss_E = torch.zeros(len(parts), device=flat_EP.device)
     for tokens_BL, targets_BL, positions_BL in _passes(parts, recipe.accumulate, flat_EP.device):
         several = bool((positions_BL[:, -1] != recipe.length - 1).any())
-        with torch.autocast(flat_EP.device.type, torch.bfloat16, enabled=loop.halved(flat_EP.device)):
-            part_E = losses(model, able, tokens_BL, targets_BL, positions_BL if several else None, len(parts))
+        with torch.autocast(flat_EP.device.type, torch.bfloat16, enabled=loop.uses_bf16(flat_EP.device)):
+            part_E = expert_losses(model, able, tokens_BL, targets_BL, positions_BL if several else None, len(parts))
         if recipe.accumulate > 1:
             part_E = part_E * (targets_BL.view(len(parts), -1) != UNSCORED).sum(1) / scored_E
         part_E.sum().backward()
@@ -200,25 +200,27 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate(recipe, step)
     norm_E1 = torch.linalg.vector_norm(flat_EP.grad, dim=1, keepdim=True)
-    flat_EP.grad.mul_((recipe.clip / (norm_E1 + 1e-6)).clamp(max=1))  # type: ignore[union-attr]  # each expert by itself
+    flat_EP.grad.mul_((recipe.clip / (norm_E1 + 1e-6)).clamp(max=1))  # type: ignore[union-attr]  # each expert on its own
     optimizer.step()
     return loss_E
 
 
 def _passes(parts: Sequence[Batch], count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The rows of a step in `count` passes, each with its share of every expert's rows."""
+    """The rows of a step in `count` passes; each has its share of every expert's rows."""
     kinds_EBL = [np.stack(kind) for kind in zip(*parts, strict=True)]
     for pieces in zip(*(np.array_split(kind, min(count, kind.shape[1]), axis=1) for kind in kinds_EBL), strict=True):
         tokens, targets, positions = (torch.from_numpy(piece).flatten(0, 1).to(device) for piece in pieces)
         yield tokens, targets, positions
 
 
-def _record(stand: Stand, done: int, running_E: Tensor, recipe: Recipe, seconds: float, log: Callable[..., None]) -> Stand:
-    """Count the step; about POINTS times per run add the mean losses to the curves, and to the logs. Raises BadInput."""
+def _record(
+    position: GroupPosition, done: int, running_E: Tensor, recipe: Recipe, seconds: float, log: Callable[..., None]
+) -> GroupPosition:
+    """Count the step; about POINTS times per run, add the mean losses to the curves and logs. Raises BadInput."""
     every = max(1, recipe.steps // loop.POINTS)
     if done % every and done < recipe.steps:
-        return stand._replace(step=done)
-    curves = stand.curves or ((),) * len(running_E)
+        return position._replace(step=done)
+    curves = position.curves or ((),) * len(running_E)
     means = (running_E / (done - (curves[0][-1].step if curves[0] else 0))).tolist()
     if not all(map(math.isfinite, means)):
         raise BadInput(
@@ -228,15 +230,15 @@ def _record(stand: Stand, done: int, running_E: Tensor, recipe: Recipe, seconds:
     points = [Point(step=done, tokens=done * recipe.batch * recipe.length, loss=mean) for mean in means]
     for expert, point in enumerate(points):
         log(expert, event="point", **point.model_dump(), rate=rate(recipe, done - 1), elapsed=round(seconds, 3))
-    return stand._replace(step=done, losses=(), curves=tuple((*curve, point) for curve, point in zip(curves, points, strict=True)))
+    return position._replace(step=done, losses=(), curves=tuple((*curve, point) for curve, point in zip(curves, points, strict=True)))
 
 
-def _plain(stand: Stand) -> dict[str, Any]:
-    return stand._asdict() | {"curves": [[point.model_dump() for point in curve] for curve in stand.curves]}
+def _to_plain(position: GroupPosition) -> dict[str, Any]:
+    return position._asdict() | {"curves": [[point.model_dump() for point in curve] for curve in position.curves]}
 
 
-def _stand(plain: dict[str, Any]) -> Stand:
-    return Stand(**plain | {"losses": tuple(plain["losses"]), "curves": tuple(map(checkpoint.points, plain["curves"]))})
+def _from_plain(plain: dict[str, Any]) -> GroupPosition:
+    return GroupPosition(**plain | {"losses": tuple(plain["losses"]), "curves": tuple(map(checkpoint.parse_curve, plain["curves"]))})
 
 
 # ---- the task ---------------------------------------------------------------------------------------------------
@@ -247,9 +249,9 @@ def train_together(
     domains: Sequence[int | None] = (), device: torch.device | str | None = None, progress: Progress = silent,
     report_to: Sequence[str] = (),
 ) -> list[Expert]:  # fmt: skip
-    """Branch the seed once for each list of shards, and train all branches at once over one copy of it. The recipe is that of each.
+    """Branch the seed once for each list of shards, and train all branches at once over one copy of it, by the same recipe.
 
-    Done once per inputs; a run cut short goes on. Each expert is what `train` makes of the same batches, but for the rounding of
+    Done once per inputs; interrupted runs resume. Each expert equals what `train` makes of the same batches, up to the rounding of
     sums. `report_to` as in `train`. Raises BadInput, BadCorpus, MissingExtra.
     """
     _check(recipe, seed)
@@ -261,19 +263,19 @@ def train_together(
             return [store.load(digest, Expert) for digest in done if digest]
         words = tokenizer(seed, store)
         packed = [pack(shards, words, seed.separator, store, progress) for shards in data]
-        model = opened(seed, recipe, store, device)
+        model = open_trainable(seed, recipe, store, device)
         with ExitStack() as trackers:
-            told = [
-                trackers.enter_context(reported(store, seed, key, recipe, domain, report_to))
+            logs = [
+                trackers.enter_context(open_log(store, seed, key, recipe, domain, report_to))
                 for key, domain in zip(keys, domains, strict=True)
             ]
-            stack, trained = run(model, packed, recipe, work, lambda expert, **facts: told[expert](**facts), progress)
+            stack, trained = run(model, packed, recipe, work, lambda expert, **facts: logs[expert](**facts), progress)
         experts = []
-        for place in reversed(range(len(keys))):  # the first last: the unfinished work is kept under its name
+        for place in reversed(range(len(keys))):  # the first one last: the unfinished work has its name
             stack.put(place)
             expert = Expert(
                 seed=seed.digest, partition=partition, domain=domains[place], data=tuple(shard.blob for shard in data[place]),
-                recipe=recipe, files=saved(model, words, recipe, store), curve=trained[place].curve,
+                recipe=recipe, files=store_trained(model, words, recipe, store), curve=trained[place].curve,
             )  # fmt: skip
             finish(store, keys[place], expert, recipe, trained[place], together=len(keys))
             experts.append(expert)
@@ -283,8 +285,8 @@ def train_together(
 def _check(recipe: Recipe, seed: Seed) -> None:
     check_length(recipe, seed.context)
     if recipe.method not in ("lora", "qlora"):
-        raise BadInput(f"only plain adapters are trained together, and the method is {recipe.method!r}: take lora or qlora, or train alone")
+        raise BadInput(f"--together trains plain adapters only, not --method {recipe.method}: choose lora or qlora, or train alone")
     if recipe.patience is not None:
-        raise BadInput("experts trained together end together, so none can stop early: leave patience out, or train alone")
+        raise BadInput("experts trained together end together, so none can stop early: leave out --patience or --together")
     if recipe.optimiser != "adamw":
-        raise BadInput(f"experts trained together have one optimiser, adamw, not {recipe.optimiser!r}: leave it out, or train alone")
+        raise BadInput(f"--together has one optimiser, adamw, not --optimiser {recipe.optimiser}: leave out one of the two")

@@ -25,7 +25,7 @@ from elmwood.report.loads import loads_plot
 from elmwood.store import Store
 from elmwood.train import loop
 from elmwood.train.fit.mixture import fit_mixture
-from elmwood.train.router import choose, loads, opened, tune, tune_key
+from elmwood.train.router import measure_loads, open_mixture, select_trained, tune, tune_key
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -275,7 +275,7 @@ def test_arrow_reads_adapters_alone(grown, store):
 
 def test_loads_are_shares_of_the_weight(grown, store, text):
     record = mixed(grown[1], store, gates={"top_k": 4})
-    found = loads(record, [text, text], store, 4, device="cpu")
+    found = measure_loads(record, [text, text], store, 4, device="cpu")
     assert list(found) == ["model.layers.0", "model.layers.1"]
     share_LDE = np.array(list(found.values()))
     assert share_LDE.shape == (2, 2, 4)
@@ -285,15 +285,15 @@ def test_loads_are_shares_of_the_weight(grown, store, text):
     assert len(cells) == 1 + 3 * 2 * 4 + sum(
         int((part < 0.99 / 4).sum()) for part in (share_LDE.mean(1), *share_LDE)
     )  # the ground, a cell for each share, a frame for the dead
-    with pytest.raises(BadInput, match="domain 1 has no such text"):
-        loads(record, [text, ()], store, 4, device="cpu")
+    with pytest.raises(BadInput, match="domain 1 has no text"):
+        measure_loads(record, [text, ()], store, 4, device="cpu")
 
 
 @pytest.mark.parametrize("layout", ["checkpoint", "low-rank"])
 def test_fit_counts_what_is_tuned(layout, grown, store):
     record = mixed(grown[2], store, layout=layout)
-    model = opened(record, store, "cpu")
-    choose(model, "routers")
+    model = open_mixture(record, store, "cpu")
+    select_trained(model, "routers")
     found = fit_mixture(record, RECIPE, store, memory=10**12, device="cpu")
     assert found.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert found.total == sum(found.components.values())

@@ -99,7 +99,7 @@ def test_wide_layers_leave_a_sketch_with_the_exact_diagonal(grown, monkeypatch):
 def test_an_expert_without_text_or_statistics_says_so(grown):
     store, seed, _, _ = grown
     stranger = full_expert(seed, store, 9)
-    with pytest.raises(BadInput, match="names no text"):
+    with pytest.raises(BadInput, match="names no training text"):
         statistics(stranger, store)
     with pytest.raises(BadInput, match="elmwood statistics"):
         open_statistics(stranger.digest, store)

@@ -19,9 +19,9 @@ from elmwood.cli import app
 from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.load import new_model
 from elmwood.records import Recipe, Shape
-from elmwood.train.adapter import adapter
-from elmwood.train.fit.formulas import activations, anatomy, components, trained
-from elmwood.train.fit.predict import Place, asked, fit, largest, machine_memory, verdict
+from elmwood.train.adapter import add_adapter
+from elmwood.train.fit.formulas import activations, anatomy, components, trained_parameters
+from elmwood.train.fit.predict import Machine, find_machine, fit, largest, machine_memory, verdict
 from elmwood.train.loss import Abilities, loss
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -39,7 +39,7 @@ BODY = anatomy(transformers.AutoConfig.for_model("llama", **LLAMA | ENDS))
 def built(kind: str, recipe: Recipe):
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind.split()[0], **CONFIGS[kind] | ENDS))
     config = model.config
-    return config, model if recipe.method == "full" else adapter(model, recipe, "base")
+    return config, model if recipe.method == "full" else add_adapter(model, recipe, "base")
 
 
 LATE = LORA.model_copy(update={"late": 0.34})
@@ -51,8 +51,10 @@ DORA = LORA.model_copy(update={"method": "dora"})
 def test_counts_and_activations_are_those_of_the_model(kind, recipe):
     config, model = built(kind, recipe)
     body = anatomy(config)
-    assert body.parameters + (0 if recipe.method == "full" else trained(body, recipe)) == sum(one.numel() for one in model.parameters())
-    assert trained(body, recipe) == sum(one.numel() for one in model.parameters() if one.requires_grad)
+    assert body.parameters + (0 if recipe.method == "full" else trained_parameters(body, recipe)) == sum(
+        one.numel() for one in model.parameters()
+    )
+    assert trained_parameters(body, recipe) == sum(one.numel() for one in model.parameters() if one.requires_grad)
     head = 4 * 128 * 64 if recipe.method == "full" else 0  # the head's gradient, a component of its own
     assert 4 * activations(body, recipe) == pytest.approx(kept_by(model) - head, rel=0.25 if recipe.method == "dora" else 0.1)
 
@@ -86,7 +88,7 @@ def test_activations_of_a_gpu_are_those_of_bf16(kind, recipe, monkeypatch):
     monkeypatch.setattr(nn.LayerNorm, "forward", whole)
     config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind] | ENDS)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    model = model if recipe.method == "full" else adapter(model.to(torch.bfloat16), recipe, "base")
+    model = model if recipe.method == "full" else add_adapter(model.to(torch.bfloat16), recipe, "base")
     with torch.autocast("cpu", torch.bfloat16):
         kept = kept_by(model)
     body = anatomy(config)
@@ -110,7 +112,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(memory, batch, length,
 
 
 def fit_quickly(recipe: Recipe, memory: int) -> dict[str, int]:
-    return {what: largest(BODY, recipe, Place("cpu", memory, True), what) for what in ("batch", "length", "rank")}
+    return {what: largest(BODY, recipe, Machine("cpu", memory, True), what) for what in ("batch", "length", "rank")}
 
 
 def size(recipe: Recipe, what: str, value: int) -> int:
@@ -139,17 +141,17 @@ def test_fit_needs_only_a_config(tmp_path):
     assert fit(str(tmp_path), FULL, memory=10**6).verdict.endswith("or a machine with more memory")
     long = fit(str(tmp_path), FULL.model_copy(update={"length": 4096}), memory=10**15, device="cuda")
     assert not long.fits
-    assert long.verdict.endswith("ask for --length 2048")
+    assert long.verdict.endswith("choose --length 2048")
 
 
 def test_a_device_that_is_not_here_needs_its_memory_named():
-    assert asked("cpu", None) == Place("cpu", machine_memory("cpu"), True)
-    assert asked("cuda", 8).memory == 8
+    assert find_machine("cpu", None) == Machine("cpu", machine_memory("cpu"), True)
+    assert find_machine("cuda", 8).memory == 8
     with pytest.raises(BadInput, match="cpu and cuda"):
-        asked("mps", 8)
+        find_machine("mps", 8)
     if not torch.cuda.is_available():
         with pytest.raises(BadInput, match="--memory 12GB"):
-            asked("cuda", None)
+            find_machine("cuda", None)
 
 
 def test_a_seven_billion_model_is_predicted_without_its_weights(tmp_path):
@@ -185,7 +187,7 @@ def test_the_cheapest_change_fits(tmp_path, memory):
     body = anatomy(transformers.AutoConfig.for_model("llama", **shape))
     recipe = Recipe(steps=1, batch=8, length=2048)
     total = sum(components(body, recipe, "cuda").values())
-    said = verdict(body, recipe, Place("cuda", memory * 10**9, False), total, {})
+    said = verdict(body, recipe, Machine("cuda", memory * 10**9, False), total, {})
     if memory in (3, 300):
         assert said.startswith("fits") if memory == 300 else said.endswith("or a machine with more memory")
         return

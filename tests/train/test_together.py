@@ -18,10 +18,10 @@ from elmwood.errors import BadInput, Damaged
 from elmwood.records import Corpus, Recipe, Shard
 from elmwood.train import loop
 from elmwood.train import together as room
-from elmwood.train.adapter import adapter
-from elmwood.train.loss import abilities, loss
+from elmwood.train.adapter import add_adapter
+from elmwood.train.loss import find_abilities, loss
 from elmwood.train.tasks import train
-from elmwood.train.together import Stack, losses, together_keys, train_together
+from elmwood.train.together import Stack, expert_losses, together_keys, train_together
 
 LORA = Recipe(method="lora", rank=4, steps=8, batch=2, length=32, learning_rate=1e-2)
 
@@ -48,10 +48,10 @@ def weights(model) -> list[torch.Tensor]:
 @pytest.mark.parametrize("change", [{}, {"accumulate": 2, "batch": 3, "checkpointing": True}])
 def test_each_is_what_it_would_be_alone(kind, change, tmp_path):
     recipe = LORA.model_copy(update={"steps": 4, "length": 20, **change})
-    group = adapter(tiny(kind, **MODELS[kind]), recipe, "base")
+    group = add_adapter(tiny(kind, **MODELS[kind]), recipe, "base")
     stack, trained = room.run(group, texts(3), recipe, tmp_path, lambda *_, **__: None)
     for number, packed in enumerate(texts(3)):
-        one = adapter(tiny(kind, **MODELS[kind]), recipe, "base")
+        one = add_adapter(tiny(kind, **MODELS[kind]), recipe, "base")
         (tmp_path / str(number)).mkdir()
         alone = loop.run(one, packed, recipe, tmp_path / str(number), lambda **_: None)
         stack.put(number)
@@ -62,13 +62,13 @@ def test_each_is_what_it_would_be_alone(kind, change, tmp_path):
 
 @pytest.mark.parametrize(("kind", "sizes"), [("llama", LLAMA), ("gpt2", GPT2), ("opt", OPT)])
 def test_gradients_of_each_are_those_of_its_own_rows(kind, sizes):
-    group, one = (adapter(tiny(kind, **sizes), LORA, "base") for _ in range(2))
-    stack, able = Stack(group, 3), abilities(one)
+    group, one = (add_adapter(tiny(kind, **sizes), LORA, "base") for _ in range(2))
+    stack, able = Stack(group, 3), find_abilities(one)
     torch.manual_seed(0)
     with torch.no_grad():
         stack.flat_EP += torch.randn_like(stack.flat_EP) * 0.1
     tokens, targets = torch.randint(0, 64, (6, 16)), torch.randint(0, 64, (6, 16))
-    losses(group, able, tokens, targets, None, 3).sum().backward()
+    expert_losses(group, able, tokens, targets, None, 3).sum().backward()
     for number in range(3):
         stack.put(number)
         with torch.no_grad():
@@ -149,4 +149,4 @@ def test_killed_and_resumed_gives_the_same_bytes(opened, fresh):
 def test_a_damaged_state_says_what_to_delete(tmp_path):
     (tmp_path / room.FILE).write_bytes(b"\x10" * 100)
     with pytest.raises(Damaged, match="delete it"):
-        room.run(adapter(tiny("llama", **LLAMA), LORA, "base"), texts(2), LORA, tmp_path, lambda *_, **__: None)
+        room.run(add_adapter(tiny("llama", **LLAMA), LORA, "base"), texts(2), LORA, tmp_path, lambda *_, **__: None)

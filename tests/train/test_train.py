@@ -27,10 +27,10 @@ from elmwood.lm.load import load_model, load_quantised, new_model
 from elmwood.records import Corpus, Recipe, Seed, Shape
 from elmwood.store import Store
 from elmwood.train import checkpoint, loop
-from elmwood.train.adapter import adapter
-from elmwood.train.data import UNSCORED, apart, batches, parts, scored
-from elmwood.train.loss import Abilities, ChunkedLoss, abilities, loss
-from elmwood.train.schedule import rate
+from elmwood.train.adapter import add_adapter
+from elmwood.train.data import UNSCORED, batches, count_scored, split_batch, split_validation
+from elmwood.train.loop import rate
+from elmwood.train.loss import Abilities, ChunkedLoss, find_abilities, loss
 from elmwood.train.task_names import train_key
 from elmwood.train.tasks import train, train_seed
 
@@ -228,7 +228,7 @@ ALLOWED = {
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_what_a_model_allows_is_found_out_and_true(kind):
     model = tiny(kind, **MODELS[kind])
-    able = abilities(model)
+    able = find_abilities(model)
     packed = packed_of(*[11] * 6)
     packed = packed._replace(tokens=packed.tokens % 64)
     batch = next(batches(packed, Recipe(steps=1, batch=2, length=30)))
@@ -264,7 +264,7 @@ def test_our_forward_and_backward_of_lora_are_pefts(kind):
         tiny(kind, **MODELS[kind]),
         LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=kind == "gpt2"),
     )
-    ours = adapter(tiny(kind, **MODELS[kind]), LORA.model_copy(update={"alpha": 6.0}), "base")
+    ours = add_adapter(tiny(kind, **MODELS[kind]), LORA.model_copy(update={"alpha": 6.0}), "base")
     with torch.no_grad():
         for (name, one), (other, two) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
             assert name == other
@@ -346,7 +346,7 @@ def test_thread_count_is_the_recipes_and_given_back(opened):
 
 def test_rows_longer_than_the_model_are_refused(opened):
     store, corpus, seed = opened
-    with pytest.raises(BadInput, match="65 tokens are longer than the 64 positions"):
+    with pytest.raises(BadInput, match="--length 65: the model has 64 positions"):
         train(seed, corpus.train, FULL.model_copy(update={"length": 65}), store)
 
 
@@ -460,7 +460,7 @@ def test_a_damaged_state_says_what_to_delete(tmp_path):
 def test_no_room_for_the_state_is_said_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10})())
     with pytest.raises(DoesNotFit, match="free some"):
-        checkpoint.save(tmp_path, checkpoint.Stand(), {}, loop.adamw(dict(new_model(SHAPE).named_parameters()), FULL))
+        checkpoint.save(tmp_path, checkpoint.Position(), {}, loop.adamw(dict(new_model(SHAPE).named_parameters()), FULL))
     assert not list(tmp_path.iterdir())
 
 
@@ -493,7 +493,7 @@ def test_every_recipe_makes_an_expert_that_opens_and_speaks(name, opened):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 def test_late_adapters_stand_in_the_last_layers_only(kind):
-    model = adapter(tiny(kind, **MODELS[kind]), LORA.model_copy(update={"late": 0.5}), "base")
+    model = add_adapter(tiny(kind, **MODELS[kind]), LORA.model_copy(update={"late": 0.5}), "base")
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert trained
     assert all(".1." in name for name in trained)
@@ -520,10 +520,10 @@ def test_a_step_in_passes_is_the_step(recipe, checkpointing):
     for changes in ({}, {"accumulate": 3, "checkpointing": checkpointing}):
         changed = recipe.model_copy(update={"length": 20, **changes})
         model = tiny("llama", **LLAMA)
-        model = model if recipe.method == "full" else adapter(model, changed, "base")
-        able = abilities(model)
-        with loop.recomputed(model.train(), changed):
-            value = loop.passes(model, able, next(batches(packed, changed)), changed)
+        model = model if recipe.method == "full" else add_adapter(model, changed, "base")
+        able = find_abilities(model)
+        with loop.recompute_activations(model.train(), changed):
+            value = loop.add_gradients(model, able, next(batches(packed, changed)), changed)
         grads.append((value, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}))
     (whole, ones), (split, others) = grads
     torch.testing.assert_close(split, whole)
@@ -541,10 +541,10 @@ def test_recomputed_activations_change_no_bit(opened):
 @given(rows=st.integers(1, 9), count=st.integers(1, 12))
 def test_parts_are_the_batch(rows, count):
     batch = next(batches(packed_of(*[7] * 9), Recipe(steps=1, batch=rows, length=5)))
-    split = list(parts(batch, count))
+    split = list(split_batch(batch, count))
     assert len(split) == min(rows, count)
     assert all(np.array_equal(np.concatenate(pieces), whole) for pieces, whole in zip(zip(*split, strict=True), batch, strict=True))
-    assert sum(map(scored, split)) == scored(batch)
+    assert sum(map(count_scored, split)) == count_scored(batch)
 
 
 # ---- patience ---------------------------------------------------------------------------------------------------
@@ -553,7 +553,7 @@ def test_parts_are_the_batch(rows, count):
 @given(sizes=st.lists(st.integers(2, 40), min_size=2, max_size=30))
 def test_documents_to_validate_on_are_chosen_by_what_they_hold(sizes):
     packed = packed_of(*sizes)
-    kept, held = apart(packed)
+    kept, held = split_validation(packed)
     assert len(kept)
     assert len(held)
     assert sorted([*kept, *held]) == list(range(len(sizes)))
@@ -564,7 +564,7 @@ def test_documents_to_validate_on_are_chosen_by_what_they_hold(sizes):
 
 def test_one_document_cannot_be_validated_on():
     with pytest.raises(BadCorpus, match="at least two"):
-        apart(packed_of(9))
+        split_validation(packed_of(9))
 
 
 def test_patience_ends_a_run_and_keeps_the_best(opened, tmp_path):

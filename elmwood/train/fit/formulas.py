@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.records import Recipe
-from elmwood.train.loop import threads
+from elmwood.train.loop import use_threads
 from elmwood.train.loss import CHUNK, ROWS
 
 FLOAT = 4  # bytes
@@ -120,7 +120,7 @@ def _dropped(text: Any, *names: str) -> bool:
 
 def components(body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
     """Bytes at the peak: at the end of the forward pass, or, where gradients outweigh activations, at the end of the backward pass."""
-    own, low = trained(body, recipe) * recipe.together, width_of(device)
+    own, low = trained_parameters(body, recipe) * recipe.together, width_of(device)
     if device == "cuda":  # dropout keeps a byte there, half a number, and none inside the fused attention
         body = body._replace(noise=body.noise // 2, scores=0)
     gradients, positions = own * FLOAT, rows_at_once(recipe) * recipe.length
@@ -128,7 +128,7 @@ def components(body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
     head = body.vocabulary * body.width * FLOAT if recipe.method == "full" else 0  # its gradient stands before the others
     before = gradients if recipe.accumulate > 1 or recipe.together > 1 else 0  # those of earlier passes, or one flat tensor of all
     return {
-        "process": resident() if device == "cpu" else 0,  # what this one holds now
+        "process": resident_memory() if device == "cpu" else 0,  # what this one holds now
         "libraries": BESIDE[device] + (LIBRARIES[device] if recipe.method == "qlora" else 0),
         "weights": weights(body, recipe, device),
         "optimiser": moments(body, recipe) * recipe.together,
@@ -144,7 +144,7 @@ def highest(kept: int, before: int, gradients: int, made: int, passing: int, dev
     `kept` for the backward pass beside gradients that stand `before` it; `gradients` when it ends, `made` of them during it; and what
     was `passing` in the forward pass.
     """
-    again, more, holes = (*KEPT[device], HOLES[device]) if scattered(device) else (0.0, 0.0, 0.0)
+    again, more, holes = (*KEPT[device], HOLES[device]) if leaves_holes(device) else (0.0, 0.0, 0.0)
     first = kept + before
     peak = max(first + again * first + more * made, gradients + again * first)
     return {
@@ -164,7 +164,7 @@ def logits(vocabulary: int, positions: int, device: str) -> int:
     return 3 * min(positions, max(ROWS, CHUNK[device] // vocabulary)) * vocabulary * FLOAT
 
 
-def scattered(device: str) -> bool:
+def leaves_holes(device: str) -> bool:
     """Whether freed tensors leave holes: not where glibc was told to map each by itself, MALLOC_MMAP_THRESHOLD_=1000000."""
     told = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
     return device == "cuda" or not told.isdigit() or int(told) > MAPPED
@@ -177,7 +177,7 @@ def rows_at_once(recipe: Recipe) -> int:
 
 def weights(body: Anatomy, recipe: Recipe, device: str) -> int:
     """Bytes of the seed as it stands in memory, and of what is trained."""
-    own, low = trained(body, recipe) * FLOAT, width_of(device)
+    own, low = trained_parameters(body, recipe) * FLOAT, width_of(device)
     if recipe.method == "full":  # autocast keeps a second copy of what is multiplied, in bf16
         return own + (2 * body.matrices if device == "cuda" else 0)
     frozen = body.parameters * low
@@ -188,7 +188,7 @@ def weights(body: Anatomy, recipe: Recipe, device: str) -> int:
 
 def moments(body: Anatomy, recipe: Recipe) -> int:
     """Bytes of the two moments of one expert."""
-    own = trained(body, recipe)
+    own = trained_parameters(body, recipe)
     if recipe.optimiser == "adamw":
         return 2 * own * FLOAT
     if recipe.method == "full":
@@ -222,7 +222,7 @@ def adapted(body: Anatomy, recipe: Recipe) -> tuple[tuple[int, int], ...]:
     return body.shapes[len(body.shapes) - round(share * len(body.shapes)) :]
 
 
-def trained(body: Anatomy, recipe: Recipe) -> int:
+def trained_parameters(body: Anatomy, recipe: Recipe) -> int:
     """Weights of one expert that are trained."""
     if recipe.method == "full":
         return body.parameters
@@ -263,7 +263,7 @@ def normed(body: Anatomy, full: bool, halved: bool) -> tuple[int, int, int]:
     return (2 * (2 + 2 * normalised) + copies) * body.width, (3 + 2 * normalised) * body.width, 6 if full else 4
 
 
-def resident() -> int:
+def resident_memory() -> int:
     """Bytes this process holds: Python, torch, transformers, and what else it has imported."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -279,7 +279,7 @@ def speed(body: Anatomy, recipe: Recipe, device: str) -> float:
     passes = forward + above * (1 + recipe.checkpointing + (recipe.method == "full"))
     head = body.vocabulary * body.width
     attention = 2 * body.layers * body.heads * recipe.length * (2 + 2.5 * above)  # the backward pass computes the scores again
-    own, tokens = trained(body, recipe), rows_at_once(recipe) * recipe.length
+    own, tokens = trained_parameters(body, recipe), rows_at_once(recipe) * recipe.length
     flops = 2 * passes * body.matrices + 2 * (3 if recipe.method == "full" else 2) * head
     flops += (0 if recipe.method == "full" else 6 * own) + 2 * attention
     whole = activations(body, recipe.model_copy(update={"checkpointing": False}))
@@ -287,7 +287,7 @@ def speed(body: Anatomy, recipe: Recipe, device: str) -> float:
     if recipe.method in ("qlora", "dora"):  # matrices are unpacked, or multiplied out, in each pass whatever its tokens
         traffic += (2 if recipe.method == "qlora" else 6) * (1 + above) * FLOAT * body.matrices / tokens
     step = 7 * FLOAT * own / (recipe.batch * recipe.length)  # AdamW reads four numbers per weight and writes three
-    with threads(recipe.threads):
+    with use_threads(recipe.threads):
         product, memory = _probe(body, recipe, device)
     return 1 / (flops / product + (traffic + step) / memory)
 

@@ -21,8 +21,8 @@ from elmwood.lm.load import add_seed
 from elmwood.records import Mixture, Recipe, Seed
 from elmwood.store import Store
 from elmwood.train import loop, router, together
-from elmwood.train.fit.formulas import resident
-from elmwood.train.tasks import opened
+from elmwood.train.fit.formulas import resident_memory
+from elmwood.train.tasks import open_trainable
 
 STEPS = 2
 DOCUMENT = 700  # tokens of each
@@ -31,15 +31,15 @@ DOCUMENT = 700  # tokens of each
 class Measured(NamedTuple):
     """A run of two steps."""
 
-    peak: int  # bytes, the opening of the seed included
-    held: int  # bytes of the process before that: what it had imported; 0 on a GPU
-    tokens_per_second: float  # of the second step: on a CPU by its own time, so that others at work do not enter
+    peak: int  # bytes, including opening the seed
+    held: int  # bytes of the process before that, for its imports; 0 on a GPU
+    tokens_per_second: float  # of the second step; on a CPU by process time, so that other processes do not count
 
 
 def measure(seed: Seed | Mixture | Any, recipe: Recipe, store: Store | None = None, device: str = "cpu") -> Measured:
-    """Two steps over random tokens, from a seed, a mixture, or a config, which gets random weights on the disk for as long as it takes.
+    """Train two steps on random tokens, from a seed, a mixture, or a config with random weights in a temporary folder.
 
-    Raises DoesNotFit where the process was killed or ran out of memory, BadInput where it failed otherwise.
+    Raises DoesNotFit if the process was killed or ran out of memory, BadInput if it failed otherwise.
     """
     with tempfile.TemporaryDirectory() as scratch:
         if not isinstance(seed, Seed | Mixture):
@@ -58,7 +58,7 @@ def measure(seed: Seed | Mixture | Any, recipe: Recipe, store: Store | None = No
 
 
 def random_seed(config: Any, store: Store) -> Seed:
-    """A checkpoint of this config with random weights and no tokenizer: enough to train on random tokens, and for nothing else."""
+    """A checkpoint of this config with random weights and no tokenizer: enough to train on random tokens."""
     with tempfile.TemporaryDirectory() as folder:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
         model.save_pretrained(folder)
@@ -66,8 +66,8 @@ def random_seed(config: Any, store: Store) -> Seed:
     return add_seed(store, files, model.config, model.num_parameters(), name="random", separator=0)
 
 
-def foretold(components: dict[str, int], found: Measured) -> int:
-    """The peak predicted for the process that was measured: it had imported other things than the one that predicts."""
+def predict_peak(components: dict[str, int], found: Measured) -> int:
+    """The predicted peak of the process that was measured, which has other imports than this one."""
     return sum(components.values()) - components["process"] + found.held
 
 
@@ -78,8 +78,8 @@ def take(start: Seed | Mixture, recipe: Recipe, store: Store, device: str) -> Me
     texts = [
         Packed(rng.integers(1, seed.vocabulary, size).astype(np.uint32), np.arange(0, size, DOCUMENT), 0) for _ in range(recipe.together)
     ]
-    held = resident() if device == "cpu" else 0
-    model = router.opened(start, store, device) if isinstance(start, Mixture) else opened(seed, recipe, store, device)
+    held = resident_memory() if device == "cpu" else 0
+    model = router.open_mixture(start, store, device) if isinstance(start, Mixture) else open_trainable(seed, recipe, store, device)
     marks: list[float] = []
 
     def tick(*_: object) -> None:
@@ -89,20 +89,20 @@ def take(start: Seed | Mixture, recipe: Recipe, store: Store, device: str) -> Me
 
     with tempfile.TemporaryDirectory() as work:
         if isinstance(start, Mixture):
-            router.choose(model, recipe.tuned)
-            with router.watched(model, recipe.balance) as watch:
+            router.select_trained(model, recipe.tuned)
+            with router.watch_routers(model, recipe.balance) as watch:
                 loop.run(model, texts[0], recipe, Path(work), lambda **_: None, tick, watch.balance)
         elif recipe.together > 1:
             together.run(model, texts, recipe, Path(work), lambda *_, **__: None, tick)
         else:
             loop.run(model, texts[0], recipe, Path(work), lambda **_: None, tick)
-    step = max(marks[1] - marks[0], 1e-3)  # some systems count a process's time in steps of milliseconds
+    step = max(marks[1] - marks[0], 1e-3)  # some systems measure process time in milliseconds
     speed = recipe.together * recipe.batch * recipe.length / step
     return Measured(peak(device), held, speed)
 
 
 def peak(device: str) -> int:
-    """Bytes. CPU: the most this process held. CUDA: the most that torch reserved, the context, and what others hold on the card."""
+    """Bytes. CPU: the peak of this process. CUDA: the peak that torch reserved, the context, and what other processes hold."""
     if device == "cuda":
         free, there = torch.cuda.mem_get_info()
         return there - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()

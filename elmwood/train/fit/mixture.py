@@ -1,6 +1,6 @@
-"""Will tuning a mixture fit? As `fit`, from its files' headers and its seed's config: no weights are read.
+"""Does tuning a mixture fit? As `fit`, from the headers of its files and the config of its seed: no weights are read.
 
-E experts, K of them that a token goes through, D width, Q width of all heads, F width of a feed-forward layer
+E experts, K experts per token, D width, Q width of all heads, F width of a feed-forward layer
 """
 
 import json
@@ -10,13 +10,13 @@ from elmwood.errors import BadInput
 from elmwood.lm.lowrank import FILE
 from elmwood.records import Frozen, Mixture, Recipe, Seed
 from elmwood.store import Store
-from elmwood.train.fit.formulas import BESIDE, FLOAT, Anatomy, anatomy, highest, logits, resident, rows_at_once, speed, width_of
-from elmwood.train.fit.predict import asked, config_of, in_passes, most_that
-from elmwood.train.router import ORDER, kind_of
+from elmwood.train.fit.formulas import BESIDE, FLOAT, Anatomy, anatomy, highest, logits, resident_memory, rows_at_once, speed, width_of
+from elmwood.train.fit.predict import find_machine, in_passes, largest_number, load_config
+from elmwood.train.router import ORDER, part_of
 
 
-class Tuning(Frozen):
-    """A prediction, in bytes and tokens per second. `components` stand at the peak and sum to `total`."""
+class TuningPrediction(Frozen):
+    """A prediction, in bytes and tokens per second. `components` are those at the peak, and sum to `total`."""
 
     device: str
     parameters: int
@@ -30,26 +30,28 @@ class Tuning(Frozen):
     verdict: str
 
 
-def fit_mixture(mixture: Mixture, recipe: Recipe, store: Store, *, memory: int | None = None, device: str | None = None) -> Tuning:
-    """What tuning a mixture by this recipe takes. Raises BadInput."""
+def fit_mixture(
+    mixture: Mixture, recipe: Recipe, store: Store, *, memory: int | None = None, device: str | None = None
+) -> TuningPrediction:
+    """Memory and speed of tuning a mixture by this recipe. Raises BadInput."""
     if recipe.method != "router":
         raise BadInput(f"a mixture is tuned, not trained with method {recipe.method!r}: ask with --method router")
-    place, count, body = asked(device, memory), counted(mixture, store), _body(mixture, store)
+    place, count, body = find_machine(device, memory), count_parameters(mixture, store), _body(mixture, store)
 
     def fits(recipe: Recipe) -> bool:
         return sum(components(mixture, count, body, recipe, place.device).values()) <= place.memory
 
     parts = components(mixture, count, body, recipe, place.device)
     total = sum(parts.values())
-    most = most_that(lambda batch: fits(recipe.model_copy(update={"batch": batch, "accumulate": 1})), 1 << 16)
+    most = largest_number(lambda batch: fits(recipe.model_copy(update={"batch": batch, "accumulate": 1})), 1 << 16)
     have = f"{total / 1e9:.2f} GB of {place.memory / 1e9:.2f} GB"
     if total <= place.memory:
-        verdict = f"fits: {have}; it would with batch {most}"
+        verdict = f"fits: {have}; so would batch {most}"
     elif spread := in_passes(recipe, fits):
         verdict = f"does not fit: {have}; --accumulate {spread.accumulate} would"
     else:
         verdict = f"does not fit: {have}; tune less (--tuned routers), shorter rows, or mix --low-rank"
-    return Tuning(
+    return TuningPrediction(
         device=place.device, parameters=sum(count.values()), trained=_trained(count, recipe), components=parts, total=total,
         memory=place.memory, fits=total <= place.memory,
         tokens_per_second=speed(body, recipe.model_copy(update={"method": "full"}), place.device) if place.here else None,
@@ -57,8 +59,8 @@ def fit_mixture(mixture: Mixture, recipe: Recipe, store: Store, *, memory: int |
     )  # fmt: skip
 
 
-def counted(mixture: Mixture, store: Store) -> dict[str, int]:
-    """Numbers of each kind: routers, norms, shared, everything (the experts' own)."""
+def count_parameters(mixture: Mixture, store: Store) -> dict[str, int]:
+    """Parameters of each part: routers, norms, shared, everything (the experts' own)."""
     found = dict.fromkeys(ORDER, 0)
     low = mixture.layout == "low-rank"
     files = [mixture.files] + ([store.load(mixture.seed, Seed).files] if low else [])
@@ -66,17 +68,17 @@ def counted(mixture: Mixture, store: Store) -> dict[str, int]:
     for one in reversed(files):
         for path in sorted(store.folder(one).glob("*.safetensors")):
             with path.open("rb") as file:
-                said = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            names |= {name: math.prod(entry["shape"]) for name, entry in said.items() if name != "__metadata__"}
+                tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            names |= {name: math.prod(entry["shape"]) for name, entry in tensors.items() if name != "__metadata__"}
     for name, numbers in names.items():
-        found["everything" if low and ".mlp." in name and "gate.weight" not in name else kind_of(name)] += numbers
+        found["everything" if low and ".mlp." in name and "gate.weight" not in name else part_of(name)] += numbers
     return found
 
 
 def components(mixture: Mixture, count: dict[str, int], body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
-    """Bytes at the peak of a pass, of a mixture with so many numbers of each kind; the constants are those of `formulas`.
+    """Bytes at the peak of a pass, for a mixture with so many parameters of each part; the constants are those of `formulas`.
 
-    On a CPU a checkpoint's experts count twice: they are put together in memory, and the file they were read from stays mapped.
+    On a CPU the experts of a checkpoint count twice: they are stacked in memory, and the file they were read from stays mapped.
     """
     own, low, positions = _trained(count, recipe), width_of(device), rows_at_once(recipe) * recipe.length
     numbers = positions * (activations(body, mixture, recipe) + recipe.length)
@@ -84,7 +86,7 @@ def components(mixture: Mixture, count: dict[str, int], body: Anatomy, recipe: R
     gradients = own * FLOAT
     before = gradients if recipe.accumulate > 1 else 0
     return {
-        "process": resident() if device == "cpu" else 0,
+        "process": resident_memory() if device == "cpu" else 0,
         "libraries": BESIDE[device],
         "weights": sum(count.values()) * FLOAT,
         "files": count["everything"] * FLOAT if device == "cpu" and FILE not in mixture.files else 0,
@@ -95,23 +97,23 @@ def components(mixture: Mixture, count: dict[str, int], body: Anatomy, recipe: R
 
 
 def activations(body: Anatomy, mixture: Mixture, recipe: Recipe) -> int:
-    """Numbers of a token kept for the backward pass, mask and loss aside.
+    """Numbers per token kept for the backward pass, without mask and loss.
 
-    Frozen matrices keep nothing of what they are given, and with routers alone nothing before the first gate needs a gradient.
-    Of a layer: norms' inputs (where tuned their normalised values, and what comes out), attention's four, what enters the gate; of each
-    expert before and after the activation and the other branch, the product where down_proj is tuned, what comes out to be weighed.
+    Frozen matrices keep no inputs, and if only routers are tuned nothing before the first gate needs a gradient.
+    Per layer: inputs of norms (if tuned also normalised values and outputs), four tensors of attention, the gate's input; per expert
+    before and after the activation and the other branch, the product if down_proj is tuned, and the output that is weighted.
     """
     tuned, low, k, wide = ORDER.index(recipe.tuned), FILE in mixture.files, mixture.gates.top_k, body.feed_forward
     norms, heads = (2, 4, 5, 5)[tuned] * body.width, (4 + (4 if tuned else 2) * body.query_norms) * body.heads
     above = norms + heads + (5 if low else 4 if recipe.tuned == "everything" else 3) * wide
-    always = body.width + (2 if recipe.tuned == "everything" else 1) * k * body.width + 4 * len(mixture.experts) + 9 * k  # and the routing
-    first = 0 if tuned else above - 2 * wide * low  # what the first layer lacks
+    always = body.width + (2 if recipe.tuned == "everything" else 1) * k * body.width + 4 * len(mixture.experts) + 9 * k  # routing included
+    first = 0 if tuned else above - 2 * wide * low  # what the first layer does not keep
     return body.layers * (above + always) - first + (2, 3, 4, 4)[tuned] * body.width
 
 
 def _body(mixture: Mixture, store: Store) -> Anatomy:
-    """The seed, with as many feed-forward layers side by side as a token goes through (all of a low-rank one share one)."""
-    body = anatomy(config_of(store.load(mixture.seed, Seed), store))
+    """The seed with one feed-forward layer per active expert (those of a low-rank mixture share one)."""
+    body = anatomy(load_config(store.load(mixture.seed, Seed), store))
     more = mixture.gates.top_k - 1
     wide = tuple(shape for shape in body.shapes if body.feed_forward in shape)
     shapes = body.shapes if FILE in mixture.files else (*body.shapes, *wide * more)

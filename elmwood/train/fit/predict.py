@@ -1,4 +1,4 @@
-"""Will it fit, how far could one go, and what is the cheapest change that would? From the config alone."""
+"""Does a run fit in memory, what is the largest that would, and which is the cheapest change that makes it fit? From the config alone."""
 
 import os
 from bisect import bisect_left
@@ -14,64 +14,66 @@ from elmwood.lm.files import seed_folder
 from elmwood.lm.load import best_device
 from elmwood.records import Frozen, Recipe, Seed
 from elmwood.store import Store
-from elmwood.train.fit.formulas import BESIDE, Anatomy, anatomy, components, speed, trained
+from elmwood.train.fit.formulas import BESIDE, Anatomy, anatomy, components, speed, trained_parameters
 
 
-class Fit(Frozen):
-    """A prediction, in bytes and seconds. `components` stand at the peak and sum to `total`."""
+class Prediction(Frozen):
+    """A prediction, in bytes and seconds. `components` are those at the peak, and sum to `total`."""
 
     device: str
     parameters: int
     trained: int
     components: dict[str, int]
     total: int
-    memory: int  # there is, or was asked about
+    memory: int  # of the machine, or as asked
     fits: bool
-    tokens_per_second: float | None  # None: asked about a device that is not here
-    largest: dict[str, int]  # batch, length or rank that would still fit, the others as they are; 0: none
+    tokens_per_second: float | None  # None if the device is not here
+    largest: dict[str, int]  # batch, length or rank that would still fit, with the others as they are; 0: none
     verdict: str
 
 
-def fit(seed: Seed | str, recipe: Recipe, store: Store | None = None, *, memory: int | None = None, device: str | None = None) -> Fit:
+def fit(
+    seed: Seed | str, recipe: Recipe, store: Store | None = None, *, memory: int | None = None, device: str | None = None
+) -> Prediction:
     """What training this seed by this recipe takes on this machine, or on one with `memory` bytes.
 
     `seed` is a record (then `store` has it), a folder with a config.json, or a model hub's id; `device` is cpu or cuda. Raises BadSeed,
     BadInput.
     """
-    place = asked(device, memory)
-    body = anatomy(config_of(seed, store))
+    place = find_machine(device, memory)
+    body = anatomy(load_config(seed, store))
     parts = components(body, recipe, place.device)
     total = sum(parts.values())
     settings = ("batch", "length") if recipe.method == "full" else ("batch", "length", "rank")
     limits = {what: largest(body, recipe, place, what) for what in settings}
-    return Fit(
-        device=place.device, parameters=body.parameters, trained=trained(body, recipe), components=parts, total=total,
+    return Prediction(
+        device=place.device, parameters=body.parameters, trained=trained_parameters(body, recipe), components=parts, total=total,
         memory=place.memory, fits=total <= place.memory and recipe.length <= body.context,
         tokens_per_second=speed(body, recipe, place.device) if place.here else None, largest=limits,
         verdict=verdict(body, recipe, place, total, limits),
     )  # fmt: skip
 
 
-class Place(NamedTuple):
-    """Where it is to fit."""
+class Machine(NamedTuple):
+    """The device that a run must fit."""
 
     device: str  # cpu or cuda
     memory: int  # bytes
     here: bool  # so that its speed can be measured
 
 
-def asked(device: str | None, memory: int | None) -> Place:
-    """The device and memory that were asked about, by default this machine's. Raises BadInput."""
+def find_machine(device: str | None, memory: int | None) -> Machine:
+    """The device and memory in question, by default this machine's. Raises BadInput."""
     here = best_device().type
     device = device or here
     if device not in BESIDE:
         raise BadInput(f"--device {device}: predictions are for {' and '.join(BESIDE)}; choose one")
     if memory is None and device not in (here, "cpu"):
-        raise BadInput(f"there is no {device} here to look at: say how much memory the card has, as --memory 12GB")
-    return Place(device, machine_memory(device) if memory is None else memory, device in (here, "cpu"))
+        raise BadInput(f"there is no {device} here: say how much memory the card has, as --memory 12GB")
+    return Machine(device, machine_memory(device) if memory is None else memory, device in (here, "cpu"))
 
 
-def config_of(seed: Seed | str, store: Store | None = None) -> Any:
+def load_config(seed: Seed | str, store: Store | None = None) -> Any:
     """The seed's transformers config. Raises BadSeed."""
     if isinstance(seed, Seed):
         return _config(seed_folder(seed, store or Store(Path(".elmwood"))))
@@ -88,7 +90,7 @@ def _config(folder: Path | str) -> Any:
 
 
 def machine_memory(device: str) -> int:
-    """Bytes of memory of the device, or of this machine and what a container leaves of it."""
+    """Bytes of memory of the device; on a CPU those of the machine, or of the container if it has fewer."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
     limit, whole = Path("/sys/fs/cgroup/memory.max"), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -99,35 +101,35 @@ def machine_memory(device: str) -> int:
 # ---- what would fit ---------------------------------------------------------------------------------------------
 
 
-def largest(body: Anatomy, recipe: Recipe, place: Place, what: str) -> int:
-    """The largest value of one setting that fits; 0 where even the smallest does not."""
+def largest(body: Anatomy, recipe: Recipe, place: Machine, what: str) -> int:
+    """The largest value of one setting that fits; 0 if even the smallest does not."""
     most = {"batch": 1 << 16, "length": body.context, "rank": body.width}[what]
     smallest = 2 if what == "length" else 1
-    return most_that(lambda value: holds(body, recipe.model_copy(update={what: max(value, smallest)}), place), most)
+    return largest_number(lambda value: has_room(body, recipe.model_copy(update={what: max(value, smallest)}), place), most)
 
 
-def holds(body: Anatomy, recipe: Recipe, place: Place) -> bool:
-    """Whether the memory is enough."""
+def has_room(body: Anatomy, recipe: Recipe, place: Machine) -> bool:
+    """Whether the machine has enough memory."""
     return sum(components(body, recipe, place.device).values()) <= place.memory
 
 
-def most_that(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, where all below it do; 0: none."""
+def largest_number(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, if all smaller ones do; 0: none."""
     return bisect_left(range(1, most + 1), True, key=lambda number: not fits(number))
 
 
-def verdict(body: Anatomy, recipe: Recipe, place: Place, total: int, limits: dict[str, int]) -> str:
-    """One sentence: fits and how far one could go, or the cheapest change that would make it fit."""
+def verdict(body: Anatomy, recipe: Recipe, place: Machine, total: int, limits: dict[str, int]) -> str:
+    """One sentence: it fits and what the largest would be, or the cheapest change that makes it fit."""
     have = f"{total / 1e9:.2f} GB of {place.memory / 1e9:.2f} GB"
     if recipe.length > body.context:
-        return f"rows of {recipe.length} tokens are longer than the {body.context} positions of the model; ask for --length {body.context}"
+        return f"--length {recipe.length}: the model has {body.context} positions; choose --length {body.context}"
     if total <= place.memory:
         room = ", ".join(f"{what} {most}" for what, most in limits.items())
-        return f"fits: {have}; it would with {room}, each alone"
+        return f"fits: {have}; so would {room}, one at a time"
     for changed in cheaper(recipe):
-        tried = in_passes(recipe.model_copy(update=changed), lambda recipe: holds(body, recipe, place))
+        tried = in_passes(recipe.model_copy(update=changed), lambda recipe: has_room(body, recipe, place))
         if tried is not None:
-            return f"does not fit: {have}; {spelled(recipe, tried)} would"
+            return f"does not fit: {have}; {spell_changes(recipe, tried)} would"
     return f"does not fit: {have}; choose a smaller seed, or a machine with more memory"
 
 
@@ -135,7 +137,7 @@ METHODS = ("full", "dora", "lora", "qlora")  # from the most memory to the least
 
 
 def cheaper(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Changes in the order of what they cost: rounding, time, context, then what is trained and over what."""
+    """Changes in order of their price: rounding, time, context, then what is trained and on what base."""
     small = {} if recipe.together > 1 else {"optimiser": "adamw8bit"}
     for method in METHODS[METHODS.index(recipe.method) :]:
         for length in (recipe.length, *(half for half in (recipe.length // 2, recipe.length // 4) if half >= 128)):
@@ -151,8 +153,8 @@ def in_passes(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Recipe | None:
     return spread[found] if found < len(spread) else None
 
 
-def spelled(before: Recipe, after: Recipe) -> str:
-    """What is different, as options of the command line."""
+def spell_changes(before: Recipe, after: Recipe) -> str:
+    """The differences, as options of the command line."""
     words = []
     for what in ("method", "length", "optimiser", "checkpointing", "accumulate"):
         if (value := getattr(after, what)) != getattr(before, what):
