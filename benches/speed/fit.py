@@ -28,7 +28,7 @@ from elmwood.records import Gates, Mixture, Recipe
 from elmwood.store import Store
 from elmwood.train.fit.formulas import anatomy, components, leaves_holes, speed
 from elmwood.train.fit.gpu_table import SEEDS
-from elmwood.train.fit.measure import predict_peak, measure, random_seed
+from elmwood.train.fit.measure import measure, predict_peak, random_seed
 from elmwood.train.fit.mixture import fit_mixture
 
 
