@@ -1,10 +1,14 @@
 """Every router over the columns of one forest: what it gains over the strongest dense control, and what it runs for each token.
 
     python -m benches.quality.routers STORE [FOREST] [--random random/] [--dense dense/batch,dense/large] [--documents N] [--length N]
+        [--decode 6]
 
 Names are those of the demo (FOREST is demo/forest, the others stand in the same folder of names). Settings come from the tune half,
 figures are bits per byte on the test half. Nothing is run where the columns are known, as they are after a demo. One JSON line per row:
 the forest's own experts under each router and top-k, with the memory fading or whole; then the controls under the same routers.
+
+`--decode`: instead, so many windows are read token by token by the running ensembles, as in generation. CPU time per token, and how often
+a candidate joins late and reads what it missed.
 
 N scored tokens, E experts by digest
 """
@@ -13,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +25,13 @@ from benches.common import Opened, open_forest, parser, say, words
 from elmwood.domains.partition import serving
 from elmwood.domains.route import nearest_place, router_of, weights
 from elmwood.engine import silent
+from elmwood.ensemble.mixture import EnsembleLM
 from elmwood.evaluate import calibration
 from elmwood.evaluate.comparison import ExpertColumns, Side
 from elmwood.evaluate.holdout import distances
 from elmwood.evaluate.losses import bits_per_byte, difference, nats
-from elmwood.records import Digest, Expert, Partition
+from elmwood.lm.cache import States
+from elmwood.records import Digest, Ensemble, Expert, Partition
 from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
 
@@ -92,6 +99,43 @@ def measure(bench: Bench, of: str, side: Side, against_N: np.ndarray, row: tuple
     )  # fmt: skip
 
 
+def decode(opened: Opened, bench: Bench, count: int) -> None:
+    """Read whole windows token by token under several routers at their best settings."""
+    cut = bench.held.windows
+    whole = np.flatnonzero((cut.length_W == cut.rows_WL.shape[1]) & (cut.score_from_W == 1))
+    rows = cut.rows_WL[whole[:: max(1, len(whole) // count)][:count]].tolist()
+    columns = ExpertColumns.of(bench.held, bench.seed_N, bench.side(opened.forest.experts))
+    for router, top_k in (("centroid", 2), ("live", 1), ("live", 2), ("posterior", 2)):
+        (fit,) = columns.calibrate(router, [top_k])
+        lm = EnsembleLM(Ensemble(forest=opened.forest.digest, **asdict(fit.routing)), bench.store)
+        late = watch(lm)
+        lm.extend(rows[0][:8], lm.start())  # opens the models
+        late.clear()
+        started, tokens = time.process_time(), 0
+        for row in rows:
+            text = lm.start()
+            for token in row:
+                lm.extend([token], text)
+            tokens += len(row)
+        seconds = time.process_time() - started
+        say("routers", measured="decode", router=router, top_k=top_k, tokens=tokens, cpu_ms_per_token=1000 * seconds / tokens,
+            joins_per_1000_tokens=1000 * len(late) / tokens, missed_tokens_per_token=sum(late) / tokens)  # fmt: skip
+
+
+def watch(lm: EnsembleLM) -> list[int]:
+    """A list that grows by the tokens that a candidate missed, each time one joins late."""
+    late: list[int] = []
+    read = lm.experts._read
+
+    def watched(body: Any, states: States, numbers: list[int], tokens: Sequence[int], *more: Any, **named: Any) -> Any:
+        had = dict(zip(states.owner, states.length, strict=True))
+        late.extend(missed for number in numbers if (missed := len(tokens) - had.get(number, 0) - 1) > 0)
+        return read(body, states, numbers, tokens, *more, **named)
+
+    lm.experts._read = watched  # type: ignore[method-assign]
+    return late
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("store", type=Path)
@@ -100,10 +144,14 @@ def main() -> None:
     arguments.add_argument("--dense", default="dense/batch,dense/large")
     arguments.add_argument("--documents", type=int)
     arguments.add_argument("--length", type=int, default=1024)
+    arguments.add_argument("--decode", type=int)
     asked = arguments.parse_args()
     store, folder = Store(asked.store), asked.forest.rpartition("/")[0]
     opened, names = open_forest(store, asked.forest), store.names()
     bench = Bench(opened, asked.documents, asked.length)
+    if asked.decode:
+        decode(opened, bench, asked.decode)
+        return
     dense = [bench.column(names[f"{folder}/{name}"]) for name in words(asked.dense)]
     strongest_N = min(dense or [bench.seed_N], key=lambda one_N: nats(one_N, bench.held)[bench.test_D].sum())
     for of, column_N in (("seed", bench.seed_N), ("dense", strongest_N)):
