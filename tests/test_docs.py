@@ -1,5 +1,7 @@
 """Documentation that can rot is generated or looked at here."""
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import elmwood
 from elmwood import records
 from elmwood.cli import app
 from elmwood.domains.embed import EMBEDDERS
@@ -97,3 +100,18 @@ def test_every_entry_of_the_lab_book_has_a_date_a_commit_a_claim_and_a_verdict(p
         for part in ("Claim", "Verdict"):
             assert f"\n\n**{part}.** " in body, f"{path.name}: {name} has no {part.lower()}"
         assert f"[{name}]({path.name}#" in index, f"docs/log/index.md does not list {name} of {path.name}"
+
+
+def calls(path: Path) -> list[ast.Call]:
+    """Calls of `ew.…` in a document's Python blocks."""
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+    nodes = [node for block in blocks for node in ast.walk(ast.parse(block))]
+    return [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("ew.")]
+
+
+@pytest.mark.parametrize("call", sorted({ast.unparse(call) for path in DOCUMENTS for call in calls(path)}))
+def test_every_call_in_the_docs_binds(call):
+    """Its function exists and takes these arguments. docs/python.md is run by a test of its own."""
+    (node,) = (node for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Call) and ast.unparse(node) == call)
+    function = eval(ast.unparse(node.func), {"ew": elmwood})
+    inspect.signature(function).bind(*node.args, **{word.arg: word.value for word in node.keywords if word.arg})
