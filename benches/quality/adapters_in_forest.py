@@ -27,7 +27,7 @@ from elmwood.evaluate.comparison import Side, compare
 from elmwood.evaluate.holdout import Holdout, distances, open_holdout
 from elmwood.evaluate.losses import row as row_of
 from elmwood.records import Expert, Partition, Recipe, Seed
-from elmwood.report.wealth import Line, experts_plot
+from elmwood.report.plots import Series, experts_plot
 from elmwood.store import Store
 from elmwood.study.tasks import experts_job, keys
 from elmwood.study.training import training_job
@@ -82,7 +82,7 @@ def paired(mixed_N: np.ndarray, other_N: np.ndarray, held: Holdout, domains: int
     return [round(row.gain or 0.0, 4), round(row.gain_error or 0.0, 4)]
 
 
-def compare_ranks(bench: Bench, division: Partition, asked: Namespace) -> tuple[list[Line], tuple[str, float]]:
+def compare_ranks(bench: Bench, division: Partition, asked: Namespace) -> tuple[list[Series], tuple[str, float]]:
     held = open_holdout(bench.holdout(division), bench.store)
     steps = bench.study.tokens // (len(division.domains) * bench.study.batch * bench.study.length)
     base = Recipe(steps=steps, batch=bench.study.batch, length=bench.study.length, threads=max(1, cores() // asked.workers))
@@ -110,13 +110,13 @@ def compare_ranks(bench: Bench, division: Partition, asked: Namespace) -> tuple[
         for _, (facts, mixed_N) in sorted(arms.items()):
             say("adapters_in_forest", study="ranks", arm=name, **facts, over_full=paired(mixed_N, full_N, held, len(division.domains)))
     lines = [
-        Line(name, [float(rank) for rank in sorted(arms)], [float(str(arms[rank][0]["bits_per_byte"])) for rank in sorted(arms)])
+        Series(name, [float(rank) for rank in sorted(arms)], [float(str(arms[rank][0]["bits_per_byte"])) for rank in sorted(arms)])
         for name, arms in found.items() if name != "full"
     ]  # fmt: skip
     return lines, ("tuned in full", float(str(next(iter(found["full"].values()))[0]["bits_per_byte"])))
 
 
-def compare_numbers(bench: Bench, asked: Namespace, divisions: Sequence[Partition]) -> tuple[list[Line], tuple[str, float] | None]:
+def compare_numbers(bench: Bench, asked: Namespace, divisions: Sequence[Partition]) -> tuple[list[Series], tuple[str, float] | None]:
     lines: dict[str, dict[int, float]] = {}
     single_N = level = None
     for division in divisions:
@@ -137,7 +137,7 @@ def compare_numbers(bench: Bench, asked: Namespace, divisions: Sequence[Partitio
             say("adapters_in_forest", study="numbers", batch=batch, **facts_dense, over_one=paired(dense_N, single_N, held, k))
         say("adapters_in_forest", study="numbers", batch=batch, **facts, over_one=paired(mixed_N, single_N, held, k))
         lines.setdefault(division.method, {})[k] = float(str(facts["bits_per_byte"]))
-    return [Line(name, [float(k) for k in points], list(points.values())) for name, points in lines.items()], level
+    return [Series(name, [float(k) for k in points], list(points.values())) for name, points in lines.items()], level
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from elmwood.cli.screen import bars, emit, out, talk
 from elmwood.cli.screen import table as print_table
 from elmwood.records import Comparison
 from elmwood.report.contest import headline, lines
-from elmwood.report.wealth import Line, experts_plot, wealth_plot
+from elmwood.report.plots import Series, experts_plot, wealth_plot
 from elmwood.study import admission, contest, evaluation, forest_table
 from elmwood.units import duration, short
 
@@ -152,7 +152,7 @@ def table(
         )  # fmt: skip
     if plot:
         test = [one.test for one in made.chosen]
-        line = Line("chosen one by one", range(1, len(test) + 1), [one.value for one in test], [one.standard_error for one in test])
+        line = Series("chosen one by one", range(1, len(test) + 1), [one.value for one in test], [one.standard_error for one in test])
         plot.write_text(experts_plot([line], reference=("seed", made.seed.value)))
     if output.as_json:
         return emit(_table_json(made))

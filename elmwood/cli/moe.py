@@ -8,7 +8,7 @@ from typer import Argument, Option
 from elmwood.cli.merge import settings_of, values_of
 from elmwood.cli.options import NameOption, Output, RngSeedOption, SettingOption
 from elmwood.cli.screen import bars, emit, made, out, table, talk
-from elmwood.report.loads import loads_plot
+from elmwood.report.plots import loads_plot
 from elmwood.study import mixing
 from elmwood.study.selection import Tuned
 

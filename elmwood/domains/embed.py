@@ -49,7 +49,7 @@ class Words(NamedTuple):
     smooth: float  # added to the inverse document frequency
 
 
-class Row(NamedTuple):
+class EmbedderRow(NamedTuple):
     """A row of the table of embedders: one of words, or one by a model."""
 
     source: str
@@ -71,12 +71,12 @@ def open_seed(digest: str, store: Store) -> Encode:
     return lookup({}, "elmwood.lm.hidden_states:seed_states")(digest, store)
 
 
-EMBEDDERS: dict[str, Row] = {
-    "tfidf": Row("square roots of counts as in Hellinger PCA, arXiv:1312.5542", Words(False, 0.5, 0.0)),
-    "hashing": Row("the same without a vocabulary, arXiv:0902.2206", Words(True, 0.5, 0.0)),
-    "cbtm": Row("the weights of the published code of arXiv:2303.14177", Words(False, 1.0, 1.0)),
-    "seed": Row("mean hidden state of the seed LM", None, "a seed", find_seed, open_seed, by_token=True),
-    "sentence": Row(
+EMBEDDERS: dict[str, EmbedderRow] = {
+    "tfidf": EmbedderRow("square roots of counts as in Hellinger PCA, arXiv:1312.5542", Words(False, 0.5, 0.0)),
+    "hashing": EmbedderRow("the same without a vocabulary, arXiv:0902.2206", Words(True, 0.5, 0.0)),
+    "cbtm": EmbedderRow("the weights of the published code of arXiv:2303.14177", Words(False, 1.0, 1.0)),
+    "seed": EmbedderRow("mean hidden state of the seed LM", None, "a seed", find_seed, open_seed, by_token=True),
+    "sentence": EmbedderRow(
         "any sentence embedder, such as arXiv:1908.10084", None, "a sentence model's folder or hub id", sentence_model, open_sentence
     ),
 }
@@ -183,7 +183,7 @@ def find_model(name: str, named: str | None, store: Store) -> Model | None:
     """
     if ":" in name:
         return Model(name, trust(name, "embedder"))
-    row: Row = lookup(EMBEDDERS, name, "embedder")
+    row: EmbedderRow = lookup(EMBEDDERS, name, "embedder")
     if named and not row.needs:
         others = " or ".join(other for other, one in EMBEDDERS.items() if one.needs)
         raise BadInput(f"embedder {name!r} needs no model: leave out --embedder-model, or use {others}")

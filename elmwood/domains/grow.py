@@ -62,7 +62,7 @@ class Ground(NamedTuple):
         return run(task, inputs, workers=self.means.workers, engine=self.means.engine, what=what, progress=progress)
 
 
-class Grown(NamedTuple):
+class NewDomains(NamedTuple):
     """Domains out of documents."""
 
     domains: tuple[Domain, ...]
@@ -80,7 +80,7 @@ def grow(
     rng_seed: int,
     others: Sequence[Domain] = (),
     progress: Progress = silent,
-) -> Grown:
+) -> NewDomains:
     """Divide documents into k domains, named so as to tell them from each other and from other domains.
 
     Documents of the fit keep the domain they got there; the others, and the holdout, go to the nearest centroid.
@@ -96,7 +96,7 @@ def grow(
         Domain(name=name, terms=terms[place], train=parts[place], holdout=held[place], examples=examples[place])
         for place, name in enumerate(called)
     )
-    return Grown(
+    return NewDomains(
         made,
         clusters,
         _sparse_centroids(ground.fitted(), texts, label_N, k),

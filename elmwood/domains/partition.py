@@ -14,7 +14,7 @@ from scipy import sparse
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.domains.dense import Model, Open
-from elmwood.domains.grow import Ground, Grown, Means, grow, write
+from elmwood.domains.grow import Ground, Means, NewDomains, grow, write
 from elmwood.domains.route import Centroids, Sparse, distances
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, ForeignExpert
@@ -230,7 +230,7 @@ def _readable(domains: Sequence[Domain], store: Store) -> tuple[Domain, ...]:
     return tuple(one.model_copy(update={"train": tuple(shard for shard in one.train if store.has(shard.blob))}) for one in domains)
 
 
-def _revised(old: Partition, grown: Grown, domain: int | None, places: Sequence[int], corpus: str, store: Store) -> Partition:
+def _revised(old: Partition, grown: NewDomains, domain: int | None, places: Sequence[int], corpus: str, store: Store) -> Partition:
     """Old domains and new ones, in the order of places: those of the old, then of the new."""
     old_KD, old_KV = _saved(old, store)
     domains = [place_of.model_copy(update={"origin": place}) for place, place_of in enumerate(old.domains)]

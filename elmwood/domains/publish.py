@@ -111,7 +111,7 @@ def _check_and_store(folder: Path, name: str, blob: str, store: Store) -> None:
 # ---- use -------------------------------------------------------------------------------------------------------------
 
 
-class Survey(NamedTuple):
+class SurveyCounts(NamedTuple):
     """How many of somebody's documents belong to each domain, and how near they are to its centroid."""
 
     documents_K: Ints
@@ -125,7 +125,7 @@ class Survey(NamedTuple):
 
 def survey(
     partition: Partition, store: Store, incoming: Iterable[Document], *, open_model: Open | None = None, progress: Progress = silent
-) -> Survey:
+) -> SurveyCounts:
     """Assign a stream of documents to domains and count them. Only counts and ids are kept; nothing leaves the machine."""
     fitted = embed.load(partition.embedder, store, open_model)
     centroid_KD = np.asarray(centroids(partition, store))
@@ -152,7 +152,7 @@ def survey(
             nearest[domain] = sorted(pool)[:EXAMPLES]
         wordless += int((~some_N).sum())
         progress("assign", float(documents_K.sum()) + wordless, 0, "documents")
-    return Survey(documents_K, bytes_K, EDGES, near_KB, far_K, tuple(tuple(name for _, name in one) for one in nearest), wordless)
+    return SurveyCounts(documents_K, bytes_K, EDGES, near_KB, far_K, tuple(tuple(name for _, name in one) for one in nearest), wordless)
 
 
 def quantiles(near_B: Ints, edge_B: Floats, share_Q: Sequence[float] = QUANTILES) -> list[float] | None:

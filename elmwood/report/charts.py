@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from elmwood.records import Contest
 from elmwood.report.data import Curve
-from elmwood.report.domains import COLOURS
+from elmwood.report.domain_map import COLOURS
 from elmwood.report.formats import shared, short, ticks
 
 TALL = 30  # pixels of one row

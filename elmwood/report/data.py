@@ -16,7 +16,7 @@ class Area(Frozen):
     snippets: tuple[str, ...] = ()  # how some of its documents begin
 
 
-class Place(Frozen):
+class MapPoint(Frozen):
     """A document on the map; x and y from 0 to 1, y upward."""
 
     x: float
@@ -49,7 +49,7 @@ class Report(Frozen):
     title: str
     summary: str = ""  # the result in a sentence or two
     domains: tuple[Area, ...] = ()
-    places: tuple[Place, ...] = ()
+    places: tuple[MapPoint, ...] = ()
     curves: tuple[Curve, ...] = ()
     rows: tuple[Row, ...] = ()  # of a Comparison
     chosen: str = ""  # the row that stands for the result

@@ -13,9 +13,9 @@ from markupsafe import Markup
 from elmwood.records import Comparison, Contest, Ensemble, Expert, Forest, Merged, Mixture, Partition, Row, Seed, State, Verdict
 from elmwood.records.base import displays
 from elmwood.report.contest import headline, lines
-from elmwood.report.domains import COLOURS, LIGHT
+from elmwood.report.domain_map import COLOURS, LIGHT
 from elmwood.report.formats import digits, duration, short, signed
-from elmwood.report.wealth import wealth_plot
+from elmwood.report.plots import wealth_plot
 
 STYLES = {"control": "", "seed": "", "result": "", "bound": "opacity:.6"}
 LESS = "Bits per byte on documents that no model was trained on: less is better."
@@ -131,7 +131,7 @@ def show_verdict(verdict: Verdict) -> Markup:
     return grid(("check", "value", "threshold"), rows, title, styles)
 
 
-class Estimate(Protocol):
+class WithError(Protocol):
     """A mean and its standard error."""
 
     @property
@@ -141,7 +141,7 @@ class Estimate(Protocol):
     def standard_error(self) -> float: ...
 
 
-def show_ranking(title: str, losses: Mapping[str, Estimate], behind: Mapping[str, Estimate]) -> Markup:
+def show_ranking(title: str, losses: Mapping[str, WithError], behind: Mapping[str, WithError]) -> Markup:
     """Models by their loss, best first, and how far each is behind the best on the same documents."""
     rows = [
         (name, f"{losses[name].value:.4f}", f"{losses[name].standard_error:.4f}", f"{behind[name].value:.4f}",
@@ -155,8 +155,8 @@ def show_ranking(title: str, losses: Mapping[str, Estimate], behind: Mapping[str
 def show_sample(prompt: str, text: str, experts: Mapping[str, float]) -> Markup:
     """A prompt, what a model made of it, and each expert's share of the prediction."""
     shares = ", ".join(f"{name} {share:.0%}" for name, share in experts.items() if share >= 0.005)
-    said = Markup('<p style="white-space:pre-wrap"><b>{}</b>{}</p>').format(prompt, text)
-    return said + (Markup('<p style="opacity:.6">{}</p>').format(shares) if shares else Markup())
+    shown = Markup('<p style="white-space:pre-wrap"><b>{}</b>{}</p>').format(prompt, text)
+    return shown + (Markup('<p style="opacity:.6">{}</p>').format(shares) if shares else Markup())
 
 
 # ---- things that are made ---------------------------------------------------------------------------------------------

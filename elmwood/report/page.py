@@ -13,14 +13,14 @@ from elmwood.records import Contest, Row
 from elmwood.report import charts, lineage
 from elmwood.report.contest import headline, lines
 from elmwood.report.data import Curve, Report
-from elmwood.report.domains import COLOURS, DARK, LIGHT, caption, domain_map, style, swatch
+from elmwood.report.domain_map import COLOURS, DARK, LIGHT, caption, domain_map, style, swatch
 from elmwood.report.formats import digits, duration, short, signed
 
 PANELS = {"seed": "The seed", "control": "Dense controls", "expert": "Experts"}
 GROUPS = {"seed": "", "control": "Controls", "result": "Sparse ensembles of the experts", "bound": "Bound"}
 
 
-class Line(NamedTuple):
+class ResultRow(NamedTuple):
     """A row of the result, drawn."""
 
     row: Row
@@ -114,11 +114,11 @@ def _gain_scale(rows: Sequence[Row]) -> charts.Scale:
     return charts.spanning([0.0, *ends])
 
 
-def _lines(rows: Sequence[Row]) -> list[Line]:
+def _lines(rows: Sequence[Row]) -> list[ResultRow]:
     loss_scale, gain_scale = _loss_scale(rows), _gain_scale(rows)
     loss_digits, gain_digits = digits(row.standard_error for row in rows), digits(row.gain_error for row in rows)
     strongest = next((row.bits_per_byte for row in rows if row.gain is None), None)
-    found: list[Line] = []
+    found: list[ResultRow] = []
     for row in rows:
         loss = f"{row.bits_per_byte:.{max(3, loss_digits)}f}"
         text = f"{row.name}: {loss} ± {row.standard_error:.{loss_digits}f} bits per byte"
@@ -130,7 +130,7 @@ def _lines(rows: Sequence[Row]) -> list[Line]:
         )
         first = GROUPS[row.role] if not found or found[-1].row.role != row.role else ""
         whisker = charts.whisker(row.bits_per_byte, row.standard_error, loss_scale, role=row.role, mark=strongest, label=text)
-        found.append(Line(row, first, whisker, f"{loss} ± {row.standard_error:.{loss_digits}f}", drawn, gain or "reference"))
+        found.append(ResultRow(row, first, whisker, f"{loss} ± {row.standard_error:.{loss_digits}f}", drawn, gain or "reference"))
     return found
 
 

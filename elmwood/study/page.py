@@ -29,9 +29,8 @@ from elmwood.records import (
     Verdict,
 )
 from elmwood.report.contest import headline
-from elmwood.report.data import Ancestor, Area, Curve, Place, Report
-from elmwood.report.domains import domain_map
-from elmwood.report.map import project
+from elmwood.report.data import Ancestor, Area, Curve, MapPoint, Report
+from elmwood.report.domain_map import domain_map, project
 from elmwood.report.notebook import grid, image
 from elmwood.report.page import html
 from elmwood.store import AnyStore, Named, Store, lineage
@@ -97,7 +96,7 @@ def render(comparison: Comparison, store: Store) -> str:
     )
 
 
-def _map(partition: Partition, store: Store) -> tuple[tuple[Area, ...], tuple[Place, ...]]:
+def _map(partition: Partition, store: Store) -> tuple[tuple[Area, ...], tuple[MapPoint, ...]]:
     """The domains, and some of each domain's documents in the plane."""
     share = max(1, PLACES // len(partition.domains))
     texts: list[str] = []
@@ -122,7 +121,7 @@ def _map(partition: Partition, store: Store) -> tuple[tuple[Area, ...], tuple[Pl
         )
     x_N2 = project(embed.load(partition.embedder, store).embed(texts), partition.rng_seed)
     places = tuple(
-        Place(x=float(np.clip(x, 0, 1)), y=float(np.clip(y, 0, 1)), domain=number, text=_begin(text))
+        MapPoint(x=float(np.clip(x, 0, 1)), y=float(np.clip(y, 0, 1)), domain=number, text=_begin(text))
         for (x, y), number, text in zip(x_N2, domain_N, texts, strict=True)
     )
     return tuple(areas), places

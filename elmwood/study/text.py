@@ -42,7 +42,7 @@ class Survey(NamedTuple):
     """Which domains of a partition some text belongs to."""
 
     partition: Partition
-    counted: publish.Survey
+    counted: publish.SurveyCounts
     rejected: Mapping[str, int]  # documents left out, by reason
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from elmwood.merge.moe.gates import arrow_rows, direction, hidden_rows, random_r
 from elmwood.merge.moe.remove import remove, rename_tensor
 from elmwood.merge.states import seed_places
 from elmwood.records import Expert, Forest, Gates, Mixture, Recipe, Seed
-from elmwood.report.loads import loads_plot
+from elmwood.report.plots import loads_plot
 from elmwood.store import Store
 from elmwood.train import loop
 from elmwood.train.fit.mixture import fit_mixture

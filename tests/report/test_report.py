@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elmwood.records import Contest, Row
-from elmwood.report import Ancestor, Area, Curve, Place, Report, domain_map, html, project
+from elmwood.report import Ancestor, Area, Curve, MapPoint, Report, domain_map, html, project
 from elmwood.report.charts import Scale, curves, whisker
-from elmwood.report.domains import HEIGHT, WIDTH, arrange
+from elmwood.report.domain_map import HEIGHT, WIDTH, arrange
 from elmwood.report.formats import digits, duration, shared, short, signed, ticks
 from elmwood.report.lineage import tree
 
@@ -72,7 +72,7 @@ def full(text: str = "") -> Report:
         title=f"A title{text}",
         summary=f"A summary{text}",
         domains=tuple(area.model_copy(update={"snippets": (f"snippet{text}",)}) for area in areas),
-        places=tuple(Place(x=x, y=y, domain=n % 2, text=f"document{text}") for n, (x, y) in enumerate(rng.random((40, 2)))),
+        places=tuple(MapPoint(x=x, y=y, domain=n % 2, text=f"document{text}") for n, (x, y) in enumerate(rng.random((40, 2)))),
         curves=tuple(Curve(name=f"curve{k}{text}", role=role, domain=k, points=((100, 4.0), (200, 3.5))) for k, role in roles),
         rows=rows,
         chosen="c-BTM top-2",
@@ -191,7 +191,7 @@ def test_a_record_met_again_is_pointed_to():
 def test_drawings_take_odd_numbers():
     assert "circle" in whisker(1.0, None, Scale(1.0, 1.0), role="seed")
     assert "polyline" in curves([Curve(name="one", role="seed", points=((0, 3.0),))], "one point")
-    assert domain_map([Area(name="one")], [Place(x=0.5, y=0.5, domain=0)]).count("<path") == 1
+    assert domain_map([Area(name="one")], [MapPoint(x=0.5, y=0.5, domain=0)]).count("<path") == 1
 
 
 # ---- the plane

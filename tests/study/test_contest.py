@@ -24,7 +24,7 @@ from elmwood.records import Contest, Ensemble, Forest, references
 from elmwood.report import Report, html
 from elmwood.report.charts import betting
 from elmwood.report.contest import headline, lines
-from elmwood.report.wealth import Line, experts_plot, wealth_plot
+from elmwood.report.plots import Series, experts_plot, wealth_plot
 from elmwood.store import Store
 
 TOPICS = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()", "le {0} mange une pomme — {1} aussi")
@@ -203,14 +203,14 @@ def test_bounds_hold_whatever_the_unknown_models_say():
 def test_drawings_are_well_formed():
     drawn = wealth_plot(np.cumsum(np.ones(700)), -np.ones(700), alpha=0.05, beta=0.1, names=("a < b", "not by enough"))
     assert "a < b" in "".join(ElementTree.fromstring(drawn).itertext())
-    lines = [Line("top-2", [1, 2, 4], [2.2, 2.1, 2.05], [0.01, 0.01, 0.02]), Line("all", [1, 2, 4], [2.2, 2.1, 2.05])]
+    lines = [Series("top-2", [1, 2, 4], [2.2, 2.1, 2.05], [0.01, 0.01, 0.02]), Series("all", [1, 2, 4], [2.2, 2.1, 2.05])]
     text = "".join(ElementTree.fromstring(experts_plot(lines, reference=("dense", 2.15))).itertext())
     assert all(word in text for word in ("top-2", "all", "dense", "bits per byte"))
-    wide = ElementTree.fromstring(experts_plot([Line("all", [4, 16, 64], [2.2, 2.1, 2.05])], by="rank"))
+    wide = ElementTree.fromstring(experts_plot([Series("all", [4, 16, 64], [2.2, 2.1, 2.05])], by="rank"))
     (line,) = (one for one in wide.iter() if one.tag.endswith("polyline"))
     left, middle, right = (float(spot.split(",")[0]) for spot in line.get("points", "").split())
     assert middle - left == pytest.approx(right - middle)
     assert {"4", "8", "16", "32", "64"} <= set(wide.itertext())
-    lone = ElementTree.fromstring(experts_plot([Line("random", [4], [2.2])]))
+    lone = ElementTree.fromstring(experts_plot([Series("random", [4], [2.2])]))
     assert len([one for one in lone.iter() if one.tag.endswith("circle")]) == 1  # a line of one point would not be seen
     ElementTree.fromstring(wealth_plot(np.array([np.inf]), np.array([-np.inf]), alpha=0.05, beta=0.1, names=("x", "y")))

@@ -1,4 +1,8 @@
-"""Two drawings that stand in files of their own: wealth over blocks, and loss against the number of experts. Pure functions to SVG."""
+"""Drawings in files of their own, as pure functions to SVG: the wealth of a sequential test, loss against the number of experts, and the
+load of the experts of a mixture.
+
+L layers, D domains, E experts
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from elmwood.report.domains import LIGHT
+from elmwood.report.domain_map import LIGHT
 from elmwood.report.formats import MINUS, shared, short, ticks
 
 DOTS = 32  # points of a line without whiskers that are drawn one by one
@@ -22,7 +26,10 @@ STYLE = (
 )
 
 
-class Line(NamedTuple):
+Floats = NDArray[np.floating]
+
+
+class Series(NamedTuple):
     """What is drawn in one colour, with its name at the right end."""
 
     name: str
@@ -55,12 +62,12 @@ def wealth_plot(for_T: NDArray[np.floating], against_T: NDArray[np.floating], *,
     levels = [level for level in range(math.floor(bottom), math.ceil(top) + 1) if bottom <= level <= top]
     y = Ruler(bottom, top, [(level, _power(level)) for level in levels], "wealth, of 1 at the start")
     x = _linear([0.0, max(1, len(for_T))], "blocks drawn", 0.0)
-    lines = [Line(name, np.arange(len(path) + 1), np.concatenate([[0.0], path])) for name, path in zip(names, paths, strict=True)]
+    lines = [Series(name, np.arange(len(path) + 1), np.concatenate([[0.0], path])) for name, path in zip(names, paths, strict=True)]
     marks = [(goal, f"{error:g} wrong") for goal, error in zip(goals, (alpha, beta), strict=True)]
     return _draw("Wealth over blocks", lines, x, y, marks)
 
 
-def experts_plot(lines: Sequence[Line], *, reference: tuple[str, float] | None = None, by: str = "number of experts") -> str:
+def experts_plot(lines: Sequence[Series], *, reference: tuple[str, float] | None = None, by: str = "number of experts") -> str:
     """Bits per byte against the number of experts, or what `by` names, a line for each way. `reference` is a level to compare with.
 
     Numbers of which the largest is sixteen times the smallest stand at equal distances where one is twice the other."""
@@ -94,7 +101,7 @@ def _power(level: int) -> str:
     )
 
 
-def _draw(title: str, lines: Sequence[Line], x: Ruler, y: Ruler, marks: Sequence[tuple[float, str]]) -> str:
+def _draw(title: str, lines: Sequence[Series], x: Ruler, y: Ruler, marks: Sequence[tuple[float, str]]) -> str:
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def across(value: float) -> float:
@@ -132,7 +139,7 @@ def _draw(title: str, lines: Sequence[Line], x: Ruler, y: Ruler, marks: Sequence
     )
 
 
-def _line(line: Line, colour: str, across, down, name: tuple[float, float]) -> Markup:
+def _line(line: Series, colour: str, across, down, name: tuple[float, float]) -> Markup:
     chosen = np.unique(np.linspace(0, len(line.x) - 1, min(len(line.x), POINTS)).astype(int))
     spots = " ".join(f"{across(line.x[n])},{down(line.y[n])}" for n in chosen)
     made = Markup('<polyline stroke="{}" points="{}"/>').format(colour, spots)
@@ -152,3 +159,62 @@ def _apart(height_L: Sequence[float], least: float = 17) -> list[float]:
     for n in sorted(range(len(placed)), key=lambda n: placed[n]):
         placed[n] = last = max(placed[n], last + least)
     return placed
+
+
+# ---- the load of the experts of a mixture ------------------------------------------------------------------------------
+
+NAMES, HEAD, CELL, TALL, GAP = 210, 58, 46, 22, 44  # pixels; names are on the left
+SHOWN = 3  # layers drawn by domain: the first, the middle, the last
+LOADS_STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#6d6860}.title{font-size:15px;font-weight:600;fill:#1d1c1a}"
+    ".head{font-weight:600;fill:#1d1c1a}"
+    ".in{fill:#fffdf9}.dead{fill:none;stroke:#b3261e;stroke-width:1.5}"
+)
+
+
+def loads_plot(share_LDE: Floats, layers: Sequence[str], domains: Sequence[str], experts: Sequence[str], dead: float) -> str:
+    """The share of the weight that each expert has, in per cent: in each layer over all domains alike, and by domain in three layers.
+    The more ink, the more weight; an expert with less than `dead` of an even share is framed."""
+    chosen = sorted({0, len(layers) // 2, len(layers) - 1}) if len(layers) > SHOWN else range(len(layers))
+    panels = [
+        ("all text", [f"layer {layer}" for layer in layers], share_LDE.mean(1)),
+        *((f"layer {layers[n]}", list(domains), share_LDE[n]) for n in chosen),
+    ]
+    rows = sum(len(names) for _, names, _ in panels)
+    width, height = NAMES + CELL * len(experts) + 24, HEAD + rows * TALL + GAP * len(panels)
+    drawn, top = [], HEAD
+    for title, names, share_RE in panels:
+        drawn.append(_loads_panel(title, names, share_RE, experts, dead / len(experts), top))
+        top += TALL * len(names) + GAP
+    title = "Load of the experts, per cent of the weight"
+    return str(
+        Markup(
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{title}">'
+            '<style>{}</style><rect width="{w}" height="{h}" fill="#fffdf9"/><text class="title" x="12" y="24">{title}</text>{}</svg>'
+        ).format(Markup(LOADS_STYLE), Markup("").join(drawn), w=width, h=height, title=title)
+    )
+
+
+def _loads_panel(title: str, names: Sequence[str], share_RE: Floats, experts: Sequence[str], dead: float, top: int) -> Markup:
+    made = Markup('<text class="head" x="12" y="{}">{}</text>').format(top - 8, title)
+    for e, expert in enumerate(experts):
+        made += Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(NAMES + CELL * (e + 0.5), top - 8, expert)
+    for r, name in enumerate(names):
+        y = top + r * TALL
+        made += Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(NAMES - 10, y + 15, name)
+        for e, share in enumerate(share_RE[r]):
+            made += _cell(float(share), NAMES + CELL * e, y, share < dead)
+    return made
+
+
+def _cell(share: float, x: int, y: int, dead: bool) -> Markup:
+    ink = round(min(1.0, share**0.5), 3)  # small differences show
+    box = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="2" fill="{}" fill-opacity="{}"/>').format(
+        x + 1, y + 1, CELL - 2, TALL - 2, LIGHT[0], ink
+    )
+    box += Markup('<text{} x="{}" y="{}" text-anchor="middle">{}</text>').format(
+        Markup(' class="in"') if ink > 0.6 else "", x + CELL / 2, y + 15, round(100 * share)
+    )
+    if dead:
+        box += Markup('<rect class="dead" x="{}" y="{}" width="{}" height="{}" rx="2"/>').format(x + 2, y + 2, CELL - 4, TALL - 4)
+    return box

@@ -1,6 +1,9 @@
-"""The domain map: every document a dot, every domain a colour, a shape and a label that overlaps no other.
+"""The domain map: each document a dot, each domain a colour, a shape and a label that overlaps no other label.
 
-Colours repeat after eight, shapes then tell them apart; labels do for those who see no colours.
+Colours repeat after eight domains and shapes then differ; labels serve readers who do not see colours. Only near neighbours
+mean anything on the map.
+
+N documents, D dimensions
 """
 
 import math
@@ -10,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
-from elmwood.report.data import Area, Place
+from elmwood.report.data import Area, MapPoint
 
 # chosen for the largest least distance in Oklab between any two, as seen with normal, protan, deutan and tritan eyes
 LIGHT = ("#3f60a7", "#d368a2", "#899d41", "#956135", "#2794fb", "#04510e", "#610c85", "#9f0c54")
@@ -32,6 +36,9 @@ RINGS = sorted(  # places to try: how far they are, and by how much to go right 
     for angle in (turn * math.pi / 3 / max(1, ring) for turn in range(max(1, 6 * ring)))
 )
 Spot = tuple[float, float]  # in units of the drawing
+Floats = NDArray[np.floating]
+PLACED = 3000  # documents that t-SNE can place, at most
+FEWEST = 12  # documents; below this there are no neighbourhoods to keep
 
 
 class Box(NamedTuple):
@@ -59,7 +66,7 @@ def style(palette: Sequence[str]) -> str:
     return "".join(f".c{place}{{--c:{colour}}}" for place, colour in enumerate(palette))
 
 
-def domain_map(domains: Sequence[Area], places: Sequence[Place], *, alone: bool = False) -> Markup:
+def domain_map(domains: Sequence[Area], places: Sequence[MapPoint], *, alone: bool = False) -> Markup:
     """The map as SVG; `alone`, it carries its own (light) style and can stand in a file."""
     spots = [_on_paper(place) for place in places]
     members: dict[int, list[int]] = {}
@@ -87,7 +94,7 @@ STANDALONE = "".join(f".c{n}{{fill:{colour};stroke:{colour}}}" for n, colour in 
 )
 
 
-def _on_paper(place: Place) -> Spot:
+def _on_paper(place: MapPoint) -> Spot:
     return MARGIN + place.x * (WIDTH - 2 * MARGIN), HEIGHT - MARGIN - place.y * (HEIGHT - 2 * MARGIN)
 
 
@@ -186,3 +193,30 @@ def swatch(domain: int) -> Markup:
     return Markup('<svg class="swatch c{}" viewBox="-8 -8 16 16" aria-hidden="true"><path d="{}"/></svg>').format(
         domain % COLOURS, shape(domain, 6 if domain < COLOURS else 4.2)
     )
+
+
+# ---- embeddings to points of the map ---------------------------------------------------------------------------------
+
+
+def project(x_ND: Floats, rng_seed: int = 0) -> Floats:
+    """Points [N, 2] from 0 to 1: principal components, then t-SNE (van der Maaten & Hinton 2008) for up to 3,000 documents."""
+    from sklearn.decomposition import PCA  # takes two seconds, needed only here
+    from sklearn.manifold import TSNE
+
+    count = len(x_ND)
+    if count < 2 or not np.ptp(x_ND, axis=0).any():
+        return np.full((count, 2), 0.5)
+    width = min(50, *x_ND.shape)
+    point_ND = PCA(width, svd_solver="full", random_state=rng_seed).fit_transform(np.asarray(x_ND, np.float64))
+    if FEWEST <= count <= PLACED:
+        perplexity = min(30.0, (count - 1) / 3)
+        start_N2 = 1e-4 * _first_two(point_ND) / point_ND[:, 0].std()
+        point_ND = TSNE(perplexity=perplexity, init=start_N2, learning_rate="auto", random_state=rng_seed).fit_transform(point_ND)
+    point_N2 = _first_two(point_ND).astype(np.float64)
+    spread_2 = np.ptp(point_N2, axis=0)
+    return (point_N2 - point_N2.min(0)) / np.where(spread_2 > 0, spread_2, 1)
+
+
+def _first_two(point_ND: Floats) -> Floats:
+    """The first two columns; a missing one is zero."""
+    return np.pad(point_ND[:, :2], ((0, 0), (0, max(0, 2 - point_ND.shape[1]))))
