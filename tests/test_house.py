@@ -103,7 +103,7 @@ OF_THE_COMMAND_LINE = ("tests/cli/", "tests/test_cli.py", "tests/test_docs.py", 
 OF_VERBS = ("tests/study/test_train_verbs.py", "tests/study/test_contest.py", "tests/study/test_admission_of_experts.py")
 # These are to call `elmwood.study` instead; the list only ever gets shorter.
 STILL = {
-    "tests/evaluate/test_harness.py", "tests/train/test_fit.py",
+    "tests/train/test_fit.py",
     "tests/merge/test_statistics.py", "tests/merge/test_merge_parts.py", "tests/merge/test_export.py",
     "benches/forest.py", "benches/quality/clusters.py", "benches/quality/seed_share.py",
     "benches/quality/merge_quality.py", "benches/quality/weight_mixing.py", "benches/quality/adapters_in_forest.py",

@@ -72,6 +72,37 @@ def test_a_forest_with_every_routing(store, monkeypatch):
         assert f"{row['bits_per_byte']:.4f}" in shown
 
 
+def test_models_side_by_side_in_each_domain(store, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ("eval", "ensemble", "seed", "--workers", "1")
+    found, shown = json.loads(run(store, *words, "--json")), run(store, *words)
+    assert all(name in shown for name in (*found["domains"], "macro", "micro"))
+    for row in found["rows"]:
+        assert f"{row['macro']:.4f}" in shown
+
+
+@pytest.mark.filterwarnings("ignore")  # from the libraries of the benchmarks
+def test_benchmarks_in_words_and_numbers(store, tmp_path, monkeypatch):
+    for name, value in (("COLUMNS", "160"), ("HF_HUB_OFFLINE", "1"), ("HF_DATASETS_OFFLINE", "1"), ("HF_EVALUATE_OFFLINE", "1")):
+        monkeypatch.setenv(name, value)
+    items = [{"question": f"the {word}", "choices": ["sea", "path"], "answer": n % 2} for n, word in enumerate(("cat", "sea", "captain"))]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    task = {
+        "task": "choice", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "metric_list": [{"metric": "acc"}],
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+        "metadata": {"version": 3}, "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer",
+    }  # fmt: skip
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "choice.yaml").write_text(json.dumps(task))
+    words = ("eval", "seed", "expert/0", "--tasks", "choice", "--limit", "2", "--tasks-folder", str(tmp_path / "tasks"))
+    found, shown = json.loads(run(store, *words, "--json")), run(store, *words)
+    assert [one["name"] for one in found] == ["seed", "expert/0"]
+    assert found[1]["model"] == store.resolve("expert/0")
+    for word in ("2/3", "acc", "seed", "expert/0", f"{found[1]['tasks']['choice']['metrics']['acc']['value']:.4f}"):
+        assert word in shown
+
+
 @pytest.mark.parametrize(
     ("verb", "option", "values"),
     [

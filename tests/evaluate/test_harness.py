@@ -11,9 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
-from typer.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elmwood.cli import app
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition
 from elmwood.ensemble.generate import generate
@@ -23,6 +22,7 @@ from elmwood.evaluate import harness
 from elmwood.lm.files import tokenizer
 from elmwood.records import Ensemble, Forest
 from elmwood.store import Store
+from elmwood.study.evaluation import benchmark, evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # what the harness opens it leaves to be collected
 WORDS = ["cat", "mat", "sea", "café", "naïve", "sat on", "sailed over", "déjà vu"]
@@ -221,6 +221,24 @@ def test_the_likeliest_continuation_is_greedy_and_another_is_not(bench):
     assert not walk.begins_with([*likeliest[:2], (likeliest[2] + 1) % SHAPE.vocabulary])
 
 
+def test_texts_longer_than_the_context_are_scored_as_by_the_harness_itself(bench):
+    """Its own class for transformers checkpoints, on the seed's folder."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder, reader = bench.store.folder(bench.seed.files), bench.reader(bench.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = HFLM(
+            pretrained=AutoModelForCausalLM.from_pretrained(folder), tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu",
+            batch_size=4, max_length=bench.seed.context, prefix_token_id=bench.seed.separator,
+        )  # fmt: skip
+    texts, long = [(item["text"],) for item in LONG], [("the cat sat on the mat " * 30, " and"), ("the sea " * 60, " sailed over")]
+    for kind, asked in (("loglikelihood_rolling", texts), ("loglikelihood", long)):
+        requests = [Instance(request_type=kind, doc={}, arguments=one, idx=0) for one in asked]
+        np.testing.assert_allclose(getattr(reader, kind)(asked), getattr(theirs, kind)(requests, disable_tqdm=True), rtol=1e-5)
+
+
 def test_text_of_a_sentencepiece_tokenizer_begins_without_a_space(bench):
     words = Tokenizer(WordLevel({f"▁w{n}": n for n in range(SHAPE.vocabulary)}, unk_token="▁w0"))
     words.pre_tokenizer, words.decoder = Metaspace(), MetaspaceDecoder()
@@ -276,25 +294,20 @@ def test_what_cannot_be_opened_says_so(bench):
         harness.open_tasks(["choice"], bench.folder, limit=0)
 
 
-def test_the_verb(bench, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    arguments = ["eval", bench.seed.digest, bench.ensemble.digest, "--tasks", "choice,next", "--limit", "3",
-                 "--tasks-folder", str(bench.folder), "--store", str(bench.store.root)]  # fmt: skip
-    done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
-    results = json.loads(done.stdout)
-    assert [result["model"] for result in results] == [bench.seed.digest, bench.ensemble.digest]
-    shown = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
-    assert "3/56" in shown
-    assert f"{results[1]['tasks']['next']['metrics']['perplexity']['value']:.4f}" in shown
+def test_models_in_turn(bench):
+    models = [bench.seed, bench.ensemble]
+    first, second = benchmark(models, "choice, next", bench.store, limit=3, folder=bench.folder)
+    assert [first.record, second.record] == models
+    assert first.results["tasks"]["choice"]["items"] == 3
+    again = benchmark(models, ["choice", "next"], bench.store, limit=3, folder=bench.folder)
+    assert [one.results["asked"] for one in again] == [0, 0]
+    assert again[1].results["tasks"] == second.results["tasks"]
+    with pytest.raises(BadInput, match="no task is named"):
+        benchmark(models, " , ", bench.store)
 
 
-def test_models_side_by_side_in_each_domain(bench, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    arguments = ["eval", bench.ensemble.digest, bench.seed.digest, "--length", "64", "--workers", "1", "--store", str(bench.store.root)]
-    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
-    shown = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
-    assert len(found["domains"]) == len(found["rows"][0]["domains"]) == 2
-    for row in found["rows"]:
-        assert row["macro"] == pytest.approx(np.mean([value for value in row["domains"] if value is not None]))
-        assert f"{row['macro']:.4f}" in shown
-    assert all(name in shown for name in found["domains"])
+def test_models_side_by_side_in_each_domain(bench):
+    found = evaluate([bench.ensemble, bench.seed], bench.store, length=64, workers=1)
+    assert len(found.domains) == len(found.record.rows[0].domains) == 2
+    for row in found.record.rows:
+        assert row.macro == pytest.approx(np.mean([value for value in row.domains if value is not None]))
