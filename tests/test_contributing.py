@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_models import full_expert, lora_expert
+from topics import TOPICS, some_texts
 
 import elmwood as ew
 from elmwood.corpus.build import documents
+from elmwood.domains.route import Routing, Signals, weights
 from elmwood.records import Forest
 from elmwood.registry import trust_file
 
@@ -48,6 +50,23 @@ def embedder(store, seed):
     assert "letters:letters" in trust_file().read_text()
 
 
+def router(store, seed):
+    folder = store.root.parent / "topics.jsonl"
+    texts = some_texts(TOPICS[:2], 20, np.random.default_rng(0))
+    folder.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    division = ew.cluster(str(folder), store, domains=2, holdout=0.4)
+    experts = [lora_expert(seed, store, n, domain=n, partition=division.digest) for n in range(2)]
+    forest = ew.forest(division.digest, [expert.digest for expert in experts], store=store)
+    made = ew.evaluate(forest, store, router="heavy:tails", workers=1)
+    assert (made.ensemble.router, made.record.chosen.split(",")[0]) == ("heavy:tails", "heavy:tails routing")
+    dist2_NE, chosen = np.array([[0.3, 1.9]]), Routing.of(made.ensemble)
+    kernel_C = 1 / (1 + np.append(dist2_NE[0], chosen.seed_distance or 0) / chosen.temperature) * [1, 1, chosen.seed_distance is not None]
+    kernel_C[np.argsort(-kernel_C)[chosen.top_k :]] = 0
+    np.testing.assert_allclose(weights(Signals(dist2_NE), chosen)[0], kernel_C / kernel_C.sum())
+    assert ew.open_model(made.ensemble, store=store).score([[0, 5, 7, 9]]).isfinite().all()
+    assert "heavy:tails" in trust_file().read_text()
+
+
 def importer(store, seed):
     table = store.root.parent / "reviews.csv"
     table.write_text("review,stars\nThe mill turns slowly,5\nBoil the onions,4\n,3\n")
@@ -58,6 +77,7 @@ def importer(store, seed):
 
 USES = {
     "A new embedder in ten lines": embedder,
+    "A new router in ten lines": router,
     "A new importer in ten lines": importer,
     "A new merge rule in ten lines": merge_rule,
     "New gates in ten lines": gates,

@@ -23,7 +23,7 @@ from elmwood.domains.embed import Terms, unit
 from elmwood.domains.words import finished
 from elmwood.errors import BadInput, UnknownName
 from elmwood.records import Ensemble
-from elmwood.registry import lookup
+from elmwood.registry import lookup, trust, trusted
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -260,7 +260,7 @@ def remember(loglik_NC: Floats, decay: float = 1.0, document_N: Ints | None = No
 # ---- routers: signals -> scores, which `weights` turns into weights ------------------------------------------------
 
 
-class Completed(NamedTuple):
+class CandidateSignals(NamedTuple):
     """Signals of all candidates, the seed last."""
 
     dist2_NC: Floats  # float64; the seed at its distance
@@ -270,33 +270,33 @@ class Completed(NamedTuple):
 class Router(NamedTuple):
     """A row of the table of routers."""
 
-    score: Callable[[Completed, Routing], Floats]  # [N, C]: the log of the weights, up to a constant
+    score: Callable[[CandidateSignals, Routing], Floats]  # [N, C]: the log of the weights, up to a constant
     distances: Literal["dense", "sparse"] | None  # to which centroids, if it looks at distances
     memory: Literal["fading", "whole"] | None  # of what the candidates said of the text so far, if it looks at that
     source: str
 
 
-def nearest(signals: Completed, routing: Routing) -> Floats:
+def nearest(signals: CandidateSignals, routing: Routing) -> Floats:
     """-dist² / T."""
     return -signals.dist2_NC / routing.temperature
 
 
-def cbtm(signals: Completed, routing: Routing) -> Floats:
+def cbtm(signals: CandidateSignals, routing: Routing) -> Floats:
     """-dist⁴ / T; parity with the published code is at T = 0.1."""
     return -np.square(signals.dist2_NC) / routing.temperature
 
 
-def uniform(signals: Completed, routing: Routing) -> Floats:
+def uniform(signals: CandidateSignals, routing: Routing) -> Floats:
     """All alike."""
     return np.zeros_like(signals.dist2_NC)
 
 
-def live(signals: Completed, routing: Routing) -> Floats:
+def live(signals: CandidateSignals, routing: Routing) -> Floats:
     """-dist² / T, and the memory."""
     return nearest(signals, routing) + routing.memory * signals.memory_NC
 
 
-def posterior(signals: Completed, routing: Routing) -> Floats:
+def posterior(signals: CandidateSignals, routing: Routing) -> Floats:
     """The memory over T: at T = 1 the weights are Bayes' posterior. Experts are alike at first, the seed is behind by its distance."""
     score_NC = signals.memory_NC / routing.temperature
     score_NC[:, -1] -= (routing.seed_distance or 0) / routing.temperature
@@ -314,29 +314,35 @@ ROUTERS: dict[str, Router] = {
 
 
 def open_router(name: str) -> Router:
-    """A row of the table, or a Router at 'module:attribute', which joins the table under this name. Only for names typed by the user of
-    this machine, never for those in a record. Raises UnknownName."""
-    return ROUTERS.setdefault(name, lookup(ROUTERS, name, "router"))
+    """The row of a name that the user typed: of the table, or a Router or a function of scores at `module:function`, which is trusted
+    from then on. Raises UnknownName."""
+    return lookup(ROUTERS, name, "router") if name in ROUTERS or ":" not in name else _row(trust(name, "router"), name)
 
 
 def router_of(settings: Routing | Ensemble) -> Router:
-    """The row that settings name. A record may come from a stranger, so its name is looked up in the table alone. Raises UnknownName."""
-    if settings.router not in ROUTERS:
-        raise UnknownName(f"the ensemble asks for router {settings.router!r}; have {', '.join(sorted(ROUTERS))}")
-    return ROUTERS[settings.router]
+    """The row of a name that a record may have brought: of the table, or trusted before. Raises UnknownName."""
+    if settings.router in ROUTERS:
+        return ROUTERS[settings.router]
+    if ":" in settings.router:
+        return _row(trusted(settings.router, "router"), settings.router)
+    raise UnknownName(f"the ensemble asks for router {settings.router!r}; have {', '.join(sorted(ROUTERS))}")
+
+
+def _row(found: Any, name: str) -> Router:
+    return found if isinstance(found, Router) else Router(found, "dense", None, name)
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
 
 
-def _with_seed(signals: Signals, routing: Routing) -> Completed:
+def _with_seed(signals: Signals, routing: Routing) -> CandidateSignals:
     rows, count = signals.shape
     dist2_NC = np.zeros((rows, count))
     if signals.dist2_NE is not None:
         dist2_NC[:, :-1] = signals.dist2_NE
     dist2_NC[:, -1] = routing.seed_distance or 0
     memory_NC = 0.0 if signals.memory_NC is None else np.asarray(signals.memory_NC, np.float64)
-    return Completed(dist2_NC, np.broadcast_to(memory_NC, (rows, count)))
+    return CandidateSignals(dist2_NC, np.broadcast_to(memory_NC, (rows, count)))
 
 
 def _best(score_NE: Floats, top_k: int) -> Bools:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.domains.route import Routing, Signals, open_router, remember, weights
+from elmwood.domains.route import Routing, Signals, remember, router_of, weights
 from elmwood.evaluate.losses import mix
 
 Floats = NDArray[np.floating]
@@ -44,7 +44,7 @@ class TuneTokens:
         self.memory = cache(lambda decay: remember(loglik_NC, decay, document_N))
 
     def signals(self, routing: Routing) -> Signals:
-        looks = open_router(routing.router).memory
+        looks = router_of(routing).memory
         return Signals(self.dist2_NE, self.memory(routing.fading) if looks else None)
 
     def loss(self, routing: Routing, step: int | None = None) -> float:
@@ -82,9 +82,10 @@ def calibrate(loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints, top_
     Coordinate search: temperature without the seed, the seed's distance at that temperature, temperature again. Where the memory
     fades, its weight and decay are then tried on a grid, and each setting is searched once more around what was found.
     """
-    row = open_router(router)
+    begin = Routing(router, top_k, ANY)
+    row = router_of(begin)
+    begin = begin if row.distances else replace(begin, temperature=ANY_NATS)
     tuning = TuneTokens(loglik_NC, dist2_NE if row.distances else None, document_N)
-    begin = Routing(router, top_k, ANY if row.distances else ANY_NATS)
     coldest, warmest = (COLDEST, WARMEST) if row.distances else (SHARPEST, FLATTEST)
     grid = np.geomspace(coldest, warmest, GRID)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.domains.route import Routing, Signals, open_router, remember, weights
+from elmwood.domains.route import Routing, Signals, open_router, remember, router_of, weights
 from elmwood.errors import BadInput
 from elmwood.evaluate.calibration import Calibration, calibrate
 from elmwood.evaluate.holdout import Holdout
@@ -58,7 +58,7 @@ class Side(NamedTuple):
 
     def distances(self, router: str) -> Floats | None:
         """What a router goes by; None where it looks at no distances. Raises BadInput where this side has not the ones it needs."""
-        kind = open_router(router).distances
+        kind = router_of(Routing(router)).distances
         if kind == "sparse" and self.sparse2_NK is None:
             raise BadInput(f"router {router!r} needs sparse centroids, and this partition's embedder has no terms: choose another")
         return {None: None, "dense": self.dist2_NK, "sparse": self.sparse2_NK}[kind]
@@ -96,7 +96,7 @@ class ExpertColumns(NamedTuple):
 
     def signals(self, routing: Routing) -> Signals:
         """Of every token; the memory begins with its document."""
-        looks = open_router(routing.router).memory
+        looks = router_of(routing).memory
         memory_NC = remember(self.loglik_NC, routing.fading, self.holdout.document_N) if looks else None
         return Signals(self.side.distances(routing.router), memory_NC)
 
@@ -169,7 +169,7 @@ def least(fits: Iterable[Calibration]) -> Calibration:
 def top_ks(router: str, side: Side, control: bool = False) -> list[int]:
     """What is tried: 1, 2, 4 where there are so many experts, and all of them with the seed. Of a router that adds the seed to the
     nearest experts 1 and 2; and all, for a control."""
-    row, experts = open_router(router), side.loglik_NK.shape[1]
+    row, experts = router_of(Routing(router)), side.loglik_NK.shape[1]
     if row.distances and row.memory:
         return sorted({k for k in LIVE_K if k <= experts} | ({experts} if control else set()))
     return [k for k in TOP_K if k < experts] + [experts + 1]
@@ -266,6 +266,6 @@ def _settings(fit: Calibration) -> dict[str, float]:
     found: dict[str, float] = {"top_k": routing.top_k, "temperature": routing.temperature}
     if routing.seed_distance is not None:
         found["seed_distance"] = routing.seed_distance
-    if open_router(routing.router).memory == "fading":
+    if router_of(routing).memory == "fading":
         found |= {"memory": routing.memory, "decay": routing.decay}
     return found

@@ -157,12 +157,14 @@ def test_the_memory_is_a_fading_sum_within_each_document(sizes, decay, rng_seed)
     np.testing.assert_allclose(route.remember(loglik_NC, decay)[: sizes[0]], expected_NC[: sizes[0]], rtol=1e-12, atol=1e-12)
 
 
-def test_a_router_from_outside_joins_the_table(monkeypatch, tmp_path):
+def test_a_router_from_outside_must_have_been_typed_here(monkeypatch, tmp_path):
     (tmp_path / "my_routers.py").write_text(
         "from elmwood.domains.route import Router\n"
         "farthest = Router(lambda signals, routing: signals.dist2_NC / routing.temperature, 'dense', None, 'a joke')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(route, "ROUTERS", dict(route.ROUTERS))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    with pytest.raises(UnknownName, match="not part of elmwood"):  # a record names it before the user has
+        weigh([[0.1, 0.2]], router="my_routers:farthest", top_k=1)
     assert route.open_router("my_routers:farthest").source == "a joke"
     np.testing.assert_array_equal(weigh([[0.1, 0.2]], router="my_routers:farthest", top_k=1), [[0, 1, 0]])
