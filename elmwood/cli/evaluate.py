@@ -131,13 +131,13 @@ def _with_errors(values: Sequence[dict[str, float | None]]) -> list[str]:
 
 def table(
     forest: Annotated[str, Argument(help="A forest, or an ensemble of one: name or digest.")],
-    choose: Annotated[int | None, Option(help="Choose so many experts, one by one; default: as long as one more helps.")] = None,
+    choose: Annotated[int | None, Option(help="Choose this many experts, one by one; default: as long as one more helps.")] = None,
     candidate: Annotated[list[str] | None, Option(help="An expert that may join: would it help? (repeatable)")] = None,
-    near: Annotated[int | None, Option(help="Score experts only where they are among so many nearest; the rest is bounded.")] = None,
+    near: Annotated[int | None, Option(help="Score experts only where they are among this many nearest; the rest is bounded.")] = None,
     top_k: Annotated[int, Option(help="Experts with weight at each token, for a forest.")] = 2,
     partition: Annotated[str | None, Option(help="Whose held-out text; default: the forest's.")] = None,
     text: HeldOut = HeldOut(),
-    budget: Annotated[str | None, Option(help="Run at most so many tokens, e.g. 5M; run again to continue.")] = None,
+    budget: Annotated[str | None, Option(help="Run at most this many tokens, e.g. 5M; run again to continue.")] = None,
     seconds: Annotated[float | None, Option(help="Run no longer than this.")] = None,
     source: Annotated[Path | None, Option("--from", help="Another store: take over its columns of these models.")] = None,
     plot: Annotated[Path | None, Option(help="Draw loss against the number of experts into this SVG.")] = None,
@@ -245,10 +245,10 @@ def compare(
         facts = {"digest": record.digest, "overall": finding.effect * finding.share, **cost._asdict(), **machine}
         return emit(record.model_dump(mode="json") | facts | {"plot": plot and str(plot)})
     out.print(headline(record), style="bold", soft_wrap=True)
-    said = lines(record)
+    facts_by_word = lines(record)
     tokens = f"{short(cost.tokens_forwarded)} forwarded; running what is missing on all blocks: {short(cost.full_tokens)}"
     run = f"{cost.models_known} models were known, {cost.models_run} were run, on {machine['machine']}, {PRECISION}"
-    for word, line in (*said[:2], ("tokens", tokens), *said[2:-1], ("models", run), said[-1]):
+    for word, line in (*facts_by_word[:2], ("tokens", tokens), *facts_by_word[2:-1], ("models", run), facts_by_word[-1]):
         out.print(f"{word:<9} {line}", soft_wrap=True, markup=False)
     if plot:
         talk.print(f"wealth over blocks: {plot}")

@@ -14,7 +14,7 @@ from elmwood.study import ancestry
 
 def forest(
     partition: Annotated[str, Argument(help="Name or digest.")],
-    experts: Annotated[list[str], Argument(help="Names or digests; NAME/ stands for all experts so named.")],
+    experts: Annotated[list[str], Argument(help="Names or digests; NAME/ is all names below it.")],
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:
@@ -29,7 +29,7 @@ def forest(
 class Sampling(NamedTuple):
     """How tokens are chosen."""
 
-    max_tokens: Annotated[int, Option(help="At most so many new tokens.")] = 128
+    max_tokens: Annotated[int, Option(help="Most new tokens.")] = 128
     temperature: Annotated[float, Option(help="Of sampling; 0 takes the likeliest token.")] = 0.8
     top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95
     rng_seed: RngSeedOption = 0

@@ -32,7 +32,7 @@ LEDGER = "ledger"  # the ref
 SLICE = 1000  # blocks of the gate split, at least, that serve some submissions and are then retired
 SLICES = 10
 SMALL = 0.02  # of the blocks that an expert touches; domains with fewer are tested together
-SURE = 1e3  # log wealth that stands for certainty
+SURE = 1e3  # log wealth that counts as certainty
 
 
 class Submission(NamedTuple):
@@ -58,7 +58,7 @@ class AdmissionCost(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """The verdict, what it stands on, and the submission; None where the weights decided, or where another process submitted."""
+    """The verdict, its evidence and the submission. No submission where the weights decided, or where another process made it."""
 
     record: Verdict
     forest: Forest  # with the expert

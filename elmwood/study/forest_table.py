@@ -1,4 +1,4 @@
-"""Everything the columns of a forest's experts tell about it. No model is run but where a column is missing.
+"""A forest by the columns of its experts: weights, values, choices. A model is run only where its column is missing.
 
 N scored tokens, E experts by digest, C = E + 1 candidates (the seed last), W windows
 """
@@ -54,7 +54,7 @@ class Static(NamedTuple):
     passes: int  # over the columns
 
 
-class ExpertRow(NamedTuple):
+class ExpertValue(NamedTuple):
     """One expert of the forest."""
 
     expert: str  # digest
@@ -102,7 +102,7 @@ class ForestTable(NamedTuple):
     seed: Estimate
     routed: Routed
     static: Static
-    experts: tuple[ExpertRow, ...]
+    experts: tuple[ExpertValue, ...]
     chosen: tuple[Chosen, ...]
     looked: int  # subsets tried for the choice
     candidates: tuple[CandidateRow, ...]
@@ -135,9 +135,9 @@ def table(
 ) -> ForestTable:  # fmt: skip
     """The best weights of a forest's experts, the value of each and which to keep; of an ensemble, as it is routed.
 
-    choose: so many experts, one by one. candidate: experts that may join. near: score experts only where they are among so many nearest.
-    top_k: for a forest. budget, seconds: run no more tokens or no longer; a later call goes on. source: another store, whose columns of
-    these models are taken over. Raises BadInput, UnknownName, Damaged.
+    choose: this many experts, one by one. candidate: experts that may join. near: score experts only where they are among this many
+    nearest. top_k: for a forest. budget, seconds: run no more tokens, or no longer; a later call continues. source: another store, whose
+    columns of these models are taken over. Raises BadInput, UnknownName, Damaged.
     """
     home, tokens = Store(store), None if budget is None else parse_count(budget)
     named = as_model(home.load(forest), home)
@@ -250,7 +250,7 @@ def _tabulate(
         seed=pool.loss_of(pool.loglik_NC[:, -1]),
         routed=_routed(pool),
         static=static,
-        experts=tuple(ExpertRow(one.digest, label(division, one.domain), float(weight), value) for one, weight, value in rows),
+        experts=tuple(ExpertValue(one.digest, label(division, one.domain), float(weight), value) for one, weight, value in rows),
         chosen=tuple(
             Chosen(one, loss, pool.test_loss(grown.order[: n + 1]))
             for n, (one, loss) in enumerate(zip(grown.order, grown.losses, strict=True))

@@ -1,4 +1,4 @@
-"""The score table of some models: what nobody has scored yet is run, within a budget; everything else only reads.
+"""Columns of held-out log-likelihoods by model: what nobody has scored yet is run, within a budget; the rest is read.
 
 W windows, N scored tokens, E experts
 """
@@ -29,7 +29,7 @@ LONGEST = 1024  # tokens of a window, where the user names no length
 
 
 class Budget(NamedTuple):
-    """What may be spent on models; None: whatever it takes."""
+    """The most that may be run; None: no limit."""
 
     tokens: int | None = None
     seconds: float | None = None  # of wall clock
@@ -104,18 +104,18 @@ class ScoreJob(Frozen):
 
 
 class Scored(Frozen):
-    """What scoring a model took."""
+    """The cost of scoring a model."""
 
     tokens: int
     seconds: float
 
 
 class Ensured(NamedTuple):
-    """Columns, and what they cost."""
+    """Columns, and their cost."""
 
     holdout: Holdout
     columns: dict[Digest, Floats]  # [N], nats; NaN where nobody has scored
-    run: int  # models that had to be
+    run: int  # models that were run
     tokens: int  # forwarded
     seconds: float  # of all machines together
     missing: int  # tokens of what was asked that the budget did not reach
@@ -130,10 +130,10 @@ def ensure(
     models: Sequence[tuple[str, Digest]], columns: Columns, *, windows: Mapping[Digest, Ints] | None = None, budget: Budget = FREE,
     workers: int = 1, engine: str = "local", progress: Progress = silent,
 ) -> Ensured:  # fmt: skip
-    """Columns of models (label, digest) on a holdout. `windows`: where a model is needed; everywhere, unless it says.
+    """Columns of models (label, digest) on a holdout. `windows`: those in which a model is needed; by default all.
 
-    What is missing is shared out before anything runs, first come, first served; a model's windows are taken in an order decided by
-    chance, so where the budget ends what is known is a fair sample. Interrupted or out of budget, the same call goes on.
+    The budget is allotted before anything runs, in the order of the models. A model's windows are taken in random order, so where the
+    budget ends, the known windows are a fair sample. After an interruption, or with a new budget, the same call continues.
     """
     held, threads, left = columns.held, max(1, cores() // workers), budget.tokens
     until = None if budget.seconds is None else time.time() + budget.seconds
@@ -158,14 +158,14 @@ def ensure(
     )  # fmt: skip
     if not (here and columns.stay):
         for job in jobs:
-            del columns.opened[job.model]  # read anew, from what everyone reads
+            del columns.opened[job.model]  # read again from the store
     tokens = sum(one.tokens for one in spent)
     found = {digest: columns[digest].loglik_N for _, digest in models}
     return Ensured(held, found, len(jobs), tokens, sum(one.seconds for one in spent), asked - tokens)
 
 
 def score_job(job: ScoreJob, progress: Progress) -> Scored:
-    """What it took; the Score is found by model and holdout."""
+    """The cost; the Score is found by model and holdout."""
     import torch
 
     torch.set_num_threads(job.threads)
