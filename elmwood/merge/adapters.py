@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, UnknownName
 from elmwood.merge.export.card import card
-from elmwood.merge.layer_weights import depth_of, weight_of
-from elmwood.merge.rules.base import REVISION, Settings
+from elmwood.merge.layer_weights import check_total, depth_of, plain_weights, weight_of
+from elmwood.merge.rules.base import REVISION, Settings, check_settings
 from elmwood.merge.states import Weights, hold, open_all
 from elmwood.records import Contribution, Merged, Seed, fingerprint
 from elmwood.store import Store
@@ -103,8 +103,7 @@ def settle_low(name: str, given: Settings) -> tuple[LowRule, dict[str, float]]:
         raise BadInput(f"{name} has no setting {sorted(unknown)[0]!r}; it has {', '.join(rule.settings)}")
     if (rank := given.get("rank", 0.0)) < 0 or rank != int(rank):
         raise BadInput(f"rank {rank:g}: a rank is an integer; 0 keeps all that the result has")
-    if not 0 < given.get("density", 1.0) <= 1:
-        raise BadInput(f"density {given['density']}: the share of values kept is above 0 and at most 1")
+    check_settings(given)
     return rule, {key: float(given.get(key, value)) for key, value in rule.settings.items()}
 
 
@@ -157,7 +156,7 @@ def merge_adapters(
     """
     if len(members) < 2:
         raise BadInput("a merge takes two experts or more; one alone is exported as it is: `elmwood export`")
-    plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
+    plain = plain_weights(members)
     rules = [settle_low(*answer) for answer in answers]
     keys = [fingerprint("merge", REVISION, seed, plain, name, settings) for (name, _), (_, settings) in zip(answers, rules, strict=True)]
     with hold(keys, store):
@@ -165,9 +164,12 @@ def merge_adapters(
             return [store.load(store.done(key) or "", Merged) for key in keys]
         tensors, experts, weights, turned = _open_adapters(seed, members, answers[0][0], store)
         depth = depth_of(tensors)
+        names = [name for name in tensors if any(one.has(name) for one in experts)]
+        if any(settings["normalise"] for _, settings in rules):
+            for name in names:
+                check_total([weight_of(shares, name, depth) for one, shares in zip(experts, weights, strict=True) if one.has(name)], name)
         writers = [AdapterFile(store.work(key) / "out", tensors, turned) for key in keys]
         reach = [0.0] * len(experts)
-        names = [name for name in tensors if any(one.has(name) for one in experts)]
         for place, name in enumerate(names):
             pairs, weight_E = _pairs(experts, weights, name, depth, reach)
             exact = side_by_side(pairs, weight_E)

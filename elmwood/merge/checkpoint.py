@@ -14,7 +14,7 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.lm.files import seed_folder
 from elmwood.merge.export.card import EXACT, KERNELS, card
-from elmwood.merge.layer_weights import depth_of, layer_name, weight_of
+from elmwood.merge.layer_weights import check_weights, depth_of, layer_name, plain_weights, weight_of
 from elmwood.merge.rules.base import REVISION, Floats, Rule, Settings, Total
 from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
 from elmwood.merge.states import Weights, check_alike, contributions, hold, open_all, open_pass, seed_places, statistics_of, sum_places
@@ -23,7 +23,7 @@ from elmwood.merge.sums.stream import Pass, Piece, Wanted
 from elmwood.records import Contribution, Merged, Seed, State, fingerprint
 from elmwood.store import Store
 from elmwood.weights import exact
-from elmwood.weights.tensors import PIECE, SIZES, Bytes, Files, StoredTensor, Twin, decode, encode, places
+from elmwood.weights.tensors import PIECE, SIZES, Bytes, Files, StoredTensor, Twin, decode, encode_finite, places
 
 
 class Answer(NamedTuple):
@@ -43,7 +43,7 @@ def merge(
     """One reading of the experts, a checkpoint for each answer. Raises ForeignExpert, BadInput, UnknownName."""
     if len(members) < 2:
         raise BadInput("a merge takes two experts or more; one alone is exported as it is: `elmwood export`")
-    plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
+    plain = plain_weights(members)
     settled = [settle(*answer, rules) for answer in answers]
     left = statistics_of(any(rule.needs for rule, _, _ in settled), members, store)
     keys = [
@@ -61,7 +61,10 @@ def merge(
             if Wanted(rule, begins) not in wanted:
                 wanted.append(Wanted(rule, begins))
         work = open_pass(tensors, sources, weights, wanted, ALL, store, progress)
-        twins = [Twin(tensors, store.work(key) / "out", work.names()) for key in keys]
+        names, depth = work.names(), depth_of(tensors)
+        for answer, (rule, begins, ends) in zip(answers, settled, strict=True):
+            check_weights(rule, answer.method, begins | ends, weights, names, depth)
+        twins = [Twin(tensors, store.work(key) / "out", names) for key in keys]
         places = _write(work, settled, twins)
         made = []
         for answer, (rule, begins, ends), key, place, twin in zip(answers, settled, keys, places, twins, strict=True):
@@ -127,6 +130,7 @@ def _finish_sums(states: Sequence[State], rule: Rule, settings: dict[str, float]
     first, tensors = states[0], seed_places(seed, store)
     held = [(one, sum_places(one, store)) for one in sorted(states, key=lambda one: one.part)]
     summed = {key.rpartition("|")[0] for _, found in held for key in found}
+    check_weights(rule, first.method, settings, [row.weight for row in first.contributions], summed, depth_of(tensors))
     twin = Twin(tensors, folder, summed)
     finisher, files = Finisher(rule, settings, tensors, _totals_of(first, tensors), twin), Files()
     for name in (name for name in tensors if name in summed):
@@ -230,7 +234,7 @@ class Finisher:
             assert piece.seed is not None
             seed = decode(piece.seed, place.dtype).astype(np.float64).reshape(place.shape)
             theta = rule.finish(_shape_fields(rule, place, sums), seed, total, settings)
-            self.twin.put(place, 0, encode(np.ascontiguousarray(theta, np.float64).reshape(-1), place.dtype))
+            self.twin.put(place, 0, encode_finite(np.ascontiguousarray(theta, np.float64).reshape(-1), place.dtype, piece.name))
             return
         for at in range(0, piece.last - piece.first, 1 << 16):
             end = min(at + (1 << 16), piece.last - piece.first)
@@ -238,7 +242,7 @@ class Finisher:
             raw = None if piece.seed is None else piece.seed[at * place.width : end * place.width]
             seed_N = np.zeros(0) if raw is None else decode(raw, place.dtype).astype(np.float64)
             theta_N = rule.finish(values, seed_N, total, settings)
-            self.twin.put(place, piece.first + at, encode(theta_N.astype(np.float64, copy=False), place.dtype))
+            self.twin.put(place, piece.first + at, encode_finite(theta_N.astype(np.float64, copy=False), place.dtype, piece.name))
 
 
 def _shape_fields(rule: Rule, place: StoredTensor, sums: Sequence[Any]) -> tuple[Floats, ...]:

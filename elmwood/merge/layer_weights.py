@@ -1,11 +1,16 @@
 """Weights that may differ over tensors and depth, as merge tools know them: single values, gradients over the layers, filters."""
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from elmwood.errors import BadInput
+from elmwood.merge.rules.base import Rule, Settings
 from elmwood.records import Share
+
+NOTHING = 1e-9  # of the weights' magnitudes together: a sum below it is 0
 
 
 def everywhere(weight: float) -> tuple[Share, ...]:
@@ -45,3 +50,38 @@ def weight_of(shares: Sequence[Share], name: str, depth: int) -> float:
             where = layer / max(1, depth - 1) if layer is not None else 0.0 if early else 1.0
             return float(np.interp(where, np.linspace(0, 1, len(share.values)), share.values))
     return 0.0
+
+
+# ---- weights that make sense ------------------------------------------------------------------------------------
+
+
+def plain_weights(members: Mapping[str, Sequence[Share]]) -> dict[str, list[object]]:
+    """Expert -> its weights, as JSON values. Raises BadInput where one is not finite."""
+    for digest, shares in members.items():
+        if not all(math.isfinite(value) for share in shares for value in share.values):
+            raise BadInput(f"expert {digest[:8]} has the weight {', '.join(f'{value:g}' for share in shares for value in share.values)}: "
+                           "weights are finite numbers")  # fmt: skip
+    return {digest: [share.model_dump(mode="json") for share in shares] for digest, shares in members.items()}
+
+
+def check_weights(
+    rule: Rule, method: str, settings: Settings, weights: Sequence[Sequence[Share]], names: Iterable[str], depth: int
+) -> None:  # fmt: skip
+    """Raises BadInput where a rule makes no sense of the experts' weights of a tensor: a mean over weights of both signs goes towards the
+    expert that was to be subtracted, and a mean over weights that add up to 0 goes anywhere."""
+    subtracts = rule.signed or (rule.together is None and settings.get("normalise") == 0)
+    for name in names:
+        weight_E = [weight_of(shares, name, depth) for shares in weights]
+        if not subtracts and min(weight_E, default=0.0) < 0:
+            cure = "set normalise=0, or take" if "normalise" in settings else "take"
+            raise BadInput(f"weight {min(weight_E):g} for {name}: {method} divides by the weights, and a negative one would not subtract: "
+                           f"{cure} task_arithmetic, which adds and subtracts")  # fmt: skip
+        if settings.get("normalise"):
+            check_total(weight_E, name)
+
+
+def check_total(weight_E: Sequence[float], name: str) -> None:
+    """Raises BadInput where a mean is over weights that add up to 0 though they are not."""
+    size = sum(map(abs, weight_E))
+    if size and abs(sum(weight_E)) <= NOTHING * size:
+        raise BadInput(f"the weights for {name} add up to 0, and a mean divides by their sum: set normalise=0, or choose other weights")

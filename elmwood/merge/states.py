@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm.files import seed_folder
-from elmwood.merge.layer_weights import depth_of, weight_of
+from elmwood.merge.layer_weights import depth_of, plain_weights, weight_of
 from elmwood.merge.rules.base import Rule, Settings
 from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
 from elmwood.merge.statistics import ExpertStatistics, find_statistics
@@ -112,7 +112,7 @@ def state(
     """The sum of one expert or more: expert's digest -> weight. Raises ForeignExpert, BadInput, UnknownName."""
     rule, begins, _ = settle(method, settings, rules)
     fields = {"seed": seed.digest, "method": method, "settings": begins, "part": part}
-    plain = {digest: [share.model_dump(mode="json") for share in weight] for digest, weight in members.items()}
+    plain = plain_weights(members)
     left = statistics_of(bool(rule.needs), members, store)
     key = fingerprint("state", seed, method, begins, part, plain, *([left] if left else []), *code_of(method, rules))
     with store.held(key):

@@ -26,6 +26,8 @@ Floats = NDArray[np.floating[Any]]
 Bytes = NDArray[np.uint8]
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that can be merged -> bytes of a value
+# the smallest magnitude that rounds to infinity: half a step above the largest value of a dtype
+OVERFLOW = {"F64": math.inf, "F32": (2 - 2.0**-24) * 2.0**127, "F16": 65520.0, "BF16": (2 - 2.0**-8) * 2.0**127}
 BLOCK = exact.BLOCK  # values worked on at once: they stay in the second-level cache
 PIECE = 4 * BLOCK  # values read at once
 PROBES = 8  # places of a file that say whether it is in the cache
@@ -325,3 +327,11 @@ def encode(value_N: Floats, dtype: str) -> Bytes:
         return code_N.view(np.uint8)
     with np.errstate(over="ignore"):
         return value_N.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype], copy=False).view(np.uint8)
+
+
+def encode_finite(value_N: Floats, dtype: str, name: str) -> Bytes:
+    """As `encode`, of values of the tensor `name`. Raises BadInput where one is not finite, or too large for the dtype."""
+    if not (largest := exact.reach(value_N)) < OVERFLOW[dtype]:
+        what = "NaN" if math.isnan(largest) else f"a value of magnitude {largest:g}"
+        raise BadInput(f"{name} would contain {what}, and {dtype} ends at {OVERFLOW[dtype]:g}: use smaller weights, or another rule")
+    return encode(value_N, dtype)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.weights.experts import Low
-from elmwood.weights.tensors import PIECE, Files, StoredTensor, Twin, decode, encode, places
+from elmwood.weights.tensors import PIECE, Files, StoredTensor, Twin, decode, encode_finite, places
 
 
 def fold(seed: Mapping[str, StoredTensor], adapter: Path, digest: str, folder: Path, progress: Progress = silent) -> None:
@@ -34,7 +34,7 @@ def fold(seed: Mapping[str, StoredTensor], adapter: Path, digest: str, folder: P
             if magnitudes:
                 theta_OI = theta_N.reshape(-1, width)
                 theta_OI *= (magnitudes[name][first // width : last // width] / np.linalg.norm(theta_OI, axis=1))[:, None]
-            twin.put(place, first, encode(theta_N, place.dtype))
+            twin.put(place, first, encode_finite(theta_N, place.dtype, name))
             done += last - first
             progress("fold", done, total, "values")
     files.close()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.weights.tensors import SIZES, Files, StoredTensor, decode, encode, pack_header
+from elmwood.weights.tensors import SIZES, Files, StoredTensor, decode, encode_finite, pack_header
 
 SHARD = 4 << 30  # bytes of a file, about
 COPIED = 1 << 18  # bytes at once: with 2 MiB a copy takes several times the CPU, since they do not stay in the cache
@@ -62,7 +62,7 @@ class Shards:
 
     def put_numbers(self, name: str, value_N: NDArray[np.floating], first: int = 0) -> None:
         """Values, rounded to the tensor's dtype."""
-        self.put(name, first, encode(np.ascontiguousarray(value_N).reshape(-1), self.places[name].dtype))
+        self.put(name, first, encode_finite(np.ascontiguousarray(value_N).reshape(-1), self.places[name].dtype, name))
 
     def copy(self, name: str, source: StoredTensor, files: Files, first: int = 0) -> None:
         """A tensor of another file, byte by byte where the dtypes are alike."""

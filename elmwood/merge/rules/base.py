@@ -10,11 +10,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from elmwood.ranges import Between
+
 Floats = NDArray[np.floating[Any]]
 Settings = Mapping[str, float]
 Shape = tuple[int, ...]
 
 REVISION = 2  # raised when a mended rule gives other values: what was merged before is then merged anew
+
+
+# settings with the values they may have, whatever rule they are of; others are any finite number
+SWITCH, SHARE, FINITE = Between(0, 1), Between(0, 1), Between(-1e300, 1e300)
+RANGES = {
+    "density": Between(1e-9, 1), "gamma": SHARE, "epsilon": SHARE, "across": SWITCH, "normalise": SWITCH, "deltas": SWITCH,
+    "straight": SHARE, "iterations": Between(0, 10_000), "tolerance": Between(0), "floor": Between(0), "prior": Between(0),
+    "alpha": SHARE, "ridge": Between(0), "rank": Between(0), "rng_seed": Between(0, 2**53),
+}  # fmt: skip
+
+
+def check_settings(given: Settings) -> None:
+    """Raises BadInput."""
+    for name, value in given.items():
+        RANGES.get(name, FINITE).check(name, value)
 
 
 class Local(NamedTuple):
@@ -57,6 +74,7 @@ class Rule(NamedTuple):
     begins: Mapping[str, float]  # settings that decide the state
     ends: Mapping[str, float]  # settings that finishing takes: they can be changed without reading experts again
     linear: bool = False  # the part is weight * delta, so that full experts can be added without subtracting the seed
+    signed: bool = False  # a sum of weighted deltas, so that a weight below 0 subtracts; others divide by the weights, or choose among them
     ballot: bool = False  # the part is one array that votes: the four fields are made of it (exact.vote)
     ranks: Callable[[Settings], tuple[float, float]] | None = None  # shares of magnitudes: kept, and cut off at the top
     # part and finish take a whole tensor, in its shape; its sums are wide (exact.wide)

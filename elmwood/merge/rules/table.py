@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from elmwood.errors import BadInput, UnknownName
-from elmwood.merge.rules.base import Floats, Local, Rule, Settings, Shape
+from elmwood.merge.rules.base import Floats, Local, Rule, Settings, Shape, check_settings
 from elmwood.merge.rules.elementwise import (
     add_curvature,
     add_direction,
@@ -63,14 +63,14 @@ def _crumbs(settings: Settings) -> tuple[float, float]:
 Rules = dict[str, Rule]
 
 RULES: Rules = {
-    "average": Rule("arXiv:2203.05482", SUM, scale, shift_seed, {}, VOTE, linear=True),
-    "task_arithmetic": Rule("arXiv:2212.04089", SUM, scale, shift_seed, {}, ADD, linear=True),
+    "average": Rule("arXiv:2203.05482", SUM, scale, shift_seed, {}, VOTE, linear=True, signed=True),
+    "task_arithmetic": Rule("arXiv:2212.04089", SUM, scale, shift_seed, {}, ADD, linear=True, signed=True),
     "ties": Rule("arXiv:2306.01708", BALLOT, trim, elect_sign, {"density": 0.2, "across": 0.0}, VOTE, ballot=True, ranks=_densest),
-    "dare": Rule("arXiv:2311.03099", SUM, drop, shift_seed, {"density": 0.5, "rng_seed": 0.0}, ADD),
+    "dare": Rule("arXiv:2311.03099", SUM, drop, shift_seed, {"density": 0.5, "rng_seed": 0.0}, ADD, signed=True),
     "dare_ties": Rule("arXiv:2311.03099", BALLOT, drop, elect_sign, {"density": 0.5, "rng_seed": 0.0}, VOTE, ballot=True),
-    "breadcrumbs": Rule("arXiv:2312.06795", SUM, trim, shift_seed, CUT, ADD, ranks=_crumbs),
+    "breadcrumbs": Rule("arXiv:2312.06795", SUM, trim, shift_seed, CUT, ADD, ranks=_crumbs, signed=True),
     "breadcrumbs_ties": Rule("arXiv:2312.06795", BALLOT, trim, elect_sign, CUT, VOTE, ballot=True, ranks=_crumbs),
-    "della": Rule("arXiv:2406.11617", SUM, drop_by_rank, shift_seed, DRAWN, ADD, entire=True),
+    "della": Rule("arXiv:2406.11617", SUM, drop_by_rank, shift_seed, DRAWN, ADD, entire=True, signed=True),
     "della_ties": Rule("arXiv:2406.11617", BALLOT, vote_by_rank, elect_sign, DRAWN, VOTE, entire=True),
     "sce": Rule("arXiv:2408.07990", ("sum", *BALLOT), vote_by_energy, erase_minority, {}, SCALE, entire=True),
     "sce_select": Rule("arXiv:2408.07990", (), scale, shift_seed, {"density": 0.1}, ADD, entire=True, together=select_and_vote),
@@ -90,8 +90,19 @@ RULES: Rules = {
     "regmean": Rule("arXiv:2212.09849", NORMAL, regress, solve, {"alpha": 0.9}, RIDGE, needs="gram", **MATRIX),
     # of whole matrices
     "wudi": Rule("arXiv:2503.08099", NORMAL, weigh_by_delta, solve, {}, RIDGE, **MATRIX),
-    "iso_c": Rule("arXiv:2502.04959", SUM, scale, flatten_spectrum, {}, SCALE, entire=True, matrices=True),
-    "tsv": Rule("arXiv:2412.00081", (), scale, shift_seed, {"rank": 0.0}, ADD, entire=True, matrices=True, together=join_singular_vectors),
+    "iso_c": Rule("arXiv:2502.04959", SUM, scale, flatten_spectrum, {}, SCALE, entire=True, matrices=True, signed=True),
+    "tsv": Rule(
+        "arXiv:2412.00081",
+        (),
+        scale,
+        shift_seed,
+        {"rank": 0.0},
+        ADD,
+        entire=True,
+        matrices=True,
+        signed=True,
+        together=join_singular_vectors,
+    ),
 }
 
 
@@ -129,7 +140,7 @@ def rule_of(given: Rule | Callable[..., Floats], name: str) -> Rule:
             raise BadInput(f"merge rule {name} makes shape {part_N.shape} of {delta_N.shape}: it works element by element")
         return (part_N,)
 
-    return Rule((inspect.getdoc(given) or name).partition("\n")[0], SUM, part, shift_seed, begins, ADD)
+    return Rule((inspect.getdoc(given) or name).partition("\n")[0], SUM, part, shift_seed, begins, ADD, signed=True)
 
 
 def code_of(name: str, rules: Rules) -> list[str]:
@@ -161,8 +172,7 @@ def settle(name: str, given: Settings, rules: Rules = RULES) -> tuple[Rule, dict
     rule = find_rule(name, rules)
     if unknown := set(given) - set(rule.begins) - set(rule.ends):
         raise BadInput(f"{name} has no setting {sorted(unknown)[0]!r}; it has {', '.join([*rule.begins, *rule.ends])}")
-    if not 0 < given.get("density", 1.0) <= 1:
-        raise BadInput(f"density {given['density']}: the share of values kept is above 0 and at most 1")
+    check_settings(given)
     if {"density", "epsilon"} <= rule.begins.keys():
         density, epsilon = (given.get(key, rule.begins[key]) for key in ("density", "epsilon"))
         if density < 1 and not 0 < density - epsilon <= density + epsilon <= 1:
