@@ -63,7 +63,7 @@ def router(store, seed):
     kernel_C = 1 / (1 + np.append(dist2_NE[0], chosen.seed_distance or 0) / chosen.temperature) * [1, 1, chosen.seed_distance is not None]
     kernel_C[np.argsort(-kernel_C)[chosen.top_k :]] = 0
     np.testing.assert_allclose(weights(Signals(dist2_NE), chosen)[0], kernel_C / kernel_C.sum())
-    assert ew.open_model(made.ensemble, store=store).score([[0, 5, 7, 9]]).isfinite().all()
+    assert ew.open_model(made.ensemble, store=store).lm.score([[0, 5, 7, 9]]).isfinite().all()
     assert "heavy:tails" in trust_file().read_text()
 
 
