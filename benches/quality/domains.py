@@ -29,7 +29,7 @@ from sklearn.preprocessing import Normalizer
 from benches.common import parser, say, timed
 from elmwood.corpus.read import read
 from elmwood.domains import cluster, dense, embed, route
-from elmwood.lm.hidden_states import seed_states
+from elmwood.lm.hidden_states import open_hidden_states
 from elmwood.records import Seed
 from elmwood.store import Store
 
@@ -63,7 +63,7 @@ def bench_embedders(corpus: str, count: int, *models: str) -> None:
             if kind == "seed":
                 folder, _, seed = named.partition(":")
                 digest = Store(folder).load(seed, Seed).digest
-                model = dense.Model(digest, seed_states(digest, Store(folder)))
+                model = dense.Model(digest, open_hidden_states(digest, Store(folder)))
             else:
                 model = dense.sentence_model(named, Store(scratch))
             batches = [texts[first : first + dense.BATCH] for first in range(0, len(texts), dense.BATCH)]

@@ -68,7 +68,7 @@ def find_seed(named: str, store: Store) -> Model:
 
 def open_seed(digest: str, store: Store) -> Encode:
     """The hidden states of a seed. Found by name, since this room comes before that of language models and is free of torch."""
-    return lookup({}, "elmwood.lm.hidden_states:seed_states")(digest, store)
+    return lookup({}, "elmwood.lm.hidden_states:open_hidden_states")(digest, store)
 
 
 EMBEDDERS: dict[str, EmbedderRow] = {

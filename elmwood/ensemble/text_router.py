@@ -19,7 +19,7 @@ from elmwood.domains.route import PrefixDistances, Routing, nearest_place, route
 from elmwood.errors import ForeignExpert
 from elmwood.lm.experts import Experts
 from elmwood.lm.files import tokenizer
-from elmwood.lm.hidden_states import seed_states
+from elmwood.lm.hidden_states import open_hidden_states
 from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
 from elmwood.store import Store
 
@@ -55,7 +55,7 @@ class TextRouter:
         self.reads_text = kind is not None
         if kind is None:
             return
-        self.embedder = embed.load(partition.embedder, store, seed_states)
+        self.embedder = embed.load(partition.embedder, store, open_hidden_states)
         self.centroids_P = centroids(partition, store, kind)[list(chain.from_iterable(self.places_E))]
         starts_E = np.cumsum([0, *map(len, self.places_E)])
         self.own_E = [range(first, last) for first, last in pairwise(starts_E.tolist())]  # rows of these centroids

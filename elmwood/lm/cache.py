@@ -1,9 +1,9 @@
-"""Key-value caches of several experts reading one text: a row per expert, in preallocated tensors of one model.
+"""Key-value caches of several experts that read one text: a row per expert, in preallocated tensors of one model.
 
 Shapes: S rows, H key-value heads, C capacity (tokens), D numbers per head, T new tokens.
 
-The rows in use stand first, so that a batch of them is a view. A row that was left aside keeps its state; when its expert
-is wanted again it reads only what it has missed.
+The rows in use come first, so that a batch of them is a view. An idle row keeps its keys and values; when its expert is
+needed again it reads only what it has missed.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from itertools import groupby
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROWS = 16  # states kept per model, unless more experts than that are active at once
-CAPACITY = 128  # tokens of room at first; doubled when full
+ROWS = 16  # kept per model, unless more experts than that are active at once
+CAPACITY = 128  # tokens at first; doubled when full
 
 
-class Window:
-    """The rows and positions of the pass that is running."""
+class CacheWindow:
+    """The rows and positions of the current pass."""
 
     first = last = past = 0
-    rows = capacity = 0  # what the tensors must hold
+    rows = capacity = 0  # sizes of the tensors
 
 
-class Rows(DynamicLayer):
-    """Keys and values of one attention layer, for transformers: an update writes at the window, into room that is there already."""
+class LayerCache(DynamicLayer):
+    """Keys and values of one attention layer, for transformers: an update writes at the window, into preallocated memory."""
 
-    def __init__(self, window: Window):
+    def __init__(self, window: CacheWindow):
         super().__init__()
         self.window = window
 
@@ -42,7 +42,7 @@ class Rows(DynamicLayer):
         return keys, values
 
     def grow(self) -> None:
-        """Take the room that the window asks for."""
+        """Reallocate to the sizes that the window asks for."""
         if self.keys is not None and self.values is not None:
             old = self.keys, self.values
             self.keys, self.values = _room(self.keys, self.window), _room(self.values, self.window)
@@ -61,24 +61,24 @@ class Rows(DynamicLayer):
                 states[b, :, :length] = kept
 
 
-def _room(like: Tensor, window: Window) -> Tensor:
+def _room(like: Tensor, window: CacheWindow) -> Tensor:
     return like.new_empty(window.rows, like.shape[1], window.capacity, like.shape[3])
 
 
-class States:
-    """The states of the experts of one model. `owner[s]` is the expert of row s, which has read `length[s]` tokens."""
+class KeyValueCache:
+    """The keys and values of the experts of one model. `owner[s]` is the expert of row s, which has read `length[s]` tokens."""
 
     def __init__(self, layers: int):
-        self.window = Window()
-        self.layers = [Rows(self.window) for _ in range(layers)]
+        self.window = CacheWindow()
+        self.layers = [LayerCache(self.window) for _ in range(layers)]
         self.cache = Cache(layers=list(self.layers))
         self.owner: list[int] = []
         self.length: list[int] = []
 
     def arrange(self, experts: Sequence[int], total: int) -> list[tuple[int, int]]:
-        """Bring the rows of these experts to the front, the furthest read first; make room for `total` tokens.
+        """Move the rows of these experts to the front, those that have read most first, and allocate for `total` tokens.
 
-        Returns runs (first row, last row + 1) of rows that have read equally far: each run needs one pass.
+        Returns runs (first row, last row + 1) of rows that have read equally many tokens: each run needs one pass.
         """
         for expert in experts:
             if expert not in self.owner:
@@ -93,7 +93,7 @@ class States:
         return [(run[0], run[-1] + 1) for run in runs]
 
     def _admit(self, expert: int, active: Sequence[int]) -> None:
-        """A row for a new expert: a fresh one, or that of the idle expert which fell silent first."""
+        """A row for a new expert: a new one, or that of the expert that has been idle for longest."""
         idle = [row for row, owner in enumerate(self.owner) if owner not in active]
         if len(self.owner) < ROWS or not idle:
             self.owner.append(expert)
@@ -126,5 +126,5 @@ class States:
         return self.cache
 
     def close(self, first: int, last: int, total: int) -> None:
-        """The run has read all `total` tokens."""
+        """Note that the run has read all `total` tokens."""
         self.length[first:last] = [total] * (last - first)

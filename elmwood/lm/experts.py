@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from elmwood.errors import BadInput, BadSeed
-from elmwood.lm.cache import States
-from elmwood.lm.load import Branch, best_device, check_kin, ends, load_model, method_of
+from elmwood.lm.cache import KeyValueCache
+from elmwood.lm.load import Branch, best_device, check_seed, end_tokens, load_model, method_of
 from elmwood.lm.lora import Bank, adapter_of
 from elmwood.lm.products import linear, plain_head
 from elmwood.records import Seed
 from elmwood.store import Store
 
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # rows read at once while scoring have so many: their activations fit in the cache
-LOGITS_OF_HEAD = {"cpu": 1 << 19, "cuda": 1 << 26}  # in memory at once, C rows of hidden states: 2 MB; more where launches cost
+LOGITS_OF_HEAD = {"cpu": 1 << 19, "cuda": 1 << 26}  # in memory at once, C rows of hidden cache: 2 MB; more where launches cost
 ROWS = 64  # at least, so that the head's weights are not read for nothing
 MIXED = 1 << 26  # numbers of summed adapters in memory at once while scoring
 BANKED = ("lora", "qlora")  # what these change is W + B A; DoRA (arXiv:2402.09353) rescales the base's rows besides
@@ -35,7 +35,7 @@ class Body(NamedTuple):
 
     model: PreTrainedModel
     bank: Bank | None
-    head_VD: Tensor | None  # of a model whose logits are these weights times its last hidden states
+    head_VD: Tensor | None  # of a model whose logits are these weights times its last hidden cache
 
 
 class Text:
@@ -43,7 +43,7 @@ class Text:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self.states: dict[int, States] = {}
+        self.caches: dict[int, KeyValueCache] = {}
         self.next: dict[int, Tensor] = {}  # what a candidate that `follow` ran expects after the last token it has read [V]
 
 
@@ -71,7 +71,7 @@ class Experts:
 
     def __init__(self, seed: Seed, experts: Sequence[Branch], store: Store, device: torch.device | str | None = None):
         for expert in experts:
-            check_kin(seed, expert)
+            check_seed(seed, expert)
         self.seed, self.store = seed, store
         self.experts = tuple(sorted(experts, key=lambda expert: expert.digest))
         self.device = torch.device(device) if device is not None else best_device()
@@ -88,7 +88,7 @@ class Experts:
     @property
     def stops(self) -> frozenset[int]:
         """The separator, and what the checkpoint says ends a text."""
-        return frozenset([self.seed.separator, *ends(self.seed, self.store)])
+        return frozenset([self.seed.separator, *end_tokens(self.seed, self.store)])
 
     def _body(self, key: int) -> Body:
         if key not in self._bodies:
@@ -190,8 +190,8 @@ class Experts:
             by_body.setdefault(key, {})[number] = place
         found: dict[int, Read] = {}
         for key, places in by_body.items():
-            states = text.states.get(key) or text.states.setdefault(key, States(_layers(self._body(key).model)))
-            for one in self._read(self._body(key), states, list(places), text.tokens, every=every):
+            cache = text.caches.get(key) or text.caches.setdefault(key, KeyValueCache(_layers(self._body(key).model)))
+            for one in self._read(self._body(key), cache, list(places), text.tokens, every=every):
                 found[places[one.number]] = one
         return [found[place] for place in range(len(active))]
 
@@ -203,8 +203,8 @@ class Experts:
         body, mixture = self._body(BASE), self._mixture(weight_E)
         bank = body.bank
         assert bank
-        states = text.states.get(BASE) or text.states.setdefault(BASE, States(_layers(body.model)))
-        (read,) = self._read(body, states, [0], text.tokens, lambda _: bank.mix([mixture]))
+        cache = text.caches.get(BASE) or text.caches.setdefault(BASE, KeyValueCache(_layers(body.model)))
+        (read,) = self._read(body, cache, [0], text.tokens, lambda _: bank.mix([mixture]))
         return torch.log_softmax(read.logits_V.float(), -1)
 
     def adapters_only(self) -> None:
@@ -220,16 +220,16 @@ class Experts:
         return {self._places[e][1]: float(weight_E[e]) for e in range(len(self.experts)) if weight_E[e]}
 
     def _read(
-        self, body: Body, states: States, numbers: list[int], tokens: Sequence[int],
+        self, body: Body, cache: KeyValueCache, numbers: list[int], tokens: Sequence[int],
         select: Callable[[Sequence[int]], None] | None = None, *, every: bool = False,
     ) -> list[Read]:  # fmt: skip
         """Let experts of one body read on; `select` readies its bank for some of them. `every`: log p of every new token as well."""
         found = []
         select = select or (body.bank.select if body.bank else None)
-        for first, last in states.arrange(numbers, len(tokens)):
+        for first, last in cache.arrange(numbers, len(tokens)):
             if select:
-                select(states.owner[first:last])
-            begin = place = states.length[first]
+                select(cache.owner[first:last])
+            begin = place = cache.length[first]
             room = max(1, LOGITS[self.device.type] // ((last - first) * self.seed.vocabulary)) if every else len(tokens)
             loglik = [torch.zeros(last - first, 0)]
             while place < len(tokens):
@@ -237,15 +237,15 @@ class Experts:
                 unread = torch.tensor(tokens[place:end], device=self.device).expand(last - first, -1)
                 keep = end - place if every else 1
                 logits_SUV = body.model(
-                    input_ids=unread, cache=states.open(first, last), use_cache=True, logits_to_keep=keep
+                    input_ids=unread, cache=cache.open(first, last), use_cache=True, logits_to_keep=keep
                 ).logits  # fmt: skip
-                states.close(first, last, end)
+                cache.close(first, last, end)
                 if every:
                     loglik.append(_of(logits_SUV, tokens[place + 1 : end + 1]))
                 place = end
             loglik_SU = torch.cat(loglik, 1)
             found += [Read(*one) for one in zip(
-                states.owner[first:last], logits_SUV[:, -1], [begin] * (last - first), loglik_SU, strict=True
+                cache.owner[first:last], logits_SUV[:, -1], [begin] * (last - first), loglik_SU, strict=True
             )]  # fmt: skip
         return found
 

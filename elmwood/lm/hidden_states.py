@@ -1,5 +1,5 @@
-"""A seed's hidden states: as vectors for its text, which the embedder `seed` is made of; and what enters the feed-forward of each layer,
-domain by domain, which the gates of a mixture are made of before any tuning.
+"""Hidden states of a seed: vectors of its tokens, for the embedder `seed`; and statistics of the inputs of each feed-forward layer by
+domain, for the untuned gates of a mixture.
 
 W tokens of one text, H numbers of a state, B windows in one batch, T tokens of the longest; D domains
 """
@@ -20,25 +20,25 @@ from elmwood.lm.load import load_model
 from elmwood.records import Seed, Shard
 from elmwood.store import Store
 
-TOKENS = 1 << 13  # read at once
+TOKENS = 1 << 13  # in one batch
 
-States = tuple[NDArray[np.float32], NDArray[np.int64]]  # state_WH, end_W
+TokenStates = tuple[NDArray[np.float32], NDArray[np.int64]]  # state_WH, end_W
 
 
-def seed_states(name: str, store: Store) -> Callable[[Sequence[str]], list[States]]:
+def open_hidden_states(name: str, store: Store) -> Callable[[Sequence[str]], list[TokenStates]]:
     """Open a seed by its digest as a function of texts: for each, its tokens' last hidden states [W, H] float32, and the characters
     of the text up to the end of each token [W].
 
-    A state looks back only. Text beyond the context is read in windows that begin anew. Raises BadInput, Damaged.
+    A state depends on the text before it only. Text beyond the context is read in separate windows. Raises BadInput, Damaged.
     """
     try:
         seed = store.load(name, Seed)
     except UnknownName as error:
         raise BadInput(f"this partition embeds with the seed {name[:12]}, which is not in {store.root}: import that seed first") from error
     model, words = load_model(seed, store), tokenizer(seed, store)
-    width = _read(model.base_model, [[seed.separator]]).shape[-1]  # not the hidden size, where the model projects it at the end
+    width = _read(model.base_model, [[seed.separator]]).shape[-1]  # not the hidden size, if the model projects it at the end
 
-    def states(texts: Sequence[str]) -> list[States]:
+    def states(texts: Sequence[str]) -> list[TokenStates]:
         encoded = words.encode_batch(list(texts), add_special_tokens=False)
         windows = [
             (n, start, [seed.separator, *one.ids[start : start + seed.context - 1]])
@@ -55,7 +55,7 @@ def seed_states(name: str, store: Store) -> Callable[[Sequence[str]], list[State
 
 
 def _batches(windows: list[tuple[int, int, list[int]]]) -> list[list[tuple[int, int, list[int]]]]:
-    """Windows in order of length, cut where a batch, padded to its longest, would pass TOKENS."""
+    """Windows, sorted by length, in batches of at most TOKENS tokens, padding included."""
     made: list[list[tuple[int, int, list[int]]]] = []
     for window in windows:
         if not made or (len(made[-1]) + 1) * len(window[2]) > TOKENS:
@@ -66,22 +66,24 @@ def _batches(windows: list[tuple[int, int, list[int]]]) -> list[list[tuple[int, 
 
 @torch.inference_mode()
 def _read(body: Any, rows: list[list[int]]) -> NDArray[np.float32]:
-    """Last hidden states [B, T, H]; what stands behind the end of a row is of no meaning, and no state before looks at it."""
+    """Last hidden states [B, T, H]; those past the end of a row are padding, which no state before depends on."""
     longest = max(map(len, rows))
     tokens_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=next(body.parameters()).device)
     return body(input_ids=tokens_BT, use_cache=False).last_hidden_state.float().cpu().numpy()
 
 
-class Seen(NamedTuple):
-    """Moments of what enters one feed-forward, float64."""
+class MlpInputs(NamedTuple):
+    """Moments of the inputs of one feed-forward layer, float64."""
 
     mean_DH: NDArray[np.floating]
     within_HH: NDArray[np.floating]  # covariance around the domains' own means
 
 
 @torch.inference_mode()
-def hidden(seed: Seed, domains: Sequence[Sequence[Shard]], store: Store, count: int = 32, length: int = 256) -> dict[str, Seen]:
-    """By layer: of the first `length` tokens of the first `count` documents of each domain, each read alone by the seed."""
+def measure_mlp_inputs(
+    seed: Seed, domains: Sequence[Sequence[Shard]], store: Store, count: int = 32, length: int = 256
+) -> dict[str, MlpInputs]:
+    """By layer: over the first `length` tokens of the first `count` documents of each domain, each document on its own."""
     model, words = load_model(seed, store), tokenizer(seed, store)
     found: dict[str, list[Any]] = {}
 
@@ -103,11 +105,11 @@ def hidden(seed: Seed, domains: Sequence[Sequence[Shard]], store: Store, count: 
     for hook in hooks:
         hook.remove()
     return {
-        name: Seen(np.stack([mean for mean, _, _ in parts]), sum(part for _, part, _ in parts) / sum(size for *_, size in parts))
+        name: MlpInputs(np.stack([mean for mean, _, _ in parts]), sum(part for _, part, _ in parts) / sum(size for *_, size in parts))
         for name, parts in moments.items()
     }  # fmt: skip
 
 
-def gates_of(model: nn.Module) -> Mapping[str, nn.Module]:
+def find_gates(model: nn.Module) -> Mapping[str, nn.Module]:
     """The routers of a mixture, by layer."""
     return {name.removesuffix(".mlp.gate"): module for name, module in model.named_modules() if name.endswith(".mlp.gate")}

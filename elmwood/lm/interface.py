@@ -1,4 +1,4 @@
-"""What evaluate, serve and generation see of any model or combination of models.
+"""The interface of any model or combination of models to evaluation, serving and generation.
 
 B rows, T tokens, V vocabulary
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Cache(Protocol):
-    """The state of one text while it grows."""
+    """What a model remembers of one growing text."""
 
     tokens: list[int]  # so far
     shares: Mapping[str, float]  # of the models that predict the next token, by name; they sum to one
@@ -22,7 +22,7 @@ class LM(Protocol):
     An ensemble has `score_windows` besides (ensemble/mixture.py): its router looks at the document before a window.
     """
 
-    context: int  # tokens at most
+    context: int  # largest number of tokens
     vocabulary: int
     separator: int  # the token before each document; a text begins with it
     stops: frozenset[int]  # tokens that end a text

@@ -1,4 +1,4 @@
-"""Seeds and experts as transformers models: made from scratch, brought in, opened. No remote code is run, no pickle opened."""
+"""Seeds and experts as transformers models: new ones, imports, loading. No remote code is run and no pickle is opened."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ from elmwood.registry import require
 from elmwood.store import Store, hash_file
 
 transformers.logging.disable_progress_bar()  # only cli prints
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it would praise a kernel that must come over the network
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it advertises a kernel that would be downloaded
 
 Branch = Expert | Merged | Mixture  # weights grown from a seed: a checkpoint, or an adapter over it
 # what transformers raises when it cannot read something
@@ -46,7 +46,7 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Runti
 def new_model(shape: Shape, rng_seed: int = 0) -> PreTrainedModel:
     """A Llama with tied embeddings and random weights, float32 on the CPU. The same rng_seed gives the same bytes. Raises BadSeed."""
     if shape.width % (2 * shape.heads):
-        raise BadSeed(f"width {shape.width} is no multiple of twice the heads ({shape.heads}), as rotary positions need: change one")
+        raise BadSeed(f"width {shape.width} is not a multiple of twice the heads ({shape.heads}), which rotary positions need: change one")
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -106,7 +106,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: Any, separator: int, where: st
     if largest >= rows:
         raise BadSeed(
             f"{where}: the tokenizer has ids up to {largest}, the embedding only {rows} rows: "
-            "take the tokenizer of this checkpoint, or resize its embedding first"
+            "use the tokenizer of this checkpoint, or resize its embedding first"
         )
     if not 0 <= separator < rows:
         raise BadSeed(f"{where}: the separator {separator} is not a token id below {rows}: choose one that is")
@@ -117,14 +117,14 @@ def add_seed(store: Store, files: Files, config: Any, parameters: int, **fields:
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     if not context:
-        raise BadSeed(f"{fields['name']}: the config names no number of positions: add max_position_embeddings to config.json")
+        raise BadSeed(f"{fields['name']}: the config has no max_position_embeddings: add it to config.json")
     architecture = config.architectures[0]
     seed = Seed(architecture=architecture, parameters=parameters, vocabulary=text.vocab_size, context=context, files=files, **fields)
     store.add(seed)
     return seed
 
 
-# ---- brought in -------------------------------------------------------------------------------------------------
+# ---- import ----------------------------------------------------------------------------------------------------
 
 
 def import_seed(
@@ -147,7 +147,7 @@ def import_seed(
         raise BadSeed(f"{source} is neither a folder with a config.json nor a .gguf file: give one of these, or a hub id")
     identifier, _, revision = source.partition("@")
     folder = download(identifier, revision)
-    # a tokenizer.json that must be made first cannot stay in the hub's cache: then the whole seed moves into the store
+    # without a tokenizer.json, which is then converted, the seed is copied into the store
     hub = f"{identifier}@{folder.name}" if (folder / "tokenizer.json").exists() else None
     return _import_folder(folder, store, name or identifier.split("/")[-1], separator, licence, hub)
 
@@ -179,7 +179,7 @@ def _token_id(token: str, tokenizer: Tokenizer, folder: Path) -> int:
 
 
 def _config(folder: Path) -> Any:
-    """The folder's config, if it is of a causal LM that transformers itself knows."""
+    """The folder's config, which must be that of a causal LM in transformers. Raises BadSeed."""
     if not (folder / "config.json").exists():
         raise BadSeed(f"{folder} has no config.json: a seed is a folder written by transformers' save_pretrained, or a .gguf file")
     try:
@@ -191,7 +191,7 @@ def _config(folder: Path) -> Any:
         ) from error
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "model without a language head")
     name = (config.architectures or [default])[0]
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True)  # BERT as it comes
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True)  # BERT as published
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or masked or config.is_encoder_decoder:
         raise BadSeed(f"{folder} holds a {name}: a seed is a causal LM (LlamaForCausalLM, OPTForCausalLM, …) that predicts the next token")
     config.architectures = [name]
@@ -199,7 +199,7 @@ def _config(folder: Path) -> Any:
 
 
 def _tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int | None, int | None]]:
-    """The tokenizer in its fast form (a slow one is converted), and the ids of its bos and eos."""
+    """The fast tokenizer (a slow one is converted), and the ids of its bos and eos. Raises BadSeed."""
     if not any(path for pattern in ("tokenizer.json", "vocab.*", "*.model") for path in folder.glob(pattern)):
         raise BadSeed(f"{folder} has no tokenizer: put its tokenizer.json beside config.json")
     try:
@@ -210,7 +210,7 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int | None, int | None]]:
 
 
 def _parameters(folder: Path) -> int:
-    """Load the weights once, to know that all are there; return the number of parameters."""
+    """Load the weights once, to check that none is missing; return the number of parameters. Raises BadSeed."""
     if not any(folder.glob("*.safetensors")):
         raise BadSeed(
             f"{folder} has no *.safetensors, and pickled weights (*.bin) are never opened: "
@@ -218,7 +218,9 @@ def _parameters(folder: Path) -> int:
         )
     loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, output_loading_info=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
     except UNREADABLE as error:
         raise BadSeed(f"{folder}: the weights cannot be loaded ({error}): copy the checkpoint again") from error
     model, info = loaded
@@ -235,7 +237,13 @@ def check_loads(folder: Path) -> None:
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map="meta", use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype="auto",
+            device_map="meta",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except UNREADABLE as error:
         raise BadSeed(f"{folder}: the weights cannot be loaded ({error}): write the checkpoint again") from error
@@ -246,14 +254,14 @@ def check_loads(folder: Path) -> None:
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
-    """A GGUF file -> a float32 transformers folder. Quantised weights are expanded: slow, done once."""
+    """A GGUF file -> a float32 transformers folder. Quantised weights are expanded, which is slow. Raises BadSeed."""
     require("gguf", "gguf")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except UNREADABLE as error:
         raise BadSeed(f"{path}: transformers {transformers.__version__} cannot read it ({error}): use the original checkpoint") from error
-    # the model still calls itself quantised, so it can be neither saved nor trained (transformers 5.23): move its weights to a fresh one
+    # the model is still marked as quantised, so it can be neither saved nor trained (transformers 5.23): copy its weights to a new one
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -263,20 +271,21 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-# ---- opened -----------------------------------------------------------------------------------------------------
+# ---- loading ----------------------------------------------------------------------------------------------------
 
 
-def ends(seed: Seed, store: Store) -> list[int]:
-    """The tokens that end a text by the word of the checkpoint; no weights are read."""
+def end_tokens(seed: Seed, store: Store) -> list[int]:
+    """The tokens that end a text, from the checkpoint's config; no weights are read."""
     folder = seed_folder(seed, store)
     if (folder / "generation_config.json").exists():
         found = GenerationConfig.from_pretrained(folder).eos_token_id
     else:
-        found = AutoConfig.from_pretrained(folder).get_text_config().eos_token_id
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().eos_token_id
     return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def best_device() -> torch.device:
+    """A GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -298,15 +307,17 @@ def load_model(
     place = torch.device(device) if device is not None else best_device()
     wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
     if branch is not None:
-        check_kin(seed, branch)
+        check_seed(seed, branch)
     low = branch is not None and lowrank.FILE in branch.files  # a mixture of adapters
     full = branch is not None and method_of(branch) == "full" and not low
     folder = store.folder(branch.files) if full and branch is not None else seed_folder(seed, store)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True, use_safetensors=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=wanted, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
     if branch is not None and low:
-        model = lowrank.gated(model, store.folder(branch.files))
+        model = lowrank.add_gated_experts(model, store.folder(branch.files))
     elif branch is not None and not full:
-        from peft import PeftModel  # takes as long to import as all else here, and few need it
+        from peft import PeftModel  # takes as long to import as everything else here
 
         model = PeftModel.from_pretrained(model, store.folder(branch.files), low_cpu_mem_usage=True)
     return hasten(model.to(place).eval())
@@ -322,15 +333,21 @@ def load_quantised(seed: Seed, store: Store, device: torch.device | str | None =
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        seed_folder(seed, store), dtype=dtype, quantization_config=four, device_map={"": place}, local_files_only=True, use_safetensors=True
+        seed_folder(seed, store),
+        dtype=dtype,
+        quantization_config=four,
+        device_map={"": place},
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
-    for module in model.modules():  # on some CPUs it would repack the weights in eval mode, in bf16, and only certain sizes of them
+    for module in model.modules():  # on some CPUs it would repack weights of some sizes in bf16 in eval mode
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 
-def check_kin(seed: Seed, branch: Branch) -> None:
+def check_seed(seed: Seed, branch: Branch) -> None:
     """Weights are of use with their own seed only. Raises ForeignExpert."""
     if branch.seed != seed.digest:
         raise ForeignExpert(

@@ -38,7 +38,7 @@ class Adapter(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A linear layer that some adapter changes, and where its numbers stand in a flat adapter."""
+    """A linear layer that some adapter changes, and the place of its numbers in a flat adapter."""
 
     name: str
     inputs: int
@@ -80,9 +80,9 @@ class Adapted(nn.Module):
 
 
 def product(base: nn.Module, x: Tensor) -> Tensor:
-    """base(x). On a CPU a few rows go the other way round, W times x transposed, which is up to four times faster there.
+    """base(x). On a CPU a few rows are computed transposed, as W times xᵀ, which is up to four times faster.
 
-    Measured on one kind of CPU with torch 2.13: two or three rows gained at every size, four only in narrow layers.
+    Measured on one kind of CPU with torch 2.13: two or three rows were faster at every size, four only in narrow layers.
     """
     rows = x.numel() // x.shape[-1]
     few = 1 < rows < 4 or (rows == 4 and x.shape[-1] < 1024)
@@ -93,14 +93,14 @@ def product(base: nn.Module, x: Tensor) -> Tensor:
 
 
 class Bank:
-    """Adapters over `model`, whose linear layers it wraps. Number len(bank) stands for the base alone.
+    """Adapters over `model`, whose linear layers it wraps. Number len(bank) is the base alone.
 
-    Opening one reads the headers of all adapters and no weights. Those that have been used stay in main memory while
-    there is room; on a GPU the slots hold the ones in use.
+    Opening one reads the headers of all adapters and no weights. Adapters that were used stay in main memory up to a
+    limit; on a GPU the slots hold the ones in use.
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter]):
-        """Raises BadInput when an adapter is of another base model or of a kind that is not supported."""
+        """Raises BadInput if an adapter belongs to another base model or is of a kind that is not supported."""
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.adapters = tuple(adapters)
@@ -109,8 +109,8 @@ class Bank:
         self.numbers = sum(layer.numbers for layer in self.layers)
         self.adapted = [_wrap(model, layer.name) for layer in self.layers]
         if (head := _head(model)) and len(adapters) > 1:
-            _wrap(model, head)  # for `product`: the widest layer of all
-        self.rows: dict[int, Tensor] = {}  # adapter -> its numbers [P], the one used last at the end
+            _wrap(model, head)  # for `product`: it is the widest layer
+        self.rows: dict[int, Tensor] = {}  # adapter -> its numbers [P], the most recently used last
         self.slots_SP = torch.empty(0, self.numbers, dtype=self.dtype, device=self.device)
         self.held: list[int | None] = []  # adapter in each slot
         self.selected: tuple[Any, ...] = ()
@@ -122,7 +122,7 @@ class Bank:
         """Let the slots of the next batches use these adapters. One slot serves a whole batch. Raises BadInput."""
         if tuple(slots) == self.selected:
             return
-        self.selected = ()  # until all is in place
+        self.selected = ()  # until everything is in place
         if all(number == len(self) for number in slots):
             for module in self.adapted:
                 module.a_SRI = module.b_SOR = None
@@ -135,12 +135,12 @@ class Bank:
     def mix(self, rows: Sequence[Mapping[int, float]]) -> None:
         """Let slot s of the next batches use the sum of rows[s][n] times adapter n, until the next `select` or `mix`.
 
-        An adapter of adapters side by side, whose ranks add up: exact, and no product B A is formed.
+        The adapters are concatenated, so their ranks add up: this is exact, and no product B A is computed.
         """
         wanted = tuple(tuple(sorted(row.items())) for row in rows)
         if wanted == self.selected:
             return
-        self.selected = ()  # until all is in place
+        self.selected = ()  # until everything is in place
         many = max(map(len, rows))
         if not many:
             self.select([len(self)])
@@ -157,13 +157,13 @@ class Bank:
         self.selected = wanted
 
     def _fill(self, slots: Sequence[int]) -> Tensor:
-        """Copy adapters into their slots, but for those that are there already."""
+        """Copy adapters into their slots, except those that are there already."""
         if len(slots) > len(self.held):
             self.slots_SP = self.slots_SP.new_empty(len(slots), self.numbers)
             self.held = [None] * len(slots)
         for slot, number in enumerate(slots):
             if self.held[slot] != number:
-                self.held[slot] = None  # until it is whole
+                self.held[slot] = None  # until it is complete
                 self.slots_SP[slot] = self._row(number) if number < len(self) else 0
                 self.held[slot] = number
         return self.slots_SP[: len(slots)]
@@ -180,13 +180,13 @@ class Bank:
         return flat_P
 
     def _bind(self, flat_SP: Tensor, layers: Sequence[Layer] | None = None) -> None:
-        """Point the layers to their numbers. Views: nothing is copied."""
+        """Point the layers to their numbers: views, nothing is copied."""
         for layer, module in zip(layers or self.layers, self.adapted, strict=True):
             module.a_SRI, module.b_SOR = _halves(flat_SP, layer)
 
 
 def _lay(one_1P: Tensor, layers: Sequence[Layer], flat_1P: Tensor, wide: Sequence[Layer], place: int, weight: float) -> None:
-    """Copy an adapter to its place among those side by side, B times its weight."""
+    """Copy an adapter to its place among the concatenated ones, B times its weight."""
     for layer, room in zip(layers, wide, strict=True):
         (a_1RI, b_1OR), (wide_a, wide_b) = _halves(one_1P, layer), _halves(flat_1P, room)
         span = slice(place * layer.rank, (place + 1) * layer.rank)
@@ -221,10 +221,12 @@ def _layout(model: nn.Module, adapters: Sequence[Adapter]) -> list[Layer]:
     for adapter in adapters:
         for name, (rank, inputs, outputs) in _shapes(adapter).items():
             if name not in linear:
-                raise BadInput(f"{adapter.weights}: an adapter for {name!r}, which is no linear layer of the base: it grew on another one")
+                raise BadInput(f"{adapter.weights}: {name!r} is not a linear layer of the base: it belongs to another base model")
             if (inputs, outputs) != linear[name]:
                 wanted = "{} -> {}".format(*linear[name])
-                raise BadInput(f"{adapter.weights}: {name} maps {inputs} -> {outputs}, the base {wanted}: the adapter grew on another base")
+                raise BadInput(
+                    f"{adapter.weights}: {name} maps {inputs} -> {outputs}, the base {wanted}: the adapter belongs to another base model"
+                )
             ranks[name] = max(ranks.get(name, 0), rank)
     sizes = [(name, *size, ranks[name]) for name, size in linear.items() if name in ranks]
     starts = accumulate(((inputs + outputs) * rank for _, inputs, outputs, rank in sizes), initial=0)
@@ -232,7 +234,7 @@ def _layout(model: nn.Module, adapters: Sequence[Adapter]) -> list[Layer]:
 
 
 def _size(module: Any) -> tuple[int, int]:
-    """Inputs and outputs. GPT-2's Conv1D keeps its matrix the other way round; an adapter over it does not."""
+    """Inputs and outputs. GPT-2's Conv1D stores its matrix transposed; an adapter on it does not."""
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
@@ -243,15 +245,15 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
         for key in file.keys():  # noqa: SIM118  (not a dict)
             match = _KEY.match(key)
             if not match:
-                raise BadInput(f"{adapter.weights}: {key!r} is no lora_A or lora_B weight: only plain LoRA of linear layers is supported")
+                raise BadInput(f"{adapter.weights}: {key!r} is not a lora_A or lora_B weight: only LoRA of linear layers is supported")
             found.setdefault(match["layer"], {})[match["half"]] = file.get_slice(key).get_shape()
     if torn := [name for name, halves in found.items() if len(halves) != 2 or halves["A"][0] != halves["B"][1]]:
-        raise BadInput(f"{adapter.weights}: A and B of {torn[0]} do not fit each other: the file is not whole; fetch it again")
+        raise BadInput(f"{adapter.weights}: A and B of {torn[0]} do not fit each other: the file is incomplete; download it again")
     return {name: (halves["A"][0], halves["A"][1], halves["B"][0]) for name, halves in found.items()}
 
 
 def _read(adapter: Adapter, settings: dict[str, Any], layers: Sequence[Layer], flat_P: Tensor) -> None:
-    """Fill the numbers of one adapter."""
+    """Read the numbers of one adapter into flat_P."""
     with safe_open(adapter.weights, "pt") as file:
         present = set(file.keys())
         for layer in layers:
@@ -266,4 +268,4 @@ def _read(adapter: Adapter, settings: dict[str, Any], layers: Sequence[Layer], f
             if rank < layer.rank:
                 a_SRI[:, rank:] = b_SOR[:, :, rank:] = 0
     if not torch.isfinite(flat_P.sum()):
-        raise BadInput(f"{adapter.weights} holds numbers that are not finite: its training went astray; train it again at a lower rate")
+        raise BadInput(f"{adapter.weights} contains NaN or Inf; training diverged: train it again at a lower learning rate")

@@ -1,9 +1,9 @@
 """A mixture whose experts are low-rank changes of one shared feed-forward (the idea of FlexMoRE, arXiv:2602.08818), per-token gates.
 
-The wide products are made once for all experts: gate_proj and up_proj of the seed before the experts differ, down_proj of the seed
-after what they say has been summed. So another expert costs its factors, and hundreds fit where one more feed-forward would not.
+The wide products are computed once for all experts: gate_proj and up_proj of the seed before the experts differ, down_proj of the seed
+after their outputs have been summed. So another expert costs only its factors, and hundreds fit in the memory of one more feed-forward.
 
-T tokens, C of them that chose an expert, K experts chosen by a token, E experts, R rank (the largest; others have zeros), H width,
+T tokens, C of them that chose an expert, K experts per token, E experts, R rank (the largest; others have zeros), H width,
 I width of the feed-forward
 """
 
@@ -72,9 +72,9 @@ def _chosen(number_TK: Tensor, weight_TK: Tensor) -> Iterator[tuple[int, Tensor,
         yield e, token_C, weight_TK[token_C, place_C, None]
 
 
-def gated(model: Any, folder: Path) -> Any:
-    """Put the experts and gates in `folder` into a seed, in place. Raises BadSeed."""
-    said = json.loads((folder / FILE).read_text())
+def add_gated_experts(model: Any, folder: Path) -> Any:
+    """Add the experts and gates in `folder` to a seed, in place. Raises BadSeed."""
+    settings = json.loads((folder / FILE).read_text())
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("mixture-*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -84,8 +84,8 @@ def gated(model: Any, folder: Path) -> Any:
     for layer in layers:
         base = model.get_submodule(layer)
         if any(not isinstance(getattr(base, part, None), nn.Linear) for part in PARTS):
-            raise BadSeed(f"{layer} has no gate_proj, up_proj and down_proj: this seed holds no low-rank mixture; take another seed")
-        block = Gated(base, said["experts"], parts, said["top_k"]).to(base.gate_proj.weight.device, base.gate_proj.weight.dtype)
+            raise BadSeed(f"{layer} has no gate_proj, up_proj and down_proj: this seed cannot hold a low-rank mixture; choose another seed")
+        block = Gated(base, settings["experts"], parts, settings["top_k"]).to(base.gate_proj.weight.device, base.gate_proj.weight.dtype)
         model.set_submodule(layer, block)
     with torch.no_grad():
         for name, value in tensors.items():
@@ -94,7 +94,7 @@ def gated(model: Any, folder: Path) -> Any:
 
 
 def _place(model: Any, name: str, value: Tensor) -> Tensor:
-    """What a file's tensor fills: a parameter, or an expert's part of a stack as far as its rank goes."""
+    """The parameter of a file's tensor; for an expert its part of a stack, up to its rank."""
     layer, experts, rest = name.partition(".experts.")
     if not experts:
         return model.get_parameter(name)

@@ -3,7 +3,7 @@
 from elmwood.records import Mixture, Seed
 
 
-def card(made: Mixture, seed: Seed) -> str:
+def mixture_card(made: Mixture, seed: Seed) -> str:
     """Markdown with the header that model hubs read."""
     top = ["---", "library_name: transformers", "tags: [moe, elmwood]", *([f"license: {seed.licence}"] if seed.licence else []), "---"]
     gates = made.gates

@@ -1,4 +1,4 @@
-"""What an adapter_config.json says, as far as plain LoRA goes; free of torch."""
+"""Reads the adapter_config.json of plain LoRA. Free of torch."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from elmwood.errors import BadInput
 _UNSUPPORTED: tuple[str, ...] = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save")
 _UNSUPPORTED += ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "velora_config")
 _UNSUPPORTED += ("monteclora_config", "arrow_config", "kasa_config", "megatron_config")
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # other starting values of A and B change the base weights too
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # other initial values of A and B change the base weights too
 
 
 def read_settings(path: Path, dora: bool = False) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def read_settings(path: Path, dora: bool = False) -> dict[str, Any]:
 
 
 def scale(settings: dict[str, Any], layer: str, rank: int) -> float:
-    """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) if rank-stabilised (arXiv:2312.03732)."""
+    """The factor of B A: alpha / rank, or alpha / sqrt(rank) if rank-stabilised (arXiv:2312.03732)."""
     patterns = settings.get("alpha_pattern") or {}
     matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
     alpha = next(matching, settings["lora_alpha"])

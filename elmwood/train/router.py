@@ -21,9 +21,9 @@ from elmwood.corpus.tokens import pack
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.lm.files import tokenizer
-from elmwood.lm.hidden_states import gates_of
+from elmwood.lm.hidden_states import find_gates
 from elmwood.lm.load import load_model
-from elmwood.lm.mixture_card import card
+from elmwood.lm.mixture_card import mixture_card
 from elmwood.records import Mixture, Recipe, Seed, Shard, fingerprint
 from elmwood.store import Store
 from elmwood.train.loop import run
@@ -67,7 +67,7 @@ def tune(
         files = patch_files(mixture, model, weights, store)
         facts = {"parent": mixture.digest, "data": tuple(shard.blob for shard in data), "recipe": recipe, "curve": trained.curve}
         made = mixture.model_copy(update={**facts, "files": files})
-        made = made.model_copy(update={"files": files | {"README.md": store.put(card(made, seed).encode())}})
+        made = made.model_copy(update={"files": files | {"README.md": store.put(mixture_card(made, seed).encode())}})
         finish(store, key, made, recipe, trained)
         return made
 
@@ -132,7 +132,7 @@ class Watch:
 def watch_routers(model: Any, weight: float = 0.0) -> Iterator[Watch]:
     """Watch a mixture's routers with hooks while the block runs."""
     watch = Watch(weight)
-    hooks = [module.register_forward_hook(watch.hook(layer)) for layer, module in gates_of(model).items()]
+    hooks = [module.register_forward_hook(watch.hook(layer)) for layer, module in find_gates(model).items()]
     try:
         yield watch
     finally:

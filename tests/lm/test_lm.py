@@ -28,8 +28,8 @@ from elmwood.errors import BadInput, BadSeed, Damaged, ForeignExpert
 from elmwood.lm import cache, lora
 from elmwood.lm.experts import LOGITS, Experts, OneLM
 from elmwood.lm.files import seed_folder, tokenizer
-from elmwood.lm.hidden_states import seed_states
-from elmwood.lm.load import check_kin, ends, import_seed, load_model, new_model, save_folder
+from elmwood.lm.hidden_states import open_hidden_states
+from elmwood.lm.load import check_seed, end_tokens, import_seed, load_model, new_model, save_folder
 from elmwood.lm.lora import Adapter, Bank
 from elmwood.store import Store
 from elmwood.train.adopt import import_adapter
@@ -84,9 +84,9 @@ def test_a_saved_seed_opens_as_it_was(store):
     opened, tokens_BT = load_model(saved, store), some_tokens(2, 9)
     assert not opened.training
     torch.testing.assert_close(opened(tokens_BT).logits, model(tokens_BT).logits)
-    assert ends(saved, store) == [0]
+    assert end_tokens(saved, store) == [0]
     (bare := dict(saved.files)).pop("generation_config.json")
-    assert ends(saved.model_copy(update={"files": bare}), store) == [0]
+    assert end_tokens(saved.model_copy(update={"files": bare}), store) == [0]
     assert tokenizer(saved, store).to_str() == tiny_tokenizer().to_str()
     elsewhere = AutoTokenizer.from_pretrained(seed_folder(saved, store))
     assert elsewhere.decode(elsewhere("the cat — 海")["input_ids"]) == "the cat — 海"
@@ -329,11 +329,11 @@ def test_an_adapter_that_does_not_fit_the_base_is_refused(peft_case, tmp_path, s
     good = load_file(folders[0] / "adapter_model.safetensors")
     key = next(key for key in good if key.endswith("v_proj.lora_B.weight"))
     spoilt = {
-        "no lora_A": good | {"base_model.model.lm_head.modules_to_save.weight": torch.zeros(2)},
-        "no linear layer": {name.replace("layers.0", "layers.9"): tensor for name, tensor in good.items()},
-        "not whole": {name: tensor for name, tensor in good.items() if name != key},
-        "another base": good | {key: torch.zeros(7, 4)},
-        "not finite": good | {key: torch.full_like(good[key], torch.nan)},
+        "not a lora_A": good | {"base_model.model.lm_head.modules_to_save.weight": torch.zeros(2)},
+        "not a linear layer": {name.replace("layers.0", "layers.9"): tensor for name, tensor in good.items()},
+        "incomplete": {name: tensor for name, tensor in good.items() if name != key},
+        "another base model": good | {key: torch.zeros(7, 4)},
+        "contains NaN or Inf": good | {key: torch.full_like(good[key], torch.nan)},
     }
     for complaint, tensors in spoilt.items():
         save_file(tensors, tmp_path / "spoilt.safetensors")
@@ -440,7 +440,7 @@ def test_bad_texts_and_strangers_are_refused(seed, forest, store):
     with pytest.raises(ForeignExpert, match="retrain"):
         Experts(stranger, forest, store)
     with pytest.raises(ForeignExpert):
-        check_kin(stranger, forest[0])
+        check_seed(stranger, forest[0])
 
 
 # ---- adapters made elsewhere
@@ -470,17 +470,19 @@ def test_an_adapter_from_elsewhere_becomes_an_expert(dora, seed, store, elsewher
 
 
 FOREIGN = {
-    "no folder here": lambda folder, good: shutil.rmtree(folder),
+    "is not a folder": lambda folder, good: shutil.rmtree(folder),
     "no adapter_model.safetensors": lambda folder, good: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
     "cannot be read": lambda folder, good: (folder / "adapter_model.safetensors").write_bytes(b"\0" * 90),
     "not in this seed": lambda folder, good: adapter_settings(folder, target_modules=["c_attn"]),
     "12 tensors do not fit": lambda folder, good: adapter_settings(folder, r=5, rank_pattern={}),
     "4 tensors do not fit": lambda folder, good: adapter_settings(folder, rank_pattern={}),
     "another base": lambda folder, good: save_file({f"{name}x": one for name, one in good.items()}, folder / "adapter_model.safetensors"),
-    "not finite": lambda folder, good: save_file({name: one / 0 for name, one in good.items()}, folder / "adapter_model.safetensors"),
+    "contains NaN or Inf": lambda folder, good: save_file(
+        {name: one / 0 for name, one in good.items()}, folder / "adapter_model.safetensors"
+    ),
     "VERA": lambda folder, good: adapter_settings(folder, peft_type="VERA"),
     "modules_to_save": lambda folder, good: adapter_settings(folder, modules_to_save=["lm_head"]),
-    "does not take": lambda folder, good: adapter_settings(folder, layers_to_transform=[0], target_modules="all-linear"),
+    "PEFT refuses": lambda folder, good: adapter_settings(folder, layers_to_transform=[0], target_modules="all-linear"),
     "positive": lambda folder, good: adapter_settings(folder, r=-1),
 }
 
@@ -505,7 +507,7 @@ def test_an_adapter_that_is_none_of_this_seed_is_refused(complaint, seed, store,
 @pytest.mark.parametrize("kind", ["llama", "opt", "gemma3"])
 def test_states_are_those_of_each_token_and_look_back_only(kind, store, seed):
     one = seed if kind == "llama" else config_seed(CONFIGS[kind], store)
-    states, words = seed_states(one.digest, store), tokenizer(one, store)
+    states, words = open_hidden_states(one.digest, store), tokenizer(one, store)
     texts = ["the cat sat on the mat 海", "", "the cat", "the sea " * 60]
     found = states(texts)
     body = load_model(one, store).base_model
@@ -519,4 +521,4 @@ def test_states_are_those_of_each_token_and_look_back_only(kind, store, seed):
             torch.testing.assert_close(torch.from_numpy(state_WH[: len(first)]), first.float(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found[0][0][: len(found[2][0])], found[2][0], atol=1e-4, rtol=1e-4)
     with pytest.raises(BadInput, match="import that seed first"):
-        seed_states("0" * 64, store)
+        open_hidden_states("0" * 64, store)

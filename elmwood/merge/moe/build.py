@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, UnknownName
 from elmwood.lm.files import seed_folder
-from elmwood.lm.mixture_card import card
+from elmwood.lm.mixture_card import mixture_card
 from elmwood.merge.checkpoint import Finisher
 from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.moe.gates import GATES, GateInputs, GatesFn, direction, layers_of, random_rows
@@ -110,10 +110,10 @@ def gate_rows(forest: Forest, gates: Gates, scales: Sequence[float], store: Stor
 
     @cache
     def hidden() -> Any:
-        from elmwood.lm.hidden_states import hidden  # torch
+        from elmwood.lm.hidden_states import measure_mlp_inputs  # torch
 
         domains()  # fails sooner than the text is read
-        return hidden(seed, [domain.train for domain in store.load(forest.partition, Partition).domains], store)
+        return measure_mlp_inputs(seed, [domain.train for domain in store.load(forest.partition, Partition).domains], store)
 
     def rows(layer: str, width: int, scale: float) -> NDArray[np.floating]:
         return make(GateInputs(layer, width, order, scale, gates.seed_bias or 0.0, gates.rng_seed, domains, lambda: hidden()[layer][:2],
@@ -175,7 +175,7 @@ def add_card(made: Mixture, seed: Seed, store: Store) -> Mixture:
         skipped = (".safetensors", ".index.json", "config.json", "README.md")
         files |= {name: store.put(source / name) for name in seed.files if not name.endswith(skipped) or name == "generation_config.json"}
     made = made.model_copy(update={"files": files})
-    return made.model_copy(update={"files": files | {"README.md": store.put(card(made, seed).encode())}})
+    return made.model_copy(update={"files": files | {"README.md": store.put(mixture_card(made, seed).encode())}})
 
 
 def write(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: Progress) -> Written:
