@@ -89,8 +89,8 @@ class Candidate(NamedTuple):
 
 @checked
 def accept(
-    expert: Named, forest: Named, *, length: Window = None, documents: Documents = None, cap: Count = 5000, clip: Clip = 0.5,
-    name: str | None = None, store: AnyStore = None, progress: Progress = silent,
+    expert: Named, forest: Named, store: AnyStore = None, *, length: Window = None, documents: Documents = None, cap: Count = 5000,
+    clip: Clip = 0.5, name: str | None = None, progress: Progress = silent,
     on_submission: Callable[[Submission], None] = lambda submission: None,
 ) -> Admission:  # fmt: skip
     """May an expert join a forest, or an ensemble whose settings are used? The verdict is kept, also in the store's ledger.

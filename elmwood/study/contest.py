@@ -67,8 +67,8 @@ class ContestResult(NamedTuple):
 
 @checked
 def compare(
-    a: Named, b: Named, *, partition: Named | None = None, length: Window = None, documents: Documents = None, min_effect: Effect = 0.002,
-    alpha: ErrorRate = 0.05, beta: ErrorRate = 0.1, cap: Count = 5000, clip: Clip = 0.5, store: AnyStore = None,
+    a: Named, b: Named, store: AnyStore = None, *, partition: Named | None = None, length: Window = None, documents: Documents = None,
+    min_effect: Effect = 0.002, alpha: ErrorRate = 0.05, beta: ErrorRate = 0.1, cap: Count = 5000, clip: Clip = 0.5,
     progress: Progress = silent,
 ) -> ContestResult:  # fmt: skip
     """Is model B better than model A by held-out text? Runs both only on as many blocks as the answer takes.

@@ -26,6 +26,7 @@ from elmwood.report.charts import betting
 from elmwood.report.contest import headline, lines
 from elmwood.report.plots import Series, experts_plot, wealth_plot
 from elmwood.store import Store
+from elmwood.study.contest import compare
 
 TOPICS = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()", "le {0} mange une pomme — {1} aussi")
 K = len(TOPICS)
@@ -88,6 +89,18 @@ def test_a_routed_change_is_run_only_where_it_acts(grown):
     assert 0 < told["tokens_forwarded"] < told["full_tokens"]
     again = asked(store, "fewer", "all", "--cap", "100000", "--alpha", "1e-9", "--beta", "1e-9")
     assert (again["tokens_forwarded"], again["effect"]) == (0, told["effect"])
+
+
+def test_with_a_memory_two_ensembles_differ_only_where_their_candidates_do(grown):
+    store, held = grown
+    for name in ("fewer", "all"):
+        store.name(f"live/{name}", store.add(store.load(name, Ensemble).model_copy(update={"router": "live"})))
+    full_G = differences(store, held, "live/fewer", "live/all")
+    found = compare("live/fewer", "live/all", store, length=48, cap=100_000, alpha=1e-9, beta=1e-9)
+    assert found.finding.size == (np.abs(full_G) > 1e-6).sum() < len(full_G)
+    assert found.finding.effect * found.finding.share == pytest.approx(full_G.mean(), abs=1e-5)
+    other = store.load("live/all", Ensemble).model_copy(update={"memory": 0.3})
+    assert compare("live/all", other, store, length=48, cap=10).finding.size == len(full_G)  # other settings act everywhere
 
 
 def test_a_clear_answer_costs_few_tokens(grown):
