@@ -97,7 +97,8 @@ def rows_of_loss(rows: Sequence[Row], chosen: str | None = None) -> Markup:
             line += [short(row.tokens) if row.tokens else "", duration(row.wall_seconds) if row.wall_seconds else ""]
         cells.append(line)
         styles.append("font-weight:bold" if row.name == chosen else STYLES[row.role])
-    caption = LESS + (" Gain is over the strongest dense control, on the same documents." if gained else "")
+    reference = next((row.name for row in rows if row.gain is None), None) if gained else None
+    caption = LESS + (f" Gain is over {reference}, on the same documents." if reference else "")
     return grid(head, cells, caption, styles)
 
 

@@ -1,0 +1,59 @@
+"""The notebooks in examples/ run from top to bottom, each in an empty folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+# As a kernel does: cells share their names, and the value of a last expression is shown. Prints one JSON line per value.
+KERNEL = """
+import ast, json, sys
+
+names = {}
+for number, source in enumerate(json.load(sys.stdin)):
+    lines = ast.parse(source)
+    last = lines.body.pop() if isinstance(lines.body[-1], ast.Expr) else None
+    exec(compile(lines, f"cell {number}", "exec"), names)
+    if last:
+        value = eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names)
+        print(json.dumps([number, type(value).__name__, getattr(value, "_repr_html_", lambda: None)()]))
+"""
+
+
+def cells(notebook: Path) -> list[str]:
+    return ["".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_small_and_has_no_output(notebook):
+    book = json.loads(notebook.read_text())
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
+    names = [cell["id"] for cell in book["cells"]]
+    assert len(names) == len(set(names))
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in book["cells"] if cell["cell_type"] == "code")
+    assert notebook.stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(notebook, tmp_path):
+    """Warnings are errors, as in every test."""
+    environment = {name: value for name, value in os.environ.items() if name != "ELMWOOD_STORE"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", KERNEL], input=json.dumps(cells(notebook)), cwd=tmp_path, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+    shown = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert shown
+    assert [name for _, name, html in shown if html is None and name != "str"] == [], "what a cell ends in shows itself"
+
+
+def test_there_are_three_notebooks_and_a_list_of_them():
+    listed = (EXAMPLES / "README.md").read_text()
+    assert len(NOTEBOOKS) == 3
+    assert all(f"({path.name})" in listed for path in NOTEBOOKS)
