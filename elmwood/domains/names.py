@@ -309,10 +309,11 @@ def names(terms: Sequence[Sequence[str]], codes: Sequence[str], taken: Iterable[
     used = set(taken)
     made = []
     for place, (found, code) in enumerate(zip(terms, codes, strict=True)):
-        name = ""
-        for part in [code, *found][: NAMED + (not code)]:
-            if not name or len(f"{name} {part}".split()) <= WORDS:
-                name = f"{name} {part}".strip()
+        parts = [code] if code else []
+        for term in found[: NAMED - len(parts)]:
+            if not parts or len(" ".join([*parts, term]).split()) <= WORDS:
+                parts.append(term)
+        name = ": ".join([code, " ".join(parts[1:])]) if code and len(parts) > 1 else " ".join(parts)
         first = name = name or f"domain {place}"
         number = 2
         while name in used:

@@ -24,7 +24,7 @@ from elmwood.store import Store
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
-RULES = 4  # raised when the same inputs would make another partition
+RULES = 5  # raised when the same inputs would make another partition
 METHODS = ("balanced", "plain", "random")
 KEPT = 4096  # terms of a sparse centroid
 ALONE = Means()

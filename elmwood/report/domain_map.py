@@ -122,9 +122,9 @@ def _densest(spot_N2: np.ndarray) -> Spot:
     return float(some_N2[best, 0]), float(some_N2[best, 1])
 
 
-def caption(area: Area, terms: int = 3) -> str:
-    """The top terms of a domain, cut to be read at a glance."""
-    return " · ".join(clip(term, 18) for term in area.terms[:terms]) or clip(area.name, 40)
+def caption(area: Area, letters: int = 40) -> str:
+    """The name of a domain, cut to a length that is read at a glance."""
+    return clip(area.name, letters)
 
 
 def clip(text: str, length: int) -> str:
@@ -132,8 +132,8 @@ def clip(text: str, length: int) -> str:
 
 
 def breadth(text: str, size: float) -> float:
-    """About how wide a line of text is. Letters of most scripts are 0.56 of their height, East Asian ones as wide as high."""
-    return size * sum(1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.56 for letter in text)
+    """About how wide a line of bold text is. Letters of most scripts are 0.62 of their height, East Asian ones as wide as high."""
+    return size * sum(1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.62 for letter in text)
 
 
 def arrange(anchors: Sequence[Spot], sizes: Sequence[tuple[float, float]], spot_N2: np.ndarray) -> list[Box | None]:
@@ -167,10 +167,10 @@ def _labels(domains: Sequence[Area], spots: Sequence[Spot], members: dict[int, l
 
 
 def _wording(area: Area, domain: int, of: int, kind: str) -> str:
-    """As many terms as there is room for; on a small screen with many domains, the number it has in the table."""
+    """As much of the name as there is room for; on a small screen with many domains, the number in the table."""
     if kind == "narrow":
-        return caption(area, 2) if of <= COLOURS else str(domain + 1)
-    return caption(area, 3 if of <= 3 * COLOURS else 1)
+        return caption(area, 18) if of <= COLOURS else str(domain + 1)
+    return caption(area, 34 if of <= 3 * COLOURS else 16)
 
 
 def _leader(domain: int, box: Box, anchor: Spot) -> Markup:

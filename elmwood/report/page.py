@@ -1,6 +1,6 @@
-"""Report -> HTML: one file that holds everything it needs, and asks no one for more."""
+"""Report -> HTML: one file with everything it needs, without scripts or network access."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
@@ -17,11 +17,21 @@ from elmwood.report.domain_map import COLOURS, DARK, LIGHT, caption, domain_map,
 from elmwood.report.formats import digits, duration, short, signed
 
 PANELS = {"seed": "The seed", "control": "Dense controls", "expert": "Experts"}
-GROUPS = {"seed": "", "control": "Controls", "result": "Sparse ensembles of the experts", "bound": "Bound"}
+GROUPS = {"seed": "", "control": "Controls", "result": "Ensembles of the experts", "bound": "Bound"}
+RANDOM = "random clusters"  # how the names of rows begin whose experts were trained on random documents
+# what the rows of the summary are
+SEED = "the small model that everything here starts from"
+CONTROL = "one model trained on all of the text, the strongest of its kind"
+RANDOMLY = "the same ensemble of experts, each of which got random documents"
+CHOSEN = "experts, each trained alone on one domain, and mixed at every word"
+BOUND = "the expert of the document's own domain, which no model can know"
+
+
+SETTING = ": "  # between a row and its setting, in the name of a fact
 
 
 class ResultRow(NamedTuple):
-    """A row of the result, drawn."""
+    """A row of the result as text and drawings."""
 
     row: Row
     first: str  # the heading of its group, on the first row of it
@@ -32,7 +42,7 @@ class ResultRow(NamedTuple):
 
 
 class Duel(NamedTuple):
-    """A contest, in words and drawn."""
+    """A comparison of two models, in words and as a drawing."""
 
     headline: str
     lines: list[tuple[str, str]]
@@ -49,7 +59,8 @@ class Panel(NamedTuple):
 
 
 def html(report: Report) -> str:
-    """The page. All text is escaped; there is no script and no address in it, and a policy that forbids both."""
+    """The page. All text is escaped; there is no script and no URL in it, and its content policy forbids both."""
+    rows = _result_rows(report.rows)
     totals = {"documents": sum(area.documents for area in report.domains), "bytes": sum(area.bytes for area in report.domains)}
     return _template().render(
         report=report,
@@ -59,7 +70,8 @@ def html(report: Report) -> str:
         totals=totals,
         map=domain_map(report.domains, report.places) if report.places else Markup(),
         most=max((area.documents for area in report.domains), default=1),
-        lines=_lines(report.rows),
+        lines=rows,
+        summary=_summary(report, rows),
         loss_axis=charts.axis(_loss_scale(report.rows)),
         gain_axis=charts.axis(_gain_scale(report.rows)),
         reference=next((row for row in report.rows if row.gain is None), None),
@@ -78,6 +90,8 @@ def html(report: Report) -> str:
         best=_best,
         swatch=swatch,
         colours=COLOURS,
+        facts=[(name, value) for name, value in report.facts.items() if SETTING not in name],
+        settings=_settings(report.facts),
     )
 
 
@@ -114,7 +128,7 @@ def _gain_scale(rows: Sequence[Row]) -> charts.Scale:
     return charts.spanning([0.0, *ends])
 
 
-def _lines(rows: Sequence[Row]) -> list[ResultRow]:
+def _result_rows(rows: Sequence[Row]) -> list[ResultRow]:
     loss_scale, gain_scale = _loss_scale(rows), _gain_scale(rows)
     loss_digits, gain_digits = digits(row.standard_error for row in rows), digits(row.gain_error for row in rows)
     strongest = next((row.bits_per_byte for row in rows if row.gain is None), None)
@@ -132,6 +146,32 @@ def _lines(rows: Sequence[Row]) -> list[ResultRow]:
         whisker = charts.whisker(row.bits_per_byte, row.standard_error, loss_scale, role=row.role, mark=strongest, label=text)
         found.append(ResultRow(row, first, whisker, f"{loss} ± {row.standard_error:.{loss_digits}f}", drawn, gain or "reference"))
     return found
+
+
+def _summary(report: Report, rows: Sequence[ResultRow]) -> list[tuple[ResultRow, str]]:
+    """At most five rows, with what each is: the seed, the reference, random clusters, the result and the bound. None of a short table."""
+    headline = _headline(report)
+    if headline is None or len(rows) <= 5:
+        return []
+    random = [one for one in rows if one.row.name.startswith(RANDOM)]
+    found = [
+        (next((one for one in rows if one.row.role == "seed"), None), SEED),
+        (next((one for one in rows if one.row.gain is None and one.row.role == "control"), None), CONTROL),
+        (min(random, key=lambda one: one.row.bits_per_byte, default=None), RANDOMLY),
+        (next(one for one in rows if one.row == headline), CHOSEN),
+        (next((one for one in rows if one.row.role == "bound"), None), BOUND),
+    ]
+    return [(one, text) for one, text in found if one is not None]
+
+
+def _settings(facts: Mapping[str, str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Facts named "row: setting" as a table: its columns, and the values of each row."""
+    named = [(*name.rpartition(SETTING)[::2], value) for name, value in facts.items() if SETTING in name]
+    columns = list(dict.fromkeys(setting for _, setting, _ in named))
+    rows: dict[str, dict[str, str]] = {}
+    for row, setting, value in named:
+        rows.setdefault(row, {})[setting] = value
+    return columns, [(row, [values.get(column, "–") for column in columns]) for row, values in rows.items()]
 
 
 def _panels(curves: Sequence[Curve]) -> list[Panel]:

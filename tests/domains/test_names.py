@@ -56,7 +56,7 @@ def test_code_is_named_by_its_languages():
 
 def test_names_differ():
     assert names.names([("a", "b", "c"), ("a", "b", "c"), ()], ["", "", ""], taken=["a b c"]) == ["a b c 2", "a b c 3", "domain 2"]
-    assert names.names([("a", "b", "c"), ("one two three", "d e f")], ["Go code", ""]) == ["Go code a b", "one two three"]
+    assert names.names([("a", "b", "c"), ("one two three", "d e f")], ["Go code", ""]) == ["Go code: a b", "one two three"]
 
 
 @settings(deadline=None, max_examples=40)

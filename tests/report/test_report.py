@@ -162,6 +162,28 @@ def test_one_model_alone_is_a_table_too():
     assert "gain" not in page.text
 
 
+def test_five_rows_come_first():
+    """The seed, the strongest control, random clusters, the result and the bound, each with what it is."""
+    report = full()
+    random = row("random clusters, sparse routing", 2.27, "control", gain=0.01, gain_error=0.004)
+    dense = report.rows[1].model_copy(update={"gain": None})
+    rows = (report.rows[0], dense, random, *report.rows[2:])
+    text = Page(html(report.model_copy(update={"rows": rows}))).text
+    shown = text[text.index("as many tokens.") : text.index("Domains")]
+    names = ["seedthe small", "dense", "random clusters, sparse routing", "c-BTM top-2", "oracle routing"]
+    assert sorted(names, key=shown.index) == names
+    assert "c-BTM top-1" not in shown
+    assert "each of which got random documents" in shown
+    assert text.rindex("All models") > text.index("Domains")
+
+
+def test_settings_of_rows_are_a_table():
+    page = Page(html(full().model_copy(update={"facts": {"machine": "2 cores", "a: top_k": "2", "b: top_k": "3", "b: decay": "0.9"}})))
+    assert "top k" in page.text
+    assert "0.9" in page.text
+    assert "a: top_k" not in page.text
+
+
 def test_the_same_report_makes_the_same_page():
     assert html(full()) == html(Report.model_validate_json(full().model_dump_json()))
 
