@@ -127,6 +127,19 @@ def block_inner(x_N: Floats, y_N: Floats) -> float:
     return math.ldexp(float(int(whole_N.sum())), -exponent)
 
 
+def block_gram(point_EN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`block_inner` of every two of some points [E, E], to the same bits."""
+    reach_E = np.array([reach(point_N) for point_N in point_EN])
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest_EE = np.outer(reach_E, reach_E)
+    kept_EE = (largest_EE > 1e-280) & (largest_EE < np.inf)
+    exponent_EE = 45 - np.frexp(np.where(kept_EE, largest_EE, 1.0))[1]
+    total_EE = np.zeros(largest_EE.shape, np.int64)
+    kernels.gram(point_EN, np.where(kept_EE, np.ldexp(1.0, exponent_EE), 0.0), 1.5 * 2.0**52, total_EE)
+    lower_EE = np.ldexp(total_EE.astype(np.float64), -exponent_EE)
+    return np.tril(lower_EE) + np.tril(lower_EE, -1).T
+
+
 def check_room(together: int) -> None:
     """Raises BadInput where a sum of addends with these bounds could overflow."""
     if together >= ROOM:

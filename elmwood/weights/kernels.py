@@ -104,6 +104,21 @@ def vote(part_N, unit, magic, total_FN):
 
 
 @compiled
+def gram(point_EN, scale_EE, magic, total_EE):
+    """total[i, j] += point_i . point_j for j <= i, each product times scale[i, j] rounded to an integer by adding `magic`; a scale of 0
+    leaves a pair out. A few thousand values of all points at a time, which stay in the cache."""
+    zero, most = np.float64(magic).view(np.int64), point_EN.shape[1]
+    for start in range(0, most, 4096):
+        for i in range(point_EN.shape[0]):
+            for j in range(i + 1):
+                total, scale = np.int64(0), scale_EE[i, j]
+                if scale != 0:
+                    for n in range(start, min(start + 4096, most)):
+                        total += np.float64(point_EN[i, n] * point_EN[j, n] * scale + magic).view(np.int64) - zero
+                total_EE[i, j] += total
+
+
+@compiled
 def units(total_N, unit, value_N):
     """value = total * unit. Either half of an integer becomes a float64 exactly, their sum is rounded once."""
     for n in range(total_N.size):

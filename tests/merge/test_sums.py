@@ -110,6 +110,16 @@ def test_inner_products_are_good_to_the_largest_product(pairs):
     assert abs(exact.inner(x_N, y_N) - math.fsum(x * y for x, y in pairs)) <= len(pairs) * largest * 2**-44 + 1e-280
 
 
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_inner_products_of_many_are_those_of_each_pair(count):
+    """Magnitudes of every size, points of nothing, and more values than are taken at a time."""
+    rng = np.random.default_rng(count)
+    point_EN = rng.standard_normal((count, 9999)) * 10.0 ** rng.integers(-160, 100, (count, 1)) * 10.0 ** rng.integers(-9, 9, 9999)
+    point_EN[count // 2] *= count != 2
+    found_EE = exact.block_gram(point_EN)
+    assert found_EE.tolist() == [[exact.block_inner(x_N, y_N) for y_N in point_EN] for x_N in point_EN]
+
+
 def test_what_cannot_be_added_is_refused():
     for bad in (np.inf, np.nan, 1e9):
         with pytest.raises(BadInput):

@@ -17,13 +17,9 @@ from elmwood.weights.tensors import ReadAhead, StoredTensor
 
 def inner_products(name: str, place: StoredTensor, sources: Sequence[Source], whole: bool, reader: ReadAhead) -> Floats:
     """[E, E], of the experts' deltas or, where `whole`, of their weights as they are; blocks of all experts stand in memory."""
-    count = len(sources)
-    found: dict[tuple[int, int], list[float]] = {(i, j): [] for i in range(count) for j in range(i + 1)}
+    blocks = []
     for block in read_deltas(name, place, sources, list(pieces_of((0, place.numbers))), reader):
-        point_EN = [delta_N + block.seed_N for delta_N in block.delta_EN] if whole else block.delta_EN
-        for (i, j), sums in found.items():
-            sums.append(exact.block_inner(point_EN[i], point_EN[j]))
-    inner_EE = np.zeros((count, count))
-    for (i, j), sums in found.items():
-        inner_EE[i, j] = inner_EE[j, i] = math.fsum(sums)
-    return inner_EE
+        point_EN = np.stack(block.delta_EN)
+        blocks.append(exact.block_gram(point_EN + block.seed_N if whole else point_EN))
+    found_EEB = np.stack(blocks, -1) if blocks else np.zeros((len(sources), len(sources), 0))
+    return np.array([[math.fsum(found_B) for found_B in row_EB] for row_EB in found_EEB]).reshape(len(sources), len(sources))
