@@ -147,6 +147,8 @@ def nearest_place(dist2_NK: Floats, places_E: Sequence[Sequence[int]]) -> Floats
     return np.minimum.reduceat(dist2_NK[:, np.concatenate([np.asarray(places, np.int64) for places in places_E])], starts_E, axis=1)
 
 
+FORGOTTEN, MOST_NATS = 1e-6, 30.0
+
 # ---- signals -> weights ---------------------------------------------------------------------------------------------
 
 
@@ -176,6 +178,13 @@ class Routing:
     def fading(self) -> float:
         """The decay of the memory that this router looks at."""
         return self.decay if router_of(self).memory == "fading" else 1.0
+
+    @property
+    def reach(self) -> float:
+        """Tokens after which what is left of the memory changes no score by more than FORGOTTEN, at MOST_NATS per token."""
+        if self.fading == 1:
+            return np.inf
+        return float(np.log(FORGOTTEN * (1 - self.fading) / (max(self.memory, 1.0) * MOST_NATS)) / np.log(self.fading))
 
 
 class Signals(NamedTuple):

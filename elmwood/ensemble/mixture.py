@@ -61,9 +61,10 @@ class EnsembleLM:
         """log p of the scored tokens of some windows (ascending), in order [n] float32 on the CPU.
 
         Models read a window, routers the whole document so far: distances are of all its text, and the memory is of every token as it
-        was scored, once. So a router with a memory has candidates read the windows before those that are wanted as well.
+        was scored, once. So a router with a memory has candidates read the windows before those that are wanted as well, as far back as it
+        reaches.
         """
-        reached_W = _up_to(np.isin(np.arange(len(windows.rows_WL)), wanted_W)[:, None], windows.document_W)[:, 0]
+        reached_W = _leading_to(np.isin(np.arange(len(windows.rows_WL)), wanted_W)[:, None], windows, np.inf)[:, 0]
         asked_W = np.isin(np.flatnonzero(reached_W), wanted_W)
         windows = Windows(*(part[reached_W] for part in windows))
         window_N = np.repeat(np.arange(len(asked_W)), windows.count_W)
@@ -72,7 +73,7 @@ class EnsembleLM:
         live_NC = candidates(Signals(dist2_NE, np.broadcast_to(0.0, shape)), self.routing) & wanted_N[:, None]
         read_WC = np.column_stack([np.bincount(window_N, live_N, len(asked_W)) > 0 for live_N in live_NC.T])
         if self.memory:
-            read_WC = _up_to(read_WC, windows.document_W)
+            read_WC = _leading_to(read_WC, windows, self.routing.reach)
         loglik_NC = self._read(windows, read_WC, progress)
         document_N = windows.document_W[window_N]
         memory_NC = remember(loglik_NC, self.routing.fading, document_N) if self.memory else None
@@ -120,11 +121,16 @@ class EnsembleLM:
         return logp_AV
 
 
-def _up_to(flag_WX: Bools, document_W: Ints) -> Bools:
-    """Whether this window, or a later one of its document, has a flag [W, X]."""
-    last_W = np.flatnonzero(np.diff(document_W, append=-1))
-    parts = np.split(flag_WX, last_W[:-1] + 1)
-    return np.concatenate([np.logical_or.accumulate(part[::-1])[::-1] for part in parts])
+def _leading_to(flag_WX: Bools, windows: Windows, reach: float) -> Bools:
+    """The windows with a flag, and those that end less than `reach` tokens before one of their document [W, X]."""
+    end_W = np.cumsum(windows.count_W)
+    found_WX, next_X = flag_WX.copy(), np.full(flag_WX.shape[1], np.inf)  # where the next window with a flag begins
+    for w in reversed(range(len(flag_WX))):
+        if w + 1 == len(flag_WX) or windows.document_W[w + 1] != windows.document_W[w]:
+            next_X[:] = np.inf
+        found_WX[w] |= next_X - end_W[w] < reach
+        next_X[flag_WX[w]] = end_W[w] - windows.count_W[w]
+    return found_WX
 
 
 def open_model(record: Record, store: Store, device: torch.device | str | None = None) -> LM:

@@ -17,13 +17,20 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import Damaged
 from elmwood.evaluate.columns import Scorer, column, encode, run
 from elmwood.evaluate.holdout import Holdout
-from elmwood.records import Record, Score, fingerprint
+from elmwood.records import Ensemble, Record, Score, fingerprint
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
 SLICE = 1 << 17  # tokens between two saves
+
+
+def task_names(model: Record, holdout: Holdout) -> list[str]:
+    """Of the complete Score of a model, and of what there is of it. Ensembles were once routed by the window, and not by the document:
+    their Scores have other names since."""
+    routed = ["document"] if isinstance(model, Ensemble) else []
+    return [fingerprint(kind, model.digest, holdout.name, *routed) for kind in ("score", "partial")]
 
 
 def score(model: Record, load: Callable[[], Scorer], holdout: Holdout, store: Store, progress: Progress = silent) -> Score:
@@ -44,7 +51,7 @@ class Partial:
         self.count_W = holdout.count_W
         self.known_W = np.zeros(len(self.count_W), bool)
         self.forwarded, self.seconds = 0, 0.0  # tokens and time, by this object
-        self.keys = [fingerprint(kind, model.digest, holdout.name) for kind in ("score", "partial")]  # complete, and whatever there is
+        self.keys = task_names(model, holdout)
         self.folder = store.root / "work" / self.keys[1]
         done = next((digest for key in self.keys if (digest := store.done(key))), None)
         self.score = store.load(done, Score) if done else None
@@ -127,15 +134,15 @@ def bring(models: list[Record], holdout: Holdout, source: Store, store: Store) -
     """
     came = 0
     for model in models:
-        kinds = [fingerprint(kind, model.digest, holdout.name) for kind in ("score", "partial")]
-        done = next((digest for key in kinds if (digest := source.done(key))), None)
-        if done is None or any(store.done(key) for key in kinds):
+        keys = task_names(model, holdout)
+        done = next((digest for key in keys if (digest := source.done(key))), None)
+        if done is None or any(store.done(key) for key in keys):
             continue
         record = source.load(done, Score)
         if (record.model, record.holdout) != (model.digest, holdout.name) or store.put(source.get(record.loglik)) != record.loglik:
             raise Damaged(f"score {done[:8]} of {source.root} is not what it says it is: score {model.digest[:8]} here instead")
         column(record, holdout, store)
-        for key in kinds[:1] if record.windows is None else kinds[1:]:
+        for key in keys[:1] if record.windows is None else keys[1:]:
             store.finish(key, record)
         came += 1
     return came

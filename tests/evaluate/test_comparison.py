@@ -62,6 +62,25 @@ def test_the_table_equals_the_live_ensemble(routing, grown, held, columns):
     np.testing.assert_allclose(run(live, held, wanted_W=some_W), live_N[np.isin(held.window_N, some_W)], atol=1e-5)
 
 
+def test_a_memory_that_fades_has_only_late_windows_read_before(grown, held, monkeypatch):
+    """And what was not read changes nothing."""
+    store, partition, seed, experts = grown
+    forest = Forest(seed=seed.digest, partition=partition.digest, experts=tuple(one.digest for one in experts))
+    store.add(forest)
+    routing = Routing("live", 2, 0.5, 1.1, memory=0.3, decay=0.6)
+    assert 0.6**routing.reach / (1 - 0.6) * 30 == pytest.approx(1e-6)
+    assert Routing("live", decay=1.0).reach == Routing("posterior").reach == np.inf
+    live = open_model(Ensemble(forest=forest.digest, **asdict(routing)), store, "cpu")
+    live_N, read = run(live, held), []
+    score = live.experts.score
+    monkeypatch.setattr(live.experts, "score", lambda c, rows_BT: read.append(len(rows_BT)) or score(c, rows_BT))
+    last_W = np.flatnonzero(np.diff(held.windows.document_W, append=-1))
+    longest = last_W[np.argmax(np.diff(last_W, prepend=-1))]
+    some_n = run(live, held, wanted_W=np.array([longest]))
+    assert max(read) < (held.windows.document_W == held.windows.document_W[longest]).sum()
+    np.testing.assert_allclose(some_n, live_N[held.window_N == longest], atol=1e-5)
+
+
 # ---- settings
 
 

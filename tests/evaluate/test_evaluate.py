@@ -18,10 +18,10 @@ from elmwood.evaluate.columns import RUN, column, encode, open_tensors, round_to
 from elmwood.evaluate.holdout import AUDITED, GATE, TUNE, HoldoutSpec, blocks, halve, open_holdout
 from elmwood.evaluate.losses import bits_per_byte, block_nats, mix, nats
 from elmwood.evaluate.losses import difference as paired_difference
-from elmwood.evaluate.partial import Partial, bring
+from elmwood.evaluate.partial import Partial, bring, task_names
 from elmwood.evaluate.partial import score as score_model
 from elmwood.lm.files import tokenizer
-from elmwood.records import Score, fingerprint
+from elmwood.records import Ensemble, Score, fingerprint
 from elmwood.store import Store
 
 K = 3
@@ -130,6 +130,14 @@ def test_a_model_is_scored_once(grown, held, columns):
     assert score.nats == pytest.approx(nats(columns[0], held).sum())
     with pytest.raises(Damaged, match="score the model again"):
         column(score, held._replace(name="holdout-other"), store)
+
+
+def test_ensembles_scored_by_the_window_are_scored_again(grown, held):
+    """Under the rules of an older elmwood; experts and seeds keep their Scores."""
+    _, _, seed, _ = grown
+    ensemble = Ensemble(forest="0" * 64)
+    assert task_names(seed, held) == [fingerprint(kind, seed.digest, held.name) for kind in ("score", "partial")]
+    assert task_names(ensemble, held)[0] != fingerprint("score", ensemble.digest, held.name)
 
 
 def test_a_complete_column_is_a_read_only_memory_map_of_its_blob(grown, held, columns):
