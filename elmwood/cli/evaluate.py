@@ -249,7 +249,7 @@ def compare(
     tokens = f"{short(cost.tokens_forwarded)} forwarded; running what is missing on all blocks: {short(cost.full_tokens)}"
     run = f"{cost.models_known} models were known, {cost.models_run} were run, on {machine['machine']}, {PRECISION}"
     for word, line in (*facts_by_word[:2], ("tokens", tokens), *facts_by_word[2:-1], ("models", run), facts_by_word[-1]):
-        out.print(f"{word:<9} {line}", soft_wrap=True, markup=False)
+        out.print(f"{word:<9} {line}", soft_wrap=True)
     if plot:
         talk.print(f"wealth over blocks: {plot}")
 
@@ -275,7 +275,7 @@ def accept(
     for check in verdict.checks:
         value = "not measured" if check.value is None else f"{check.value:+.4f}"
         threshold = "no threshold" if check.threshold is None else f"{check.side} {check.threshold:g}"
-        out.print(f"{'passed' if check.passed else 'FAILED':<7} {value:>13}  {threshold:<18} {check.name}", soft_wrap=True, markup=False)
+        out.print(f"{'passed' if check.passed else 'FAILED':<7} {value:>13}  {threshold:<18} {check.name}", soft_wrap=True)
     _print_cost(made)
 
 
@@ -291,7 +291,7 @@ def _print_cost(made: admission.Admission) -> None:
     else:
         one, cost = made.submission, made.cost
         drawn = ", ".join(f"{what} {count:,}" for what, count in cost.blocks.items() if count is not None)
-        out.print(f"blocks drawn: {drawn}; {short(cost.tokens_forwarded)} tokens forwarded", soft_wrap=True, markup=False)
+        out.print(f"blocks drawn: {drawn}; {short(cost.tokens_forwarded)} tokens forwarded", soft_wrap=True)
         out.print(
             f"submission {one.number + 1}, error level {one.level:.4g}; from a slice of {one.slice_G.sum():,} blocks, in the order of key "
             f"{one.key.hex()[:16]}…, sealed before as {one.commitment[:20]}…", soft_wrap=True,

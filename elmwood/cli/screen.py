@@ -22,8 +22,9 @@ from elmwood.units import parse_count as count
 
 __all__ = ["bars", "count", "duration", "emit", "expand", "keep", "made", "out", "short", "table", "talk"]
 
-talk = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False}  # names come from others: "[/x]" in one is text
+talk = Console(stderr=True, **PLAIN)
+out = Console(**PLAIN)
 EVERY = 5.0  # seconds between two lines of progress
 
 
@@ -48,7 +49,7 @@ def bars() -> Iterator[Report]:
         lines.close()
         return
     left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
-    columns = (TextColumn("{task.description:<28}", table_column=Column(no_wrap=True)), BarColumn(16), _Rate(), left)
+    columns = (TextColumn("{task.description:<28}", markup=False, table_column=Column(no_wrap=True)), BarColumn(16), _Rate(), left)
     with Progress(*columns, console=talk) as display:
         tasks: dict[str, TaskID] = {}
 
@@ -192,4 +193,4 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], styles
         grid.add_row(*row, style=styles[place] if styles else "")
     to.print(title, style="bold", soft_wrap=True)
     width = max(to.width, Measurement.get(to, to.options.update(width=1000), grid).maximum)  # never cut: a narrow terminal wraps
-    Console(file=to.file, width=width, highlight=False).print(grid)
+    Console(file=to.file, width=width, **PLAIN).print(grid)

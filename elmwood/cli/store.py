@@ -28,7 +28,7 @@ def show(
         for line in page.show(name, output.store).lines:
             words = "(above)" if line.again else escape(page.summary(line.record))
             head = f"{'   ' * line.depth}{line.record.kind} {line.record.digest[:12]} {line.name}"
-            out.print(f"{head}  [dim]{words}[/dim]".rstrip(), soft_wrap=True)
+            out.print(f"{head}  [dim]{words}[/dim]".rstrip(), soft_wrap=True, markup=True)
 
 
 def verify(output: Output = Output()) -> None:
@@ -91,4 +91,4 @@ def print_names(output: Output) -> None:
         talk.print(f"{output.store} names nothing yet: begin with `elmwood demo` or `elmwood cluster`")
     for line in lines:
         words = escape(page.summary(line.record))
-        out.print(f"{line.record.digest[:12]}  {line.record.kind:<10} {line.name}  [dim]{words}[/dim]", soft_wrap=True)
+        out.print(f"{line.record.digest[:12]}  {line.record.kind:<10} {line.name}  [dim]{words}[/dim]", soft_wrap=True, markup=True)

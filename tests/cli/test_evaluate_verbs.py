@@ -12,7 +12,7 @@ from elmwood.cli import app
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.errors import BadInput
-from elmwood.records import Ensemble, Forest
+from elmwood.records import Ensemble, Expert, Forest, Partition
 from elmwood.store import Store
 
 
@@ -70,6 +70,23 @@ def test_a_forest_with_every_routing(store, monkeypatch):
     for row in found["rows"]:
         assert row["name"] in shown
         assert f"{row['bits_per_byte']:.4f}" in shown
+
+
+def test_names_that_look_like_markup_are_text(store, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    forest = store.load("forest", Forest)
+    division = store.load(forest.partition, Partition)
+    domains = tuple(domain.model_copy(update={"name": name}) for domain, name in zip(division.domains, ("[/nope]", "[red]"), strict=True))
+    renamed = store.add(division.model_copy(update={"domains": domains}))
+    experts = [store.load(digest, Expert).model_copy(update={"partition": renamed}) for digest in forest.experts]
+    other = forest.model_copy(update={"partition": renamed, "experts": tuple(store.add(one) for one in experts)})
+    store.name("odd", store.add(other))
+    assert "[/nope]" in run(store, "table", "odd", "--workers", "1")
+    store.name("odd-expert", store.add(experts[0]))
+    shown = run(store, "eval", "odd-expert", "--workers", "1")
+    assert "[/nope]" in shown
+    assert "[red]" in shown
+    assert "partition" in run(store, "show", "odd")
 
 
 def test_models_side_by_side_in_each_domain(store, monkeypatch):
