@@ -30,7 +30,7 @@ from elmwood.evaluate import calibration
 from elmwood.evaluate.comparison import ExpertColumns, Side
 from elmwood.evaluate.holdout import distances
 from elmwood.evaluate.losses import bits_per_byte, difference, nats
-from elmwood.lm.cache import States
+from elmwood.lm.cache import KeyValueCache
 from elmwood.records import Digest, Ensemble, Expert, Partition
 from elmwood.store import Store
 from elmwood.study.scoring import Columns, ensure
@@ -127,7 +127,7 @@ def watch(lm: EnsembleLM) -> list[int]:
     late: list[int] = []
     read = lm.experts._read
 
-    def watched(body: Any, states: States, numbers: list[int], tokens: Sequence[int], *more: Any, **named: Any) -> Any:
+    def watched(body: Any, states: KeyValueCache, numbers: list[int], tokens: Sequence[int], *more: Any, **named: Any) -> Any:
         had = dict(zip(states.owner, states.length, strict=True))
         late.extend(missed for number in numbers if (missed := len(tokens) - had.get(number, 0) - 1) > 0)
         return read(body, states, numbers, tokens, *more, **named)
