@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from elmwood.study.fitting import fit
     from elmwood.study.forest_table import table
     from elmwood.study.merging import merge, state_add, state_finalize, state_make, state_remove
-    from elmwood.study.mixing import loads, mix
+    from elmwood.study.mixing import loads, mix, tune
     from elmwood.study.page import report, show
     from elmwood.study.text import add, build, cluster, split, survey
     from elmwood.study.training import adopt, import_seed, train, train_seed
@@ -39,7 +39,7 @@ FACE = {
     "elmwood.study.fitting": "fit",
     "elmwood.study.forest_table": "table",
     "elmwood.study.merging": "merge, state_add, state_finalize, state_make, state_remove",
-    "elmwood.study.mixing": "loads, mix",
+    "elmwood.study.mixing": "loads, mix, tune",
     "elmwood.study.page": "report, show",
     "elmwood.study.text": "add, build, cluster, split, survey",
     "elmwood.study.training": "adopt, import_seed, train, train_seed, compute_statistics as statistics",
@@ -78,6 +78,7 @@ __all__ = [
     "table",
     "train",
     "train_seed",
+    "tune",
     "verify",
 ]
 

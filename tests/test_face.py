@@ -30,13 +30,14 @@ BEYOND = {
     "build": "the first half of `cluster`",
     "open_model": "the first half of `chat`",
     "survey": "`cluster --with`",
+    "tune": "`train --method router`",
 }
 TERMINAL = {"json", "context", "plot"}  # options that are about the terminal and its files
 CALLED = {"store", "progress", "on_text", "on_submission"}  # parameters that stand for what the command line does itself
 # options that are named or spelled otherwise in Python; all of them, and by verb
 MAPPING = {"set", "settings"}  # --set NAME=VALUE, and a mapping of these
 OTHERWISE = {
-    "train": {"commands", "tuned", "balance"},  # `commands` prints; the others tune a mixture
+    "train": {"commands", "tuned", "balance"},  # `commands` prints; the others are of `tune`
     "chat": {"prompt"},
     "cluster": {"with"},  # `survey`
     "eval": {"tasks", "limit", "tasks_folder", "download"},  # `benchmark`

@@ -142,8 +142,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
 def test_the_sdist_holds_what_tests_it(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    files = [path for part in ("tests", "docs", "benches") for path in (ROOT / part).rglob("*")]
-    wanted = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in (".py", ".md", ".svg")}
+    files = [path for part in ("tests", "docs", "benches", "examples") for path in (ROOT / part).rglob("*")]
+    wanted = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in (".py", ".md", ".svg", ".ipynb")}
     assert wanted <= names
     assert {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "constraints.txt", "Makefile", "pyproject.toml"} <= names
 

@@ -59,7 +59,7 @@ def evaluate(
             models, mixing=mixing, partition=partition, router=router, name=name, workers=workers, store=output.store, progress=progress,
             **text._asdict(),
         )  # fmt: skip
-    comparison, fitted = made.record, made.ensemble
+    comparison, fitted = made.record, made.fitted
     if fitted and name:
         talk.print(f"{fitted.digest}  {name}  ({fitted.router}, top-{fitted.top_k}, temperature {fitted.temperature:.3g})")
     if output.as_json:

@@ -37,7 +37,14 @@ class Evaluation(NamedTuple):
 
     record: Comparison
     domains: tuple[str, ...]
-    ensemble: Ensemble | None = None
+    fitted: Ensemble | None = None
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The fitted ensemble. Raises BadInput where no forest was evaluated."""
+        if self.fitted is None:
+            raise BadInput("these models were scored side by side, so no ensemble was fitted: evaluate a forest")
+        return self.fitted
 
     def _repr_html_(self) -> str | None:
         return self.record._repr_html_()

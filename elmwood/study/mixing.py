@@ -118,6 +118,9 @@ class TunedMixture(NamedTuple):
     record: Mixture
     share_LE: NDArray[np.floating] | None
 
+    def _repr_html_(self) -> str | None:
+        return self.record._repr_html_()
+
     def summary(self) -> str:
         """The load of the experts in words."""
         return "" if self.share_LE is None else summary(self.share_LE)

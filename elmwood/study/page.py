@@ -170,7 +170,7 @@ def _lineage(record: Record, store: Store) -> tuple[Ancestor, ...]:
 # ---- names and lineage ----------------------------------------------------------------------------------------------
 
 
-class Line(NamedTuple):
+class ShownRecord(NamedTuple):
     """One record of a lineage, or of a list of names."""
 
     depth: int  # below the record that is shown
@@ -186,7 +186,7 @@ class Line(NamedTuple):
 class Shown(NamedTuple):
     """Records by their names, or one record and all it was made from. `print` it, or end a notebook's cell with it."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[ShownRecord, ...]
     record: Record | None  # the one that is shown; None for a list of names
     store: Store
 
@@ -209,15 +209,15 @@ def show(name: Named | None = None, store: AnyStore = None) -> Shown:
     store = Store(store)
     names = {digest: called for called, digest in store.names().items()}
     if name is None:
-        return Shown(tuple(Line(0, store.load(digest), called) for called, digest in store.names().items()), None, store)
-    lines: list[Line] = []
+        return Shown(tuple(ShownRecord(0, store.load(digest), called) for called, digest in store.names().items()), None, store)
+    lines: list[ShownRecord] = []
     below = None  # the depth of what was shown above
     for depth, record in lineage(store, store.load(name).digest):
         if below is not None and depth > below:
             continue
         again = any(line.record.digest == record.digest for line in lines)
         below = depth if again else None
-        lines.append(Line(depth, record, names.get(record.digest, ""), again))
+        lines.append(ShownRecord(depth, record, names.get(record.digest, ""), again))
     return Shown(tuple(lines), lines[0].record, store)
 
 
