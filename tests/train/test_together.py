@@ -8,10 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import GPT2, LLAMA, MODELS, OPT, packed_of, tiny
-from test_train import fresh as fresh  # a fixture
-from test_train import opened as opened
-from test_train import place as place
+from tiny_training import GPT2, LLAMA, MODELS, OPT, packed_of, tiny
 
 from elmwood.corpus.tokens import Packed
 from elmwood.errors import BadInput, Damaged
@@ -85,8 +82,8 @@ def test_gradients_of_each_are_those_of_its_own_rows(kind, sizes):
 # ---- the task ---------------------------------------------------------------------------------------------------
 
 
-def test_a_group_is_trained_once_and_each_is_an_expert_of_its_own(opened):
-    store, corpus, seed = opened
+def test_a_group_is_trained_once_and_each_is_an_expert_of_its_own(case):
+    store, corpus, seed = case
     found = train_together(seed, halves(corpus), LORA, store, domains=[3, 5])
     assert [expert.domain for expert in found] == [3, 5]
     assert {expert.recipe.together for expert in found} == {2}
@@ -101,15 +98,15 @@ def test_a_group_is_trained_once_and_each_is_an_expert_of_its_own(opened):
             torch.testing.assert_close(weight, its[name], rtol=1e-3, atol=1e-4)
 
 
-def test_the_group_is_part_of_the_name(opened):
-    _, corpus, seed = opened
+def test_the_group_is_part_of_the_name(case):
+    _, corpus, seed = case
     pair = together_keys(seed, halves(corpus), LORA, None, [0, 1])
     assert len({*pair, *together_keys(seed, halves(corpus)[:1], LORA, None, [0])}) == 3
 
 
 @pytest.mark.parametrize("change", [{"method": "dora"}, {"method": "full"}, {"patience": 2}, {"optimiser": "adamw8bit"}, {"length": 65}])
-def test_what_cannot_be_together_is_refused(opened, change):
-    store, corpus, seed = opened
+def test_what_cannot_be_together_is_refused(case, change):
+    store, corpus, seed = case
     with pytest.raises(BadInput):
         train_together(seed, halves(corpus), LORA.model_copy(update=change), store)
 
@@ -130,8 +127,8 @@ train_together(store.load("seed", Seed), [corpus.train, corpus.holdout], recipe,
 """
 
 
-def test_killed_and_resumed_gives_the_same_bytes(opened, fresh):
-    store, corpus, seed = opened
+def test_killed_and_resumed_gives_the_same_bytes(case, fresh):
+    store, corpus, seed = case
     whole = train_together(seed, halves(corpus), LORA, store)
     other, *_ = fresh
     for blob in (shard.blob for shard in corpus.holdout):
