@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from markdown.extensions.toc import slugify
 
 ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
@@ -77,9 +78,16 @@ def test_every_link_of_the_site_leads_somewhere(site):
                 assert unquote(where.fragment) in site[target].ids, f"{path.name} links to {link}, which has no such anchor"
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def anchors(path: Path) -> set[str]:
+    """Of the headings of a document, as the site has them."""
+    return {slugify(re.sub(r"[`*]", "", heading), "-") for heading in re.findall(r"^#+ (.*)$", path.read_text(), re.M)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benches/README.md", "examples/README.md"])
 def test_every_link_of_the_other_documents_leads_somewhere(name):
     path = ROOT / name
     for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
         where = urlsplit(link)
-        assert where.scheme or (path.parent / where.path).exists(), f"{name} links to {link}"
+        target = (path.parent / where.path) if where.path else path
+        assert where.scheme or target.exists(), f"{name} links to {link}"
+        assert where.scheme or not where.fragment or where.fragment in anchors(target), f"{name} links to {link}: no such heading"
