@@ -1,7 +1,7 @@
-"""Run a list of idempotent tasks: in this process, side by side in others, or on Ray.
+"""Run a list of idempotent tasks: in this process, in parallel processes, or on Ray.
 
-A task is a module-level function `task(input, progress)`. It names its own result by its inputs and skips what is
-done, so a retry is free; the engine knows nothing of that.
+A task is a module-level function `task(input, progress)`. It names its result by its inputs and skips what is done, so a retry
+costs nothing.
 """
 
 import multiprocessing
@@ -18,21 +18,21 @@ from typing import Any, TypeVar
 from elmwood.errors import BadInput, DoesNotFit
 from elmwood.registry import lookup, require
 
-# (what, done, total, unit): called often; cheap to ignore
+# (what, done, total, unit): called often
 Progress = Callable[[str, float, float, str], None]
 In = TypeVar("In")
 Out = TypeVar("Out")
 Task = Callable[[In, Progress], Out]
-# (task, inputs, workers, gpu, progress) -> (place, result) of each input, as they come
+# (task, inputs, workers, gpu, progress) -> (index of the input, result), in the order of completion
 Engine = Callable[[Task, Sequence[Any], int, bool, Progress], Iterator[tuple[int, Any]]]
 
 RETRIES = 3  # of a Ray task whose worker died
-TICK = 0.2  # seconds between two looks at the progress of Ray tasks
+TICK = 0.2  # seconds between polls of the progress of Ray tasks
 OBJECTS = 100_000_000  # bytes of a local Ray's object store: inputs and results are small records
 
 
 def silent(what: str, done: float, total: float, unit: str) -> None:
-    """The progress nobody watches."""
+    """Ignore progress."""
 
 
 def cores() -> int:
@@ -41,7 +41,7 @@ def cores() -> int:
 
 
 def gpus() -> list[str]:
-    """The names of the CUDA devices this process may use. Asked of the system, since torch takes seconds to load."""
+    """The names of the CUDA devices that this process may use, without importing torch."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
     return found if named is None else [one.strip() for one in named.split(",") if one.strip() not in ("", "-1")]
@@ -57,11 +57,11 @@ def run(
     what: str = "",
     progress: Progress = silent,
 ) -> list[Out]:
-    """[task(x) for x in inputs], `workers` side by side; results in the order of the inputs.
+    """[task(x) for x in inputs], with `workers` tasks in parallel; results in the order of the inputs.
 
-    `engine` is a row of ENGINES; `gpu` says that a task can use one, and side by side each gets its own; `what` names a bar that counts
-    finished tasks.
-    The first error stops the rest and is raised; DoesNotFit where a worker was killed. Raises UnknownName, MissingExtra.
+    `engine` is a row of ENGINES or a module:function. `gpu`: tasks can use a GPU, and parallel ones get one each. `what` names a
+    progress bar that counts finished tasks. The first error stops the other tasks and is raised; DoesNotFit if a worker was killed.
+    Raises UnknownName, MissingExtra.
     """
     found: dict[int, Out] = {}
     if what:
@@ -74,7 +74,7 @@ def run(
 
 
 def each(items: Iterable[In], what: str, total: float, unit: str, progress: Progress) -> Iterable[In]:
-    """Pass items through, telling progress how many have gone by."""
+    """Iterate over items and report progress."""
     progress(what, 0, total, unit)
     for done, item in enumerate(items, 1):
         yield item
@@ -105,20 +105,20 @@ def _local(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress:
     except BrokenProcessPool as error:
         raise DoesNotFit(_killed(f"one of {workers} worker processes was killed")) from error
     except BaseException:
-        for process in multiprocessing.active_children():  # tasks are idempotent: what they had saved is found again
+        for process in multiprocessing.active_children():  # tasks are idempotent: they resume from what they saved
             process.terminate()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         events.put(None)  # after everything the workers put there
-        relay.join(timeout=1)  # a worker that was terminated may have left the queue locked
+        relay.join(timeout=1)  # a terminated worker may have left the queue locked
 
 
 def _killed(what: str) -> str:
-    return f"{what}, most likely for want of memory; run the same command again with fewer --workers: what is done is kept"
+    return f"{what}, most likely because memory ran out; run the command again with fewer --workers: it resumes"
 
 
-_events: Any = None  # in a worker process: the way back to the parent's progress bar
+_events: Any = None  # in a worker process: the queue to the parent's progress bar
 
 
 def _initialise(events: Any, devices: Any) -> None:
@@ -137,13 +137,13 @@ def _relay(events: Any, progress: Progress) -> None:
         progress(*event)
 
 
-# ---- ray: a cluster, or this machine by its means --------------------------------------------------------------------
+# ---- ray: a cluster, or this machine ----------------------------------------------------------------------------------
 
 
 def _ray(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress: Progress) -> Iterator[tuple[int, Any]]:
-    """On the cluster this process is connected to, else that of RAY_ADDRESS, else one that lives as long as this process.
+    """On the cluster that this process is connected to, else on that of RAY_ADDRESS, else on a local one that ends with this process.
 
-    `workers` bounds what runs at once on the last; a cluster runs as much as it has cores for, or GPUs if the task can use one.
+    `workers` limits the parallel tasks on a local one. A cluster runs as many as it has cores for, or GPUs if tasks can use one.
     """
     if not inputs:
         return
@@ -164,18 +164,18 @@ def _ray(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress: P
             for reference in ready:
                 yield running.pop(reference), ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None  # as it was raised there
+        raise error.cause from None  # the error of the task itself
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
         raise DoesNotFit(_killed(f"a Ray worker was killed {RETRIES + 1} times")) from error
     finally:
         for reference in running:
-            ray.cancel(reference, force=True)  # tasks are idempotent: what they had saved is found again
+            ray.cancel(reference, force=True)  # tasks are idempotent: they resume from what they saved
         ray.kill(board)
 
 
 def _connect(workers: int) -> tuple[Any, bool]:
-    """The library, and whether the cluster is our own. Raises MissingExtra, BadInput."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    """The library, and whether the cluster was started here. Raises MissingExtra, BadInput."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray = require("ray", "ray")
     address = os.environ.get("RAY_ADDRESS", "")
@@ -192,11 +192,11 @@ def _connect(workers: int) -> tuple[Any, bool]:
     return ray, ray.get_runtime_context().namespace == OWN
 
 
-OWN = "elmwood-local"  # the namespace that tells a Ray started here
+OWN = "elmwood-local"  # the namespace of a Ray that was started here
 
 
 class _Board:
-    """The latest event of each bar, from wherever tasks run to the process that draws."""
+    """The latest event of each progress bar, from the tasks to the process that draws them."""
 
     def __init__(self) -> None:
         self.events: dict[str, tuple] = {}
@@ -205,13 +205,13 @@ class _Board:
         self.events[event[0]] = event
 
     def take(self) -> list[tuple]:
-        """What is new."""
+        """The events since the last call."""
         events, self.events = list(self.events.values()), {}
         return events
 
 
 def _call_far(task: Task, item: Any, board: Any, folder: str) -> Any:
-    """A task on Ray, in the parent's folder: paths mean the same there, so the store must be on a disk all machines share."""
+    """A task on Ray, in the parent's working folder. The store must be on a disk that all machines share."""
     os.chdir(folder)
     posted: dict[str, float] = {}
 

@@ -1,7 +1,7 @@
-"""Every error elmwood raises on purpose. Each message names the rule, the value and the cure; only `cli` prints.
+"""The errors that elmwood raises. Each message names the rule, the value and the cure.
 
 ElmwoodError
-├── BadInput            what the user gave cannot be used
+├── BadInput            an argument cannot be used
 │   ├── BadCorpus       no text, too few documents, unreadable source
 │   ├── BadSeed         a checkpoint without tokenizer, an unknown architecture
 │   └── UnknownName     no such table row, ref or digest
@@ -15,11 +15,11 @@ ElmwoodError
 
 
 class ElmwoodError(Exception):
-    """The root: catch this to catch all of them."""
+    """Base class of all errors of elmwood."""
 
 
 class BadInput(ElmwoodError):
-    """What the user gave cannot be used."""
+    """An argument cannot be used."""
 
 
 class BadCorpus(BadInput):
@@ -27,7 +27,7 @@ class BadCorpus(BadInput):
 
 
 class BadSeed(BadInput):
-    """A checkpoint that cannot be a seed."""
+    """A checkpoint that cannot be used as a seed."""
 
 
 class UnknownName(BadInput, LookupError):

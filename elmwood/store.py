@@ -1,12 +1,13 @@
-"""Bytes by digest: the only place that touches blobs. Written once, atomically; nothing is ever pickled.
+"""A folder of blobs and records, named by digest. Files are written once, atomically; nothing is pickled.
 
 blobs/sha256/ab/cdef…   content
 records/<digest>.json   records
 refs/<name>             the names people type, and refs/done/<key>: which record a finished task made
-work/<key>/             unfinished tasks, and logs/<key>.jsonl: what tasks measured of themselves (not content-addressed)
-answers/<model>.jsonl   what models answered to benchmarks (see elmwood/evaluate/harness.py); may be deleted
-secret                  what orders of drawn blocks are made from (accept); never leaves this folder
-views/<digest>/         folders of links to blobs, for libraries that want a folder; derived, may be deleted
+work/<key>/             unfinished tasks
+logs/<key>.jsonl        measurements of tasks, such as seconds (not content-addressed)
+answers/<model>.jsonl   answers of models to benchmarks (elmwood/evaluate/harness.py); may be deleted
+secret                  the key of random orders of blocks (accept); never leaves this folder
+views/<digest>/         folders of links to blobs, for libraries that need a folder; may be deleted
 """
 
 import errno
@@ -32,11 +33,11 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$"
 
 
 class Damage(NamedTuple):
-    """One thing `verify` found."""
+    """A finding of `verify`."""
 
     where: str  # path below the store
     problem: str
-    elsewhere: bool = False  # no damage: text that stayed with its owner
+    elsewhere: bool = False  # not damaged: text that stayed with its owner
 
 
 @runtime_checkable
@@ -63,7 +64,7 @@ class Store:
     # ---- blobs
 
     def path(self, digest: str) -> Path:
-        """Where a blob or record stands (or would stand)."""
+        """The path of a blob or record, which may not exist."""
         if digest.startswith("sha256:"):
             return self.root / "blobs" / "sha256" / digest[7:9] / digest[9:]
         return self.root / "records" / f"{digest}.json"
@@ -75,19 +76,19 @@ class Store:
         """The file of a blob. Raises Damaged when it is missing."""
         path = self.path(digest)
         if not path.exists():
-            raise Damaged(f"{digest[:19]}… is not in {self.root}; copy it from another store, or remake what needs it")
+            raise Damaged(f"{digest[:19]}… is not in {self.root}; copy it from another store, or repeat the command that made it")
         return path
 
     def put(self, content: bytes | Path) -> str:
-        """Store bytes or a file's content; return its digest. The same content is stored once. Raises DoesNotFit."""
+        """Store bytes or the content of a file, once; return the digest. Raises DoesNotFit."""
         digest = "sha256:" + (hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else hash_file(content))
         if not self.has(digest):
             self._write(self.path(digest), content)
         return digest
 
     def take(self, path: Path, digest: str | None = None) -> str:
-        """As `put`, of a finished file below this store's own root (`work`), which moves instead of being copied. `digest`: its
-        sha256, hex, where whoever wrote it has it already."""
+        """Like `put`, but moves the file, which must be below the root of this store (in `work`). `digest`: its sha256 in hex, if the
+        caller knows it."""
         name = f"sha256:{digest or hash_file(path)}"
         if self.has(name):
             path.unlink()
@@ -106,12 +107,12 @@ class Store:
         return {path.relative_to(folder).as_posix(): self.put(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
     def folder(self, files: Mapping[str, str]) -> Path:
-        """A folder with these files, for libraries that open folders: links to the blobs."""
+        """A folder with these files, as links to blobs, for libraries that open folders. Raises Damaged."""
         view = self.root / "views" / fingerprint(dict(files))
         if view.exists():
             if all((view / name).exists() for name in files):
                 return view
-            shutil.rmtree(view)  # links to blobs that were moved
+            shutil.rmtree(view)  # its links are broken: blobs were moved
         view.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=view.parent))
         for name, digest in files.items():
@@ -123,7 +124,7 @@ class Store:
             target.symlink_to(os.path.relpath(self.get(digest).resolve(), target.parent.resolve()))
         try:
             building.rename(view)
-        except OSError:  # another process made it first
+        except OSError:  # another process was faster
             shutil.rmtree(building)
         return view
 
@@ -157,7 +158,7 @@ class Store:
     def _read(self, digest: str) -> Record:
         data = self.get(digest).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
-            raise Damaged(f"records/{digest}.json does not match its digest: restore it from another store, or delete it and remake it")
+            raise Damaged(f"records/{digest}.json does not match its digest: restore it from another store, or delete it and repeat the command that made it")
         return parse(data)
 
     def expand(self, names: Named | Iterable[Named]) -> list[str | Record]:
@@ -175,7 +176,7 @@ class Store:
         return found
 
     def resolve(self, name: Named) -> str:
-        """A ref, a digest or the unambiguous beginning (4 digits or more) of one -> digest. Raises UnknownName."""
+        """The digest that a ref, a digest or its unambiguous beginning (at least 4 digits) names. Raises UnknownName."""
         if not isinstance(name, str):
             return _held(name).digest
         if _NAME.match(name) and (ref := self.root / "refs" / name).is_file():
@@ -195,19 +196,19 @@ class Store:
     # ---- refs
 
     def name(self, name: str, digest: str) -> None:
-        """Let a name point to a record."""
+        """Name a record. Raises UnknownName."""
         if not _NAME.match(name):
             raise UnknownName(f"{name!r} cannot be a name: letters, digits, '.', '_' and '-', in parts joined by '/'")
         self._write(self.root / "refs" / name, f"{digest}\n".encode())
 
     def names(self) -> dict[str, str]:
-        """All refs but those of finished tasks: name -> digest."""
+        """All refs except those of finished tasks: name -> digest."""
         refs = self.root / "refs"
         found = {path.relative_to(refs).as_posix(): path for path in sorted(refs.rglob("*")) if path.is_file() and path.suffix != ".tmp"}
         return {name: path.read_text().strip() for name, path in found.items() if not name.startswith("done/")}
 
     def secret(self) -> bytes:
-        """32 random bytes that this store alone knows; made when first asked for, readable by their owner alone."""
+        """32 random bytes, made at the first call, readable by the owner of the store only."""
         path = self.root / "secret"
         if not path.exists():
             self._write(path, secrets.token_bytes(32))
@@ -217,13 +218,13 @@ class Store:
     # ---- tasks
 
     def done(self, key: str) -> str | None:
-        """The digest of the record a task made, if it has finished and the record is here."""
+        """The digest of the record that a finished task made; None if it has not finished or the record is missing."""
         ref = self.root / "refs" / "done" / key
         digest = ref.read_text().strip() if ref.exists() else ""
         return digest if digest and self.has(digest) else None
 
     def finish(self, key: str, record: Record) -> None:
-        """Store what a task made and mark it done; its unfinished work is deleted."""
+        """Store the record that a task made, mark the task done, and delete its work folder."""
         self.name(f"done/{key}", self.add(record))
         shutil.rmtree(self.root / "work" / key, ignore_errors=True)
 
@@ -235,13 +236,13 @@ class Store:
 
     @contextmanager
     def held(self, key: str) -> Iterator[Path]:
-        """The folder of a task with what is in it, held by one process at a time: the next one waits, and finds the task done.
+        """The work folder of a task, for one process at a time: the next one waits, and then finds the task done.
 
-        Raises DoesNotFit when the disk is full; what was finished stays, and the task goes on there.
+        Raises DoesNotFit when the disk is full; the task can be resumed.
         """
         work = self.work(key)
         with work.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when the process dies
             try:
                 yield self.work(key)
             except OSError as error:
@@ -252,14 +253,14 @@ class Store:
                 shutil.rmtree(work, ignore_errors=True)
 
     def log(self, key: str, **measured: float | str) -> None:
-        """Append what a task measured of itself (seconds, say): facts of this machine, so not part of any record."""
+        """Append measurements of a task, such as seconds. They depend on the machine, so they are not part of a record."""
         path = self.root / "logs" / f"{key}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps(measured) + "\n")
 
     def logged(self, key: str) -> list[dict]:
-        """The lines of a task's log; one cut short by a crash is left out, with what was then written behind it."""
+        """The lines of a task's log, without lines that a crash truncated."""
         path = self.root / "logs" / f"{key}.jsonl"
         found = []
         for line in path.read_text().splitlines() if path.exists() else []:
@@ -270,7 +271,7 @@ class Store:
     # ---- writing
 
     def _write(self, path: Path, content: bytes | Path) -> None:
-        """Temporary file, fsync, rename: a reader sees all of it or nothing."""
+        """Write a temporary file, fsync and rename it: readers see the whole file or none."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -314,7 +315,7 @@ def hash_file(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
+    """Make a rename durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -323,8 +324,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
-    """A record and the records it names, depth first, with their depth. A record met twice is yielded each time; a corpus that
-    stayed with its owner is left out."""
+    """A record and the records it names, depth first, with their depth. A record that is named twice is yielded twice; a corpus
+    that stayed with its owner is left out."""
 
     def walk(digest: str, depth: int) -> Iterator[tuple[int, Record]]:
         record = store.load(digest)
@@ -337,7 +338,7 @@ def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
 
 
 def texts(record: Record) -> set[str]:
-    """Digests a record names that are text, or lead to text. They stay with their owner when the record travels."""
+    """Digests in a record that are text, or lead to text. They stay with their owner when the record is published."""
     match record:
         case Partition():
             return {record.corpus, *(shard.blob for domain in record.domains for shard in (*domain.train, *domain.holdout))}
@@ -349,9 +350,9 @@ def texts(record: Record) -> set[str]:
 
 
 def verify(store: Store, progress: Callable[[float, float], None] = lambda done, total: None) -> Iterator[Damage]:
-    """Re-hash every blob and record, follow every reference and ref; yield what is damaged. Progress is in bytes.
+    """Hash every blob and record, follow every reference and ref, and yield what is damaged. Progress is in bytes.
 
-    Text that stayed with its owner is no damage, and is said to be elsewhere (see `_stayed`).
+    Text that stayed with its owner is yielded with `elsewhere` set (see `_stayed`).
     """
     users: dict[str, str] = {}  # digest -> a record that needs it
     named_by: dict[str, Record] = {}  # records that name text
@@ -393,10 +394,10 @@ def verify(store: Store, progress: Callable[[float, float], None] = lambda done,
 
 
 def _stayed(store: Store, named_by: Mapping[str, Record]) -> set[str]:
-    """Digests of text that are not here and need not be: named by records that were received, and by none that was made here.
+    """Digests of text that may be missing here: named only by records that were received, by none that was made here.
 
-    A record was received where no finished task here made it and its corpus is not here. One that was made here must have the
-    text it names, but what its parent partition names already is its parent's affair.
+    A record was received if no finished task here made it and its corpus is not here. A record that was made here needs the text
+    it names, except for text that its parent partition names too.
     """
     made = {path.read_text().strip() for path in (store.root / "refs" / "done").glob("*") if path.suffix != ".tmp"}
     received: set[str] = set()

@@ -1,7 +1,7 @@
-"""The nouns of the house: frozen records, each named by the digest of its content, each naming its inputs by digest.
+"""Frozen records. Each is named by the digest of its content, and names its inputs by their digests.
 
-A bare 64-digit hex string in a record is the digest of another record; `sha256:…` is the digest of a blob. So lineage
-is a Merkle DAG that can be walked without knowing the kinds.
+In a record, a bare string of 64 hex digits is the digest of another record; `sha256:…` is the digest of a blob. So the lineage is
+a Merkle DAG, and can be followed without knowledge of the kinds.
 """
 
 from elmwood.records.base import FORMAT, Blob, Digest, Files, Frozen, Record, canonical, fingerprint

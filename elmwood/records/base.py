@@ -1,4 +1,4 @@
-"""What every record is: a frozen value with one JSON spelling, named by the digest of its content."""
+"""The base of all records: a frozen value with one canonical JSON form, named by the digest of its content."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
-FORMAT = 1  # raised when a change of the records would be misread by an older elmwood
+FORMAT = 1  # increased when an older elmwood would misread new records
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # of a record
 Blob = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]  # of bytes in the store
-Files = dict[str, Blob]  # relative path -> bytes: a folder, as other tools read it
+Files = dict[str, Blob]  # relative path -> blob: a folder that other tools can read
 
 
 class Frozen(BaseModel):
@@ -22,9 +22,9 @@ class Frozen(BaseModel):
 
 
 def canonical(value: Frozen) -> bytes:
-    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8; what has its default is left out.
+    """The canonical JSON of a value: sorted keys, no spaces, UTF-8, without fields that have their default.
 
-    So a field that is added later, with a default, changes the name of nothing there is; and a default never changes.
+    So adding a field with a default changes no existing digest. For the same reason, a default must never change.
     """
     plain = value.model_dump(mode="json", exclude_defaults=True)
     if isinstance(value, Record):
@@ -33,7 +33,7 @@ def canonical(value: Frozen) -> bytes:
 
 
 def fingerprint(*values: Any) -> str:
-    """sha256 (hex) of JSON values and records: the name of a task is the fingerprint of its inputs."""
+    """sha256 (hex) of JSON values and records. Tasks are named by the fingerprint of their inputs."""
     plain = [json.loads(canonical(value)) if isinstance(value, Frozen) else value for value in values]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
@@ -43,7 +43,7 @@ displays: "dict[str, Callable[[Any], str]]" = {}
 
 
 class Record(Frozen):
-    """A value with a kind and a digest. `format` is the record format it was written in."""
+    """A value with a kind and a digest. `format` is the format of records it was written in."""
 
     kind: str
     format: int = FORMAT
@@ -57,7 +57,7 @@ class Record(Frozen):
         return draw(self) if draw else None  # None: the notebook shows the text
 
     def model_copy(self, **changes: Any) -> Self:
-        """As pydantic's, but the copy works out its own digest."""
+        """As in pydantic, but the copy computes its own digest."""
         copy = super().model_copy(**changes)
         copy.__dict__.pop("digest", None)
         return copy

@@ -1,4 +1,4 @@
-"""The table of kinds of record, and what reads them."""
+"""The table of the kinds of records, and the functions that read them."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def parse(data: bytes) -> Record:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or kind
         raise BadRecord(f"{kind} record: {where}: {first['msg']}") from error
-    record.__dict__["digest"] = hashlib.sha256(data).hexdigest()  # it keeps the name it was saved under, however it was spelled then
+    record.__dict__["digest"] = hashlib.sha256(data).hexdigest()  # of the saved bytes: JSON in an older form keeps it
     return record
 
 
@@ -49,7 +49,7 @@ _DIGEST = re.compile(r"^(sha256:)?[0-9a-f]{64}$")
 
 
 def references(record: Record) -> Iterator[str]:
-    """Every digest a record names, each once: bare hex for records, `sha256:…` for blobs."""
+    """All digests that a record names, without repeats: bare hex for records, `sha256:…` for blobs."""
 
     def walk(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -62,5 +62,5 @@ def references(record: Record) -> Iterator[str]:
             for item in value:
                 yield from walk(item)
 
-    # what the order of a contest was made from looks like one, and names nothing
+    # the `order` of a contest looks like a digest but is none
     yield from dict.fromkeys(walk(record.model_dump(mode="json", exclude={"order"} if isinstance(record, Contest) else None)))

@@ -8,7 +8,7 @@ from elmwood.records.base import Blob, Digest, Files, Frozen, Record
 
 
 class Recipe(Frozen):
-    """How a model is trained: everything that decides the bytes that come out, and nothing else."""
+    """How a model is trained: everything that determines the resulting bytes, and nothing else."""
 
     method: Literal["full", "lora", "qlora", "dora", "router"] = "full"
     steps: int = Field(gt=0)
@@ -16,25 +16,27 @@ class Recipe(Frozen):
     length: int = Field(256, gt=1)  # tokens per sequence
     learning_rate: float = Field(1e-3, gt=0)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
+    warmup: float = Field(0.05, ge=0, le=1)  # as a share of the steps
     final: float = Field(0.1, ge=0, le=1)  # learning rate at the end, as a share of the peak
     weight_decay: float = Field(0.1, ge=0)
     beta1: float = 0.9
     beta2: float = 0.95
-    clip: float = 1.0  # gradient norm
+    clip: float = 1.0  # gradients are clipped to this norm
     optimiser: Literal["adamw", "adamw8bit"] = "adamw"
-    accumulate: int = Field(1, gt=0)  # passes the rows of a step are spread over; their gradients are added
-    checkpointing: bool = False  # activations are computed again in the backward pass instead of kept
-    patience: int | None = None  # checks of the validation loss without a better one before it stops; the best weights are kept
+    accumulate: int = Field(1, gt=0)  # passes per step, whose gradients are added
+    checkpointing: bool = False  # recompute activations in the backward pass instead of storing them
+    patience: int | None = None  # stop after so many validations without improvement, and keep the best weights; None: never stop early
     rank: int = Field(16, gt=0)  # adapters only
-    alpha: float | None = None  # adapters only; None: rank-stabilised, scale = sqrt-rank rule of arXiv:2312.03732
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # adapters only: module name endings
-    late: float = Field(1.0, gt=0, le=1)  # adapters only: the share of the layers, the last ones, that has them
-    together: int = Field(1, gt=0)  # adapters trained over one base at once: the order of float sums depends on it
-    tuned: Literal["routers", "norms", "shared", "everything"] = "routers"  # router only: what is trained, each with those before it
+    alpha: float | None = None  # adapters only; None: rank-stabilised, the scale of arXiv:2312.03732
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # adapters only: endings of module names
+    late: float = Field(1.0, gt=0, le=1)  # adapters only: the share of the layers with adapters, counted from the last
+    together: int = Field(1, gt=0)  # adapters trained at once over one base; changes the order of float sums
+    tuned: Literal["routers", "norms", "shared", "everything"] = (
+        "routers"  # router only: what is trained; each value includes those before it
+    )
     balance: float = Field(0.0, ge=0)  # router only: weight of the load-balancing loss
     rng_seed: int = 0
-    threads: int = 1  # CPU threads: part of the recipe because the order of float sums depends on it
+    threads: int = 1  # CPU threads; part of the recipe because they change the order of float sums
 
     @property
     def tokens(self) -> int:
@@ -47,11 +49,11 @@ class Point(Frozen):
     step: int
     tokens: int
     loss: float  # nats per token, mean over the steps since the last point
-    validation: float | None = None  # on training documents set apart, where the recipe has patience
+    validation: float | None = None  # on training documents set aside, if the recipe has patience
 
 
 class Shape(Frozen):
-    """The size of a model made from scratch (a Llama with tied embeddings)."""
+    """The size of a model trained from scratch (a Llama with tied embeddings)."""
 
     layers: int = Field(gt=0)
     width: int = Field(gt=0)
@@ -70,17 +72,17 @@ class Seed(Record):
     parameters: int
     vocabulary: int
     context: int  # positions the model was built for
-    separator: int  # token id that stands before each document
+    separator: int  # token id before each document
     files: Files
-    hub: str | None = None  # "id@revision" where the weights stay in the hub's own cache instead of the store
+    hub: str | None = None  # "id@revision" if the weights are in the hub's cache instead of the store
     licence: str | None = None
-    corpus: Digest | None = None  # trained from scratch on it
+    corpus: Digest | None = None  # that it was trained on from scratch
     recipe: Recipe | None = None
     curve: tuple[Point, ...] = ()
 
 
 class Expert(Record):
-    """A model branched from the seed (an ELM, arXiv:2208.03306), or a control trained on all domains (domain None)."""
+    """A model branched from the seed (an ELM, arXiv:2208.03306), or a control trained on all domains (`domain` is None)."""
 
     kind: Literal["expert"] = "expert"
     seed: Digest
@@ -94,18 +96,18 @@ class Expert(Record):
 
 
 class Statistics(Record):
-    """What an expert leaves beside its weights, so that others can merge it without its text."""
+    """Statistics of an expert on its own text, with which others can merge it without that text."""
 
     kind: Literal["statistics"] = "statistics"
     expert: Digest
-    rows: int  # of the expert's own training documents
+    rows: int  # sequences of the expert's training text
     tokens: int
-    fisher: float  # the mean squared gradient over all weights
-    files: Files  # statistics.safetensors: "gram|<tensor>" [I, I], means over tokens; "fisher|<tensor>", means over rows
+    fisher: float  # mean squared gradient over all parameters
+    files: Files  # statistics.safetensors: "gram|<tensor>" [I, I], mean over tokens; "fisher|<tensor>", mean over rows
 
 
 class Forest(Record):
-    """A seed, a partition and a set of experts, sorted by digest so that order never changes a sum."""
+    """A seed, a partition and a set of experts, sorted by digest so that sums do not depend on their order."""
 
     kind: Literal["forest"] = "forest"
     seed: Digest
@@ -126,8 +128,8 @@ class Ensemble(Record):
     router: str = "centroid"
     top_k: int = Field(2, gt=0)
     temperature: float = Field(0.1, gt=0)
-    seed_distance: float | None = None  # the seed as a candidate at this squared distance; None: not a candidate
-    mixing: Literal["outputs", "weights"] = "outputs"  # weights: adapters summed anew for each prompt, one pass
-    block: int = Field(64, gt=0)  # mixing weights: tokens scored with the weights of the prompt before them
-    memory: float = Field(0.1, ge=0)  # router `live`: what a nat that a candidate said of the text so far adds to its score
-    decay: float = Field(0.98, gt=0, le=1)  # router `live`: what is left of that memory after each token
+    seed_distance: float | None = None  # squared distance of the seed as a candidate; None: it is none
+    mixing: Literal["outputs", "weights"] = "outputs"  # weights: one pass, with the adapters summed for each prompt
+    block: int = Field(64, gt=0)  # mixing `weights`: tokens scored before the adapters are summed again
+    memory: float = Field(0.1, ge=0)  # router `live`: weight of the log-likelihood of the text so far in a candidate's score
+    decay: float = Field(0.98, gt=0, le=1)  # router `live`: factor of that log-likelihood after each token

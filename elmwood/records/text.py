@@ -14,7 +14,7 @@ class Shard(Frozen):
 
 
 class Corpus(Record):
-    """Documents read, cleaned of duplicates and split by content hash. Nobody trains on the holdout."""
+    """Documents without duplicates, split by a hash of their content. No model trains on the holdout."""
 
     kind: Literal["corpus"] = "corpus"
     train: tuple[Shard, ...]
@@ -22,25 +22,25 @@ class Corpus(Record):
     documents: int
     bytes: int
     holdout_share: float
-    rejected: dict[str, int] = {}  # reason -> documents (or lines) left out
+    rejected: dict[str, int] = {}  # reason -> number of documents (or lines) left out
     licences: tuple[str, ...] = ()
 
 
 class Packing(Record):
-    """The tokens of shards under one tokenizer: little-endian memory maps, made once and found again."""
+    """The tokens of shards under one tokenizer, as little-endian arrays for memory mapping."""
 
     kind: Literal["packing"] = "packing"
     shards: tuple[Blob, ...]
     tokenizer: Blob  # tokenizer.json
-    separator: int  # token id that stands before each document
-    tokens: tuple[Blob, ...]  # uint16 or uint32 [T]; none where there are no documents
-    starts: tuple[Blob, ...]  # int64 [documents], where each begins
+    separator: int  # token id before each document
+    tokens: tuple[Blob, ...]  # one array, uint16 or uint32 [T]; empty without documents
+    starts: tuple[Blob, ...]  # one array, int64 [documents]: where each begins; empty without documents
     dtype: Literal["<u2", "<u4"]
     count: int  # T
 
 
 class Embedder(Frozen):
-    """A fitted embedder: a row of the table of embedders, its settings and its files (safetensors + JSON)."""
+    """A fitted embedder: a row of the table of embedders or a module:function, and its files (safetensors and JSON)."""
 
     name: str
     dimension: int
@@ -48,14 +48,14 @@ class Embedder(Frozen):
 
 
 class Domain(Frozen):
-    """One discovered cluster. Its place in the partition is the row of its centroid."""
+    """A cluster of documents. Its index in the partition is the row of its centroid."""
 
     name: str
     terms: tuple[str, ...] = ()
     train: tuple[Shard, ...] = ()
     holdout: tuple[Shard, ...] = ()
     examples: tuple[str, ...] = ()  # ids of the documents nearest the centroid
-    origin: int | None = None  # its place in the partition's parent, if it was there or came out of one that was
+    origin: int | None = None  # index of it, or of the domain it was split from, in the partition's parent; None: it is new
 
     @property
     def documents(self) -> int:
@@ -76,7 +76,7 @@ class Partition(Record):
     domains: tuple[Domain, ...]
     method: str = "balanced"  # balanced | plain | random
     rng_seed: int = 0
-    fit_sizes: tuple[int, ...] = ()  # documents per domain at the fit, where balance holds
-    greedy_sizes: tuple[int, ...] = ()  # the same training documents, had each gone to its nearest centroid
-    extra: dict[str, float] = {}  # measured facts, e.g. objective
-    parent: Digest | None = None  # the partition this one revises: a domain was split, or domains were added
+    fit_sizes: tuple[int, ...] = ()  # clustered documents per domain, which differ by at most one if balanced
+    greedy_sizes: tuple[int, ...] = ()  # training documents per domain if each went to its nearest centroid
+    extra: dict[str, float] = {}  # measurements, such as the objective
+    parent: Digest | None = None  # the partition that this one revises by a split or by new domains

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from elmwood.records import Contest
 from elmwood.report.data import Curve
 from elmwood.report.domain_map import COLOURS
-from elmwood.report.formats import shared, short, ticks
+from elmwood.report.formats import shared, ticks, with_prefix
 
 TALL = 30  # pixels of one row
 LIKELY = 1.96  # standard errors on each side that hold 95 % of a normal distribution
@@ -152,7 +152,7 @@ def _panel(
     )
     along = Markup("").join(
         Markup('<text class="{}" x="{}%" y="100%" dy="16">{}</text>').format(
-            "last" if x_scale(value) > 93 else "step", x_scale(value), short(value)
+            "last" if x_scale(value) > 93 else "step", x_scale(value), with_prefix(value)
         )
         for value in steps
     )

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as the report shows them."""
 
 import math
 from collections.abc import Iterable
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 MINUS = "\N{MINUS SIGN}"
 
 
-def short(value: float) -> str:
-    """1234567 -> 1.23 M."""
+def with_prefix(value: float) -> str:
+    """1234567 -> 1.23 M: three digits and an SI prefix after a no-break space."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:
             return (
@@ -18,8 +18,8 @@ def short(value: float) -> str:
     return f"{value:.3g}" if value != int(value) else f"{int(value)}"
 
 
-def duration(seconds: float) -> str:
-    """Two units at most: 3.2 s, 4 min 10 s, 2 h 5 min."""
+def spell_time(seconds: float) -> str:
+    """Seconds in at most two units: 3.2 s, 4 min 10 s, 2 h 5 min."""
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds < 3600:
@@ -36,13 +36,13 @@ def signed(value: float, digits: int) -> str:
 
 
 def digits(errors: Iterable[float | None], fewest: int = 2, most: int = 4) -> int:
-    """Decimals that leave two significant digits of the smallest error."""
+    """Number of decimals that shows two significant digits of the smallest error."""
     known = [error for error in errors if error and math.isfinite(error)]
     return min(most, max(fewest, 1 - math.floor(math.log10(min(known))))) if known else most - 1
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers that lie within a range: some `about` of them."""
+    """Round numbers within a range, about as many as asked for."""
     if not high > low:
         return [low]
     rough = (high - low) / about
@@ -53,6 +53,6 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def shared(values: list[float]) -> list[str]:
-    """Tick labels with as many decimals as the finest needs, minus signs and all."""
+    """Tick labels with the same number of decimals, as many as needed, and true minus signs."""
     decimals = max((len(f"{value:.10f}".rstrip("0").partition(".")[2]) for value in values), default=0)
     return [f"{value:.{decimals}f}".replace("-", MINUS) for value in values]

@@ -14,7 +14,7 @@ from elmwood.records import Comparison, Contest, Ensemble, Expert, Forest, Merge
 from elmwood.records.base import displays
 from elmwood.report.contest import headline, lines
 from elmwood.report.domain_map import COLOURS, LIGHT
-from elmwood.report.formats import digits, duration, short, signed
+from elmwood.report.formats import digits, signed, spell_time, with_prefix
 from elmwood.report.plots import wealth_plot
 
 STYLES = {"control": "", "seed": "", "result": "", "bound": "opacity:.6"}
@@ -94,7 +94,7 @@ def rows_of_loss(rows: Sequence[Row], chosen: str | None = None) -> Markup:
         if gained:
             line += ["", ""] if row.gain is None else [signed(row.gain, gain_digits), f"{row.gain_error or 0:.{gain_digits}f}"]
         if costed:
-            line += [short(row.tokens) if row.tokens else "", duration(row.wall_seconds) if row.wall_seconds else ""]
+            line += [with_prefix(row.tokens) if row.tokens else "", spell_time(row.wall_seconds) if row.wall_seconds else ""]
         cells.append(line)
         styles.append("font-weight:bold" if row.name == chosen else STYLES[row.role])
     reference = next((row.name for row in rows if row.gain is None), None) if gained else None
@@ -169,7 +169,7 @@ def show_partition(partition: Partition) -> Markup:
         (
             swatch(number) + f"{number} {domain.name}",
             f"{domain.documents:,}",
-            f"{short(domain.bytes)}B",
+            f"{with_prefix(domain.bytes)}B",
             f"{sum(shard.documents for shard in domain.holdout):,}",
             ", ".join(domain.terms[:6]),
         )
@@ -183,7 +183,7 @@ def show_seed(seed: Seed) -> Markup:
     return facts(
         f"Seed {seed.name}",
         {
-            "digest": seed.digest[:12], "architecture": seed.architecture, "parameters": short(seed.parameters),
+            "digest": seed.digest[:12], "architecture": seed.architecture, "parameters": with_prefix(seed.parameters),
             "vocabulary": f"{seed.vocabulary:,}", "context": f"{seed.context:,} tokens", "licence": seed.licence,
             "training loss": f"{seed.curve[-1].loss:.3f} nats per token" if seed.curve else None,
         },
@@ -195,7 +195,7 @@ def show_expert(expert: Expert) -> Markup:
         f"Expert {expert.digest[:12]}",
         {
             "domain": "all" if expert.domain is None else expert.domain, "method": expert.recipe.method,
-            "tokens": short(expert.recipe.tokens), "seed": expert.seed[:12], "contributor": expert.contributor,
+            "tokens": with_prefix(expert.recipe.tokens), "seed": expert.seed[:12], "contributor": expert.contributor,
             "training loss": f"{expert.curve[-1].loss:.3f} nats per token" if expert.curve else None,
         },
     )  # fmt: skip
@@ -229,7 +229,7 @@ def show_state(state: State) -> Markup:
 
 
 def show_mixture(mixture: Mixture) -> Markup:
-    tuned = mixture.recipe and f"{mixture.recipe.tuned}, {short(mixture.recipe.tokens)} tokens"
+    tuned = mixture.recipe and f"{mixture.recipe.tuned}, {with_prefix(mixture.recipe.tokens)} tokens"
     return facts(
         f"Mixture {mixture.digest[:12]}",
         {"experts": len(mixture.experts), "gates": mixture.gates.kind, "top-k": mixture.gates.top_k, "layout": mixture.layout,

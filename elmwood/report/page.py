@@ -14,7 +14,7 @@ from elmwood.report import charts, lineage
 from elmwood.report.contest import headline, lines
 from elmwood.report.data import Curve, Report
 from elmwood.report.domain_map import COLOURS, DARK, LIGHT, caption, domain_map, style, swatch
-from elmwood.report.formats import digits, duration, short, signed
+from elmwood.report.formats import digits, signed, spell_time, with_prefix
 
 PANELS = {"seed": "The seed", "control": "Dense controls", "expert": "Experts"}
 GROUPS = {"seed": "", "control": "Controls", "result": "Ensembles of the experts", "bound": "Bound"}
@@ -85,8 +85,8 @@ def html(report: Report) -> str:
         bar=charts.bar,
         heat=charts.heat,
         caption=caption,
-        short=short,
-        duration=duration,
+        with_prefix=with_prefix,
+        spell_time=spell_time,
         best=_best,
         swatch=swatch,
         colours=COLOURS,

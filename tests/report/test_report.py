@@ -14,7 +14,7 @@ from elmwood.records import Contest, Row
 from elmwood.report import Ancestor, Area, Curve, MapPoint, Report, domain_map, html, project
 from elmwood.report.charts import Scale, curves, whisker
 from elmwood.report.domain_map import HEIGHT, WIDTH, arrange
-from elmwood.report.formats import digits, duration, shared, short, signed, ticks
+from elmwood.report.formats import digits, shared, signed, spell_time, ticks, with_prefix
 from elmwood.report.lineage import tree
 
 HOSTILE = "</title><script>alert('1')</script>\"'&<img src=x onerror=alert(2)>{{7*7}}"
@@ -243,7 +243,7 @@ def test_few_documents_have_places(shape):
 
 def test_numbers_read_well():
     space = "\N{NO-BREAK SPACE}"
-    assert [short(n) for n in (0, 12, 999, 1000, 1_234_567, 999_999, 7.5e9)] == [
+    assert [with_prefix(n) for n in (0, 12, 999, 1000, 1_234_567, 999_999, 7.5e9)] == [
         "0",
         "12",
         "999",
@@ -252,7 +252,7 @@ def test_numbers_read_well():
         f"1{space}M",
         f"7.5{space}G",
     ]
-    assert [duration(s) for s in (0.5, 9.99, 59.7, 66, 120, 3725)] == ["0.5 s", "10 s", "60 s", "1 min 6 s", "2 min", "1 h 2 min"]
+    assert [spell_time(s) for s in (0.5, 9.99, 59.7, 66, 120, 3725)] == ["0.5 s", "10 s", "60 s", "1 min 6 s", "2 min", "1 h 2 min"]
     assert [signed(x, 3) for x in (0.0123, -0.0123, -0.0001)] == ["+0.012", "−0.012", "0.000"]
     assert [digits(errors) for errors in ([0.041], [0.0042, None], [0.5], [], [1e-9])] == [3, 4, 2, 3, 4]
     assert shared([-0.05, 0, 0.05]) == ["−0.05", "0.00", "0.05"]
