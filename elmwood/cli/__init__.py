@@ -114,7 +114,9 @@ def main() -> None:
     try:
         app()
     except ElmwoodError as error:
-        sys.stderr.write(f"elmwood: {error}\n")
+        from elmwood.cli.screen import printable
+
+        sys.stderr.write(f"elmwood: {printable(str(error))}\n")
         sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

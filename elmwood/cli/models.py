@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 from typer import Argument, Option
 
 from elmwood.cli.options import MixingOption, NameOption, Output, RngSeedOption
-from elmwood.cli.screen import emit, made, talk
+from elmwood.cli.screen import emit, made, printable, talk
 from elmwood.store import Store
 from elmwood.study import ancestry
 
@@ -64,7 +64,7 @@ def _typed() -> Iterator[str]:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -23,8 +23,23 @@ from elmwood.units import parse_count as count
 __all__ = ["bars", "count", "duration", "emit", "expand", "keep", "made", "out", "short", "table", "talk"]
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False}  # names come from others: "[/x]" in one is text
-talk = Console(stderr=True, **PLAIN)
-out = Console(**PLAIN)
+CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")  # all but tab and newline
+
+
+def printable(text: str) -> str:
+    """Without control characters, which could move the cursor or change what a terminal shows."""
+    return text.translate(CONTROLS)
+
+
+class Screen(Console):
+    """A console that prints names and texts of others as they are, never as commands to the terminal."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(printable(text), **how)
+
+
+talk = Screen(stderr=True, **PLAIN)
+out = Screen(**PLAIN)
 EVERY = 5.0  # seconds between two lines of progress
 
 
@@ -193,4 +208,4 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], styles
         grid.add_row(*row, style=styles[place] if styles else "")
     to.print(title, style="bold", soft_wrap=True)
     width = max(to.width, Measurement.get(to, to.options.update(width=1000), grid).maximum)  # never cut: a narrow terminal wraps
-    Console(file=to.file, width=width, **PLAIN).print(grid)
+    Screen(file=to.file, width=width, **PLAIN).print(grid)

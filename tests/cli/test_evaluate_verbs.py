@@ -72,11 +72,13 @@ def test_a_forest_with_every_routing(store, monkeypatch):
         assert f"{row['bits_per_byte']:.4f}" in shown
 
 
-def test_names_that_look_like_markup_are_text(store, monkeypatch):
+def test_names_that_look_like_markup_or_commands_are_text(store, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     forest = store.load("forest", Forest)
     division = store.load(forest.partition, Partition)
-    domains = tuple(domain.model_copy(update={"name": name}) for domain, name in zip(division.domains, ("[/nope]", "[red]"), strict=True))
+    domains = tuple(
+        domain.model_copy(update={"name": name}) for domain, name in zip(division.domains, ("[/nope]", "[red]\x1b[2J"), strict=True)
+    )
     renamed = store.add(division.model_copy(update={"domains": domains}))
     experts = [store.load(digest, Expert).model_copy(update={"partition": renamed}) for digest in forest.experts]
     other = forest.model_copy(update={"partition": renamed, "experts": tuple(store.add(one) for one in experts)})
@@ -86,6 +88,7 @@ def test_names_that_look_like_markup_are_text(store, monkeypatch):
     shown = run(store, "eval", "odd-expert", "--workers", "1")
     assert "[/nope]" in shown
     assert "[red]" in shown
+    assert "\x1b" not in shown
     assert "partition" in run(store, "show", "odd")
 
 
