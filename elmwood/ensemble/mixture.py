@@ -7,7 +7,7 @@ p(x_t | x_<t) = sum over c of w_c(x_<t) p_c(x_t | x_<t). Only candidates that ma
 candidate by what it said of the text so far, all of it: one that joins late reads what it missed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,24 +74,26 @@ class EnsembleLM:
         read_WC = np.column_stack([np.bincount(window_N, live_N, len(asked_W)) > 0 for live_N in live_NC.T])
         if self.memory:
             read_WC = _leading_to(read_WC, windows, self.routing.reach)
-        loglik_NC = self._read(windows, read_WC, progress)
+        size = float(windows.length_W[asked_W].sum())  # passes of several candidates over a token count as one
+        passes = max(float((windows.length_W @ read_WC).sum()), 1.0)
+        loglik_NC = self._read(windows, read_WC, lambda done: progress("score", size * done / passes, size, "tokens"))
         document_N = windows.document_W[window_N]
         memory_NC = remember(loglik_NC, self.routing.fading, document_N) if self.memory else None
         weight_nC = torch.from_numpy(weights(Signals(dist2_NE, memory_NC), self.routing)[wanted_N])
         return torch.logsumexp(weight_nC.log() + torch.from_numpy(loglik_NC[wanted_N]), 1).float()
 
-    def _read(self, windows: Windows, read_WC: Bools, progress: Progress) -> Floats:
+    def _read(self, windows: Windows, read_WC: Bools, report: Callable[[int], None]) -> Floats:
         """Log-likelihoods of the scored tokens of the windows that each candidate reads [N, C]; 0 elsewhere."""
         loglik_NC = np.zeros((int(windows.count_W.sum()), read_WC.shape[1]), np.float32)
-        total, done, scored_WL = int((windows.length_W @ read_WC).sum()), 0, windows.scored_WL
-        progress("score", 0, total, "tokens")
+        done, scored_WL = 0, windows.scored_WL
+        report(done)
         for c in np.flatnonzero(read_WC.any(0)):
             loglik_WL = np.zeros(windows.rows_WL.shape, np.float32)
             for batch in windows.batches(np.flatnonzero(read_WC[:, c]), TOKENS):
                 longest = int(windows.length_W[batch].max())
                 loglik_WL[batch, :longest] = self.experts.score(int(c), windows.rows_WL[batch, :longest])
                 done += int(windows.length_W[batch].sum())
-                progress("score", done, total, "tokens")
+                report(done)
             loglik_NC[:, c] = loglik_WL[scored_WL]
         return loglik_NC
 

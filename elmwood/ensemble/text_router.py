@@ -97,7 +97,7 @@ def score_rows(score_windows: Callable[[Windows, Ints], Tensor], tokens_BT: Any)
     rows, length = rows_BT.shape
     windows = Windows(rows_BT, np.full(rows, length), np.ones(rows, np.int64), np.arange(rows))
     loglik_BT = torch.zeros(rows, length)
-    loglik_BT[:, 1:] = score_windows(windows, np.arange(rows)).view(rows, -1)
+    loglik_BT[:, 1:] = score_windows(windows, np.arange(rows)).view(rows, length - 1)
     return loglik_BT
 
 

@@ -39,6 +39,7 @@ SETTINGS = [
 @pytest.mark.parametrize("fields", SETTINGS)
 def test_reading_on_equals_scoring(fields, house):
     lm = open_model(house.ensemble(**fields), house.store)
+    assert lm.score([[0], [0]]).tolist() == [[0], [0]]
     tokens_T, text, met = house.tokens, lm.start(), set()
     loglik_T = lm.score([tokens_T])[0]
     for t, token in enumerate(tokens_T[:-1]):
