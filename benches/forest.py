@@ -7,12 +7,12 @@ lab/ensemble (full), lab/lora-forest and lab/lora-ensemble. One JSON line per ro
 """
 
 from benches.common import Lines, parser, say
-from elmwood.cli.old_study import Study, grow, plan, scratch
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores
 from elmwood.records import Expert
 from elmwood.store import Store
+from elmwood.study.demo import CONTROLS, Study, grow, plan, scratch
 from elmwood.train.task_names import train_key
 from elmwood.units import parse_count
 
@@ -28,9 +28,13 @@ def main() -> None:
     options.add_argument("--workers", type=int, default=cores())
     asked = options.parse_args()
     store = Store(asked.store)
-    full = Study(domains=asked.domains, seed_tokens=parse_count(asked.seed_tokens), tokens=parse_count(asked.tokens), documents=300)
+    full = Study(
+        domains=asked.domains, seed_tokens=parse_count(asked.seed_tokens), seed_threads=cores(), tokens=parse_count(asked.tokens),
+        documents=300,
+    )  # fmt: skip
     # adapters take about three times the rate of full tuning on a seed this small (docs/log/)
-    lora = full.model_copy(update={"method": "lora", "expert_rate": 6e-3, "dense_rate": 2e-3, "random_rate": 2e-3, "large_rate": 6e-3})
+    rates = {"expert_rate": 6e-3, "random_rate": 2e-3, "dense_rate": 2e-3, "middle_rate": 4e-3, "large_rate": 6e-3}
+    lora = full.model_copy(update={"method": "lora", **rates})
     progress = Lines()
     corpus = build(asked.corpus, store, progress=progress)
     seed = scratch(full, corpus, store, progress)
@@ -47,10 +51,7 @@ def main() -> None:
         store.name(f"{prefix}ensemble", grown.ensemble.digest)
         threads = max(1, cores() // asked.workers)
         names = {"expert": kind, "random": "random" if kind == "full" else "lora-random"}
-        names |= {
-            row: f"{'' if kind == 'full' else 'lora-'}dense/{size}"
-            for row, size in zip(list(plan(study, seed, corpus, {}, store, threads=threads)), ("batch", "large", "short"), strict=True)
-        }
+        names |= {row: f"{'' if kind == 'full' else 'lora-'}{name}" for row, name in CONTROLS.items()}
         for row, jobs in plan(study, seed, corpus, divisions, store, threads=threads).items():
             for place, job in enumerate(jobs):
                 done = store.done(train_key(seed, job.data, job.recipe, job.partition, job.domain))

@@ -28,11 +28,14 @@ def elmwood(*words: str, cwd: Path, fails: bool = False, known: bool = False) ->
     return done.stderr if fails else done.stdout
 
 
+QUICK = ("demo", "--quick", "--tokens", "40k")
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
     """A folder in which the demo has run."""
     folder = tmp_path_factory.mktemp("story")
-    elmwood("demo", "--quick", cwd=folder)
+    elmwood(*QUICK, cwd=folder)
     return folder
 
 
@@ -45,24 +48,23 @@ def files(here: Path) -> dict[Path, int]:
 def again(here) -> tuple[dict, bool]:
     """The table of a second run, and whether it wrote a blob or a task logged anything."""
     before = files(here)
-    table = json.loads(elmwood("demo", "--quick", "--json", cwd=here, known=True))
+    table = json.loads(elmwood(*QUICK, "--json", cwd=here, known=True))
     return table, files(here) != before
 
 
 def test_the_demo_shows_every_control(again):
     table, _ = again
     rows = {row["name"]: row for row in table["rows"]}
-    for part in ("seed", "experts' batch", "k times the batch", "equal wall clock", "random clusters", "uniform routing", "oracle",
-                 "batch + seed", "random clusters, posterior", "c-BTM", "live routing", "posterior routing", "top-1", "top-2"):  # fmt: skip
+    for part in ("seed", "experts' batch", "a batch between", "k times the batch", "random clusters, live", "uniform routing", "oracle",
+                 "live routing, top-1", "live routing, top-2", "posterior"):  # fmt: skip
         assert any(part in name for name in rows), part
     k = len(table["routing"])
-    tokens = {row["tokens"] for name, row in rows.items() if row["tokens"] and "equal wall clock" not in name}
-    assert len(tokens) == 1, "every side trains on as many tokens"
-    assert next(row for name, row in rows.items() if "equal wall clock" in name)["tokens"] * k == tokens.pop()
+    assert len({row["tokens"] for row in rows.values() if row["tokens"]}) == 1, "every side trains on as many tokens"
     assert all(row["standard_error"] > 0 and len(row["domains"]) == k for row in rows.values())
     assert all(row["machine_seconds"] >= row["wall_seconds"] > 0 for row in rows.values() if row["tokens"])
-    # what a minute is enough for: everything learned something beyond the seed, and the oracle bounds the uniform
-    assert rows["oracle routing"]["bits_per_byte"] < rows["uniform routing"]["bits_per_byte"] < rows["seed"]["bits_per_byte"]
+    # what nine steps are enough for: the experts that are near the text help, where all alike do harm
+    others = ("seed", "uniform routing", "oracle routing", *(name for name in rows if name.startswith("dense") and "+" not in name))
+    assert rows[table["chosen"]]["bits_per_byte"] < min(rows[name]["bits_per_byte"] for name in others)
 
 
 def test_running_it_again_reuses_everything(again):
@@ -102,11 +104,11 @@ def test_chat_says_who_spoke(here):
 def test_eval_agrees_with_the_demo(here, again):
     table, _ = again
     rows = {row["name"]: row["bits_per_byte"] for row in table["rows"]}
-    forest = json.loads(elmwood("eval", "demo/forest", "--length", "128", "--documents", "80", "--json", cwd=here, known=True))
+    forest = json.loads(elmwood("eval", "demo/forest", "--documents", "60", "--json", cwd=here, known=True))
     found = {row["name"]: row["bits_per_byte"] for row in forest["rows"]}
     assert {name: rows[name] for name in found} == found
-    live = json.loads(elmwood("eval", "demo/ensemble", "demo/seed", "--length", "128", "--documents", "80", "--json", cwd=here))
-    better = elmwood("compare", "demo/seed", "demo/ensemble", "--length", "128", "--documents", "80", "--json", cwd=here, known=True)
+    live = json.loads(elmwood("eval", "demo/ensemble", "demo/seed", "--documents", "60", "--json", cwd=here))
+    better = elmwood("compare", "demo/seed", "demo/ensemble", "--documents", "60", "--json", cwd=here, known=True)
     assert json.loads(better)["models_run"] == 0
     # as the table has it, but for documents of several windows: a live window also counts the tokens carried into it
     assert live["rows"][0]["bits_per_byte"] == pytest.approx(rows[table["chosen"]], abs=2e-3)

@@ -19,7 +19,6 @@ import numpy as np
 
 from benches.common import Lines, integers, numbers, parser, say
 from benches.quality.clusters import Bench
-from elmwood.cli.old_study import Study, scratch
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import cores, run
@@ -29,6 +28,7 @@ from elmwood.evaluate.losses import row as row_of
 from elmwood.records import Expert, Partition, Recipe, Seed
 from elmwood.report.plots import Series, experts_plot
 from elmwood.store import Store
+from elmwood.study.demo import Study, scratch
 from elmwood.study.tasks import experts_job, keys
 from elmwood.study.training import training_job
 from elmwood.units import parse_count
@@ -163,7 +163,9 @@ def main() -> None:
     options.add_argument("--plot", type=Path)
     asked = options.parse_args()
     store = Store(asked.folder)
-    study = Study(seed_tokens=parse_count(asked.seed_tokens), tokens=parse_count(asked.tokens), documents=asked.documents)
+    study = Study(
+        seed_tokens=parse_count(asked.seed_tokens), seed_threads=cores(), tokens=parse_count(asked.tokens), documents=asked.documents,
+    )  # fmt: skip
     progress = Lines()
     corpus = build(asked.corpus, store, progress=progress)
     seed = store.load(asked.seed, Seed) if asked.seed else scratch(study, corpus, store, progress)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from benches.common import Lines, integers, numbers, parser, say, words
-from elmwood.cli.old_study import Study, scratch
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.engine import Progress, cores, run
@@ -22,6 +21,7 @@ from elmwood.evaluate.comparison import Control, Side, compare
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec, distances, open_holdout
 from elmwood.records import Corpus, Digest, Partition, Recipe, Seed
 from elmwood.store import Store
+from elmwood.study.demo import Study, scratch
 from elmwood.study.scoring import Columns, ensure
 from elmwood.study.tasks import TrainJob, train_job
 from elmwood.study.training import shards
@@ -111,7 +111,9 @@ def main() -> None:
     asked = options.parse_args()
     store, rates = Store(asked.folder), numbers(asked.rates)
     ks = integers(asked.domains)
-    study = Study(seed_tokens=parse_count(asked.seed_tokens), tokens=parse_count(asked.tokens), documents=asked.documents)
+    study = Study(
+        seed_tokens=parse_count(asked.seed_tokens), seed_threads=cores(), tokens=parse_count(asked.tokens), documents=asked.documents,
+    )  # fmt: skip
     progress = Lines()
     corpus = build(asked.corpus, store, progress=progress)
     seed = scratch(study, corpus, store, progress)

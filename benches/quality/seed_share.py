@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from benches.common import Lines, integers, numbers, parser, say, words
-from elmwood.cli.old_study import Arms, Study, branch, scratch
 from elmwood.corpus.build import build
+from elmwood.engine import cores
 from elmwood.evaluate.comparison import Side, compare
 from elmwood.records import Row
 from elmwood.store import Store
+from elmwood.study.demo import DENSE, Arms, Study, branch, scratch
 from elmwood.units import parse_count
 
 
@@ -36,7 +37,7 @@ def tune(arms: list[Arms], rates: list[float]) -> tuple[Arms, dict[str, float]]:
     dense = [min(places, key=lambda i: loss(arms[i].dense[j].loglik_N)) for j in range(len(arms[0].dense))]
     best = arms[experts]._replace(random=arms[random].random, dense=tuple(arms[i].dense[j] for j, i in enumerate(dense)))
     names = [control.name for control in best.dense]
-    factor = {name: 2 if "k times" in name else 1 for name in names}
+    factor = {name: 1 if name == DENSE else 2 for name in names}
     chosen = {name: rates[i] * factor[name] for name, i in zip(names, dense, strict=True)}
     return best, {"experts": rates[experts], "random clusters": rates[random]} | chosen
 
@@ -61,12 +62,13 @@ def main() -> None:
     corpus = build(["sample"], store, progress=progress)
     for seed_tokens in map(parse_count, words(asked.seed_tokens)):
         for domains in integers(asked.domains):
-            base = Study(seed_tokens=seed_tokens, domains=domains, tokens=parse_count(asked.tokens), documents=asked.documents)
+            base = Study(
+                seed_tokens=seed_tokens, seed_threads=cores(), domains=domains, tokens=parse_count(asked.tokens),
+                documents=asked.documents,
+            )  # fmt: skip
             seed = scratch(base, corpus, store, progress)
-            studies = [
-                base.model_copy(update={"expert_rate": rate, "random_rate": rate, "dense_rate": rate, "large_rate": 2 * rate})
-                for rate in rates
-            ]
+            sides, doubled = ("expert_rate", "random_rate", "dense_rate"), ("middle_rate", "large_rate")
+            studies = [base.model_copy(update=dict.fromkeys(sides, rate) | dict.fromkeys(doubled, 2 * rate)) for rate in rates]
             arms = [branch(study, corpus, seed, store, workers=None, progress=progress) for study in studies]
             best, chosen = tune(arms, rates)
             compared = compare(best.held, best.seed_N, best.experts, best.dense, best.random)

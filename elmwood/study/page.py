@@ -37,7 +37,7 @@ from elmwood.store import AnyStore, Named, Store, lineage
 from elmwood.study.evaluation import conclusion
 from elmwood.units import duration, short
 
-PLACES = 2000  # documents on the map
+PLACES = 600  # documents on the map: more take t-SNE ten seconds and the eye no further
 SNIPPET = 160  # characters of a document
 LIBRARIES = ("elmwood", "torch", "transformers", "peft", "numpy")
 
