@@ -9,7 +9,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "benches").rglob("*.py"))
-MOVING = {"elmwood.cli.old_study"}  # on its way to elmwood.study
 MODULES = [path for path in FILES if "\ndef main() " in path.read_text()]
 
 
@@ -46,7 +45,7 @@ def test_every_bench_is_in_the_list_and_leaves_the_command_line_alone(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            assert not module.startswith("elmwood.cli") or module in MOVING, f"{listed} imports {module}"
+            assert not module.startswith("elmwood.cli"), f"{listed} imports {module}"
 
 
 def test_folders_of_benches_stay_small():

@@ -1,6 +1,6 @@
 """The seed of the demo, which comes with the package: the files of its checkpoint, and its record.
 
-It is what `elmwood demo --from-scratch` trains on the training split of the bundled corpus; `python -m benches.quality.demo seed` trains it
+It is what `elmwood demo --from-scratch` trains on the training split of the bundled corpus; `python -m benches.demo seed` trains it
 and writes this folder.
 """
 

@@ -1,8 +1,8 @@
 """What the demo stands on: its packaged seed, the learning rate of each side, and how much luck is in its result.
 
-    python -m benches.quality.demo seed FOLDER [--into elmwood/study/demo_seed]    train the seed anew, and write the packaged files
-    python -m benches.quality.demo rates FOLDER [--sides expert,dense] [--rates 1e-3,2e-3]
-    python -m benches.quality.demo repeats FOLDER [--rng-seeds 1,2] [--tokens 1.2M]
+    python -m benches.demo seed FOLDER [--into elmwood/study/demo_seed]    train the seed anew, and write the packaged files
+    python -m benches.demo rates FOLDER [--sides expert,dense] [--rates 1e-3,2e-3]
+    python -m benches.demo repeats FOLDER [--rng-seeds 1,2] [--tokens 1.2M]
 
 `seed` takes six CPU minutes. `rates` trains each side at each rate, and prints its loss on the tune half: experts and random parts as
 the ensemble that is best there, a dense control alone; about one CPU minute for each. `repeats` runs the demo's study once for each seed
