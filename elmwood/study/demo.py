@@ -74,7 +74,7 @@ class Study(Frozen):
         )  # fmt: skip
 
 
-QUICK = Study(domains=4, tokens=100_000, documents=60, seed_tokens=400_000)
+QUICK = Study(domains=4, tokens=100_000, documents=40, seed_tokens=400_000)
 
 
 class Phase(NamedTuple):
