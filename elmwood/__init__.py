@@ -14,16 +14,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from elmwood.store import Store
-    from elmwood.study.admission import accept
     from elmwood.study.ancestry import forest, generate, open_model
-    from elmwood.study.contest import compare
-    from elmwood.study.evaluation import benchmark, evaluate
     from elmwood.study.exporting import export, verify
     from elmwood.study.fitting import fit
-    from elmwood.study.forest_table import table
     from elmwood.study.merging import merge, state_add, state_finalize, state_make, state_remove
     from elmwood.study.mixing import loads, mix, tune
     from elmwood.study.page import report, show
+    from elmwood.study.quality.admission import accept
+    from elmwood.study.quality.contest import compare
+    from elmwood.study.quality.evaluation import benchmark, evaluate
+    from elmwood.study.quality.forest_table import table
     from elmwood.study.text import add, build, cluster, split, survey
     from elmwood.study.training import adopt, import_seed, train, train_seed
     from elmwood.study.training import compute_statistics as statistics
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 # module -> the names it gives; `function as verb` where they differ
 FACE = {
     "elmwood.store": "Store",
-    "elmwood.study.admission": "accept",
+    "elmwood.study.quality.admission": "accept",
     "elmwood.study.ancestry": "forest, generate, open_model",
-    "elmwood.study.contest": "compare",
-    "elmwood.study.evaluation": "benchmark, evaluate",
+    "elmwood.study.quality.contest": "compare",
+    "elmwood.study.quality.evaluation": "benchmark, evaluate",
     "elmwood.study.exporting": "export, verify",
     "elmwood.study.fitting": "fit",
-    "elmwood.study.forest_table": "table",
+    "elmwood.study.quality.forest_table": "table",
     "elmwood.study.merging": "merge, state_add, state_finalize, state_make, state_remove",
     "elmwood.study.mixing": "loads, mix, tune",
     "elmwood.study.page": "report, show",

@@ -158,7 +158,10 @@ class Store:
     def _read(self, digest: str) -> Record:
         data = self.get(digest).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
-            raise Damaged(f"records/{digest}.json does not match its digest: restore it from another store, or delete it and repeat the command that made it")
+            raise Damaged(
+                f"records/{digest}.json does not match its digest: restore it from another store, or delete it and repeat the command "
+                "that made it"
+            )
         return parse(data)
 
     def expand(self, names: Named | Iterable[Named]) -> list[str | Record]:

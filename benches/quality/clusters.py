@@ -22,7 +22,7 @@ from elmwood.evaluate.holdout import Holdout, HoldoutSpec, distances, open_holdo
 from elmwood.records import Corpus, Digest, Partition, Recipe, Seed
 from elmwood.store import Store
 from elmwood.study.demo import Study, scratch
-from elmwood.study.scoring import Columns, ensure
+from elmwood.study.quality.scoring import Columns, ensure
 from elmwood.study.tasks import TrainJob, train_job
 from elmwood.study.training import shards
 from elmwood.units import parse_count

@@ -26,8 +26,8 @@ from elmwood.evaluate.sequential.decision import Population, StoppingRule, decid
 from elmwood.evaluate.sequential.error_budget import random_order
 from elmwood.records import Ensemble, Expert, Forest, Partition, Record
 from elmwood.store import Store
-from elmwood.study.contest import Nearness, Pair, bound_blocks, pair_models
-from elmwood.study.scoring import Columns, ensure
+from elmwood.study.quality.contest import Nearness, Pair, bound_blocks, pair_models
+from elmwood.study.quality.scoring import Columns, ensure
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

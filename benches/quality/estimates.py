@@ -18,7 +18,7 @@ from elmwood.merge.estimate import estimates
 from elmwood.merge.layer_weights import everywhere
 from elmwood.records import Expert, Record, Seed
 from elmwood.store import Store
-from elmwood.study.selection import tune
+from elmwood.study.quality.selection import tune
 
 CANDIDATES = [
     *(Answer("task_arithmetic", {"scale": scale}) for scale in (0.1, 0.2, 0.3, 0.5, 0.8)),

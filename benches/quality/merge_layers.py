@@ -21,7 +21,7 @@ from elmwood.merge.checkpoint import Answer, assemble, merge
 from elmwood.merge.estimate import by_coordinates, estimates
 from elmwood.merge.layer_weights import everywhere
 from elmwood.records import Merged
-from elmwood.study.selection import TRIED
+from elmwood.study.quality.selection import TRIED
 
 
 class Search:

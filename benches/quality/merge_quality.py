@@ -34,7 +34,7 @@ from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.rules.table import RULES
 from elmwood.records import Ensemble, Expert, Partition, Record
 from elmwood.store import Store
-from elmwood.study.scoring import Columns, ensure
+from elmwood.study.quality.scoring import Columns, ensure
 
 
 def answers_of(rule: str, scales: Sequence[float], ranks: Sequence[float], experts: int) -> list[Answer]:

@@ -33,7 +33,7 @@ from elmwood.evaluate.losses import bits_per_byte, difference, nats
 from elmwood.lm.cache import KeyValueCache
 from elmwood.records import Digest, Ensemble, Expert, Partition
 from elmwood.store import Store
-from elmwood.study.scoring import Columns, ensure
+from elmwood.study.quality.scoring import Columns, ensure
 
 FADING = calibration.DECAYS
 PLAIN = ("router", "top_k", "temperature", "seed_distance")

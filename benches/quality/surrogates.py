@@ -29,7 +29,7 @@ from elmwood.merge.estimate import estimates
 from elmwood.merge.layer_weights import everywhere
 from elmwood.records import Forest, Merged, Seed
 from elmwood.store import Store
-from elmwood.study.scoring import Columns, ensure
+from elmwood.study.quality.scoring import Columns, ensure
 
 Floats = NDArray[np.floating]
 SURROGATES = {"pool": pool, "mixture": mixture, "interpolation": interpolation}

@@ -11,7 +11,7 @@ from elmwood.cli.screen import bars, duration, emit, out, short, table, talk
 from elmwood.records import Comparison
 from elmwood.study import demo as study
 from elmwood.study import page
-from elmwood.study.evaluation import conclusion
+from elmwood.study.quality.evaluation import conclusion
 
 LEGEND = """\
 seed: the model all others start from. dense: one model trained further on all the text, with as many tokens as all experts

@@ -13,7 +13,7 @@ from elmwood.cli.screen import table as print_table
 from elmwood.records import Comparison
 from elmwood.report.contest import headline, lines
 from elmwood.report.plots import Series, experts_plot, wealth_plot
-from elmwood.study import admission, contest, evaluation, forest_table
+from elmwood.study.quality import admission, contest, evaluation, forest_table
 from elmwood.units import duration, short
 
 STYLES = {"seed": "", "control": "cyan", "result": "green", "bound": "dim"}

@@ -25,7 +25,7 @@ from elmwood.report.contest import headline, lines
 from elmwood.store import Store
 from elmwood.study import merging
 from elmwood.study.merging import Merges
-from elmwood.study.selection import BY_LAYER, ChosenMerge, Ranked, test_best
+from elmwood.study.quality.selection import BY_LAYER, ChosenMerge, Ranked, test_best
 
 OwnRuleOption = Annotated[str | None, Option("--method", help="The rule, where it is one of your own: module:function.")]
 PartOption = Annotated[str, Option(help="Sum this share of every tensor alone: 0/4 to 3/4.")]

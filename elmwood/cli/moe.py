@@ -10,7 +10,7 @@ from elmwood.cli.options import NameOption, Output, RngSeedOption, SettingOption
 from elmwood.cli.screen import bars, emit, made, out, table, talk
 from elmwood.report.plots import loads_plot
 from elmwood.study import mixing
-from elmwood.study.selection import Tuned
+from elmwood.study.quality.selection import Tuned
 
 
 def mix(

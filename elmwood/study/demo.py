@@ -20,8 +20,8 @@ from elmwood.evaluate.holdout import Holdout, HoldoutSpec
 from elmwood.records import Comparison, Corpus, Digest, Ensemble, Forest, Frozen, Partition, Recipe, Seed, Shape, Shard
 from elmwood.store import AnyStore, Store
 from elmwood.study.demo_seed import Remade, compare_packaged, install_seed
-from elmwood.study.evaluation import keep_comparison, measure_distances
-from elmwood.study.scoring import Columns, ensure
+from elmwood.study.quality.evaluation import keep_comparison, measure_distances
+from elmwood.study.quality.scoring import Columns, ensure
 from elmwood.study.tasks import TrainJob, default_workers, found, label, train_job
 from elmwood.study.training import default_rate, llama, shards
 from elmwood.train.task_names import seed_key, train_key

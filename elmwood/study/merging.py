@@ -18,7 +18,7 @@ from elmwood.merge.states import add, check, remove, seed_places
 from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, parse
 from elmwood.report.notebook import facts, show_ranking
 from elmwood.store import AnyStore, Holder, Named, Store, listed
-from elmwood.study.selection import ChosenMerge, choose_best
+from elmwood.study.quality.selection import ChosenMerge, choose_best
 from elmwood.study.text import keep_name
 
 Weight = float | Sequence[float]  # several: a gradient over depth, from the first layer to the last

@@ -20,8 +20,8 @@ from elmwood.registry import lookup
 from elmwood.report.notebook import grid, show_ranking
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.merging import Values, answers_of
-from elmwood.study.selection import Tuned
-from elmwood.study.selection import tune as score
+from elmwood.study.quality.selection import Tuned
+from elmwood.study.quality.selection import tune as score
 from elmwood.study.text import keep_name
 from elmwood.study.training import default_length, make_recipe, shards
 

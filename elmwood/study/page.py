@@ -34,7 +34,7 @@ from elmwood.report.domain_map import domain_map, project
 from elmwood.report.notebook import grid, image
 from elmwood.report.page import html
 from elmwood.store import AnyStore, Named, Store, lineage
-from elmwood.study.evaluation import conclusion
+from elmwood.study.quality.evaluation import conclusion
 from elmwood.units import duration, short
 
 PLACES = 600  # documents on the map: more take t-SNE ten seconds and the eye no further

@@ -19,7 +19,7 @@ from elmwood.errors import ForeignExpert, UnknownName
 from elmwood.lm.hidden_states import open_hidden_states
 from elmwood.lm.load import load_model
 from elmwood.records import Corpus, Ensemble, Forest
-from elmwood.study.evaluation import evaluate
+from elmwood.study.quality.evaluation import evaluate
 
 SETTINGS = [
     {"top_k": 1},

@@ -22,7 +22,7 @@ from elmwood.evaluate import harness
 from elmwood.lm.files import tokenizer
 from elmwood.records import Ensemble, Forest
 from elmwood.store import Store
-from elmwood.study.evaluation import benchmark, evaluate
+from elmwood.study.quality.evaluation import benchmark, evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # what the harness opens it leaves to be collected
 WORDS = ["cat", "mat", "sea", "café", "naïve", "sat on", "sailed over", "déjà vu"]

@@ -26,7 +26,7 @@ from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.statistics import open_statistics
 from elmwood.records import Domain, Embedder, Merged, Partition, Recipe, Statistics
 from elmwood.store import Store
-from elmwood.study.selection import by_columns, tune
+from elmwood.study.quality.selection import by_columns, tune
 from elmwood.train.data import batches
 from elmwood.train.statistics import statistics
 from elmwood.train.tasks import train

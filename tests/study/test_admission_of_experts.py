@@ -22,7 +22,7 @@ from elmwood.evaluate import holdout
 from elmwood.lm.peft_config import scale
 from elmwood.records import Ensemble, Expert, Forest, Ledger, Recipe, Seed, Verdict
 from elmwood.store import Store
-from elmwood.study.admission import accept, ledger_of
+from elmwood.study.quality.admission import accept, ledger_of
 from elmwood.train.tasks import train
 from elmwood.weights.similarity import products
 
@@ -178,7 +178,7 @@ def test_a_submission_that_was_cut_short_is_taken_up_again(grown, monkeypatch):
     store, seed, experts = grown
     noise = lora_expert(seed, store, rng_seed=11, partition=experts[2].partition, domain=2)
     with monkeypatch.context() as patch:
-        patch.setattr("elmwood.study.admission.Trial.gather", lambda *_: pytest.fail("cut short"))
+        patch.setattr("elmwood.study.quality.admission.Trial.gather", lambda *_: pytest.fail("cut short"))
         with pytest.raises(pytest.fail.Exception):
             asked(store, noise.digest)
     begun = store.load("ledger", Ledger).entries[-1]

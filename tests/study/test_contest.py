@@ -26,7 +26,7 @@ from elmwood.report.charts import betting
 from elmwood.report.contest import headline, lines
 from elmwood.report.plots import Series, experts_plot, wealth_plot
 from elmwood.store import Store
-from elmwood.study.contest import compare
+from elmwood.study.quality.contest import compare
 
 TOPICS = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()", "le {0} mange une pomme — {1} aussi")
 K = len(TOPICS)

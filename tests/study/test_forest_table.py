@@ -12,8 +12,8 @@ from elmwood.domains.route import ROUTERS
 from elmwood.errors import BadInput, Damaged
 from elmwood.records import Ensemble, Forest, Score
 from elmwood.store import Store
-from elmwood.study.evaluation import evaluate
-from elmwood.study.forest_table import table
+from elmwood.study.quality.evaluation import evaluate
+from elmwood.study.quality.forest_table import table
 
 
 class Grown:

@@ -12,11 +12,11 @@ from elmwood.records import Comparison, Ensemble, Forest, Gates, Merged, Mixture
 from elmwood.report.notebook import draw_records
 from elmwood.store import Store
 from elmwood.study.ancestry import Sample
-from elmwood.study.evaluation import Evaluation
-from elmwood.study.forest_table import CandidateRow, Chosen, ExpertValue, ForestTable, Routed, Static, TableCost
 from elmwood.study.merging import Merges
 from elmwood.study.mixing import Loads, MixResult, TunedMixture
-from elmwood.study.selection import ChosenMerge, Tuned
+from elmwood.study.quality.evaluation import Evaluation
+from elmwood.study.quality.forest_table import CandidateRow, Chosen, ExpertValue, ForestTable, Routed, Static, TableCost
+from elmwood.study.quality.selection import ChosenMerge, Tuned
 
 A, B = "a" * 64, "b" * 64
 LOSSES = {"ties": Estimate(2.5, 0.04), "average": Estimate(2.25, 0.04)}

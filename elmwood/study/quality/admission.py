@@ -22,8 +22,8 @@ from elmwood.ranges import Count, Documents, Window, checked
 from elmwood.records import Digest, Ensemble, Expert, Forest, Ledger, Partition, Record, Seed, Verdict
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.ancestry import as_model
-from elmwood.study.contest import Clip, Pair, drawing, judge, pair_models
-from elmwood.study.scoring import Columns, holdout_spec
+from elmwood.study.quality.contest import Clip, Pair, drawing, judge, pair_models
+from elmwood.study.quality.scoring import Columns, holdout_spec
 from elmwood.weights.similarity import is_finite, products
 
 Bools = NDArray[np.bool_]

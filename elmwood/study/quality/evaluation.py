@@ -25,7 +25,7 @@ from elmwood.ranges import Between, Documents, Window, checked
 from elmwood.records import Comparison, Digest, Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.ancestry import common_seed, name_of, open_model, partition_of, with_mixing
-from elmwood.study.scoring import Columns, ensure, holdout_spec
+from elmwood.study.quality.scoring import Columns, ensure, holdout_spec
 from elmwood.study.tasks import default_workers, label
 
 Floats = NDArray[np.floating]

@@ -32,7 +32,7 @@ from elmwood.ranges import Between, Count, Documents, ErrorRate, Window, checked
 from elmwood.records import Contest, Digest, Ensemble, Expert, Forest, Partition, Record, fingerprint
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.ancestry import as_model, common_seed, name_of, partition_of
-from elmwood.study.scoring import Columns, ensure, holdout_spec
+from elmwood.study.quality.scoring import Columns, ensure, holdout_spec
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

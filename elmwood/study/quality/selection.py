@@ -24,8 +24,8 @@ from elmwood.merge.layer_weights import layer_name
 from elmwood.merge.states import seed_places
 from elmwood.records import Digest, Merged, Partition, Record, Seed
 from elmwood.store import Store
-from elmwood.study.contest import ContestResult, hold_contest
-from elmwood.study.scoring import Columns, ensure
+from elmwood.study.quality.contest import ContestResult, hold_contest
+from elmwood.study.quality.scoring import Columns, ensure
 from elmwood.weights.tensors import SIZES
 
 Floats = NDArray[np.floating]

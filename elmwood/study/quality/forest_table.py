@@ -25,7 +25,7 @@ from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
 from elmwood.report.notebook import facts, grid
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.ancestry import as_model
-from elmwood.study.scoring import Budget, Columns, Ensured, ensure, holdout_spec
+from elmwood.study.quality.scoring import Budget, Columns, Ensured, ensure, holdout_spec
 from elmwood.study.tasks import default_workers, label
 from elmwood.units import parse_count
 
