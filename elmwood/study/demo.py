@@ -22,7 +22,7 @@ from elmwood.store import AnyStore, Store
 from elmwood.study.demo_seed import Remade, compare_packaged, install_seed
 from elmwood.study.quality.evaluation import keep_comparison, measure_distances
 from elmwood.study.quality.scoring import Columns, ensure
-from elmwood.study.tasks import TrainJob, default_workers, found, label, train_job
+from elmwood.study.tasks import SMALL, TrainJob, default_workers, found, label, train_job
 from elmwood.study.training import default_rate, llama, shards
 from elmwood.train.task_names import seed_key, train_key
 from elmwood.units import parse_count
@@ -51,8 +51,8 @@ class Study(Frozen):
     expert_rate: float = 2e-3
     random_rate: float = 5e-4
     dense_rate: float = 5e-4
-    middle_rate: float = 1.5e-3
-    large_rate: float = 2e-3
+    middle_rate: float = 7.5e-4
+    large_rate: float = 1e-3
     documents: int | None = None  # held-out documents scored; None: all, so that other verbs find their scores
     rng_seed: int = 0
 
@@ -204,7 +204,7 @@ def branch(
         for name, method in (("expert", "balanced"), ("random", "random"))
     }
     workers = workers or default_workers(seed, 2 * study.domains)
-    threads = max(1, cores() // workers)
+    threads = 1 if seed.parameters < SMALL else max(1, cores() // workers)  # small: the same bytes however many workers
     sides = plan(study, seed, corpus, divisions, store, threads=threads)
     spec = HoldoutSpec(partition=divisions["expert"].digest, seed=seed.digest, length=study.length, documents=study.documents)
     on_phase(Phase(3, f"Train {sum(map(len, sides.values()))} models from one seed and score them on held-out text: {study.domains} "
