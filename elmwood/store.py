@@ -159,8 +159,7 @@ class Store:
         data = self.get(digest).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             raise Damaged(
-                f"records/{digest}.json does not match its digest: restore it from another store, or delete it and repeat the command "
-                "that made it"
+                f"records/{digest}.json does not match its digest: copy it from another store, or delete it and repeat its command"
             )
         return parse(data)
 

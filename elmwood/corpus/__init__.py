@@ -1,1 +1,1 @@
-"""Text: read it, clean it of duplicates, split off the holdout, turn it into tokens. Free of torch."""
+"""Text: read documents, drop duplicates, split off the holdout, make tokens. Without torch."""

@@ -1,7 +1,7 @@
-"""Sources -> a `Corpus`: duplicates removed, split by content, in Parquet shards. Memory does not grow with the text.
+"""Build a `Corpus` from sources: drop duplicates, split, write Parquet shards. Memory does not grow with the amount of text.
 
-The same documents make the same corpus, byte for byte, in whatever order and files they come: everything is decided by
-content alone, and shards hold their documents in order of id (which is to say, shuffled).
+The same documents make the same corpus, byte for byte, in any order and in any files. All decisions depend on content only, and
+shards hold documents in the order of their ids, which are hashes.
 
 N documents, H hashes
 """
@@ -29,34 +29,34 @@ from elmwood.errors import BadCorpus
 from elmwood.records import Blob, Corpus, Shard, fingerprint
 from elmwood.store import Store, hash_file
 
-SHARD = 64_000_000  # bytes of text in one shard, at most (a longer document stands alone)
-GROUP = 8_000_000  # bytes of text held at once while a shard is written
+SHARD = 64_000_000  # bytes of text in one shard, at most; a longer document has a shard of its own
+GROUP = 8_000_000  # bytes of text in memory while a shard is written
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("meta", pa.string())])
-RULES = 1  # raised when the same sources would make another corpus
+RULES = 1  # increased when the same sources would make a different corpus
 
 
 class Staged(NamedTuple):
-    """Documents as they came, texts in one file and 44 bytes of memory for each."""
+    """Documents as they were read: texts in one file, and 44 bytes of memory for each."""
 
     text: np.ndarray  # uint8, memory-mapped: text and meta of each document
     id_N: np.ndarray  # [N, 2] uint64, the first 16 bytes of sha256
-    start_N: np.ndarray  # int64, where the text begins
-    bytes_N: np.ndarray  # int64, of the text
-    meta_N: np.ndarray  # int64, bytes of the meta that follows the text
-    mark_N: np.ndarray  # uint32, crc of the meta
+    start_N: np.ndarray  # int64, offset of the text
+    bytes_N: np.ndarray  # int64, bytes of the text
+    meta_N: np.ndarray  # int64, bytes of the meta, which follows the text
+    crc_N: np.ndarray  # uint32, crc of the meta
     licences: tuple[str, ...]
 
 
 def build(sources: Sequence[str], store: Store, *, holdout: float = 0.1, field: str = "text", progress: Progress = silent) -> Corpus:
-    """Read, drop duplicates, split, store. `holdout` is the share of documents that nobody trains on.
+    """Read sources, drop duplicates, split and store. `holdout` is the share of documents that no model trains on.
 
-    Sources that are files are named by their content, so building the same corpus again costs one hash of them.
-    Raises BadCorpus, DoesNotFit.
+    Files are identified by their content, so building the same corpus again only hashes them. Raises BadCorpus, DoesNotFit,
+    UnknownName.
     """
     if not 0 < holdout < 1:
-        raise BadCorpus(f"the holdout is a share between 0 and 1, and {holdout} was asked for: 0.1 holds back every tenth document")
+        raise BadCorpus(f"the holdout is a share between 0 and 1, and is {holdout}: 0.1 sets every tenth document aside")
     if not sources:
-        raise BadCorpus("a corpus needs a source, and none was given: name a file, a folder, 'sample' or 'datasets:NAME'")
+        raise BadCorpus("a corpus needs a source, and there is none: name a file, a folder, 'sample' or 'datasets:NAME'")
     key = fingerprint("corpus", RULES, _contents(sources, progress), holdout, field)
     with alone(store, key) as work:
         if all(parse_source(source).repeatable for source in sources) and (done := store.done(key)):
@@ -92,7 +92,7 @@ def read_shard(blob: Blob, store: Store) -> Shard:
 
 
 def documents(shards: Sequence[Shard], store: Store) -> Iterator[Document]:
-    """The documents of shards, streamed, in order."""
+    """The documents of shards, in order, streamed."""
     for shard in shards:
         with pq.ParquetFile(store.get(shard.blob)) as file:
             for batch in file.iter_batches(batch_size=256, columns=["text", "meta"]):
@@ -101,11 +101,11 @@ def documents(shards: Sequence[Shard], store: Store) -> Iterator[Document]:
 
 
 def split(ids: Sequence[str], share: float) -> np.ndarray:
-    """Which documents are held out: bool [N]. Decided by each id alone, so a document keeps its side as a corpus grows.
+    """Which documents are held out: bool [N]. It depends on the id only, so a document stays on its side when a corpus grows.
 
-    The one exception: where a side would be empty, the document nearest the line crosses it.
+    The exception: if a side would be empty, the document nearest to the threshold moves there.
     """
-    salted = (hashlib.sha256(f"holdout {id}".encode()).digest()[:8] for id in ids)  # salted: the order of ids says nothing of the side
+    salted = (hashlib.sha256(f"holdout {id}".encode()).digest()[:8] for id in ids)  # salted: the side is independent of the order of ids
     value_N = np.array([int.from_bytes(digest, "big") / 2**64 for digest in salted])
     held_N = value_N < share
     if not held_N.any():
@@ -117,7 +117,7 @@ def split(ids: Sequence[str], share: float) -> np.ndarray:
 
 @contextmanager
 def alone(store: Store, key: str) -> Iterator[Path]:
-    """The work folder of a task, empty, held by one process at a time: the next one waits, and finds the task done.
+    """The empty work folder of a task, for one process at a time: the next one waits, and then finds the task done.
 
     Raises DoesNotFit when the disk is full.
     """
@@ -152,9 +152,9 @@ def _meta(staged: Staged, n: int) -> str:
 
 
 def _stage(sources: Sequence[str], path: Path, rejected: Counter[str], field: str, progress: Progress) -> Staged:
-    """Copy every document, as it comes, to one file. The number to come is unknown, so progress has no total."""
+    """Copy all documents to one file. Their number is not known in advance, so progress has no total."""
     ids = bytearray()
-    starts, sizes, metas, marks = array("q"), array("q"), array("q"), array("I")
+    starts, sizes, metas, crcs = array("q"), array("q"), array("q"), array("I")
     licences: set[str] = set()
     place = 0
     with path.open("wb") as file:
@@ -167,7 +167,7 @@ def _stage(sources: Sequence[str], path: Path, rejected: Counter[str], field: st
                 starts.append(place)
                 sizes.append(len(text))
                 metas.append(len(meta))
-                marks.append(crc32(meta))
+                crcs.append(crc32(meta))
                 licences.add(document.meta.get("licence", ""))
                 place += len(text) + len(meta)
                 if len(starts) % 100 == 0:
@@ -175,12 +175,12 @@ def _stage(sources: Sequence[str], path: Path, rejected: Counter[str], field: st
     progress("read", len(starts), len(starts), "documents")
     id_N = np.frombuffer(bytes(ids), ">u8").astype(np.uint64).reshape(-1, 2)
     text_map = np.memmap(path, np.uint8, "r")
-    return Staged(text_map, id_N, np.array(starts), np.array(sizes), np.array(metas), np.array(marks), tuple(sorted(licences - {""})))
+    return Staged(text_map, id_N, np.array(starts), np.array(sizes), np.array(metas), np.array(crcs), tuple(sorted(licences - {""})))
 
 
 def _unique(staged: Staged, rejected: Counter[str]) -> np.ndarray:
-    """One place of each text, in order of id. Where its copies differ in meta, their order must not decide: the crc does."""
-    order = np.lexsort((staged.mark_N, staged.id_N[:, 1], staged.id_N[:, 0]))
+    """The index of one copy of each text, in the order of ids. Copies with different meta are ordered by its crc, not as they were read."""
+    order = np.lexsort((staged.crc_N, staged.id_N[:, 1], staged.id_N[:, 0]))
     first = np.ones(len(order), bool)
     first[1:] = (staged.id_N[order][1:] != staged.id_N[order][:-1]).any(1)
     if dropped := int((~first).sum()):
@@ -189,7 +189,7 @@ def _unique(staged: Staged, rejected: Counter[str]) -> np.ndarray:
 
 
 def _distinct(staged: Staged, order: np.ndarray, path: Path, rejected: Counter[str], progress: Progress) -> np.ndarray:
-    """Without near-duplicates: of two, the one with the smaller id is kept."""
+    """Without near-duplicates: the one with the smaller id is kept."""
     texts = each((_text(staged, n) for n in order), "find near-duplicates", len(order), "documents", progress)
     with path.open("wb") as file:
         for signature_H in signatures(texts):
@@ -201,7 +201,7 @@ def _distinct(staged: Staged, order: np.ndarray, path: Path, rejected: Counter[s
 
 
 def _shards(staged: Staged, order: np.ndarray, what: str, work: Path, store: Store, progress: Progress) -> tuple[Shard, ...]:
-    """Write documents, in this order, to Parquet shards."""
+    """Write documents in this order to Parquet shards."""
     shards = []
     total, done = int(staged.bytes_N[order].sum()), 0
     for shard in _runs(order, staged.bytes_N, SHARD):
@@ -218,7 +218,7 @@ def _shards(staged: Staged, order: np.ndarray, what: str, work: Path, store: Sto
 
 
 def _runs(order: np.ndarray, bytes_N: np.ndarray, limit: int) -> Iterator[np.ndarray]:
-    """Cut into runs of at most `limit` bytes, or of one document."""
+    """Cut into runs of at most `limit` bytes, or of one longer document."""
     first = size = 0
     for place, n in enumerate(order):
         if size and size + bytes_N[n] > limit:

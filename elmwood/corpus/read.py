@@ -39,14 +39,14 @@ _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # 
 
 
 class Document(NamedTuple):
-    """A text and what its source says of it."""
+    """A text, and metadata from its source."""
 
     text: str
     meta: Mapping[str, str] = MappingProxyType({})
 
     @property
     def id(self) -> str:
-        """32 hex digits of the text's sha256."""
+        """The first 32 hex digits of the sha256 of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
 
@@ -122,7 +122,7 @@ def files(source: str) -> list[Path]:
 
 
 def _texts(source: str, rejected: Counter[str], field: str) -> Iterator[Any]:
-    """Objects that should hold a text, before any check: fields, or a Reason."""
+    """What importers yield, unchecked: mappings, or a Reason."""
     if source.startswith("datasets:"):
         yield from _dataset(source, field)
         return
@@ -140,7 +140,7 @@ def _texts(source: str, rejected: Counter[str], field: str) -> Iterator[Any]:
 
 
 def _document(item: Any, rejected: Counter[str], field: str) -> Document | None:
-    """A document, or None with its reason counted."""
+    """A document; None, with the reason counted, if there is none."""
     reason = ""
     if isinstance(item, Reason):
         reason = str(item)

@@ -1,4 +1,4 @@
-"""Tokens: train or load a tokenizer, pack documents into one memory map, cut windows for evaluation.
+"""Train or load a tokenizer, pack documents into one memory map of tokens, cut windows for evaluation.
 
 T tokens of all documents together, D documents; W windows of at most L tokens
 """
@@ -19,24 +19,24 @@ from elmwood.store import Store
 
 END = "<|endoftext|>"
 SMALLEST = 257  # the separator and every byte
-BATCH = 1_000_000  # characters encoded at once
+BATCH = 1_000_000  # characters encoded at once, about
 
 
 class Packed(NamedTuple):
-    """Documents as tokens, one after another: each is the separator and then its text."""
+    """All documents as one array of tokens. Each document is the separator and then its text."""
 
     tokens: np.ndarray  # [T] uint16 or uint32, memory-mapped
-    starts: np.ndarray  # [D] int64: document d is tokens[starts[d] : starts[d + 1]], the last one ends at T
+    starts: np.ndarray  # [D] int64: document d is tokens[starts[d] : starts[d + 1]]; the last one ends at T
     separator: int
 
 
 class Windows(NamedTuple):
-    """Documents cut into rows for evaluation. Row w scores its tokens score_from_W[w] <= l < length_W[w], given those before."""
+    """Documents cut into rows for evaluation. Row w scores tokens score_from_W[w] <= l < length_W[w], given all tokens before them."""
 
     rows_WL: np.ndarray  # int32, padded with the separator
-    length_W: np.ndarray  # int64, tokens that are no padding
+    length_W: np.ndarray  # int64, number of tokens without padding
     score_from_W: np.ndarray  # int64
-    document_W: np.ndarray  # int64, place of the document in the packing; all windows of one stand together, in order
+    document_W: np.ndarray  # int64, index of the document in the packing; windows of one document are consecutive
 
     @property
     def count_W(self) -> np.ndarray:
@@ -50,7 +50,7 @@ class Windows(NamedTuple):
         return (place_L >= self.score_from_W[:, None]) & (place_L < self.length_W[:, None])
 
     def batches(self, some_W: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
-        """Some windows in batches of at most so many tokens, padding included, the longest first: those of like length together."""
+        """Some windows in batches of at most so many tokens, padding included; sorted by length, the longest first."""
         order_W, place = some_W[np.argsort(-self.length_W[some_W], kind="stable")], 0
         while place < len(order_W):
             batch = order_W[place : place + max(1, tokens // int(self.length_W[order_W[place]]))]
@@ -58,7 +58,7 @@ class Windows(NamedTuple):
             place += len(batch)
 
     def documents(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Each document and all its tokens [T], the separator first: windows overlap by the tokens they do not score."""
+        """Each document and all its tokens [T], the separator first. Windows overlap by the tokens that they do not score."""
         begins = np.flatnonzero(np.diff(self.document_W, prepend=-1))
         for first, last in zip(begins, [*begins[1:], len(self.document_W)], strict=True):
             scored = [self.rows_WL[w, self.score_from_W[w] : self.length_W[w]] for w in range(first, last)]
@@ -69,10 +69,10 @@ class Windows(NamedTuple):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer.json of a checkpoint folder, without truncation or padding. Raises BadSeed."""
+    """Load the tokenizer.json of a checkpoint folder, without truncation or padding. Raises BadSeed."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise BadSeed(f"{folder} has no tokenizer.json: save the tokenizer there with transformers' AutoTokenizer(...).save_pretrained")
+        raise BadSeed(f"{folder} has no tokenizer.json: save the tokenizer there with save_pretrained of transformers")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -83,9 +83,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE: any text can be written with it. Token 0 is the separator `<|endoftext|>`. Raises BadInput."""
+    """Train a byte-level BPE tokenizer, which can encode any text. Token 0 is the separator `<|endoftext|>`. Raises BadInput."""
     if vocabulary < SMALLEST:
-        raise BadInput(f"a byte-level vocabulary needs {SMALLEST} tokens, and {vocabulary} were asked for: ask for 1024 or more")
+        raise BadInput(f"a byte-level vocabulary needs at least {SMALLEST} tokens, and is {vocabulary}: use 1024 or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -96,10 +96,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes each id stands for: b"" for special tokens and for ids nobody uses.
+    """The bytes of each token id: b"" for special tokens and unused ids.
 
-    For byte-level BPE (GPT-2, OPT, Llama 3, Qwen) they join to the text; for sentencepiece-like vocabularies (▁, <0xAB>) to the text
-    as its normaliser sees it, with a space before it where the model adds one. Raises BadSeed for other kinds.
+    The bytes of byte-level BPE tokens (GPT-2, OPT, Llama 3, Qwen) join to the text. Those of sentencepiece-like vocabularies (▁, <0xAB>)
+    join to the normalised text, with a space before it if the model adds one. Raises BadSeed for other kinds.
     """
     spec = json.loads(tokenizer.to_str())
     kinds = {name for part in ("pre_tokenizer", "decoder") for name in _types(spec[part])}
@@ -107,7 +107,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     byte_level = "ByteLevel" in kinds
     if not byte_level and not any("▁" in token for token in vocabulary):
         raise BadSeed(
-            "only byte-level and sentencepiece-like tokenizers spell bytes, and this is neither: choose a GPT, Llama or Qwen-like seed"
+            "the bytes of tokens are known for byte-level and sentencepiece-like tokenizers only, and this is neither: use another seed"
         )
     spelled = [b""] * (max(vocabulary.values()) + 1)
     for token, number in vocabulary.items():
@@ -118,14 +118,14 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _types(part: dict | None) -> Iterator[str]:
-    """The kinds of a pre-tokenizer or decoder, and of those in a sequence of them."""
+    """The types of a pre-tokenizer or decoder, and of the parts of a sequence of them."""
     if part:
         yield part["type"]
         for inner in (*part.get("pretokenizers", ()), *part.get("decoders", ())):
             yield from _types(inner)
 
 
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as themselves, the others from U+0100 on
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2 maps to themselves; the others start at U+0100
 _BYTE = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
 }
@@ -145,7 +145,7 @@ def _sentencepiece(token: str) -> bytes:
 
 
 def pack(shards: Sequence[Shard], tokenizer: Tokenizer, separator: int, store: Store, progress: Progress = silent) -> Packed:
-    """The documents of shards as tokens, streamed into the store; the same shards and tokenizer are packed once."""
+    """Encode the documents of shards into the store. The same shards are packed once for each tokenizer."""
     spec = tokenizer.to_str().encode()
     key = fingerprint("pack", [shard.blob for shard in shards], spec.decode(), separator)
     if not (done := store.done(key)):
@@ -208,14 +208,16 @@ def _open(packing: Packing, store: Store) -> Packed:
 
 
 def windows(packed: Packed, length: int, carry: int = 0) -> Windows:
-    """Cut documents into windows of `length` tokens for scoring: every token but the separators is scored exactly once.
+    """Cut documents into windows of `length` tokens. Every token except the separators is scored exactly once.
 
-    The first token of a row is given, not scored. Windows of one document overlap by max(1, carry) tokens, so that after
-    the first one every scored token sees at least that many before it. Raises BadInput.
+    The first token of a row is not scored. Windows of one document overlap by max(1, carry) tokens, so from the second window on,
+    every scored token has at least that many before it. Raises BadInput.
     """
     overlap = max(1, carry)
     if not overlap < length:
-        raise BadInput(f"a window must be longer than the {overlap} tokens it shares with the one before, and is {length}: carry less")
+        raise BadInput(
+            f"a window must be longer than the {overlap} tokens it shares with the previous one, and is {length}: reduce the overlap"
+        )
     size_D = np.diff(packed.starts, append=len(packed.tokens))
     stride = length - overlap
     count_D = np.where(size_D > 1, 1 + np.maximum(0, -(-(size_D - length) // stride)), 0)

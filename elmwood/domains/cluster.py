@@ -1,10 +1,10 @@
-"""Balanced k-means: equal domains, exactly assigned.
+"""Balanced k-means: clusters of equal size, with an optimal assignment.
 
 Shapes: N documents (B of them in one block), K domains, D dimensions.
 
-Equal sizes make the assignment step a transportation problem with K small. It is solved in two parts: prices per domain
-from Newton steps on the smoothed dual (nearly balanced, a few passes over the costs), then shortest augmenting paths
-over the K domains until the sizes are right, which keeps the assignment optimal at every step.
+With equal sizes, the assignment step is a transportation problem with small K. It is solved in two parts. Newton steps on the
+smoothed dual give a price per domain, and nearly equal sizes, in a few passes over the costs. Then shortest augmenting paths
+between the K domains make the sizes exact, which keeps the assignment optimal at every step.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ Ints = NDArray[np.integer]
 BLOCK = 1 << 15  # documents assigned at once, rounded down to a multiple of K
 TOLERANCE = 1e-4  # stop when the objective falls by less than this share
 PASSES = 50
-SHARPNESS = (0.03, 0.003)  # of the entropic dual, in units of the spread of costs
-SAMPLE, STARTS = 2048, 4  # rows and number of trial runs
-STEPS = 16  # at each sharpness, at most
-SLACK = 0.005  # of a domain's size
+SHARPNESS = (0.03, 0.003)  # smoothing of the dual, in units of the standard deviation of costs
+SAMPLE, STARTS = 2048, 4  # rows of a trial run, and number of trial runs
+STEPS = 16  # Newton steps at each sharpness, at most
+SLACK = 0.005  # deviation of a size at which Newton steps stop, as a share of the size
 
 
 class Clusters(NamedTuple):
-    """A clustering: centroid_KD float32, label_N, and the mean squared distance of a document to its centroid."""
+    """A clustering: centroids float32, labels, and the mean squared distance of a document to its centroid."""
 
     centroid_KD: Floats
     label_N: Ints
@@ -46,15 +46,15 @@ class Clusters(NamedTuple):
 def kmeans(
     x_ND: Floats, k: int, *, balanced: bool = True, rng_seed: int = 0, start_KD: Floats | None = None, progress: Progress = silent
 ) -> Clusters:
-    """Cluster rows into k domains: sizes differ by at most one if balanced, and no domain is empty.
+    """Cluster rows into k domains. Sizes differ by at most one if balanced, and no domain is empty.
 
-    Larger inputs are taken in blocks (equal sizes within each); centroids are means over all of them, so the order of
-    blocks does not decide. Starts from start_KD, or from the best of a few runs on a sample, each from k-means++.
-    x_ND may be a memory map. Raises BadInput when there are more domains than rows.
+    Large inputs are assigned in blocks, with equal sizes within each; centroids are means over all blocks. Starts from start_KD, or
+    from the best of a few runs on a sample, which start from k-means++. x_ND may be a memory map. Raises BadInput when there are
+    more domains than rows.
     """
     n = len(x_ND)
     if not 1 <= k <= n:
-        raise BadInput(f"{k} domains of {n} documents: each domain needs at least one; ask for fewer domains or give more documents")
+        raise BadInput(f"{k} domains of {n} documents: each domain needs at least one; use fewer domains or more documents")
     order_N = np.random.default_rng(rng_seed).permutation(n)
     if start_KD is None:
         x_SD = np.asarray(x_ND[np.sort(order_N[: max(SAMPLE, 8 * k)])], np.float32)
@@ -72,7 +72,7 @@ def kmeans(
 def _passes(
     x_ND: Floats, blocks: Sequence[Ints], start_KD: Floats, balanced: bool, tolerance: float, progress: Progress, exact: bool = False
 ) -> Clusters:
-    """Assign, take means, until the objective falls by less than the tolerance; equal sizes to the document if `exact`."""
+    """Assign and average until the objective falls by less than the tolerance. If `exact`, sizes differ by at most one."""
     n, k = len(x_ND), len(start_KD)
     centroid_KD = np.array(start_KD, np.float64)
     label_N = np.zeros(n, np.int64)
@@ -92,7 +92,7 @@ def _passes(
             square += float(np.square(x_BD, dtype=np.float64).sum())
         count_K1 = np.maximum(np.bincount(label_N, minlength=k), 1)[:, None]
         centroid_KD = sum_KD / count_K1
-        objective = (square - float((count_K1 * centroid_KD**2).sum())) / n  # with c at the means, |x - c|² sums to |x|² - |c|²
+        objective = (square - float((count_K1 * centroid_KD**2).sum())) / n  # the sum of |x - c|² is that of |x|² - |c|² when c is the mean
         if objective > best * (1 - tolerance):
             break
         best = objective
@@ -111,13 +111,13 @@ def squared_distances(x_ND: Floats, centroid_KD: Floats) -> Floats:
 
 
 def members(label_N: Ints, k: int) -> sparse.csc_array:
-    """One where a row has a label [K, N] float32: times rows, it sums them by label."""
+    """Indicator matrix of labels [K, N] float32: multiplied by rows, it sums them by label."""
     n = len(label_N)
     return sparse.csc_array((np.ones(n, np.float32), label_N, np.arange(n + 1)), shape=(k, n))
 
 
 def fill_empty(cost_KN: Floats) -> Ints:
-    """Nearest domain of each row; a domain nobody chose takes the row that is worst off among those that can be spared."""
+    """Nearest domain of each row. An empty domain takes the row with the highest cost from a domain that has more than one."""
     k, n = cost_KN.shape
     label_N = cost_KN.argmin(0)
     count_K = np.bincount(label_N, minlength=k)
@@ -132,9 +132,9 @@ def fill_empty(cost_KN: Floats) -> Ints:
 
 
 def assign_balanced(cost_KN: Floats, price_K: Floats | None = None, *, exact: bool = True) -> tuple[Ints, Floats]:
-    """The cheapest assignment whose sizes differ by at most one: label_N, and prices to start the next one from.
+    """The cheapest assignment with sizes that differ by at most one: labels [N], and prices [K] to start the next call from.
 
-    If not `exact`, sizes are off by about a hundredth, at a fraction of the time.
+    If not `exact`, sizes are off by about one per cent, at a fraction of the time.
     """
     k, n = cost_KN.shape
     price_K = balance_prices(cost_KN, np.zeros(k) if price_K is None else price_K)
@@ -143,10 +143,10 @@ def assign_balanced(cost_KN: Floats, price_K: Floats | None = None, *, exact: bo
 
 
 def balance_prices(cost_KN: Floats, price_K: Floats) -> Floats:
-    """Prices [K] under which domains get nearly equal shares of the rows.
+    """Prices [K] under which the domains get nearly equal numbers of rows.
 
-    They maximise the entropic dual of the transportation problem (arXiv:1306.0895), by Levenberg-Marquardt steps, first
-    softly and then sharply.
+    They maximise the entropic dual of the transportation problem (arXiv:1306.0895), by Levenberg-Marquardt steps, with less and
+    less smoothing.
     """
     k, n = cost_KN.shape
     price_K = np.array(price_K, np.float64)
@@ -157,8 +157,8 @@ def balance_prices(cost_KN: Floats, price_K: Floats) -> Floats:
         for _ in range(STEPS):
             if np.abs(excess_K).max() < SLACK * n / k:
                 break
-            torn_KM = share_KN[:, share_KN.max(0) < 0.999]  # rows that all but belong to one domain bend nothing
-            hessian_KK = np.diag(torn_KM.sum(1) + damping * n / k) - torn_KM @ torn_KM.T
+            shared_KM = share_KN[:, share_KN.max(0) < 0.999]  # rows that nearly belong to one domain have no curvature
+            hessian_KK = np.diag(shared_KM.sum(1) + damping * n / k) - shared_KM @ shared_KM.T
             step_K = epsilon * np.linalg.solve(hessian_KK, excess_K)
             new = _dual(cost_KN, price_K + step_K, epsilon)
             if new[0] >= dual:
@@ -171,7 +171,7 @@ def balance_prices(cost_KN: Floats, price_K: Floats) -> Floats:
 
 
 def _dual(cost_KN: Floats, price_K: Floats, epsilon: float) -> tuple[float, Floats, Floats]:
-    """The entropic dual, the share of each row that each domain gets [K, N], and what it gets too much [K]."""
+    """The entropic dual, the share of each row that each domain gets [K, N], and each domain's excess of rows [K]."""
     k, n = cost_KN.shape
     share_KN = cost_KN + price_K.astype(cost_KN.dtype)[:, None]
     least_N = share_KN.min(0)
@@ -185,7 +185,7 @@ def _dual(cost_KN: Floats, price_K: Floats, epsilon: float) -> tuple[float, Floa
 
 
 def repair(cost_KN: Floats, label_N: Ints, low: int, high: int) -> Ints:
-    """Move rows along cheapest paths between domains until every size is in [low, high]; optimal if label_N was for its sizes."""
+    """Move rows along cheapest paths between domains until all sizes are in [low, high]. Optimal if label_N was optimal for its sizes."""
     k = len(cost_KN)
     label_N = label_N.copy()
     count_K = np.bincount(label_N, minlength=k)
@@ -211,7 +211,7 @@ def repair(cost_KN: Floats, label_N: Ints, low: int, high: int) -> Ints:
             path = _cheapest_path(gap_KK, over_K, count_K < high, np.inf)
         elif under_K.any():
             path = _cheapest_path(gap_KK, count_K > low, under_K, np.inf)
-        else:  # the sizes are right; which domains get the one more may not be
+        else:  # the sizes are right; other domains may be cheaper to have the larger ones
             path = _cheapest_path(gap_KK, count_K > low, count_K < high, -1e-9)
         if path is None:
             return label_N
@@ -224,7 +224,7 @@ def repair(cost_KN: Floats, label_N: Ints, low: int, high: int) -> Ints:
 
 
 def _cheapest_path(gap_KK: Floats, sources: NDArray[np.bool_], sinks: NDArray[np.bool_], limit: float) -> list[int] | None:
-    """Bellman-Ford from all sources at once; the path to the cheapest sink, or None if it costs `limit` or more."""
+    """Bellman-Ford from all sources; the path to the cheapest sink, or None if it costs `limit` or more."""
     if not (sources.any() and sinks.any()):
         return None
     k = len(gap_KK)
@@ -250,6 +250,6 @@ def _cheapest_path(gap_KK: Floats, sources: NDArray[np.bool_], sinks: NDArray[np
 
 def _start(x_ND: Floats, k: int, rng_seed: int) -> Floats:
     """k-means++ centroids [K, D]."""
-    from sklearn.cluster import kmeans_plusplus  # two seconds that only clustering needs
+    from sklearn.cluster import kmeans_plusplus  # takes two seconds, needed only here
 
     return kmeans_plusplus(np.asarray(x_ND, np.float32), k, random_state=rng_seed)[0]

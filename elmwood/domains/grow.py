@@ -1,4 +1,4 @@
-"""Documents -> domains: cluster, assign, write each domain's shards one shard at a time, name them.
+"""Make domains out of documents: cluster, assign, write the shards of each domain, name the domains.
 
 Shapes: N documents, K domains, D dimensions, V terms, S shards.
 """
@@ -32,22 +32,22 @@ Ints = NDArray[np.integer]
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-FIT = 200_000  # documents clustered, at most; the others are assigned to the nearest centroid
-SAMPLE = 20_000  # of them, those that sparse centroids and names are made from
-EXAMPLES = 3
+FIT = 200_000  # documents clustered, at most; the others go to the nearest centroid
+SAMPLE = 20_000  # of these, documents that sparse centroids and names are made from
+EXAMPLES = 3  # documents nearest to a centroid
 BATCH = 4096  # documents embedded at once
 
 
 class Means(NamedTuple):
-    """How the work is done. Nothing of it decides the result."""
+    """How the work is done. The result does not depend on it."""
 
-    workers: int = 1  # shards embedded and parted at once
+    workers: int = 1  # shards processed in parallel
     engine: str = "local"  # a row of elmwood.engine.ENGINES
-    open_model: Open | None = None  # opens the model of a neural embedder (dense.py)
+    open_model: Open | None = None  # opens the model of an embedder in another way than its row (dense.py)
 
 
-class Ground(NamedTuple):
-    """Where domains are grown: the store, the folder of the task, what embeds, and how."""
+class Setup(NamedTuple):
+    """What all steps share: the store, the work folder of the task, the embedder, and how the work is done."""
 
     store: Store
     work: Path
@@ -58,21 +58,21 @@ class Ground(NamedTuple):
         return embed.load(self.embedder, self.store, self.means.open_model)
 
     def run(self, task: Callable[[In, Progress], Out], inputs: Sequence[In], what: str, progress: Progress) -> list[Out]:
-        """A task for each shard, side by side."""
+        """Run a task for each shard."""
         return run(task, inputs, workers=self.means.workers, engine=self.means.engine, what=what, progress=progress)
 
 
 class NewDomains(NamedTuple):
-    """Domains out of documents."""
+    """Domains that were made out of documents."""
 
     domains: tuple[Domain, ...]
-    clusters: Clusters  # of the documents of the fit
+    clusters: Clusters  # of the clustered documents
     sparse_KV: sparse.csr_matrix | None
     greedy_sizes: tuple[int, ...]
 
 
 def grow(
-    ground: Ground,
+    setup: Setup,
     train: Sequence[Shard],
     holdout: Sequence[Shard],
     k: int,
@@ -81,17 +81,17 @@ def grow(
     others: Sequence[Domain] = (),
     progress: Progress = silent,
 ) -> NewDomains:
-    """Divide documents into k domains, named so as to tell them from each other and from other domains.
+    """Divide documents into k domains, with names that tell them from each other and from the `others`.
 
-    Documents of the fit keep the domain they got there; the others, and the holdout, go to the nearest centroid.
+    Clustered documents keep their cluster. All others, and the holdout, go to the nearest centroid.
     """
-    clusters, greedy_N, examples = _fit(ground, train, k, method, rng_seed, progress)
+    clusters, greedy_N, examples = _fit(setup, train, k, method, rng_seed, progress)
     random_seed = rng_seed if method == "random" else None
-    parts, greedy_K = part_all(ground, "train", train, clusters, random_seed, progress)
-    held, _ = part_all(ground, "holdout", holdout, clusters._replace(label_N=clusters.label_N[:0]), None, progress)
+    parts, greedy_K = divide_all(setup, "train", train, clusters, random_seed, progress)
+    held, _ = divide_all(setup, "holdout", holdout, clusters._replace(label_N=clusters.label_N[:0]), None, progress)
     label_N = clusters.label_N[:SAMPLE]
-    texts = [text[: embed.LOOKED_AT] for text in islice(_texts(train, ground.store), len(label_N))]
-    terms, called = _name(texts, label_N, k, others, ground.store)
+    texts = [text[: embed.LOOKED_AT] for text in islice(_texts(train, setup.store), len(label_N))]
+    terms, called = _name(texts, label_N, k, others, setup.store)
     made = tuple(
         Domain(name=name, terms=terms[place], train=parts[place], holdout=held[place], examples=examples[place])
         for place, name in enumerate(called)
@@ -99,7 +99,7 @@ def grow(
     return NewDomains(
         made,
         clusters,
-        _sparse_centroids(ground.fitted(), texts, label_N, k),
+        _sparse_centroids(setup.fitted(), texts, label_N, k),
         tuple((greedy_K + np.bincount(greedy_N, minlength=k)).tolist()),
     )
 
@@ -108,19 +108,19 @@ def grow(
 
 
 class EmbedTask(NamedTuple):
-    """The first documents of one shard to embed, and the file that takes the vectors."""
+    """The first documents of one shard to embed, and the file for their vectors."""
 
-    ground: Ground
+    setup: Setup
     marker: Path
     shard: Shard
     wanted: int
 
 
 def embed_shard(task: EmbedTask, progress: Progress = silent) -> Path:
-    """Write x [N, D] float32 of one shard's first documents. Done once."""
+    """Write the vectors [N, D] float32 of the first documents of one shard, once."""
     if not task.marker.exists():
-        fitted = task.ground.fitted()
-        stream = islice(documents([task.shard], task.ground.store), task.wanted)
+        fitted = task.setup.fitted()
+        stream = islice(documents([task.shard], task.setup.store), task.wanted)
         x_ND, done = np.zeros((task.wanted, fitted.dimension), np.float32), 0
         while batch := list(islice(stream, BATCH)):
             x_ND[done : done + len(batch)] = fitted.embed([document.text for document in batch])
@@ -130,32 +130,32 @@ def embed_shard(task: EmbedTask, progress: Progress = silent) -> Path:
     return task.marker
 
 
-def _embed(ground: Ground, train: Sequence[Shard], progress: Progress) -> tuple[Floats, list[str]]:
-    """Vectors [N, D] and ids of the first FIT documents."""
+def _embed(setup: Setup, train: Sequence[Shard], progress: Progress) -> tuple[Floats, list[str]]:
+    """The vectors [N, D] and ids of the first FIT documents."""
     before_S = np.cumsum([0, *(shard.documents for shard in train)])
     counts = [int(min(shard.documents, FIT - before)) for shard, before in zip(train, before_S, strict=False) if before < FIT]
     tasks = [
-        EmbedTask(ground, ground.work / f"shard-{number}.safetensors", shard, count)
+        EmbedTask(setup, setup.work / f"shard-{number}.safetensors", shard, count)
         for number, (shard, count) in enumerate(zip(train, counts, strict=False))
     ]
-    parts = ground.run(embed_shard, tasks, "embed", progress)
-    x_ND = np.zeros((sum(counts), ground.embedder.dimension), np.float32)
+    parts = setup.run(embed_shard, tasks, "embed", progress)
+    x_ND = np.zeros((sum(counts), setup.embedder.dimension), np.float32)
     ids: list[str] = []
     for task, part in zip(tasks, parts, strict=True):
         x_ND[len(ids) : len(ids) + task.wanted] = safetensors.numpy.load_file(part)["x"]
-        ids += pq.read_table(ground.store.get(task.shard.blob), columns=["id"])["id"].slice(0, task.wanted).to_pylist()
+        ids += pq.read_table(setup.store.get(task.shard.blob), columns=["id"])["id"].slice(0, task.wanted).to_pylist()
     return x_ND, ids
 
 
 def _fit(
-    ground: Ground, train: Sequence[Shard], k: int, method: str, rng_seed: int, progress: Progress
+    setup: Setup, train: Sequence[Shard], k: int, method: str, rng_seed: int, progress: Progress
 ) -> tuple[Clusters, Ints, list[tuple[str, ...]]]:
-    """Cluster the first FIT documents (shards are shuffled); their greedy labels, and the ids nearest each centroid.
+    """Cluster the first FIT documents (shards are shuffled): clusters, the nearest centroid of each, and the ids nearest to each centroid.
 
-    For "random", the rest of the documents follow the same rule by id, and the centroids are the means of these.
+    For the method "random", labels depend on the ids only, and centroids are the means.
     """
-    x_ND, ids = _embed(ground, train, progress)
-    saved = ground.work / "fit.safetensors"
+    x_ND, ids = _embed(setup, train, progress)
+    saved = setup.work / "fit.safetensors"
     if saved.exists():
         tensors = safetensors.numpy.load_file(saved)
         clusters = Clusters(tensors["centroids"], tensors["labels"], float(tensors["objective"][0]))
@@ -176,31 +176,31 @@ def _fit(
     return clusters, dist2_NK.argmin(1), examples
 
 
-# ---- part -----------------------------------------------------------------------------------------------------------
+# ---- divide ---------------------------------------------------------------------------------------------------------
 
 
-def part_all(
-    ground: Ground, role: str, shards: Sequence[Shard], clusters: Clusters, random_seed: int | None, progress: Progress
+def divide_all(
+    setup: Setup, role: str, shards: Sequence[Shard], clusters: Clusters, random_seed: int | None, progress: Progress
 ) -> tuple[list[tuple[Shard, ...]], Ints]:
-    """Shards of each domain [K], and how many of the documents outside the fit lie nearest to each domain [K].
+    """Divide shards by domain: the shards of each domain [K], and how many documents that were not clustered are nearest to each [K].
 
-    The first documents are those of the fit; the others go to the nearest centroid, or at random by their id.
+    The first documents are the clustered ones. The others go to the nearest centroid, or at random by their id.
     """
     first_S = np.cumsum([0, *(shard.documents for shard in shards)])
     tasks = []
     for number, shard in enumerate(shards):
         known_N = clusters.label_N[first_S[number] : first_S[number + 1]]
-        tasks.append(PartTask(ground, clusters.centroid_KD, ground.work / f"{role}-{number}.json", shard, known_N, random_seed))
-    found = ground.run(part, tasks, f"part {role} documents", progress)
+        tasks.append(DivideTask(setup, clusters.centroid_KD, setup.work / f"{role}-{number}.json", shard, known_N, random_seed))
+    found = setup.run(divide, tasks, f"divide {role} documents", progress)
     k = len(clusters.centroid_KD)
     made = [tuple(Shard(**one[str(domain)]) for one, _ in found if str(domain) in one) for domain in range(k)]
     return made, sum((np.array(greedy) for _, greedy in found), np.zeros(k, np.int64))
 
 
-class PartTask(NamedTuple):
-    """One shard of documents to part by domain, named by where its result is noted."""
+class DivideTask(NamedTuple):
+    """One shard to divide by domain. `marker` is the file for the result."""
 
-    ground: Ground
+    setup: Setup
     centroid_KD: Floats
     marker: Path
     shard: Shard
@@ -208,9 +208,9 @@ class PartTask(NamedTuple):
     random_seed: int | None
 
 
-def part(task: PartTask, progress: Progress = silent) -> tuple[dict[str, dict], list[int]]:
-    """Write one shard's documents as a shard a domain: fields of these by domain, and greedy counts [K]. Done once."""
-    ground, store = task.ground, task.ground.store
+def divide(task: DivideTask, progress: Progress = silent) -> tuple[dict[str, dict], list[int]]:
+    """Write the documents of one shard as a shard per domain, once: their fields by domain, and counts by nearest centroid [K]."""
+    setup, store = task.setup, task.setup.store
     if not task.marker.exists():
         k = len(task.centroid_KD)
         table = pq.read_table(store.get(task.shard.blob))
@@ -218,7 +218,7 @@ def part(task: PartTask, progress: Progress = silent) -> tuple[dict[str, dict], 
         texts = rest["text"].to_pylist()
         near_N: Ints = np.zeros(0, np.int64)
         if texts:
-            near_N = nearest(ground.fitted(), task.centroid_KD, texts)
+            near_N = nearest(setup.fitted(), task.centroid_KD, texts)
         rest_N = near_N if task.random_seed is None else random_labels(rest["id"].to_pylist(), k, task.random_seed)
         label_N = np.concatenate([task.known_N, rest_N])
         made = {}
@@ -240,7 +240,7 @@ def nearest(fitted: Fitted, centroid_KD: Floats, texts: Sequence[str]) -> Ints:
 
 
 def random_labels(ids: Sequence[str], k: int, rng_seed: int) -> Ints:
-    """A domain for each document by its id alone [N]."""
+    """A random domain for each document, by its id only [N]."""
     return np.array([int(fingerprint("random", rng_seed, name)[:16], 16) % k for name in ids], np.int64)
 
 
@@ -248,7 +248,7 @@ def random_labels(ids: Sequence[str], k: int, rng_seed: int) -> Ints:
 
 
 def _name(texts: Sequence[str], label_N: Ints, k: int, others: Sequence[Domain], store: Store) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The telling terms and the name of each domain, from its labelled texts; the text of other domains is what it is told from."""
+    """The terms and the name of each domain, from labelled texts, compared with the text of other domains."""
     each = SAMPLE // max(len(others), 1)
     aside = list(chain.from_iterable(islice(_texts(domain.train, store), each) for domain in others))
     all_N = np.concatenate([label_N, np.full(len(aside), k)])
@@ -267,7 +267,7 @@ def _texts(shards: Sequence[Shard], store: Store) -> Iterator[str]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """All of a file, or nothing."""
+    """Write a whole file or none."""
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Corpus -> partition; using one; and revising one, with the domains that stay as they were.
+"""Partitions: make one from a corpus, use it, and revise it while its other domains stay as they are.
 
 Shapes: N documents, K domains, D dimensions, V terms, B bins.
 """
@@ -14,7 +14,7 @@ from scipy import sparse
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.domains.dense import Model, Open
-from elmwood.domains.grow import Ground, Means, NewDomains, grow, write
+from elmwood.domains.grow import Means, NewDomains, Setup, grow, write
 from elmwood.domains.route import Centroids, Sparse, distances
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, ForeignExpert
@@ -24,9 +24,9 @@ from elmwood.store import Store
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
-RULES = 5  # raised when the same inputs would make another partition
+RULES = 5  # increased when the same inputs would make a different partition
 METHODS = ("balanced", "plain", "random")
-KEPT = 4096  # terms of a sparse centroid
+KEPT = 4096  # terms of a sparse centroid, at most
 ALONE = Means()
 
 
@@ -43,14 +43,14 @@ def partition(
 ) -> Partition:
     """Divide a corpus into domains: "balanced" or "plain" k-means, or "random", the control.
 
-    `embedder` is a row of the table of embedders, fitted here, or one that was fitted before, as neural ones are (fit_embedder).
-    Done once for the same inputs, by whatever means; what was cut off goes on at its shard. Raises BadCorpus, BadInput.
+    `embedder` is the name of an embedder of words, which is fitted here, or a fitted embedder (fit_embedder). The same inputs are
+    divided once; an interrupted run resumes at its shard. Raises BadCorpus, BadInput.
     """
     if method not in METHODS:
         raise BadInput(f"no clustering method {method!r}; have {', '.join(METHODS)}")
     count = sum(shard.documents for shard in corpus.train)
     if not 1 <= domains <= count:
-        raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; ask for fewer, or add documents")
+        raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; use fewer domains, or add documents")
     key = fingerprint("partition", RULES, corpus.digest, domains, embedder, None, method, rng_seed)
     with store.held(key) as work:
         if done := store.done(key):
@@ -58,8 +58,8 @@ def partition(
         started = time.perf_counter()
         if isinstance(embedder, str):
             embedder = fit_embedder(corpus, store, embedder, rng_seed=rng_seed, progress=progress)
-        ground = Ground(store, work, embedder, means)
-        grown = grow(ground, corpus.train, corpus.holdout, domains, method, rng_seed, progress=progress)
+        setup = Setup(store, work, embedder, means)
+        grown = grow(setup, corpus.train, corpus.holdout, domains, method, rng_seed, progress=progress)
         made = Partition(
             corpus=corpus.digest,
             embedder=embedder,
@@ -79,7 +79,7 @@ def partition(
 def fit_embedder(
     corpus: Corpus, store: Store, name: str, *, model: Model | None = None, rng_seed: int = 0, progress: Progress = silent
 ) -> Embedder:
-    """Fit a row of the table of embedders on the training documents, or find it fitted before; neural ones need their model.
+    """Fit an embedder on the training documents, once. One by a model needs it (embed.find_model).
     Raises UnknownName, BadInput, BadCorpus."""
     path = store.work(fingerprint("embedder", RULES, corpus.digest, name, model and model.name, rng_seed)) / "embedder.json"
     if path.exists():
@@ -92,12 +92,12 @@ def fit_embedder(
     return made
 
 
-# ---- using a partition: its record, its centroids and its embedder are enough; no text of the corpus is needed -------
+# ---- using a partition: this needs its record, centroids and embedder, and no text of the corpus -----------------------
 
 
 def centroids(partition: Partition, store: Store, signal: str = "dense") -> Centroids:
-    """The centroids as a router's signal wants them: "dense" [K, D] float32, or "sparse". Raises BadInput."""
-    centroid_KD, sparse_KV = _saved(partition, store)
+    """The centroids for a router: "dense" [K, D] float32, or "sparse". Raises BadInput."""
+    centroid_KD, sparse_KV = _load(partition, store)
     if signal != "sparse":
         return centroid_KD
     if sparse_KV is None:
@@ -112,8 +112,8 @@ def assign(partition: Partition, store: Store, texts: Sequence[str], open_model:
 
 
 # ---- revising one ----------------------------------------------------------------------------------------------------
-# A domain that is not split keeps its place, centroid, name and shards, so its expert stays what it was. The embedder
-# stays too: words it does not know are still unknown.
+# A domain that is not split keeps its index, centroid, name and shards, so its expert stays valid. The embedder stays too: it does
+# not learn new words.
 
 
 def split(
@@ -126,24 +126,26 @@ def split(
     means: Means = ALONE,
     progress: Progress = silent,
 ) -> Partition:
-    """Part one domain in several: the first takes its place, the others come after the last. Raises BadInput, BadCorpus."""
+    """Split one domain into parts. The first takes its index, the others come after the last domain. Raises BadInput, BadCorpus."""
     if not 0 <= domain < len(partition.domains) or partition.method == "random":
-        raise BadInput(f"cannot split domain {domain}: name one of 0-{len(partition.domains) - 1} of a partition that is not random")
+        raise BadInput(
+            f"cannot split domain {domain}: choose one from 0 to {len(partition.domains) - 1}, of a partition that is not random"
+        )
     old = partition.domains[domain]
     if not 2 <= parts <= old.documents:
-        raise BadCorpus(f"{parts} parts of {old.documents} documents: 2 parts or more are needed, and each needs a document")
+        raise BadCorpus(f"{parts} parts of {old.documents} documents: choose at least 2 parts, with at least one document each")
     if missing := [shard for shard in (*old.train, *old.holdout) if not store.has(shard.blob)]:
         raise BadInput(f"domain {old.name!r} cannot be split here: {len(missing)} of its shards of text stayed with their owner")
     key = fingerprint("split", RULES, partition.digest, domain, parts, rng_seed)
-    others = _readable(partition.domains[:domain] + partition.domains[domain + 1 :], store)
+    others = _with_text(partition.domains[:domain] + partition.domains[domain + 1 :], store)
     with store.held(key) as work:
         if done := store.done(key):
             return store.load(done, Partition)
-        ground = Ground(store, work, partition.embedder, means)
-        grown = grow(ground, old.train, old.holdout, parts, partition.method, rng_seed, others, progress)
+        setup = Setup(store, work, partition.embedder, means)
+        grown = grow(setup, old.train, old.holdout, parts, partition.method, rng_seed, others, progress)
         places = [*range(domain), len(partition.domains), *range(domain + 1, len(partition.domains))]
         places += range(len(partition.domains) + 1, len(partition.domains) + parts)
-        made = _revised(partition, grown, domain, places, partition.corpus, store)
+        made = _revise(partition, grown, domain, places, partition.corpus, store)
         store.finish(key, made)
         return made
 
@@ -158,36 +160,33 @@ def add(
     means: Means = ALONE,
     progress: Progress = silent,
 ) -> Partition:
-    """Let a corpus bring new domains, which come after the last; no document goes to an old one. Raises BadInput, BadCorpus."""
+    """Add new domains from a corpus, after the last domain; no document goes to an old one. Raises BadInput, BadCorpus."""
     count = sum(shard.documents for shard in corpus.train)
     if not 1 <= domains <= count:
-        raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; ask for fewer, or add documents")
+        raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; use fewer domains, or add documents")
     key = fingerprint("add", RULES, partition.digest, corpus.digest, domains, rng_seed)
     with store.held(key) as work:
         if done := store.done(key):
             return store.load(done, Partition)
-        ground = Ground(store, work, partition.embedder, means)
+        setup = Setup(store, work, partition.embedder, means)
         grown = grow(
-            ground, corpus.train, corpus.holdout, domains, partition.method, rng_seed, _readable(partition.domains, store), progress
+            setup, corpus.train, corpus.holdout, domains, partition.method, rng_seed, _with_text(partition.domains, store), progress
         )
-        made = _revised(partition, grown, None, [*range(len(partition.domains) + domains)], corpus.digest, store)
+        made = _revise(partition, grown, None, [*range(len(partition.domains) + domains)], corpus.digest, store)
         store.finish(key, made)
         return made
 
 
 def heirs(old: Partition, new: Partition, store: Store) -> list[tuple[int, ...]]:
-    """For each domain of a partition, the places in a later revision of it where its expert serves [K].
+    """For each domain of a partition, its domains in a later revision [K]: itself, or all of its parts if it was split.
 
-    One place for a domain that stayed; all of its parts for one that was split, until they have experts of their own.
-    Raises ForeignExpert when `new` does not come from `old`.
+    Raises ForeignExpert if `new` is not a revision of `old`.
     """
     places = [(place, place) for place in range(len(new.domains))]  # (in new, in the ancestor)
     step = new
     while step.digest != old.digest:
         if step.parent is None:
-            raise ForeignExpert(
-                f"partition {new.digest[:8]} does not come from {old.digest[:8]}: their domains have nothing to do with each other"
-            )
+            raise ForeignExpert(f"partition {new.digest[:8]} does not come from {old.digest[:8]}: use a revision of it")
         places = [(place, origin) for place, now in places if (origin := step.domains[now].origin) is not None]
         step = store.load(step.parent, Partition)
     return [tuple(place for place, origin in places if origin == domain) for domain in range(len(old.domains))]
@@ -196,9 +195,9 @@ def heirs(old: Partition, new: Partition, store: Store) -> list[tuple[int, ...]]
 def serving(partition: Partition, trained: Sequence[tuple[str | None, int | None]], store: Store) -> list[tuple[int, ...]]:
     """The domains that each expert serves, by the partition and the domain it was trained on.
 
-    A domain is served by experts of its own; while it has none, by those of the domain it came out of, and so on back. So an
-    expert of a domain that was split serves all parts, then those without experts, and none in the end.
-    Raises ForeignExpert for one of no domain, or of a partition that this one does not come from.
+    A domain is served by its own experts; if it has none, by those of the domain it was split from, and so on. So the expert of a
+    domain that was split serves those parts that have no experts of their own. Raises ForeignExpert for an expert without a domain,
+    or of a partition that this one does not revise.
     """
     served: list[list[int]] = [[] for _ in trained]
     vacant = {place: place for place in range(len(partition.domains))}  # here -> in the ancestor
@@ -218,22 +217,24 @@ def serving(partition: Partition, trained: Sequence[tuple[str | None, int | None
     for digest, domain in trained:
         if digest in strangers or domain is None:
             where = "no domain" if domain is None else f"partition {(digest or 'none')[:8]}"
-            raise ForeignExpert(f"an expert is of {where}, the forest's partition is {partition.digest[:8]}: leave it out, or retrain it")
+            raise ForeignExpert(
+                f"an expert is of {where}, and the forest's partition is {partition.digest[:8]}: leave it out, or train it again"
+            )
     return [tuple(places) for places in served]
 
 
 # ---- inside ----------------------------------------------------------------------------------------------------------
 
 
-def _readable(domains: Sequence[Domain], store: Store) -> tuple[Domain, ...]:
-    """Domains without the shards that stayed with their owner: names of new ones are told from the text that is here."""
+def _with_text(domains: Sequence[Domain], store: Store) -> tuple[Domain, ...]:
+    """Domains without the shards that stayed with their owner: names of new domains are compared with the text that is here."""
     return tuple(one.model_copy(update={"train": tuple(shard for shard in one.train if store.has(shard.blob))}) for one in domains)
 
 
-def _revised(old: Partition, grown: NewDomains, domain: int | None, places: Sequence[int], corpus: str, store: Store) -> Partition:
-    """Old domains and new ones, in the order of places: those of the old, then of the new."""
-    old_KD, old_KV = _saved(old, store)
-    domains = [place_of.model_copy(update={"origin": place}) for place, place_of in enumerate(old.domains)]
+def _revise(old: Partition, grown: NewDomains, domain: int | None, places: Sequence[int], corpus: str, store: Store) -> Partition:
+    """The partition with the old and the new domains, selected by `places`, which count the old domains and then the new ones."""
+    old_KD, old_KV = _load(old, store)
+    domains = [domain_.model_copy(update={"origin": place}) for place, domain_ in enumerate(old.domains)]
     domains += [new.model_copy(update={"origin": domain}) for new in grown.domains]
     sparse_KV = None if old_KV is None or grown.sparse_KV is None else sparse.csr_matrix(sparse.vstack([old_KV, grown.sparse_KV]))[places]
     return old.model_copy(
@@ -250,7 +251,7 @@ def _revised(old: Partition, grown: NewDomains, domain: int | None, places: Sequ
 
 
 def _save(centroid_KD: Floats, sparse_KV: sparse.csr_matrix | None, store: Store) -> str:
-    """Store dense centroids, and the largest KEPT terms of each sparse one; the digest of the file."""
+    """Store dense centroids, and the KEPT largest terms of each sparse one; return the digest of the file."""
     tensors = {"centroids": np.ascontiguousarray(centroid_KD, np.float32)}
     if sparse_KV is not None:
         rows = [_largest(sparse_KV[row]) for row in range(sparse_KV.shape[0])]
@@ -268,8 +269,8 @@ def _largest(row_1V: sparse.csr_matrix) -> tuple[Ints, Floats]:
     return row_1V.indices[kept], row_1V.data[kept]
 
 
-def _saved(partition: Partition, store: Store) -> tuple[Floats, sparse.csr_matrix | None]:
-    """What `_save` stored: centroids [K, D] float32 and [K, V]."""
+def _load(partition: Partition, store: Store) -> tuple[Floats, sparse.csr_matrix | None]:
+    """Load what `_save` stored: centroids [K, D] float32 and [K, V]."""
     tensors = safetensors.numpy.load_file(store.get(partition.centroids))
     if "sparse_values" not in tensors:
         return tensors["centroids"], None

@@ -1,8 +1,8 @@
 """Text -> words, in any script.
 
-A word is a run of two or more letters (with their marks), lower-cased; digits and signs part words, so `read_file2` is
-`read` and `file`. Scripts written without spaces, and Hangul, give every pair of neighbouring letters instead. A word
-counts once a character that cannot belong to it follows; a pair counts at once.
+A word is a run of two or more letters (with their marks), in lower case. Digits and signs separate words, so `read_file2` is
+`read` and `file`. In scripts without spaces, and in Hangul, every pair of neighbouring letters is a word. A word counts once it
+is complete, that is, when a character follows that cannot belong to it; a pair counts at once.
 
 Shapes: W words of one text, in order.
 """
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 Ints = NDArray[np.integer]
 
 LONGEST = 64  # letters; a longer run is data, not a word
-REMEMBERED = 1 << 20  # spellings a lexicon remembers
+REMEMBERED = 1 << 20  # spellings in the cache of a lexicon
 _JOINED = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _PAIRED = rf"[[{_JOINED}]&&[\p{{L}}\p{{M}}]]"
 _WORD = regex.compile(rf"(?V1)(?P<pair>{_PAIRED})(?={_PAIRED})|[\p{{L}}--[{_JOINED}]][[\p{{L}}\p{{M}}]--[{_JOINED}]]+")
 _TAIL = regex.compile(rf"(?V1)[\p{{L}}--[{_JOINED}]][[\p{{L}}\p{{M}}]--[{_JOINED}]]*\Z")
-# ASCII: letters to lower case, all else to a space; bytes of other characters stay. What a space follows is a unit: a
-# word, or something with other characters in it that is looked at letter by letter, once.
+# ASCII letters become lower case, other ASCII characters become spaces, other bytes stay. What is between spaces is a unit: a word,
+# or something with other characters, which is parsed once by the regular expression.
 _UNITS = bytes(byte if byte >= 128 else byte | 32 if chr(byte).isalpha() else 32 for byte in range(256))
 
 
@@ -32,10 +32,10 @@ def words(text: str) -> list[str]:
 
 
 def spans(text: str) -> list[tuple[str, int]]:
-    """Each word of a text, and the length of the shortest prefix in which it counts."""
+    """Each word of a text, and the length of the shortest prefix in which it is complete."""
     found = []
     for match in _WORD.finditer(text):
-        end = match.end() + 1  # with the second letter of a pair, or what follows a word
+        end = match.end() + 1  # including the second letter of a pair, or the character after a word
         word = text[match.start() : end] if match.lastgroup else match.group()
         if len(word) <= LONGEST:
             found.append((word.lower(), end))
@@ -43,19 +43,19 @@ def spans(text: str) -> list[tuple[str, int]]:
 
 
 def finished(text: str) -> str:
-    """A text without the word still being written at its end."""
+    """A text without the incomplete word at its end."""
     return _TAIL.sub("", text)
 
 
 class Lexicon:
-    """Words -> rows of a term table, quickly: remembers what each spelling came to."""
+    """Words -> rows of a term table, with a cache of spellings."""
 
     def __init__(self, row: Callable[[str], int]):
-        """`row` gives a word's row, or -1 for a word that has none."""
+        """`row` returns the row of a word, or -1 if it has none."""
         self._memo = _Memo(row)
 
     def rows(self, text: str) -> Ints:
-        """Rows of the words of a text [W], -1 where a word has none, in no special order."""
+        """Rows of the words of a text [W], in any order; -1 for a word without a row."""
         code_U = self._codes(text.encode("utf-8", "surrogatepass").translate(_UNITS).split())
         if len(code_U) and code_U.min() < -1:
             several = [self._memo.several[-2 - code] for code in code_U[code_U < -1]]
@@ -63,7 +63,7 @@ class Lexicon:
         return code_U
 
     def steps(self, text: str) -> tuple[Ints, Ints]:
-        """Rows of the words of a text [W] in order, and the length of the shortest prefix in which each counts [W]."""
+        """Rows of the words of a text in order [W], and the length of the shortest prefix in which each is complete [W]."""
         data = text.encode("utf-8", "surrogatepass").translate(_UNITS)
         byte_B = np.frombuffer(data, np.uint8)
         edges = np.flatnonzero(np.diff(byte_B != 32, prepend=False, append=False))
@@ -72,7 +72,7 @@ class Lexicon:
         code_U = self._codes(units)
         if text.isascii():
             return code_U, end_U + 1
-        characters_B = np.cumsum((byte_B & 0xC0) != 0x80)  # up to and with each byte
+        characters_B = np.cumsum((byte_B & 0xC0) != 0x80)  # up to and including each byte
         plain_U = np.maximum.reduceat(byte_B, start_U) < 128 if len(start_U) else np.zeros(0, bool)
         rows = [code_U[plain_U]]
         counts = [characters_B[end_U[plain_U] - 1] + 1]
@@ -93,7 +93,7 @@ class Lexicon:
 
 
 class _Memo(dict[bytes, int]):
-    """Unit -> row of its word, -1 for none, -2 - place in `several` where it holds more than one word."""
+    """Unit -> row of its word; -1 for none; -2 - index in `several` if it has more than one word."""
 
     def __init__(self, row: Callable[[str], int]):
         super().__init__()

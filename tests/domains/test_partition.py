@@ -87,7 +87,7 @@ partition(store.load(sys.argv[2]), store, domains=3, progress=stop)
 def test_a_run_that_was_killed_goes_on_at_its_shard(sharded, tmp_path):
     root, corpus, expected = sharded
     store = undone(root, tmp_path)
-    for stop_at, stem in (("embed", "shard-"), ("part train documents", "train-")):
+    for stop_at, stem in (("embed", "shard-"), ("divide train documents", "train-")):
         command = [sys.executable, "-c", KILLED, str(store.root), corpus.digest, stop_at]
         assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
         assert len(list(store.root.glob(f"work/*/{stem}[0-9]*.*"))) >= 2
@@ -99,7 +99,7 @@ def test_a_run_that_was_killed_goes_on_at_its_shard(sharded, tmp_path):
         assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
 
     assert partition(corpus, store, domains=3, progress=watch) == expected
-    assert "part train documents" in told
+    assert "divide train documents" in told
     assert not any(what.startswith("embed shard") for what in told), "nothing is done twice"
 
 
