@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
@@ -15,6 +15,7 @@ from elmwood.merge.layer_weights import depth_of
 from elmwood.merge.parallel import StateJob, make_state, spread
 from elmwood.merge.rules.table import RULES, Rules, open_rules
 from elmwood.merge.states import add, check, remove, seed_places
+from elmwood.ranges import Between, Documents, checked
 from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, parse
 from elmwood.report.notebook import facts, show_ranking
 from elmwood.store import AnyStore, Holder, Named, Store, listed
@@ -22,6 +23,7 @@ from elmwood.study.quality.selection import ChosenMerge, choose_best
 from elmwood.study.text import keep_name
 
 Weight = float | Sequence[float]  # several: a gradient over depth, from the first layer to the last
+Some = Annotated[int | None, Between(1)]
 Values = float | Sequence[float]  # several: an answer for each
 Members = dict[str, tuple[Share, ...]]  # expert's digest -> its weights
 
@@ -49,12 +51,13 @@ class Merges(NamedTuple):
         return facts(f"{len(self.made)} merges", {one: record.digest[:12] for one, record in self.made.items()})
 
 
+@checked
 def merge(
     experts: Named | Sequence[Named], store: AnyStore = None, *, method: str | Sequence[str] | None = None,
     weights: Weight | Sequence[Weight] | None = None, scale: Values | None = None, density: Values | None = None,
     rank: Values | None = None, settings: Mapping[str, Values] | None = None, layers: range | None = None, tensors: str = "",
-    resize: bool = False, choose: bool = False, per_layer: bool = False, run: int | None = None, partition: str | None = None,
-    documents: int | None = None, parts: int | None = None, workers: int | None = None, engine: str = "local", name: str | None = None,
+    resize: bool = False, choose: bool = False, per_layer: bool = False, run: Some = None, partition: str | None = None,
+    documents: Documents = None, parts: Some = None, workers: Some = None, engine: str = "local", name: str | None = None,
     progress: Progress = silent,
 ) -> Merges:  # fmt: skip
     """Merge experts of one seed into one checkpoint, or adapters into one adapter. Several values of a setting give several merges.
@@ -129,9 +132,22 @@ def members_of(
     if len(each) not in (1, len(found)):
         raise BadInput(f"{len(each)} weights for {len(found)} experts: give one for all, or one for each in the order named")
     span = (layers.start, layers.stop) if layers else None
+    if found and (layers or tensors):
+        _check_selection(seed_of(dict.fromkeys(found), store), layers, tensors, store)
     values = [tuple(map(float, one)) if isinstance(one, Sequence) else (float(one),) for one in each]
     shares = [(Share(tensors=tensors, layers=span, values=one),) for one in values]
     return dict(zip(found, shares * (len(found) if len(each) == 1 else 1), strict=True))
+
+
+def _check_selection(seed: Seed, layers: range | None, tensors: str, store: Store) -> None:
+    """Raises BadInput where a merge of these layers and tensors would change nothing."""
+    names = seed_places(seed, store)
+    if layers and layers.stop > (depth := depth_of(names)):
+        raise BadInput(
+            f"--layers {layers.start}-{layers.stop - 1}: seed {seed.name} has {depth} layers, 0 to {depth - 1}; choose among them"
+        )
+    if not any(tensors in name for name in names):
+        raise BadInput(f"--tensors {tensors!r}: no tensor of the seed has this in its name; a name is {min(names)}")
 
 
 def answers_of(methods: Sequence[str], given: Mapping[str, Values | None], rules: Rules = RULES) -> list[Answer]:

@@ -15,6 +15,7 @@ from elmwood.merge.moe.build import mix as build
 from elmwood.merge.moe.gates import GATES
 from elmwood.merge.moe.remove import remove
 from elmwood.merge.rules.table import open_rules
+from elmwood.ranges import Count, Documents, RngSeed, checked
 from elmwood.records import Corpus, Expert, Forest, Gates, Mixture, Partition, Seed, Shard
 from elmwood.registry import lookup
 from elmwood.report.notebook import grid, show_ranking
@@ -43,10 +44,11 @@ class MixResult(NamedTuple):
         return self.record._repr_html_()
 
 
+@checked
 def mix(
-    forest: Named, store: AnyStore = None, *, gates: str = "hidden", top_k: int = 2, scale: Values = 1.0, method: str = "average",
+    forest: Named, store: AnyStore = None, *, gates: str = "hidden", top_k: Count = 2, scale: Values = 1.0, method: str = "average",
     settings: Mapping[str, Values] | None = None, low_rank: bool = False, seed_expert: bool = True, seed_bias: float = 0.0,
-    without: Named | Sequence[Named] = (), documents: int | None = None, rng_seed: int = 0, name: str | None = None,
+    without: Named | Sequence[Named] = (), documents: Documents = None, rng_seed: RngSeed = 0, name: str | None = None,
     progress: Progress = silent,
 ) -> MixResult:  # fmt: skip
     """Combine the experts of a forest into one mixture-of-experts model; or take experts out of a mixture.
@@ -126,11 +128,12 @@ class TunedMixture(NamedTuple):
         return "" if self.share_LE is None else summary(self.share_LE)
 
 
+@checked
 def tune(
     mixture: Named, store: AnyStore = None, *, tokens: int | str = "1M", batch: int = 8, length: int | None = None,
     learning_rate: float | None = None, schedule: str = "cosine", tuned: str = "routers", balance: float = 0.01,
-    accumulate: int = 1, checkpointing: bool = False, optimiser: str = "adamw", patience: int | None = None, rng_seed: int = 0,
-    threads: int = 1, name: str | None = None, progress: Progress = silent,
+    accumulate: int = 1, checkpointing: bool = False, optimiser: str = "adamw", patience: int | None = None, rng_seed: RngSeed = 0,
+    threads: Count = 1, name: str | None = None, progress: Progress = silent,
 ) -> TunedMixture:  # fmt: skip
     """Train the routers of a mixture, or more of it (`tuned`), on a mixed sample of its domains' text. An interrupted run resumes.
 
@@ -183,7 +186,8 @@ class Loads(NamedTuple):
         return grid(("share of the weight", *self.experts), rows, self.summary())
 
 
-def loads(mixture: Named, store: AnyStore = None, *, documents: int = 32, progress: Progress = silent) -> Loads:
+@checked
+def loads(mixture: Named, store: AnyStore = None, *, documents: Count = 32, progress: Progress = silent) -> Loads:
     """The load of each expert of a mixture, by layer and domain of held-out text. Raises BadInput."""
     from elmwood.train import router  # torch
 

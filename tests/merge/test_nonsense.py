@@ -16,6 +16,7 @@ from elmwood.merge.moe.gates import random_rows
 from elmwood.merge.rules.table import RULES
 from elmwood.merge.states import seed_places, state
 from elmwood.records import Expert, Forest, Recipe
+from elmwood.study import merging, mixing
 
 SIGNED = {"average", "task_arithmetic", "dare", "breadcrumbs", "della", "iso_c", "tsv"}
 NAMES = ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight")
@@ -143,3 +144,30 @@ def test_a_seed_that_is_not_finite_is_not_merged(forest):
     for method in ("task_arithmetic", "ties", "karcher"):
         with pytest.raises(BadInput, match=NAMES[1]):
             merge(broken, equally(pair), [Answer(method, {})], store)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"layers": range(99, 100)}, "has 2 layers, 0 to 1"),
+        ({"tensors": "nothing-like-it"}, "no tensor of the seed"),
+        ({"parts": 0}, "parts is 0: choose 1 or more"),
+        ({"parts": -1}, "parts is -1: choose 1 or more"),
+        ({"run": 0}, "run is 0: choose 1 or more"),
+        ({"documents": 3}, "documents is 3: choose 4 or more"),
+    ],
+)
+def test_options_that_would_merge_nothing_are_refused(forest, options, complaint):
+    store, _, experts = forest
+    with pytest.raises(BadInput, match=complaint):
+        merging.merge(experts[:2], store, **options)
+    if {"layers", "tensors"} & options.keys():
+        with pytest.raises(BadInput, match=complaint):
+            merging.state_make(experts[:1], store, **options)
+
+
+def test_a_mixture_has_gates_for_at_least_one_expert(forest):
+    store, _, _ = forest
+    for options, complaint in (({"top_k": 0}, "top-k is 0"), ({"rng_seed": -1}, "rng-seed is -1")):
+        with pytest.raises(BadInput, match=complaint):
+            mixing.mix("no-forest", store, **options)
