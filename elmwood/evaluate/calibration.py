@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.domains.route import Routing, Signals, remember, router_of, weights
+from elmwood.domains.route import Router, Routing, Signals, best_of, remember, router_of, weights
 from elmwood.evaluate.losses import mix
 
 Floats = NDArray[np.floating]
@@ -36,12 +36,25 @@ class Calibration(NamedTuple):
 
 
 class TuneTokens:
-    """Tokens to choose settings on: a loss for any settings."""
+    """Tokens to choose settings on: a loss for any settings with one router and one top-k.
 
-    def __init__(self, loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints):
-        self.loglik_NC, self.dist2_NE = loglik_NC, dist2_NE
+    Where only the nearest experts and the seed can have weight, the others are left out from the start.
+    """
+
+    def __init__(self, loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints, router: Router, top_k: int):
         self.every = -(-len(loglik_NC) // SAMPLE)
-        self.memory = cache(lambda decay: remember(loglik_NC, decay, document_N))
+
+        def remembered(decay: float) -> Floats:
+            return remember(loglik_NC, decay, document_N)
+
+        if dist2_NE is not None and router.monotone and top_k < dist2_NE.shape[1]:
+            near_Nk = np.nonzero(best_of(-dist2_NE, top_k))[1].reshape(-1, top_k)
+            some_NC = np.column_stack([near_Nk, np.full(len(near_Nk), dist2_NE.shape[1])])
+            self.dist2_NE: Floats | None = np.take_along_axis(dist2_NE, near_Nk, 1)
+            self.loglik_NC = np.take_along_axis(loglik_NC, some_NC, 1)
+            self.memory = cache(lambda decay: np.take_along_axis(remembered(decay), some_NC, 1))
+        else:
+            self.dist2_NE, self.loglik_NC, self.memory = dist2_NE, loglik_NC, cache(remembered)
 
     def signals(self, routing: Routing) -> Signals:
         looks = router_of(routing).memory
@@ -85,7 +98,7 @@ def calibrate(loglik_NC: Floats, dist2_NE: Floats | None, document_N: Ints, top_
     begin = Routing(router, top_k, ANY)
     row = router_of(begin)
     begin = begin if row.distances else replace(begin, temperature=ANY_NATS)
-    tuning = TuneTokens(loglik_NC, dist2_NE if row.distances else None, document_N)
+    tuning = TuneTokens(loglik_NC, dist2_NE if row.distances else None, document_N, row, top_k)
     coldest, warmest = (COLDEST, WARMEST) if row.distances else (SHARPEST, FLATTEST)
     grid = np.geomspace(coldest, warmest, GRID)
 
