@@ -2,8 +2,8 @@
 
     python -m benches.forest STORE [--corpus FOLDER_OR_FILE ...] [--domains 8] [--seed-tokens 6M] [--tokens 1M] [--rank 16]
 
-Names: lab/seed, lab/partition, lab/random-partition, lab/full/N, lab/lora/N, lab/random/N, lab/dense/batch|large|short, lab/forest and
-lab/ensemble (full), lab/lora-forest and lab/lora-ensemble. One JSON line per row of each table; what was done in STORE is found again.
+Names: lab/seed, lab/partition, lab/random-partition, lab/full/N, lab/lora/N, lab/random/N, lab/dense/batch|middle|large, lab/forest and
+lab/ensemble (full), lab/lora-forest and lab/lora-ensemble. One JSON line per row of each table; finished steps in STORE are found again.
 """
 
 from benches.common import Lines, parser, say
