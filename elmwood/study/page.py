@@ -1,6 +1,7 @@
 """What there is to show of records: the page of a comparison, the names in a store, the lineage of a record and the map of a partition."""
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +65,7 @@ def find_comparison(given: Named, store: Store) -> Comparison:
 def render(comparison: Comparison, store: Store) -> str:
     """The HTML of a comparison of a forest; of single models, the table alone."""
     facts = {"machine": f"{cores()} cores, {platform.machine()}", "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES)}
-    facts |= {name: f"{value:.4g}" for name, value in comparison.fitted.items()}
+    facts |= settings_of_rows(comparison.fitted)
     if comparison.forest is None:
         return html(Report(title="Models compared", rows=comparison.rows, facts=facts))
     forest = store.load(comparison.forest, Forest)
@@ -94,6 +95,17 @@ def render(comparison: Comparison, store: Store) -> str:
             facts=facts,
         )
     )
+
+
+def settings_of_rows(fitted: Mapping[str, float]) -> dict[str, str]:
+    """One line for each row that has fitted settings. A record has those of the chosen row without its name as well."""
+    by_row: dict[str, list[str]] = {}
+    for name, value in fitted.items():
+        row, colon, setting = name.rpartition(": ")
+        by_row.setdefault(row if colon else "", []).append(f"{setting} {value:.4g}")
+    chosen = by_row.pop("", [])
+    named = {f"settings, {row}": ", ".join(settings) for row, settings in by_row.items()}
+    return named or ({"settings": ", ".join(chosen)} if chosen else {})
 
 
 def _map(partition: Partition, store: Store) -> tuple[tuple[Area, ...], tuple[MapPoint, ...]]:

@@ -14,6 +14,7 @@ from elmwood.store import Store
 from elmwood.study.ancestry import Sample
 from elmwood.study.merging import Merges
 from elmwood.study.mixing import Loads, MixResult, TunedMixture
+from elmwood.study.page import settings_of_rows
 from elmwood.study.quality.evaluation import Evaluation
 from elmwood.study.quality.forest_table import CandidateRow, Chosen, ExpertValue, ForestTable, Routed, Static, TableCost
 from elmwood.study.quality.selection import ChosenMerge, Tuned
@@ -87,3 +88,15 @@ def test_a_sample_prints_as_its_text():
     sample = Sample("The river <", " ran.", {"0 sea": 0.75, "seed": 0.25})
     assert str(sample) == "The river < ran."
     assert shown(sample) == "The river < ran. 0 sea 75%, seed 25%"
+
+
+def test_a_page_has_one_line_of_settings_for_each_fitted_row():
+    fitted = {"top_k": 2.0, "temperature": 0.83859, "live routing, top-2: top_k": 2.0, "live routing, top-2: temperature": 0.83859}
+    fitted |= {"dense + seed, live routing: decay": 0.85}
+    assert settings_of_rows(fitted) == {
+        "settings, live routing, top-2": "top_k 2, temperature 0.8386",
+        "settings, dense + seed, live routing": "decay 0.85",
+    }
+    older = {"top_k": 2.0, "temperature": 0.1, "top-1 temperature": 0.3}  # before rows had their names in them
+    assert settings_of_rows(older) == {"settings": "top_k 2, temperature 0.1, top-1 temperature 0.3"}
+    assert settings_of_rows({}) == {}
