@@ -6,12 +6,14 @@ costs nothing.
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,7 +101,8 @@ def _local(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress:
         devices.put(found[number % len(found)])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=(events, devices if found else None))
     try:
-        places = {pool.submit(_call, task, item): place for place, item in enumerate(inputs)}
+        with _hidden_main():
+            places = {pool.submit(_call, task, item): place for place, item in enumerate(inputs)}
         for future in as_completed(places):
             yield places[future], future.result()
     except BrokenProcessPool as error:
@@ -112,6 +115,18 @@ def _local(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress:
         pool.shutdown(wait=True, cancel_futures=True)
         events.put(None)  # after everything the workers put there
         relay.join(timeout=1)  # a terminated worker may have left the queue locked
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Processes that are spawned meanwhile do not run the caller's script again, which may have no `if __name__ == "__main__"`."""
+    main: dict[str, Any] = vars(sys.modules["__main__"])  # type: ignore[assignment]
+    hidden: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(hidden)
 
 
 def _killed(what: str) -> str:

@@ -37,9 +37,10 @@ def write_notes(path: Path) -> None:
 
 
 def run(code: str, folder: Path) -> str:
-    """stdout of a fresh interpreter; warnings are errors."""
+    """stdout of a script of these lines, which has no `if __name__ == "__main__"`; warnings are errors."""
+    (folder / "script.py").write_text(code)
     environment = {name: value for name, value in os.environ.items() if name != "ELMWOOD_STORE"}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "error", "script.py"], cwd=folder, env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     return done.stdout
 
