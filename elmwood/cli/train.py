@@ -123,7 +123,7 @@ def tune(mixture: str, recipe: RecipeOptions, schedule: ScheduleOptions, typed: 
             mixture, output.store, tokens=schedule.tokens, batch=recipe.batch, length=recipe.length, learning_rate=schedule.learning_rate,
             schedule=schedule.schedule, tuned=recipe.tuned, balance=schedule.balance, accumulate=recipe.accumulate,
             checkpointing=recipe.checkpointing, optimiser=recipe.optimiser, patience=schedule.patience, rng_seed=schedule.rng_seed,
-            threads=schedule.threads or 1, name=name, progress=progress,
+            threads=1 if schedule.threads is None else schedule.threads, name=name, progress=progress,
         )  # fmt: skip
     talk.print(done.summary(), soft_wrap=True)
     made(done.record, name, output.as_json)

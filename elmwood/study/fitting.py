@@ -7,7 +7,7 @@ from elmwood.errors import BadInput
 from elmwood.records import Mixture, Recipe, Seed
 from elmwood.report.notebook import facts
 from elmwood.store import AnyStore, Named, Store
-from elmwood.study.training import checked, default_length
+from elmwood.study.training import default_length, make_record
 from elmwood.units import parse_count, short
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def fit(
     store = Store(store)
     known = _find(seed, store)
     start = store.load(known.seed, Seed) if isinstance(known, Mixture) else known
-    length = length or default_length(start.context if start else 1024)
+    length = default_length(start.context if start else 1024) if length is None else length
     common = {
         "batch": batch, "length": length, "accumulate": accumulate, "checkpointing": checkpointing, "optimiser": optimiser,
     }  # fmt: skip
@@ -70,7 +70,7 @@ def _find(seed: Named, store: Store) -> Seed | Mixture | None:
 
 
 def _recipe(**fields: object) -> Recipe:
-    return checked(Recipe, "fit", steps=1, threads=cores(), **fields)
+    return make_record(Recipe, "fit", steps=1, threads=cores(), **fields)
 
 
 def _fit_mixture(mixture: Mixture, recipe: Recipe, store: Store, memory: int | None, device: str | None) -> Fitting:

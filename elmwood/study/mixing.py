@@ -144,9 +144,11 @@ def tune(
     home = Store(store)
     start = home.load(mixture, Mixture)
     recipe = make_recipe(
-        method="router", tokens=tokens, batch=batch, length=length or default_length(home.load(start.seed, Seed).context),
-        learning_rate=learning_rate or 3e-3, schedule=schedule, tuned=tuned, balance=balance, accumulate=accumulate,
-        checkpointing=checkpointing, optimiser=optimiser, patience=patience, rng_seed=rng_seed, threads=threads, weight_decay=0.0,
+        method="router", tokens=tokens, batch=batch,
+        length=default_length(home.load(start.seed, Seed).context) if length is None else length,
+        learning_rate=3e-3 if learning_rate is None else learning_rate, schedule=schedule, tuned=tuned, balance=balance,
+        accumulate=accumulate, checkpointing=checkpointing, optimiser=optimiser, patience=patience, rng_seed=rng_seed, threads=threads,
+        weight_decay=0.0,
     )  # fmt: skip
     data = mixed_text(home.load(home.load(start.forest, Forest).partition, Partition), home)
     made = router.tune(start, data, recipe, home, progress=progress)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from elmwood.domains.embed import find_model
 from elmwood.domains.grow import Means
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
+from elmwood.ranges import Between, Count, RngSeed, checked
 from elmwood.records import Corpus, Partition, Record
 from elmwood.report.notebook import grid
 from elmwood.store import AnyStore, Named, Store
@@ -91,10 +92,11 @@ def build(
     return keep_name(corpus, name, store)
 
 
+@checked
 def cluster(
-    corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: int = 8, embedder: str = "tfidf",
-    embedder_model: str | None = None, method: str = "balanced", holdout: float = 0.1, field: str = "text", rng_seed: int = 0,
-    workers: int = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
+    corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: Count = 8, embedder: str = "tfidf",
+    embedder_model: str | None = None, method: str = "balanced", holdout: float = 0.1, field: str = "text", rng_seed: RngSeed = 0,
+    workers: Count = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
 ) -> Partition:  # fmt: skip
     """Read a corpus (sources, or a corpus that was built) and divide it into domains. Raises BadCorpus, BadInput, DoesNotFit."""
     store = Store(store)
@@ -108,9 +110,10 @@ def cluster(
     return keep_name(made, name, store)
 
 
+@checked
 def split(
-    partition: Named, domain: int | str, store: AnyStore = None, *, parts: int = 2, rng_seed: int = 0, name: str | None = None,
-    progress: Progress = silent,
+    partition: Named, domain: int | str, store: AnyStore = None, *, parts: Annotated[int, Between(2)] = 2, rng_seed: RngSeed = 0,
+    name: str | None = None, progress: Progress = silent,
 ) -> Revision:  # fmt: skip
     """Split one domain, by number or name, into several. The experts of the other domains stay valid. Raises BadInput, BadCorpus."""
     store = Store(store)
@@ -120,9 +123,11 @@ def split(
     return Revision(keep_name(made, name, store), parent, partitions.heirs(parent, made, store)[number])
 
 
+@checked
 def add(
-    partition: Named, corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: int = 1, holdout: float = 0.1,
-    field: str = "text", rng_seed: int = 0, workers: int = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
+    partition: Named, corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: Count = 1, holdout: float = 0.1,
+    field: str = "text", rng_seed: RngSeed = 0, workers: Count = 1, engine: str = "local", name: str | None = None,
+    progress: Progress = silent,
 ) -> Revision:  # fmt: skip
     """Add new domains from a corpus. The experts of the old domains stay valid. Raises BadInput, BadCorpus, DoesNotFit."""
     store = Store(store)

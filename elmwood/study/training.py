@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
 from elmwood.engine import Progress, cores, run, silent
 from elmwood.errors import BadInput
+from elmwood.ranges import Between, Count, checked
 from elmwood.records import Corpus, Expert, Forest, Partition, Recipe, Seed, Shape, Shard, Statistics
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.tasks import (
@@ -31,6 +32,13 @@ TINY = 10_000_000  # parameters: below, a model has learned little and takes the
 # fields of a recipe that a command names only where they are not the default
 OPTIONAL = ("rank", "alpha", "targets", "late", "schedule", "accumulate", "checkpointing", "optimiser", "patience", "rng_seed")
 
+# of fields whose records allow any number: old records stay readable
+RANGES = {
+    "alpha": Between(0, inside=True), "balance": Between(0), "learning_rate": Between(0, inside=True), "patience": Between(1),
+    "batch": Between(1, 1 << 20), "accumulate": Between(1, 1 << 20), "length": Between(2, 1 << 24), "rank": Between(1, 65536),
+    "rng_seed": Between(0, 2**32 - 1), "threads": Between(1),
+}  # fmt: skip
+
 
 # ---- seeds -------------------------------------------------------------------------------------------------------
 
@@ -53,10 +61,10 @@ def train_seed(
 ) -> Seed:  # fmt: skip
     """Train a small Llama from scratch, with its own tokenizer. Raises BadInput, BadCorpus, DoesNotFit."""
     store = Store(store)
-    shape = llama(layers, width, vocabulary, length)
     recipe = make_recipe(
         tokens=tokens, method="full", batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed, threads=cores()
     )
+    shape = llama(layers, width, vocabulary, length)
     built = corpus if isinstance(corpus, Corpus) else build(corpus, store=store, progress=progress)
     from elmwood.train import tasks  # torch
 
@@ -66,7 +74,7 @@ def train_seed(
 def llama(layers: int, width: int, vocabulary: int, context: int) -> Shape:
     """The proportions of a Llama: heads of 32 (64 from width 512), feed-forward 8/3 of the width in steps of 32. Raises BadInput."""
     heads, feed_forward = max(1, width // (64 if width >= 512 else 32)), -(-width * 8 // 3 // 32) * 32
-    return checked(
+    return make_record(
         Shape, "seed train", layers=layers, width=width, heads=heads, feed_forward=feed_forward, vocabulary=vocabulary, context=context
     )
 
@@ -79,20 +87,24 @@ def make_recipe(
 ) -> Recipe:  # fmt: skip
     """A recipe for so many tokens. `targets` as the command line has them: names joined by commas. Raises BadInput."""
     chosen = tuple(targets.split(",") if isinstance(targets, str) else targets)
-    steps = max(1, parse_count(tokens) // (max(1, batch) * max(1, length)))
-    return checked(
+    if (count := parse_count(tokens)) < 1:
+        raise BadInput(f"--tokens {tokens}: training needs at least one token; write 2M, say")
+    steps = max(1, count // (max(1, batch) * max(1, length)))
+    return make_record(
         Recipe, verb, steps=steps, batch=batch, length=length, targets="all-linear" if "all-linear" in chosen else chosen, **fields
     )
 
 
-def checked(kind: type[R], verb: str, **fields: Any) -> R:
+def make_record(kind: type[R], verb: str, **fields: Any) -> R:
     """A record of options. Raises BadInput, which names the option."""
+    for field, allowed in RANGES.items():
+        allowed.check(field, fields.get(field))
     try:
         return kind(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
-        raise BadInput(f"--{option} {first['input']}: {first['msg'].lower()}; `elmwood {verb} --help` lists what there is") from error
+        raise BadInput(f"--{option} {first['input']}: {first['msg'].lower()}; `elmwood {verb} --help` lists the choices") from error
 
 
 def default_length(context: int) -> int:
@@ -146,24 +158,24 @@ class Plan(NamedTuple):
         return [[*command(self.partition, self.seed, group, self.recipe), *more] for group in self.groups]
 
 
+@checked
 def plan_training(
     partition: Named, seed: Named, store: AnyStore = None, *, domains: str | int | Sequence[int] = "all", method: str = "lora",
-    batch: int = 8, length: int | None = None, learning_rate: float | None = None, together: int = 1, threads: int | None = None,
-    workers: int | None = None, report_to: Sequence[str] = (), **options: Any,
+    batch: int = 8, length: int | None = None, learning_rate: float | None = None, together: Count = 1, threads: int | None = None,
+    workers: Annotated[int | None, Between(1)] = None, report_to: Sequence[str] = (), **options: Any,
 ) -> Plan:  # fmt: skip
     """The tasks of `train`, which has the same options. Raises BadInput."""
     store = Store(store)
     division, start = store.load(partition, Partition), store.load(seed, Seed)
     chosen: list[int | None] = [None] if domains == "pooled" else [*parse_domains(domains, len(division.domains))]
-    if together < 1:
-        raise BadInput(f"--together {together}: at least one expert is trained at a time; leave it out for one")
     groups = tuple(tuple(chosen[place : place + together]) for place in range(0, len(chosen), together))
     workers = workers or default_workers(start, len(groups))
     # an expert of a small seed has the same bytes whether it is trained alone or beside others
-    threads = threads or (1 if start.parameters < SMALL else max(1, cores() // workers))
+    if threads is None:
+        threads = 1 if start.parameters < SMALL else max(1, cores() // workers)
     recipe = make_recipe(
-        method=method, batch=batch, length=length or default_length(start.context), threads=threads,
-        learning_rate=learning_rate or default_rate(start, method), **options,
+        method=method, batch=batch, length=default_length(start.context) if length is None else length, threads=threads,
+        learning_rate=default_rate(start, method) if learning_rate is None else learning_rate, **options,
     )  # fmt: skip
     return Plan(division, start, recipe, groups, workers, tuple(report_to))
 
@@ -178,13 +190,14 @@ def run_plan(
     return [keep_name(expert, expert_name(name, expert), store) for expert in experts]
 
 
+@checked
 def train(
     partition: Named, seed: Named, store: AnyStore = None, *, domains: str | int | Sequence[int] = "all", method: str = "lora",
     tokens: int | str = "1M", batch: int = 8, length: int | None = None, learning_rate: float | None = None, schedule: str = "cosine",
     rank: int = 16, alpha: float | None = None, targets: str | Sequence[str] = "all-linear", late: float = 1.0, accumulate: int = 1,
-    checkpointing: bool = False, optimiser: str = "adamw", patience: int | None = None, together: int = 1, report_to: Sequence[str] = (),
-    rng_seed: int = 0, statistics: bool = False, threads: int | None = None, workers: int | None = None, engine: str = "local",
-    name: str | None = None, progress: Progress = silent,
+    checkpointing: bool = False, optimiser: str = "adamw", patience: int | None = None, together: Count = 1, report_to: Sequence[str] = (),
+    rng_seed: int = 0, statistics: bool = False, threads: int | None = None, workers: Annotated[int | None, Between(1)] = None,
+    engine: str = "local", name: str | None = None, progress: Progress = silent,
 ) -> list[Expert]:  # fmt: skip
     """Train one expert per domain from the seed, without communication. Interrupted runs resume. Raises BadInput, DoesNotFit.
 
@@ -245,13 +258,16 @@ def parse_domains(text: str | int | Sequence[int], total: int) -> Sequence[int]:
     if text == "all":
         return range(total)
     written = text if isinstance(text, str) else ",".join(map(str, [text] if isinstance(text, int) else text))
+    beyond = f"{written!r} names domains beyond the {total} there are, which are numbered from 0 to {total - 1}"
     try:
         ends = [tuple(int(end) for end in part.split("-")) for part in written.split(",")]
+        if any(not 0 <= number < total for part in ends for number in part):
+            raise BadInput(beyond)
         chosen = sorted({number for part in ends for number in range(part[0], part[-1] + 1)})
     except ValueError as error:
         raise BadInput(f"{written!r} names no domains: write all, pooled, or numbers as in 0,3-5") from error
-    if not chosen or chosen[-1] >= total:
-        raise BadInput(f"{written!r} names domains beyond the {total} there are, which are numbered from 0 to {total - 1}")
+    if not chosen:
+        raise BadInput(f"{written!r} names no domains: write the smaller number first, as in 3-5")
     return chosen
 
 
@@ -291,8 +307,9 @@ def adopt(
     return keep_name(expert, name, store)
 
 
+@checked
 def compute_statistics(
-    experts: Named | Sequence[Named], store: AnyStore = None, *, rows: int = ROWS, workers: int | None = None,
+    experts: Named | Sequence[Named], store: AnyStore = None, *, rows: Count = ROWS, workers: Annotated[int | None, Between(1)] = None,
     engine: str = "local", progress: Progress = silent,
 ) -> list[Statistics]:  # fmt: skip
     """Gram and Fisher matrices of experts on their own text, for merge rules that need them. Raises BadInput."""

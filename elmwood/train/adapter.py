@@ -35,7 +35,10 @@ def add_adapter(model: Any, recipe: Recipe, base: str) -> Any:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT 0.21 uses the old name in transformers 5.23
         torch.manual_seed(recipe.rng_seed)
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:  # no such modules
+            raise BadInput(f"--targets {recipe.targets}: PEFT refuses them ({error}): name linear modules of this seed") from error
     adapted.peft_config["default"].base_model_name_or_path = base
     for module in adapted.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear and recipe.method != "dora":

@@ -148,9 +148,12 @@ def cheaper(recipe: Recipe) -> Iterator[dict[str, Any]]:
 def in_passes(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Recipe | None:
     """The recipe with the fewest passes per step that fits, if any does."""
     counts = range(recipe.accumulate, max(recipe.accumulate, recipe.batch) + 1)
-    spread = [recipe.model_copy(update={"accumulate": count}) for count in counts]
-    found = bisect_left(spread, True, key=fits)
-    return spread[found] if found < len(spread) else None
+
+    def spread(count: int) -> Recipe:
+        return recipe.model_copy(update={"accumulate": count})
+
+    place = bisect_left(counts, True, key=lambda count: fits(spread(count)))
+    return spread(counts[place]) if place < len(counts) else None
 
 
 def spell_changes(before: Recipe, after: Recipe) -> str:
