@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 from hypothesis import strategies as st
 
 from elmwood.corpus.build import build
@@ -17,6 +18,8 @@ TOPICS = (
     "船长{0}今天带着船员在大海上航行",
     "капитан {0} и его команда плывут по морю домой",
 )
+# with more words made up, for texts of sentences
+SENTENCES = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()", "le {0} mange une pomme — {1} aussi")
 # what people write: words of several scripts, code, quotation marks, digits, broken pieces
 PIECES = (
     "the",
@@ -55,12 +58,21 @@ def topic_of(text):
     return next(place for place, topic in enumerate(TOPICS) if topic[-6:] in text)
 
 
-def build_corpus(folder: Path, store: Store, found) -> Corpus:
+def some_sentences(topics, each, sentences, letters=("abcdefghij",)):
+    """Texts of so many sentences on each topic, with words made up of the letters of the topic."""
+    rng, k = np.random.default_rng(0), len(topics)
+    for n in range(each * k):
+        alphabet = list(letters[n % len(letters)])
+        made = (topics[n % k].format(*("".join(rng.choice(alphabet, 4)) for _ in range(2))) for _ in range(sentences))
+        yield ". ".join(made)
+
+
+def build_corpus(folder: Path, store: Store, found, **options) -> Corpus:
     """A corpus of these texts, each in a file of its own."""
     folder.mkdir()
     for n, text in enumerate(found):
         (folder / f"{n}.txt").write_text(text)
-    return build([str(folder)], store)
+    return build([str(folder)], store, **options)
 
 
 def export_partition(one: Partition, store: Store, folder: Path) -> Path:

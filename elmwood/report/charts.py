@@ -1,6 +1,6 @@
-"""Small drawings, each a pure function to SVG. Places are in per cent of the width, so text keeps its size on any screen.
+"""The drawings on the page, as pure functions to SVG. Positions are in per cent of the width, so text has the same size on any screen.
 
-Colours, type and dark mode are the style sheet's.
+Colours, fonts and dark mode are in the style sheet.
 """
 
 import math
@@ -14,30 +14,30 @@ from elmwood.report.data import Curve
 from elmwood.report.domain_map import COLOURS
 from elmwood.report.formats import shared, ticks, with_prefix
 
-TALL = 30  # pixels of one row
-LIKELY = 1.96  # standard errors on each side that hold 95 % of a normal distribution
+TALL = 30  # height of a row in pixels
+LIKELY = 1.96  # standard errors on each side of a mean that cover 95 % of a normal distribution
 
 
 class Scale(NamedTuple):
-    """Values -> per cent of a drawing's width or height."""
+    """Values -> per cent of the width or height of a drawing."""
 
     low: float
     high: float
 
     def __call__(self, value: float) -> float:
-        """Rounded to a hundredth."""
+        """The position, rounded to 0.01."""
         return round(100 * (value - self.low) / (self.high - self.low), 2) if self.high > self.low else 50.0
 
 
 def spanning(values: Sequence[float], margin: float = 0.05) -> Scale:
-    """A scale with all of these values, and some air around them."""
+    """A scale that covers these values, with a margin."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     air = margin * (high - low) or 0.01
     return Scale(low - air, high + air)
 
 
 def axis(scale: Scale) -> Markup:
-    """Numbers over a column of rows."""
+    """The numbers above a column of rows."""
     chosen = [value for value in ticks(scale.low, scale.high, 3) if 4 < scale(value) < 96]
     words = (
         Markup('<text x="{}%" y="15">{}</text>').format(scale(value), text) for value, text in zip(chosen, shared(chosen), strict=True)
@@ -46,7 +46,7 @@ def axis(scale: Scale) -> Markup:
 
 
 def whisker(value: float, error: float | None, scale: Scale, *, role: str, mark: float | None = None, label: str = "") -> Markup:
-    """A dot on a row; the thick line is one standard error on each side, the thin one holds 95 %. `mark` is a line to compare with."""
+    """A dot with error bars: the thick line is one standard error, the thin line covers 95 %. `mark` is a value to compare with."""
     lines = _grid([value for value in ticks(scale.low, scale.high, 3) if 4 < scale(value) < 96], scale)
     if mark is not None:
         lines += Markup('<line class="mark" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(scale(mark))
@@ -60,7 +60,7 @@ def whisker(value: float, error: float | None, scale: Scale, *, role: str, mark:
 
 
 def ring(scale: Scale, role: str) -> Markup:
-    """The row that others are compared with: an empty dot at zero."""
+    """The row that others are compared with: a circle at zero."""
     return Markup(
         '<svg class="row {} ring" width="100%" height="{}" role="img" aria-label="the reference">{}<line class="mark" x1="{x}%" x2="{x}%" '
         'y1="0" y2="100%"/><circle cx="{x}%" cy="50%" r="4"/></svg>'
@@ -68,7 +68,7 @@ def ring(scale: Scale, role: str) -> Markup:
 
 
 def bar(value: float, most: float, *, domain: int, mark: float | None = None, label: str = "") -> Markup:
-    """A bar in a domain's colour, with a tick where something else stands."""
+    """A bar in the colour of a domain, with a tick at another value."""
     scale = Scale(0, most or 1)
     tick = (
         ""
@@ -83,7 +83,7 @@ def bar(value: float, most: float, *, domain: int, mark: float | None = None, la
 
 
 def heat(weight: float, *, digits: bool = True, own: bool = False, label: str = "") -> Markup:
-    """One cell of the routing matrix: the more weight, the more ink."""
+    """One cell of the routing matrix: darker for more weight."""
     share = round(min(1.0, max(0.0, weight)), 3)
     words = f"{round(100 * share)}" if digits and share >= 0.005 else ""
     return Markup(
@@ -93,14 +93,14 @@ def heat(weight: float, *, digits: bool = True, own: bool = False, label: str = 
 
 
 def curves(found: Sequence[Curve], about: str) -> Markup:
-    """Loss against tokens, one panel. Loss is cut off above where nearly all points lie, for early training dwarfs the rest."""
+    """Loss against tokens. The axis ends above most of the points, since the loss at the start of training is much higher."""
     losses = sorted(loss for curve in found for _, loss in curve.points)
     top = losses[-1] if len(losses) < 20 else min(losses[-1], losses[0] + 1.6 * (losses[int(0.9 * len(losses))] - losses[0]))
     return _panel(found, about, spanning([losses[0], top] if losses else [0, 1]))
 
 
 def growing(losses: Sequence[tuple[float, float]], seed: float | None, about: str) -> Markup:
-    """Loss and its standard error against the number of experts; the seed is where there is none."""
+    """Loss and its standard error against the number of experts, with the level of the seed."""
     line = Curve(name="with so many experts", role="result", points=tuple((n + 1, loss) for n, (loss, _) in enumerate(losses)))
     ends = [loss + sign * error for loss, error in losses for sign in (-1, 1)]
     y_scale = spanning([*ends, *([seed] if seed else [])])
@@ -115,7 +115,7 @@ def growing(losses: Sequence[tuple[float, float]], seed: float | None, about: st
 
 
 def betting(found: Contest, about: str) -> Markup:
-    """Log wealth of both gamblers over the blocks drawn, and what each needs."""
+    """Log wealth of both gamblers against blocks drawn, and the level that each has to reach."""
     paths = [tuple((float(look[0]), look[place]) for look in found.wealth) for place in (1, 2)]
     goals = [(-math.log10(error), text) for error, text in ((found.alpha, "better"), (found.beta, "not better"))]
     top, floor = max(goal for goal, _ in goals) + 0.8, max(-4.0, min(-0.5, *(point[1] for path in paths for point in path)))
@@ -133,7 +133,7 @@ def _panel(
     found: Sequence[Curve], about: str, y_scale: Scale, *, marks: Sequence[tuple[float, str]] = (), over: Markup | str = "",
     words: Callable[[list[float]], list[str]] = shared, whole: bool = False,
 ) -> Markup:  # fmt: skip
-    """Lines on a grid. `marks` are levels with a name, `over` stands above the lines; of a `whole` axis only whole numbers have ticks."""
+    """Lines on a grid. `marks` are named levels, `over` is drawn above the lines, `whole`: ticks of the x axis are whole numbers only."""
     x_scale = Scale(0, max((x for curve in found for x, _ in curve.points), default=1) or 1)
     lines = Markup("").join(_line(curve, dress, x_scale, y_scale) for curve, dress in zip(found, dresses(found), strict=True))
     levels = [level for level in ticks(y_scale.low, y_scale.high, 4) if words is shared or level == int(level)]
@@ -163,7 +163,7 @@ def _panel(
 
 
 def dresses(found: Sequence[Curve]) -> list[str]:
-    """The class of each line: a domain's colour, or a dash pattern."""
+    """The CSS class of each line: the colour of its domain, or a dash pattern."""
     return [f"line-{place % 4}" if curve.domain is None else f"c{curve.domain % COLOURS}" for place, curve in enumerate(found)]
 
 

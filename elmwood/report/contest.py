@@ -1,9 +1,9 @@
-"""What a comparison of two models found, in words: everything one must know to weigh it. The command line and the page say the same."""
+"""The result of a sequential test of two models in words, for the command line and the page."""
 
 from elmwood.records import Contest
 from elmwood.report.formats import MINUS
 
-WEALTH = 9.0  # powers of ten beyond which wealth is only said to be more
+WEALTH = 9.0  # powers of ten beyond which wealth is not given as a number
 
 
 def headline(found: Contest) -> str:
@@ -17,7 +17,7 @@ def headline(found: Contest) -> str:
 
 
 def lines(found: Contest) -> list[tuple[str, str]]:
-    """What was found, of what, how surely, and what was not looked at: (word, text)."""
+    """The effect and its interval, the blocks, the wealth, the data and what was not tested: (word, text)."""
     part = found.touched < found.blocks
     exact = found.drawn == found.touched
     interval = f"from {number(found.low)} to {number(found.high)}, wrong below {found.alpha:.0%} and above {found.beta:.0%} of the time"
@@ -35,13 +35,13 @@ def lines(found: Contest) -> list[tuple[str, str]]:
     if found.estimand != "mean":
         judged += f", clipped at {found.clip:g} where all weight moves: {found.clipped} drawn blocks beyond"
         judged += f", {number(found.effect)} as they are" if found.clipped else ""
-    said = [("effect", effect), ("blocks", blocks)]
+    found_lines = [("effect", effect), ("blocks", blocks)]
     if found.wealth and not exact:
         _, above, below = found.wealth[-1]
-        said.append(("wealth", f"{power(above)} of 1 for “better” ({1 / found.alpha:g} decide), {power(below)} for “not better by "
+        found_lines.append(("wealth", f"{power(above)} of 1 for “better” ({1 / found.alpha:g} decide), {power(below)} for “not better by "
                                f"{found.min_effect:g}” ({1 / found.beta:g} decide)"))  # fmt: skip
     return [
-        *said,
+        *found_lines,
         ("judged", judged),
         ("order", f"{found.order[:16]}…, fixed by the two models and the text; no error budget was charged"),
         ("not run", "text generation, benchmarks, the audit split"),
@@ -54,7 +54,7 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def power(log10: float) -> str:
-    """A wealth as people read it."""
+    """A wealth in words or digits."""
     if abs(log10) >= WEALTH:
-        return "more than a thousand million" if log10 > 0 else "next to nothing"
+        return "more than 10⁹" if log10 > 0 else "less than 10⁻⁹"
     return f"{10**log10:,.3g}"

@@ -1,4 +1,4 @@
-"""What a report shows. Whoever writes one fills these in; nothing here reads a store."""
+"""The content of a report, as plain records. Nothing here reads a store."""
 
 from pydantic import Field
 
@@ -6,14 +6,14 @@ from elmwood.records import Contest, Frozen, Row
 
 
 class Area(Frozen):
-    """A domain, as a reader meets it."""
+    """A domain."""
 
     name: str
     terms: tuple[str, ...] = ()
-    fitted: int | None = None  # documents at the fit, where balance holds
+    fitted: int | None = None  # documents that were clustered
     documents: int = 0  # documents assigned
     bytes: int = 0  # of text
-    snippets: tuple[str, ...] = ()  # how some of its documents begin
+    snippets: tuple[str, ...] = ()  # beginnings of typical documents
 
 
 class MapPoint(Frozen):
@@ -22,11 +22,11 @@ class MapPoint(Frozen):
     x: float
     y: float
     domain: int  # index of its Area
-    text: str = ""  # how it begins
+    text: str = ""  # its beginning
 
 
 class Curve(Frozen):
-    """Training loss against tokens. Curves of one role share a panel."""
+    """Training loss against tokens. Curves of one role are drawn together."""
 
     name: str
     role: str  # seed | control | expert
@@ -35,7 +35,7 @@ class Curve(Frozen):
 
 
 class Ancestor(Frozen):
-    """One record of the lineage, in depth-first order; what was drawn before is only pointed to."""
+    """One record of the lineage, in depth-first order."""
 
     depth: int = Field(ge=0)
     kind: str
@@ -44,7 +44,7 @@ class Ancestor(Frozen):
 
 
 class Report(Frozen):
-    """A whole page. Sections without content are left out."""
+    """A page. Sections without content are left out."""
 
     title: str
     summary: str = ""  # the result in a sentence or two
@@ -52,9 +52,9 @@ class Report(Frozen):
     places: tuple[MapPoint, ...] = ()
     curves: tuple[Curve, ...] = ()
     rows: tuple[Row, ...] = ()  # of a Comparison
-    chosen: str = ""  # the row that stands for the result
-    routing: tuple[tuple[float, ...], ...] = ()  # [domain of the document][expert, the seed last] mean weight
-    growth: tuple[tuple[float, float], ...] = ()  # bits per byte and its standard error with 1, 2, ... experts
+    chosen: str = ""  # name of the row that is the result
+    routing: tuple[tuple[float, ...], ...] = ()  # mean weight [domain of the document][expert, the seed last]
+    growth: tuple[tuple[float, float], ...] = ()  # bits per byte and standard error with 1, 2, ... experts
     contests: tuple[Contest, ...] = ()
     lineage: tuple[Ancestor, ...] = ()
-    facts: dict[str, str] = Field(default_factory=dict)  # what else one must know: versions, machine, time, settings
+    facts: dict[str, str] = Field(default_factory=dict)  # versions, machine, time, settings; "row: setting" is a setting of a row

@@ -17,20 +17,20 @@ from numpy.typing import NDArray
 
 from elmwood.report.data import Area, MapPoint
 
-# chosen for the largest least distance in Oklab between any two, as seen with normal, protan, deutan and tritan eyes
+# chosen to maximise the smallest Oklab distance between two colours, for normal, protan, deutan and tritan vision
 LIGHT = ("#3f60a7", "#d368a2", "#899d41", "#956135", "#2794fb", "#04510e", "#610c85", "#9f0c54")
 DARK = ("#7c85ee", "#d95aa6", "#e3de57", "#a08f4a", "#6fe6e2", "#2abaa4", "#c3a0fe", "#f2943c")
 COLOURS = len(LIGHT)
 WIDTH, HEIGHT, MARGIN = 1000, 640, 34
-SIZES = {"wide": 15.0, "narrow": 31.0}  # of letters, in units of the drawing: it is shown about 1000 or 360 pixels wide
+SIZES = {"wide": 15.0, "narrow": 31.0}  # font sizes in units of the drawing, which is about 1000 or 360 pixels wide
 SHAPES = (
     "M-{r},0a{r},{r} 0 1 0 {d},0a{r},{r} 0 1 0 -{d},0",  # disc
     "M-{r},-{r}h{d}v{d}h-{d}z",  # square
     "M0,-{d}L{d},{r}L-{d},{r}z",  # triangle
     "M0,-{d}L{d},0L0,{d}L-{d},0z",  # diamond
 )
-COVERED = 0.1  # a label goes this far, in its own heights, to hide one dot less
-RINGS = sorted(  # places to try: how far they are, and by how much to go right and down, in heights of the label
+COVERED = 0.1  # distance, in heights of a label, that a label moves to cover one dot less
+RINGS = sorted(  # positions to try: distance, and offset to the right and down, in heights of the label
     (ring * math.hypot(0.75 * math.cos(angle), 0.5 * math.sin(angle)), 0.75 * ring * math.cos(angle), 0.5 * ring * math.sin(angle))
     for ring in range(25)
     for angle in (turn * math.pi / 3 / max(1, ring) for turn in range(max(1, 6 * ring)))
@@ -57,7 +57,7 @@ class Box(NamedTuple):
         return across <= self.x <= WIDTH - across and down <= self.y <= HEIGHT - down
 
     def covers(self, spot_N2: np.ndarray) -> int:
-        """How many dots it hides."""
+        """The number of dots it covers."""
         return int((np.abs(spot_N2 - (self.x, self.y)) * 2 < (self.width, self.height)).all(1).sum())
 
 
@@ -67,7 +67,7 @@ def style(palette: Sequence[str]) -> str:
 
 
 def domain_map(domains: Sequence[Area], places: Sequence[MapPoint], *, alone: bool = False) -> Markup:
-    """The map as SVG; `alone`, it carries its own (light) style and can stand in a file."""
+    """The map as SVG. `alone`: with its own (light) style, for a file of its own."""
     spots = [_on_paper(place) for place in places]
     members: dict[int, list[int]] = {}
     for number, place in enumerate(places):
@@ -87,7 +87,7 @@ def _alone() -> Markup:
     return Markup(' xmlns="{}" width="{}" height="{}"').format("http://www.w3.org/2000/svg", WIDTH, HEIGHT)
 
 
-# other drawing programs know no variables, so a map of its own names each colour outright
+# other programs do not support CSS variables, so a map in a file of its own has literal colours
 STANDALONE = "".join(f".c{n}{{fill:{colour};stroke:{colour}}}" for n, colour in enumerate(LIGHT)) + (
     ".dots path{stroke-width:0;fill-opacity:.62}.label rect{fill:#fffdf9;fill-opacity:.94;stroke-width:1.4}line{stroke-width:1.4}"
     ".label text{font:600 15px system-ui,sans-serif;fill:#1d1c1a;stroke:none;text-anchor:middle}"
@@ -115,7 +115,7 @@ def _dots(domain: int, found: Sequence[tuple[Spot, str]]) -> Markup:
 
 
 def _densest(spot_N2: np.ndarray) -> Spot:
-    """The dot with the nearest neighbours of its own kind: a cluster in two islands is labelled on one."""
+    """The dot in the densest part of a domain, so that a domain in two islands is labelled on one of them."""
     some_N2 = spot_N2[:: -(-len(spot_N2) // 2000)]
     dist2_NN = np.square(some_N2[:, None] - some_N2[None]).sum(2)
     best = int(np.partition(dist2_NN, len(some_N2) // 3, axis=1)[:, len(some_N2) // 3].argmin())
@@ -137,13 +137,13 @@ def breadth(text: str, size: float) -> float:
 
 
 def arrange(anchors: Sequence[Spot], sizes: Sequence[tuple[float, float]], spot_N2: np.ndarray) -> list[Box | None]:
-    """A free place for each label, in the order given: near its anchor, covering few of the dots; None where there is none."""
+    """A free position for each label, in this order: near its anchor, covering few dots; None if there is none."""
     placed: list[Box] = []
     found: list[Box | None] = []
     for (x, y), (width, height) in zip(anchors, sizes, strict=True):
         best, cost = None, math.inf
         for away, right, down in RINGS:
-            if away >= cost:  # farther places can only be worse
+            if away >= cost:  # farther positions can only be worse
                 break
             at = Box(x + right * height, y + down * height, width, height)
             if at.inside() and not any(at.meets(other) for other in placed):
@@ -174,7 +174,7 @@ def _wording(area: Area, domain: int, of: int, kind: str) -> str:
 
 
 def _leader(domain: int, box: Box, anchor: Spot) -> Markup:
-    """A line from a label to where it belongs, unless it lies there."""
+    """A line from a label to its anchor, unless the label covers it."""
     if abs(box.x - anchor[0]) * 2 < box.width and abs(box.y - anchor[1]) * 2 < box.height:
         return Markup("")
     return Markup('<line class="c{}" x1="{:.0f}" y1="{:.0f}" x2="{:.0f}" y2="{:.0f}"/>').format(domain % COLOURS, box.x, box.y, *anchor)
@@ -189,7 +189,7 @@ def _label(domain: int, text: str, box: Box, size: float) -> Markup:
 
 
 def swatch(domain: int) -> Markup:
-    """The mark of a domain, to stand in a line of text."""
+    """The mark of a domain, for a line of text."""
     return Markup('<svg class="swatch c{}" viewBox="-8 -8 16 16" aria-hidden="true"><path d="{}"/></svg>').format(
         domain % COLOURS, shape(domain, 6 if domain < COLOURS else 4.2)
     )

@@ -1,4 +1,4 @@
-"""The lineage as a tree: a record met again is pointed to where it is used, not drawn again."""
+"""The lineage as a tree. A record that is used again is named there, and not drawn again."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from markupsafe import Markup
 
 from elmwood.report.data import Ancestor
 
-SHOWN = 6  # of many records of one kind side by side; the others unfold
+SHOWN = 6  # records of one kind on one level; the others are folded
 
 
 class Node(NamedTuple):
-    """A record, what it was made from, and those of them that stand elsewhere in the tree."""
+    """A record, its inputs, and those inputs that are elsewhere in the tree."""
 
     record: Ancestor
     below: list["Node"]
@@ -19,7 +19,7 @@ class Node(NamedTuple):
 
 
 def tree(lineage: Sequence[Ancestor]) -> list[Node]:
-    """Depth-first lines -> roots. What stands below a record met again is left out."""
+    """Depth-first records -> roots. The inputs of a record that is used again are left out."""
     roots: list[Node] = []
     path: list[Node] = []
     seen: set[str] = set()
@@ -41,7 +41,7 @@ def tree(lineage: Sequence[Ancestor]) -> list[Node]:
 
 
 def draw(nodes: Sequence[Node]) -> Markup:
-    """Nested lists; the style sheet draws the branches."""
+    """Nested HTML lists; the style sheet draws the branches."""
     if not nodes:
         return Markup()
     kinds = [node.record.kind for node in nodes]

@@ -1,4 +1,4 @@
-"""Records as notebooks show them: plain HTML tables that take the notebook's own style, and drawings as images.
+"""Records in notebooks: plain HTML tables in the style of the notebook, and drawings as images.
 
 Pure functions from records to HTML. All text is escaped. `draw_records` makes them the `_repr_html_` of their records.
 """
@@ -22,7 +22,7 @@ LESS = "Bits per byte on documents that no model was trained on: less is better.
 
 
 def draw_records() -> None:
-    """From now on these records show themselves in notebooks."""
+    """Register the HTML of these records, so that notebooks show it."""
     displays.update({
         "comparison": show_comparison, "contest": show_contest, "verdict": show_verdict, "partition": show_partition, "seed": show_seed,
         "expert": show_expert, "forest": show_forest, "ensemble": show_ensemble, "merged": show_merged, "mixture": show_mixture,

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from elmwood.report.domain_map import LIGHT
 from elmwood.report.formats import MINUS, shared, ticks, with_prefix
 
-DOTS = 32  # points of a line without whiskers that are drawn one by one
+DOTS = 32  # a line without error bars and with at most so many points has dots
 WIDTH, HEIGHT = 760, 420
-LEFT, RIGHT, TOP, BOTTOM = 74, 150, 46, 56  # around the panel; names stand on the right
-POINTS = 600  # of a line, at most
+LEFT, RIGHT, TOP, BOTTOM = 74, 150, 46, 56  # margins of the panel; names are on the right
+POINTS = 600  # points of a line, at most
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#6d6860}.title{font-size:15px;font-weight:600;fill:#1d1c1a}.grid{stroke:#e3ded4}"
     ".mark{stroke:#6d6860;stroke-dasharray:3 4}polyline{fill:none;stroke-width:2;stroke-linejoin:round}.whisker{stroke-width:1.2}"
@@ -30,16 +30,16 @@ Floats = NDArray[np.floating]
 
 
 class Series(NamedTuple):
-    """What is drawn in one colour, with its name at the right end."""
+    """A line in one colour, with its name at the right end."""
 
     name: str
     x: Sequence[float] | NDArray[np.number]
     y: Sequence[float] | NDArray[np.floating]
-    error: Sequence[float] | None = None  # one standard error each, drawn as whiskers on dots
+    error: Sequence[float] | None = None  # standard errors, drawn as bars
 
 
 class Ruler(NamedTuple):
-    """Values -> places along one side, and where its ticks stand."""
+    """An axis: its range, ticks and title."""
 
     low: float
     high: float
@@ -51,9 +51,10 @@ class Ruler(NamedTuple):
 
 
 def wealth_plot(for_T: NDArray[np.floating], against_T: NDArray[np.floating], *, alpha: float, beta: float, names: tuple[str, str]) -> str:
-    """How the two gamblers' wealth grew: the first over its line says "better", the second over its own says "not better".
+    """The wealth of the two gamblers of a sequential test. "Better" is decided when the first crosses its line, "not better" when the
+    second does.
 
-    `for_T` and `against_T` are natural logarithms; the axis is in powers of ten, and what is beyond it lies on its edge.
+    `for_T` and `against_T` are natural logarithms. The axis is in powers of ten; values beyond it are drawn on its edge.
     """
     goals = (-math.log10(alpha), -math.log10(beta))
     paths = [np.asarray(path, np.float64) / math.log(10) for path in (for_T, against_T)]
@@ -68,9 +69,9 @@ def wealth_plot(for_T: NDArray[np.floating], against_T: NDArray[np.floating], *,
 
 
 def experts_plot(lines: Sequence[Series], *, reference: tuple[str, float] | None = None, by: str = "number of experts") -> str:
-    """Bits per byte against the number of experts, or what `by` names, a line for each way. `reference` is a level to compare with.
+    """Bits per byte against the number of experts, or what `by` names. `reference` is a level to compare with.
 
-    Numbers of which the largest is sixteen times the smallest stand at equal distances where one is twice the other."""
+    The axis is logarithmic if the largest number is at least sixteen times the smallest."""
     ends = [(value, error) for line in lines for value, error in zip(line.y, line.error or [0.0] * len(line.y), strict=True)]
     levels = [value + sign * error for value, error in ends for sign in (-1, 1)] + ([reference[1]] if reference else [])
     numbers = [value for line in lines for value in line.x]
@@ -153,7 +154,7 @@ def _line(line: Series, colour: str, across, down, name: tuple[float, float]) ->
 
 
 def _apart(height_L: Sequence[float], least: float = 17) -> list[float]:
-    """Heights of names, moved down where they would cover one another."""
+    """Heights of names, moved down where they would overlap."""
     placed = list(height_L)
     last = -math.inf
     for n in sorted(range(len(placed)), key=lambda n: placed[n]):
@@ -173,8 +174,8 @@ LOADS_STYLE = (
 
 
 def loads_plot(share_LDE: Floats, layers: Sequence[str], domains: Sequence[str], experts: Sequence[str], dead: float) -> str:
-    """The share of the weight that each expert has, in per cent: in each layer over all domains alike, and by domain in three layers.
-    The more ink, the more weight; an expert with less than `dead` of an even share is framed."""
+    """The share of the weight of each expert in per cent: in each layer over all domains, and by domain in three layers. Cells are darker
+    for more weight; an expert with less than `dead` times an equal share is framed."""
     chosen = sorted({0, len(layers) // 2, len(layers) - 1}) if len(layers) > SHOWN else range(len(layers))
     panels = [
         ("all text", [f"layer {layer}" for layer in layers], share_LDE.mean(1)),
@@ -208,7 +209,7 @@ def _loads_panel(title: str, names: Sequence[str], share_RE: Floats, experts: Se
 
 
 def _cell(share: float, x: int, y: int, dead: bool) -> Markup:
-    ink = round(min(1.0, share**0.5), 3)  # small differences show
+    ink = round(min(1.0, share**0.5), 3)  # the root makes small differences visible
     box = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="2" fill="{}" fill-opacity="{}"/>').format(
         x + 1, y + 1, CELL - 2, TALL - 2, LIGHT[0], ink
     )

@@ -3,13 +3,12 @@
 import json
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from tiny_models import lora_expert, tiny_seed
+from topics import SENTENCES, build_corpus, some_sentences
 from typer.testing import CliRunner
 
 from elmwood.cli import app
-from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.errors import BadInput
 from elmwood.records import Ensemble, Expert, Forest, Partition
@@ -20,14 +19,9 @@ from elmwood.store import Store
 def store(tmp_path_factory):
     """A store with a seed, two experts, a forest of the first, and an ensemble of it."""
     folder = tmp_path_factory.mktemp("verbs")
-    (folder / "text").mkdir()
-    rng = np.random.default_rng(0)
-    topics = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()")
-    for n in range(40):
-        words = ("".join(rng.choice(list("abcdefghij"), 4)) for _ in range(8))
-        (folder / "text" / f"{n}.txt").write_text(". ".join(topics[n % 2].format(next(words), next(words)) for _ in range(4)))
     store = Store(folder / "store")
-    division = divide(build([str(folder / "text")], store, holdout=0.4), store, domains=2)
+    corpus = build_corpus(folder / "text", store, some_sentences(SENTENCES[:2], 20, 4), holdout=0.4)
+    division = divide(corpus, store, domains=2)
     seed = tiny_seed(store)
     experts = [lora_expert(seed, store, rng_seed=k, partition=division.digest, domain=k) for k in range(2)]
     forest = Forest(seed=seed.digest, partition=division.digest, experts=tuple(one.digest for one in experts))

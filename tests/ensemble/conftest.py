@@ -3,18 +3,13 @@
 import numpy as np
 import pytest
 from tiny_models import full_expert, lora_expert, tiny_seed
+from topics import TOPICS, build_corpus, some_texts
 
-from elmwood.corpus.build import build
 from elmwood.domains.partition import partition
 from elmwood.lm.files import tokenizer
 from elmwood.records import Ensemble, Forest
 from elmwood.store import Store
 
-TOPICS = (
-    "the {0} sailed over the sea with its captain and crew toward the harbour",
-    "def read_{0}(path): return open(path).read() if path else None",
-    "le {0} mange une pomme dans le jardin de la maison avec plaisir",
-)
 TEXT = "the captain sailed. def path(open): return read. le jardin, la pomme — naïve 海 猫 the sea"
 
 
@@ -22,14 +17,9 @@ class House:
     """A store with a partition of three topics, a seed, and experts: two adapters and a full one."""
 
     def __init__(self, folder):
-        text = folder / "text"
-        text.mkdir()
-        rng = np.random.default_rng(0)
-        for n in range(60):
-            some = ["".join(rng.choice(list("abcdefghij"), 4)) for _ in range(6)]
-            (text / f"{n}.txt").write_text(" ".join(TOPICS[n % 3].format(word) for word in some))
         self.store = Store(folder / "store")
-        self.partition = partition(build([str(text)], self.store), self.store, domains=3)
+        corpus = build_corpus(folder / "text", self.store, some_texts(TOPICS[:3], 20, np.random.default_rng(0)))
+        self.partition = partition(corpus, self.store, domains=3)
         self.seed = tiny_seed(self.store)
         place = {"partition": self.partition.digest}
         self.experts = [lora_expert(self.seed, self.store, n, domain=n, **place) for n in range(2)]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from tiny_models import full_expert, lora_expert, tiny_seed
+from topics import SENTENCES, build_corpus, some_sentences
 from typer.testing import CliRunner
 
 from elmwood.cli import app
-from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.evaluate import holdout
@@ -28,8 +28,7 @@ from elmwood.weights.similarity import products
 
 # of each topic's made-up words: words that topics share would route text of one to the expert of another
 LETTERS = ("abcdef", "ghijkl", "mnopqr")
-TOPICS = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()", "le {0} mange une pomme — {1} aussi")
-K = len(TOPICS)
+K = len(SENTENCES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,13 +42,9 @@ def small_blocks():
 def grown(tmp_path_factory):
     """A store with a seed, an adapter trained on each of three topics, and an ensemble of the first two."""
     folder = tmp_path_factory.mktemp("accept")
-    (folder / "text").mkdir()
-    rng = np.random.default_rng(0)
-    for n in range(60):
-        sentences = (TOPICS[n % K].format(*("".join(rng.choice(list(LETTERS[n % K]), 4)) for _ in range(2))) for _ in range(16))
-        (folder / "text" / f"{n}.txt").write_text(". ".join(sentences))
     store = Store(folder / "store")
-    partition = divide(build([str(folder / "text")], store, holdout=0.7), store, domains=K)
+    corpus = build_corpus(folder / "text", store, some_sentences(SENTENCES, 20, 16, LETTERS), holdout=0.7)
+    partition = divide(corpus, store, domains=K)
     seed = tiny_seed(store)
     recipe = Recipe(method="lora", steps=25, batch=4, length=48, learning_rate=2e-2, rank=4)
     experts = [train(seed, domain.train, recipe, store, partition=partition.digest, domain=k) for k, domain in enumerate(partition.domains)]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from markupsafe import escape
 from tiny_models import full_expert, lora_expert, tiny_seed
+from topics import SENTENCES, build_corpus, some_sentences
 from typer.testing import CliRunner
 
 from elmwood.cli import app
-from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, UnknownName
@@ -28,8 +28,7 @@ from elmwood.report.plots import Series, experts_plot, wealth_plot
 from elmwood.store import Store
 from elmwood.study.quality.contest import compare
 
-TOPICS = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()", "le {0} mange une pomme — {1} aussi")
-K = len(TOPICS)
+K = len(SENTENCES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,13 +43,9 @@ def small_blocks():
 def grown(tmp_path_factory):
     """A store with three topics, a seed, an expert of each, and ensembles with all of them and without the last; small blocks."""
     folder = tmp_path_factory.mktemp("compare")
-    (folder / "text").mkdir()
-    rng = np.random.default_rng(0)
-    for n in range(60):
-        sentences = (TOPICS[n % K].format(*("".join(rng.choice(list("abcdefghij"), 4)) for _ in range(2))) for _ in range(16))
-        (folder / "text" / f"{n}.txt").write_text(". ".join(sentences))
     store = Store(folder / "store")
-    partition = divide(build([str(folder / "text")], store, holdout=0.8), store, domains=K)
+    corpus = build_corpus(folder / "text", store, some_sentences(SENTENCES, 20, 16), holdout=0.8)
+    partition = divide(corpus, store, domains=K)
     seed = tiny_seed(store)
     experts = [(full_expert if k == 0 else lora_expert)(seed, store, rng_seed=k, partition=partition.digest, domain=k) for k in range(K)]
     for name, members in (("all", experts), ("fewer", experts[:-1])):

@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 from tiny_models import lora_expert, tiny_seed
+from topics import SENTENCES, build_corpus, some_sentences
 
-from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.domains.route import ROUTERS
 from elmwood.errors import BadInput, Damaged
@@ -29,14 +29,9 @@ class Grown:
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory):
     folder = tmp_path_factory.mktemp("subsets")
-    (folder / "text").mkdir()
-    rng = np.random.default_rng(0)
-    topics = ("the {0} sailed over the sea with captain {1}", "def {0}(path): return open({1}).read()")
-    for n in range(40):
-        words = ("".join(rng.choice(list("abcdefghij"), 4)) for _ in range(8))
-        (folder / "text" / f"{n}.txt").write_text(". ".join(topics[n % 2].format(next(words), next(words)) for _ in range(4)))
     store = Store(folder / "store")
-    partition = divide(build([str(folder / "text")], store, holdout=0.4), store, domains=2)
+    corpus = build_corpus(folder / "text", store, some_sentences(SENTENCES[:2], 20, 4), holdout=0.4)
+    partition = divide(corpus, store, domains=2)
     seed = tiny_seed(store)
     experts = [lora_expert(seed, store, rng_seed=k, partition=partition.digest, domain=k % 2) for k in range(3)]
     forest = Forest(seed=seed.digest, partition=partition.digest, experts=tuple(one.digest for one in experts[:2]))
