@@ -186,9 +186,11 @@ def test_a_submission_that_was_cut_short_is_taken_up_again(grown, monkeypatch):
 
 def test_a_trial_that_is_cut_short_again_and_again_ends_in_the_same_verdict(grown, tmp_path):
     store, seed, experts = grown
-    fresh = lora_expert(seed, store, rng_seed=17, partition=experts[2].partition, domain=2)
+    noise = lora_expert(seed, store, rng_seed=17, partition=experts[2].partition, domain=2)
+    honest = experts[2].model_copy(update={"contributor": "somebody"})  # a record that nobody has scored
     copies = [Store(shutil.copytree(store.root, tmp_path / name, symlinks=True)) for name in ("whole", "cut")]
-    for expert in (fresh, experts[2]):
+    cuts = []
+    for expert in (noise, honest):
         whole = accept(expert, "two", length=48, cap=40, store=copies[0])
         stops = 0
         while True:
@@ -203,9 +205,11 @@ def test_a_trial_that_is_cut_short_again_and_again_ends_in_the_same_verdict(grow
                 break
             except KeyboardInterrupt:
                 stops += 1
-        assert stops > 1
+        cuts.append(stops)
         assert cut.record == whole.record
         assert cut.cost.blocks == whole.cost.blocks
+    assert min(cuts) > 0
+    assert sum(cuts) > 2
     assert ledger_of(copies[0]) == ledger_of(copies[1])
 
 
