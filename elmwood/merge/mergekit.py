@@ -1,185 +1,314 @@
-"""mergekit's YAML as a merge of ours, for the methods and parameters both know. What is not supported is refused by name.
+"""mergekit's YAML (0.1.5) as a merge of ours, for the methods and parameters both know. What is not supported is refused by name.
 
-https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md
+A parameter is looked up as mergekit does: at the model, then at the slice, then at the top; a list of filters that does not fit a tensor
+leaves it to the next of these. https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import yaml
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from elmwood.errors import BadInput
 from elmwood.merge.checkpoint import Answer
 from elmwood.merge.rules.table import RULES
 from elmwood.records import Share
 
-# theirs -> ours, and their defaults where they are not ours
-METHODS: dict[str, tuple[str, dict[str, float]]] = {
-    "linear": ("average", {"normalise": 1}),
-    "task_arithmetic": ("task_arithmetic", {"normalise": 0}),
-    "ties": ("ties", {"normalise": 1, "density": 1}),
-    "dare_linear": ("dare", {"normalise": 0, "density": 1}),
-    "dare_ties": ("dare_ties", {"normalise": 1, "density": 1}),
-    "breadcrumbs": ("breadcrumbs", {"normalise": 0, "density": 1, "gamma": 0.01}),
-    "breadcrumbs_ties": ("breadcrumbs_ties", {"normalise": 1, "density": 1, "gamma": 0.01}),
-    "della": ("della_ties", {"normalise": 1, "density": 1, "epsilon": 0.15}),
-    "della_linear": ("della", {"normalise": 0, "density": 1, "epsilon": 0.15}),
-    "model_stock": ("model_stock", {}),
-    "sce": ("sce", {}),
-    "karcher": ("karcher", {"iterations": 10, "tolerance": 1e-5}),
-    "slerp": ("slerp", {}),
-    "nuslerp": ("nuslerp", {}),
-    "multislerp": ("multislerp", {}),
+
+class MergeMethod(NamedTuple):
+    """A merge method of mergekit."""
+
+    ours: str
+    defaults: Mapping[str, float]  # of our settings, as mergekit has them
+    base: Literal["needed", "optional", "none"] = "needed"  # none: mergekit would take a base as one more input
+    weights: bool = True  # whether inputs have weights, which then have no default
+    rescale: bool = False
+
+
+DROP = {"normalise": 0, "density": 1}
+METHODS: dict[str, MergeMethod] = {
+    "linear": MergeMethod("average", {"normalise": 1}, "none"),
+    "task_arithmetic": MergeMethod("task_arithmetic", {"normalise": 0}),
+    "ties": MergeMethod("ties", {"normalise": 1, "density": 1}),
+    "dare_linear": MergeMethod("dare", DROP, rescale=True),
+    "dare_ties": MergeMethod("dare_ties", DROP, rescale=True),
+    "breadcrumbs": MergeMethod("breadcrumbs", {**DROP, "gamma": 0.01}),
+    "breadcrumbs_ties": MergeMethod("breadcrumbs_ties", {**DROP, "gamma": 0.01}),
+    "della": MergeMethod("della_ties", {"normalise": 1, "density": 1, "epsilon": 0.15}, rescale=True),
+    "della_linear": MergeMethod("della", {**DROP, "epsilon": 0.15}, rescale=True),
+    "model_stock": MergeMethod("model_stock", {}, weights=False),
+    "sce": MergeMethod("sce", {}, weights=False),
+    "karcher": MergeMethod("karcher", {"iterations": 10, "tolerance": 1e-5, "deltas": 0}, "none", weights=False),
+    "slerp": MergeMethod("slerp", {"deltas": 0}),
+    "nuslerp": MergeMethod("nuslerp", {}, "optional"),
+    "multislerp": MergeMethod("multislerp", {}, "optional"),
 }
-SETTINGS = {"normalize": "normalise", "lambda": "scale", "density": "density", "gamma": "gamma", "epsilon": "epsilon"}
-SETTINGS |= {"max_iter": "iterations", "tol": "tolerance", "select_topk": "density"}
+SHARED = {"normalize": "normalise", "lambda": "scale", "max_iter": "iterations", "tol": "tolerance", "select_topk": "density"}
+EACH = {"density": "density", "gamma": "gamma", "epsilon": "epsilon"}  # of every input but the base; here the same for all
 IGNORED = {"int8_mask"}  # how it is calculated, not what
-WORDS = {"merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source", "chat_template", "name"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
-class Asked(NamedTuple):
+# ---- the file -------------------------------------------------------------------------------------------------------
+
+
+class _Known(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+Value = StrictBool | StrictInt | StrictFloat | StrictStr
+
+
+class FilteredValue(_Known):
+    value: Value | list[Value]
+    filter: StrictStr | None = None
+
+
+Setting = Value | list[Value] | FilteredValue | list[FilteredValue] | None
+Parameters = dict[str, Setting] | None
+
+
+class MergeInput(_Known):
+    model: StrictStr
+    layer_range: tuple[StrictInt, StrictInt] | None = None
+    parameters: Parameters = None
+
+
+class MergeSlice(_Known):
+    sources: list[MergeInput]
+    parameters: Parameters = None
+
+
+class MergeFile(_Known):
+    merge_method: StrictStr
+    base_model: StrictStr | None = None
+    models: list[MergeInput] | None = None
+    slices: list[MergeSlice] | None = None
+    parameters: Parameters = None
+    dtype: StrictStr | None = None
+    out_dtype: StrictStr | None = None
+    tokenizer_source: StrictStr | None = None
+    chat_template: StrictStr | None = None
+    name: StrictStr | None = None
+
+
+class MergekitFile(NamedTuple):
     """A configuration: names of experts with their weights, the name of the seed where one is given, and what to make."""
 
     members: dict[str, tuple[Share, ...]]
     base: str | None
     answer: Answer
     layers: int | None  # that the seed must have, where layers are named
+    dtype: str | None = None  # that the seed must have, where one is named; as safetensors spells it
 
 
-def read(text: str) -> Asked:
+def read(text: str) -> MergekitFile:
     """Raises BadInput."""
     try:
-        said = yaml.safe_load(text)
+        given = MergeFile.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise BadInput(f"no YAML: {error}") from error
-    if not isinstance(said, dict):
-        raise BadInput("a mergekit configuration is a mapping with merge_method and models")
-    _known(said, WORDS, "")
-    method = said.get("merge_method")
-    if method not in METHODS or METHODS[method][0] not in RULES:
-        have = ", ".join(theirs for theirs, (ours, _) in METHODS.items() if ours in RULES)
-        raise BadInput(f"merge_method {method!r} is not supported; have {have}")
-    for key, allowed in (("tokenizer_source", (None, "base")), ("chat_template", (None,))):
-        if said.get(key) not in allowed:
-            raise BadInput(f"{key}: {said[key]!r} is not supported: a merge keeps its seed's tokenizer")
-    if said.get("out_dtype"):
-        raise BadInput(f"out_dtype: {said['out_dtype']!r} is not supported: a merge keeps its seed's dtypes")
-    slices = said["slices"] if "slices" in said else [{"sources": said.get("models") or []}]
-    if "slices" in said and "models" in said:
+        raise BadInput(f"this is not YAML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise BadInput(f"{where}: {first['msg'].lower()}: this is not supported, or no mergekit configuration") from error
+    method = METHODS.get(given.merge_method)
+    if method is None:
+        raise BadInput(f"merge_method {given.merge_method!r} is not supported; have {', '.join(METHODS)}")
+    if given.tokenizer_source not in (None, "base") or given.chat_template:
+        raise BadInput("tokenizer_source and chat_template are not supported: a merge keeps its seed's tokenizer")
+    if (given.models is None) == (given.slices is None):
         raise BadInput("models and slices: give one of them")
-    base, common = said.get("base_model"), said.get("parameters") or {}
-    if method == "slerp":  # its base is one of the two that are merged, no seed
-        slices, base, common = [_between(one, base, common) for one in slices], None, {}
-    members, settings, layers = _members(slices, base, common)
-    return Asked(members, base, Answer(*_answer(method, settings, base is not None)), layers)
+    _check_base(given, method)
+    slices = given.slices if given.slices is not None else [MergeSlice(sources=given.models or [])]
+    if not slices or not all(one.sources for one in slices):
+        raise BadInput("models: none are named")
+    layers = _layers(slices, given.base_model)
+    members = _arc(slices, given) if given.merge_method == "slerp" else _members(slices, given, method)
+    base = None if given.merge_method == "slerp" else given.base_model  # of slerp it is one of the two, and no seed
+    return MergekitFile(members, base, Answer(*_answer(slices, given, method)), layers, _dtype(given))
 
 
-def _between(one: Mapping[str, Any], base: str | None, common: Mapping[str, Any]) -> dict[str, Any]:
-    """A slice of slerp with weights in place of `t`: 1 - t for the base, t for the other. Raises BadInput."""
-    said = {**common, **(one.get("parameters") or {})}
-    _known(said, {"t"}, "parameters.")
-    sources = list(one["sources"])
-    if "t" not in said or len(sources) != 2 or base not in [source["model"] for source in sources]:
-        raise BadInput("slerp takes a parameter t and two models, one of which is the base_model")
-
-    def turned(t: Any) -> Any:
-        if isinstance(t, list):
-            return [{**row, "value": turned(row["value"])} if isinstance(row, dict) else turned(row) for row in t]
-        return 1 - t
-
-    weights = {True: turned(said["t"]), False: said["t"]}
-    return {"sources": [{**source, "parameters": {"weight": weights[source["model"] == base]}} for source in sources]}
+def _check_base(given: MergeFile, method: MergeMethod) -> None:
+    name = given.merge_method
+    if method.base == "needed" and not given.base_model:
+        raise BadInput(f"{name} needs a base_model: name the seed")
+    if method.base == "none" and given.base_model:
+        raise BadInput(f"base_model is not supported with {name}: mergekit merges it as one more model; leave it out")
 
 
-def _known(said: Mapping[str, Any], words: set[str], where: str) -> None:
-    if strange := sorted(set(said) - words):
-        raise BadInput(f"{where}{strange[0]} is not supported; have {', '.join(sorted(words))}")
+def _dtype(given: MergeFile) -> str | None:
+    names = {name for name in (given.dtype, given.out_dtype) if name}
+    if len(names) > 1 or (names and not names & DTYPES.keys()):
+        raise BadInput(f"dtype {', '.join(sorted(names))} is not supported: a merge keeps its seed's dtype, one of {', '.join(DTYPES)}")
+    return DTYPES[names.pop()] if names else None
 
 
-def _answer(method: str, settings: Mapping[str, float], based: bool) -> tuple[str, dict[str, float]]:
-    ours, defaults = METHODS[method]
-    if method == "sce" and "density" in settings:
-        ours = "sce_select" if settings["density"] < 1 else "sce"
-        settings = {key: value for key, value in settings.items() if key != "density" or ours == "sce_select"}
-    if "deltas" in RULES[ours].begins:
-        defaults = {**defaults, "deltas": float(based)}
-    rule = RULES[ours]
-    known = {*rule.begins, *rule.ends}
-    if strange := sorted(set(settings) - known):
-        theirs = next((name for name, mine in SETTINGS.items() if mine == strange[0]), strange[0])
-        raise BadInput(f"{method} has no parameter {theirs!r} here; it has {', '.join(sorted(known)) or 'none'}")
-    return ours, {name: float(value) for name, value in {**defaults, **settings}.items() if name in known}
-
-
-# ---- models and slices ------------------------------------------------------------------------------------------
-
-
-def _members(
-    slices: Sequence[Mapping[str, Any]], base: str | None, common: Mapping[str, Any]
-) -> tuple[dict[str, tuple[Share, ...]], dict[str, float], int | None]:
-    """Shares of each model, over all slices; the settings, which must be the same for all; and how many layers the slices make."""
-    shares: dict[str, list[Share]] = {}
-    settings, reached = _settings(common, "parameters"), 0
+def _layers(slices: Sequence[MergeSlice], base: str | None) -> int | None:
+    """How many layers the slices make; none where none are named. Raises BadInput where a layer would move."""
+    reached = 0
     for number, one in enumerate(slices):
-        _known(one, {"sources", "parameters"}, f"slices[{number}].")
-        ranges = {tuple(source.get("layer_range") or ()) for source in one["sources"]}
-        if len(ranges) > 1 or (len(slices) > 1 and () in ranges):
-            raise BadInput(
-                f"slices[{number}]: its sources must have one layer_range: stacking layers of other depths is no merge of experts"
-            )
-        layers = next(iter(ranges), ()) or None
-        if layers and layers[0] != reached:
-            raise BadInput(f"slices[{number}] begins at layer {layers[0]}, not at {reached}: every layer stays where it is in the seed")
-        reached = layers[1] if layers else reached
-        for source in one["sources"]:
-            _known(source, {"model", "layer_range", "parameters"}, f"slices[{number}].sources.")
-            if source["model"] == base:  # it is what deltas are from
+        ranges = {source.layer_range for source in one.sources}
+        if len(ranges) > 1 or (len(slices) > 1 and None in ranges):
+            raise BadInput(f"slices[{number}]: its sources must have one layer_range: moving layers to another depth is not supported")
+        span = next(iter(ranges))
+        if span and not (span[0] == reached < span[1]):
+            raise BadInput(f"slices[{number}] is layers {span[0]} to {span[1]}, and {reached} comes next: moving layers is not supported")
+        reached = span[1] if span else reached
+    return reached or None
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------
+
+
+def _number(value: Value, where: str) -> float:
+    if isinstance(value, bool) and where.rpartition(".")[2] != "normalize":
+        raise BadInput(f"{where}: {value} is not supported: give a number")
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise BadInput(f"{where}: {value!r} is not supported: give a number") from error
+    if not math.isfinite(number):
+        raise BadInput(f"{where}: {value} is not supported: give a finite number")
+    return number
+
+
+Rows = list[tuple[str, tuple[float, ...]]]  # part of a tensor's name (empty: all), and a value or a gradient
+
+
+def _rows(name: str, scopes: Sequence[Parameters], where: str) -> Rows:
+    """What a parameter is for which tensors, the first that fits; empty where it is given nowhere. Raises BadInput."""
+    rows: Rows = []
+    for scope in scopes:
+        setting = (scope or {}).get(name)
+        given = setting if isinstance(setting, list) else [setting] if setting is not None else []
+        if given and not isinstance(given[0], FilteredValue):
+            return [*rows, ("", tuple(_number(value, f"{where}.{name}") for value in given if not isinstance(value, FilteredValue)))]
+        for row in given:
+            assert isinstance(row, FilteredValue)
+            values = row.value if isinstance(row.value, list) else [row.value]
+            if not values:
+                raise BadInput(f"{where}.{name}: an empty list is not supported: give a number")
+            rows.append(("" if row.filter in (None, "*") else row.filter or "", tuple(_number(one, f"{where}.{name}") for one in values)))
+            if not rows[-1][0]:
+                return rows
+    if rows:
+        raise BadInput(f"{where}.{name}: tensors that no filter fits have no value: add a row without a filter, or {name} at the top")
+    return rows
+
+
+def _value(name: str, scopes: Sequence[Parameters], where: str) -> float | None:
+    rows = _rows(name, scopes, where)
+    if rows and (len(rows) > 1 or rows[0][0] or len(rows[0][1]) > 1):
+        raise BadInput(f"{where}.{name}: filters and gradients are not supported here: only weights may differ over tensors and depth")
+    return rows[0][1][0] if rows else None
+
+
+def _answer(slices: Sequence[MergeSlice], given: MergeFile, method: MergeMethod) -> tuple[str, dict[str, float]]:
+    """Our rule and its settings. Raises BadInput where they differ between slices or models, or the rule has no such setting."""
+    found: list[dict[str, float]] = []
+    known = {"t"} if given.merge_method == "slerp" else {"weight", "rescale", *SHARED, *EACH, *IGNORED}
+    for number, one in enumerate(slices):
+        where, scopes = f"slices[{number}]" if given.slices else "parameters", [one.parameters, given.parameters]
+        _check_names(scopes, known, where)
+        shared = {ours: value for theirs, ours in SHARED.items() if (value := _value(theirs, scopes, where)) is not None}
+        _check_rescale(scopes, method, given.merge_method)
+        for source in one.sources:
+            _check_names([source.parameters], known & {"weight", *EACH}, source.model)
+            if source.model == given.base_model and given.merge_method != "slerp":
                 continue
-            own = {**common, **(one.get("parameters") or {}), **(source.get("parameters") or {})}
-            _agree(settings, _settings(own, source["model"]), source["model"])
-            edges = None if len(slices) == 1 else (number == 0, number == len(slices) - 1)
-            shares.setdefault(source["model"], []).extend(_shares(own.get("weight", 1.0), layers, edges))
-    members = {model: tuple(sorted(found, key=lambda share: share.layers is None)) for model, found in shares.items()}
-    return members, settings, reached or None
+            each = {ours: value for theirs, ours in EACH.items() if (value := _value(theirs, [source.parameters, *scopes], source.model))
+                    is not None}  # fmt: skip
+            found.append({**method.defaults, **each, **shared})
+    if any(one != found[0] for one in found[1:]):
+        raise BadInput("models or slices with different settings are not supported: only weights may differ")
+    return _our_rule(given, method, found[0] if found else dict(method.defaults))
 
 
-def _settings(parameters: Mapping[str, Any], where: str) -> dict[str, float]:
-    """All but weights. Raises BadInput."""
-    _known(parameters, {"weight", "rescale", *SETTINGS, *IGNORED}, f"{where}.")
-    if parameters.get("rescale") is False:
-        raise BadInput(f"{where}.rescale: false is not supported: what is dropped is made up for")
-    found = {}
-    for name, ours in SETTINGS.items():
-        if name in parameters:
-            value = parameters[name]
-            if not isinstance(value, int | float):
-                raise BadInput(f"{where}.{name}: {value!r} is not supported: only weights may differ over tensors and depth")
-            found[ours] = float(value)
-    return found
+def _our_rule(given: MergeFile, method: MergeMethod, settings: dict[str, float]) -> tuple[str, dict[str, float]]:
+    ours, name = method.ours, given.merge_method
+    if name == "sce" and settings.get("density", 1) < 1:
+        ours = "sce_select"
+    elif name == "sce":
+        settings.pop("density", None)
+    if name == "linear" and not settings["normalise"]:
+        raise BadInput("linear with normalize: false is not supported: it scales whole models; take task_arithmetic with a base_model")
+    if "deltas" in RULES[ours].begins and "deltas" not in settings:
+        settings["deltas"] = float(given.base_model is not None)
+    if strange := sorted(settings.keys() - {*RULES[ours].begins, *RULES[ours].ends}):
+        theirs = next((theirs for theirs, mine in (SHARED | EACH).items() if mine == strange[0]), strange[0])
+        raise BadInput(f"{name} has no parameter {theirs!r} here; it has {', '.join(sorted({*RULES[ours].begins, *RULES[ours].ends}))}")
+    return ours, {key: float(value) for key, value in settings.items()}
 
 
-def _agree(settings: dict[str, float], own: dict[str, float], model: str) -> None:
-    for name, value in own.items():
-        if settings.setdefault(name, value) != value:
-            raise BadInput(f"{model}: {name} {value:g} here and {settings[name]:g} elsewhere: only weights may differ between models")
+def _check_names(scopes: Sequence[Parameters], known: set[str], where: str) -> None:
+    for scope in scopes:
+        if strange := sorted((scope or {}).keys() - known):
+            raise BadInput(f"{where}.{strange[0]} is not supported here; have {', '.join(sorted(known))}")
 
 
-def _shares(weight: Any, layers: tuple[int, int] | None, edges: tuple[bool, bool] | None) -> list[Share]:
-    """A weight as one value, a gradient, or a list of filters, over these layers; `edges`: whether tensors before all layers, and after
-    them, belong to these."""
-    rows = weight if isinstance(weight, list) and weight and isinstance(weight[0], dict) else [{"value": weight}]
+def _check_rescale(scopes: Sequence[Parameters], method: MergeMethod, name: str) -> None:
+    for scope in scopes:
+        if (value := (scope or {}).get("rescale")) is not None and value is not method.rescale:
+            raise BadInput(
+                f"rescale: {value} is not supported with {name}: what is dropped {'is' if method.rescale else 'is not'} made up for"
+            )
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def _members(slices: Sequence[MergeSlice], given: MergeFile, method: MergeMethod) -> dict[str, tuple[Share, ...]]:
+    """Shares of each model, over all slices. Raises BadInput."""
+    shares: dict[str, list[Share]] = {}
+    for number, one in enumerate(slices):
+        names = [source.model for source in one.sources]
+        for source in one.sources:
+            if names.count(source.model) > 1:
+                raise BadInput(f"{source.model} is named twice: give it a larger weight instead")
+            if source.model == given.base_model:  # it is what deltas are from
+                continue
+            rows: Rows = [("", (1.0,))]  # mergekit leaves out weights that a method does not have
+            if method.weights:
+                rows = _rows("weight", [source.parameters, one.parameters, given.parameters], source.model)
+            if not rows:
+                raise BadInput(f"{source.model} has no weight, and {given.merge_method} needs one of each model: add parameters.weight")
+            shares.setdefault(source.model, []).extend(_shares(rows, source.layer_range, number, len(slices)))
+    return {model: tuple(sorted(found, key=lambda share: share.layers is None)) for model, found in shares.items()}
+
+
+def _arc(slices: Sequence[MergeSlice], given: MergeFile) -> dict[str, tuple[Share, ...]]:
+    """Shares of the two models of slerp: 1 - t for the base, t for the other. Raises BadInput."""
+    shares: dict[str, list[Share]] = {}
+    for number, one in enumerate(slices):
+        names = [source.model for source in one.sources]
+        rows = _rows("t", [one.parameters, given.parameters], "slerp")
+        if not rows or len(names) != 2 or names.count(given.base_model or "") != 1:
+            raise BadInput("slerp takes a parameter t and two models, one of which is the base_model")
+        for source in one.sources:
+            own = source.model == given.base_model
+            turned: Rows = [(part, tuple(1 - t for t in values) if own else values) for part, values in rows]
+            shares.setdefault(source.model, []).extend(_shares(turned, source.layer_range, number, len(slices)))
+    return {model: tuple(sorted(found, key=lambda share: share.layers is None)) for model, found in shares.items()}
+
+
+def _shares(rows: Rows, layers: tuple[int, int] | None, number: int, of: int) -> list[Share]:
+    """Weights over the layers of one slice of so many. Embeddings belong to the first slice, the last norm and the head to the last."""
+    if of == 1:
+        return [Share(tensors=part, values=values) for part, values in rows]
+    edges = (number == 0, number == of - 1)
     found: list[Share] = []
-    for row in rows:
-        _known(row, {"filter", "value"}, "weight.")
-        value = row["value"]
-        values = tuple(map(float, value if isinstance(value, list) else [value]))
-        if edges is None:
-            found.append(Share(tensors=row.get("filter") or "", values=values))
-            continue
+    for part, values in rows:
         if len(values) > 1:
-            raise BadInput(f"weight {value}: a gradient within a slice is not supported: give it over all layers, or one value a slice")
-        found.append(Share(tensors=row.get("filter") or "", layers=layers, values=values))
-        if "filter" not in row:
+            raise BadInput(
+                f"weight {list(values)}: a gradient within a slice is not supported: give it over all layers, or one value a slice"
+            )
+        if part and any(edges):
+            raise BadInput(f"filter {part!r} in the first or the last of several slices is not supported: name the models without slices")
+        found.append(Share(tensors=part, layers=layers, values=values))
+        if not part:
             found += [Share(tensors=name, values=values) for name in itertools.compress(("embed", ""), edges)]
     return found

@@ -21,6 +21,7 @@ from elmwood.report.notebook import facts, show_ranking
 from elmwood.store import AnyStore, Holder, Named, Store, listed
 from elmwood.study.quality.selection import ChosenMerge, choose_best
 from elmwood.study.text import keep_name
+from elmwood.weights.tensors import SIZES
 
 Weight = float | Sequence[float]  # several: a gradient over depth, from the first layer to the last
 Some = Annotated[int | None, Between(1)]
@@ -162,8 +163,13 @@ def read_mergekit(path: Path, store: Store) -> tuple[Members, list[Answer]]:
     members = {store.resolve(one): shares for one, shares in asked.members.items()}
     if asked.base and store.resolve(asked.base) != seed_of(members, store).digest:
         raise BadInput(f"{asked.base} is not the seed of these experts: name that as base_model")
-    if asked.layers and asked.layers != (depth := depth_of(seed_places(seed_of(members, store), store))):
+    tensors = seed_places(seed_of(members, store), store)
+    if asked.layers and asked.layers != (depth := depth_of(tensors)):
         raise BadInput(f"the slices make {asked.layers} layers, the seed has {depth}: a merge keeps its seed's architecture")
+    if asked.dtype and (have := {place.dtype for place in tensors.values() if place.dtype in SIZES}) != {asked.dtype}:
+        raise BadInput(f"dtype: a merge keeps its seed's dtype, {', '.join(sorted(have))}, and the file says {asked.dtype}: leave it out")
+    if depth_of(tensors) == 1 and any(len(share.values) > 1 for shares in members.values() for share in shares):
+        raise BadInput("a gradient over a single layer is read differently by mergekit: give one value")
     return members, [asked.answer]
 
 
