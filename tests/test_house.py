@@ -104,7 +104,6 @@ OF_VERBS = ("tests/study/test_train_verbs.py", "tests/study/test_contest.py", "t
 # These are to call `elmwood.study` instead; the list only ever gets shorter.
 STILL = {
     "tests/train/test_fit.py",
-    "tests/merge/test_statistics.py", "tests/merge/test_merge_parts.py", "tests/merge/test_export.py",
     "benches/forest.py", "benches/quality/clusters.py", "benches/quality/seed_share.py",
     "benches/quality/merge_quality.py", "benches/quality/weight_mixing.py", "benches/quality/adapters_in_forest.py",
     "benches/quality/mixture.py", "benches/quality/merge_layers.py",

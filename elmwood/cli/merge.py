@@ -1,6 +1,5 @@
 """Verbs of merging: experts into one checkpoint, and the sums they are made from."""
 
-import time
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
@@ -20,12 +19,10 @@ from elmwood.cli.options import (
 )
 from elmwood.cli.screen import bars, duration, emit, made, out, short, table, talk
 from elmwood.errors import BadInput
-from elmwood.records import Contest, Seed
 from elmwood.report.contest import headline, lines
-from elmwood.store import Store
 from elmwood.study import merging
 from elmwood.study.merging import Merges
-from elmwood.study.quality.selection import BY_LAYER, ChosenMerge, Ranked, test_best
+from elmwood.study.quality.selection import BY_LAYER, ChosenMerge, Ranked
 
 OwnRuleOption = Annotated[str | None, Option("--method", help="The rule, where it is one of your own: module:function.")]
 PartOption = Annotated[str, Option(help="Sum this share of every tensor alone: 0/4 to 3/4.")]
@@ -79,16 +76,15 @@ def merge(
     output: Output = Output(),
 ) -> None:
     """Merge experts into one checkpoint, or adapters into one adapter. Several settings give several merges."""
-    home = Store(output.store)
     with bars() as progress:
         done = merging.merge(
             experts, method=method and method.split(","), weights=weights_of(members.weights), layers=layers_of(members.layers),
             tensors=members.tensors, scale=values_of("scale", scale), density=values_of("density", density),
             rank=values_of("rank", rank), settings=settings_of(settings), resize=resize, **selection._asdict(), **tasks._asdict(),
-            name=name, store=home, progress=progress,
+            name=name, store=output.store, progress=progress,
         )  # fmt: skip
     if done.choice:
-        _test_and_print(done, done.choice, selection, name, home, output.as_json)
+        _print_choice(done, done.choice, name, output.as_json)
     else:
         _print_merges(done, name, output.as_json)
 
@@ -206,25 +202,21 @@ def _print_merges(done: Merges, name: str | None, as_json: bool) -> None:
         out.print(f"{record.digest}  {called or answer}", soft_wrap=True)
 
 
-def _test_and_print(done: Merges, choice: ChosenMerge, selection: SelectionOptions, name: str | None, store: Store, as_json: bool) -> None:
-    """Test the best on blocks that nothing was chosen on, and print what it all cost."""
-    started = time.perf_counter()
-    with bars() as progress:
-        seed = store.load(done.record.seed, Seed)
-        test, _, cost = test_best(done.record, name or choice.best, seed, choice.partition, selection.documents, store, progress)
-    tokens = cost.tokens_forwarded
-    spent = choice.seconds + time.perf_counter() - started
+def _print_choice(done: Merges, choice: ChosenMerge, name: str | None, as_json: bool) -> None:
+    """What was chosen, why, and what it all cost."""
+    test, _, cost = choice.test
     if choice.ranked:
         _print_ranked(choice.ranked)
     if as_json:
-        return emit(_choice_json(done, choice, name, test, tokens, spent))
+        return emit(_choice_json(done, choice, name))
     losses, behind = choice.tuned.losses, choice.tuned.behind
     rows = [[one, *(f"{value:.4f}" for value in (*losses[one], *behind[one]))] for one in done.made]
     table("bits per byte on the tune half, and behind the best (paired)", ["", "bits/byte", "±", "behind", "±"], rows, to=talk)
     if BY_LAYER in done.made:
         names = {record.digest: one for one, record in done.made.items()}
         talk.print("by layer: " + ", ".join(f"{layer} {names[digest]}" for layer, digest in done.made[BY_LAYER].layers.items()))
-    talk.print(f"the search scored {choice.looked} models on {short(choice.tokens)} tokens, the test {short(tokens)}, in {duration(spent)}")
+    talk.print(f"the search scored {choice.looked} models on {short(choice.tokens)} tokens, the test {short(cost.tokens_forwarded)}, in "
+               f"{duration(choice.seconds)}")  # fmt: skip
     talk.print(f"on fresh blocks {headline(test)}: {dict(lines(test))['effect']}; {test.drawn:,} of {test.touched:,} blocks")
     out.print(f"{done.record.digest}  {name or choice.best}", soft_wrap=True)
 
@@ -234,12 +226,18 @@ def _print_ranked(ranked: Ranked) -> None:
     table(BY[ranked.by].format(duration(ranked.seconds)), ["", "estimate"], rows, to=talk)
 
 
-def _choice_json(done: Merges, choice: ChosenMerge, name: str | None, test: Contest, tokens: int, spent: float) -> dict[str, object]:
+def _choice_json(done: Merges, choice: ChosenMerge, name: str | None) -> dict[str, object]:
+    test, _, tested = choice.test
     losses, behind = choice.tuned.losses, choice.tuned.behind
     answers = [
         {"answer": one, "digest": record.digest, "tune": losses[one]._asdict(), "behind": behind[one]._asdict()}
         for one, record in done.made.items()
     ]
-    cost = {"answers": choice.looked, "tokens": choice.tokens, "tested_tokens": tokens, "seconds": round(spent, 1)}
+    cost = {
+        "answers": choice.looked,
+        "tokens": choice.tokens,
+        "tested_tokens": tested.tokens_forwarded,
+        "seconds": round(choice.seconds, 1),
+    }
     return {"name": name, "digest": done.record.digest, "record": done.record.model_dump(mode="json"), "answers": answers,
             "test": test.model_dump(mode="json"), "cost": cost}  # fmt: skip

@@ -123,6 +123,8 @@ def read(text: str) -> MergekitFile:
     if (given.models is None) == (given.slices is None):
         raise BadInput("models and slices: give one of them")
     _check_base(given, method)
+    if given.slices and given.base_model and any(given.base_model not in [one.model for one in part.sources] for part in given.slices):
+        raise BadInput(f"slices: {given.base_model}, the base_model, must be among the sources of each")
     slices = given.slices if given.slices is not None else [MergeSlice(sources=given.models or [])]
     if not slices or not all(one.sources for one in slices):
         raise BadInput("models: none are named")
@@ -312,3 +314,17 @@ def _shares(rows: Rows, layers: tuple[int, int] | None, number: int, of: int) ->
         if not part:
             found += [Share(tensors=name, values=values) for name in itertools.compress(("embed", ""), edges)]
     return found
+
+
+def gradients_over(shares: Sequence[Share], depth: int) -> tuple[Share, ...]:
+    """The same weights of a model with so many layers: mergekit's gradients go over the layers alone, and all that stands outside of them,
+    the last norm and the head too, has their first value. Raises BadInput."""
+    found: list[Share] = []
+    for share in shares:
+        if len(share.values) == 1:
+            found.append(share)
+            continue
+        if depth < 2:
+            raise BadInput(f"weight {list(share.values)}: a gradient needs two layers or more: give one value")
+        found += [share.model_copy(update={"layers": (0, depth)}), share.model_copy(update={"values": share.values[:1]})]
+    return tuple(found)

@@ -164,12 +164,12 @@ def read_mergekit(path: Path, store: Store) -> tuple[Members, list[Answer]]:
     if asked.base and store.resolve(asked.base) != seed_of(members, store).digest:
         raise BadInput(f"{asked.base} is not the seed of these experts: name that as base_model")
     tensors = seed_places(seed_of(members, store), store)
-    if asked.layers and asked.layers != (depth := depth_of(tensors)):
+    depth = depth_of(tensors)
+    if asked.layers and asked.layers != depth:
         raise BadInput(f"the slices make {asked.layers} layers, the seed has {depth}: a merge keeps its seed's architecture")
     if asked.dtype and (have := {place.dtype for place in tensors.values() if place.dtype in SIZES}) != {asked.dtype}:
         raise BadInput(f"dtype: a merge keeps its seed's dtype, {', '.join(sorted(have))}, and the file says {asked.dtype}: leave it out")
-    if depth_of(tensors) == 1 and any(len(share.values) > 1 for shares in members.values() for share in shares):
-        raise BadInput("a gradient over a single layer is read differently by mergekit: give one value")
+    members = {digest: mergekit.gradients_over(shares, depth) for digest, shares in members.items()}
     return members, [asked.answer]
 
 

@@ -22,9 +22,7 @@ from transformers import (
     Olmo2Config,
     Qwen3Config,
 )
-from typer.testing import CliRunner
 
-from elmwood.cli import app
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, BadSeed, Damaged
@@ -36,6 +34,7 @@ from elmwood.merge.moe.build import Mixing, mix, order_of
 from elmwood.merge.moe.gates import random_rows
 from elmwood.merge.states import seed_places
 from elmwood.records import Forest, Gates
+from elmwood.study import exporting
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "dora"])
@@ -177,15 +176,13 @@ def test_an_export_that_went_wrong_is_seen(complaint, seed, store, tmp_path):
         check_checkpoint(tmp_path / "out")
 
 
-def test_the_verb_says_what_it_wrote_and_leaves_nothing_of_a_failure(experts, store, tmp_path):
-    def asked(*words):
-        return CliRunner().invoke(app, ["export", *words, "--store", str(store.root), "--json"])
-
-    done = asked(experts["lora"].digest, str(tmp_path / "out"), "--format", "gguf", "--dtype", "bf16")
-    assert json.loads(done.stdout)["files"] == ["README.md", "elmwood.json", "model.gguf"]
-    assert json.loads((tmp_path / "out" / "elmwood.json").read_bytes())["kind"] == "expert"
-    for words in ((experts["full"].digest, str(tmp_path / "bad"), "--format", "peft"), (experts["full"].digest, str(tmp_path / "out"))):
-        assert isinstance(asked(*words).exception, BadInput)
+def test_an_export_has_its_record_beside_it_and_leaves_nothing_of_a_failure(experts, store, tmp_path):
+    out = exporting.export(experts["lora"], tmp_path / "out", format="gguf", dtype="bf16", store=store)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "elmwood.json", "model.gguf"]
+    assert json.loads((out / "elmwood.json").read_bytes())["kind"] == "expert"
+    for folder, how in ((tmp_path / "bad", {"format": "peft"}), (out, {})):
+        with pytest.raises(BadInput):
+            exporting.export(experts["full"], folder, **how, store=store)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

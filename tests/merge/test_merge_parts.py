@@ -1,6 +1,5 @@
 """Merges in parts: by several processes, one of them killed; on Ray; and of sums that strangers sent as folders."""
 
-import json
 import os
 from pathlib import Path
 
@@ -11,17 +10,17 @@ from dying import killed_once
 from safetensors.numpy import load_file, save
 from tiny_models import config_seed, full_expert, tiny_tokenizer
 from transformers import LlamaConfig
-from typer.testing import CliRunner
 
-from elmwood.cli import app
 from elmwood.engine import run
-from elmwood.errors import BadInput, DoesNotFit, ElmwoodError
+from elmwood.errors import BadInput, Damaged, DoesNotFit, ElmwoodError
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.parallel import StateJob, spread
 from elmwood.merge.states import check, state
 from elmwood.records import Merged
 from elmwood.store import Store
+from elmwood.study import merging
+from elmwood.study.exporting import export
 
 PARTS = 4
 
@@ -83,29 +82,19 @@ def test_on_ray_a_killed_worker_s_part_is_done_by_another(forest, monkeypatch):
 def test_sums_of_strangers_come_as_folders_and_add_to_the_same_bytes(forest, tmp_path):
     """Each on a machine of its own, which knows one expert; the last has the seed and the folders alone."""
     store, seed, experts = forest
-    runner = CliRunner()
-
-    def asked(*words: str) -> dict:
-        result = runner.invoke(app, [*words, "--json"])
-        assert result.exit_code == 0, result.output
-        return json.loads(result.stdout)
-
     folders = []
     for number, expert in enumerate(experts):
         home = knows(tmp_path / f"machine{number}", store, seed, expert)
-        asked("state", "make", expert.digest, "--method", "ties", "--name", "mine", "--store", str(home.root))
-        folders.append(str(tmp_path / f"sent{number}"))
-        asked("export", "mine", folders[-1], "--store", str(home.root))
+        folders.append(export(merging.state_make(expert, home, method="ties"), tmp_path / f"sent{number}", store=home))
     last = knows(tmp_path / "last", store, seed)
-    asked("state", "add", *folders[::-1], folders[0], "--name", "all", "--store", str(last.root))
-    made = asked("state", "finalize", "all", "--store", str(last.root))
+    merging.state_add([*folders[::-1], folders[0]], last, name="all")
+    made = merging.state_finalize("all", last).record
     (whole,) = merge(seed, {expert.digest: everywhere(1.0) for expert in experts}, [Answer("ties", {})], store)
-    assert made["record"]["files"]["model.safetensors"] == whole.files["model.safetensors"]
-    damaged = Path(folders[0]) / "sums.safetensors"
+    assert made.files["model.safetensors"] == whole.files["model.safetensors"]
+    damaged = folders[0] / "sums.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x07")
-    refused = runner.invoke(app, ["state", "add", *folders[:2], "--store", str(last.root)])
-    assert refused.exit_code
-    assert "not what its record says" in str(refused.exception)
+    with pytest.raises(Damaged, match="not what its record says"):
+        merging.state_add(folders[:2], last)
 
 
 @pytest.mark.parametrize("method", ["average", "model_stock"])

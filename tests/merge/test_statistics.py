@@ -11,9 +11,7 @@ import torch
 from hypothesis import given
 from safetensors.torch import load_file
 from tiny_models import WORDS, full_expert, lora_expert, tiny_seed
-from typer.testing import CliRunner
 
-from elmwood.cli import app
 from elmwood.corpus.build import build
 from elmwood.corpus.tokens import pack
 from elmwood.engine import silent
@@ -26,6 +24,7 @@ from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.statistics import open_statistics
 from elmwood.records import Domain, Embedder, Merged, Partition, Recipe, Statistics
 from elmwood.store import Store
+from elmwood.study.merging import merge as merge_verb
 from elmwood.study.quality.selection import by_columns, tune
 from elmwood.train.data import batches
 from elmwood.train.statistics import statistics
@@ -159,27 +158,25 @@ def test_estimates_choose_layers_and_true_losses_decide(grown):
         store.name(f"e/{place}", one.digest)
         names.append(f"e/{place}")
     store.name("p", store.add(_partition(corpus)))
-    asked = ["merge", *names, "--method", "average,regmean,wudi", "--scale", "4,8,16", "--choose", "--per-layer", "--run", "5"]
-    done = CliRunner().invoke(app, [*asked, "--partition", "p", "--documents", "4", "--store", str(store.root), "--json"])
-    assert done.exit_code == 0, done.output
-    said = json.loads(done.stdout)
-    rows = {row["answer"]: row for row in said["answers"]}
-    assert 5 < said["cost"]["answers"] <= 5 + 1 + 2 * 3  # three places: two layers, and what is outside; the beginning once more
-    assert said["digest"] == min(rows.values(), key=lambda row: row["tune"]["value"])["digest"]
-    assert said["test"]["b"] == said["digest"]  # against the seed, on blocks that nothing was chosen on
-    assert said["test"]["split"] == "gate"
-    others = {row["digest"] for name, row in rows.items() if name != "by_layer"}
-    assert set(said["record"]["layers"].values()) <= others  # found with exchanged layers, scored as a checkpoint
-    assert rows["by_layer"]["tune"]["value"] < min(row["tune"]["value"] for name, row in rows.items() if name != "by_layer")
+    done = merge_verb(names, store, method=["average", "regmean", "wudi"], scale=[4, 8, 16], choose=True, per_layer=True, run=5,
+                      partition="p", documents=4)  # fmt: skip
+    assert done.choice
+    losses = {name: loss.value for name, loss in done.choice.tuned.losses.items()}
+    assert 5 < done.choice.looked <= 5 + 1 + 2 * 3  # three places: two layers, and what is outside; the beginning once more
+    assert done.choice.best == min(losses, key=losses.__getitem__)
+    assert done.choice.test.record.b == done.record.digest  # against the seed, on blocks that nothing was chosen on
+    assert done.choice.test.record.split == "gate"
+    others = {record.digest for name, record in done.made.items() if name != "by_layer"}
+    assert set(done.record.layers.values()) <= others  # found with exchanged layers, scored as a checkpoint
+    assert losses["by_layer"] < min(value for name, value in losses.items() if name != "by_layer")
 
 
 def test_layers_are_refused_where_there_is_nothing_to_choose(grown):
     store, _, _, experts = grown
     names = [one.digest for one in experts]
-    for more in (["--method", "average"], ["--method", "average", "--choose"], ["--method", "average,svd", "--choose"]):
-        done = CliRunner().invoke(app, ["merge", *names, *more, "--per-layer", "--store", str(store.root)])
-        assert isinstance(done.exception, BadInput)
-        assert "--per-layer takes layers" in str(done.exception)
+    for methods, choose in ((["average"], False), (["average"], True), (["average", "svd"], True)):
+        with pytest.raises(BadInput, match="--per-layer takes layers"):
+            merge_verb(names, store, method=methods, choose=choose, per_layer=True)
 
 
 @given(
@@ -223,24 +220,12 @@ def test_where_statistics_are_missing_columns_put_answers_in_order(grown):
     store.name("p", store.add(_partition(corpus)))
     for place, one in enumerate(experts):
         store.name(f"bare/{place}", one.digest)
-    asked = [
-        "merge",
-        "bare/0",
-        "bare/1",
-        "--method",
-        "task_arithmetic",
-        "--scale",
-        "0.01,0.2,3",
-        "--choose",
-        "--run",
-        "2",
-        "--partition",
-        "p",
-    ]
-    done = CliRunner().invoke(app, [*asked, "--documents", "4", "--store", str(store.root), "--json"])
-    assert done.exit_code == 0, done.output
-    assert "log-linear pools" in done.stderr
-    assert len(json.loads(done.stdout)["answers"]) == 2
+    done = merge_verb(["bare/0", "bare/1"], store, method="task_arithmetic", scale=[0.01, 0.2, 3], choose=True, run=2, partition="p",
+                      documents=4)  # fmt: skip
+    assert done.choice
+    assert done.choice.ranked
+    assert done.choice.ranked.by == "columns"
+    assert len(done.made) == 2
     merged = [one for digest in store.records() if isinstance(one := store.load(digest), Merged)]
     mine = {one.digest for one in experts}
     made = {str(one.settings["scale"]): one for one in merged if {part.expert for part in one.contributions} == mine}

@@ -71,14 +71,14 @@ class ChosenMerge(NamedTuple):
     looked: int  # models that were scored
     tokens: int  # read to choose
     seconds: float
-    partition: Digest  # whose held-out text decided
+    test: ContestResult  # whether the best is better than the seed, on fresh blocks
 
 
 def choose_best(
     made: Mapping[str, Merged], seed: Seed, experts: Sequence[Digest], partition: str, store: Store, *, per_layer: bool, run: int | None,
     documents: int | None, name: str | None, progress: Progress,
 ) -> tuple[ChosenMerge, dict[str, Merged]]:  # fmt: skip
-    """The best of several merges of these experts on the tune half, named; and those that were scored.
+    """The best of several merges of these experts on the tune half, named, and tested on fresh blocks; and those that were scored.
 
     run: score only so many, the best by estimates. per_layer: go on from the best, layer by layer.
     """
@@ -99,7 +99,8 @@ def choose_best(
     best = min(models, key=lambda one: found.losses[one].value)
     if name:
         store.name(name, models[best].digest)
-    return ChosenMerge(best, found, ranked, layers, looked, read, time.perf_counter() - started, store.resolve(partition)), models
+    test = test_best(models[best], name or best, seed, partition, documents, store, progress)
+    return ChosenMerge(best, found, ranked, layers, looked, read, time.perf_counter() - started, test), models
 
 
 def test_best(
