@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from elmwood.store import Store
     from elmwood.study.ancestry import forest, generate, open_model
+    from elmwood.study.demo import demo
     from elmwood.study.exporting import export, verify
     from elmwood.study.fitting import fit
     from elmwood.study.merging import merge, state_add, state_finalize, state_make, state_remove
@@ -35,6 +36,7 @@ FACE = {
     "elmwood.study.ancestry": "forest, generate, open_model",
     "elmwood.study.quality.contest": "compare",
     "elmwood.study.quality.evaluation": "benchmark, evaluate",
+    "elmwood.study.demo": "demo",
     "elmwood.study.exporting": "export, verify",
     "elmwood.study.fitting": "fit",
     "elmwood.study.quality.forest_table": "table",
@@ -56,6 +58,7 @@ __all__ = [
     "build",
     "cluster",
     "compare",
+    "demo",
     "evaluate",
     "export",
     "fit",

@@ -99,6 +99,13 @@ class Demo(NamedTuple):
     models: dict[str, Digest]  # that were trained from the seed, by name
     remade: Remade | None = None  # from scratch, where the packaged seed has the same recipe
 
+    @property
+    def record(self) -> Comparison:
+        return self.comparison
+
+    def _repr_html_(self) -> str | None:
+        return self.comparison._repr_html_()
+
 
 def demo(
     corpus: str | Sequence[str] = SAMPLE, *, quick: bool = False, from_scratch: bool = False, seed: str | Seed | None = None,
