@@ -12,7 +12,7 @@ from markupsafe import Markup
 from elmwood.records import Contest
 from elmwood.report.data import Curve
 from elmwood.report.domain_map import COLOURS
-from elmwood.report.formats import shared, ticks, with_prefix
+from elmwood.report.formats import tick_labels, ticks, with_prefix
 
 TALL = 30  # height of a row in pixels
 LIKELY = 1.96  # standard errors on each side of a mean that cover 95 % of a normal distribution
@@ -29,23 +29,23 @@ class Scale(NamedTuple):
         return round(100 * (value - self.low) / (self.high - self.low), 2) if self.high > self.low else 50.0
 
 
-def spanning(values: Sequence[float], margin: float = 0.05) -> Scale:
+def scale_over(values: Sequence[float], margin: float = 0.05) -> Scale:
     """A scale that covers these values, with a margin."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     air = margin * (high - low) or 0.01
     return Scale(low - air, high + air)
 
 
-def axis(scale: Scale) -> Markup:
+def draw_axis(scale: Scale) -> Markup:
     """The numbers above a column of rows."""
     chosen = [value for value in ticks(scale.low, scale.high, 3) if 4 < scale(value) < 96]
     words = (
-        Markup('<text x="{}%" y="15">{}</text>').format(scale(value), text) for value, text in zip(chosen, shared(chosen), strict=True)
+        Markup('<text x="{}%" y="15">{}</text>').format(scale(value), text) for value, text in zip(chosen, tick_labels(chosen), strict=True)
     )
     return Markup('<svg class="axis" width="100%" height="20" aria-hidden="true">{}</svg>').format(Markup("").join(words))
 
 
-def whisker(value: float, error: float | None, scale: Scale, *, role: str, mark: float | None = None, label: str = "") -> Markup:
+def draw_estimate(value: float, error: float | None, scale: Scale, *, role: str, mark: float | None = None, label: str = "") -> Markup:
     """A dot with error bars: the thick line is one standard error, the thin line covers 95 %. `mark` is a value to compare with."""
     lines = _grid([value for value in ticks(scale.low, scale.high, 3) if 4 < scale(value) < 96], scale)
     if mark is not None:
@@ -59,7 +59,7 @@ def whisker(value: float, error: float | None, scale: Scale, *, role: str, mark:
     )
 
 
-def ring(scale: Scale, role: str) -> Markup:
+def draw_reference(scale: Scale, role: str) -> Markup:
     """The row that others are compared with: a circle at zero."""
     return Markup(
         '<svg class="row {} ring" width="100%" height="{}" role="img" aria-label="the reference">{}<line class="mark" x1="{x}%" x2="{x}%" '
@@ -67,7 +67,7 @@ def ring(scale: Scale, role: str) -> Markup:
     ).format(role, TALL, _grid([value for value in ticks(scale.low, scale.high, 3) if 4 < scale(value) < 96], scale), x=scale(0))
 
 
-def bar(value: float, most: float, *, domain: int, mark: float | None = None, label: str = "") -> Markup:
+def draw_bar(value: float, most: float, *, domain: int, mark: float | None = None, label: str = "") -> Markup:
     """A bar in the colour of a domain, with a tick at another value."""
     scale = Scale(0, most or 1)
     tick = (
@@ -82,7 +82,7 @@ def bar(value: float, most: float, *, domain: int, mark: float | None = None, la
     ).format(domain % COLOURS, label, scale(value), tick)
 
 
-def heat(weight: float, *, digits: bool = True, own: bool = False, label: str = "") -> Markup:
+def draw_cell(weight: float, *, digits: bool = True, own: bool = False, label: str = "") -> Markup:
     """One cell of the routing matrix: darker for more weight."""
     share = round(min(1.0, max(0.0, weight)), 3)
     words = f"{round(100 * share)}" if digits and share >= 0.005 else ""
@@ -92,18 +92,18 @@ def heat(weight: float, *, digits: bool = True, own: bool = False, label: str = 
     ).format(" own" if own else "", " full" if share > 0.55 else "", label, label, share, words)
 
 
-def curves(found: Sequence[Curve], about: str) -> Markup:
+def draw_losses(found: Sequence[Curve], about: str) -> Markup:
     """Loss against tokens. The axis ends above most of the points, since the loss at the start of training is much higher."""
     losses = sorted(loss for curve in found for _, loss in curve.points)
     top = losses[-1] if len(losses) < 20 else min(losses[-1], losses[0] + 1.6 * (losses[int(0.9 * len(losses))] - losses[0]))
-    return _panel(found, about, spanning([losses[0], top] if losses else [0, 1]))
+    return _panel(found, about, scale_over([losses[0], top] if losses else [0, 1]))
 
 
-def growing(losses: Sequence[tuple[float, float]], seed: float | None, about: str) -> Markup:
+def draw_growth(losses: Sequence[tuple[float, float]], seed: float | None, about: str) -> Markup:
     """Loss and its standard error against the number of experts, with the level of the seed."""
     line = Curve(name="with so many experts", role="result", points=tuple((n + 1, loss) for n, (loss, _) in enumerate(losses)))
     ends = [loss + sign * error for loss, error in losses for sign in (-1, 1)]
-    y_scale = spanning([*ends, *([seed] if seed else [])])
+    y_scale = scale_over([*ends, *([seed] if seed else [])])
     x_scale = Scale(0, len(losses))
     spots = Markup("").join(
         Markup('<line x1="{0}%" x2="{0}%" y1="{1}%" y2="{2}%"/><circle cx="{0}%" cy="{3}%" r="3.5"/>').format(
@@ -114,7 +114,7 @@ def growing(losses: Sequence[tuple[float, float]], seed: float | None, about: st
     return _panel([line], about, y_scale, marks=[(seed, "the seed")] if seed else [], over=spots, whole=True)
 
 
-def betting(found: Contest, about: str) -> Markup:
+def draw_wealth(found: Contest, about: str) -> Markup:
     """Log wealth of both gamblers against blocks drawn, and the level that each has to reach."""
     paths = [tuple((float(look[0]), look[place]) for look in found.wealth) for place in (1, 2)]
     goals = [(-math.log10(error), text) for error, text in ((found.alpha, "better"), (found.beta, "not better"))]
@@ -131,12 +131,12 @@ def _tens(levels: list[float]) -> list[str]:
 
 def _panel(
     found: Sequence[Curve], about: str, y_scale: Scale, *, marks: Sequence[tuple[float, str]] = (), over: Markup | str = "",
-    words: Callable[[list[float]], list[str]] = shared, whole: bool = False,
+    words: Callable[[list[float]], list[str]] = tick_labels, whole: bool = False,
 ) -> Markup:  # fmt: skip
     """Lines on a grid. `marks` are named levels, `over` is drawn above the lines, `whole`: ticks of the x axis are whole numbers only."""
     x_scale = Scale(0, max((x for curve in found for x, _ in curve.points), default=1) or 1)
-    lines = Markup("").join(_line(curve, dress, x_scale, y_scale) for curve, dress in zip(found, dresses(found), strict=True))
-    levels = [level for level in ticks(y_scale.low, y_scale.high, 4) if words is shared or level == int(level)]
+    lines = Markup("").join(_line(curve, dress, x_scale, y_scale) for curve, dress in zip(found, line_classes(found), strict=True))
+    levels = [level for level in ticks(y_scale.low, y_scale.high, 4) if words is tick_labels or level == int(level)]
     steps = [value for value in ticks(0, x_scale.high, 4) if value and not (whole and value != int(value))]
     across = Markup("").join(
         Markup('<line class="grid" x1="0" x2="100%" y1="{0}%" y2="{0}%"/><text class="level" x="-8" y="{0}%" dy="4">{1}</text>').format(
@@ -162,7 +162,7 @@ def _panel(
     ).format(about, across, lines, over, along)
 
 
-def dresses(found: Sequence[Curve]) -> list[str]:
+def line_classes(found: Sequence[Curve]) -> list[str]:
     """The CSS class of each line: the colour of its domain, or a dash pattern."""
     return [f"line-{place % 4}" if curve.domain is None else f"c{curve.domain % COLOURS}" for place, curve in enumerate(found)]
 

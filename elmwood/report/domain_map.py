@@ -131,12 +131,12 @@ def clip(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
-def breadth(text: str, size: float) -> float:
+def text_width(text: str, size: float) -> float:
     """About how wide a line of bold text is. Letters of most scripts are 0.62 of their height, East Asian ones as wide as high."""
     return size * sum(1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.62 for letter in text)
 
 
-def arrange(anchors: Sequence[Spot], sizes: Sequence[tuple[float, float]], spot_N2: np.ndarray) -> list[Box | None]:
+def place_labels(anchors: Sequence[Spot], sizes: Sequence[tuple[float, float]], spot_N2: np.ndarray) -> list[Box | None]:
     """A free position for each label, in this order: near its anchor, covering few dots; None if there is none."""
     placed: list[Box] = []
     found: list[Box | None] = []
@@ -159,7 +159,7 @@ def _labels(domains: Sequence[Area], spots: Sequence[Spot], members: dict[int, l
     anchors = {domain: _densest(spot_N2[members[domain]]) for domain in members}
     order = sorted(anchors, key=lambda domain: -len(members[domain]))
     texts = [_wording(domains[domain], domain, len(order), kind) for domain in order]
-    boxes = arrange([anchors[domain] for domain in order], [(breadth(text, size) + size, 1.6 * size) for text in texts], spot_N2)
+    boxes = place_labels([anchors[domain] for domain in order], [(text_width(text, size) + size, 1.6 * size) for text in texts], spot_N2)
     found = [(domain, text, box) for domain, text, box in zip(order, texts, boxes, strict=True) if box]
     lines = Markup("").join(_leader(domain, box, anchors[domain]) for domain, _, box in found)  # below all labels
     drawn = Markup("").join(_label(domain, text, box, size) for domain, text, box in found)

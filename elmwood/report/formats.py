@@ -52,7 +52,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(n * step, 12) for n in range(first, last + 1)]
 
 
-def shared(values: list[float]) -> list[str]:
+def tick_labels(values: list[float]) -> list[str]:
     """Tick labels with the same number of decimals, as many as needed, and true minus signs."""
     decimals = max((len(f"{value:.10f}".rstrip("0").partition(".")[2]) for value in values), default=0)
     return [f"{value:.{decimals}f}".replace("-", MINUS) for value in values]

@@ -72,8 +72,8 @@ def html(report: Report) -> str:
         most=max((area.documents for area in report.domains), default=1),
         lines=rows,
         summary=_summary(report, rows),
-        loss_axis=charts.axis(_loss_scale(report.rows)),
-        gain_axis=charts.axis(_gain_scale(report.rows)),
+        loss_axis=charts.draw_axis(_loss_scale(report.rows)),
+        gain_axis=charts.draw_axis(_gain_scale(report.rows)),
         reference=next((row for row in report.rows if row.gain is None), None),
         gained=len({row.gain is None for row in report.rows}) == 2,  # some over one that has none, the reference
         costed=[row for row in report.rows if row.tokens or row.steps or row.wall_seconds],
@@ -82,8 +82,8 @@ def html(report: Report) -> str:
         growth=_growth(report),
         contests=[_duel(one) for one in report.contests],
         tree=lineage.draw(lineage.tree(report.lineage)),
-        bar=charts.bar,
-        heat=charts.heat,
+        bar=charts.draw_bar,
+        heat=charts.draw_cell,
         caption=caption,
         with_prefix=with_prefix,
         spell_time=spell_time,
@@ -120,12 +120,12 @@ def _headline(report: Report) -> Row | None:
 
 
 def _loss_scale(rows: Sequence[Row]) -> charts.Scale:
-    return charts.spanning([row.bits_per_byte + sign * charts.LIKELY * row.standard_error for row in rows for sign in (-1, 1)])
+    return charts.scale_over([row.bits_per_byte + sign * charts.LIKELY * row.standard_error for row in rows for sign in (-1, 1)])
 
 
 def _gain_scale(rows: Sequence[Row]) -> charts.Scale:
     ends = [row.gain + sign * charts.LIKELY * (row.gain_error or 0) for row in rows if row.gain is not None for sign in (-1, 1)]
-    return charts.spanning([0.0, *ends])
+    return charts.scale_over([0.0, *ends])
 
 
 def _result_rows(rows: Sequence[Row]) -> list[ResultRow]:
@@ -138,12 +138,12 @@ def _result_rows(rows: Sequence[Row]) -> list[ResultRow]:
         text = f"{row.name}: {loss} ± {row.standard_error:.{loss_digits}f} bits per byte"
         gain = "" if row.gain is None else f"{signed(row.gain, gain_digits)} ± {row.gain_error or 0:.{gain_digits}f}"
         drawn = (
-            charts.ring(gain_scale, row.role)
+            charts.draw_reference(gain_scale, row.role)
             if row.gain is None
-            else charts.whisker(row.gain, row.gain_error, gain_scale, role=row.role, mark=0, label=f"{row.name}: gain {gain}")
+            else charts.draw_estimate(row.gain, row.gain_error, gain_scale, role=row.role, mark=0, label=f"{row.name}: gain {gain}")
         )
         first = GROUPS[row.role] if not found or found[-1].row.role != row.role else ""
-        whisker = charts.whisker(row.bits_per_byte, row.standard_error, loss_scale, role=row.role, mark=strongest, label=text)
+        whisker = charts.draw_estimate(row.bits_per_byte, row.standard_error, loss_scale, role=row.role, mark=strongest, label=text)
         found.append(ResultRow(row, first, whisker, f"{loss} ± {row.standard_error:.{loss_digits}f}", drawn, gain or "reference"))
     return found
 
@@ -181,8 +181,8 @@ def _panels(curves: Sequence[Curve]) -> list[Panel]:
         mine = [curve for curve in curves if curve.role == role and curve.points]
         title = PANELS.get(role, role)
         about = f"{title}: training loss against tokens, " + "; ".join(f"{c.name} ends at {c.points[-1][1]:.3f}" for c in mine)
-        key = tuple(zip(charts.dresses(mine), (curve.name for curve in mine), strict=True))
-        panels.append(Panel(title, charts.curves(mine, about), key if len(mine) > 1 else ()))
+        key = tuple(zip(charts.line_classes(mine), (curve.name for curve in mine), strict=True))
+        panels.append(Panel(title, charts.draw_losses(mine, about), key if len(mine) > 1 else ()))
     return panels
 
 
@@ -191,11 +191,11 @@ def _growth(report: Report) -> Markup:
         return Markup()
     seed = next((row.bits_per_byte for row in report.rows if row.role == "seed"), None)
     about = "Bits per byte with " + ", ".join(f"{n + 1}: {loss:.3f}" for n, (loss, _) in enumerate(report.growth)) + " experts"
-    return charts.growing(report.growth, seed, about)
+    return charts.draw_growth(report.growth, seed, about)
 
 
 def _duel(found: Contest) -> Duel:
-    svg = charts.betting(found, f"{headline(found)}: wealth over {found.drawn} blocks") if found.wealth else Markup()
+    svg = charts.draw_wealth(found, f"{headline(found)}: wealth over {found.drawn} blocks") if found.wealth else Markup()
     return Duel(headline(found), lines(found), svg)
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from elmwood.report.domain_map import LIGHT
-from elmwood.report.formats import MINUS, shared, ticks, with_prefix
+from elmwood.report.formats import MINUS, tick_labels, ticks, with_prefix
 
 DOTS = 32  # a line without error bars and with at most so many points has dots
 WIDTH, HEIGHT = 760, 420
@@ -90,7 +90,7 @@ def _linear(values: Sequence[float], title: str, margin: float) -> Ruler:
     low, high = min(values, default=0.0), max(values, default=1.0)
     air = margin * (high - low) or (0.5 if high == low else 0.0)
     chosen = ticks(low - air, high + air, 5)
-    words = [with_prefix(value) for value in chosen] if high >= 1000 else shared(chosen)
+    words = [with_prefix(value) for value in chosen] if high >= 1000 else tick_labels(chosen)
     return Ruler(low - air, high + air, list(zip(chosen, words, strict=True)), title)
 
 

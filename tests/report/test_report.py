@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from elmwood.records import Contest, Row
 from elmwood.report import Ancestor, Area, Curve, MapPoint, Report, domain_map, html, project
-from elmwood.report.charts import Scale, curves, whisker
-from elmwood.report.domain_map import HEIGHT, WIDTH, arrange
-from elmwood.report.formats import digits, shared, signed, spell_time, ticks, with_prefix
+from elmwood.report.charts import Scale, draw_estimate, draw_losses
+from elmwood.report.domain_map import HEIGHT, WIDTH, place_labels
+from elmwood.report.formats import digits, signed, spell_time, tick_labels, ticks, with_prefix
 from elmwood.report.lineage import tree
 
 HOSTILE = "</title><script>alert('1')</script>\"'&<img src=x onerror=alert(2)>{{7*7}}"
@@ -196,7 +196,7 @@ def test_a_map_alone_is_a_drawing_of_its_own():
 
 @given(st.lists(st.tuples(st.floats(0, WIDTH), st.floats(0, HEIGHT), st.floats(20, 300)), max_size=40))
 def test_labels_never_overlap_and_stay_on_the_paper(wanted):
-    found = arrange([(x, y) for x, y, _ in wanted], [(width, 24.0) for _, _, width in wanted], np.zeros((1, 2)))
+    found = place_labels([(x, y) for x, y, _ in wanted], [(width, 24.0) for _, _, width in wanted], np.zeros((1, 2)))
     boxes = [box for box in found if box]
     assert all(box.inside() for box in boxes)
     assert not any(a.meets(b) for place, a in enumerate(boxes) for b in boxes[:place])
@@ -211,8 +211,8 @@ def test_a_record_met_again_is_pointed_to():
 
 
 def test_drawings_take_odd_numbers():
-    assert "circle" in whisker(1.0, None, Scale(1.0, 1.0), role="seed")
-    assert "polyline" in curves([Curve(name="one", role="seed", points=((0, 3.0),))], "one point")
+    assert "circle" in draw_estimate(1.0, None, Scale(1.0, 1.0), role="seed")
+    assert "polyline" in draw_losses([Curve(name="one", role="seed", points=((0, 3.0),))], "one point")
     assert domain_map([Area(name="one")], [MapPoint(x=0.5, y=0.5, domain=0)]).count("<path") == 1
 
 
@@ -255,7 +255,7 @@ def test_numbers_read_well():
     assert [spell_time(s) for s in (0.5, 9.99, 59.7, 66, 120, 3725)] == ["0.5 s", "10 s", "60 s", "1 min 6 s", "2 min", "1 h 2 min"]
     assert [signed(x, 3) for x in (0.0123, -0.0123, -0.0001)] == ["+0.012", "−0.012", "0.000"]
     assert [digits(errors) for errors in ([0.041], [0.0042, None], [0.5], [], [1e-9])] == [3, 4, 2, 3, 4]
-    assert shared([-0.05, 0, 0.05]) == ["−0.05", "0.00", "0.05"]
+    assert tick_labels([-0.05, 0, 0.05]) == ["−0.05", "0.00", "0.05"]
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))

@@ -22,7 +22,7 @@ from elmwood.evaluate.partial import Partial, score
 from elmwood.evaluate.sequential.decision import best, per_byte, worst
 from elmwood.records import Contest, Ensemble, Forest, references
 from elmwood.report import Report, html
-from elmwood.report.charts import betting
+from elmwood.report.charts import draw_wealth
 from elmwood.report.contest import headline, lines
 from elmwood.report.plots import Series, experts_plot, wealth_plot
 from elmwood.store import Store
@@ -156,7 +156,7 @@ def test_a_contest_is_told_whichever_way_it_went(grown):
         ):
             assert part in told
         assert store.load(store.add(one), Contest) == one
-        ElementTree.fromstring(str(betting(one, "wealth")))
+        ElementTree.fromstring(str(draw_wealth(one, "wealth")))
 
 
 def test_what_cannot_be_compared_is_refused(grown):
