@@ -5,6 +5,7 @@ T tokens of all documents together, D documents; W windows of at most L tokens
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,13 +142,23 @@ def _sentencepiece(token: str) -> bytes:
     return token.replace("▁", " ").encode()
 
 
+@contextmanager
+def special_tokens_as_text(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
+    """Encode documents: text that spells a special token, such as `<|endoftext|>`, becomes the tokens of its bytes."""
+    before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
+    try:
+        yield tokenizer
+    finally:
+        tokenizer.encode_special_tokens = before
+
+
 # ---- packing ----------------------------------------------------------------------------------------------------
 
 
 def pack(shards: Sequence[Shard], tokenizer: Tokenizer, separator: int, store: Store, progress: Progress = silent) -> Packed:
     """Encode the documents of shards into the store. The same shards are packed once for each tokenizer."""
     spec = tokenizer.to_str().encode()
-    key = fingerprint("pack", [shard.blob for shard in shards], spec.decode(), separator)
+    key = fingerprint("pack-2", [shard.blob for shard in shards], spec.decode(), separator)
     if not (done := store.done(key)):
         with alone(store, key) as work:
             if not (done := store.done(key)):
@@ -165,7 +176,9 @@ def _pack(shards: Sequence[Shard], tokenizer: Tokenizer, separator: int, work: P
     total = sum(shard.bytes for shard in shards)
     with (work / "tokens").open("wb") as file:
         for texts in _batches(document.text for document in documents(shards, store)):
-            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            with special_tokens_as_text(tokenizer):
+                encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            for encoding in encoded:
                 tokens = np.array([separator, *encoding.ids], dtype)
                 starts.append(count)
                 count += len(tokens)

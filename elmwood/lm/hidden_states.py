@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from elmwood.corpus.build import documents
+from elmwood.corpus.tokens import special_tokens_as_text
 from elmwood.errors import BadInput, UnknownName
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model
@@ -39,7 +40,8 @@ def open_hidden_states(name: str, store: Store) -> Callable[[Sequence[str]], lis
     width = _read(model.base_model, [[seed.separator]]).shape[-1]  # not the hidden size, if the model projects it at the end
 
     def states(texts: Sequence[str]) -> list[TokenStates]:
-        encoded = words.encode_batch(list(texts), add_special_tokens=False)
+        with special_tokens_as_text(words):
+            encoded = words.encode_batch(list(texts), add_special_tokens=False)
         windows = [
             (n, start, [seed.separator, *one.ids[start : start + seed.context - 1]])
             for n, one in enumerate(encoded)

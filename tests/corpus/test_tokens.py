@@ -1,5 +1,7 @@
 """Tokenizers, packed tokens, and windows that score each token once."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -130,3 +132,25 @@ def test_windows_must_be_longer_than_what_they_share():
     packed = Packed(np.zeros(9, np.uint16), np.zeros(1, np.int64), 0)
     with pytest.raises(BadInput, match="longer than the 8 tokens"):
         windows(packed, 8, carry=8)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece-like"])
+def test_text_that_spells_a_special_token_is_text(kind, tokenizer, store):
+    """As language models' tokenizers do with special tokens off: no separator comes out of a document's own text."""
+    if kind == "byte-level":
+        words, special = tokenizer, END
+    else:
+        vocabulary = {"<s>": 0, "▁": 1, "<": 2, "s": 3, ">": 4, "a": 5, "b": 6, "|": 7, "<unk>": 8}
+        words, special = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>")), "<s>"
+        words.normalizer, words.decoder = normalizers.Replace(" ", "▁"), decoders.Replace("▁", " ")
+        words.add_special_tokens([special])
+    texts = [f"a {special} b", special, f"{special}{special}"]
+    (store.root / "special.jsonl").parent.mkdir(exist_ok=True)
+    (store.root / "special.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = build([str(store.root / "special.jsonl")], store, holdout=0.01)
+    packed = pack((*corpus.train, *corpus.holdout), words, 0, store)
+    ends = [*packed.starts[1:], len(packed.tokens)]
+    rows = [packed.tokens[start:end].tolist() for start, end in zip(packed.starts, ends, strict=True)]
+    assert all(row[0] == 0 and 0 not in row[1:] for row in rows)
+    assert {words.decode(row[1:], skip_special_tokens=False) for row in rows} == set(texts)
+    assert words.encode(special, add_special_tokens=False).ids == [0]  # a prompt may still hold one
