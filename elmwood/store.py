@@ -30,6 +30,7 @@ from elmwood.records import Expert, Files, Partition, Record, Seed, canonical, f
 R = TypeVar("R", bound=Record)
 CHUNK = 1 << 20
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+LONGEST = 200  # characters of a name: file systems allow 255 bytes
 
 
 class Damage(NamedTuple):
@@ -199,9 +200,22 @@ class Store:
 
     def name(self, name: str, digest: str) -> None:
         """Name a record. Raises UnknownName."""
-        if not _NAME.match(name):
-            raise UnknownName(f"{name!r} cannot be a name: letters, digits, '.', '_' and '-', in parts joined by '/'")
+        self.check_name(name)
         self._write(self.root / "refs" / name, f"{digest}\n".encode())
+
+    def check_name(self, name: str) -> None:
+        """Whether a record can get this name; long work asks before it begins. Raises UnknownName."""
+        refs = self.root / "refs"
+        if not _NAME.match(name) or name.endswith(".tmp"):
+            raise UnknownName(f"{name!r} cannot be a name: letters, digits, '.', '_' and '-', in parts joined by '/'")
+        if len(name) > LONGEST:
+            raise UnknownName(f"a name of {len(name)} characters, {name[:20]}…, is too long: choose one of {LONGEST} or fewer")
+        if name.partition("/")[0] == "done":
+            raise UnknownName(f"{name!r} cannot be a name: names below 'done' are those of finished tasks; choose another")
+        if (refs / name).is_dir():
+            raise UnknownName(f"{name!r} cannot be a name: other names begin with {name + '/'!r}; choose another")
+        if taken := next((str(part) for part in Path(name).parents if (refs / part).is_file()), None):
+            raise UnknownName(f"{name!r} cannot be a name: {taken!r} is one, and nothing can be named below it; choose another")
 
     def names(self) -> dict[str, str]:
         """All refs except those of finished tasks: name -> digest."""
@@ -227,7 +241,7 @@ class Store:
 
     def finish(self, key: str, record: Record) -> None:
         """Store the record that a task made, mark the task done, and delete its work folder."""
-        self.name(f"done/{key}", self.add(record))
+        self._write(self.root / "refs" / "done" / key, f"{self.add(record)}\n".encode())
         shutil.rmtree(self.root / "work" / key, ignore_errors=True)
 
     def work(self, key: str) -> Path:

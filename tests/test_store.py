@@ -163,6 +163,20 @@ def test_a_record_stands_for_itself_and_a_result_for_its_record(store):
         store.load(one, Forest)
 
 
+@pytest.mark.parametrize("name", ["seed/x", "seed/x/y", "mine", "n" * 201, "done", "done/x", "seed.tmp", "", "a b"])
+def test_names_that_a_store_could_not_keep_are_refused(store, name):
+    """Below a name, above names, too long, or taken by the store itself."""
+    digest = store.add(corpus(store))
+    store.name("seed", digest)
+    store.name("mine/0", digest)
+    with pytest.raises(UnknownName, match=r"cannot be a name|too long"):
+        store.check_name(name)
+    with pytest.raises(UnknownName):
+        store.name(name, digest)
+    store.name("seed", digest)  # again
+    store.name("n" * 200, digest)
+
+
 def test_a_name_that_ends_in_a_slash_stands_for_all_below_it(store):
     one = corpus(store)
     for name in ("mine/0", "mine/1", "other"):

@@ -9,6 +9,8 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import typer
 from typer import Argument, Option
 
+from elmwood.store import Store
+
 CorpusArgument = Annotated[list[str], Argument(help="JSONL, Parquet, folders of text, datasets:NAME, or 'sample'.")]
 ExpertsArgument = Annotated[list[str], Argument(help="A forest, or experts; NAME/ stands for all experts so named.")]
 StatesArgument = Annotated[list[str], Argument(help="Names, digests, or folders written by export.")]
@@ -79,10 +81,14 @@ def command(verb: Callable[..., None]) -> Callable[..., None]:
             default = record._field_defaults.get(field, parameter.empty)
             parameters.append(inspect.Parameter(field, parameter.KEYWORD_ONLY, annotation=hint, default=default))
 
+    named = any(parameter.annotation == NameOption for parameter in parameters)
+
     @wraps(verb)
     def call(**given: Any) -> None:
         for name, record in records.items():
             given[name] = record(**{field: given.pop(field) for field in record._fields})
+        if named and given["name"]:
+            Store(given["output"].store).check_name(given["name"])  # before any work
         verb(**given)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -87,7 +87,7 @@ def build(
     progress: Progress = silent,
 ) -> Corpus:  # fmt: skip
     """Read sources, drop duplicates, set a share of the documents aside as holdout. Raises BadCorpus, DoesNotFit."""
-    store = Store(store)
+    store = open_store(store, name)
     corpus = build_corpus(as_sources(sources), store, holdout=holdout, field=field, progress=progress)
     return keep_name(corpus, name, store)
 
@@ -99,7 +99,7 @@ def cluster(
     workers: Count = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
 ) -> Partition:  # fmt: skip
     """Read a corpus (sources, or a corpus that was built) and divide it into domains. Raises BadCorpus, BadInput, DoesNotFit."""
-    store = Store(store)
+    store = open_store(store, name)
     model = find_model(embedder, embedder_model, store)
     built = corpus if isinstance(corpus, Corpus) else build(corpus, holdout=holdout, field=field, store=store, progress=progress)
     fitted = partitions.fit_embedder(built, store, embedder, model=model, rng_seed=rng_seed, progress=progress) if model else embedder
@@ -116,7 +116,7 @@ def split(
     name: str | None = None, progress: Progress = silent,
 ) -> Revision:  # fmt: skip
     """Split one domain, by number or name, into several. The experts of the other domains stay valid. Raises BadInput, BadCorpus."""
-    store = Store(store)
+    store = open_store(store, name)
     parent = open_partition(partition, store)
     number = find_domain(domain, parent)
     made = partitions.split(parent, number, store, parts=parts, rng_seed=rng_seed, progress=progress)
@@ -130,7 +130,7 @@ def add(
     progress: Progress = silent,
 ) -> Revision:  # fmt: skip
     """Add new domains from a corpus. The experts of the old domains stay valid. Raises BadInput, BadCorpus, DoesNotFit."""
-    store = Store(store)
+    store = open_store(store, name)
     parent = open_partition(partition, store)
     built = corpus if isinstance(corpus, Corpus) else build(corpus, holdout=holdout, field=field, store=store, progress=progress)
     means = Means(workers, engine)
@@ -144,7 +144,7 @@ def survey(
 ) -> Survey:  # fmt: skip
     """Count which domains of a partition these documents belong to, and how near they are. Nothing is kept of the text.
     `name` is given to the partition. Raises BadInput, BadCorpus."""
-    store = Store(store)
+    store = open_store(store, name)
     division = open_partition(partition, store)
     rejected: Counter[str] = Counter()
     found = chain.from_iterable(read(source, rejected, field=field) for source in as_sources(corpus))
@@ -172,6 +172,14 @@ def find_domain(domain: int | str, partition: Partition) -> int:
 def as_sources(given: str | Sequence[str]) -> Sequence[str]:
     """One source, or several."""
     return [given] if isinstance(given, str) else given
+
+
+def open_store(store: AnyStore, name: str | None) -> Store:
+    """The store of a verb whose result gets this name, which is checked before any work. Raises UnknownName."""
+    opened = Store(store)
+    if name:
+        opened.check_name(name)
+    return opened
 
 
 def keep_name(record: R, name: str | None, store: Store) -> R:

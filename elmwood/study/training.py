@@ -22,7 +22,7 @@ from elmwood.study.tasks import (
     label,
     statistics_job,
 )
-from elmwood.study.text import build, keep_name
+from elmwood.study.text import build, keep_name, open_store
 from elmwood.units import parse_count
 
 R = TypeVar("R", Recipe, Shape)
@@ -47,7 +47,7 @@ def import_seed(
     model: str, store: AnyStore = None, *, separator: str | None = None, name: str | None = None, progress: Progress = silent
 ) -> Seed:  # fmt: skip
     """Import a causal language model: a transformers folder, a GGUF file, or a hub id. Raises BadSeed, BadInput."""
-    store = Store(store)
+    store = open_store(store, name)
     from elmwood.lm import load  # torch
 
     progress(f"import {Path(model).name}", 0, 0, "")
@@ -60,7 +60,7 @@ def train_seed(
     progress: Progress = silent,
 ) -> Seed:  # fmt: skip
     """Train a small Llama from scratch, with its own tokenizer. Raises BadInput, BadCorpus, DoesNotFit."""
-    store = Store(store)
+    store = open_store(store, name)
     recipe = make_recipe(
         tokens=tokens, method="full", batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed, threads=cores()
     )
@@ -184,7 +184,7 @@ def run_plan(
     plan: Plan, store: AnyStore = None, *, engine: str = "local", name: str | None = None, progress: Progress = silent
 ) -> list[Expert]:  # fmt: skip
     """Train the experts of a plan. `name`: they are called NAME/0, NAME/1, ... after their domains."""
-    store = Store(store)
+    store = open_store(store, name and f"{name}/0")
     made = run(experts_job, plan.jobs(store), workers=plan.workers, engine=engine, gpu=True, progress=progress)
     experts = [store.load(digest, Expert) for digests in made for digest in digests]
     return [keep_name(expert, expert_name(name, expert), store) for expert in experts]
@@ -294,7 +294,7 @@ def adopt(
     name: str | None = None,
 ) -> Expert:  # fmt: skip
     """Take a LoRA or DoRA adapter trained elsewhere (a PEFT folder, or a hub id) as an expert. Raises BadInput."""
-    store = Store(store)
+    store = open_store(store, name)
     start = store.load(seed, Seed)
     division = store.load(partition, Partition) if partition else None
     if (division is None) != (domain is None):

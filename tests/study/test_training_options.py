@@ -6,7 +6,7 @@ import math
 import pytest
 from tiny_models import tiny_seed
 
-from elmwood.errors import BadCorpus, BadInput
+from elmwood.errors import BadCorpus, BadInput, UnknownName
 from elmwood.store import Store
 from elmwood.study import fitting, text, training
 
@@ -73,3 +73,16 @@ def test_seeds(store, option):
 
 def test_statistics(store):
     refuse("rows", training.compute_statistics, "seed", store=store, rows=0)
+
+
+def test_a_name_that_cannot_be_is_refused_before_any_work(store, tmp_path):
+    own = Store(tmp_path)
+    own.name("seed", own.add(store.load("seed")))
+    for call in (
+        lambda: text.cluster("sample", own, domains=3, name="seed/domains"),
+        lambda: training.train_seed("sample", own, name="n" * 300),
+        lambda: training.train("domains", "seed", store, name="seed", tokens="100", length=16, workers=1, batch=2),
+    ):
+        with pytest.raises(UnknownName, match=r"cannot be a name|too long"):
+            call()
+    assert not (own.root / "work").exists()
