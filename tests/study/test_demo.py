@@ -11,11 +11,12 @@ from topics import TOPICS, build_corpus, some_texts
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition
 from elmwood.errors import BadInput, Damaged
-from elmwood.records import Corpus
+from elmwood.records import Comparison, Corpus, Row
 from elmwood.store import Store
 from elmwood.study import demo_seed
 from elmwood.study.demo import CONTROLS, SAMPLE, Study, demo, grow, plan, settings, sum_progress
 from elmwood.study.demo_seed import compare_packaged, install_seed, pack_seed
+from elmwood.study.quality.evaluation import conclusion
 
 TINY = Study(domains=3, vocabulary=300, layers=1, width=32, length=32, seed_tokens=2_000, tokens=1_600, batch=2, documents=None)
 
@@ -67,6 +68,22 @@ def test_settings_take_rates_of_each_side_alike():
     assert {study.middle_rate, study.large_rate} == {2e-3}
     with pytest.raises(BadInput, match="one of the two"):
         demo(seed="mine", from_scratch=True, store="nowhere")
+
+
+def test_a_gain_over_dense_models_that_learned_nothing_is_no_result():
+    def table(seed: float, dense: float) -> Comparison:
+        common = {"standard_error": 0.01, "perplexity": 9.0}
+        rows = (
+            Row(name="seed", role="seed", bits_per_byte=seed, gain=dense - seed, gain_error=0.001, **common),
+            Row(name="dense", role="control", bits_per_byte=dense, **common),
+            Row(name="live", role="result", bits_per_byte=2.0, gain=dense - 2, gain_error=0.001, **common),
+        )
+        return Comparison(holdout="holdout-0", rows=rows, chosen="live")
+
+    assert conclusion(table(2.2, 2.1)).endswith(
+        "is better than every control (+0.1000 ± 0.0010 bits per byte against the strongest dense model)."
+    )
+    assert "no dense model better than the seed" in conclusion(table(2.1, 2.2))
 
 
 def test_the_progress_of_several_tasks_is_one():

@@ -29,6 +29,7 @@ from elmwood.study.quality.scoring import Columns, ensure, holdout_spec
 from elmwood.study.tasks import default_workers, label
 
 Floats = NDArray[np.floating]
+TOO_SHORT = " Further training made no dense model better than the seed, so this gain is no result: train on more tokens."
 Some = Annotated[int | None, Between(1)]
 
 
@@ -158,10 +159,19 @@ def conclusion(comparison: Comparison) -> str:
     margin = f" ({best.gain:+.4f} ± {best.gain_error:.4f} bits per byte against the strongest dense model)" if best.gain is not None else ""
     ahead = [row.name for row in comparison.rows if row.role in ("seed", "control") and row.bits_per_byte <= best.bits_per_byte]
     if ahead:
-        return f"{best.name} was chosen on the tune half and does not beat: {'; '.join(ahead)}{margin}."
-    if best.gain is not None and best.gain < 2 * (best.gain_error or 0):
-        return f"{best.name} is level with the best control: the difference is within two standard errors{margin}."
-    return f"{best.name} is better than every control{margin}."
+        said = f"{best.name} was chosen on the tune half and does not beat: {'; '.join(ahead)}{margin}."
+    elif best.gain is not None and best.gain < 2 * (best.gain_error or 0):
+        said = f"{best.name} is level with the best control: the difference is within two standard errors{margin}."
+    else:
+        said = f"{best.name} is better than every control{margin}."
+    return said + (TOO_SHORT if _no_dense_model_learned(comparison) else "")
+
+
+def _no_dense_model_learned(comparison: Comparison) -> bool:
+    """Whether the seed is better than the strongest dense control, which gains are over."""
+    reference = next((row for row in comparison.rows if row.gain is None and row.role == "control"), None)
+    seed = next((row for row in comparison.rows if row.role == "seed"), None)
+    return reference is not None and seed is not None and seed.bits_per_byte < reference.bits_per_byte
 
 
 # ---- benchmarks -----------------------------------------------------------------------------------------------------
