@@ -166,8 +166,7 @@ def merge_adapters(
         depth = depth_of(tensors)
         names = [name for name in tensors if any(one.has(name) for one in experts)]
         if any(settings["normalise"] for _, settings in rules):
-            for name in names:
-                check_total([weight_of(shares, name, depth) for one, shares in zip(experts, weights, strict=True) if one.has(name)], name)
+            _check_totals(names, experts, weights, depth)
         writers = [AdapterFile(store.work(key) / "out", tensors, turned) for key in keys]
         reach = [0.0] * len(experts)
         for place, name in enumerate(names):
@@ -190,6 +189,12 @@ def merge_adapters(
             made.append(Merged(seed=seed.digest, method=name, settings=settings, contributions=rows, files=files, error=writer.error))
             store.finish(key, made[-1])
         return made
+
+
+def _check_totals(names: Sequence[str], experts: Sequence[Low], weights: Sequence[Weights], depth: int) -> None:
+    """Raises BadInput where a mean of those that change a tensor is over weights that add up to 0."""
+    for name in names:
+        check_total([weight_of(shares, name, depth) for one, shares in zip(experts, weights, strict=True) if one.has(name)], name)
 
 
 def _open_adapters(

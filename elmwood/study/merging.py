@@ -72,29 +72,27 @@ def merge(
     home, names = Store(store), listed(experts)
     given = {"scale": scale, "density": density, "rank": rank, **(settings or {})}
     if len(names) == 1 and isinstance(names[0], str) and names[0].endswith((".yaml", ".yml")):
-        if method or weights is not None or layers or tensors or any(value is not None for value in given.values()):
-            raise BadInput(f"{names[0]} says how to merge: change it there, or name the experts here instead of the file")
-        rules, (members, answers) = RULES, read_mergekit(Path(names[0]), home)
+        typed = [method, weights, layers, tensors or None, *given.values()]
+        rules, (members, answers) = RULES, read_mergekit(Path(names[0]), home, any(value is not None for value in typed))
     else:
         members, methods = members_of(names, home, weights, layers, tensors), listed(method or "average")
         rules = open_rules(methods)
         answers = answers_of(methods, given, rules)
-    if per_layer:
-        _check_layers(answers, choose)
+    if per_layer and (not choose or len(answers) < 2 or any(answer.method in LOW_RULES for answer in answers)):
+        raise BadInput("--per-layer takes layers from several checkpoints: give --choose, several answers, and no rule that makes adapters")
     seed = seed_of(members, home)
-    if parts:
-        _check_parts(answers, resize)
-        found = spread(seed, members, answers, home, parts=parts, workers=workers or 1, engine=engine, progress=progress,
-                       rules=rules)  # fmt: skip
-    else:
-        found = make(seed, members, answers, home, resize, progress, rules)
+    found = (
+        spread(seed, members, answers, home, parts=parts, workers=workers or 1, engine=engine, progress=progress, rules=rules)
+        if parts and _can_be_parted(answers, resize)
+        else make(seed, members, answers, home, resize, progress, rules)
+    )
     made = dict(zip(map(title, answers), found, strict=True))
-    if choose:
-        where = partition or partition_of(members, home)
-        choice, made = choose_best(made, seed, sorted(members), where, home, per_layer=per_layer, run=run, documents=documents, name=name,
-                                   progress=progress)  # fmt: skip
-        return Merges(made, choice)
-    return _name_all(made, name, home)
+    if not choose:
+        return _name_all(made, name, home)
+    where = partition or partition_of(members, home)
+    choice, made = choose_best(made, seed, sorted(members), where, home, per_layer=per_layer, run=run, documents=documents, name=name,
+                               progress=progress)  # fmt: skip
+    return Merges(made, choice)
 
 
 def _name_all(made: dict[str, Merged], name: str | None, store: Store) -> Merges:
@@ -157,8 +155,10 @@ def answers_of(methods: Sequence[str], given: Mapping[str, Values | None], rules
     return combine(methods, values, rules)
 
 
-def read_mergekit(path: Path, store: Store) -> tuple[Members, list[Answer]]:
-    """The experts and the answer of a mergekit YAML file. Raises BadInput, UnknownName."""
+def read_mergekit(path: Path, store: Store, typed: bool = False) -> tuple[Members, list[Answer]]:
+    """The experts and the answer of a mergekit YAML file; `typed`: whether more was asked beside it. Raises BadInput, UnknownName."""
+    if typed:
+        raise BadInput(f"{path} says how to merge: change it there, or name the experts here instead of the file")
     asked = mergekit.read(path.read_text())
     members = {store.resolve(one): shares for one, shares in asked.members.items()}
     if asked.base and store.resolve(asked.base) != seed_of(members, store).digest:
@@ -188,18 +188,13 @@ def partition_of(members: Mapping[str, Any], store: Store) -> str:
     return where
 
 
-def _check_layers(answers: Sequence[Answer], choose: bool) -> None:
-    """Raises BadInput where layers cannot be taken from several answers."""
-    if not choose or len(answers) < 2 or any(answer.method in LOW_RULES for answer in answers):
-        raise BadInput("--per-layer takes layers from several checkpoints: give --choose, several answers, and no rule that makes adapters")
-
-
-def _check_parts(answers: Sequence[Answer], resize: bool) -> None:
+def _can_be_parted(answers: Sequence[Answer], resize: bool) -> bool:
     """Raises BadInput for what cannot be summed in parts."""
     if resize:
         raise BadInput("--resize and --parts do not go together: states are of experts with the seed's own vocabulary")
     if low := next((answer.method for answer in answers if answer.method in LOW_RULES), None):
         raise BadInput(f"--parts and {low} do not go together: adapters are small; leave --parts out")
+    return True
 
 
 # ---- states ---------------------------------------------------------------------------------------------------------
