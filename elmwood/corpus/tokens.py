@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from elmwood.corpus.build import alone, documents
+from elmwood.corpus.build import documents, open_work
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, BadSeed
 from elmwood.records import Packing, Shard, fingerprint
@@ -160,7 +160,7 @@ def pack(shards: Sequence[Shard], tokenizer: Tokenizer, separator: int, store: S
     spec = tokenizer.to_str().encode()
     key = fingerprint("pack-2", [shard.blob for shard in shards], spec.decode(), separator)
     if not (done := store.done(key)):
-        with alone(store, key) as work:
+        with open_work(store, key) as work:
             if not (done := store.done(key)):
                 packing = _pack(shards, tokenizer, separator, work, store, progress)
                 store.finish(key, packing)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sources import TEXTS, lines
 
 from elmwood.corpus import build as building
-from elmwood.corpus.build import alone, build, documents, split
+from elmwood.corpus.build import build, documents, open_work, split
 from elmwood.corpus.read import Document
 from elmwood.errors import BadCorpus, DoesNotFit
 from elmwood.records import Corpus
@@ -120,5 +120,5 @@ def test_two_processes_build_once(tmp_path, source):
 
 
 def test_a_full_disk_is_said(store):
-    with pytest.raises(DoesNotFit, match="no space left"), alone(store, "task"), open("/dev/full", "w") as full:
+    with pytest.raises(DoesNotFit, match="no space left"), open_work(store, "task"), open("/dev/full", "w") as full:
         full.write("x")
