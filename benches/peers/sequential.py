@@ -114,7 +114,7 @@ def fixed(ratio: float, size: int) -> int:
 
 
 def heavy_tails(runs: int) -> None:
-    """Errors, blocks to accept a mean of one r-th of the spread, and both gamblers, all on the same populations."""
+    """Errors, blocks to accept a mean of one r-th of the spread, and both bettors, all on the same populations."""
     for size in (10_000, 100_000):
         wrong, sooner, answers = [], [], []
         for rng, some in batches(runs, size):

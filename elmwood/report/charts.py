@@ -115,7 +115,7 @@ def draw_growth(losses: Sequence[tuple[float, float]], seed: float | None, about
 
 
 def draw_wealth(found: Contest, about: str) -> Markup:
-    """Log wealth of both gamblers against blocks drawn, and the level that each has to reach."""
+    """Log wealth of both bettors against blocks drawn, and the level that each has to reach."""
     paths = [tuple((float(look[0]), look[place]) for look in found.wealth) for place in (1, 2)]
     goals = [(-math.log10(error), text) for error, text in ((found.alpha, "better"), (found.beta, "not better"))]
     top, floor = max(goal for goal, _ in goals) + 0.8, max(-4.0, min(-0.5, *(point[1] for path in paths for point in path)))

@@ -51,7 +51,7 @@ class Ruler(NamedTuple):
 
 
 def wealth_plot(for_T: NDArray[np.floating], against_T: NDArray[np.floating], *, alpha: float, beta: float, names: tuple[str, str]) -> str:
-    """The wealth of the two gamblers of a sequential test. "Better" is decided when the first crosses its line, "not better" when the
+    """The wealth of the two bettors of a sequential test. "Better" is decided when the first crosses its line, "not better" when the
     second does.
 
     `for_T` and `against_T` are natural logarithms. The axis is in powers of ten; values beyond it are drawn on its edge.

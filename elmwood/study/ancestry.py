@@ -74,7 +74,7 @@ def partition_of(models: Sequence[Record], named: Named | None, store: Store) ->
     raise BadInput("none of these models names a partition: name the one whose held-out text is scored with --partition")
 
 
-def forest(partition: Named, experts: Named | Sequence[Named], *, name: str | None = None, store: AnyStore = None) -> Forest:
+def forest(partition: Named, experts: Named | Sequence[Named], store: AnyStore = None, *, name: str | None = None) -> Forest:
     """A seed, a partition and experts as one record. Raises BadInput, ForeignExpert.
 
     An expert is left out if every part of its domain has an expert of its own.
@@ -112,7 +112,7 @@ class Opened(NamedTuple):
         return self.record._repr_html_()
 
 
-def open_model(model: Named, *, mixing: str | None = None, store: AnyStore = None) -> Opened:
+def open_model(model: Named, store: AnyStore = None, *, mixing: str | None = None) -> Opened:
     """A model by name or record; a forest opens as its default ensemble. Raises UnknownName, BadInput, ForeignExpert."""
     from elmwood.ensemble import mixture  # torch
 
@@ -142,8 +142,8 @@ TopP = Annotated[float, Between(1e-3, 1)]
 
 @checked
 def generate(
-    model: Named | Opened, prompt: str, *, mixing: str | None = None, max_tokens: Count = 128, temperature: Temperature = 0.8,
-    top_p: TopP = 0.95, rng_seed: RngSeed = 0, store: AnyStore = None, on_text: Callable[[str], None] = lambda piece: None,
+    model: Named | Opened, prompt: str, store: AnyStore = None, *, mixing: str | None = None, max_tokens: Count = 128,
+    temperature: Temperature = 0.8, top_p: TopP = 0.95, rng_seed: RngSeed = 0, on_text: Callable[[str], None] = lambda piece: None,
 ) -> Sample:  # fmt: skip
     """Continue a prompt. `on_text` gets the text piece by piece. Raises BadInput, UnknownName, ForeignExpert."""
     from elmwood.ensemble.generate import generate as steps  # torch

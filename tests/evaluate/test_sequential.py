@@ -126,7 +126,7 @@ def test_units_and_origin_do_not_matter(rng_seed, offset, scale):
     np.testing.assert_allclose(plain_T, moved_T, atol=1e-6)
 
 
-def test_the_average_of_gamblers_is_between_them():
+def test_the_average_of_bettors_is_between_them():
     path_VT = np.log(np.array([[1.0, 4.0], [3.0, 2.0]]))
     np.testing.assert_allclose(np.exp(average(path_VT)), [2, 3])
 
