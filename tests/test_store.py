@@ -14,7 +14,8 @@ from elmwood import engine, records
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, NewerRecord, UnknownName
 from elmwood.records import FORMAT, Corpus, Forest, Recipe, Seed, Shard, canonical, fingerprint, parse, references
 from elmwood.registry import lookup
-from elmwood.store import Store, lineage, verify
+from elmwood.store import Store, lineage
+from elmwood.verify import verify
 
 BLOB = "sha256:" + "a" * 64
 

@@ -13,7 +13,8 @@ from elmwood.corpus.build import build, documents, open_work, split
 from elmwood.corpus.read import Document
 from elmwood.errors import BadCorpus, DoesNotFit
 from elmwood.records import Corpus
-from elmwood.store import Store, verify
+from elmwood.store import Store
+from elmwood.verify import verify
 
 
 def test_build_splits_and_stores(source, store):
