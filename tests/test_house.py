@@ -102,13 +102,6 @@ def test_only_the_command_line_prints(path):
 # Tests of the command line, and those that type commands because a command is what they are about.
 OF_THE_COMMAND_LINE = ("tests/cli/", "tests/test_cli.py", "tests/test_docs.py", "tests/test_face.py", "tests/test_story.py")
 OF_VERBS = ("tests/study/test_train_verbs.py", "tests/study/test_contest.py", "tests/study/test_admission_of_experts.py")
-# These are to call `elmwood.study` instead; the list only ever gets shorter.
-STILL = {
-    "tests/train/test_fit.py",
-    "benches/forest.py", "benches/quality/clusters.py", "benches/quality/seed_share.py",
-    "benches/quality/merge_quality.py", "benches/quality/weight_mixing.py", "benches/quality/adapters_in_forest.py",
-    "benches/quality/mixture.py", "benches/quality/merge_layers.py",
-}  # fmt: skip
 
 
 def test_benches_and_tests_use_the_library():
@@ -121,7 +114,7 @@ def test_benches_and_tests_use_the_library():
         if "cli" in imports(path)
     }
     found = {path for path in found if not path.startswith((*OF_THE_COMMAND_LINE, *OF_VERBS))}
-    assert found <= STILL, f"import elmwood.study instead: {sorted(found - STILL)}"
+    assert not found, f"import elmwood.study instead: {sorted(found)}"
 
 
 def test_a_room_that_shares_its_name_with_a_verb_is_imported_by_its_modules():

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
-from typer.testing import CliRunner
 
-from elmwood.cli import app
 from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.load import new_model
 from elmwood.records import Recipe, Shape
@@ -196,12 +193,6 @@ def test_the_cheapest_change_fits(tmp_path, memory):
     change = {one[2:]: True if value.startswith("--") else value for one, value in zip(words, values, strict=True) if one.startswith("--")}
     changed = Recipe.model_validate(recipe.model_dump() | change)
     assert sum(components(body, changed, "cuda").values()) <= memory * 10**9
-
-
-def test_the_table_of_the_docs_is_what_the_command_prints():
-    printed = CliRunner().invoke(app, ["fit", "--table"]).stdout
-    assert len(printed.splitlines()) == 7
-    assert printed in (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 
 
 def test_two_steps_are_held_against_the_prediction(tmp_path):
