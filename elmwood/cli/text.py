@@ -134,7 +134,7 @@ def print_domains(partition: Partition) -> None:
         (domain.name, str(domain.documents), short(domain.bytes), str(size), str(sum(shard.documents for shard in domain.holdout)))
         for domain, size in zip(partition.domains, partition.fit_sizes, strict=True)
     ]
-    table("domains", ("terms", "documents", "bytes", "at the fit", "held out"), rows, to=talk)
+    table("domains", ("domain", "documents", "bytes", "clustered", "held out"), rows, to=talk)
 
 
 def print_survey(found: text.Survey, name: str | None) -> None:
