@@ -17,7 +17,7 @@ from elmwood.domains.embed import EMBEDDERS
 from elmwood.domains.route import ROUTERS
 from elmwood.merge.rules.table import RULES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MERGING = (ROOT / "docs" / "merging.md").read_text()
 FORMATS = (ROOT / "docs" / "formats.md").read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "benches").rglob("*.py"))
 MODULES = [path for path in FILES if "\ndef main() " in path.read_text()]
 

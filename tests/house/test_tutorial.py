@@ -12,7 +12,7 @@ import pytest
 
 import elmwood as ew
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs" / "python.md").read_text()
 README = (ROOT / "README.md").read_text()
 TOPICS = (

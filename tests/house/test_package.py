@@ -23,7 +23,7 @@ import yaml
 import elmwood
 from elmwood.train.tasks import TRACKERS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOUSE = ROOT / "elmwood"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "report.html")

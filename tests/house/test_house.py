@@ -10,7 +10,7 @@ import pytest
 
 import elmwood
 
-HOUSE = Path(__file__).parent.parent / "elmwood"
+HOUSE = Path(__file__).parents[2] / "elmwood"
 FLOORS = {
     "errors": 1, "ranges": 1, "records": 1, "registry": 1, "units": 1,
     "store": 2, "engine": 2, "verify": 2,
@@ -100,7 +100,7 @@ def test_only_the_command_line_prints(path):
 
 
 # Tests of the command line, and those that type commands because a command is what they are about.
-OF_THE_COMMAND_LINE = ("tests/cli/", "tests/test_cli.py", "tests/test_docs.py", "tests/test_face.py", "tests/test_story.py")
+OF_THE_COMMAND_LINE = ("tests/cli/", "tests/house/test_docs.py", "tests/test_face.py", "tests/test_story.py")
 OF_VERBS = ("tests/study/test_train_verbs.py", "tests/study/test_contest.py", "tests/study/test_admission_of_experts.py")
 
 

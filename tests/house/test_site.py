@@ -13,7 +13,7 @@ import pytest
 import yaml
 from markdown.extensions.toc import slugify
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 REQUESTED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}  # what a browser fetches by itself
 

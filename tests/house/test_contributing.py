@@ -16,7 +16,7 @@ from elmwood.domains.route import Routing, Signals, weights
 from elmwood.records import Forest
 from elmwood.registry import trust_file
 
-TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 EXAMPLES = {match[1]: match[2] for match in re.finditer(r"^### (.+)\n(?:(?!#|```).*\n)*```python\n((?:.*\n)*?)```", TEXT, re.M)}
 
 
