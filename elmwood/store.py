@@ -18,19 +18,20 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
-from elmwood.errors import Damaged, DoesNotFit, UnknownName
+from elmwood.disk import hash_file as hash_file
+from elmwood.disk import hash_once, remember, sweep, sync_folder, temporary_folder, write_whole
+from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
 from elmwood.records import Expert, Files, Partition, Record, Seed, canonical, fingerprint, parse, references
 
 R = TypeVar("R", bound=Record)
-CHUNK = 1 << 20
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
 LONGEST = 200  # characters of a name: file systems allow 255 bytes
+_swept: set[Path] = set()  # stores that this process looked through for left-over files
 
 
 @runtime_checkable
@@ -63,27 +64,42 @@ class Store:
         return self.root / "records" / f"{digest}.json"
 
     def has(self, digest: str) -> bool:
-        return self.path(digest).exists()
+        return self.path(digest).is_file()
+
+    def whole(self, digest: str) -> bool:
+        """Whether a blob or record is here and its bytes match its digest. A file is hashed once in a process."""
+        path = self.path(digest)
+        if not path.is_file():
+            return False
+        if hash_once(path) == digest.removeprefix("sha256:"):
+            return True
+        with suppress(OSError):
+            os.utime(path)  # newer than the task that made it: `done` looks at it again
+        return False
 
     def get(self, digest: str) -> Path:
-        """The file of a blob. Raises Damaged when it is missing."""
+        """The file of a blob or record. Its bytes are checked at the first use in a process. Raises Damaged."""
         path = self.path(digest)
-        if not path.exists():
-            raise Damaged(f"{digest[:19]}… is not in {self.root}; copy it from another store, or repeat the command that made it")
-        return path
+        if self.whole(digest):
+            return path
+        cure = "copy it from another store, or repeat the command that made it"
+        if path.is_file():
+            raise Damaged(f"{path.relative_to(self.root)} does not match its digest: {cure}")
+        raise Damaged(f"{digest[:19]}… is not in {self.root}; {cure}")
 
     def put(self, content: bytes | Path) -> str:
-        """Store bytes or the content of a file, once; return the digest. Raises DoesNotFit."""
+        """Store bytes or the content of a file, once; return the digest. A damaged blob is replaced. Raises DoesNotFit."""
         digest = "sha256:" + (hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else hash_file(content))
-        if not self.has(digest):
+        if not self.whole(digest):
             self._write(self.path(digest), content)
         return digest
 
     def take(self, path: Path, digest: str | None = None) -> str:
         """Like `put`, but moves the file, which must be below the root of this store (in `work`). `digest`: its sha256 in hex, if the
         caller knows it."""
-        name = f"sha256:{digest or hash_file(path)}"
-        if self.has(name):
+        digest = digest or hash_file(path)
+        name = f"sha256:{digest}"
+        if self.whole(name):
             path.unlink()
             return name
         target = self.path(name)
@@ -93,6 +109,7 @@ class Store:
         path.chmod(0o644)
         os.replace(path, target)
         sync_folder(target.parent)
+        remember(target, digest)
         return name
 
     def put_folder(self, folder: Path) -> Files:
@@ -102,31 +119,31 @@ class Store:
     def folder(self, files: Mapping[str, str]) -> Path:
         """A folder with these files, as links to blobs, for libraries that open folders. Raises Damaged."""
         view = self.root / "views" / fingerprint(dict(files))
-        if view.exists():
-            if all((view / name).exists() for name in files):
+        if bad := next((name for name in files if Path(name).is_absolute() or ".." in Path(name).parts), None):
+            raise Damaged(f"a record names the file {bad!r}; files stay inside their folder: do not use this record")
+        blobs = {name: self.get(digest).resolve() for name, digest in files.items()}
+        if view.is_symlink() or view.exists():
+            if not view.is_symlink() and blobs == links(view):
                 return view
-            shutil.rmtree(view)  # its links are broken: blobs were moved
-        view.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=view.parent))
-        for name, digest in files.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                shutil.rmtree(building)
-                raise Damaged(f"a record names the file {name!r}; files stay inside their folder: do not use this record")
-            target = building / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(os.path.relpath(self.get(digest).resolve(), target.parent.resolve()))
-        try:
-            building.rename(view)
-        except OSError:  # another process was faster
-            shutil.rmtree(building)
+            view.unlink() if view.is_symlink() or view.is_file() else shutil.rmtree(view)
+        with temporary_folder(view.parent) as building:
+            for name, blob in blobs.items():
+                target = building / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(os.path.relpath(blob, target.parent.resolve()))
+            with suppress(OSError):  # another process was faster
+                building.rename(view)
         return view
 
     # ---- records
 
     def add(self, record: Record) -> str:
         """Store a record; return its digest."""
-        if not self.has(record.digest):
-            self._write(self.path(record.digest), canonical(record))
+        if not self.whole(record.digest):
+            data = canonical(record)
+            if hashlib.sha256(data).hexdigest() != record.digest:
+                raise BadRecord(f"{record.kind} {record.digest[:8]} is not spelled as elmwood spells it: copy its file instead")
+            self._write(self.path(record.digest), data)
         return record.digest
 
     @overload
@@ -149,12 +166,7 @@ class Store:
         return record
 
     def _read(self, digest: str) -> Record:
-        data = self.get(digest).read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise Damaged(
-                f"records/{digest}.json does not match its digest: copy it from another store, or delete it and repeat its command"
-            )
-        return parse(data)
+        return parse(self.get(digest).read_bytes())
 
     def expand(self, names: Named | Iterable[Named]) -> list[str | Record]:
         """One name or record, or several; a name that ends in '/' is replaced by all names below it. Raises UnknownName."""
@@ -226,10 +238,31 @@ class Store:
     # ---- tasks
 
     def done(self, key: str) -> str | None:
-        """The digest of the record that a finished task made; None if it has not finished or the record is missing."""
+        """The digest of the record that a finished task made; None if it has not finished, or its record or a blob of it is damaged.
+
+        Blobs that are older than the end of the task are not hashed here: their first use does that.
+        """
         ref = self.root / "refs" / "done" / key
-        digest = ref.read_text().strip() if ref.exists() else ""
-        return digest if digest and self.has(digest) else None
+        digest = ref.read_text().strip() if ref.is_file() else ""
+        if not digest or not self.whole(digest):
+            return None
+        ended, blobs = ref.stat().st_mtime_ns, self._made(self._read(digest))
+        if not all(self.has(blob) for blob in blobs):
+            return None
+        newer = [blob for blob in blobs if self.path(blob).stat().st_mtime_ns >= ended]
+        if not all(self.whole(blob) for blob in newer):
+            return None
+        if newer:
+            with suppress(OSError):
+                os.utime(ref)  # they need no second look
+        return digest
+
+    def _made(self, record: Record) -> set[str]:
+        """The blobs of a task's record, without text that may have stayed with its owner, or in a model hub's cache."""
+        blobs = {name for name in references(record) if name.startswith("sha256:")}
+        if isinstance(record, Partition) and record.parent and self.whole(record.parent):
+            return blobs - texts(self._read(record.parent))
+        return set() if getattr(record, "hub", None) else blobs - (set(record.data) if isinstance(record, Expert) else set())
 
     def finish(self, key: str, record: Record) -> None:
         """Store the record that a task made, mark the task done, and delete its work folder."""
@@ -251,6 +284,7 @@ class Store:
         work = self.work(key)
         with work.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when the process dies
+            self._sweep()
             try:
                 yield self.work(key)
             except OSError as error:
@@ -279,29 +313,20 @@ class Store:
     # ---- writing
 
     def _write(self, path: Path, content: bytes | Path) -> None:
-        """Write a temporary file, fsync and rename it: readers see the whole file or none."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    if isinstance(content, bytes):
-                        file.write(content)
-                    else:
-                        with content.open("rb") as source:
-                            shutil.copyfileobj(source, file, CHUNK)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-            sync_folder(path.parent)
+            write_whole(path, content)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DoesNotFit(f"no space left to write {path}; free some, or move the store with --store") from error
             raise
+
+    def _sweep(self) -> None:
+        """Once in a process, remove temporary files and folders of processes that were killed."""
+        if self.root.resolve() not in _swept:
+            _swept.add(self.root.resolve())
+            left = "tmp????????"  # as tempfile names them
+            places = (f"{left}.tmp", f"blobs/sha256/??/{left}.tmp", f"records/{left}.tmp", f"refs/**/{left}.tmp", f"views/{left}")
+            sweep(path for place in places for path in self.root.glob(place))
 
 
 AnyStore = Store | Path | str | None  # what a Store can be opened from; None: the default folder
@@ -312,23 +337,14 @@ def listed(given: Named | Path | Iterable[Named | Path]) -> list[Any]:
     return [given] if isinstance(given, str | Path | Record | Holder) else list(given)
 
 
+def links(folder: Path) -> dict[str, Path | None]:
+    """The links below a folder: path -> target. What is neither a link nor a folder has no target."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path.resolve() if path.is_symlink() else None for path in found}
+
+
 def _held(given: Record | Holder) -> Record:
     return given if isinstance(given, Record) else given.record
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:

@@ -13,7 +13,7 @@ import elmwood
 HOUSE = Path(__file__).parents[2] / "elmwood"
 FLOORS = {
     "errors": 1, "ranges": 1, "records": 1, "registry": 1, "units": 1,
-    "store": 2, "engine": 2, "verify": 2,
+    "store": 2, "engine": 2, "verify": 2, "disk": 2,
     "corpus": 3, "domains": 3, "lm": 3, "weights": 3,
     "train": 4, "merge": 4, "ensemble": 4, "evaluate": 4, "report": 4,
     "study": 5,
@@ -23,10 +23,11 @@ FLOORS = {
 # Within a floor: rooms of the first three may use the ones below; here are the neighbours they may use beside that.
 NEIGHBOURS = {
     ("records", "errors"), ("ranges", "errors"), ("registry", "errors"), ("units", "errors"),
-    ("store", "engine"), ("verify", "store"), ("domains", "corpus"), ("lm", "corpus"), ("weights", "lm"),
+    ("store", "engine"), ("store", "disk"), ("verify", "store"), ("verify", "disk"),
+    ("domains", "corpus"), ("lm", "corpus"), ("weights", "lm"),
 }  # fmt: skip
 TORCH_FREE = {
-    "errors", "ranges", "records", "registry", "units", "store", "engine", "verify",
+    "errors", "ranges", "records", "registry", "units", "store", "engine", "verify", "disk",
     "corpus", "domains", "evaluate", "report", "study", "hub", "cli",
 }  # fmt: skip
 LIGHT = ("lm/files.py", "lm/peft_config.py", "lm/mixture_card.py", "train/task_names.py")  # of the other rooms

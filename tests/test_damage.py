@@ -1,0 +1,175 @@
+"""Damaged, lost and left-over files: seen at their first use, healed by the command that made them, swept by the next."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from elmwood import disk
+from elmwood.errors import BadRecord, Damaged
+from elmwood.records import Corpus, Shard, canonical, fingerprint, parse
+from elmwood.store import Store
+from elmwood.verify import verify
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def build(store, text=b"text") -> Corpus:
+    """A task that is done once."""
+    key = fingerprint("task", text.decode())
+    with store.held(key):
+        if done := store.done(key):
+            return store.load(done, Corpus)
+        shard = Shard(blob=store.put(text), documents=1, bytes=len(text))
+        record = Corpus(train=(shard,), holdout=(), documents=1, bytes=len(text), holdout_share=0.1)
+        store.finish(key, record)
+        return record
+
+
+def flip(path, keep_times=False):
+    """Change a byte; the size stays."""
+    data, about = path.read_bytes(), path.stat()
+    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    if keep_times:
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def lose(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("harm", [flip, lose])
+@pytest.mark.parametrize("what", ["blob", "record"])
+def test_what_was_lost_or_changed_is_made_again_by_its_command(store, harm, what):
+    record = build(store)
+    harm(store.path(record.train[0].blob if what == "blob" else record.digest))
+    assert build(store) == record
+    assert store.get(record.train[0].blob).read_bytes() == b"text"
+    assert not list(verify(store))
+
+
+def test_a_change_that_kept_the_time_of_a_file_is_seen_at_its_use_and_then_healed(store):
+    record = build(store)
+    blob = store.path(record.train[0].blob)
+    os.utime(blob, ns=(0, 0))
+    assert store.done(fingerprint("task", "text"))
+    flip(blob, keep_times=True)
+    assert store.done(fingerprint("task", "text")), "nothing is hashed at the start"
+    with pytest.raises(Damaged, match="does not match its digest"):
+        store.get(record.train[0].blob)
+    assert build(store) == record
+    assert store.get(record.train[0].blob).read_bytes() == b"text"
+
+
+@pytest.mark.parametrize("harm", [flip, lose])
+def test_the_right_bytes_replace_a_damaged_blob(store, tmp_path, harm):
+    digest = store.put(b"weights")
+    for give in (b"weights", tmp_path / "file", store.work("key") / "file"):
+        harm(store.path(digest))
+        assert not store.whole(digest)
+        if give == b"weights":
+            store.put(give)
+        else:
+            give.write_bytes(b"weights")
+            (store.take if give.is_relative_to(store.root) else store.put)(give)
+        assert store.get(digest).read_bytes() == b"weights"
+
+
+def test_a_blob_is_hashed_once_in_a_process(store, monkeypatch):
+    digest = store.put(b"weights")
+    os.utime(store.path(digest), ns=(0, 0))
+    monkeypatch.setattr(disk, "SETTLED", -1)
+    hashed = []
+    monkeypatch.setattr(disk, "hash_file", lambda path, hash_file=disk.hash_file: hashed.append(path) or hash_file(path))
+    for _ in range(3):
+        assert Store(store.root).folder({"w": digest})
+        assert store.get(digest)
+    assert hashed == [store.path(digest)]
+
+
+def test_a_view_is_links_to_its_blobs_and_nothing_else(store):
+    files = {"a": store.put(b"a"), "sub/b": store.put(b"b")}
+    view = store.folder(files)
+    outside = store.root.parent / "outside"
+    outside.write_bytes(b"other")
+
+    def plain():
+        (view / "a").unlink()
+        (view / "a").write_bytes(b"other")
+
+    def elsewhere():
+        (view / "a").unlink()
+        (view / "a").symlink_to(outside)
+
+    def more():
+        (view / "evil.py").write_bytes(b"other")
+
+    def gone():
+        (view / "a").unlink()
+
+    for harm in (plain, elsewhere, more, gone):
+        harm()
+        assert store.folder(files) == view
+        assert (view / "a").read_bytes() == b"a"
+        assert {path.name for path in view.iterdir()} == {"a", "sub"}
+    assert outside.read_bytes() == b"other"
+    flip(store.path(files["sub/b"]))
+    with pytest.raises(Damaged, match="does not match"):
+        store.folder(files)
+
+
+def test_a_record_of_another_spelling_is_not_kept_under_a_wrong_name(store):
+    record = build(store)
+    spelled = parse(canonical(record).replace(b",", b", "))
+    with pytest.raises(BadRecord, match="spelled"):
+        store.add(spelled)
+    assert not list(verify(store))
+
+
+KILLED = """
+import os, signal, sys
+from elmwood.store import Store
+store = Store(sys.argv[1])
+os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)  # the bytes are written, the file has no name yet
+store.put(b"x" * 1000)
+"""
+HOLDS = """
+import os, sys
+from elmwood.store import Store
+def wait(handle):
+    print("written", flush=True)
+    sys.stdin.readline()
+os.fsync, fsync = wait, os.fsync
+try:
+    print(Store(sys.argv[1]).put(b"live"), flush=True)
+finally:
+    os.fsync = fsync
+"""
+
+
+def left(store):
+    return [path for path in store.root.rglob("*.tmp") if path.is_file()]
+
+
+def test_left_over_files_are_swept_and_those_of_live_processes_are_not(store):
+    subprocess.run([sys.executable, "-c", KILLED, str(store.root)])
+    view = store.root / "views" / "tmpabcdefgh"
+    view.mkdir(parents=True)
+    mine = store.root / "blobs" / "notes.tmp"
+    mine.write_text("mine")
+    assert len(left(store)) == 2
+    command = [sys.executable, "-c", HOLDS, str(store.root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as live:
+        assert live.stdout.readline() == "written\n"
+        assert len(left(store)) == 3
+        build(store)
+        assert len(left(store)) == 2, "only that of the killed process went"
+        live.stdin.write("\n" * 9)
+        live.stdin.flush()
+        assert {line for line in live.stdout if line != "written\n"} == {f"sha256:{disk.hashlib.sha256(b'live').hexdigest()}\n"}
+    assert left(store) == [mine]
+    assert not view.exists()
