@@ -7,11 +7,12 @@ from typing import Annotated
 from typer import Option
 
 from elmwood.cli.options import Output, WorkersOption
-from elmwood.cli.screen import bars, duration, emit, out, short, table, talk
+from elmwood.cli.screen import bars, emit, out, table, talk
 from elmwood.records import Comparison
 from elmwood.study import demo as study
 from elmwood.study import page
 from elmwood.study.quality.evaluation import conclusion
+from elmwood.units import duration, short
 
 LEGEND = """\
 seed: the model all others start from. dense: one model trained further on all the text, with as many tokens as all experts

@@ -17,12 +17,13 @@ from elmwood.cli.options import (
     WeightsOption,
     WorkersOption,
 )
-from elmwood.cli.screen import bars, duration, emit, made, out, short, table, talk
+from elmwood.cli.screen import bars, emit, made, out, table, talk
 from elmwood.errors import BadInput
 from elmwood.report.contest import headline, lines
 from elmwood.study import merging
 from elmwood.study.merging import Merges
 from elmwood.study.quality.selection import BY_LAYER, ChosenMerge, Ranked
+from elmwood.units import duration, short
 
 OwnRuleOption = Annotated[str | None, Option("--method", help="The rule, where it is one of your own: module:function.")]
 PartOption = Annotated[str, Option(help="Sum this share of every tensor alone: 0/4 to 3/4.")]

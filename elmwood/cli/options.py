@@ -12,7 +12,7 @@ from typer import Argument, Option
 from elmwood.store import Store
 
 CorpusArgument = Annotated[list[str], Argument(help="JSONL, Parquet, folders of text, datasets:NAME, or 'sample'.")]
-ExpertsArgument = Annotated[list[str], Argument(help="A forest, or experts; NAME/ stands for all experts so named.")]
+ExpertsArgument = Annotated[list[str], Argument(help="A forest, or experts; NAME/ means all experts with names below it.")]
 StatesArgument = Annotated[list[str], Argument(help="Names, digests, or folders written by export.")]
 DocumentsOption = Annotated[int | None, Option(help="At most this many held-out documents.")]
 EngineOption = Annotated[str, Option(help="Where tasks run: local, or ray.")]

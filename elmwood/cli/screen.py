@@ -16,11 +16,7 @@ from rich.text import Text
 
 from elmwood.engine import Progress as Report
 from elmwood.records import Record
-from elmwood.store import Store
 from elmwood.units import duration, short
-from elmwood.units import parse_count as count
-
-__all__ = ["bars", "count", "duration", "emit", "expand", "keep", "made", "out", "short", "table", "talk"]
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False}  # names come from others: "[/x]" in one is text
 CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")  # all but tab and newline
@@ -146,7 +142,7 @@ class Lines:
                     self.running[what] = task._replace(written=now)
 
     def close(self) -> None:
-        """The end of tasks that never said how much there was to do."""
+        """End the tasks whose total was never known."""
         with self.lock:
             for what in list(self.running):
                 self._end(what)
@@ -173,24 +169,12 @@ def _speed(task: Running, now: float) -> str:
     return f", {short(speed)} {task.unit}/s{left}"
 
 
-def expand(store: Store, names: Sequence[str]) -> list[str]:
-    """Names with those that end in '/' replaced by all names below them. Raises UnknownName."""
-    return [name for name in store.expand(names) if isinstance(name, str)]
-
-
 def made(record: Record, name: str | None, as_json: bool) -> None:
     """Print what a command made: its name and digest, or the record as JSON."""
     if as_json:
         emit({"name": name, "digest": record.digest, "record": record.model_dump(mode="json")})
     else:
         out.print(f"{record.digest}  {name or ''}".rstrip(), soft_wrap=True)
-
-
-def keep(store: Store, record: Record, name: str | None, as_json: bool) -> None:
-    """Give the record its name, and print it."""
-    if name:
-        store.name(name, record.digest)
-    made(record, name, as_json)
 
 
 def emit(value: Any) -> None:

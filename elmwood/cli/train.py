@@ -37,7 +37,7 @@ EXPERTS = {"seed", "domains", "rank", "alpha", "targets", "late", "together", "r
 
 def seed_import(
     model: Annotated[str, Argument(help="A transformers checkpoint folder, a GGUF file, or a hub id (downloads it).")],
-    separator: Annotated[str | None, Option(help="The token that stands before each document.")] = None,
+    separator: Annotated[str | None, Option(help="The token before each document.")] = None,
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:

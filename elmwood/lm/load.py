@@ -133,7 +133,7 @@ def import_seed(
     """A seed from a transformers folder, a .gguf file, or a model hub's `id` or `id@revision`.
 
     A hub seed stays in the hub's own cache, pinned to its commit and to the digests of its files; anything else is copied
-    into the store. `separator` is the token (or its id) that stands before each document: by default "<|endoftext|>" where the
+    into the store. `separator` is the token (or its id) before each document: by default "<|endoftext|>" where the
     vocabulary has it, else the tokenizer's bos, else its eos. Raises BadSeed, MissingExtra.
     """
     path = Path(source).expanduser()

@@ -52,14 +52,14 @@ class Gated(nn.Module):
         x_TH = x.flatten(0, -2)
         _, weight_TK, number_TK = self.gate(x_TH)
         gate_TI, up_TI = self.base.gate_proj(x_TH), self.base.up_proj(x_TH)
-        said_TI, low_TH = torch.zeros_like(gate_TI), torch.zeros_like(x_TH)
+        summed_TI, low_TH = torch.zeros_like(gate_TI), torch.zeros_like(x_TH)
         for e, token_C, weight_C1 in _chosen(number_TK, weight_TK):
             x_CH = x_TH[token_C]
             gate_CI = gate_TI[token_C] + self._low("gate_proj", e, x_CH)
             mine_CI = self.base.act_fn(gate_CI) * (up_TI[token_C] + self._low("up_proj", e, x_CH)) * weight_C1
-            said_TI = said_TI.index_add(0, token_C, mine_CI)
+            summed_TI = summed_TI.index_add(0, token_C, mine_CI)
             low_TH = low_TH.index_add(0, token_C, self._low("down_proj", e, mine_CI))
-        return (self.base.down_proj(said_TI) + low_TH).view(x.shape)
+        return (self.base.down_proj(summed_TI) + low_TH).view(x.shape)
 
     def _low(self, part: str, e: int, x_CX: Tensor) -> Tensor:
         return x_CX @ getattr(self, f"{part}_A")[e].t() @ getattr(self, f"{part}_B")[e].t()

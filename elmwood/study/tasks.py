@@ -59,9 +59,9 @@ def train_job(job: TrainJob, progress: Progress) -> Digest:
     from elmwood.train.tasks import train
 
     seed = store.load(job.seed, Seed)
-    told = named(job.label, progress)
+    labelled = named(job.label, progress)
     return train(
-        seed, job.data, job.recipe, store, partition=job.partition, domain=job.domain, progress=told, report_to=job.report_to
+        seed, job.data, job.recipe, store, partition=job.partition, domain=job.domain, progress=labelled, report_to=job.report_to
     ).digest
 
 
@@ -74,9 +74,9 @@ def experts_job(job: TrainJob | TogetherJob, progress: Progress) -> list[Digest]
         return done
     from elmwood.train.together import train_together
 
-    seed, told = store.load(job.seed, Seed), named(job.label, progress)
+    seed, labelled = store.load(job.seed, Seed), named(job.label, progress)
     made = train_together(
-        seed, job.data, job.recipe, store, partition=job.partition, domains=job.domains, progress=told, report_to=job.report_to
+        seed, job.data, job.recipe, store, partition=job.partition, domains=job.domains, progress=labelled, report_to=job.report_to
     )
     return [expert.digest for expert in made]
 
@@ -100,8 +100,8 @@ def statistics_job(job: StatisticsJob, progress: Progress) -> Digest:
     from elmwood.train.statistics import statistics
 
     store = Store(job.store)
-    told = named(f"statistics {job.expert[:8]}", progress)
-    return statistics(store.load(job.expert, Expert), store, rows=job.rows, progress=told).digest
+    labelled = named(f"statistics {job.expert[:8]}", progress)
+    return statistics(store.load(job.expert, Expert), store, rows=job.rows, progress=labelled).digest
 
 
 def named(label: str, progress: Progress) -> Progress:

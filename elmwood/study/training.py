@@ -131,7 +131,7 @@ class Planned(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The tasks that make experts, one per domain. None stands for the control that is trained on all domains."""
+    """The tasks that make experts, one per domain. None is the control that is trained on all domains."""
 
     partition: Partition
     seed: Seed

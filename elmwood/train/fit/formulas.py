@@ -23,7 +23,7 @@ FLOAT = 4  # bytes
 # Bytes beside the tensors. CPU: what the libraries grow by at the first step. CUDA: a context and its libraries, not measured yet.
 BESIDE = {"cpu": 45_000_000, "cuda": 600_000_000}
 # glibc's heap keeps what is freed: small objects settle in the holes, and the next tensor of that size does not fit (before 2.38 not even
-# without them, glibc's bug 14581). How much of activations and gradients stands twice for that (measured, benches/speed/fit.py)
+# without them, glibc's bug 14581). This share of activations and gradients takes twice the memory (measured, benches/speed/fit.py)
 KEPT = {"cpu": (0.45, 0.55), "cuda": (0.05, 0.05)}
 # bitsandbytes and what it brings, where the seed is quantised (a run whose tensors were mapped one by one); and the share of what comes and
 # goes during a forward pass whose room is not used again (checkpointing; of qlora and of LoRA by PEFT's own pass it came out alike)
@@ -125,7 +125,7 @@ def components(body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
         body = body._replace(noise=body.noise // 2, scores=0)
     gradients, positions = own * FLOAT, rows_at_once(recipe) * recipe.length
     kept = (activations(body, recipe, device) + positions * recipe.length) * low  # with the mask of packed documents, once
-    head = body.vocabulary * body.width * FLOAT if recipe.method == "full" else 0  # its gradient stands before the others
+    head = body.vocabulary * body.width * FLOAT if recipe.method == "full" else 0  # its gradient comes before the others
     before = gradients if recipe.accumulate > 1 or recipe.together > 1 else 0  # those of earlier passes, or one flat tensor of all
     return {
         "process": resident_memory() if device == "cpu" else 0,  # what this one holds now
@@ -141,7 +141,7 @@ def components(body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
 def highest(kept: int, before: int, gradients: int, made: int, passing: int, device: str) -> dict[str, int]:
     """Bytes of activations and gradients where both are highest together, and what the allocator keeps beside them.
 
-    `kept` for the backward pass beside gradients that stand `before` it; `gradients` when it ends, `made` of them during it; and what
+    `kept` for the backward pass beside gradients from `before` it; `gradients` at its end, `made` of them during it; and what
     was `passing` in the forward pass.
     """
     again, more, holes = (*KEPT[device], HOLES[device]) if leaves_holes(device) else (0.0, 0.0, 0.0)
@@ -165,9 +165,9 @@ def logits(vocabulary: int, positions: int, device: str) -> int:
 
 
 def leaves_holes(device: str) -> bool:
-    """Whether freed tensors leave holes: not where glibc was told to map each by itself, MALLOC_MMAP_THRESHOLD_=1000000."""
-    told = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
-    return device == "cuda" or not told.isdigit() or int(told) > MAPPED
+    """Whether freed tensors leave holes in the heap: not if glibc maps each tensor on its own, MALLOC_MMAP_THRESHOLD_=1000000."""
+    threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    return device == "cuda" or not threshold.isdigit() or int(threshold) > MAPPED
 
 
 def rows_at_once(recipe: Recipe) -> int:
@@ -176,7 +176,7 @@ def rows_at_once(recipe: Recipe) -> int:
 
 
 def weights(body: Anatomy, recipe: Recipe, device: str) -> int:
-    """Bytes of the seed as it stands in memory, and of what is trained."""
+    """Bytes in memory of the seed and of the trained weights."""
     own, low = trained_parameters(body, recipe) * FLOAT, width_of(device)
     if recipe.method == "full":  # autocast keeps a second copy of what is multiplied, in bf16
         return own + (2 * body.matrices if device == "cuda" else 0)
