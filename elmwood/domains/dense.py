@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from elmwood.domains.words import spans
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord
+from elmwood.headers import load_arrays
 from elmwood.records import Embedder, Files
 from elmwood.registry import require
 from elmwood.store import Store
@@ -171,7 +172,7 @@ def fit_dense(
 def load_dense(embedder: Embedder, store: Store, open_model: Open, by_token: bool = False) -> Dense:
     """Open a saved embedder; `open_model` opens its model by the name that was saved. Raises BadRecord, Damaged."""
     name = json.loads(store.get(embedder.files["embedder.json"]).read_bytes())["model"]
-    tensors = safetensors.numpy.load_file(store.get(embedder.files["embedder.safetensors"]))
+    tensors = load_arrays(store.get(embedder.files["embedder.safetensors"]), "mean", "map")
     if tensors["map"].shape != (len(tensors["mean"]), embedder.dimension):
         raise BadRecord(f"embedder {embedder.name}: its projection does not give {embedder.dimension} dimensions; download it again")
     return Dense(embedder.name, Model(name, open_model(name, store)), tensors["mean"], tensors["map"], by_token)

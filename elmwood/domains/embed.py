@@ -27,6 +27,7 @@ from elmwood.domains.dense import Dense, Encode, Model, Open, fit_dense, load_de
 from elmwood.domains.words import Lexicon, finished
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
+from elmwood.headers import load_arrays
 from elmwood.records import Embedder, Seed
 from elmwood.registry import lookup, trust, trusted
 from elmwood.store import Store
@@ -168,7 +169,7 @@ def load(embedder: Embedder, store: Store, open_model: Open | None = None) -> Fi
     if row.words is None:
         return load_dense(embedder, store, open_model or row.open, row.by_token)  # type: ignore[arg-type]
     about = json.loads(store.get(embedder.files["embedder.json"]).read_bytes())
-    tensors = safetensors.numpy.load_file(store.get(embedder.files["embedder.safetensors"]))
+    tensors = load_arrays(store.get(embedder.files["embedder.safetensors"]), "weight", "vectors")
     fitted = Terms(embedder.name, tuple(about["terms"]), tensors["weight"], tensors["vectors"])
     rows = VOCABULARY if row.words.hashed else len(fitted.terms)
     if fitted.weight_V.shape != (rows,) or fitted.vector_VD.shape != (rows, embedder.dimension) or not np.isfinite(fitted.table_VD).all():

@@ -18,6 +18,7 @@ from elmwood.domains.grow import Means, NewDomains, Setup, grow, write
 from elmwood.domains.route import Centroids, Sparse, distances
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, ForeignExpert
+from elmwood.headers import load_arrays
 from elmwood.records import Corpus, Domain, Embedder, Partition, fingerprint
 from elmwood.store import Store
 
@@ -271,7 +272,7 @@ def _largest(row_1V: sparse.csr_matrix) -> tuple[Ints, Floats]:
 
 def _load(partition: Partition, store: Store) -> tuple[Floats, sparse.csr_matrix | None]:
     """Load what `_save` stored: centroids [K, D] float32 and [K, V]."""
-    tensors = safetensors.numpy.load_file(store.get(partition.centroids))
+    tensors = load_arrays(store.get(partition.centroids), "centroids")
     if "sparse_values" not in tensors:
         return tensors["centroids"], None
     shape = len(tensors["centroids"]), int(tensors["sparse_columns"][0])

@@ -3,13 +3,11 @@
 B windows of at most L tokens in one batch, W windows, N scored tokens, R runs of T tokens
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
@@ -17,6 +15,7 @@ from elmwood.corpus.tokens import Windows
 from elmwood.engine import Progress, silent
 from elmwood.errors import Damaged
 from elmwood.evaluate.holdout import Holdout
+from elmwood.headers import read_header
 from elmwood.records import Score
 from elmwood.store import Store
 
@@ -63,18 +62,15 @@ def column(score: Score, holdout: Holdout, store: Store) -> Floats:
 def open_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a blob that `encode` wrote, as views of its memory map: opening reads the header alone. Raises Damaged."""
     try:
-        with safetensors.safe_open(path, "numpy"):
-            pass  # the library checks the header
-        whole = np.asarray(np.memmap(path, np.uint8, "r"))
-        begin = 8 + int(whole[:8].view("<u8")[0])
-        said = json.loads(whole[8:begin].tobytes())
-        said.pop("__metadata__", None)
-        return {
-            name: whole[begin + one["data_offsets"][0] : begin + one["data_offsets"][1]].view(DTYPES[one["dtype"]]).reshape(one["shape"])
-            for name, one in said.items()
-        }
-    except (safetensors.SafetensorError, KeyError) as error:
+        top = read_header(path)
+    except Damaged as error:
         raise Damaged(f"{path} is no column of log-likelihoods ({error}): score the model again") from error
+    if "loglik" not in top.tensors or any(one["dtype"] not in DTYPES for one in top.tensors.values()):
+        raise Damaged(f"{path} is no column of log-likelihoods: score the model again")
+    bytes_N = np.asarray(np.memmap(path, np.uint8, "r"))[top.begin :]
+    return {
+        name: bytes_N[slice(*one["data_offsets"])].view(DTYPES[one["dtype"]]).reshape(one["shape"]) for name, one in top.tensors.items()
+    }
 
 
 def encode(loglik_N: Floats, known_W: NDArray[np.bool_] | None = None) -> bytes:

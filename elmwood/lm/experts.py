@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from elmwood.errors import BadInput, BadSeed
+from elmwood.headers import read_header
 from elmwood.lm.cache import KeyValueCache
 from elmwood.lm.load import Branch, best_device, check_seed, end_tokens, load_model, method_of
 from elmwood.lm.lora import Bank, adapter_of
@@ -144,6 +145,7 @@ class Experts:
         model = self._body(self._places[e][0]).model
         weights, top = {**dict(model.named_buffers()), **dict(model.named_parameters())}, f"{model.base_model_prefix}."
         for path in sorted(folder.glob("*.safetensors")):
+            read_header(path)
             with safe_open(path, "pt") as file:
                 for name in filter(wanted, file.keys()):
                     weight = weights.get(name, weights.get(top + name))

@@ -24,7 +24,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from elmwood.errors import BadSeed, ForeignExpert
+from elmwood.errors import BadInput, BadSeed, Damaged, ForeignExpert
+from elmwood.headers import check_headers
 from elmwood.lm import lowrank
 from elmwood.lm.files import KEPT, download, seed_folder
 from elmwood.lm.products import hasten
@@ -36,8 +37,8 @@ transformers.logging.disable_progress_bar()  # only cli prints
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it advertises a kernel that would be downloaded
 
 Branch = Expert | Merged | Mixture  # weights grown from a seed: a checkpoint, or an adapter over it
-# what transformers raises when it cannot read something
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+# what is raised where transformers cannot read something, or its header is refused before
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError, Damaged)
 
 
 # ---- from scratch -----------------------------------------------------------------------------------------------
@@ -218,6 +219,7 @@ def _parameters(folder: Path) -> int:
         )
     loaded: Any
     try:
+        check_headers(folder.glob("*.safetensors"))
         loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
@@ -236,6 +238,7 @@ def check_loads(folder: Path) -> None:
     check_tokenizer(tokenizer, config, 0, str(folder))
     loaded: Any
     try:
+        check_headers(folder.glob("*.safetensors"))
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
@@ -311,12 +314,16 @@ def load_model(
     low = branch is not None and lowrank.FILE in branch.files  # a mixture of adapters
     full = branch is not None and method_of(branch) == "full" and not low
     folder = store.folder(branch.files) if full and branch is not None else seed_folder(seed, store)
+    check_headers(folder.glob("*.safetensors"))
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=wanted, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     if branch is not None and low:
         model = lowrank.add_gated_experts(model, store.folder(branch.files))
     elif branch is not None and not full:
+        if "adapter_model.safetensors" not in branch.files:  # PEFT would open a pickle, or ask the model hub
+            raise BadInput(f"{branch.kind} {branch.digest[:8]} has no adapter_model.safetensors: save the adapter again with PEFT")
+        check_headers(store.folder(branch.files).glob("*.safetensors"))
         from peft import PeftModel  # takes as long to import as everything else here
 
         model = PeftModel.from_pretrained(model, store.folder(branch.files), low_cpu_mem_usage=True)
@@ -332,8 +339,10 @@ def load_quantised(seed: Seed, store: Store, device: torch.device | str | None =
     place = torch.device(device) if device is not None else best_device()
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    folder = seed_folder(seed, store)
+    check_headers(folder.glob("*.safetensors"))
     model: Any = AutoModelForCausalLM.from_pretrained(
-        seed_folder(seed, store),
+        folder,
         dtype=dtype,
         quantization_config=four,
         device_map={"": place},

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
+from elmwood.headers import read_header
 from elmwood.lm.peft_config import read_settings, scale
 from elmwood.records import Expert, Merged, Mixture
 from elmwood.store import Store
@@ -241,12 +242,11 @@ def _size(module: Any) -> tuple[int, int]:
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
     """Layer name -> (rank, inputs, outputs), from the header alone."""
     found: dict[str, dict[str, list[int]]] = {}
-    with safe_open(adapter.weights, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  (not a dict)
-            match = _KEY.match(key)
-            if not match:
-                raise BadInput(f"{adapter.weights}: {key!r} is not a lora_A or lora_B weight: only LoRA of linear layers is supported")
-            found.setdefault(match["layer"], {})[match["half"]] = file.get_slice(key).get_shape()
+    for key, entry in sorted(read_header(adapter.weights).tensors.items()):
+        match = _KEY.match(key)
+        if not match or len(entry["shape"]) != 2:
+            raise BadInput(f"{adapter.weights}: {key!r} is not a lora_A or lora_B weight: only LoRA of linear layers is supported")
+        found.setdefault(match["layer"], {})[match["half"]] = entry["shape"]
     if torn := [name for name, halves in found.items() if len(halves) != 2 or halves["A"][0] != halves["B"][1]]:
         raise BadInput(f"{adapter.weights}: A and B of {torn[0]} do not fit each other: the file is incomplete; download it again")
     return {name: (halves["A"][0], halves["A"][1], halves["B"][0]) for name, halves in found.items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from elmwood.errors import BadSeed
+from elmwood.headers import read_header
 
 FILE = "mixture.json"
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -77,6 +78,7 @@ def add_gated_experts(model: Any, folder: Path) -> Any:
     settings = json.loads((folder / FILE).read_text())
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("mixture-*.safetensors")):
+        read_header(path)
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     layers = [name.removesuffix(".gate.weight") for name in tensors if name.endswith(".mlp.gate.weight")]

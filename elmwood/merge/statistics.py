@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput
+from elmwood.headers import read_header
 from elmwood.records import Statistics
 from elmwood.store import Store
-from elmwood.weights.tensors import Files, StoredTensor, decode, header, places
+from elmwood.weights.tensors import Files, StoredTensor, decode, places
 
 Doubles = NDArray[np.float64]
 
@@ -41,7 +42,7 @@ class ExpertStatistics:
         self.record, self.files = record, Files(most=2)
         path = store.folder(record.files) / "statistics.safetensors"
         self.places: dict[str, StoredTensor] = places([path])
-        self.same: dict[str, str] = json.loads(header(path).metadata.get("same", "{}"))
+        self.same: dict[str, str] = json.loads(read_header(path).metadata.get("same", "{}"))
 
     def _read(self, key: str) -> Doubles | None:
         place = self.places.get(key)

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from elmwood.errors import BadInput
+from elmwood.errors import BadInput, Damaged
+from elmwood.headers import read_header
 from elmwood.lm.files import download, seed_folder
 from elmwood.lm.peft_config import read_settings
 from elmwood.records import Digest, Expert, Recipe, Seed
@@ -77,6 +78,7 @@ def _check(path: Path, config: Any, seed: Seed, store: Store) -> None:
         ) from error
     wanted = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     try:
+        read_header(path)
         with safe_open(path, "pt") as file:
             have = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # not a dict
             if wrong := sorted(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name)):
@@ -84,5 +86,5 @@ def _check(path: Path, config: Any, seed: Seed, store: Store) -> None:
                 raise BadInput(f"{path}: {len(wrong)} tensors do not fit, first {wrong[0]}: {shapes}; the adapter has another base")
             if broken := next((name for name in have if not torch.isfinite(file.get_tensor(name)).all()), None):
                 raise BadInput(f"{path}: {broken} contains NaN or Inf; training diverged: take an earlier checkpoint")
-    except SafetensorError as error:
+    except (SafetensorError, Damaged) as error:
         raise BadInput(f"{path} cannot be read ({error}): download it again") from error

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput, Damaged
+from elmwood.headers import read_header
 from elmwood.weights import exact, kernels
 
 Floats = NDArray[np.floating[Any]]
@@ -57,43 +58,11 @@ class StoredTensor(NamedTuple):
         return SIZES[self.dtype]
 
 
-class Header(NamedTuple):
-    """The beginning of a safetensors file: its bytes, what it says, and where the values begin."""
-
-    raw: bytes
-    tensors: dict[str, dict[str, Any]]
-    metadata: dict[str, str]
-
-    @property
-    def begin(self) -> int:
-        return len(self.raw)
-
-
-def header(path: Path) -> Header:
-    """Raises Damaged."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(size - 8, 100 << 20):
-            raise Damaged(f"{path} is no safetensors file, or was cut short: fetch it again")
-        raw = file.read(length)
-    try:
-        said = json.loads(raw)
-    except ValueError as error:
-        raise Damaged(f"{path}: its header is no JSON ({error}): fetch it again") from error
-    metadata = said.pop("__metadata__", {})
-    end = max((entry["data_offsets"][1] for entry in said.values()), default=0)
-    if 8 + length + end > size:
-        raise Damaged(f"{path} was cut short: its header speaks of {8 + length + end} bytes, it has {size}: fetch it again")
-    return Header(start + raw, said, metadata)
-
-
 def places(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     """Every tensor of these files, in the order they stand in them. Raises Damaged."""
     found: dict[str, StoredTensor] = {}
     for path in paths:
-        top = header(path)
+        top = read_header(path)
         for name, entry in sorted(top.tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
             found[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), top.begin + entry["data_offsets"][0])
     return found
@@ -255,7 +224,7 @@ class Twin:
         self.waits: list[Future[None]] = []
         for path in {place.path for place in tensors.values()}:
             handle = os.open(folder / path.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            top = header(path)
+            top = read_header(path)
             os.pwrite(handle, top.raw, 0)
             os.ftruncate(handle, path.stat().st_size)
             self.handles[path], self.settled[path] = handle, (0, hashlib.sha256())

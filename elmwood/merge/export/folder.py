@@ -8,6 +8,7 @@ from pathlib import Path
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
+from elmwood.headers import read_header
 from elmwood.lm.files import seed_folder
 from elmwood.merge.export.card import RUN, model_card
 from elmwood.merge.export.fold import fold
@@ -19,7 +20,7 @@ from elmwood.records import Expert, Merged, Mixture, Partition, Seed
 from elmwood.registry import require
 from elmwood.store import Store, hash_file
 from elmwood.weights.experts import Low
-from elmwood.weights.tensors import check_finite, header, places
+from elmwood.weights.tensors import check_finite, places
 
 Model = Seed | Expert | Merged | Mixture
 FORMATS = ("transformers", "peft", "gguf", "gguf-adapter")
@@ -112,7 +113,7 @@ def check_checkpoint(folder: Path, progress: Progress = silent) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         said: Mapping[str, str] = json.loads(index.read_bytes())["weight_map"]
-        have = {name: path.name for path in paths for name in header(path).tensors}
+        have = {name: path.name for path in paths for name in read_header(path).tensors}
         if have != said:
             raise Damaged(f"{index} and the files beside it differ in {len(set(have.items()) ^ set(said.items()))} tensors: export again")
     found = places(paths)

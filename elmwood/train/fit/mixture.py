@@ -3,10 +3,10 @@
 E experts, K experts per token, D width, Q width of all heads, F width of a feed-forward layer
 """
 
-import json
 import math
 
 from elmwood.errors import BadInput
+from elmwood.headers import read_header
 from elmwood.lm.lowrank import FILE
 from elmwood.records import Frozen, Mixture, Recipe, Seed
 from elmwood.store import Store
@@ -67,9 +67,7 @@ def count_parameters(mixture: Mixture, store: Store) -> dict[str, int]:
     names: dict[str, int] = {}
     for one in reversed(files):
         for path in sorted(store.folder(one).glob("*.safetensors")):
-            with path.open("rb") as file:
-                tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            names |= {name: math.prod(entry["shape"]) for name, entry in tensors.items() if name != "__metadata__"}
+            names |= {name: math.prod(entry["shape"]) for name, entry in read_header(path).tensors.items()}
     for name, numbers in names.items():
         found["everything" if low and ".mlp." in name and "gate.weight" not in name else part_of(name)] += numbers
     return found

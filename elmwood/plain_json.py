@@ -1,0 +1,38 @@
+"""JSON from strangers, read strictly: whatever reads a record, a header or an adapter's settings sees the same values."""
+
+import json
+import math
+from typing import Any
+
+
+def parse_json(raw: bytes, most: int = 1 << 20) -> Any:
+    """The value of at most `most` bytes of UTF-8 JSON. Raises ValueError, also for what Python's reader takes beyond the standard: a key
+    that stands twice in an object, NaN and Infinity, a number too large for a float, nesting without end.
+    """
+    if len(raw) > most:
+        raise ValueError(f"it has {len(raw)} bytes, and {most} are read at most")
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands there twice")
+    for name in found:
+        name.encode()  # half of a surrogate pair is no text
+    return found
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits[:80]} is too large for a float")
+    return value
