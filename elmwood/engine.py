@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,8 +140,17 @@ _events: Any = None  # in a worker process: the queue to the parent's progress b
 def _initialise(events: Any, devices: Any) -> None:
     global _events
     _events = events
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()  # before torch looks
+
+
+def _end_with_parent() -> None:
+    """In a worker: wait for the end of the parent, however it ends, and end too. Tasks resume from what they saved."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _call(task: Task, item: Any) -> Any:

@@ -1,7 +1,8 @@
-"""A task whose worker is killed once, for tests of engines. Light to import: every worker does."""
+"""Tasks whose worker is killed or never ends, for tests of engines. Light to import: every worker does."""
 
 import os
 import signal
+import threading
 
 from elmwood.merge.parallel import StateJob, make_state
 
@@ -19,3 +20,10 @@ def killed_once(job: StateJob, progress) -> str:
         progress(what, done, total, unit)
 
     return make_state(job, told)
+
+
+def endless(pipe: str, progress) -> None:
+    """Write the worker's process id to a named pipe, and never end. The pipe stays open as long as the process lives."""
+    handle = os.open(pipe, os.O_WRONLY)
+    os.write(handle, f"{os.getpid()}\n".encode())
+    threading.Event().wait()
