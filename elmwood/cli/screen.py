@@ -151,7 +151,12 @@ class Lines:
         task = self.running.pop(what)
         self.ended.add((what, task.unit))
         amount = f"{short(task.done)} {task.unit} " if task.unit else ""
-        self.write(f"{what}: done, {amount}in {duration(self.clock() - task.began)}")
+        self.write(f"{what}: done, {amount}in {_time(self.clock() - task.began)}")
+
+
+def _time(seconds: float) -> str:
+    """A duration to a tenth of a second."""
+    return duration(round(seconds, 1))
 
 
 def _amount(task: Running) -> str:
@@ -164,8 +169,8 @@ def _speed(task: Running, now: float) -> str:
     """', 45k tokens/s, 40 s left', or how long the task has run where it has no speed yet."""
     speed = (task.done - task.first) / (now - task.began) if now > task.began else 0
     if speed <= 0:
-        return f", for {duration(now - task.began)}"
-    left = f", {duration((task.total - task.done) / speed)} left" if task.total else ""
+        return f", for {_time(now - task.began)}"
+    left = f", {_time((task.total - task.done) / speed)} left" if task.total else ""
     return f", {short(speed)} {task.unit}/s{left}"
 
 
