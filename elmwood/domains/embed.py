@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from elmwood.domains.dense import Dense, Encode, Model, Open, fit_dense, load_dense, open_sentence, sentence_model
-from elmwood.domains.words import Lexicon, finished
+from elmwood.domains.words import Lexicon, complete_words
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
 from elmwood.headers import load_arrays
@@ -133,7 +133,7 @@ class Terms:
 
     def counted(self, text: str) -> int:
         """The length of the prefix of a growing text that the embedding is of by now."""
-        return len(finished(text))
+        return len(complete_words(text))
 
     def tfidf(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Unit tf-idf rows [N, V] float64; a zero row for a text without a known word."""

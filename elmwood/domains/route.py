@@ -4,9 +4,8 @@ Shapes: N texts or tokens, P prefixes, T tokens (N of several documents), W know
 (the seed last), D dimensions, V terms.
 
 A word counts once it is complete: a character that cannot belong to it follows in the prefix (words.py). A prefix without a known
-word is infinitely far from every domain: where the seed is a candidate, it predicts alone.
-
-Centroids are dense [K, D], or sparse over terms: without the SVD, they separate many small domains better.
+word is infinitely far from every domain: where the seed is a candidate, it predicts alone. Centroids are dense [K, D], or sparse
+over terms: without the SVD, they separate many small domains better.
 """
 
 import codecs
@@ -21,7 +20,7 @@ from scipy import sparse
 
 from elmwood.domains.cluster import squared_distances
 from elmwood.domains.embed import Terms, unit
-from elmwood.domains.words import finished
+from elmwood.domains.words import complete_words
 from elmwood.errors import BadInput, UnknownName
 from elmwood.records import Ensemble
 from elmwood.registry import lookup, trust, trusted
@@ -125,7 +124,7 @@ class PrefixDistances:
         row_W, count_W = terms.lexicon.steps(self._open)
         for row in row_W[(row_W >= 0) & (count_W <= len(self._open))]:
             self._add(terms, int(row))
-        self._open = self._open[max(len(finished(self._open)) - 1, 0) :]
+        self._open = self._open[max(len(complete_words(self._open)) - 1, 0) :]
         if isinstance(self.centroids, Sparse):
             known_1 = np.array([self._norm2 > 0])
             return _known(_sparse_distances(self._sum_X[None] / max(self._norm2, 1e-300) ** 0.5, known_1), known_1)[0]
@@ -224,11 +223,10 @@ def weights(signals: Signals, routing: Routing) -> Floats:
     """
     router = router_of(routing)
     score_NC = router.score(_with_seed(signals, routing), routing)
-    if routing.seed_distance is None:
-        score_NC[:, -1] = -np.inf
+    joins = routing.seed_distance is not None
+    score_NC[:, -1] = score_NC[:, -1] if joins else -np.inf
     kept_NC = candidates(signals, routing) if router.distances and router.memory else best_of(score_NC, routing.top_k)
-    if routing.seed_distance is None:
-        kept_NC[:, -1] = False
+    kept_NC[:, -1] &= joins
     score_NC = np.where(kept_NC, score_NC, -np.inf)
     peak_N1 = score_NC.max(1, keepdims=True)
     score_NC = np.where(np.isinf(peak_N1) & kept_NC, 0, score_NC - np.where(np.isinf(peak_N1), 0, peak_N1))
@@ -252,8 +250,8 @@ def candidates(signals: Signals, routing: Routing) -> Bools:
 
 
 def remember(loglik_NC: Floats, decay: float = 1.0, document_N: Ints | None = None) -> Floats:
-    """The memory before each token: the sum over the tokens s before t in the same document of decay^(t - 1 - s) log p(x_s) [N, C]
-    float64, nats. The tokens of a document stand one after another; without document_N all are of one."""
+    """The memory before token t [N, C], float64, nats: the sum over tokens s < t of its document of decay^(t - 1 - s) log p(x_s).
+    The tokens of a document are consecutive; without document_N all are of one."""
     from scipy.signal import lfilter  # a third of a second that only memories need
 
     starts = [0] if document_N is None else np.flatnonzero(np.diff(document_N, prepend=-1)).tolist()
@@ -280,7 +278,7 @@ class Router(NamedTuple):
 
     score: Callable[[CandidateSignals, Routing], Floats]  # [N, C]: the log of the weights, up to a constant
     distances: Literal["dense", "sparse"] | None  # to which centroids, if it looks at distances
-    memory: Literal["fading", "whole"] | None  # of what the candidates said of the text so far, if it looks at that
+    memory: Literal["fading", "whole"] | None  # of the candidates' log-likelihoods of the text so far, if it looks at them
     source: str
     monotone: bool = False  # of two experts with the same memory the nearer never scores less
 
@@ -316,9 +314,7 @@ ROUTERS: dict[str, Router] = {
     "centroid": Router(nearest, "dense", None, "the formula of c-BTM, arXiv:2303.14177", monotone=True),
     "cbtm": Router(cbtm, "dense", None, "the published code of c-BTM, arXiv:2303.14177", monotone=True),
     "sparse": Router(nearest, "sparse", None, "nearest tf-idf centroid without the SVD (Rocchio 1971)", monotone=True),
-    "live": Router(
-        live, "dense", "fading", "centroid, and a fading memory of what the live experts said: docs/log/routing.md", monotone=True
-    ),
+    "live": Router(live, "dense", "fading", "centroid, and a fading memory of log-likelihoods: docs/log/routing.md", monotone=True),
     "posterior": Router(posterior, None, "whole", "the domain posterior of BTM, arXiv:2208.03306"),
     "uniform": Router(uniform, "dense", None, "control: every expert alike"),
 }

@@ -42,7 +42,7 @@ def spans(text: str) -> list[tuple[str, int]]:
     return found
 
 
-def finished(text: str) -> str:
+def complete_words(text: str) -> str:
     """A text without the incomplete word at its end."""
     return _TAIL.sub("", text)
 

@@ -11,7 +11,7 @@ from topics import PIECES, TOPICS, some_texts, texts
 
 from elmwood.domains import embed, route
 from elmwood.domains.route import Routing, Signals
-from elmwood.domains.words import finished
+from elmwood.domains.words import complete_words
 from elmwood.errors import BadInput, UnknownName
 
 
@@ -32,8 +32,8 @@ def rows(fitted, k):
 def test_prefix_routing_equals_embedding_every_prefix(fitted, text):
     cut_P = np.arange(len(text) + 1)
     for places in rows(fitted, 4):
-        known_P = fitted.embed([finished(text[:cut]) for cut in cut_P]).any(1)
-        expected = route.distances(fitted, places, [finished(text[:cut]) for cut in cut_P])
+        known_P = fitted.embed([complete_words(text[:cut]) for cut in cut_P]).any(1)
+        expected = route.distances(fitted, places, [complete_words(text[:cut]) for cut in cut_P])
         expected = np.where(known_P[:, None], expected, np.inf)
         np.testing.assert_allclose(route.prefix_distances(fitted, places, text, cut_P), expected, atol=1e-6)
 

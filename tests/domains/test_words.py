@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from topics import texts
 
-from elmwood.domains.words import Lexicon, finished, spans, words
+from elmwood.domains.words import Lexicon, complete_words, spans, words
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_the_quick_way_to_words_finds_the_same(text):
 
 @given(texts, st.integers(0, 60))
 def test_a_prefix_has_the_words_that_are_finished_in_it(text, cut):
-    assert words(finished(text[:cut])) == [word for word, count in spans(text) if count <= min(cut, len(text))]
+    assert words(complete_words(text[:cut])) == [word for word, count in spans(text) if count <= min(cut, len(text))]
