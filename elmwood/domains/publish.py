@@ -19,7 +19,7 @@ from elmwood.domains.grow import BATCH, EXAMPLES
 from elmwood.domains.partition import centroids
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, BadRecord, Damaged
-from elmwood.records import Files, Partition, canonical, parse
+from elmwood.records import Files, Partition, canonical, read_record
 from elmwood.store import Store, hash_file
 
 Floats = NDArray[np.floating]
@@ -93,7 +93,7 @@ def receive(folder: Path, store: Store) -> Partition:
 
 
 def _read(path: Path) -> Partition:
-    record = parse(path.read_bytes())
+    record = read_record(path)
     if not isinstance(record, Partition):
         raise BadInput(f"{path} holds a {record.kind}, and a partition is needed: name a folder written by `elmwood export PARTITION`")
     return record

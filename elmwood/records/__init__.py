@@ -5,7 +5,7 @@ a Merkle DAG, and can be followed without knowledge of the kinds.
 """
 
 from elmwood.records.base import FORMAT, Blob, Digest, Files, Frozen, Record, canonical, fingerprint
-from elmwood.records.kinds import KINDS, parse, references
+from elmwood.records.kinds import KINDS, parse, read_record, references
 from elmwood.records.merges import Contribution, Gates, Merged, Mixture, Share, State
 from elmwood.records.models import Ensemble, Expert, Forest, Point, Recipe, Seed, Shape, Statistics
 from elmwood.records.results import Check, Comparison, Contest, Entry, Ledger, Row, Score, Verdict
@@ -50,5 +50,6 @@ __all__ = [
     "canonical",
     "fingerprint",
     "parse",
+    "read_record",
     "references",
 ]

@@ -69,10 +69,10 @@ class Seed(Record):
     kind: Literal["seed"] = "seed"
     name: str
     architecture: str  # transformers class name
-    parameters: int
-    vocabulary: int
-    context: int  # positions the model was built for
-    separator: int  # token id before each document
+    parameters: int = Field(ge=0)
+    vocabulary: int = Field(gt=0)
+    context: int = Field(gt=0)  # positions the model was built for
+    separator: int = Field(ge=0)  # token id before each document
     files: Files
     hub: str | None = None  # "id@revision" if the weights are in the hub's cache instead of the store
     licence: str | None = None
@@ -87,7 +87,7 @@ class Expert(Record):
     kind: Literal["expert"] = "expert"
     seed: Digest
     partition: Digest | None = None
-    domain: int | None = None
+    domain: int | None = Field(None, ge=0)
     data: tuple[Blob, ...]  # the shards it was trained on
     recipe: Recipe
     files: Files  # full: a transformers checkpoint folder; lora: a PEFT adapter folder

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from elmwood.records.base import Blob, Digest, Files, Frozen, Record
 
 
@@ -9,8 +11,8 @@ class Shard(Frozen):
     """Documents in one Parquet file (zstd; columns id, text, meta)."""
 
     blob: Blob
-    documents: int
-    bytes: int  # of UTF-8 text
+    documents: int = Field(ge=0)
+    bytes: int = Field(ge=0)  # of UTF-8 text
 
 
 class Corpus(Record):
@@ -32,7 +34,7 @@ class Packing(Record):
     kind: Literal["packing"] = "packing"
     shards: tuple[Blob, ...]
     tokenizer: Blob  # tokenizer.json
-    separator: int  # token id before each document
+    separator: int = Field(ge=0)  # token id before each document
     tokens: tuple[Blob, ...]  # one array, uint16 or uint32 [T]; empty without documents
     starts: tuple[Blob, ...]  # one array, int64 [documents]: where each begins; empty without documents
     dtype: Literal["<u2", "<u4"]
@@ -43,7 +45,7 @@ class Embedder(Frozen):
     """A fitted embedder: a row of the table of embedders or a module:function, and its files (safetensors and JSON)."""
 
     name: str
-    dimension: int
+    dimension: int = Field(gt=0)
     files: Files
 
 
