@@ -28,6 +28,7 @@ from elmwood.errors import BadInput, BadSeed, Damaged, ForeignExpert
 from elmwood.headers import check_headers
 from elmwood.lm import lowrank
 from elmwood.lm.files import KEPT, download, seed_folder
+from elmwood.lm.peft_config import read_settings
 from elmwood.lm.products import hasten
 from elmwood.records import Expert, Files, Merged, Mixture, Point, Recipe, Seed, Shape
 from elmwood.registry import require
@@ -323,10 +324,12 @@ def load_model(
     elif branch is not None and not full:
         if "adapter_model.safetensors" not in branch.files:  # PEFT would open a pickle, or ask the model hub
             raise BadInput(f"{branch.kind} {branch.digest[:8]} has no adapter_model.safetensors: save the adapter again with PEFT")
-        check_headers(store.folder(branch.files).glob("*.safetensors"))
+        adapter = store.folder(branch.files)
+        read_settings(adapter / "adapter_config.json", dora=True)
+        check_headers(adapter.glob("*.safetensors"))
         from peft import PeftModel  # takes as long to import as everything else here
 
-        model = PeftModel.from_pretrained(model, store.folder(branch.files), low_cpu_mem_usage=True)
+        model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
     return hasten(model.to(place).eval())
 
 

@@ -1,23 +1,33 @@
 """Reads the adapter_config.json of plain LoRA. Free of torch."""
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from elmwood.errors import BadInput
+from elmwood.plain_json import parse_json
 
 # settings of PEFT's LoRA that change more than W + scale * B A; each must be absent or off
 _UNSUPPORTED: tuple[str, ...] = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save")
 _UNSUPPORTED += ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "velora_config")
 _UNSUPPORTED += ("monteclora_config", "arrow_config", "kasa_config", "megatron_config")
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # other initial values of A and B change the base weights too
+MOST_RANK, MOST_ALPHA = 1 << 16, 1 << 32
+_NAMES = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern")  # settings that PEFT gives to `re`
+_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*", re.ASCII)
 
 
 def read_settings(path: Path, dora: bool = False) -> dict[str, Any]:
     """An adapter_config.json of plain LoRA (or weight-decomposed, if `dora`). Raises BadInput for other kinds of adapter."""
-    settings = json.loads(path.read_bytes())
+    try:
+        settings = parse_json(path.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("it is no JSON object")
+        _check_numbers(settings)
+        _check_names(settings)
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path} cannot be used: {error}") from error
     if settings.get("peft_type") != "LORA":
         raise BadInput(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be experts: train one with LoRA")
     if used := [key for key in _UNSUPPORTED if settings.get(key) and not (dora and key == "use_dora")]:
@@ -34,6 +44,37 @@ def read_settings(path: Path, dora: bool = False) -> dict[str, Any]:
 def scale(settings: dict[str, Any], layer: str, rank: int) -> float:
     """The factor of B A: alpha / rank, or alpha / sqrt(rank) if rank-stabilised (arXiv:2312.03732)."""
     patterns = settings.get("alpha_pattern") or {}
-    matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-    alpha = next(matching, settings["lora_alpha"])
+    matching = (alpha for name, alpha in patterns.items() if _is_name_of(name, layer))
+    alpha = next(matching, settings.get("lora_alpha", 8))  # PEFT's default
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _is_name_of(name: str, layer: str) -> bool:
+    """As PEFT matches a key of alpha_pattern: the whole name, or what follows a dot; ^ stands before a whole name."""
+    return layer == name.removeprefix("^") or (not name.startswith("^") and layer.endswith(f".{name}"))
+
+
+def _check_numbers(settings: dict[str, Any]) -> None:
+    """Raises ValueError where a rank or a scale is none."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(settings.get(field) or {}, dict):
+            raise ValueError(f"its {field} is no table of names: save the adapter again with PEFT")
+    for rank in (settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()):
+        if type(rank) is not int or rank > MOST_RANK:
+            raise ValueError(f"the rank {str(rank)[:80]} is no whole number up to {MOST_RANK}: save the adapter with a smaller one")
+    for alpha in (settings.get("lora_alpha", 8), *(settings.get("alpha_pattern") or {}).values()):
+        if type(alpha) not in (int, float) or abs(alpha) > MOST_ALPHA:
+            raise ValueError(f"the alpha {str(alpha)[:80]} is no number up to {MOST_ALPHA}: save the adapter with a smaller one")
+
+
+def _check_names(settings: dict[str, Any]) -> None:
+    """Raises ValueError for a pattern: PEFT matches these settings as regular expressions, and one of a stranger may never end."""
+    for field in _NAMES:
+        value = settings.get(field)
+        names = [value] if isinstance(value, str) else list(value or ()) if isinstance(value, list | dict | type(None)) else [value]
+        for name in names:
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"its {field} has {str(name)[:80]!r}, and only names of modules are read here, as q_proj or layers.0.mlp.up_proj: "
+                    "list the names that the pattern stands for"
+                )

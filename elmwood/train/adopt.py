@@ -52,16 +52,17 @@ def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest |
         targets=tuple(sorted(config.target_modules)) if isinstance(config.target_modules, set) else "all-linear",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / CONFIG).write_text(json.dumps(_sort_targets(settings) | plain, indent=1, sort_keys=True))
+        (Path(scratch) / CONFIG).write_text(json.dumps(_in_order(settings | plain), indent=1))
         files = {CONFIG: store.put(Path(scratch) / CONFIG), WEIGHTS: store.put(place / WEIGHTS)}
     expert = Expert(seed=seed.digest, partition=partition, domain=domain, data=(), recipe=recipe, files=files)
     store.add(expert)
     return expert
 
 
-def _sort_targets(settings: dict[str, Any]) -> dict[str, Any]:
+def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings and target modules sorted, patterns as they stand: of several that match a layer, the first applies."""
     targets = settings.get("target_modules")
-    return settings | ({"target_modules": sorted(targets)} if isinstance(targets, list) else {})
+    return dict(sorted(settings.items())) | ({"target_modules": sorted(targets)} if isinstance(targets, list) else {})
 
 
 def _check(path: Path, config: Any, seed: Seed, store: Store) -> None:

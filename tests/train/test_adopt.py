@@ -9,9 +9,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import SHAPE, save_adapter
 
-from elmwood.errors import BadInput
+from elmwood.errors import BadInput, Damaged
 from elmwood.lm.experts import Experts
 from elmwood.lm.load import load_model
+from elmwood.records import Expert, Recipe
 from elmwood.train.adopt import import_adapter
 
 
@@ -38,6 +39,7 @@ def test_an_adapter_from_elsewhere_becomes_an_expert(dora, seed, store, elsewher
     torch.testing.assert_close(Experts(seed, [expert], store).score(0, tokens_BT)[:, 1:], wanted_BT, atol=1e-5, rtol=1e-5)
 
 
+ENDLESS = "((((((((((.*)*)*)*)*)*)*)*)*)*)*!"  # matching it takes time that grows exponentially
 FOREIGN = {
     "is not a folder": lambda folder, good: shutil.rmtree(folder),
     "no adapter_model.safetensors": lambda folder, good: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
@@ -53,6 +55,18 @@ FOREIGN = {
     "modules_to_save": lambda folder, good: adapter_settings(folder, modules_to_save=["lm_head"]),
     "PEFT refuses": lambda folder, good: adapter_settings(folder, layers_to_transform=[0], target_modules="all-linear"),
     "positive": lambda folder, good: adapter_settings(folder, r=-1),
+    "rank 1000000000 is no": lambda folder, good: adapter_settings(folder, r=10**9),
+    "alpha inf|1e999 is too large": lambda folder, good: (folder / "adapter_config.json").write_text(
+        (folder / "adapter_config.json").read_text().replace('"lora_alpha": 8', '"lora_alpha": 1e999')
+    ),
+    "rank_pattern has .*list the names": lambda folder, good: adapter_settings(folder, rank_pattern={ENDLESS: 2}),
+    "alpha_pattern has .*list the names": lambda folder, good: adapter_settings(folder, alpha_pattern={ENDLESS: 2}),
+    "target_modules has .*list the names": lambda folder, good: adapter_settings(folder, target_modules=ENDLESS),
+    "exclude_modules has .*list the names": lambda folder, good: adapter_settings(folder, exclude_modules=ENDLESS),
+    "layers_pattern has .*list the names": lambda folder, good: adapter_settings(folder, layers_pattern=[ENDLESS], layers_to_transform=[0]),
+    "no table of names": lambda folder, good: adapter_settings(folder, alpha_pattern=["q_proj"]),
+    "no JSON object": lambda folder, good: (folder / "adapter_config.json").write_text("[]"),
+    "nested too deeply": lambda folder, good: (folder / "adapter_config.json").write_text("[" * 200_000),
 }
 
 
@@ -68,3 +82,26 @@ def test_an_adapter_that_is_none_of_this_seed_is_refused(complaint, seed, store,
     FOREIGN[complaint](folder, load_file(folder / "adapter_model.safetensors"))
     with pytest.raises(BadInput, match=complaint):
         import_adapter(str(folder), seed, store)
+
+
+def test_the_first_of_several_patterns_applies_as_it_stands_in_the_file(seed, store, elsewhere, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(elsewhere, folder)
+    adapter_settings(folder, alpha_pattern={"v_proj": 3, "layers.0.self_attn.v_proj": 5, "^model.layers.0.self_attn.q_proj": 7})
+    expert = import_adapter(str(folder), seed, store)
+    tokens_BT = torch.randint(SHAPE.vocabulary, (2, 12), generator=torch.Generator().manual_seed(15))
+    with torch.inference_mode():
+        logp_BTV = PeftModel.from_pretrained(load_model(seed, store), folder).eval()(tokens_BT).logits[:, :-1].log_softmax(-1)
+        own_BTV = load_model(seed, store, expert)(tokens_BT).logits[:, :-1].log_softmax(-1)
+    torch.testing.assert_close(own_BTV, logp_BTV)
+    wanted_BT = logp_BTV.gather(-1, tokens_BT[:, 1:, None])[..., 0]
+    torch.testing.assert_close(Experts(seed, [expert], store).score(0, tokens_BT)[:, 1:], wanted_BT, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("files", [{}, {"adapter_model.bin": b"pickle"}, {"adapter_model.safetensors": b"0" * 90}])
+def test_an_expert_without_sound_weights_is_refused_before_peft_sees_it(files, seed, store):
+    config = json.dumps({"peft_type": "LORA", "r": 2, "use_dora": True, "target_modules": ["q_proj"]}).encode()
+    kept = {name: store.put(content) for name, content in ({"adapter_config.json": config} | files).items()}
+    expert = Expert(seed=seed.digest, data=(), recipe=Recipe(method="dora", steps=1), files=kept)
+    with pytest.raises((BadInput, Damaged), match=r"no adapter_model.safetensors|no safetensors file"):
+        load_model(seed, store, expert)
