@@ -26,10 +26,11 @@ from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 from elmwood.disk import hash_file as hash_file
 from elmwood.disk import hash_once, remember, sweep, sync_folder, temporary_folder, write_whole
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
-from elmwood.records import Expert, Files, Partition, Record, Seed, canonical, fingerprint, parse, references
+from elmwood.records import Expert, Files, Merged, Partition, Record, Seed, State, canonical, fingerprint, parse, references
 
 R = TypeVar("R", bound=Record)
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+_DIGEST = re.compile(r"^[0-9a-f]{64}$")
 LONGEST = 200  # characters of a name: file systems allow 255 bytes
 _swept: set[Path] = set()  # stores that this process looked through for left-over files
 
@@ -187,7 +188,9 @@ class Store:
         if not isinstance(name, str):
             return _held(name).digest
         if _NAME.match(name) and (ref := self.root / "refs" / name).is_file():
-            return ref.read_text().strip()
+            if digest := read_ref(ref):
+                return digest
+            raise Damaged(f"refs/{name} holds no digest of a record: delete it, and name the record again")
         if re.fullmatch(r"[0-9a-f]{4,64}", name):
             found = [path.stem for path in (self.root / "records").glob(f"{name}*.json")]
             if len(found) == 1:
@@ -198,7 +201,7 @@ class Store:
 
     def records(self) -> Iterator[str]:
         """Digests of all records, sorted."""
-        return iter(sorted(path.stem for path in (self.root / "records").glob("*.json")))
+        return iter(sorted(path.stem for path in (self.root / "records").glob("*.json") if _DIGEST.match(path.stem) and path.is_file()))
 
     # ---- refs
 
@@ -224,8 +227,9 @@ class Store:
     def names(self) -> dict[str, str]:
         """All refs except those of finished tasks: name -> digest."""
         refs = self.root / "refs"
-        found = {path.relative_to(refs).as_posix(): path for path in sorted(refs.rglob("*")) if path.is_file() and path.suffix != ".tmp"}
-        return {name: path.read_text().strip() for name, path in found.items() if not name.startswith("done/")}
+        found = ((path.relative_to(refs).as_posix(), path) for path in sorted(refs.rglob("*")) if path.is_file() and path.suffix != ".tmp")
+        mine = ((name, read_ref(path)) for name, path in found if _NAME.match(name) and not name.startswith("done/"))
+        return {name: digest for name, digest in mine if digest}
 
     def secret(self) -> bytes:
         """32 random bytes, made at the first call, readable by the owner of the store only."""
@@ -243,7 +247,7 @@ class Store:
         Blobs that are older than the end of the task are not hashed here: their first use does that.
         """
         ref = self.root / "refs" / "done" / key
-        digest = ref.read_text().strip() if ref.is_file() else ""
+        digest = read_ref(ref) if ref.is_file() else ""
         if not digest or not self.whole(digest):
             return None
         ended, blobs = ref.stat().st_mtime_ns, self._made(self._read(digest))
@@ -337,10 +341,17 @@ def listed(given: Named | Path | Iterable[Named | Path]) -> list[Any]:
     return [given] if isinstance(given, str | Path | Record | Holder) else list(given)
 
 
+def read_ref(path: Path) -> str:
+    """The digest that a file of `refs` holds; empty if it holds something else."""
+    with path.open("rb") as file:
+        found = file.read(100).decode(errors="replace").strip()
+    return found if _DIGEST.match(found) else ""
+
+
 def links(folder: Path) -> dict[str, Path | None]:
     """The links below a folder: path -> target. What is neither a link nor a folder has no target."""
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {path.relative_to(folder).as_posix(): path.resolve() if path.is_symlink() else None for path in found}
+    return {path.relative_to(folder).as_posix(): Path(os.path.realpath(path)) if path.is_symlink() else None for path in found}
 
 
 def _held(given: Record | Holder) -> Record:
@@ -349,13 +360,13 @@ def _held(given: Record | Holder) -> Record:
 
 def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
     """A record and the records it names, depth first, with their depth. A record that is named twice is yielded twice; a corpus
-    that stayed with its owner is left out."""
+    or an expert of a sum that stayed with its owner is left out."""
 
     def walk(digest: str, depth: int) -> Iterator[tuple[int, Record]]:
         record = store.load(digest)
         yield depth, record
         for reference in references(record):
-            if not reference.startswith("sha256:") and (store.has(reference) or reference not in texts(record)):
+            if not reference.startswith("sha256:") and (store.has(reference) or reference not in texts(record) | contributed(record)):
                 yield from walk(reference, depth + 1)
 
     return walk(digest, 0)
@@ -371,3 +382,9 @@ def texts(record: Record) -> set[str]:
         case Seed():
             return {record.corpus} if record.corpus else set()
     return set()
+
+
+def contributed(record: Record) -> set[str]:
+    """The experts of a sum or a merge, and their statistics. They may be elsewhere: a sum is all that its merge needs."""
+    rows = record.contributions if isinstance(record, State | Merged) else ()
+    return {name for row in rows for name in (row.expert, row.statistics) if name}

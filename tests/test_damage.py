@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from elmwood import disk
-from elmwood.errors import BadRecord, Damaged
-from elmwood.records import Corpus, Shard, canonical, fingerprint, parse
-from elmwood.store import Store
+from elmwood.errors import BadInput, BadRecord, Damaged
+from elmwood.records import Contribution, Corpus, Shard, State, canonical, fingerprint, parse
+from elmwood.store import Store, lineage
+from elmwood.study import exporting
 from elmwood.verify import verify
 
 
@@ -173,3 +174,82 @@ def test_left_over_files_are_swept_and_those_of_live_processes_are_not(store):
         assert {line for line in live.stdout if line != "written\n"} == {f"sha256:{disk.hashlib.sha256(b'live').hexdigest()}\n"}
     assert left(store) == [mine]
     assert not view.exists()
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def test_a_check_names_everything_odd_and_goes_on(store):
+    record = build(store)
+    store.name("good", record.digest)
+    view = store.folder({"a": record.train[0].blob})
+    shard = store.path(record.train[0].blob).parent
+    deep = b"[" * 200_000
+    odd = {
+        "refs/bytes": lambda path: path.write_bytes(b"\xff\xfe"),
+        "refs/long": lambda path: path.write_text("a" * 5000),
+        "refs/a b": lambda path: path.write_text(record.digest),
+        "refs/pipe": fifo,
+        "refs/dangling": lambda path: path.symlink_to("nowhere"),
+        "refs/done/bytes": lambda path: path.write_bytes(b"\xff"),
+        f"records/{disk.hashlib.sha256(deep).hexdigest()}.json": lambda path: path.write_bytes(deep),
+        f"records/{disk.hashlib.sha256(KINDS).hexdigest()}.json": lambda path: path.write_bytes(KINDS),
+        f"records/{'c' * 64}.json": lambda path: path.mkdir(),
+        f"records/{'d' * 64}.json": fifo,
+        f"records/{'e' * 64}.json": lambda path: path.symlink_to("nowhere"),
+        "records/notes.txt": lambda path: path.write_text("mine"),
+        "blobs/notes.txt": lambda path: path.write_text("mine"),
+        f"blobs/sha256/{shard.name}/{'0' * 62}": fifo,
+        f"blobs/sha256/{shard.name}/{'1' * 62}": lambda path: path.mkdir(),
+        f"blobs/sha256/{shard.name}/{'2' * 62}": lambda path: path.symlink_to("/dev/zero"),
+        f"blobs/sha256/{shard.name}/{'3' * 62}": lambda path: path.symlink_to(path),
+        f"blobs/sha256/{shard.name}/{'4' * 62}": lambda path: path.symlink_to("nowhere"),
+        "views/file": lambda path: path.write_text("mine"),
+    }
+    for where, make in odd.items():
+        make(store.root / where)
+    name = os.fsencode(store.root / "refs") + b"/\xff"
+    with open(name, "w") as file:
+        file.write(record.digest)
+    assert {damage.where for damage in verify(store)} == {*odd, "refs/\\xff"}
+    assert store.names() == {"good": record.digest}
+    assert store.load("good") == record
+    assert build(store) == record
+    with pytest.raises(Damaged, match="holds no digest"):
+        store.load("bytes")
+
+    (view / "a").unlink()
+    (view / "a").write_bytes(b"other")
+    assert {damage.where for damage in verify(store)} - {*odd, "refs/\\xff"} == {view.relative_to(store.root).as_posix()}
+
+
+KINDS = b'{"kind":[],"format":1}'
+
+
+def sum_of(store, *experts) -> State:
+    rows = tuple(Contribution(expert=one, weight=(), whole=True, reach=1) for one in experts)
+    return State(seed=build(store).digest, method="ties", settings={}, contributions=rows, files={"sums": store.put(b"sums")})
+
+
+def test_experts_of_a_received_sum_are_elsewhere_and_those_of_an_own_sum_are_missing(store):
+    far, near = "f" * 64, build(store, b"near").digest
+    received = store.add(sum_of(store, far))
+    both = sum_of(store, far, near)
+    store.finish("sum", both)
+    found = list(verify(store))
+    assert {damage.where for damage in found} == {f"records/{one}.json" for one in (received, both.digest)}
+    assert all(damage.elsewhere and "1 experts" in damage.problem for damage in found)
+    assert len(list(lineage(store, both.digest))) == 3
+    store.path(near).unlink()
+    assert [damage.where for damage in verify(store) if not damage.elsewhere] == [f"records/{near}.json"]
+    alone = sum_of(store, "e" * 64)
+    store.finish("alone", alone)
+    assert f"records/{'e' * 64}.json" in {damage.where for damage in verify(store) if not damage.elsewhere}
+
+
+def test_a_folder_that_is_no_store_is_refused(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    for place in (tmp_path, tmp_path / "notes", tmp_path / "none", "/dev/null"):
+        with pytest.raises(BadInput, match="no store"):
+            exporting.verify(store=place)

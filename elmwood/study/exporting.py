@@ -97,6 +97,6 @@ def _copy(source: Path, target: Path) -> None:
 def verify(*, store: AnyStore = None, progress: Progress = silent) -> list[Damage]:
     """Check every digest and every reference; return what is damaged, or absent because it stayed with its owner. Raises BadInput."""
     store = Store(store)
-    if not store.root.exists():
+    if not any((store.root / name).is_dir() for name in ("records", "blobs", "refs")):
         raise BadInput(f"there is no store at {store.root}: name one with --store, or begin with `elmwood demo`")
     return list(check_store(store, lambda done, total: progress("verify", done, total, "B")))
