@@ -6,9 +6,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 CHUNK = 1 << 20
 SETTLED = 50_000_000  # nanoseconds; a file that changed later than that may change again and keep its time
@@ -38,6 +39,16 @@ def remember(path: Path, digest: str, key: tuple[int, ...] | None = None) -> str
 def _identity(path: Path) -> tuple[int, ...]:
     about = path.stat()
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def lock_file(file: IO[str], waits: Callable[[int], None]) -> None:
+    """Hold a file alone; the kernel releases it when the process ends. Calls `waits(0)` and `waits(1)` around a wait for another."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waits(0)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waits(1)
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,6 @@ views/<digest>/         folders of links to blobs, for libraries that need a fol
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
 from elmwood.disk import hash_file as hash_file
-from elmwood.disk import hash_once, remember, sweep, sync_folder, temporary_folder, write_whole
+from elmwood.disk import hash_once, lock_file, remember, sweep, sync_folder, temporary_folder, write_whole
+from elmwood.engine import Progress, silent
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
 from elmwood.records import Expert, Files, Merged, Partition, Record, Seed, State, canonical, fingerprint, parse, references
 
@@ -280,14 +280,15 @@ class Store:
         return path
 
     @contextmanager
-    def held(self, key: str) -> Iterator[Path]:
-        """The work folder of a task, for one process at a time: the next one waits, and then finds the task done.
+    def held(self, key: str, progress: Progress = silent) -> Iterator[Path]:
+        """The work folder of a task, for one process at a time: the next one waits, says so, and then finds the task done.
 
         Raises DoesNotFit when the disk is full; the task can be resumed.
         """
-        work = self.work(key)
+        work = self.root / "work" / key  # made once it is held: another process may be removing it
+        work.parent.mkdir(parents=True, exist_ok=True)
         with work.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when the process dies
+            lock_file(lock, lambda done: progress("waiting for another process at this", done, 1, "tasks"))
             self._sweep()
             try:
                 yield self.work(key)

@@ -1,14 +1,17 @@
-"""Workers end with the process that started them."""
+"""Workers end with the process that started them; a process that waits for another says so."""
 
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from elmwood.store import Store
 
 SCRIPT = """
 import sys
@@ -48,3 +51,28 @@ def test_workers_end_when_their_parent_is_killed(tmp_path, number):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             os.close(handle)
+
+
+def test_a_run_that_waits_for_another_says_so(tmp_path):
+    """The one that waits reports it, and lets the other go on by doing so: without a report both would stand still."""
+    store, told = Store(tmp_path / "store"), threading.Event()
+    seen = []
+
+    def hear(what: str, done: float, total: float, unit: str) -> None:
+        seen.append((what, done))
+        told.set()
+
+    with store.held("key", hear):
+        pass
+    assert not seen, "nobody held it"
+
+    def work() -> None:
+        with store.held("key", hear):
+            pass
+
+    with store.held("key"):
+        other = threading.Thread(target=work)
+        other.start()
+        assert told.wait(PATIENCE)
+    other.join(PATIENCE)
+    assert seen == [("waiting for another process at this", 0), ("waiting for another process at this", 1)]

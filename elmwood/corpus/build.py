@@ -58,7 +58,7 @@ def build(sources: Sequence[str], store: Store, *, holdout: float = 0.1, field: 
     if not sources:
         raise BadCorpus("a corpus needs a source, and there is none: name a file, a folder, 'sample' or 'datasets:NAME'")
     key = fingerprint("corpus", RULES, _contents(sources, progress), holdout, field)
-    with open_work(store, key) as work:
+    with open_work(store, key, progress) as work:
         if all(parse_source(source).repeatable for source in sources) and (done := store.done(key)):
             return store.load(done, Corpus)
         rejected: Counter[str] = Counter()
@@ -116,12 +116,12 @@ def split(ids: Sequence[str], share: float) -> np.ndarray:
 
 
 @contextmanager
-def open_work(store: Store, key: str) -> Iterator[Path]:
+def open_work(store: Store, key: str, progress: Progress = silent) -> Iterator[Path]:
     """The empty work folder of a task, for one process at a time: the next one waits, and then finds the task done.
 
     Raises DoesNotFit when the disk is full.
     """
-    with store.held(key) as work:
+    with store.held(key, progress) as work:
         try:
             shutil.rmtree(work, ignore_errors=True)
             yield store.work(key)

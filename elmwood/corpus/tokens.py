@@ -160,7 +160,7 @@ def pack(shards: Sequence[Shard], tokenizer: Tokenizer, separator: int, store: S
     spec = tokenizer.to_str().encode()
     key = fingerprint("pack-2", [shard.blob for shard in shards], spec.decode(), separator)
     if not (done := store.done(key)):
-        with open_work(store, key) as work:
+        with open_work(store, key, progress) as work:
             if not (done := store.done(key)):
                 packing = _pack(shards, tokenizer, separator, work, store, progress)
                 store.finish(key, packing)

@@ -53,7 +53,7 @@ def partition(
     if not 1 <= domains <= count:
         raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; use fewer domains, or add documents")
     key = fingerprint("partition", RULES, corpus.digest, domains, embedder, None, method, rng_seed)
-    with store.held(key) as work:
+    with store.held(key, progress) as work:
         if done := store.done(key):
             return store.load(done, Partition)
         started = time.perf_counter()
@@ -139,7 +139,7 @@ def split(
         raise BadInput(f"domain {old.name!r} cannot be split here: {len(missing)} of its shards of text stayed with their owner")
     key = fingerprint("split", RULES, partition.digest, domain, parts, rng_seed)
     others = _with_text(partition.domains[:domain] + partition.domains[domain + 1 :], store)
-    with store.held(key) as work:
+    with store.held(key, progress) as work:
         if done := store.done(key):
             return store.load(done, Partition)
         setup = Setup(store, work, partition.embedder, means)
@@ -166,7 +166,7 @@ def add(
     if not 1 <= domains <= count:
         raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; use fewer domains, or add documents")
     key = fingerprint("add", RULES, partition.digest, corpus.digest, domains, rng_seed)
-    with store.held(key) as work:
+    with store.held(key, progress) as work:
         if done := store.done(key):
             return store.load(done, Partition)
         setup = Setup(store, work, partition.embedder, means)

@@ -159,7 +159,7 @@ def merge_adapters(
     plain = plain_weights(members)
     rules = [settle_low(*answer) for answer in answers]
     keys = [fingerprint("merge", REVISION, seed, plain, name, settings) for (name, _), (_, settings) in zip(answers, rules, strict=True)]
-    with hold(keys, store):
+    with hold(keys, store, progress):
         if all(store.done(key) for key in keys):
             return [store.load(store.done(key) or "", Merged) for key in keys]
         tensors, experts, weights, turned = _open_adapters(seed, members, answers[0][0], store)

@@ -52,7 +52,7 @@ def merge(
         )
         for a, (rule, begins, ends) in zip(answers, settled, strict=True)
     ]
-    with hold(keys, store):
+    with hold(keys, store, progress):
         if all(store.done(key) for key in keys):
             return [store.load(store.done(key) or "", Merged) for key in keys]
         tensors, sources, weights = open_all(seed, members, store, resize)
@@ -99,7 +99,7 @@ def finalize(
         raise BadInput(f"{sorted(set(settings) & set(begins))} decided this state when it was made: make the state again to change them")
     seed = store.load(first.seed, Seed)
     key = fingerprint("finalize", REVISION, *sorted(one.digest for one in states), ends, *code_of(first.method, rules))
-    with store.held(key):
+    with store.held(key, progress):
         if done := store.done(key):
             return store.load(done, Merged)
         if rule.sums:

@@ -94,11 +94,11 @@ def statistics_of(needed: bool, members: Iterable[str], store: Store) -> dict[st
 
 
 @contextmanager
-def hold(keys: Sequence[str], store: Store) -> Iterator[None]:
+def hold(keys: Sequence[str], store: Store, progress: Progress = silent) -> Iterator[None]:
     """Tasks held by one process at a time, as `Store.held`; in one order, so that two processes never wait for one another."""
     with ExitStack() as stack:
         for key in sorted(set(keys)):
-            stack.enter_context(store.held(key))
+            stack.enter_context(store.held(key, progress))
         yield
 
 
@@ -115,7 +115,7 @@ def state(
     plain = plain_weights(members)
     left = statistics_of(bool(rule.needs), members, store)
     key = fingerprint("state", seed, method, begins, part, plain, *([left] if left else []), *code_of(method, rules))
-    with store.held(key):
+    with store.held(key, progress):
         if done := store.done(key):
             return store.load(done, State)
         tensors, sources, weights = open_all(seed, members, store, False)

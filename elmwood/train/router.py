@@ -50,7 +50,7 @@ def tune(
         raise BadInput(f"--tuned {recipe.tuned}: a low-rank mixture tunes routers only: choose routers, or mix without --low-rank")
     check_length(recipe, seed.context)
     key = tune_key(mixture, data, recipe)
-    with store.held(key) as work:
+    with store.held(key, progress) as work:
         if done := store.done(key):
             return store.load(done, Mixture)
         packed = pack(data, tokenizer(seed, store), seed.separator, store, progress)

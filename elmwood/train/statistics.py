@@ -42,7 +42,7 @@ def statistics(
     if not expert.data:
         raise BadInput(f"expert {expert.digest[:8]} names no training text: its statistics must be computed where the text is")
     key = fingerprint("statistics", expert.digest, rows)
-    with store.held(key):
+    with store.held(key, progress):
         if done := store.done(key):
             return store.load(done, Statistics)
         seed = store.load(expert.seed, Seed)

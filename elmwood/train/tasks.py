@@ -37,7 +37,7 @@ def train_seed(corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, na
         raise BadInput(f"a seed is trained with method 'full', not {recipe.method!r}: adapters need a seed")
     check_length(recipe, shape.context)
     key = seed_key(corpus, shape, recipe, name)
-    with store.held(key) as work:
+    with store.held(key, progress) as work:
         if done := store.done(key):
             return store.load(done, Seed)
         words = _tokenizer(corpus, shape.vocabulary, store, work / "tokenizer.json", progress)
@@ -60,7 +60,7 @@ def train(
     """
     check_length(recipe, seed.context)
     key = train_key(seed, data, recipe, partition, domain)
-    with store.held(key) as work:
+    with store.held(key, progress) as work:
         if done := store.done(key):
             return store.load(done, Expert)
         words = tokenizer(seed, store)

@@ -258,7 +258,7 @@ def train_together(
     domains = domains or [None] * len(data)
     recipe = recipe.model_copy(update={"together": len(data)})
     keys = together_keys(seed, data, recipe, partition, domains)
-    with store.held(keys[0]) as work:
+    with store.held(keys[0], progress) as work:
         if all(done := [store.done(key) for key in keys]):
             return [store.load(digest, Expert) for digest in done if digest]
         words = tokenizer(seed, store)

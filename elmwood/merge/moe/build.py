@@ -135,7 +135,7 @@ def mix(
     """Done once per inputs. `rows` are the gates (see gates.py). Raises BadSeed, BadInput, ForeignExpert."""
     packed = hashlib.sha256(b"".join(name.encode() + np.asarray(rows[name], "<f8").tobytes() for name in sorted(rows))).hexdigest()
     key = fingerprint("mixture", forest, mixing, packed, *([] if mixing.method == KEPT else code_of(mixing.method, rules)))
-    with store.held(key):
+    with store.held(key, progress):
         if done := store.done(key):
             return store.load(done, Mixture)
         parts = open_parts(forest, mixing.gates.seed_bias is not None, store, rules)

@@ -34,7 +34,7 @@ def remove(mixture: Mixture, expert: str, store: Store, progress: Progress = sil
             f"without {expert[:8]} there are {len(rest)} experts for top-{mixture.gates.top_k}: mix again, with a smaller --top-k"
         )
     key = fingerprint("remove from mixture", mixture.digest, expert)
-    with store.held(key):
+    with store.held(key, progress):
         if done := store.done(key):
             return store.load(done, Mixture)
         old = store.load(mixture.forest, Forest)

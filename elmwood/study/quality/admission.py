@@ -105,7 +105,7 @@ def accept(
     evidence, submission = Evidence(expert=candidate.expert.digest, finite=is_finite(candidate.expert, store)), None
     cost, holdout = AdmissionCost({}, 0), ""
     before = ledger_of(store)
-    with store.held(LEDGER):
+    with store.held(LEDGER, progress):
         if evidence.finite:
             evidence = evidence.model_copy(update=likeness(candidate, store))
         if evidence.finite and _is_new(evidence, policy):
