@@ -155,12 +155,24 @@ def layout_of(rule: Rule, tensors: Mapping[str, StoredTensor], names: Iterable[s
 def check(one: State, store: Store, rules: Rules = RULES) -> None:
     """Look at a state that somebody else made: whether its sums are those of its rule and seed, and within the bounds that its
     contributions give, so that nothing overflows later. Reads it all. Raises BadInput, ForeignExpert, UnknownName."""
+    held = sum_places(one, store) if one.files else {}
+    check_layout(one, held, store, rules)
+    check_sums(one, held, store, rules)
+
+
+def check_layout(one: State, held: Mapping[str, StoredTensor], store: Store, rules: Rules = RULES) -> None:
+    """Whether a state has the tensors of its rule and seed; only the header of its file is read. Raises as `check`."""
     rule, begins, _ = settle(one.method, one.settings, rules)
     if begins != one.settings or not 0 <= one.part[0] < one.part[1]:
         raise BadInput(f"this state of {one.method} has the settings {one.settings} and the part {one.part}: none that elmwood makes")
+    experts = [row.expert for row in one.contributions]
+    if experts != sorted(set(experts)):
+        raise BadInput("this state names an expert twice, or its experts in another order than elmwood's: do not use it")
+    if set(one.files) != ({SUMS} if rule.sums else set()):
+        raise BadInput(f"this state of {one.method} has the files {sorted(one.files)}, which is not what elmwood makes: do not use it")
     if not rule.sums:
         return
-    tensors, held = seed_places(store.load(one.seed, Seed), store), sum_places(one, store)
+    tensors = seed_places(store.load(one.seed, Seed), store)
     names = {key.rpartition("|")[0] for key in held}
     if strange := sorted(name for name in names if name not in tensors or tensors[name].dtype not in SIZES):
         raise ForeignExpert(f"this state sums {strange[0]!r}, which its seed does not have: ask for the state of this seed")
@@ -170,8 +182,13 @@ def check(one: State, store: Store, rules: Rules = RULES) -> None:
     found = {key: place.numbers if place.dtype == "I64" else -1 for key, place in held.items()}
     if wrong := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
         raise BadInput(f"this state holds no sums of {wrong[0]!r} as {one.method} makes them for this seed: do not use it")
+    exact.check_room(sum(row.reach for row in one.contributions))
+
+
+def check_sums(one: State, held: Mapping[str, StoredTensor], store: Store, rules: Rules = RULES) -> None:
+    """Whether the sums of a state are within the bounds that its contributions give. Raises BadInput."""
+    rule, tensors = settle(one.method, one.settings, rules)[0], seed_places(store.load(one.seed, Seed), store)
     together, files = sum(row.reach for row in one.contributions), Files()
-    exact.check_room(together)
     for key, place in held.items():
         name, _, field = key.rpartition("|")
         if field.endswith(".low"):  # what is left of the value beside it

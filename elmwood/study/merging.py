@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from elmwood.engine import Progress, silent
-from elmwood.errors import BadInput, Damaged
+from elmwood.errors import BadInput, BadRecord, Damaged
 from elmwood.merge import mergekit
 from elmwood.merge.adapters import LOW_RULES
 from elmwood.merge.answers import combine, make, title
@@ -14,14 +14,14 @@ from elmwood.merge.checkpoint import Answer, finalize
 from elmwood.merge.layer_weights import depth_of
 from elmwood.merge.parallel import StateJob, make_state, spread
 from elmwood.merge.rules.table import RULES, Rules, open_rules
-from elmwood.merge.states import add, check, remove, seed_places
+from elmwood.merge.states import add, check_layout, check_sums, remove, seed_places
 from elmwood.ranges import Between, Documents, checked
-from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, parse
+from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, read_record
 from elmwood.report.notebook import facts, show_ranking
-from elmwood.store import AnyStore, Holder, Named, Store, listed
+from elmwood.store import AnyStore, Holder, Named, Store, hash_file, listed
 from elmwood.study.quality.selection import ChosenMerge, choose_best
 from elmwood.study.text import keep_name
-from elmwood.weights.tensors import SIZES
+from elmwood.weights.tensors import SIZES, places
 
 Weight = float | Sequence[float]  # several: a gradient over depth, from the first layer to the last
 Some = Annotated[int | None, Between(1)]
@@ -264,12 +264,28 @@ def open_state(name: Named | Path, store: Store, rules: Rules = RULES) -> State:
     folder = Path(name)
     if not (folder / "elmwood.json").is_file():
         return store.load(str(name), State)
-    record = parse((folder / "elmwood.json").read_bytes())
+    record = read_record(folder / "elmwood.json")
     if not isinstance(record, State):
         raise BadInput(f"{folder} holds a {record.kind}, not a state: name the folder that a state was exported to")
-    for file, digest in record.files.items():
-        if store.put(folder / file) != digest:
-            raise Damaged(f"{folder / file} is not what its record says: fetch it again")
-    check(record, store, rules)
+    _receive_files(record, folder, store, rules)
     store.add(record)
     return record
+
+
+def _receive_files(record: State, folder: Path, store: Store, rules: Rules) -> None:
+    """Put the files of a state from elsewhere into the store, after everything about them was checked where they are. The header says how
+    large a file is and the seed how large it may be, so no more than that is read. Raises BadInput, ForeignExpert, Damaged."""
+    for file in record.files:
+        if file in ("", ".", "..") or Path(file).name != file:
+            raise BadRecord(f"the record names the file {file!r}; the files of a state lie in its own folder: do not use this state")
+        if (folder / file).is_symlink() or not (folder / file).is_file():
+            raise Damaged(f"{folder / file} is missing or no regular file: fetch it again")
+    held = places([folder / file for file in record.files])
+    check_layout(record, held, store, rules)
+    for file, digest in record.files.items():
+        if f"sha256:{hash_file(folder / file)}" != digest:
+            raise Damaged(f"{folder / file} is not what its record says: fetch it again")
+    check_sums(record, held, store, rules)
+    for file, digest in record.files.items():
+        if store.put(folder / file) != digest:
+            raise Damaged(f"{folder / file} changed while it was read: fetch it again")
