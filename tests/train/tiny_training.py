@@ -57,6 +57,7 @@ GPT2 = {
 }
 
 OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": 64}
+OPT |= {"word_embed_proj_dim": 32, "dropout": 0.0}
 
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64}
 
