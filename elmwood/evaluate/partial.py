@@ -135,7 +135,7 @@ def bring(models: list[Record], holdout: Holdout, source: Store, store: Store) -
     came = 0
     for model in models:
         keys = task_names(model, holdout)
-        done = next((digest for key in keys if (digest := source.done(key))), None)
+        done = next((digest for key in keys if (digest := source.find_done(key))), None)
         if done is None or any(store.done(key) for key in keys):
             continue
         record = source.load(done, Score)
