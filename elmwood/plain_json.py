@@ -7,12 +7,16 @@ from typing import Any
 
 def parse_json(raw: bytes, most: int = 1 << 20) -> Any:
     """The value of at most `most` bytes of UTF-8 JSON. Raises ValueError, also for what Python's reader takes beyond the standard: a key
-    that stands twice in an object, NaN and Infinity, a number too large for a float, nesting without end.
+    that stands twice in an object, NaN and Infinity, a number too large for a float, half
+    of a surrogate pair, nesting without end.
     """
     if len(raw) > most:
         raise ValueError(f"it has {len(raw)} bytes, and {most} are read at most")
     try:
-        return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        if b"\\ud" in raw.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -23,8 +27,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = next(name for name in found if names.count(name) > 1)
         raise ValueError(f"the key {twice[:80]!r} stands there twice")
-    for name in found:
-        name.encode()  # half of a surrogate pair is no text
     return found
 
 

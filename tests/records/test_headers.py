@@ -34,6 +34,7 @@ BAD: dict[str, tuple[str | bytes | dict, str]] = {
     "twice": (f'{{"a": {ONE}, "a": {ONE}}}', "twice"),
     "twice inside": ('{"a": {"dtype": "F32", "dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}', "twice"),
     "half a pair": (f'{{"\\ud800": {ONE}}}', "surrogates"),
+    "half a pair in metadata": (f'{{"__metadata__": {{"n": "\\uD800"}}, "a": {ONE}}}', "surrogates"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [4]}}, "needs a dtype"),
     "more keys": ({"a": tensor(more=1)}, "nothing else"),
     "an entry of text": ({"a": "F32"}, "needs a dtype"),

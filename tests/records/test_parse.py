@@ -40,7 +40,7 @@ BAD = {
     "a list": (b"[]", "not a record"),
     "a text": (b'"seed"', "not a record"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "not a record"),
-    "half a pair": (with_field("name", '"\\ud800"'), "hex escape"),
+    "half a pair": (with_field("name", '"\\ud800"'), "surrogates"),
     "a key of escapes": (with_field("name", '"s", "\\u001b[31m": 1'), r"\\x1b"),
     "a context of 0": (with_field("context", "0"), "context"),
     "a separator of -1": (with_field("separator", "-1"), "separator"),
