@@ -7,8 +7,7 @@ from typing import Any
 
 def parse_json(raw: bytes, most: int = 1 << 20) -> Any:
     """The value of at most `most` bytes of UTF-8 JSON. Raises ValueError, also for what Python's reader takes beyond the standard: a key
-    that stands twice in an object, NaN and Infinity, a number too large for a float, half
-    of a surrogate pair, nesting without end.
+    that stands twice in an object, NaN and Infinity, a number too large for a float, half of a surrogate pair, nesting without end.
     """
     if len(raw) > most:
         raise ValueError(f"it has {len(raw)} bytes, and {most} are read at most")
@@ -22,11 +21,11 @@ def parse_json(raw: bytes, most: int = 1 << 20) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} stands there twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name[:80]!r} stands there twice")
+        found[name] = value
     return found
 
 

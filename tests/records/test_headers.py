@@ -82,6 +82,13 @@ def test_what_is_no_file_is_refused(tmp_path):
             read_header(tmp_path / name)
 
 
+def test_a_key_twice_among_many_is_found_at_once(tmp_path):
+    names = [f'"{number}": 1' for number in range(200_000)]
+    path = write_file(tmp_path / "many", f"{{{', '.join([*names, names[-1]])}}}")
+    with pytest.raises(Damaged, match="'199999' stands there twice"):
+        read_header(path)
+
+
 def test_what_the_library_writes_is_read(tmp_path):
     tensors = {"b": np.arange(6, dtype=np.float16).reshape(2, 3), "a": np.zeros((0, 4), np.float32), "c": np.array(7, np.int64)}
     safetensors.numpy.save_file(tensors, path := tmp_path / "x.safetensors", {"format": "np"})
