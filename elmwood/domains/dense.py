@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from elmwood.domains.words import spans
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord
-from elmwood.headers import load_arrays
 from elmwood.records import Embedder, Files
 from elmwood.registry import require
 from elmwood.store import Store
+from elmwood.store.headers import load_arrays
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

@@ -27,10 +27,10 @@ from elmwood.domains.dense import Dense, Encode, Model, Open, fit_dense, load_de
 from elmwood.domains.words import Lexicon, complete_words
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
-from elmwood.headers import load_arrays
 from elmwood.records import Embedder, Seed
 from elmwood.registry import lookup, trust, trusted
 from elmwood.store import Store
+from elmwood.store.headers import load_arrays
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

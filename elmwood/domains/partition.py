@@ -18,9 +18,9 @@ from elmwood.domains.grow import Means, NewDomains, Setup, grow, write
 from elmwood.domains.route import Centroids, Sparse, distances
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, ForeignExpert
-from elmwood.headers import load_arrays
 from elmwood.records import Corpus, Domain, Embedder, Partition, fingerprint
 from elmwood.store import Store
+from elmwood.store.headers import load_arrays
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

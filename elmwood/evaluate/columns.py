@@ -15,9 +15,9 @@ from elmwood.corpus.tokens import Windows
 from elmwood.engine import Progress, silent
 from elmwood.errors import Damaged
 from elmwood.evaluate.holdout import Holdout
-from elmwood.headers import read_header
 from elmwood.records import Score
 from elmwood.store import Store
+from elmwood.store.headers import read_header
 
 TOKENS = 8192  # in one batch, padding included
 RUN = 256  # tokens over which rounding errors carry over

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from elmwood.errors import BadInput, BadSeed
-from elmwood.headers import read_header
 from elmwood.lm.cache import KeyValueCache
 from elmwood.lm.load import Branch, best_device, check_seed, end_tokens, load_model, method_of
 from elmwood.lm.lora import Bank, adapter_of
 from elmwood.lm.products import linear, plain_head
 from elmwood.records import Seed
 from elmwood.store import Store
+from elmwood.store.headers import read_header
 
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # rows read at once while scoring have so many: their activations fit in the cache
 LOGITS_OF_HEAD = {"cpu": 1 << 19, "cuda": 1 << 26}  # in memory at once, C rows of hidden cache: 2 MB; more where launches cost

@@ -25,7 +25,6 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from elmwood.errors import BadInput, BadSeed, Damaged, ForeignExpert
-from elmwood.headers import check_headers
 from elmwood.lm import lowrank
 from elmwood.lm.files import KEPT, download, seed_folder
 from elmwood.lm.peft_config import read_settings
@@ -33,6 +32,7 @@ from elmwood.lm.products import hasten
 from elmwood.records import Expert, Files, Merged, Mixture, Point, Recipe, Seed, Shape
 from elmwood.registry import require
 from elmwood.store import Store, hash_file
+from elmwood.store.headers import check_headers
 
 transformers.logging.disable_progress_bar()  # only cli prints
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it advertises a kernel that would be downloaded

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
-from elmwood.headers import read_header
 from elmwood.lm.peft_config import read_settings, scale
 from elmwood.records import Expert, Merged, Mixture
 from elmwood.store import Store
+from elmwood.store.headers import read_header
 
 _KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight$")
 MEMORY = 2 << 30  # bytes of adapters that have been used and may be again

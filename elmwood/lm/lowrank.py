@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from elmwood.errors import BadSeed
-from elmwood.headers import read_header
+from elmwood.store.headers import read_header
 
 FILE = "mixture.json"
 PARTS = ("gate_proj", "up_proj", "down_proj")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from elmwood.errors import BadInput
-from elmwood.plain_json import parse_json
+from elmwood.records.plain_json import parse_json
 
 # settings of PEFT's LoRA that change more than W + scale * B A; each must be absent or off
 _UNSUPPORTED: tuple[str, ...] = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save")

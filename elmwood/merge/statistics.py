@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput
-from elmwood.headers import read_header
 from elmwood.records import Statistics
 from elmwood.store import Store
+from elmwood.store.headers import read_header
 from elmwood.weights.tensors import Files, StoredTensor, decode, places
 
 Doubles = NDArray[np.float64]

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from elmwood.errors import BadRecord, NewerRecord
-from elmwood.plain_json import parse_json
 from elmwood.records.base import FORMAT, Record
 from elmwood.records.merges import Merged, Mixture, State
 from elmwood.records.models import Ensemble, Expert, Forest, Seed, Statistics
+from elmwood.records.plain_json import parse_json
 from elmwood.records.results import Comparison, Contest, Ledger, Score, Verdict
 from elmwood.records.text import Corpus, Packing, Partition
 

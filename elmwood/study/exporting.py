@@ -11,8 +11,8 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.records import Expert, Merged, Mixture, Partition, Record, Seed, State, Statistics, fingerprint
 from elmwood.store import AnyStore, Store, hash_file
-from elmwood.verify import Damage
-from elmwood.verify import verify as check_store
+from elmwood.store.verify import Damage
+from elmwood.store.verify import verify as check_store
 
 
 def export(

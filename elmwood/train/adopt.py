@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from elmwood.errors import BadInput, Damaged
-from elmwood.headers import read_header
 from elmwood.lm.files import download, seed_folder
 from elmwood.lm.peft_config import read_settings
 from elmwood.records import Digest, Expert, Recipe, Seed
 from elmwood.store import Store
+from elmwood.store.headers import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # the settings that say what the numbers mean; no other setting of somebody else's file is used

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput, Damaged
-from elmwood.headers import read_header
+from elmwood.store.headers import read_header
 from elmwood.weights import exact, kernels
 
 Floats = NDArray[np.floating[Any]]

@@ -14,7 +14,7 @@ from elmwood.corpus.read import Document
 from elmwood.errors import BadCorpus, DoesNotFit
 from elmwood.records import Corpus
 from elmwood.store import Store
-from elmwood.verify import verify
+from elmwood.store.verify import verify
 
 
 def test_build_splits_and_stores(source, store):

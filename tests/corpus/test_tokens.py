@@ -13,7 +13,7 @@ from elmwood.corpus.build import build, documents
 from elmwood.corpus.tokens import END, Packed, load_tokenizer, pack, token_bytes, train_tokenizer, windows
 from elmwood.errors import BadInput, BadSeed
 from elmwood.records import Packing
-from elmwood.verify import verify
+from elmwood.store.verify import verify
 
 
 @pytest.fixture(scope="module")

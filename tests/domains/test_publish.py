@@ -13,7 +13,7 @@ from elmwood.domains.partition import add, assign, heirs, split
 from elmwood.domains.publish import FAR, quantiles, receive, survey, text_files
 from elmwood.errors import BadInput, Damaged
 from elmwood.store import Store, lineage
-from elmwood.verify import verify
+from elmwood.store.verify import verify
 
 
 def test_a_partition_is_used_offline_without_its_text(made, tmp_path):

@@ -12,8 +12,8 @@ import elmwood
 
 HOUSE = Path(__file__).parents[2] / "elmwood"
 FLOORS = {
-    "errors": 1, "plain_json": 1, "ranges": 1, "records": 1, "registry": 1, "units": 1,
-    "store": 2, "engine": 2, "verify": 2, "disk": 2, "headers": 2,
+    "errors": 1, "ranges": 1, "records": 1, "registry": 1, "units": 1,
+    "store": 2, "engine": 2,
     "corpus": 3, "domains": 3, "lm": 3, "weights": 3,
     "train": 4, "merge": 4, "ensemble": 4, "evaluate": 4, "report": 4,
     "study": 5,
@@ -22,12 +22,11 @@ FLOORS = {
 }  # fmt: skip
 # Within a floor: rooms of the first three may use the ones below; here are the neighbours they may use beside that.
 NEIGHBOURS = {
-    ("records", "errors"), ("records", "plain_json"), ("ranges", "errors"), ("registry", "errors"), ("units", "errors"),
-    ("store", "engine"), ("store", "disk"), ("verify", "store"), ("verify", "disk"),
-    ("domains", "corpus"), ("lm", "corpus"), ("weights", "lm"),
+    ("records", "errors"), ("ranges", "errors"), ("registry", "errors"), ("units", "errors"),
+    ("store", "engine"), ("domains", "corpus"), ("lm", "corpus"), ("weights", "lm"),
 }  # fmt: skip
 TORCH_FREE = {
-    "errors", "ranges", "records", "registry", "units", "store", "engine", "verify", "disk", "headers", "plain_json",
+    "errors", "ranges", "records", "registry", "units", "store", "engine",
     "corpus", "domains", "evaluate", "report", "study", "hub", "cli",
 }  # fmt: skip
 LIGHT = ("lm/files.py", "lm/peft_config.py", "lm/mixture_card.py", "train/task_names.py")  # of the other rooms

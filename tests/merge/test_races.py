@@ -7,8 +7,8 @@ import pytest
 from tiny_models import full_expert, lora_expert
 
 from elmwood.records import Forest
+from elmwood.store.verify import verify
 from elmwood.study import merging, mixing
-from elmwood.verify import verify
 
 AT_ONCE = 4
 

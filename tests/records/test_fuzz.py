@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from elmwood.errors import ElmwoodError
 from elmwood.evaluate.columns import open_tensors
-from elmwood.headers import load_arrays, read_header
 from elmwood.lm.peft_config import read_settings, scale
 from elmwood.records import Comparison, Expert, Partition, Recipe, Row, State, canonical, parse, references
+from elmwood.store.headers import load_arrays, read_header
 
 BLOB, DIGEST = "sha256:" + "0" * 64, "1" * 64
 EMBEDDER = {"name": "e", "dimension": 3, "files": {"embedder.json": BLOB}}

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from elmwood.errors import Damaged
 from elmwood.evaluate.columns import open_tensors
-from elmwood.headers import LARGEST, load_arrays, read_header
+from elmwood.store.headers import LARGEST, load_arrays, read_header
 from elmwood.weights.tensors import places
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
-from elmwood.headers import read_header
 from elmwood.lm.files import seed_folder
 from elmwood.merge.export.card import RUN, model_card
 from elmwood.merge.export.fold import fold
@@ -19,6 +18,7 @@ from elmwood.merge.states import seed_places
 from elmwood.records import Expert, Merged, Mixture, Partition, Seed
 from elmwood.registry import require
 from elmwood.store import Store, hash_file
+from elmwood.store.headers import read_header
 from elmwood.weights.experts import Low
 from elmwood.weights.tensors import check_finite, places
 

@@ -6,10 +6,10 @@ E experts, K experts per token, D width, Q width of all heads, F width of a feed
 import math
 
 from elmwood.errors import BadInput
-from elmwood.headers import read_header
 from elmwood.lm.lowrank import FILE
 from elmwood.records import Frozen, Mixture, Recipe, Seed
 from elmwood.store import Store
+from elmwood.store.headers import read_header
 from elmwood.train.fit.formulas import BESIDE, FLOAT, Anatomy, anatomy, highest, logits, resident_memory, rows_at_once, speed, width_of
 from elmwood.train.fit.predict import find_machine, in_passes, largest_number, load_config
 from elmwood.train.router import ORDER, part_of

@@ -16,7 +16,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from elmwood.errors import Damaged
-from elmwood.plain_json import parse_json
+from elmwood.records.plain_json import parse_json
 
 # Bytes of a header. A tensor takes some 120 bytes of it, so the largest checkpoints in one file (90,000 tensors) would need 11 MB, and
 # one shard of them needs 0.2 MB.

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from elmwood.disk import hash_file
 from elmwood.errors import BadRecord
 from elmwood.records import Record, State, fingerprint, parse, references
 from elmwood.store import Store, contributed, links, read_ref, texts
+from elmwood.store.disk import hash_file
 
 _LEFT = re.compile(r"tmp[a-z0-9_]{8}(\.tmp)?")  # a temporary file: the next run of a task removes it unless it is in use
 

@@ -22,11 +22,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
-from elmwood.disk import hash_file as hash_file
-from elmwood.disk import hash_once, lock_file, remember, sweep, sync_folder, temporary_folder, write_whole
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
 from elmwood.records import Expert, Files, Merged, Partition, Record, Seed, State, canonical, fingerprint, parse, references
+from elmwood.store.disk import hash_file as hash_file
+from elmwood.store.disk import hash_once, lock_file, remember, sweep, sync_folder, temporary_folder, write_whole
 
 R = TypeVar("R", bound=Record)
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")

@@ -15,7 +15,7 @@ from elmwood.errors import BadRecord, Damaged, DoesNotFit, NewerRecord, UnknownN
 from elmwood.records import FORMAT, Corpus, Forest, Recipe, Seed, Shard, canonical, fingerprint, parse, references
 from elmwood.registry import lookup
 from elmwood.store import Store, lineage
-from elmwood.verify import verify
+from elmwood.store.verify import verify
 
 BLOB = "sha256:" + "a" * 64
 

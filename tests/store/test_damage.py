@@ -6,12 +6,11 @@ import sys
 
 import pytest
 
-from elmwood import disk
 from elmwood.errors import BadInput, BadRecord, Damaged
 from elmwood.records import Contribution, Corpus, Shard, State, canonical, fingerprint, parse
-from elmwood.store import Store, lineage
+from elmwood.store import Store, disk, lineage
+from elmwood.store.verify import verify
 from elmwood.study import exporting
-from elmwood.verify import verify
 
 
 @pytest.fixture
