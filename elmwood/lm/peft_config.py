@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ _NAMES = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", 
 _NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*", re.ASCII)
 
 
-def read_settings(path: Path, dora: bool = False) -> dict[str, Any]:
-    """An adapter_config.json of plain LoRA (or weight-decomposed, if `dora`). Raises BadInput for other kinds of adapter."""
+def read_settings(path: Path, dora: bool = False, modules: Sequence[str] = ()) -> dict[str, Any]:
+    """An adapter_config.json of plain LoRA (or weight-decomposed, if `dora`). `modules`: the names of the modules it has tensors for,
+    which replace target modules given as a pattern. Raises BadInput for other kinds of adapter."""
     try:
         settings = parse_json(path.read_bytes())
         if not isinstance(settings, dict):
             raise ValueError("it is no JSON object")
+        targets = settings.get("target_modules")
+        if modules and isinstance(targets, str) and not _NAME.fullmatch(targets):
+            settings["target_modules"] = sorted(modules)
         _check_numbers(settings)
         _check_names(settings)
     except (ValueError, OSError) as error:

@@ -40,7 +40,7 @@ def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest |
                 f"{folder} has no {name}: an adapter is a folder that PEFT's save_pretrained wrote (pickled files are never opened)"
             )
     try:
-        found = read_settings(place / CONFIG, dora=True)
+        found = read_settings(place / CONFIG, dora=True, modules=_modules(place / WEIGHTS))
         settings = {key: found[key] for key in KEPT if found.get(key) is not None}
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
     except (ValueError, TypeError, AttributeError) as error:
@@ -57,6 +57,16 @@ def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest |
     expert = Expert(seed=seed.digest, partition=partition, domain=domain, data=(), recipe=recipe, files=files)
     store.add(expert)
     return expert
+
+
+def _modules(path: Path) -> list[str]:
+    """The modules that an adapter has tensors for. Raises BadInput."""
+    try:
+        names = read_header(path).tensors
+    except Damaged as error:
+        raise BadInput(f"{path} cannot be read ({error}): download it again") from error
+    start, end = "base_model.model.", ".lora_A.weight"
+    return [name.removeprefix(start).removesuffix(end) for name in names if name.startswith(start) and name.endswith(end)]
 
 
 def _in_order(settings: dict[str, Any]) -> dict[str, Any]:

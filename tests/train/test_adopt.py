@@ -61,7 +61,6 @@ FOREIGN = {
     ),
     "rank_pattern has .*list the names": lambda folder, good: adapter_settings(folder, rank_pattern={ENDLESS: 2}),
     "alpha_pattern has .*list the names": lambda folder, good: adapter_settings(folder, alpha_pattern={ENDLESS: 2}),
-    "target_modules has .*list the names": lambda folder, good: adapter_settings(folder, target_modules=ENDLESS),
     "exclude_modules has .*list the names": lambda folder, good: adapter_settings(folder, exclude_modules=ENDLESS),
     "layers_pattern has .*list the names": lambda folder, good: adapter_settings(folder, layers_pattern=[ENDLESS], layers_to_transform=[0]),
     "no table of names": lambda folder, good: adapter_settings(folder, alpha_pattern=["q_proj"]),
@@ -82,6 +81,22 @@ def test_an_adapter_that_is_none_of_this_seed_is_refused(complaint, seed, store,
     FOREIGN[complaint](folder, load_file(folder / "adapter_model.safetensors"))
     with pytest.raises(BadInput, match=complaint):
         import_adapter(str(folder), seed, store)
+
+
+def test_target_modules_given_as_a_pattern_are_those_with_tensors(seed, store, elsewhere, tmp_path):
+    """Some tools save a pattern; it is never matched, however long that would take."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(elsewhere, folder)
+    plain = import_adapter(str(folder), seed, store)
+    for pattern in (ENDLESS, r"model\.layers\.\d+\..*\.(q_proj|v_proj|down_proj)"):
+        adapter_settings(folder, target_modules=pattern)
+        expert = import_adapter(str(folder), seed, store)
+        kept = json.loads(store.get(expert.files["adapter_config.json"]).read_bytes())["target_modules"]
+        assert len(kept) == 3 * SHAPE.layers
+        assert {name.rpartition(".")[2] for name in kept} == {"q_proj", "v_proj", "down_proj"}
+        tokens_BT = torch.randint(SHAPE.vocabulary, (2, 12), generator=torch.Generator().manual_seed(16))
+        wanted_BT = Experts(seed, [plain], store).score(0, tokens_BT)
+        torch.testing.assert_close(Experts(seed, [expert], store).score(0, tokens_BT), wanted_BT)
 
 
 def test_the_first_of_several_patterns_applies_as_it_stands_in_the_file(seed, store, elsewhere, tmp_path):
