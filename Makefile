@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 help:
-	@echo "make demo    set up, then grow a forest from the bundled corpus (about five minutes on two cores)"
+	@echo "make demo    set up, then grow a forest from the bundled corpus (about three minutes on two cores)"
 	@echo "make quick   the same in about a minute, with fewer domains, documents and tokens"
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make upgrade newest versions of everything, written to constraints.txt: run the tests after it"

@@ -43,7 +43,7 @@ def demo(
     output: Output = Output(),
 ) -> None:
     """Grow a forest from text and compare it with every control. Interrupted runs resume."""
-    started, took = time.perf_counter(), "about a minute" if quick else "about five minutes on two cores"
+    started, took = time.perf_counter(), "about a minute" if quick else "about three minutes on two cores"
     talk.print(f"Elmwood trains small expert models on parts of a text and compares their ensemble with ordinary training: {took}.\n"
                f"You can stop it at any time: the same command resumes. The report will be in {report}.", soft_wrap=True)  # fmt: skip
     with bars() as show:
