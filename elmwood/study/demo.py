@@ -51,8 +51,8 @@ class Study(Frozen):
     expert_rate: float = 2e-3
     random_rate: float = 5e-4
     dense_rate: float = 5e-4
-    middle_rate: float = 7.5e-4
-    large_rate: float = 1e-3
+    middle_rate: float = 1e-3
+    large_rate: float = 1.5e-3
     documents: int | None = None  # held-out documents scored; None: all, so that other verbs find their scores
     rng_seed: int = 0
 
