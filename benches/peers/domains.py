@@ -26,7 +26,7 @@ from sklearn.preprocessing import Normalizer
 
 from benches.common import parser, say
 from elmwood.domains import cluster, embed, route
-from elmwood.domains.words import finished
+from elmwood.domains.words import complete_words
 
 # ---- the published balanced k-means: an auction, after its constants (cost squared Euclidean, increment (max - min) / 50
 # and at least 1e-4, help for last round's winners for 100 rounds, 1,000 rounds at most, random start, 20 iterations)
@@ -117,8 +117,8 @@ def bench_prefix() -> None:
     pieces = [text[at : at + 4].encode() for at in range(0, len(text), 4)]  # 2,048 tokens of four characters
     ours = median_seconds(lambda: route.token_distances(fitted, centroid_KD, range(len(pieces)), pieces), 15)
     cuts = range(0, len(text), 4)
-    every = median_seconds(lambda: [route.distances(fitted, centroid_KD, [finished(text[:cut])]) for cut in cuts])
-    batch = median_seconds(lambda: route.distances(fitted, centroid_KD, [finished(text[:cut]) for cut in cuts]))
+    every = median_seconds(lambda: [route.distances(fitted, centroid_KD, [complete_words(text[:cut])]) for cut in cuts])
+    batch = median_seconds(lambda: route.distances(fitted, centroid_KD, [complete_words(text[:cut]) for cut in cuts]))
     pipeline = make_pipeline(TfidfVectorizer(stop_words="english"), TruncatedSVD(100, random_state=0), Normalizer()).fit(texts)
     some = list(cuts)[::32]
     scikit = median_seconds(lambda: [pipeline.transform([text[:cut]]) for cut in some], 1) * len(cuts) / len(some)
