@@ -16,15 +16,12 @@ ExpertsArgument = Annotated[list[str], Argument(help="A forest, or experts; NAME
 StatesArgument = Annotated[list[str], Argument(help="Names, digests, or folders written by export.")]
 DocumentsOption = Annotated[int | None, Option(help="At most this many held-out documents.")]
 EngineOption = Annotated[str, Option(help="Where tasks run: local, or ray.")]
-FieldOption = Annotated[str, Option(help="The text column of JSONL and Parquet.")]
-HoldoutOption = Annotated[float, Option(help="Share of documents nobody trains on.")]
 LayersOption = Annotated[str | None, Option(help="Merge only these layers, e.g. 4-11; everything else stays the seed's.")]
 MixingOption = Annotated[str | None, Option(help="For an ensemble: outputs, or weights (adapters summed for each prompt).")]
 NameOption = Annotated[str | None, Option("--name", help="Name of the result.")]
 PlotOption = Annotated[Path | None, Option(help="Draw the result into this SVG file.")]
 RngSeedOption = Annotated[int, Option(help="Seed of the random number generators.")]
 SettingOption = Annotated[list[str] | None, Option("--set", help="Any other setting of the rule: NAME=VALUE (repeatable).")]
-ShardWorkersOption = Annotated[int, Option("--workers", help="Shards of text processed in parallel; the result does not depend on it.")]
 TensorsOption = Annotated[str, Option(help="Merge only tensors with this in their name.")]
 WeightsOption = Annotated[str | None, Option(help="Of the experts, in order: 1,0.5; one for all; 0:1 is a gradient over depth.")]
 WindowOption = Annotated[int | None, Option(help="Tokens per window; default: the seed's context, at most 1024.")]
@@ -65,6 +62,16 @@ class ScheduleOptions(NamedTuple):
     balance: Annotated[float, Option(help="Of a mixture: weight of the load-balancing loss.")] = 0.01
     rng_seed: RngSeedOption = 0
     threads: Annotated[int | None, Option(help="CPU threads of each; default: one for a small seed, else a worker's share.")] = None
+
+
+class ReadingOptions(NamedTuple):
+    """How a corpus is read and divided into domains."""
+
+    holdout: Annotated[float, Option(help="Share of documents nobody trains on.")] = 0.1
+    field: Annotated[str, Option(help="The text column of JSONL and Parquet.")] = "text"
+    rng_seed: RngSeedOption = 0
+    workers: Annotated[int, Option("--workers", help="Shards of text processed in parallel; the result does not depend on it.")] = 1
+    engine: EngineOption = "local"
 
 
 def command(verb: Callable[..., None]) -> Callable[..., None]:

@@ -6,16 +6,7 @@ from typing import Annotated
 import numpy as np
 from typer import Argument, Option
 
-from elmwood.cli.options import (
-    CorpusArgument,
-    EngineOption,
-    FieldOption,
-    HoldoutOption,
-    NameOption,
-    Output,
-    RngSeedOption,
-    ShardWorkersOption,
-)
+from elmwood.cli.options import CorpusArgument, NameOption, Output, ReadingOptions, RngSeedOption
 from elmwood.cli.screen import bars, emit, made, table, talk
 from elmwood.domains.publish import quantiles
 from elmwood.records import Corpus, Partition
@@ -38,11 +29,7 @@ def cluster(
         str | None, Option(help="For 'seed': its name or digest; for 'sentence': a folder, or a hub id (downloads it).")
     ] = None,
     method: Annotated[str, Option(help="balanced, plain or random.")] = "balanced",
-    holdout: HoldoutOption = 0.1,
-    field: FieldOption = "text",
-    rng_seed: RngSeedOption = 0,
-    workers: ShardWorkersOption = 1,
-    engine: EngineOption = "local",
+    reading: ReadingOptions = ReadingOptions(),
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:
@@ -50,7 +37,7 @@ def cluster(
     store = Store(output.store)
     if partition is not None:
         with bars() as progress:
-            found = text.survey(corpus, partition, field=field, name=name, store=store, progress=progress)
+            found = text.survey(corpus, partition, field=reading.field, name=name, store=store, progress=progress)
         if output.as_json:
             emit(found.to_dict() | {"name": name})
         else:
@@ -58,8 +45,8 @@ def cluster(
         return
     with bars() as progress:
         division = text.cluster(
-            corpus, domains=domains, embedder=embedder, embedder_model=embedder_model, method=method, holdout=holdout,
-            field=field, rng_seed=rng_seed, workers=workers, engine=engine, name=name, store=store, progress=progress,
+            corpus, domains=domains, embedder=embedder, embedder_model=embedder_model, method=method, name=name, store=store,
+            progress=progress, **reading._asdict(),
         )  # fmt: skip
     print_corpus(store.load(division.corpus, Corpus))
     if not output.as_json:
@@ -91,21 +78,14 @@ def add(
     partition: Annotated[str, Argument(help="Name, digest, or a folder written by export.")],
     corpus: CorpusArgument,
     domains: Annotated[int, Option(help="How many new ones.")] = 1,
-    holdout: HoldoutOption = 0.1,
-    field: FieldOption = "text",
-    rng_seed: RngSeedOption = 0,
-    workers: ShardWorkersOption = 1,
-    engine: EngineOption = "local",
+    reading: ReadingOptions = ReadingOptions(),
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:
     """Add new domains from a corpus to a partition; the experts of the old domains stay valid."""
     store = Store(output.store)
     with bars() as progress:
-        revised = text.add(
-            partition, corpus, domains=domains, holdout=holdout, field=field, rng_seed=rng_seed, workers=workers, engine=engine,
-            name=name, store=store, progress=progress,
-        )  # fmt: skip
+        revised = text.add(partition, corpus, domains=domains, name=name, store=store, progress=progress, **reading._asdict())
     print_corpus(store.load(revised.partition.corpus, Corpus))
     if not output.as_json:
         print_domains(revised.partition)
