@@ -261,8 +261,8 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     """A GGUF file -> a float32 transformers folder. Quantised weights are expanded, which is slow. Raises BadSeed."""
     require("gguf", "gguf")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except UNREADABLE as error:
         raise BadSeed(f"{path}: transformers {transformers.__version__} cannot read it ({error}): use the original checkpoint") from error
     # the model is still marked as quantised, so it can be neither saved nor trained (transformers 5.23): copy its weights to a new one

@@ -58,7 +58,7 @@ def _difference(small: Mapping[str, Any], write: Write) -> float:
         dense, mixed = Path(scratch) / "dense", Path(scratch) / "mixed"
         dense.mkdir()
         (dense / "config.json").write_text(json.dumps(small))
-        seed = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(dense)).eval()
+        seed = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(dense, trust_remote_code=False)).eval()
         for weight in seed.parameters():
             weight.mul_(4.0) if weight.dim() > 1 else weight.add_(torch.randn_like(weight) / 4)  # louder: fresh models say nearly nothing
         seed.save_pretrained(dense)
@@ -68,6 +68,6 @@ def _difference(small: Mapping[str, Any], write: Write) -> float:
         found = []
         for top_k in range(1, COPIES + 1):
             write(small, dense, COPIES, top_k, mixed)
-            model = AutoModelForCausalLM.from_pretrained(mixed, dtype=torch.float32, local_files_only=True).eval()
+            model = AutoModelForCausalLM.from_pretrained(mixed, dtype=torch.float32, local_files_only=True, trust_remote_code=False).eval()
             found.append(float((model(tokens_1T).logits.log_softmax(-1) - wanted).abs().max()))
         return max(found)
