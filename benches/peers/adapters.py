@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from benches import common
 from benches.models import SHAPES, Spent, adapter_folders, model, rounds, say_rounds, spent
-from elmwood.lm.lora import Adapter, Bank
+from elmwood.lm.adapters.lora import Adapter, Bank
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT 0.21 with transformers 5.23
 

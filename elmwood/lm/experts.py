@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from elmwood.errors import BadInput, BadSeed
+from elmwood.lm.adapters.lora import Bank, adapter_of
 from elmwood.lm.cache import KeyValueCache
 from elmwood.lm.load import Branch, best_device, check_seed, end_tokens, load_model, method_of
-from elmwood.lm.lora import Bank, adapter_of
 from elmwood.lm.products import linear, plain_head
 from elmwood.records import Seed
 from elmwood.store import Store

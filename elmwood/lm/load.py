@@ -25,9 +25,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from elmwood.errors import BadInput, BadSeed, Damaged, ForeignExpert
-from elmwood.lm import lowrank
+from elmwood.lm.adapters import lowrank
+from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.files import KEPT, download, seed_folder
-from elmwood.lm.peft_config import read_settings
 from elmwood.lm.products import hasten
 from elmwood.records import Expert, Files, Merged, Mixture, Point, Recipe, Seed, Shape
 from elmwood.registry import require
@@ -306,7 +306,7 @@ def load_model(
     """The seed, or weights grown from it, in eval mode on `device` (default: a GPU where there is one).
 
     `dtype` is by default float32 on a CPU (bf16 is slower there), elsewhere as stored. An adapter comes as PEFT's model over its own
-    copy of the seed; many adapters over one copy are `elmwood.lm.lora`. Raises ForeignExpert, Damaged.
+    copy of the seed; many adapters over one copy are `elmwood.lm.adapters.lora`. Raises ForeignExpert, Damaged.
     """
     place = torch.device(device) if device is not None else best_device()
     wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")

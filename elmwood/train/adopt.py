@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from elmwood.errors import BadInput, Damaged
+from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.files import download, seed_folder
-from elmwood.lm.peft_config import read_settings
 from elmwood.records import Digest, Expert, Recipe, Seed
 from elmwood.store import Store
 from elmwood.store.headers import read_header

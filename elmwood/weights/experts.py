@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput, ForeignExpert
-from elmwood.lm.peft_config import read_settings, scale
+from elmwood.lm.adapters.peft_config import read_settings, scale
 from elmwood.weights import exact
 from elmwood.weights.tensors import Files, StoredTensor, decode, places
 

@@ -29,7 +29,7 @@ TORCH_FREE = {
     "errors", "ranges", "records", "registry", "units", "store", "engine",
     "corpus", "domains", "evaluate", "report", "study", "hub", "cli",
 }  # fmt: skip
-LIGHT = ("lm/files.py", "lm/peft_config.py", "lm/mixture_card.py", "train/task_names.py")  # of the other rooms
+LIGHT = ("lm/files.py", "lm/adapters/peft_config.py", "lm/mixture_card.py", "train/task_names.py")  # of the other rooms
 SLOW = ("torch", "transformers", "peft", "accelerate", "sklearn", "pandas", "datasets", "datasketch", "matplotlib", "numba")
 
 

@@ -10,9 +10,9 @@ from tiny_configs import CONFIGS, some_tokens
 from tiny_models import config_seed, save_adapter, tiny_seed
 
 from elmwood.errors import BadInput
-from elmwood.lm import lora
+from elmwood.lm.adapters import lora
+from elmwood.lm.adapters.lora import Adapter, Bank
 from elmwood.lm.load import load_model
-from elmwood.lm.lora import Adapter, Bank
 
 
 @pytest.fixture(scope="module", params=["llama", "opt"])

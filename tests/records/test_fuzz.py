@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from elmwood.errors import ElmwoodError
 from elmwood.evaluate.columns import open_tensors
-from elmwood.lm.peft_config import read_settings, scale
+from elmwood.lm.adapters.peft_config import read_settings, scale
 from elmwood.records import Comparison, Expert, Partition, Recipe, Row, State, canonical, parse, references
 from elmwood.store.headers import load_arrays, read_header
 

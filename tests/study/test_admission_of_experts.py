@@ -19,7 +19,7 @@ from elmwood.cli import app
 from elmwood.domains.partition import partition as divide
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.evaluate import holdout
-from elmwood.lm.peft_config import scale
+from elmwood.lm.adapters.peft_config import scale
 from elmwood.records import Ensemble, Expert, Forest, Ledger, Recipe, Seed, Verdict
 from elmwood.store import Store
 from elmwood.study.quality.admission import accept, ledger_of

@@ -6,7 +6,7 @@ E experts, K experts per token, D width, Q width of all heads, F width of a feed
 import math
 
 from elmwood.errors import BadInput
-from elmwood.lm.lowrank import FILE
+from elmwood.lm.adapters.lowrank import FILE
 from elmwood.records import Frozen, Mixture, Recipe, Seed
 from elmwood.store import Store
 from elmwood.store.headers import read_header

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
-from elmwood.lm.peft_config import read_settings, scale
+from elmwood.lm.adapters.peft_config import read_settings, scale
 from elmwood.records import Expert, Merged, Mixture
 from elmwood.store import Store
 from elmwood.store.headers import read_header
