@@ -27,7 +27,7 @@ def show(
     else:
         for line in page.show(name, output.store).lines:
             words = "(above)" if line.again else escape(page.summary(line.record))
-            head = f"{'   ' * line.depth}{line.record.kind} {line.record.digest[:12]} {line.name}"
+            head = f"{'   ' * line.indent}{line.record.kind} {line.record.digest[:12]} {line.name}"
             out.print(f"{head}  [dim]{words}[/dim]".rstrip(), soft_wrap=True, markup=True)
 
 

@@ -1,5 +1,6 @@
 """The lineage as a tree. A record that is used again is named there, and not drawn again."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from markupsafe import Markup
 from elmwood.report.data import Ancestor
 
 SHOWN = 6  # records of one kind on one level; the others are folded
+DEEPEST = 20  # levels; what is deeper is listed on the last one
 
 
 class Node(NamedTuple):
@@ -19,19 +21,14 @@ class Node(NamedTuple):
 
 
 def tree(lineage: Sequence[Ancestor]) -> list[Node]:
-    """Depth-first records -> roots. The inputs of a record that is used again are left out."""
+    """Depth-first records -> roots. A record that is used again has no inputs there."""
     roots: list[Node] = []
     path: list[Node] = []
     seen: set[str] = set()
-    skipped: int | None = None
     for record in lineage:
-        if skipped is not None and record.depth > skipped:
-            continue
-        skipped = None
-        del path[record.depth :]
+        del path[min(record.depth, DEEPEST) :]
         if record.digest in seen and path:
             path[-1].again.append(record)
-            skipped = record.depth
             continue
         seen.add(record.digest)
         node = Node(record, [], [])
@@ -44,9 +41,12 @@ def draw(nodes: Sequence[Node]) -> Markup:
     """Nested HTML lists; the style sheet draws the branches."""
     if not nodes:
         return Markup()
-    kinds = [node.record.kind for node in nodes]
-    shown = [node for place, node in enumerate(nodes) if kinds[:place].count(node.record.kind) < SHOWN]
-    hidden = [node for place, node in enumerate(nodes) if kinds[:place].count(node.record.kind) >= SHOWN]
+    counted: Counter[str] = Counter()
+    shown: list[Node] = []
+    hidden: list[Node] = []
+    for node in nodes:
+        counted[node.record.kind] += 1
+        (shown if counted[node.record.kind] <= SHOWN else hidden).append(node)
     more = Markup()
     if hidden:
         more = Markup("<li><details><summary>{} more</summary><ul>{}</ul></details></li>").format(len(hidden), _items(hidden))

@@ -166,7 +166,7 @@ class Store:
             self.add(record)
         return record
 
-    def _read(self, digest: str) -> Record:
+    def _read(self, digest: str) -> Record:  # without `resolve`, for digests that records name
         return parse(self.get(digest).read_bytes())
 
     def expand(self, names: Named | Iterable[Named]) -> list[str | Record]:
@@ -191,6 +191,8 @@ class Store:
             if digest := read_ref(ref):
                 return digest
             raise Damaged(f"refs/{name} holds no digest of a record: delete it, and name the record again")
+        if _DIGEST.match(name) and self.has(name):
+            return name
         if re.fullmatch(r"[0-9a-f]{4,64}", name):
             found = [path.stem for path in (self.root / "records").glob(f"{name}*.json")]
             if len(found) == 1:
@@ -366,17 +368,20 @@ def _held(given: Record | Holder) -> Record:
 
 
 def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
-    """A record and the records it names, depth first, with their depth. A record that is named twice is yielded twice; a corpus
-    or an expert of a sum that stayed with its owner is left out."""
-
-    def walk(digest: str, depth: int) -> Iterator[tuple[int, Record]]:
-        record = store.load(digest)
+    """A record and the records it names, depth first, with their depth. A record that is named twice is yielded twice, and what it
+    names is yielded the first time. A corpus or an expert of a sum that stayed with its owner is left out. Raises Damaged."""
+    known: dict[str, Record] = {}
+    waiting = [(0, digest)]
+    while waiting:
+        depth, name = waiting.pop()
+        if name in known:
+            yield depth, known[name]
+            continue
+        record = known[name] = store._read(name)
         yield depth, record
-        for reference in references(record):
-            if not reference.startswith("sha256:") and (store.has(reference) or reference not in texts(record) | contributed(record)):
-                yield from walk(reference, depth + 1)
-
-    return walk(digest, 0)
+        away = texts(record) | contributed(record)
+        below = [one for one in references(record) if not one.startswith("sha256:") and (one not in away or store.has(one))]
+        waiting += ((depth + 1, one) for one in reversed(below))
 
 
 def texts(record: Record) -> set[str]:

@@ -39,6 +39,7 @@ from elmwood.study.quality.evaluation import conclusion
 from elmwood.units import duration, short
 
 PLACES = 600  # documents on the map: more take t-SNE ten seconds and the eye no further
+DEEPEST = 20  # steps that the lines of a lineage are indented
 SNIPPET = 160  # characters of a document
 LIBRARIES = ("elmwood", "torch", "transformers", "peft", "numpy")
 
@@ -190,9 +191,14 @@ class ShownRecord(NamedTuple):
     name: str  # what it is called in the store; empty where it has no name
     again: bool = False  # it was shown above, with all it was made from
 
+    @property
+    def indent(self) -> int:
+        """Steps to the right: those of its depth, as far as a line has room."""
+        return min(self.depth, DEEPEST)
+
     def __str__(self) -> str:
         words = "(above)" if self.again else summary(self.record)
-        return f"{'   ' * self.depth}{self.record.kind} {self.record.digest[:12]} {self.name}  {words}".rstrip()
+        return f"{'   ' * self.indent}{self.record.kind} {self.record.digest[:12]} {self.name}  {words}".rstrip()
 
 
 class Shown(NamedTuple):
@@ -206,7 +212,7 @@ class Shown(NamedTuple):
         return "\n".join(map(str, self.lines))
 
     def _repr_html_(self) -> str:
-        rows = [("\xa0" * 4 * line.depth + line.record.kind, line.record.digest[:12], line.name, "(above)" if line.again else
+        rows = [("\xa0" * 4 * line.indent + line.record.kind, line.record.digest[:12], line.name, "(above)" if line.again else
                  summary(line.record)) for line in self.lines]  # fmt: skip
         table = grid(("record", "digest", "name", ""), rows)
         if not isinstance(self.record, Partition):
@@ -223,13 +229,10 @@ def show(name: Named | None = None, store: AnyStore = None) -> Shown:
     if name is None:
         return Shown(tuple(ShownRecord(0, store.load(digest), called) for called, digest in store.names().items()), None, store)
     lines: list[ShownRecord] = []
-    below = None  # the depth of what was shown above
+    above: set[str] = set()
     for depth, record in lineage(store, store.load(name).digest):
-        if below is not None and depth > below:
-            continue
-        again = any(line.record.digest == record.digest for line in lines)
-        below = depth if again else None
-        lines.append(ShownRecord(depth, record, names.get(record.digest, ""), again))
+        lines.append(ShownRecord(depth, record, names.get(record.digest, ""), record.digest in above))
+        above.add(record.digest)
     return Shown(tuple(lines), lines[0].record, store)
 
 
@@ -264,12 +267,14 @@ def summary(record: Record) -> str:
             return f"{record.method} of {len(record.contributions)} experts, unfinished{part}"
         case Verdict():
             failed = [check.name.split(":")[0].split(",")[0] for check in record.checks if not check.passed]
-            return "accepted" if record.accepted else f"refused: {failed[0]}"
+            return "accepted" if record.accepted else ": ".join(["refused", *failed[:1]])
         case Ledger():
             return f"{len(record.entries)} submissions, {sum(entry.accepted is True for entry in record.entries)} accepted"
         case Contest():
             return f"{headline(record)}: {record.effect:+.4f} bits per byte, {record.drawn} of {record.touched} blocks"
         case Comparison():
+            if not record.rows:
+                return "no rows"
             best = min(record.rows, key=lambda row: row.bits_per_byte)
             return f"{len(record.rows)} rows; lowest {best.bits_per_byte:.4f} bits/byte: {best.name}"
     return ""

@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 
 from elmwood import engine, records
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, NewerRecord, UnknownName
-from elmwood.records import FORMAT, Corpus, Forest, Recipe, Seed, Shard, canonical, fingerprint, parse, references
+from elmwood.records import FORMAT, Comparison, Corpus, Forest, Recipe, Seed, Shard, canonical, fingerprint, parse, references
 from elmwood.registry import lookup
+from elmwood.report.data import Ancestor, Report
+from elmwood.report.page import html
 from elmwood.store import Store, lineage
 from elmwood.store.verify import verify
+from elmwood.study import page
 
 BLOB = "sha256:" + "a" * 64
 
@@ -258,6 +261,50 @@ def test_lineage_walks_to_the_roots(store):
     )
     store.add(seed)
     assert [(depth, found.kind) for depth, found in lineage(store, seed.digest)] == [(0, "seed"), (1, "corpus")]
+
+
+def generations(store, count, width):
+    """The digest of the last of so many generations of records. Each names all records of the one before."""
+    before: tuple[str, ...] = ()
+    (store.root / "records").mkdir(parents=True)
+    text = canonical(Comparison(controls=(), holdout="HOLDOUT", rows=())).decode().replace("{", '{"controls":CONTROLS,', 1)
+    for _ in range(count):
+        named = text.replace("CONTROLS", json.dumps(before))
+        made = [named.replace("HOLDOUT", f"h{number}").encode() for number in range(width)]
+        before = tuple(hashlib.sha256(one).hexdigest() for one in made)
+        for digest, one in zip(before, made, strict=True):
+            store.path(digest).write_bytes(one)
+    return before[0]
+
+
+@pytest.mark.parametrize(("count", "width"), [(40, 2), (5000, 1)])
+def test_a_lineage_of_many_generations_takes_each_record_once(store, count, width, monkeypatch):
+    youngest = generations(store, count, width)
+    read = []
+    monkeypatch.setattr(Store, "_read", lambda self, digest, _read=Store._read: read.append(digest) or _read(self, digest))
+    found = list(lineage(store, youngest))
+    assert len(read) == len(set(read)) == (count - 1) * width + 1
+    assert len(found) == 1 + width + (count - 2) * width**2  # each naming of a record
+    assert max(depth for depth, _ in found) == count - 1
+
+
+def test_a_deep_lineage_is_shown_and_drawn(store):
+    youngest = generations(store, 1500, 1)
+    shown = page.show(youngest, store)
+    assert len(str(shown)) < 200_000
+    drawn = tuple(Ancestor(depth=line.depth, kind=line.record.kind, digest=line.record.digest) for line in shown.lines)
+    assert html(Report(title="deep", lineage=drawn)).count('class="kind"') == 1500
+
+
+def test_files_that_name_one_another_are_no_lineage(store):
+    """No record can hold its own digest, so one of the files lies about its content."""
+    older = Comparison(controls=("b" * 64,), holdout="h", rows=())
+    younger = Comparison(controls=(older.digest,), holdout="h", rows=())
+    store.add(older)
+    store.path("b" * 64).write_bytes(canonical(younger))
+    store.add(younger)
+    with pytest.raises(Damaged, match="does not match"):
+        list(lineage(store, younger.digest))
 
 
 # ---- engine
