@@ -44,6 +44,8 @@ def seed_import(
     """Import a causal language model of transformers as a seed."""
     with bars() as progress:
         seed = training.import_seed(model, separator=separator, name=name, store=output.store, progress=progress)
+    for change in seed.changes:
+        talk.print(change, soft_wrap=True)
     made(seed, name, output.as_json)
 
 

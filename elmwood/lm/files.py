@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -12,6 +13,9 @@ from elmwood.store import Store, hash_file
 # the files of a transformers folder that belong to a seed
 KEPT: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab.*")
 KEPT += ("special_tokens_map.json", "merges.txt", "added_tokens.json", "*.model", "*.jinja", "LICENSE*")
+KEPT += ("additional_chat_templates/*.jinja",)
+# of a hub: weights that transformers does not read, by name
+PASSED = ["consolidated*", "adapter_*", "original/*"]
 
 
 def seed_folder(seed: Seed, store: Store) -> Path:
@@ -44,6 +48,7 @@ def download(identifier: str, revision: str, cached: bool = False, files: Sequen
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(identifier, revision=revision or None, allow_patterns=list(files), local_files_only=cached))
+        wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": PASSED, "local_files_only": cached}
+        return Path(snapshot_download(identifier, revision=revision or None, **wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadSeed(f"{identifier!r} is not a folder here, and the model hub does not have it ({error}): check the spelling") from error

@@ -75,6 +75,8 @@ class Seed(Record):
     separator: int = Field(ge=0)  # token id before each document
     files: Files
     hub: str | None = None  # "id@revision" if the weights are in the hub's cache instead of the store
+    source: str | None = None  # "id@revision" on a hub that the files were copied from
+    changes: tuple[str, ...] = ()  # what import changed, in sentences; none: the files are as they were given
     licence: str | None = None
     corpus: Digest | None = None  # that it was trained on from scratch
     recipe: Recipe | None = None

@@ -69,11 +69,11 @@ def test_a_seed_without_tokenizer_json_gets_one(tmp_path, store):
 @pytest.mark.parametrize(("names", "expected"), [({"eos_token": "<e>"}, 1), ({"eos_token": "<e>", "bos_token": "<b>"}, 0)])
 def test_the_separator_is_bos_else_eos(names, expected, tmp_path, store):
     save_folder(new_model(SHAPE), tiny_tokenizer(), tmp_path)
-    vocabulary = Tokenizer(models.WordLevel({"<b>": 0, "<e>": 1, "the": 2}, unk_token="the"))
+    vocabulary = Tokenizer(models.WordLevel({"<b>": 0, "<e>": 1, "▁the": 2}, unk_token="▁the"))
     PreTrainedTokenizerFast(tokenizer_object=vocabulary, **names).save_pretrained(tmp_path)
     assert import_seed(str(tmp_path), store).separator == expected
     assert import_seed(str(tmp_path), store, separator=2).separator == 2
-    assert [import_seed(str(tmp_path), store, separator=token).separator for token in ("the", "<b>", "1")] == [2, 0, 1]
+    assert [import_seed(str(tmp_path), store, separator=token).separator for token in ("▁the", "<b>", "1")] == [2, 0, 1]
     with pytest.raises(BadSeed, match="no token 'cat'"):
         import_seed(str(tmp_path), store, separator="cat")
     with pytest.raises(BadSeed, match="separator 320"):
@@ -100,7 +100,7 @@ SPOILT = {
     "ids up to": lambda folder: spoil_config(folder, vocab_size=100),
     "model.norm.weight": spoil_weights,
     "pickled": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-    "weights cannot be loaded": lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100),
+    "header is damaged": lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100),
     "tokenizer cannot be opened": lambda folder: (folder / "tokenizer.json").write_text("{"),
     "separator": lambda folder: (folder / "tokenizer.json").write_text(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str()),
 }
@@ -112,7 +112,7 @@ def test_what_cannot_be_a_seed_is_refused_with_a_reason(complaint, tmp_path, see
     shutil.copytree(seed_folder(seed, store), folder)
     (folder / "tokenizer_config.json").write_text("{}")
     SPOILT[complaint](folder)
-    with pytest.raises(BadSeed, match=complaint):
+    with pytest.raises((BadSeed, Damaged), match=complaint):
         import_seed(str(folder), store)
 
 
@@ -161,6 +161,16 @@ def test_a_hub_seed_without_tokenizer_json_moves_into_the_store(hub, tmp_path):
     seed = import_seed("me/tiny", store)
     assert (seed.name, seed.hub) == ("tiny", None)
     assert tokenizer(seed, store).get_vocab_size() == len(spec["vocab"])
+
+
+def test_a_hub_seed_that_is_written_anew_moves_into_the_store(hub, tmp_path):
+    store = Store(tmp_path / "store")
+    trunk = {name.removeprefix("model."): value for name, value in load_file(hub / "model.safetensors").items()}
+    save_file(trunk, hub / "model.safetensors", {"format": "pt"})
+    seed = import_seed("me/tiny", store)
+    assert (seed.name, seed.hub, seed.source) == ("tiny", None, f"me/tiny@{hub.name}")
+    assert "model.norm.weight" in load_file(store.get(seed.files["model.safetensors"]))
+    assert len(seed.changes) == 1
 
 
 def test_a_seed_that_was_damaged_is_not_opened(tmp_path):

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from elmwood.lm.importing.config import context_of
 from elmwood.records import Recipe
 from elmwood.train.loop import use_threads
 from elmwood.train.loss import CHUNK, ROWS
@@ -99,7 +100,7 @@ def anatomy(config: Any) -> Anatomy:
         transposed=any(isinstance(module, Conv1D) for module in model.modules()),
         scores=3 * text.num_attention_heads * _dropped(text, "attn_pdrop", "attention_dropout"),
         vocabulary=text.vocab_size,
-        context=getattr(text, "max_position_embeddings", None) or 1 << 20,
+        context=context_of(config) or 1 << 20,
         shapes=shapes,
     )
 

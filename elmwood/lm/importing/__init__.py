@@ -1,0 +1,1 @@
+"""Models of others as seeds: what is understood, what is rewritten, what is refused."""

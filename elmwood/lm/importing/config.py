@@ -1,0 +1,59 @@
+"""The config of a model made elsewhere: whether it is a causal LM of text, and how many positions it has."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+from elmwood.errors import BadSeed, Damaged
+
+# what is raised where transformers cannot read something, or its header is refused before
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError, Damaged)
+# fields that say how many positions a model was built for, in the order in which they are believed
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length", "context_length")
+UNLIMITED = 2048  # positions of a model that names none (ALiBi, recurrent): what BLOOM and Mamba were trained with
+
+
+def read_config(folder: Path) -> Any:
+    """The folder's config, which must be that of a causal LM of text in transformers. Raises BadSeed."""
+    if not (folder / "config.json").exists():
+        raise BadSeed(f"{folder} has no config.json: a seed is a folder written by transformers' save_pretrained, or a .gguf file")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise BadSeed(
+            f"{folder}: transformers {transformers.__version__} does not know this architecture ({error}); "
+            "code that comes with a checkpoint is never run: use another seed, or upgrade transformers"
+        ) from error
+    default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "model without a language head")
+    name = (config.architectures or [default])[0]
+    if name in _names(MODEL_MAPPING_NAMES.get(config.model_type)):  # saved from the trunk; the weights tell whether the head is tied
+        name = default
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True)  # BERT as published
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or masked or config.is_encoder_decoder:
+        raise BadSeed(f"{folder} holds a {name}: a seed is a causal LM (LlamaForCausalLM, OPTForCausalLM, …) that predicts the next token")
+    if others := sorted(part for part in config.sub_configs if part != "text_config" and getattr(config, part, None) is not None):
+        raise BadSeed(
+            f"{folder} holds a {name} that reads more than text ({', '.join(others)}): "
+            "save its language model alone, as the causal LM of its text_config, and import that"
+        )
+    config.architectures = [name]
+    return config
+
+
+def _names(found: Any) -> tuple[str, ...]:
+    return (found,) if isinstance(found, str) else tuple(found or ())
+
+
+def context_of(config: Any) -> int | None:
+    """The positions a model was built for; None where its config names none."""
+    text = config.get_text_config()
+    found = (getattr(text, field, None) for field in POSITIONS)
+    return next((value for value in found if isinstance(value, int) and value > 1), None)
