@@ -34,6 +34,7 @@ class Benchmarks(NamedTuple):
     limit: Annotated[int | None, Option(help="Items of each task, the same for every model; default: all.")] = None
     folder: Annotated[Path | None, Option("--tasks-folder", help="Your own tasks: the harness's YAML files and their data.")] = None
     download: Annotated[bool, Option("--download", help="Let tasks fetch their data.")] = False
+    bos: Annotated[str, Option(help="Before each text of a task: what its tokenizer adds, always a bos, or never.")] = "tokenizer"
 
 
 def evaluate(
@@ -118,7 +119,11 @@ def _print_benchmarks(found: Sequence[evaluation.Benchmarked], as_json: bool) ->
             rows.append([name, "", "group", metric, *_with_errors([one.results["groups"][name][metric] for one in found])])
             styles.append("cyan")
     head = ["task", "version", "items", "metric", *(cell for one in found for cell in (one.name, "±"))]
-    print_table(f"lm-evaluation-harness {first['lm_eval']}; items chosen by hash", head, rows, styles)
+    begins = first["bos"]["begins_with"]
+    print_table(
+        f"lm-evaluation-harness {first['lm_eval']}; items chosen by hash; each text begins with {begins or 'no special token'}",
+        head, rows, styles,
+    )  # fmt: skip
     for one in found:
         computed = one.results["asked"]
         talk.print(f"{one.name}: model {one.record.digest[:12]}, {computed} requests computed, the others known", style="dim")

@@ -1,7 +1,7 @@
 """Standard benchmarks: any LM in EleutherAI's lm-evaluation-harness, through its public model interface.
 
-Answers are cached by the digest of the model and the request, so no request is computed twice. A text begins with the separator, as
-everywhere in elmwood; a context that is too long is cut at its beginning. T tokens, B rows
+Answers are cached by the digest of the model and the request, so no request is computed twice. A request becomes tokens as in the
+harness's own `hf` model, so the numbers are those of `lm_eval --model hf` on the exported checkpoint. T tokens, B rows
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged, UnknownName
@@ -26,12 +25,16 @@ from elmwood.registry import require
 from elmwood.store import Store
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from elmwood.lm.interface import LM
 
-PROTOCOL = "harness-v2"  # how a request becomes tokens; a change of any answer needs a new name
+PROTOCOL = "harness-v3"  # how a request becomes tokens; a change of any answer needs a new name
 TOKENS = 8192  # in one batch, padding included
 ANSWER = 256  # most new tokens, where a task sets no limit
-SAMPLING = {"do_sample", "until", "max_gen_toks", "temperature", "top_p"}
+BOS = {"tokenizer": None, "always": True, "never": False}  # the harness's add_bos_token
+SAMPLING = {"do_sample", "until", "max_gen_toks", "max_length", "temperature", "top_p"}
+IDLE = {"top_k", "min_p", "typical_p", "seed"}  # of no effect where the likeliest token is taken
 
 Compute = Callable[[dict[str, tuple]], Iterator[tuple[str, Any]]]
 Span = tuple[list[int], list[int]]  # given tokens, scored tokens
@@ -47,9 +50,9 @@ class Answers:
         self.lead = "" if text.endswith("\n") or not text else "\n"
         self.asked = 0  # requests computed by this object
 
-    def look_up(self, kind: str, requests: Sequence[tuple], compute: Compute, is_valid: Callable[[Any], bool]) -> list:
+    def look_up(self, kind: tuple, requests: Sequence[tuple], compute: Compute, is_valid: Callable[[Any], bool]) -> list:
         """The answer to each request; `compute` yields (key, answer) for those, by key, that have no valid answer yet."""
-        keys = [fingerprint(PROTOCOL, kind, *request) for request in requests]
+        keys = [fingerprint(PROTOCOL, *kind, *request) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if not is_valid(self.known.get(key))}
         for key, value in compute(missing):
             self.known[key] = value
@@ -78,20 +81,54 @@ def _is_loglik(answer: Any) -> bool:
     return isinstance(answer, float) and np.isfinite(answer)
 
 
+class Words(NamedTuple):
+    """How text becomes tokens: the seed's tokenizer as transformers opens it, and what begins a text."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    separator: int
+    ends: frozenset[int]  # tokens that end a generated text: the checkpoint's eos
+    add_bos: bool | None = None  # None: as the tokenizer does by itself
+
+    @property
+    def prefix(self) -> int:
+        """The token before a text that has none before it: bos, else eos."""
+        found = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.separator)
+        return next(token for token in found if isinstance(token, int))
+
+    def encode(self, text: str) -> list[int]:
+        """With special tokens, such as bos, where the tokenizer or `add_bos` adds them and the text has none."""
+        if self.add_bos is False or text.startswith(self.decode([self.prefix])):
+            return self.encode_plain(text)
+        return self.tokenizer.encode(text) if self.add_bos is None else self.tokenizer.encode(text, add_special_tokens=True)
+
+    def encode_plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int], *, special: bool = True) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=not special))
+
+    def facts(self) -> dict[str, Any]:
+        """What begins a text, as results say it."""
+        return {
+            "add_bos_token": self.add_bos, "begins_with": self.decode(self.encode("")), "prefix_token": self.decode([self.prefix]),
+            "prefix_token_id": self.prefix,
+        }  # fmt: skip
+
+
 class Reader:
     """Requests -> answers of one model. `generate` is elmwood.ensemble.generate.generate."""
 
-    def __init__(self, lm: "LM", tokenizer: Tokenizer, answers: Answers, generate: Callable[..., Iterator], progress: Progress = silent):
-        self.lm, self.tokenizer, self.answers, self.generate, self.progress = lm, tokenizer, answers, generate, progress
+    def __init__(self, lm: "LM", words: Words, answers: Answers, generate: Callable[..., Iterator], progress: Progress = silent):
+        self.lm, self.words, self.answers, self.generate, self.progress = lm, words, answers, generate, progress
 
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of each continuation after its context: its log-likelihood, nats, and whether greedy decoding would generate it."""
-        found = self.answers.look_up("loglikelihood", requests, self._loglikelihood, _is_scored)
+        found = self._look_up("loglikelihood", requests, self._loglikelihood, _is_scored)
         return [(loglik, greedy) for loglik, greedy in found]
 
     def loglikelihood_rolling(self, requests: Sequence[tuple[str]]) -> list[float]:
         """Log-likelihoods of whole texts, nats: in windows as long as the model's context, every token scored once."""
-        return self.answers.look_up("loglikelihood_rolling", requests, self._rolling, _is_loglik)
+        return self._look_up("loglikelihood_rolling", requests, self._rolling, _is_loglik)
 
     def generate_until(self, requests: Sequence[tuple[str, dict]]) -> list[str]:
         """The continuation of each context up to a stop. A request to sample that is repeated gets another sample."""
@@ -101,10 +138,10 @@ class Reader:
             name = fingerprint(context, settings)
             numbered.append((context, settings, seen[name] if settings.get("do_sample") else 0))
             seen[name] += 1
-        return self.answers.look_up("generate_until", numbered, self._generate, lambda answer: isinstance(answer, str))
+        return self._look_up("generate_until", numbered, self._generate, lambda answer: isinstance(answer, str))
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def _look_up(self, kind: str, requests: Sequence[tuple], compute: Compute, is_valid: Callable[[Any], bool]) -> list:
+        return self.answers.look_up((kind, self.words.add_bos), requests, compute, is_valid)
 
     # ---- log-likelihood
 
@@ -115,17 +152,24 @@ class Reader:
             yield key, [loglik, all(follows)]
 
     def _rolling(self, asked: Mapping[str, tuple]) -> Iterator[tuple[str, float]]:
-        for key, _, loglik in self._score({key: self._windows(self.lm.separator, self.encode(text)) for key, (text,) in asked.items()}):
+        spans = {key: self._windows(self.words.prefix, self.words.encode(text)) for key, (text,) in asked.items()}
+        for key, _, loglik in self._score(spans):
             yield key, loglik
 
     def _spans(self, context: str, continuation: str) -> list[Span]:
         """Both are encoded as one text; spaces between them belong to the continuation, as in the harness."""
-        head = context.rstrip()
-        before, whole = [self.lm.separator, *self.encode(head)], [self.lm.separator, *self.encode(context + continuation)]
-        after = whole[len(before) :] or self.encode(continuation)  # empty where the boundary is inside a token
+        before, after = self._encode_pair(context, continuation)
         if len(after) > self.lm.context:
             return self._windows(before[-1], after)
         return [(before[-(self.lm.context + 1 - len(after)) :], after)]  # the last token is predicted and not read
+
+    def _encode_pair(self, context: str, continuation: str) -> Span:
+        words, head = self.words, context.rstrip()
+        before = words.encode(head) if context else []
+        after = words.encode(context + continuation)[len(before) :] if before else words.encode_plain(context + continuation)
+        if not before:
+            return [words.prefix], after[1:] if after[:1] == [words.prefix] else after
+        return before, after or words.encode_plain(continuation)  # empty where the boundary is inside a token
 
     def _windows(self, given: int, tokens_T: list[int]) -> list[Span]:
         utils = require("lm_eval.utils", "benchmarks")
@@ -168,24 +212,35 @@ class Reader:
             self.progress("generate", done + 1, len(asked), "requests")
 
     def _continue(self, context: str, settings: dict, nth: int) -> str:
+        words, wanted = self.words, self._settings(settings)
+        eos, most = words.tokenizer.eos_token_id, wanted["max_gen_toks"]
+        stops = [stop for stop in wanted["until"] if stop is not None]
+        stops += [] if eos is None or (end := words.decode([eos])) in stops else [end]
+        kept = self.lm.context - (most if most < self.lm.context else self.lm.context // 2)
+        given = (words.encode(context) or [words.prefix])[-kept:]
+        reach = {stop: len(words.encode_plain(stop)) + 2 for stop in stops}  # of the harness: a stop may be spelled in other tokens
+        tokens: list[int] = []
+        for step in self.generate(
+            self.lm, words.tokenizer.backend_tokenizer, given, max_tokens=wanted.get("max_length", len(given) + most) - len(given),
+            temperature=wanted.get("temperature", 1.0) if wanted["do_sample"] else 0.0, top_p=wanted.get("top_p", 1.0), rng_seed=nth,
+            stops=words.ends,
+        ):  # fmt: skip
+            tokens.append(step.token)
+            if any(stop in words.decode(tokens[-last:]) for stop, last in reach.items()):
+                break
+        text = words.decode(tokens, special=False)
+        for stop in filter(None, stops):  # one after another, as in the harness
+            text = text.split(stop)[0]
+        return text
+
+    def _settings(self, settings: dict) -> dict:
+        """A task's settings of generation under the harness's own names. Raises BadInput."""
         wanted = require("lm_eval.models.utils", "benchmarks").normalize_gen_kwargs(settings, default_max_gen_toks=ANSWER)
-        samples = bool(settings.get("do_sample"))
-        foreign = [name for name in wanted if name not in SAMPLING and (samples or (name == "num_beams" and wanted[name] != 1))]
+        known = SAMPLING if wanted["do_sample"] else SAMPLING | IDLE
+        foreign = [name for name in wanted if name not in known and not (name == "num_beams" and wanted[name] == 1)]
         if foreign:
             raise BadInput(f"a task sets {', '.join(foreign)}, and sampling here supports temperature and top_p only: leave the task out")
-        kept = self.lm.context - min(wanted["max_gen_toks"], self.lm.context // 2)
-        text, tokens, stops = "", list[int](), [stop for stop in wanted["until"] if stop]
-        for step in self.generate(
-            self.lm, self.tokenizer, [self.lm.separator, *self.encode(context)][-kept:], max_tokens=wanted["max_gen_toks"],
-            temperature=wanted.get("temperature", 1.0) if samples else 0.0, top_p=wanted.get("top_p", 1.0), rng_seed=nth,
-        ):  # fmt: skip
-            if step.token in self.lm.stops:
-                break
-            tokens.append(step.token)
-            text = self.tokenizer.decode(tokens)  # of all tokens: a sentencepiece tokenizer drops the space before the first word
-            if any(stop in text for stop in stops):
-                break
-        return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+        return wanted
 
 
 class GreedyText:
@@ -266,7 +321,6 @@ def open_tasks(names: Sequence[str], folder: Path | None = None, limit: int | No
     for name, task in loaded["tasks"].items():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)
         hashes = [_hash(item) for item in task.eval_docs]
         items[name] = sorted(sorted(range(len(hashes)), key=lambda place: (hashes[place], place))[:limit])
         total[name], digests[name] = len(hashes), fingerprint(sorted(hashes[place] for place in items[name]))
@@ -280,12 +334,15 @@ def _hash(item: Any) -> str:
 def benchmark(tasks: Tasks, reader: Reader) -> dict[str, Any]:
     """One model's results: of each task its version, items and metrics with standard errors; of each group its metrics."""
     os.environ["DISABLE_MULTIPROC"] = "1"  # else it forks this process, which has threads, for its bootstrap
+    for task in tasks.loaded["tasks"].values():
+        task.set_fewshot_seed(seed=1234)  # of the harness; again for each model, so that all see the same examples
     with redirect_stdout(sys.stderr):  # it prints to stdout
         found = require("lm_eval", "benchmarks").evaluate(
             lm=adapter(reader), task_dict=tasks.loaded, samples=tasks.items, bootstrap_iters=1000, log_samples=False
         )
     return {
         "lm_eval": version("lm_eval"),
+        "bos": reader.words.facts(),
         "tasks": {
             name: {
                 "version": str(found["versions"].get(name, "")),

@@ -13,11 +13,13 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from elmwood.errors import BadInput, BadSeed, ForeignExpert
@@ -135,6 +137,21 @@ def end_tokens(seed: Seed, store: Store) -> list[int]:
     else:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().eos_token_id
     return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def open_tokenizer(seed: Seed, store: Store, add_bos: bool | None = None) -> PreTrainedTokenizerBase:
+    """The seed's tokenizer as transformers opens it. `add_bos`: whether it adds a bos, which is the separator where it has none; None: as
+    the checkpoint says. Raises BadSeed."""
+    folder = seed_folder(seed, store)
+    settings: dict[str, Any] = {} if add_bos is None else {"add_bos_token": add_bos}
+    try:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
+        if add_bos and found.bos_token_id is None:
+            settings |= {"bos_token": found.convert_ids_to_tokens(seed.separator)}
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
+        return found
+    except UNREADABLE as error:
+        raise BadSeed(f"the tokenizer of {seed.name} cannot be opened ({error}): import the seed again") from error
 
 
 def best_device() -> torch.device:

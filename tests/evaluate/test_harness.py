@@ -7,11 +7,6 @@ import warnings
 import numpy as np
 import pytest
 from tiny_models import SHAPE, lora_expert, tiny_seed
-from tokenizers import Tokenizer
-from tokenizers.decoders import Metaspace as MetaspaceDecoder
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Metaspace
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition
@@ -20,6 +15,7 @@ from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput
 from elmwood.evaluate import harness
 from elmwood.lm.files import tokenizer
+from elmwood.lm.load import open_tokenizer
 from elmwood.records import Ensemble, Forest
 from elmwood.store import Store
 from elmwood.study.quality.evaluation import benchmark, evaluate
@@ -94,10 +90,11 @@ class Bench:
         for record in (forest, self.ensemble, self.live):
             self.store.add(record)
         self.tokenizer = tokenizer(self.seed, self.store)
+        self.words = harness.Words(open_tokenizer(self.seed, self.store, True), 0, frozenset([0]), True)  # each text begins with 0
 
     def reader(self, record):
         return harness.Reader(
-            Counted(open_model(record, self.store)), self.tokenizer, harness.Answers(self.store, record.digest), generate
+            Counted(open_model(record, self.store)), self.words, harness.Answers(self.store, record.digest), generate
         )  # fmt: skip
 
 
@@ -135,7 +132,7 @@ def test_what_the_harness_reports_is_what_the_model_says(which, bench):
     metrics = {name: value["metrics"] for name, value in found["tasks"].items()}
 
     def after(context, continuation):
-        before, whole = ([0, *reader.encode(text)] for text in (context, f"{context} {continuation}"))
+        before, whole = ([0, *bench.words.encode_plain(text)] for text in (context, f"{context} {continuation}"))
         return direct(lm, before, whole[len(before) :])
 
     right = [np.argmax([after(item["question"], choice)[0] for choice in item["choices"]]) == item["answer"] for item in CHOICE]
@@ -149,14 +146,14 @@ def test_what_the_harness_reports_is_what_the_model_says(which, bench):
     ]
     nats = 0.0
     for item in LONG:
-        ids = reader.encode(item["text"])
+        ids = bench.words.encode(item["text"])  # with the separator, which is scored after itself, as in the harness
         first = direct(lm, [0], ids[: SHAPE.context])[0]
         for start in range(SHAPE.context, len(ids), SHAPE.context):
             end = min(start + SHAPE.context, len(ids))
             first += direct(lm, ids[end - SHAPE.context - 1 : start], ids[start:end])[0]
         nats -= first
     size = sum(len(item["text"].encode()) for item in LONG)
-    assert max(len(reader.encode(item["text"])) for item in LONG) > 2 * SHAPE.context
+    assert max(len(bench.words.encode_plain(item["text"])) for item in LONG) > 2 * SHAPE.context
     assert metrics["rolling"]["bits_per_byte"]["value"] == pytest.approx(nats / size / math.log(2), rel=1e-4)
     assert {value["version"] for value in found["tasks"].values()} == {"3"}
     assert found["lm_eval"]
@@ -208,7 +205,7 @@ def test_a_broken_cache_of_answers_is_computed_again(bench):
 def test_the_likeliest_continuation_is_greedy_and_another_is_not(bench):
     reader = bench.reader(bench.ensemble)
     text = reader.generate_until([("the cat sat", {"until": [], "max_gen_toks": 3})])[0]
-    before = [0, *reader.encode("the cat sat")]
+    before = [0, *bench.words.encode_plain("the cat sat")]
     walk = harness.GreedyText(reader.lm, before)
     logp_V, cache = reader.lm.extend(before, reader.lm.start())
     likeliest = []
@@ -219,35 +216,6 @@ def test_the_likeliest_continuation_is_greedy_and_another_is_not(bench):
     assert walk.begins_with(likeliest)
     assert walk.begins_with(likeliest[:2])
     assert not walk.begins_with([*likeliest[:2], (likeliest[2] + 1) % SHAPE.vocabulary])
-
-
-def test_texts_longer_than_the_context_are_scored_as_by_the_harness_itself(bench):
-    """Its own class for transformers checkpoints, on the seed's folder."""
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    folder, reader = bench.store.folder(bench.seed.files), bench.reader(bench.seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = HFLM(
-            pretrained=AutoModelForCausalLM.from_pretrained(folder), tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu",
-            batch_size=4, max_length=bench.seed.context, prefix_token_id=bench.seed.separator,
-        )  # fmt: skip
-    texts, long = [(item["text"],) for item in LONG], [("the cat sat on the mat " * 30, " and"), ("the sea " * 60, " sailed over")]
-    for kind, asked in (("loglikelihood_rolling", texts), ("loglikelihood", long)):
-        requests = [Instance(request_type=kind, doc={}, arguments=one, idx=0) for one in asked]
-        np.testing.assert_allclose(getattr(reader, kind)(asked), getattr(theirs, kind)(requests, disable_tqdm=True), rtol=1e-5)
-
-
-def test_text_of_a_sentencepiece_tokenizer_begins_without_a_space(bench):
-    words = Tokenizer(WordLevel({f"▁w{n}": n for n in range(SHAPE.vocabulary)}, unk_token="▁w0"))
-    words.pre_tokenizer, words.decoder = Metaspace(), MetaspaceDecoder()
-    reader = harness.Reader(
-        open_model(bench.seed, bench.store), words, harness.Answers(bench.store, "0" * 64), generate
-    )  # fmt: skip
-    (text,) = reader.generate_until([("w1 w2", {"until": [], "max_gen_toks": 3})])
-    assert len(text.split(" ")) == 3
-    assert text.startswith("w")
 
 
 def test_draws_differ_and_come_again(bench):
@@ -304,6 +272,11 @@ def test_models_in_turn(bench):
     assert again[1].results["tasks"] == second.results["tasks"]
     with pytest.raises(BadInput, match="no task is named"):
         benchmark(models, " , ", bench.store)
+    with pytest.raises(BadInput, match="choose tokenizer, always, never"):
+        benchmark(models, "choice", bench.store, bos="perhaps")
+    begun = [benchmark(bench.seed, "next", bench.store, folder=bench.folder, bos=bos)[0].results for bos in ("tokenizer", "always")]
+    assert [one["bos"]["begins_with"] for one in begun] == ["", "<|endoftext|>"]
+    assert begun[0]["tasks"] != begun[1]["tasks"]
 
 
 def test_models_side_by_side_in_each_domain(bench):

@@ -24,7 +24,7 @@ from elmwood.evaluate.losses import row
 from elmwood.ranges import Between, Documents, Window, checked
 from elmwood.records import Comparison, Digest, Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import AnyStore, Named, Store
-from elmwood.study.ancestry import common_seed, name_of, open_model, partition_of, with_mixing
+from elmwood.study.ancestry import common_seed, name_of, open_model, partition_of, seed_of, with_mixing
 from elmwood.study.quality.scoring import Columns, ensure, holdout_spec
 from elmwood.study.tasks import default_workers, label
 
@@ -188,16 +188,20 @@ class Benchmarked(NamedTuple):
 @checked
 def benchmark(
     models: Named | Sequence[Named], tasks: str | Sequence[str], store: AnyStore = None, *, mixing: str | None = None, limit: Some = None,
-    folder: Path | None = None, download: bool = False, progress: Progress = silent,
+    folder: Path | None = None, download: bool = False, bos: str = "tokenizer", progress: Progress = silent,
 ) -> list[Benchmarked]:  # fmt: skip
     """Models on tasks of lm-evaluation-harness. Answers are kept, so no request is computed twice.
 
     tasks: names, or one text with commas. limit: items of each task, the same for every model. folder: your own tasks, the harness's YAML
-    files and their data. download: let tasks fetch their data. Raises BadInput, UnknownName, MissingExtra.
+    files and their data. download: let tasks fetch their data. bos: before each text, what its `tokenizer` adds by itself, as in the
+    harness, `always` a bos (the separator where the tokenizer has none), or `never`. Raises BadInput, UnknownName, MissingExtra.
     """
+    if bos not in harness.BOS:
+        raise BadInput(f"bos is {bos!r}: choose {', '.join(harness.BOS)}")
     if not download:
         harness.forbid_downloads()
     from elmwood.ensemble.generate import generate  # torch, and the libraries that may not fetch
+    from elmwood.lm.load import end_tokens, open_tokenizer
 
     home = Store(store)
     asked = tasks.split(",") if isinstance(tasks, str) else tasks
@@ -208,9 +212,12 @@ def benchmark(
     records = {name_of(model, home): home.load(model) for model in home.expand(models)}
     loaded, found = harness.open_tasks(names, folder, limit), []
     for title, record in records.items():
-        opened = open_model(record, mixing=mixing, store=home)
+        opened, seed, add_bos = open_model(record, mixing=mixing, store=home), seed_of(record, home), harness.BOS[bos]
+        words = harness.Words(
+            open_tokenizer(seed, home, add_bos), seed.separator, frozenset(end_tokens(seed, home)), add_bos
+        )  # fmt: skip
         reader = harness.Reader(
-            opened.lm, opened.tokenizer, harness.Answers(home, opened.record.digest), generate,
+            opened.lm, words, harness.Answers(home, opened.record.digest), generate,
             lambda what, *event, title=title: progress(f"{title}: {what}", *event),
         )  # fmt: skip
         found.append(Benchmarked(title, opened.record, harness.benchmark(loaded, reader)))
