@@ -49,10 +49,9 @@ def main() -> None:
         grown = grow(study, corpus, seed, store, workers=asked.workers, progress=progress)
         store.name(f"{prefix}forest", grown.forest.digest)
         store.name(f"{prefix}ensemble", grown.ensemble.digest)
-        threads = max(1, cores() // asked.workers)
         names = {"expert": kind, "random": "random" if kind == "full" else "lora-random"}
         names |= {row: f"{'' if kind == 'full' else 'lora-'}{name}" for row, name in CONTROLS.items()}
-        for row, jobs in plan(study, seed, corpus, divisions, store, threads=threads).items():
+        for row, jobs in plan(study, seed, corpus, divisions, store).items():
             for place, job in enumerate(jobs):
                 done = store.done(train_key(seed, job.data, job.recipe, job.partition, job.domain))
                 expert = store.load(done or "", Expert)

@@ -9,9 +9,10 @@ from typer import Option
 from elmwood.cli.options import Output, WorkersOption
 from elmwood.cli.screen import bars, emit, out, table, talk
 from elmwood.records import Comparison
+from elmwood.store import Store
 from elmwood.study import demo as study
 from elmwood.study import page
-from elmwood.study.quality.evaluation import conclusion
+from elmwood.study.quality.evaluation import conclusion, with_seconds
 from elmwood.units import duration, short
 
 LEGEND = """\
@@ -58,7 +59,8 @@ def demo(
         )  # fmt: skip
     page.report(made.comparison, output=report, store=output.store)
     if output.as_json:
-        emit(made.comparison.model_dump(mode="json") | {"digest": made.comparison.digest, "report": str(report)})
+        shown = with_seconds(made.comparison, Store(output.store))
+        emit(shown.model_dump(mode="json") | {"digest": made.comparison.digest, "report": str(report)})
         return
     print_table(made.comparison)
     out.print(LEGEND, style="dim", soft_wrap=True)

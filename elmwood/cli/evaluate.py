@@ -72,18 +72,13 @@ def evaluate(
 
 def print_comparison(comparison: Comparison) -> None:
     """The table of results and controls."""
-    timed = any(row.steps for row in comparison.rows)
     has_gains = any(row.gain is not None for row in comparison.rows)
     head = ["", "bits/byte", "±", "ppl"]
     head += ["gain", "±"] if has_gains else []
-    head += ["batch", "steps", "tokens", "machine time", "wall clock"] if timed else []
     rows = []
     for row in comparison.rows:
         cells = [row.name, f"{row.bits_per_byte:.4f}", f"{row.standard_error:.4f}", f"{row.perplexity:.4g}"]
         cells += [_number(row.gain, "+.4f"), _number(row.gain_error, ".4f")] if has_gains else []
-        if timed:
-            cells += [_number(row.batch, "d"), _number(row.steps, "d"), "" if row.tokens is None else short(row.tokens)]
-            cells += ["" if seconds is None else duration(seconds) for seconds in (row.machine_seconds, row.wall_seconds)]
         rows.append(cells)
     gain = "; gain over the strongest dense control, paired" if has_gains else ""
     styles = [STYLES[row.role] for row in comparison.rows]

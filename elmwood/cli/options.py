@@ -61,7 +61,7 @@ class ScheduleOptions(NamedTuple):
     patience: Annotated[int | None, Option(help="Stop after so many looks at a validation loss without a better one.")] = None
     balance: Annotated[float, Option(help="Of a mixture: weight of the load-balancing loss.")] = 0.01
     rng_seed: RngSeedOption = 0
-    threads: Annotated[int | None, Option(help="CPU threads of each; default: one for a small seed, else a worker's share.")] = None
+    threads: Annotated[int | None, Option(help="CPU threads of each: part of its recipe. Default: 1 for a small seed, else 4.")] = None
 
 
 class ReadingOptions(NamedTuple):

@@ -59,6 +59,7 @@ def seed_train(
     batch: Annotated[int, Option(help="Sequences per step.")] = 8,
     learning_rate: Annotated[float, Option(help="Peak learning rate.")] = 3e-3,
     rng_seed: RngSeedOption = 0,
+    threads: Annotated[int, Option(help="CPU threads; float sums, and so the seed's digest, depend on their number.")] = 1,
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:
@@ -67,7 +68,7 @@ def seed_train(
     with bars() as progress:
         seed = training.train_seed(
             corpus, tokens=tokens, layers=layers, width=width, vocabulary=vocabulary, length=length, batch=batch,
-            learning_rate=learning_rate, rng_seed=rng_seed, name=name, store=store,
+            learning_rate=learning_rate, rng_seed=rng_seed, threads=threads, name=name, store=store,
             progress=progress,
         )  # fmt: skip
     print_corpus(store.load(str(seed.corpus), Corpus))

@@ -34,6 +34,7 @@ class Row(Frozen):
     batch: int | None = None  # sequences per step
     steps: int | None = None
     tokens: int | None = None  # further training tokens, all machines together
+    # of older records; what tasks took is in the store's logs, and so a comparison does not depend on the machine
     machine_seconds: float | None = None  # summed over machines
     wall_seconds: float | None = None  # if all machines work in parallel
     role: Literal["seed", "control", "result", "bound"] = "result"

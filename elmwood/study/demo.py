@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
-from elmwood.engine import Progress, cores, run, silent
+from elmwood.engine import Progress, run, silent
 from elmwood.errors import BadInput
 from elmwood.evaluate.comparison import Control, Cost, Side, compare
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec
@@ -22,7 +22,7 @@ from elmwood.store import AnyStore, Store
 from elmwood.study.demo_seed import Remade, compare_packaged, install_seed
 from elmwood.study.quality.evaluation import keep_comparison, measure_distances
 from elmwood.study.quality.scoring import Columns, ensure
-from elmwood.study.tasks import SMALL, TrainJob, default_workers, found, label, train_job
+from elmwood.study.tasks import TrainJob, default_threads, default_workers, found, label, train_job
 from elmwood.study.training import default_rate, llama, shards
 from elmwood.train.task_names import seed_key, train_key
 from elmwood.units import parse_count
@@ -211,12 +211,11 @@ def branch(
         for name, method in (("expert", "balanced"), ("random", "random"))
     }
     workers = workers or default_workers(seed, 2 * study.domains)
-    threads = 1 if seed.parameters < SMALL else max(1, cores() // workers)  # small: the same bytes however many workers
-    sides = plan(study, seed, corpus, divisions, store, threads=threads)
+    sides = plan(study, seed, corpus, divisions, store)
     spec = HoldoutSpec(partition=divisions["expert"].digest, seed=seed.digest, length=study.length, documents=study.documents)
     on_phase(Phase(3, f"Train {sum(map(len, sides.values()))} models from one seed and score them on held-out text: {study.domains} "
                       f"experts, as many on random parts of the text, and {len(CONTROLS)} dense models on all of it."))  # fmt: skip
-    trained = train_and_score(seed, sides, spec, store, workers=workers, threads=threads, progress=progress)
+    trained = train_and_score(seed, sides, spec, store, workers=workers, progress=progress)
     columns = Columns(spec, store)
     loglik = {digest: columns[digest].loglik_N for digest in (seed.digest, *(one for side in trained.values() for one in side))}
     models = {CONTROLS.get(name, f"{name}/{place}"): one for name, side in trained.items() for place, one in enumerate(side)}
@@ -252,7 +251,6 @@ class GrowJob(Frozen):
     store: Path
     label: str
     holdout: HoldoutSpec
-    threads: int
     train: TrainJob | None = None
     model: Digest | None = None
 
@@ -265,9 +263,6 @@ class GrowJob(Frozen):
 def grow_job(job: GrowJob, progress: Progress) -> None:
     """The model and its Score are found by what they were made from."""
     digest = train_job(job.train, progress) if job.train else job.model or ""
-    import torch
-
-    torch.set_num_threads(job.threads)
     ensure([(job.label, digest)], _columns(job.holdout, job.store), progress=progress)
 
 
@@ -278,13 +273,12 @@ def _columns(holdout: HoldoutSpec, store: Path) -> Columns:
 
 
 def train_and_score(
-    seed: Seed, sides: dict[str, list[TrainJob]], spec: HoldoutSpec, store: Store, *, workers: int, threads: int,
-    progress: Progress = silent,
+    seed: Seed, sides: dict[str, list[TrainJob]], spec: HoldoutSpec, store: Store, *, workers: int, progress: Progress = silent,
 ) -> dict[str, list[Digest]]:  # fmt: skip
     """The models of each side, and everything scored, the seed too. Only what is missing is run."""
 
     def job(label: str, **what: Any) -> GrowJob:
-        return GrowJob(label=label, holdout=spec, store=store.root, threads=threads, **what)
+        return GrowJob(label=label, holdout=spec, store=store.root, **what)
 
     columns = Columns(spec, store)
     jobs = [job(one.label, train=one) for side in sides.values() for one in side] + [job("the seed", model=seed.digest)]
@@ -307,16 +301,15 @@ def sum_progress(what: str, tokens: dict[str, int], progress: Progress) -> Progr
     return tell
 
 
-def plan(
-    study: Study, seed: Seed, corpus: Corpus, divisions: dict[str, Partition], store: Store, *, threads: int
-) -> dict[str, list[TrainJob]]:
+def plan(study: Study, seed: Seed, corpus: Corpus, divisions: dict[str, Partition], store: Store) -> dict[str, list[TrainJob]]:
     """Every model to train, by row of the table: the dense controls, which take longest, then the experts of each division.
 
     Each dense control reads the text in an order of its own, and none in that of the seed.
     """
     k, steps = study.domains, study.steps
     base = Recipe(
-        method=study.method, steps=steps, batch=study.batch, length=study.length, rng_seed=study.rng_seed, threads=threads,
+        method=study.method, steps=steps, batch=study.batch, length=study.length, rng_seed=study.rng_seed,
+        threads=default_threads(seed),
     )  # fmt: skip
     middle = max(2, k // 2)
     dense = {

@@ -7,6 +7,7 @@ from elmwood.errors import BadInput
 from elmwood.records import Mixture, Recipe, Seed
 from elmwood.report.notebook import facts
 from elmwood.store import AnyStore, Named, Store
+from elmwood.study.tasks import THREADS, default_threads
 from elmwood.study.training import default_length, make_record
 from elmwood.units import parse_count, short
 
@@ -48,6 +49,7 @@ def fit(
     length = default_length(start.context if start else 1024) if length is None else length
     common = {
         "batch": batch, "length": length, "accumulate": accumulate, "checkpointing": checkpointing, "optimiser": optimiser,
+        "threads": min(cores(), default_threads(start) if start else THREADS),
     }  # fmt: skip
     size = None if memory is None else parse_count(memory)
     if isinstance(known, Mixture) or method == "router":
@@ -70,7 +72,7 @@ def _find(seed: Named, store: Store) -> Seed | Mixture | None:
 
 
 def _recipe(**fields: object) -> Recipe:
-    return make_record(Recipe, "fit", steps=1, threads=cores(), **fields)
+    return make_record(Recipe, "fit", steps=1, **fields)
 
 
 def _fit_mixture(mixture: Mixture, recipe: Recipe, store: Store, memory: int | None, device: str | None) -> Fitting:

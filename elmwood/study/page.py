@@ -35,7 +35,7 @@ from elmwood.report.domain_map import domain_map, project
 from elmwood.report.notebook import grid, image
 from elmwood.report.page import html
 from elmwood.store import AnyStore, Named, Store, lineage
-from elmwood.study.quality.evaluation import conclusion
+from elmwood.study.quality.evaluation import conclusion, with_seconds
 from elmwood.units import duration, short
 
 PLACES = 600  # documents on the map: more take t-SNE ten seconds and the eye no further
@@ -77,7 +77,8 @@ def render(comparison: Comparison, store: Store) -> str:
     facts["corpus"] = f"{corpus.documents} documents, {short(corpus.bytes)}B, {corpus.holdout_share:.0%} held out"
     facts["seed"] = summary(seed)
     facts["holdout"] = comparison.holdout[:24]
-    timed = [row.machine_seconds for row in comparison.rows if row.machine_seconds]
+    rows = with_seconds(comparison, store).rows
+    timed = [row.machine_seconds for row in rows if row.machine_seconds]
     if timed:
         facts["further training, all rows"] = duration(sum(timed))
     return html(
@@ -87,7 +88,7 @@ def render(comparison: Comparison, store: Store) -> str:
             domains=areas,
             places=places,
             curves=_curves(seed, forest, comparison, store),
-            rows=comparison.rows,
+            rows=rows,
             chosen=comparison.chosen,
             routing=comparison.routing,
             growth=comparison.growth,

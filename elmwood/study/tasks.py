@@ -11,6 +11,7 @@ from elmwood.store import Store
 from elmwood.train.task_names import together_keys, train_key
 
 SMALL = 20_000_000  # parameters below which one core per model is better used than two cores on one
+THREADS = 4  # of a model that is not small
 
 
 class TrainJob(Frozen):
@@ -112,6 +113,12 @@ def named(label: str, progress: Progress) -> Progress:
 def label(partition: Partition, domain: int | None) -> str:
     """The name of a training job in progress bars and tables."""
     return "pooled" if domain is None else f"{domain} {partition.domains[domain].name}"[:28]
+
+
+def default_threads(seed: Seed) -> int:
+    """CPU threads that train or score a model where the user chose none. The order of float sums depends on them, so they depend on the
+    model and never on the machine: every machine makes the same records."""
+    return 1 if seed.parameters < SMALL else THREADS
 
 
 def default_workers(seed: Seed, jobs: int) -> int:

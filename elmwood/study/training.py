@@ -6,16 +6,16 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from elmwood.engine import Progress, cores, run, silent
+from elmwood.engine import Progress, run, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, Count, checked
 from elmwood.records import Corpus, Expert, Forest, Partition, Recipe, Seed, Shape, Shard, Statistics
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.tasks import (
-    SMALL,
     StatisticsJob,
     TogetherJob,
     TrainJob,
+    default_threads,
     default_workers,
     experts_job,
     keys,
@@ -56,13 +56,13 @@ def import_seed(
 
 def train_seed(
     corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, tokens: int | str = "3M", layers: int = 3, width: int = 128,
-    vocabulary: int = 2048, length: int = 256, batch: int = 8, learning_rate: float = 3e-3, rng_seed: int = 0, name: str | None = None,
-    progress: Progress = silent,
+    vocabulary: int = 2048, length: int = 256, batch: int = 8, learning_rate: float = 3e-3, rng_seed: int = 0, threads: int = 1,
+    name: str | None = None, progress: Progress = silent,
 ) -> Seed:  # fmt: skip
     """Train a small Llama from scratch, with its own tokenizer. Raises BadInput, BadCorpus, DoesNotFit."""
     store = open_store(store, name)
     recipe = make_recipe(
-        tokens=tokens, method="full", batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed, threads=cores()
+        tokens=tokens, method="full", batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed, threads=threads
     )
     shape = llama(layers, width, vocabulary, length)
     built = corpus if isinstance(corpus, Corpus) else build(corpus, store=store, progress=progress)
@@ -170,12 +170,10 @@ def plan_training(
     chosen: list[int | None] = [None] if domains == "pooled" else [*parse_domains(domains, len(division.domains))]
     groups = tuple(tuple(chosen[place : place + together]) for place in range(0, len(chosen), together))
     workers = workers or default_workers(start, len(groups))
-    # an expert of a small seed has the same bytes whether it is trained alone or beside others
-    if threads is None:
-        threads = 1 if start.parameters < SMALL else max(1, cores() // workers)
     recipe = make_recipe(
-        method=method, batch=batch, length=default_length(start.context) if length is None else length, threads=threads,
-        learning_rate=default_rate(start, method) if learning_rate is None else learning_rate, **options,
+        method=method, batch=batch, length=default_length(start.context) if length is None else length,
+        learning_rate=default_rate(start, method) if learning_rate is None else learning_rate,
+        threads=default_threads(start) if threads is None else threads, **options,
     )  # fmt: skip
     return Plan(division, start, recipe, groups, workers, tuple(report_to))
 

@@ -16,7 +16,7 @@ from elmwood.store import Store
 from elmwood.study import demo_seed
 from elmwood.study.demo import CONTROLS, SAMPLE, Study, demo, grow, plan, settings, sum_progress
 from elmwood.study.demo_seed import compare_packaged, install_seed, pack_seed
-from elmwood.study.quality.evaluation import conclusion
+from elmwood.study.quality.evaluation import conclusion, with_seconds
 
 TINY = Study(domains=3, vocabulary=300, layers=1, width=32, length=32, seed_tokens=2_000, tokens=1_600, batch=2, documents=None)
 
@@ -44,6 +44,21 @@ def test_a_study_makes_every_row_and_is_found_again(text):
     assert {path: path.stat().st_mtime_ns for path in (store.root / "blobs").rglob("*")} == before
 
 
+def test_the_machine_decides_no_record(text, tmp_path, monkeypatch):
+    corpus, store = text
+    grow(TINY, corpus, None, store, workers=1)
+    other = Store(tmp_path / "store")
+    shutil.copytree(store.root / "blobs", other.root / "blobs")
+    other.add(corpus)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # of the workers; with several in turns on a core, they do not spin
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    made = grow(TINY, corpus, None, other, workers=2)
+    assert set(other.records()) == set(store.records())
+    timed = [row for row in with_seconds(made.comparison, other).rows if row.machine_seconds]
+    assert {row.name for row in timed} >= set(CONTROLS)
+    assert not any(row.machine_seconds or row.wall_seconds for row in made.comparison.rows)
+
+
 def test_dense_controls_differ_in_batch_and_rate_and_read_in_their_own_order(text):
     corpus, store = text
     study = TINY.model_copy(update={"domains": 6, "tokens": 12_000})
@@ -51,7 +66,7 @@ def test_dense_controls_differ_in_batch_and_rate_and_read_in_their_own_order(tex
     divisions = {
         name: partition(corpus, store, domains=6, method=method) for name, method in (("expert", "balanced"), ("random", "random"))
     }
-    sides = plan(study, seed, corpus, divisions, store, threads=1)
+    sides = plan(study, seed, corpus, divisions, store)
     dense = [sides[name][0].recipe for name in CONTROLS]
     assert [recipe.batch for recipe in dense] == [2, 6, 12]
     assert [recipe.learning_rate for recipe in dense] == [study.dense_rate, study.middle_rate, study.large_rate]

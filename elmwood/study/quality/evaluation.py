@@ -29,6 +29,7 @@ from elmwood.study.quality.scoring import Columns, ensure, holdout_spec
 from elmwood.study.tasks import default_workers, label
 
 Floats = NDArray[np.floating]
+SECONDS = ("machine_seconds", "wall_seconds")  # of a row
 TOO_SHORT = " Further training made no dense model better than the seed, so this gain is no result: train on more tokens."
 Some = Annotated[int | None, Between(1)]
 
@@ -143,13 +144,23 @@ def keep_comparison(
 ) -> tuple[Comparison, Ensemble]:
     """Store what was found: the table, and the ensemble with the settings that were best on the tune half."""
     ensemble = Ensemble(forest=forest.digest, **asdict(compared.best.routing))
+    rows = tuple(one.model_copy(update=dict.fromkeys(SECONDS)) for one in compared.rows)
     comparison = Comparison(
-        forest=forest.digest, controls=controls, holdout=held.name, rows=compared.rows, routing=compared.routing,
+        forest=forest.digest, controls=controls, holdout=held.name, rows=rows, routing=compared.routing,
         fitted=compared.fitted, chosen=compared.chosen, growth=compared.growth,
     )  # fmt: skip
     for record in (forest, ensemble, comparison):
         store.add(record)
+    for one in compared.rows:
+        if one.machine_seconds is not None:
+            store.log(comparison.digest, row=one.name, **one.model_dump(include=set(SECONDS)))
     return comparison, ensemble
+
+
+def with_seconds(comparison: Comparison, store: Store) -> Comparison:
+    """The comparison with what this machine logged of its rows, to be shown. Seconds are no part of the record."""
+    logged = {line.get("row"): {field: line.get(field) for field in SECONDS} for line in store.logged(comparison.digest)}
+    return comparison.model_copy(update={"rows": tuple(one.model_copy(update=logged.get(one.name, {})) for one in comparison.rows)})
 
 
 def conclusion(comparison: Comparison) -> str:

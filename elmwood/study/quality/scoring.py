@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.engine import Progress, cores, run, silent
+from elmwood.engine import Progress, run, silent
 from elmwood.errors import BadInput
 from elmwood.evaluate.columns import Scorer
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec, open_holdout
 from elmwood.evaluate.partial import Partial
 from elmwood.records import Digest, Frozen, Partition, Record, Seed
 from elmwood.store import Store
-from elmwood.study.tasks import named
+from elmwood.study.tasks import default_threads, named
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -98,7 +98,6 @@ class ScoreJob(Frozen):
     label: str
     model: Digest
     holdout: HoldoutSpec
-    threads: int  # of a process of its own
     windows: tuple[int, ...]
     until: float | None = None  # seconds of time.time
 
@@ -135,7 +134,7 @@ def ensure(
     The budget is allotted before anything runs, in the order of the models. A model's windows are taken in random order, so where the
     budget ends, the known windows are a fair sample. After an interruption, or with a new budget, the same call continues.
     """
-    held, threads, left = columns.held, max(1, cores() // workers), budget.tokens
+    held, left = columns.held, budget.tokens
     until = None if budget.seconds is None else time.time() + budget.seconds
     jobs, asked = [], 0
     for digest, label in {digest: label for label, digest in models}.items():
@@ -150,7 +149,7 @@ def ensure(
         if len(missing_W):
             jobs.append(
                 ScoreJob(store=columns.store.root, label=f"score {label}" if label else "score", model=digest, holdout=columns.spec,
-                         threads=threads, windows=tuple(missing_W.tolist()), until=until)
+                         windows=tuple(missing_W.tolist()), until=until)
             )  # fmt: skip
     here = workers == 1 and engine == "local"
     spent = [_score(columns, job, progress) for job in jobs] if here else run(
@@ -166,16 +165,16 @@ def ensure(
 
 def score_job(job: ScoreJob, progress: Progress) -> Scored:
     """The cost; the Score is found by model and holdout."""
-    import torch
-
-    torch.set_num_threads(job.threads)
     return _score(Columns(job.holdout, Store(job.store)), job, progress)
 
 
 def _score(columns: Columns, job: ScoreJob, progress: Progress) -> Scored:
-    one = columns[job.model]
+    from elmwood.train.loop import use_threads  # torch
+
+    one, seed = columns[job.model], columns.store.load(columns.spec.seed, Seed)
     before = one.forwarded, one.seconds
-    one.fill(np.array(job.windows), named(job.label, progress), job.until)
+    with use_threads(default_threads(seed)):
+        one.fill(np.array(job.windows), named(job.label, progress), job.until)
     if not columns.stay and one.known_W.any():
         one.seal()
     return Scored(tokens=one.forwarded - before[0], seconds=one.seconds - before[1])
