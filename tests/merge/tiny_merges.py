@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import SHAPE, tiny_tokenizer
+from tiny_models import SHAPE, louder, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from elmwood.lm.load import save_folder
 from elmwood.merge.layer_weights import everywhere
 
 
@@ -50,23 +51,22 @@ SMALL = {
 }  # fmt: skip
 
 
+def folder_of(config, folder):
+    """A transformers folder of any architecture, with random weights, biases and norms."""
+    torch.manual_seed(0)
+    model = louder(AutoModelForCausalLM.from_config(config), 5.0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight += 0.2 * torch.randn_like(weight)
+    save_folder(model, tiny_tokenizer(), folder)
+    return folder
+
+
 def logits(folder, **settings):
     tokens_BT = torch.tensor([tiny_tokenizer().encode(TEXT).ids])
     with torch.inference_mode():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)(tokens_BT).logits[0]
-
-
-def llama_cpp_logits(path, tokens, lora=None):
-    from llama_cpp import Llama
-
-    model = Llama(
-        str(path), logits_all=True, verbose=False, n_ctx=64, n_batch=64, n_threads=1, type_k=0, type_v=0, lora_path=lora and str(lora)
-    )
-    cut = model.tokenize(TEXT.encode(), add_bos=False, special=True)
-    model.eval(tokens)
-    found = torch.tensor(np.array(model.scores[: len(tokens)]))
-    model.close()
-    return found, cut
 
 
 def spoil(folder, change):

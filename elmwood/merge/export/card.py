@@ -42,8 +42,11 @@ def _spell(share: Share) -> str:
     return " → ".join(f"{value:g}" for value in share.values) + (f" ({', '.join(where)})" if where else "")
 
 
-def model_card(record: Seed | Expert | Merged | Mixture, seed: Seed, form: str, domain: str | None, files: Mapping[str, str]) -> str:
-    """Markdown with the header that model hubs read, for one exported folder. `domain`: what an expert's is called."""
+def model_card(
+    record: Seed | Expert | Merged | Mixture, seed: Seed, form: str, domain: str | None, files: Mapping[str, str], notes: Sequence[str] = ()
+) -> str:
+    """Markdown with the header that model hubs read, for one exported folder. `domain`: what an expert's is called; `notes`: sentences
+    on this format."""
     top = [
         "---",
         f"library_name: {form.partition('-')[0]}",
@@ -71,7 +74,7 @@ def model_card(record: Seed | Expert | Merged | Mixture, seed: Seed, form: str, 
     if form in ("transformers", "gguf") and "adapter_config.json" in record.files:
         facts += ["An adapter folded into its seed: each number rounded once."]
     facts += [f"Seed: {seed.name}, {seed.architecture}, {seed.parameters} parameters, `{seed.digest}`."]
-    facts += [f"Licence of the seed: {seed.licence or 'not stated'}.", f"A text begins with token {seed.separator}."]
+    facts += [f"Licence of the seed: {seed.licence or 'not stated'}.", f"A text begins with token {seed.separator}.", *notes]
     shell = "sh" if form.startswith("gguf") else "python"
     rows = ["| file | digest |", "|---|---|", *(f"| {name} | `{digest}` |" for name, digest in sorted(files.items()))]
     return "\n".join([*top, f"# {title}", "", *facts, "", f"```{shell}", RUN[form], "```", "", *rows, ""])

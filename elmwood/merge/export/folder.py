@@ -37,6 +37,7 @@ def export(
     form = check_form(record, form, dtype)
     seed = record if isinstance(record, Seed) else store.load(record.seed, Seed)
     folder.mkdir(parents=True, exist_ok=True)
+    notes: list[str] = []
     if form == "peft":
         shutil.copytree(store.folder(record.files), folder, dirs_exist_ok=True)
         check_adapter(folder, seed, record.digest, store)
@@ -55,7 +56,7 @@ def export(
 
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             checkpoint(record, seed, store, Path(scratch), progress, links=True)
-            write_gguf(
+            notes = write_gguf(
                 Path(scratch), folder / FILE, name=f"{seed.name}-{record.digest[:8]}", dtype=dtype, licence=seed.licence,
                 begins=seed.corpus is not None, progress=progress,
             )  # fmt: skip
@@ -64,7 +65,7 @@ def export(
         with (folder / "README.md").open("a") as file:
             file.write("\n".join(["", "```python", RUN[form], "```", "", "| file | digest |", "|---|---|", *rows, ""]))
     if not (folder / "README.md").exists():  # what was combined has its own
-        (folder / "README.md").write_text(model_card(record, seed, form, _domain(record, store), _digests(folder)))
+        (folder / "README.md").write_text(model_card(record, seed, form, _domain(record, store), _digests(folder), notes))
 
 
 def check_form(record: Model, form: str | None, dtype: str | None) -> str:

@@ -4,7 +4,7 @@ E experts, H heads, D values of a head
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,24 +16,25 @@ from gguf import (
     GGUFReader,
     GGUFWriter,
     LlamaFileType,
-    RopeScalingType,
     get_tensor_name_map,
 )
-from transformers import AutoConfig
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
+from elmwood.merge.export.gguf_config import read_config, write_config
 from elmwood.merge.export.gguf_vocabulary import CURE, write_vocabulary
 from elmwood.weights.experts import Low
 from elmwood.weights.tensors import PIECE, SIZES, Bytes, Files, StoredTensor, check_finite, decode, encode, places
 
 TYPES = {"F32": GGMLQuantizationType.F32, "F16": GGMLQuantizationType.F16, "BF16": GGMLQuantizationType.BF16}
 KINDS = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16}
-# transformers' model_type -> llama.cpp's architecture
-ARCHITECTURES = {
-    "llama": MODEL_ARCH.LLAMA, "mistral": MODEL_ARCH.LLAMA, "mixtral": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2,
-    "qwen3": MODEL_ARCH.QWEN3, "qwen3_moe": MODEL_ARCH.QWEN3MOE, "olmo2": MODEL_ARCH.OLMO2,
-}  # fmt: skip
+WORDS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BUFFER = re.compile(r"rotary_emb\.inv_freq$")  # made from the config, and stored by older versions of transformers
+# what an architecture of llama.cpp adds; it does not load a file with others
+BIASES = {
+    MODEL_ARCH.LLAMA: ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+    MODEL_ARCH.QWEN2: ("attn_q", "attn_k", "attn_v"),
+}
 
 
 class Part(NamedTuple):
@@ -57,11 +58,11 @@ class Part(NamedTuple):
 def write_gguf(
     folder: Path, path: Path, *, name: str, dtype: str | None = None, licence: str | None = None, begins: bool = False,
     progress: Progress = silent,
-) -> None:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """`dtype` F32, F16 or BF16 for the matrices, by default as stored; vectors and routers are F32. What was written is read again
-    and looked at. Raises BadInput for what llama.cpp has no place for, Damaged.
+    and looked at. Returns sentences on what must be known of the file. Raises BadInput for what llama.cpp has no place for, Damaged.
     """
-    config, architecture = _read(folder)
+    config, architecture = read_config(folder)
     parts = plan(config, architecture, places(sorted(folder.glob("*.safetensors"))), dtype)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture])
     writer.add_name(name)
@@ -70,21 +71,22 @@ def write_gguf(
     kinds = [part.dtype for part in parts if len(part.shape) > 1]
     writer.add_file_type(KINDS[max(set(kinds), key=kinds.count)])
     writer.add_quantization_version(2)
-    _sizes(writer, config)
-    factors = _rotary(writer, config)
-    write_vocabulary(writer, folder, config, begins)
+    factors, notes = write_config(writer, config)
+    notes += write_vocabulary(writer, folder, config, begins)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for part in parts:
         writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.bytes, raw_dtype=TYPES[part.dtype])
     _write(writer, factors, parts, progress)
     check_gguf(path, parts)
+    return notes
 
 
 def write_lora(folder: Path, low: Low, path: Path, *, name: str) -> None:
     """An adapter for llama.cpp's --lora, over the GGUF file of the seed in `folder`; its scale is in B. Raises BadInput, Damaged."""
-    config, architecture = _read(folder)
+    config, architecture = read_config(folder)
     names, heads = get_tensor_name_map(architecture, config.num_hidden_layers), _turn_counts(config, architecture)
+    adaptable = {one.name for one in plan(config, architecture, places(sorted(folder.glob("*.safetensors"))), None)} - {"token_embd.weight"}
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture])
     writer.add_type("adapter")
     writer.add_name(name)
@@ -93,7 +95,7 @@ def write_lora(folder: Path, low: Low, path: Path, *, name: str) -> None:
     parts = []
     for key, place in sorted(low.factors.items()):
         there = names.get_name(key, try_suffixes=(".weight",))
-        if there is None or low.turned:
+        if there is None or there not in adaptable or low.turned:
             raise BadInput(f"llama.cpp has no place for an adapter of {key}: fold it, with --format gguf")
         a_RI, b_OR, scale = low.pair(key)
         b_OR = b_OR * (scale * len(a_RI))  # llama.cpp divides by the rank
@@ -109,75 +111,9 @@ def write_lora(folder: Path, low: Low, path: Path, *, name: str) -> None:
     check_gguf(path, parts)
 
 
-def _read(folder: Path) -> tuple[Any, MODEL_ARCH]:
-    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.model_type not in ARCHITECTURES:
-        raise BadInput(f"{config.model_type} models are not within reach of this exporter (it knows {', '.join(ARCHITECTURES)}): {CURE}")
-    return config, ARCHITECTURES[config.model_type]
-
-
 def _turn_counts(config: Any, architecture: MODEL_ARCH) -> dict[str, int]:
     """The matrices whose rotary pairs change places, and their heads."""
     return {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if architecture is MODEL_ARCH.LLAMA else {}
-
-
-# ---- what the file says -----------------------------------------------------------------------------------------
-
-
-def _sizes(writer: GGUFWriter, config: Any) -> None:
-    """Raises BadInput where llama.cpp would compute something else."""
-    heads, head = config.num_attention_heads, _head(config)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    # llama.cpp attends to everything in these architectures; as far as a window reaches that is the same
-    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(head)
-    if config.hidden_act != "silu":
-        raise BadInput(f"{config.model_type} with {config.hidden_act}: llama.cpp computes silu there; {CURE}")
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if not experts:
-        return
-    writer.add_expert_count(experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    if config.model_type == "qwen3_moe":
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-        if not config.norm_topk_prob and config.num_experts_per_tok < experts:
-            raise BadInput(
-                "norm_topk_prob is false, and llama.cpp always lets the weights of a token's experts sum to one: there it differs"
-            )
-        if config.decoder_sparse_step != 1 or config.mlp_only_layers:
-            raise BadInput(f"some layers have no experts (decoder_sparse_step, mlp_only_layers): {CURE}")
-
-
-def _head(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _rotary(writer: GGUFWriter, config: Any) -> np.ndarray | None:
-    """The base, and how positions are stretched; for Llama 3 the divisor of each frequency [D / 2]. Raises BadInput."""
-    said = config.rope_parameters
-    kind = said.get("rope_type", "default")
-    writer.add_rope_freq_base(said["rope_theta"])
-    if kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(said["factor"])
-    elif kind == "llama3":
-        frequency_N = said["rope_theta"] ** -(np.arange(0, _head(config), 2) / _head(config))
-        turns_N = said["original_max_position_embeddings"] * frequency_N / (2 * np.pi)  # of each pair within the original context
-        low, high = said["low_freq_factor"], said["high_freq_factor"]
-        smooth_N = np.clip((turns_N - low) / (high - low), 0, 1)
-        return (1 / (smooth_N + (1 - smooth_N) / said["factor"])).astype(np.float32)
-    elif kind != "default":
-        raise BadInput(f"rotary positions of type {kind!r} are not within reach of this exporter: {CURE}")
-    return None
 
 
 # ---- tensors ----------------------------------------------------------------------------------------------------
@@ -186,13 +122,15 @@ def _rotary(writer: GGUFWriter, config: Any) -> np.ndarray | None:
 def plan(config: Any, architecture: MODEL_ARCH, found: dict[str, StoredTensor], dtype: str | None) -> list[Part]:
     """Every tensor of the file; those of experts stand together. Raises BadInput for one that llama.cpp has no place for."""
     names, heads = get_tensor_name_map(architecture, config.num_hidden_layers), _turn_counts(config, architecture)
+    shared = _check_head(config, found)
     groups: dict[str, dict[int, StoredTensor]] = {}
     for key, place in found.items():
-        if key == "lm_head.weight" and config.tie_word_embeddings:
+        if (key == HEAD and shared) or BUFFER.search(key):
             continue
         expert = re.search(r"\.experts\.(\d+)\.", key)
         name = names.get_name(re.sub(r"\.experts\.\d+\.", ".experts.", key), try_suffixes=(".weight", ".bias"))
-        if name is None:
+        stem, _, end = (name or "").rpartition(".")
+        if name is None or (end == "bias" and stem.rpartition(".")[2] not in BIASES.get(architecture, ())):
             raise BadInput(f"llama.cpp has no place for {key} in {config.model_type}: {CURE}")
         groups.setdefault(name, {})[int(expert[1]) if expert else 0] = place
     parts = []
@@ -203,6 +141,25 @@ def plan(config: Any, architecture: MODEL_ARCH, found: dict[str, StoredTensor], 
         kind = name.split(".")[2] if name.startswith("blk.") else ""
         parts.append(Part(name, (dtype or stored) if matrix else "F32", sources, heads.get(kind, 0)))
     return parts
+
+
+def _check_head(config: Any, found: Mapping[str, StoredTensor]) -> bool:
+    """Whether the head is the embedding, as llama.cpp takes it where a file has none. One that is stored and differs is used, whatever
+    the config says of it: so does transformers. Raises BadInput."""
+    head, words = found.get(HEAD), found.get(WORDS)
+    if head is None and not config.tie_word_embeddings:
+        raise BadInput(f"config.json says that the head is not the embedding (tie_word_embeddings), and there is no {HEAD}: copy it again")
+    return head is None or (config.tie_word_embeddings and words is not None and _alike(head, words))
+
+
+def _alike(one: StoredTensor, other: StoredTensor) -> bool:
+    """The same bytes in the same shape."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    files, spans = Files(), [(first, min(one.numbers, first + PIECE)) for first in range(0, one.numbers, PIECE)]
+    found = all(np.array_equal(files.read(one, *span), files.read(other, *span)) for span in spans)
+    files.close()
+    return found
 
 
 def _pieces(part: Part, files: Files) -> Iterator[Bytes]:
