@@ -10,6 +10,7 @@ from elmwood.cli.options import MixingOption, NameOption, Output, RngSeedOption
 from elmwood.cli.screen import emit, made, printable, talk
 from elmwood.store import Store
 from elmwood.study import ancestry
+from elmwood.study.trial import check_use
 
 
 def forest(
@@ -44,6 +45,7 @@ def chat(
 ) -> None:
     """Continue text, and show which experts were used."""
     opened = ancestry.open_model(model, mixing=mixing, store=output.store)
+    check_use(opened.seed, "generate")  # before anything is typed
     for text in [prompt] if prompt is not None else _typed():
         sample = ancestry.generate(opened, text, on_text=_ignore if output.as_json else _write, **sampling._asdict())
         if output.as_json:

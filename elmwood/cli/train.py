@@ -26,6 +26,7 @@ from elmwood.errors import BadInput
 from elmwood.records import Corpus
 from elmwood.store import Store
 from elmwood.study import fitting, mixing, training
+from elmwood.study.trial import say_limits
 from elmwood.units import duration, short
 
 if TYPE_CHECKING:
@@ -41,11 +42,13 @@ def seed_import(
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:
-    """Import a causal language model of transformers as a seed."""
+    """Import a causal language model of transformers as a seed. It is tried: what it cannot be used for is said, with the reason."""
     with bars() as progress:
         seed = training.import_seed(model, separator=separator, name=name, store=output.store, progress=progress)
     for change in seed.changes:
         talk.print(change, soft_wrap=True)
+    for line in say_limits(seed):
+        talk.print(f"{seed.name} {line}", style="yellow", soft_wrap=True)
     made(seed, name, output.as_json)
 
 

@@ -63,6 +63,9 @@ class Shape(Frozen):
     context: int = Field(gt=1)  # positions
 
 
+Use = Literal["generate", "lora", "full", "merge"]
+
+
 class Seed(Record):
     """The shared starting LM: a transformers checkpoint folder with a tokenizer.json."""
 
@@ -81,6 +84,7 @@ class Seed(Record):
     corpus: Digest | None = None  # that it was trained on from scratch
     recipe: Recipe | None = None
     curve: tuple[Point, ...] = ()
+    limits: dict[Use, str] = {}  # what it cannot be used for, and why, as found at its import; a claim, which only ever refuses
 
 
 class Expert(Record):

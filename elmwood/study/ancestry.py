@@ -13,6 +13,7 @@ from elmwood.ranges import Between, Count, RngSeed, checked
 from elmwood.records import Ensemble, Expert, Forest, Merged, Mixture, Partition, Record, Seed
 from elmwood.report.notebook import show_sample
 from elmwood.store import AnyStore, Named, Store
+from elmwood.study.trial import check_use
 
 if TYPE_CHECKING:
     from elmwood.lm.interface import LM
@@ -107,19 +108,22 @@ class Opened(NamedTuple):
     record: Record
     lm: "LM"
     tokenizer: Tokenizer
+    seed: Seed
 
     def _repr_html_(self) -> str | None:
         return self.record._repr_html_()
 
 
 def open_model(model: Named, store: AnyStore = None, *, mixing: str | None = None) -> Opened:
-    """A model by name or record; a forest opens as its default ensemble. Raises UnknownName, BadInput, ForeignExpert."""
+    """A model by name or record; a forest opens as its default ensemble.
+    Raises UnknownName, BadInput, ForeignExpert."""
     from elmwood.ensemble import mixture  # torch
 
     store = Store(store)
     record = as_model(store.load(model), store)
     record = with_mixing(record, mixing, store) if mixing else record
-    return Opened(record, mixture.open_model(record, store), tokenizer(seed_of(record, store), store))
+    seed = seed_of(record, store)
+    return Opened(record, mixture.open_model(record, store), tokenizer(seed, store), seed)
 
 
 class Sample(NamedTuple):
@@ -145,10 +149,12 @@ def generate(
     model: Named | Opened, prompt: str, store: AnyStore = None, *, mixing: str | None = None, max_tokens: Count = 128,
     temperature: Temperature = 0.8, top_p: TopP = 0.95, rng_seed: RngSeed = 0, on_text: Callable[[str], None] = lambda piece: None,
 ) -> Sample:  # fmt: skip
-    """Continue a prompt. `on_text` gets the text piece by piece. Raises BadInput, UnknownName, ForeignExpert."""
+    """Continue a prompt. `on_text` gets the text piece by piece. Raises BadInput, BadSeed, UnknownName,
+    ForeignExpert."""
     from elmwood.ensemble.generate import generate as steps  # torch
 
     opened = model if isinstance(model, Opened) else open_model(model, mixing=mixing, store=store)
+    check_use(opened.seed, "generate")
     share: dict[str, float] = {}
     pieces: list[str] = []
     for step in steps(

@@ -13,6 +13,7 @@ from elmwood.records import Expert, Merged, Mixture, Partition, Record, Seed, St
 from elmwood.store import AnyStore, Store, hash_file
 from elmwood.store.verify import Damage
 from elmwood.store.verify import verify as check_store
+from elmwood.study.trial import check_use
 
 
 def export(
@@ -26,6 +27,8 @@ def export(
     """
     store, target = Store(store), Path(folder)
     found = store.load(record)
+    if isinstance(found, Expert | Merged) and "adapter_config.json" in found.files and format in ("transformers", "gguf"):  # it is folded
+        check_use(store.load(found.seed, Seed), "merge")
     key = fingerprint("export", found.digest, format, dtype)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if not _finished(target, key, store):

@@ -21,6 +21,7 @@ from elmwood.report.notebook import facts, show_ranking
 from elmwood.store import AnyStore, Holder, Named, Store, hash_file, listed
 from elmwood.study.quality.selection import ChosenMerge, choose_best
 from elmwood.study.text import keep_name
+from elmwood.study.trial import check_use
 from elmwood.weights.tensors import SIZES, places
 
 Weight = float | Sequence[float]  # several: a gradient over depth, from the first layer to the last
@@ -174,10 +175,13 @@ def read_mergekit(path: Path, store: Store, typed: bool = False) -> tuple[Member
 
 
 def seed_of(members: Mapping[str, Any], store: Store) -> Seed:
-    """The seed of the first expert; experts of another one are refused where they are read. Raises BadInput."""
+    """The seed of the first expert, which must allow merges; experts of another one are refused where they are read. Raises BadInput,
+    BadSeed."""
     if not members:
         raise BadInput("a merge takes two experts or more: none are named")
-    return store.load(store.load(next(iter(members)), Expert).seed, Seed)
+    seed = store.load(store.load(next(iter(members)), Expert).seed, Seed)
+    check_use(seed, "merge")
+    return seed
 
 
 def partition_of(members: Mapping[str, Any], store: Store) -> str:

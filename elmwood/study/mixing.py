@@ -25,6 +25,7 @@ from elmwood.study.quality.selection import Tuned
 from elmwood.study.quality.selection import tune as score
 from elmwood.study.text import keep_name
 from elmwood.study.training import default_length, make_recipe, shards
+from elmwood.study.trial import check_use
 
 DEAD = 0.1  # of an even share: an expert with less in a layer counts as dead there
 # what `mix` does where nothing else is asked
@@ -66,6 +67,7 @@ def mix(
                  "seed_expert": seed_expert, "seed_bias": seed_bias, "documents": documents, "rng_seed": rng_seed}  # fmt: skip
         return MixResult(keep_name(_without(source, gone, given, home, progress), name, home))
     rest = _rest(home.load(forest, Forest), gone, home)
+    check_use(home.load(rest.seed, Seed), "merge")
     wanted = Gates(kind=gates, top_k=top_k, seed_bias=seed_bias if seed_expert else None, rng_seed=rng_seed)
     rules = open_rules([method])
     answers = answers_of([method], settings or {}, rules) if method != KEPT or settings else [Answer(KEPT, {})]

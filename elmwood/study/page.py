@@ -36,6 +36,7 @@ from elmwood.report.notebook import grid, image
 from elmwood.report.page import html
 from elmwood.store import AnyStore, Named, Store, lineage
 from elmwood.study.quality.evaluation import conclusion, with_seconds
+from elmwood.study.trial import say_limits
 from elmwood.units import duration, short
 
 PLACES = 600  # documents on the map: more take t-SNE ten seconds and the eye no further
@@ -246,7 +247,8 @@ def summary(record: Record) -> str:
         case Partition():
             return f"{len(record.domains)} domains, {record.embedder.name}, {record.method}"
         case Seed():
-            return f"{record.name}: {record.architecture}, {short(record.parameters)} parameters, vocabulary {record.vocabulary}"
+            about = f"{record.name}: {record.architecture}, {short(record.parameters)} parameters, vocabulary {record.vocabulary}"
+            return "; ".join([about, *say_limits(record)])
         case Expert():
             where = "all domains" if record.domain is None else f"domain {record.domain}"
             return f"{record.recipe.method}, {where}, {short(record.recipe.tokens)} tokens"

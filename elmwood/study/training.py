@@ -23,6 +23,7 @@ from elmwood.study.tasks import (
     statistics_job,
 )
 from elmwood.study.text import build, keep_name, open_store
+from elmwood.study.trial import check_use, try_seed
 from elmwood.units import parse_count
 
 R = TypeVar("R", Recipe, Shape)
@@ -51,7 +52,12 @@ def import_seed(
     from elmwood.lm import load  # torch
 
     progress(f"import {Path(model).name}", 0, 0, "")
-    return keep_name(load.import_seed(model, store, name=name, separator=separator), name, store)
+    seed = load.import_seed(model, store, name=name, separator=separator)
+    progress(f"try {seed.name}", 0, 0, "")
+    if limits := try_seed(seed, store):
+        seed = seed.model_copy(update={"limits": limits})
+        store.add(seed)
+    return keep_name(seed, name, store)
 
 
 def train_seed(
@@ -175,6 +181,8 @@ def plan_training(
         learning_rate=default_rate(start, method) if learning_rate is None else learning_rate,
         threads=default_threads(start) if threads is None else threads, **options,
     )  # fmt: skip
+    if recipe.method == "full" or (recipe.targets == "all-linear" and recipe.late == 1):  # adapters elsewhere were not tried
+        check_use(start, "full" if recipe.method == "full" else "lora")
     return Plan(division, start, recipe, groups, workers, tuple(report_to))
 
 
