@@ -23,6 +23,7 @@ from elmwood.domains.words import spans
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord
 from elmwood.records import Embedder, Files
+from elmwood.records.plain_json import parse_json
 from elmwood.registry import require
 from elmwood.store import Store
 from elmwood.store.headers import load_arrays
@@ -46,6 +47,7 @@ class Model(NamedTuple):
 
 SAMPLE = 4096  # documents the components are fitted on: the first of a corpus, whose order is that of their hashes
 BATCH = 64  # texts given to the model at once
+LARGEST = 64 << 20  # bytes of embedder.json: the words of a vocabulary
 MODEL, LISTED = "model/", "model.json"  # folder of a sentence embedder's files among an embedder's, and the list of them
 STRIDE = 32  # words after which a model by text reads a growing text again
 PLAIN = {".safetensors", ".json", ".txt"}  # files of a sentence embedder that are stored and opened: data, no code, no pickles
@@ -169,11 +171,23 @@ def fit_dense(
     return Dense(name, model, mean_H.astype(np.float32), np.ascontiguousarray(map_DH.T, np.float32), by_token)
 
 
+def open_files(embedder: Embedder, store: Store, field: str, *needed: str) -> tuple[Any, dict[str, NDArray[Any]]]:
+    """One field of what an embedder says of itself, and its tensors, among them the needed ones. Raises BadRecord, Damaged."""
+    if absent := {"embedder.json", "embedder.safetensors"} - embedder.files.keys():
+        raise BadRecord(f"embedder {embedder.name[:80]!r} has no file {min(absent)}: fetch its partition again")
+    try:
+        about = parse_json(store.get(embedder.files["embedder.json"]).read_bytes(), LARGEST)
+        return about[field], load_arrays(store.get(embedder.files["embedder.safetensors"]), *needed)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadRecord(f"embedder {embedder.name[:80]!r}: its embedder.json is damaged ({error}): fetch its partition again") from error
+
+
 def load_dense(embedder: Embedder, store: Store, open_model: Open, by_token: bool = False) -> Dense:
     """Open a saved embedder; `open_model` opens its model by the name that was saved. Raises BadRecord, Damaged."""
-    name = json.loads(store.get(embedder.files["embedder.json"]).read_bytes())["model"]
-    tensors = load_arrays(store.get(embedder.files["embedder.safetensors"]), "mean", "map")
-    if tensors["map"].shape != (len(tensors["mean"]), embedder.dimension):
+    name, tensors = open_files(embedder, store, "model", "mean", "map")
+    if not isinstance(name, str):
+        raise BadRecord(f"embedder {embedder.name}: it names no model; download it again")
+    if tensors["mean"].ndim != 1 or tensors["map"].shape != (len(tensors["mean"]), embedder.dimension):
         raise BadRecord(f"embedder {embedder.name}: its projection does not give {embedder.dimension} dimensions; download it again")
     return Dense(embedder.name, Model(name, open_model(name, store)), tensors["mean"], tensors["map"], by_token)
 

@@ -23,14 +23,13 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from scipy import sparse
 
-from elmwood.domains.dense import Dense, Encode, Model, Open, fit_dense, load_dense, open_sentence, sentence_model
+from elmwood.domains.dense import Dense, Encode, Model, Open, fit_dense, load_dense, open_files, open_sentence, sentence_model
 from elmwood.domains.words import Lexicon, complete_words
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
 from elmwood.records import Embedder, Seed
 from elmwood.registry import lookup, trust, trusted
 from elmwood.store import Store
-from elmwood.store.headers import load_arrays
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -168,9 +167,10 @@ def load(embedder: Embedder, store: Store, open_model: Open | None = None) -> Fi
     row = EMBEDDERS[embedder.name]
     if row.words is None:
         return load_dense(embedder, store, open_model or row.open, row.by_token)  # type: ignore[arg-type]
-    about = json.loads(store.get(embedder.files["embedder.json"]).read_bytes())
-    tensors = load_arrays(store.get(embedder.files["embedder.safetensors"]), "weight", "vectors")
-    fitted = Terms(embedder.name, tuple(about["terms"]), tensors["weight"], tensors["vectors"])
+    terms, tensors = open_files(embedder, store, "terms", "weight", "vectors")
+    if not isinstance(terms, list) or not all(isinstance(term, str) for term in terms):
+        raise BadRecord(f"embedder {embedder.name}: its terms are no list of words; download it again")
+    fitted = Terms(embedder.name, tuple(terms), tensors["weight"], tensors["vectors"])
     rows = VOCABULARY if row.words.hashed else len(fitted.terms)
     if fitted.weight_V.shape != (rows,) or fitted.vector_VD.shape != (rows, embedder.dimension) or not np.isfinite(fitted.table_VD).all():
         raise BadRecord(f"embedder {embedder.name}: {rows} terms need {rows} finite weights and vectors; download it again")

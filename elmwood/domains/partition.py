@@ -17,7 +17,7 @@ from elmwood.domains.dense import Model, Open
 from elmwood.domains.grow import Means, NewDomains, Setup, grow, write
 from elmwood.domains.route import Centroids, Sparse, distances
 from elmwood.engine import Progress, silent
-from elmwood.errors import BadCorpus, BadInput, ForeignExpert
+from elmwood.errors import BadCorpus, BadInput, BadRecord, ForeignExpert
 from elmwood.records import Corpus, Domain, Embedder, Partition, fingerprint
 from elmwood.store import Store
 from elmwood.store.headers import load_arrays
@@ -271,10 +271,22 @@ def _largest(row_1V: sparse.csr_matrix) -> tuple[Ints, Floats]:
 
 
 def _load(partition: Partition, store: Store) -> tuple[Floats, sparse.csr_matrix | None]:
-    """Load what `_save` stored: centroids [K, D] float32 and [K, V]."""
+    """Load what `_save` stored: centroids [K, D] float32 and [K, V]. Raises Damaged, BadRecord."""
     tensors = load_arrays(store.get(partition.centroids), "centroids")
+    centroid_KD, wanted = tensors["centroids"], (len(partition.domains), partition.embedder.dimension)
+    refused = BadRecord(f"partition {partition.digest[:8]} has {wanted[0]} domains in {wanted[1]} dimensions, and its centroids do not fit "
+                        "them: fetch it again")  # fmt: skip
+    if centroid_KD.shape != wanted or not np.isfinite(centroid_KD).all():
+        raise refused
     if "sparse_values" not in tensors:
-        return tensors["centroids"], None
-    shape = len(tensors["centroids"]), int(tensors["sparse_columns"][0])
-    values = tensors["sparse_values"].astype(np.float64)
-    return tensors["centroids"], sparse.csr_matrix((values, tensors["sparse_terms"], tensors["sparse_starts"]), shape=shape)
+        return centroid_KD, None
+    try:
+        values, term_N, start_K = (tensors[f"sparse_{name}"] for name in ("values", "terms", "starts"))
+        columns = int(tensors["sparse_columns"][0])
+        if not 0 < columns <= embed.VOCABULARY or not np.isfinite(values).all() or term_N.dtype.kind + start_K.dtype.kind != "ii":
+            raise refused
+        centroid_KV = sparse.csr_matrix((values.astype(np.float64), term_N, start_K), shape=(wanted[0], columns))
+        centroid_KV.check_format(full_check=True)
+    except (KeyError, IndexError, ValueError) as error:
+        raise refused from error
+    return centroid_KD, centroid_KV

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
+from elmwood.errors import BadRecord
+
 FORMAT = 1  # increased when an older elmwood would misread new records
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # of a record
@@ -24,12 +26,17 @@ class Frozen(BaseModel):
 def canonical(value: Frozen) -> bytes:
     """The canonical JSON of a value: sorted keys, no spaces, UTF-8, without fields that have their default.
 
-    So adding a field with a default changes no existing digest. For the same reason, a default must never change.
+    So adding a field with a default changes no existing digest. For the same reason, a default must never change. Raises BadRecord.
     """
     plain = value.model_dump(mode="json", exclude_defaults=True)
     if isinstance(value, Record):
         plain |= {"kind": value.kind, "format": value.format}
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    try:
+        return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise BadRecord(
+            f"{type(value).__name__} holds NaN, infinity or text that is none: JSON has no such value, so it is not written"
+        ) from error
 
 
 def fingerprint(*values: Any) -> str:

@@ -24,14 +24,18 @@ from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
-from elmwood.records import Expert, Files, Merged, Partition, Record, Seed, State, canonical, fingerprint, parse, references
+from elmwood.records import Expert, Files, Partition, Record, canonical, fingerprint, parse, references
 from elmwood.store.disk import hash_file as hash_file
 from elmwood.store.disk import hash_once, lock_file, remember, sweep, sync_folder, temporary_folder, write_whole
+from elmwood.store.relations import check_relations, texts
+from elmwood.store.relations import contributed as contributed
+from elmwood.store.relations import lineage as lineage
 
 R = TypeVar("R", bound=Record)
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
 LONGEST = 200  # characters of a name: file systems allow 255 bytes
+_agreed: set[tuple[Path, str]] = set()  # root and digest of records that this process checked against those they name
 _swept: set[Path] = set()  # stores that this process looked through for left-over files
 
 
@@ -156,17 +160,34 @@ class Store:
     def load(self, name: Named, kind: type[Record] = Record) -> Record:
         """The record that a ref, a digest or the beginning of one names. A record stands for itself, and is added where it is new.
 
-        Raises UnknownName, Damaged, BadRecord.
+        Raises UnknownName, Damaged, BadRecord, ForeignExpert where it does not agree with the records it names.
         """
-        record = self._read(self.resolve(name)) if isinstance(name, str) else _held(name)
+        record = self.read(self.resolve(name)) if isinstance(name, str) else _held(name)
         if not isinstance(record, kind):
             called = repr(name) if isinstance(name, str) else record.digest[:8]
             raise UnknownName(f"{called} is a {record.kind}, a {kind.__name__.lower()} is needed here; `elmwood show` lists what there is")
         if not isinstance(name, str):
             self.add(record)
+        self._agree(record)
         return record
 
-    def _read(self, digest: str) -> Record:  # without `resolve`, for digests that records name
+    def _agree(self, record: Record) -> None:
+        """Check a record against those it names, once in a process. Raises BadRecord, ForeignExpert."""
+        key, absent = (self.root.resolve(), record.digest), []
+
+        def find(digest: str) -> Record | None:
+            if self.has(digest):
+                return self.read(digest)
+            absent.append(digest)
+            return None
+
+        if key not in _agreed:
+            check_relations(record, find)
+            if not absent:
+                _agreed.add(key)
+
+    def read(self, digest: str) -> Record:
+        """The record of a digest, by itself, whether or not it agrees with those it names. Raises Damaged, BadRecord."""
         return parse(self.get(digest).read_bytes())
 
     def expand(self, names: Named | Iterable[Named]) -> list[str | Record]:
@@ -252,7 +273,7 @@ class Store:
         digest = self.find_done(key)
         if not digest or not self.whole(digest):
             return None
-        ended, blobs = ref.stat().st_mtime_ns, self._made(self._read(digest))
+        ended, blobs = ref.stat().st_mtime_ns, self._made(self.read(digest))
         if not all(self.has(blob) for blob in blobs):
             return None
         newer = [blob for blob in blobs if self.path(blob).stat().st_mtime_ns >= ended]
@@ -273,7 +294,7 @@ class Store:
         """The blobs of a task's record, without text that may have stayed with its owner, or in a model hub's cache."""
         blobs = {name for name in references(record) if name.startswith("sha256:")}
         if isinstance(record, Partition) and record.parent and self.whole(record.parent):
-            return blobs - texts(self._read(record.parent))
+            return blobs - texts(self.read(record.parent))
         return set() if getattr(record, "hub", None) else blobs - (set(record.data) if isinstance(record, Expert) else set())
 
     def finish(self, key: str, record: Record) -> None:
@@ -365,38 +386,3 @@ def links(folder: Path) -> dict[str, Path | None]:
 
 def _held(given: Record | Holder) -> Record:
     return given if isinstance(given, Record) else given.record
-
-
-def lineage(store: Store, digest: str) -> Iterator[tuple[int, Record]]:
-    """A record and the records it names, depth first, with their depth. A record that is named twice is yielded twice, and what it
-    names is yielded the first time. A corpus or an expert of a sum that stayed with its owner is left out. Raises Damaged."""
-    known: dict[str, Record] = {}
-    waiting = [(0, digest)]
-    while waiting:
-        depth, name = waiting.pop()
-        if name in known:
-            yield depth, known[name]
-            continue
-        record = known[name] = store._read(name)
-        yield depth, record
-        away = texts(record) | contributed(record)
-        below = [one for one in references(record) if not one.startswith("sha256:") and (one not in away or store.has(one))]
-        waiting += ((depth + 1, one) for one in reversed(below))
-
-
-def texts(record: Record) -> set[str]:
-    """Digests in a record that are text, or lead to text. They stay with their owner when the record is published."""
-    match record:
-        case Partition():
-            return {record.corpus, *(shard.blob for domain in record.domains for shard in (*domain.train, *domain.holdout))}
-        case Expert():
-            return set(record.data)
-        case Seed():
-            return {record.corpus} if record.corpus else set()
-    return set()
-
-
-def contributed(record: Record) -> set[str]:
-    """The experts of a sum or a merge, and their statistics. They may be elsewhere: a sum is all that its merge needs."""
-    rows = record.contributions if isinstance(record, State | Merged) else ()
-    return {name for row in rows for name in (row.expert, row.statistics) if name}

@@ -8,10 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from elmwood.errors import BadRecord
+from elmwood.errors import BadRecord, ForeignExpert
 from elmwood.records import Record, State, fingerprint, parse, references
-from elmwood.store import Store, contributed, links, read_ref, texts
+from elmwood.store import Store, links, read_ref
 from elmwood.store.disk import hash_file
+from elmwood.store.relations import check_relations, contributed, texts
 
 _LEFT = re.compile(r"tmp[a-z0-9_]{8}(\.tmp)?")  # a temporary file: the next run of a task removes it unless it is in use
 
@@ -34,6 +35,11 @@ def verify(store: Store, progress: Callable[[float, float], None] = lambda done,
         problem = _odd(path, r"[0-9a-f]{64}\.json") or _read(path, known)
         if problem:
             yield Damage(_where(path, store), problem)
+    for digest, record in known.items():
+        try:
+            check_relations(record, known.get)
+        except (BadRecord, ForeignExpert) as error:
+            yield Damage(f"records/{digest}.json", str(error))
     users: dict[str, str] = {}  # digest -> a record that needs it
     for digest, record in known.items():
         hub = bool(getattr(record, "hub", None))  # its blobs stay in a model hub's own cache

@@ -1,7 +1,8 @@
 """What there is to show of records: the page of a comparison, the names in a store, the lineage of a record and the map of a partition."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.engine import cores
-from elmwood.errors import BadInput
+from elmwood.errors import BadInput, ElmwoodError
 from elmwood.records import (
     Comparison,
     Contest,
@@ -58,10 +59,17 @@ def find_comparison(given: Named, store: Store) -> Comparison:
     record = store.load(given)
     if not isinstance(record, Forest):
         return store.load(record, Comparison)
-    found = [one for one in map(store.load, store.records()) if isinstance(one, Comparison) and one.forest == record.digest]
+    found = [one for one in _sound(store) if isinstance(one, Comparison) and one.forest == record.digest]
     if not found:
         raise BadInput(f"forest {record.digest[:8]} has not been compared yet: run `elmwood eval {record.digest[:8]}` first")
     return max(found, key=lambda one: len(one.rows))
+
+
+def _sound(store: Store) -> Iterator[Record]:
+    """All records that can be used; `verify` names the others."""
+    for digest in store.records():
+        with suppress(ElmwoodError):
+            yield store.load(digest)
 
 
 def render(comparison: Comparison, store: Store) -> str:
@@ -167,10 +175,9 @@ def _contests(forest: Forest, store: Store) -> tuple[Contest, ...]:
     """Comparisons of this forest, its ensembles and its experts with other models."""
     mine = {forest.digest, *forest.experts}
     found = []
-    for digest in store.records():
-        record = store.load(digest)
+    for record in _sound(store):
         if isinstance(record, Ensemble) and record.forest == forest.digest:
-            mine.add(digest)
+            mine.add(record.digest)
         elif isinstance(record, Contest):
             found.append(record)
     return tuple(one for one in found if {one.a, one.b} & mine)
@@ -229,10 +236,10 @@ def show(name: Named | None = None, store: AnyStore = None) -> Shown:
     store = Store(store)
     names = {digest: called for called, digest in store.names().items()}
     if name is None:
-        return Shown(tuple(ShownRecord(0, store.load(digest), called) for called, digest in store.names().items()), None, store)
+        return Shown(tuple(ShownRecord(0, store.read(digest), called) for called, digest in store.names().items()), None, store)
     lines: list[ShownRecord] = []
     above: set[str] = set()
-    for depth, record in lineage(store, store.load(name).digest):
+    for depth, record in lineage(store, store.resolve(name)):
         lines.append(ShownRecord(depth, record, names.get(record.digest, ""), record.digest in above))
         above.add(record.digest)
     return Shown(tuple(lines), lines[0].record, store)

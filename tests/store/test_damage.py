@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from elmwood.errors import BadInput, BadRecord, Damaged
-from elmwood.records import Contribution, Corpus, Shard, State, canonical, fingerprint, parse
+from elmwood.records import Contribution, Corpus, Expert, Recipe, Seed, Shard, State, canonical, fingerprint, parse
 from elmwood.store import Store, disk, lineage
 from elmwood.store.verify import verify
 from elmwood.study import exporting
@@ -226,20 +226,26 @@ def test_a_check_names_everything_odd_and_goes_on(store):
 KINDS = b'{"kind":[],"format":1}'
 
 
+def seed(store) -> Seed:
+    found = Seed(name="s", architecture="a", parameters=1, vocabulary=2, context=3, separator=0, files={})
+    store.add(found)
+    return found
+
+
 def sum_of(store, *experts) -> State:
     rows = tuple(Contribution(expert=one, weight=(), whole=True, reach=1) for one in experts)
-    return State(seed=build(store).digest, method="ties", settings={}, contributions=rows, files={"sums": store.put(b"sums")})
+    return State(seed=seed(store).digest, method="ties", settings={}, contributions=rows, files={"sums": store.put(b"sums")})
 
 
 def test_experts_of_a_received_sum_are_elsewhere_and_those_of_an_own_sum_are_missing(store):
-    far, near = "f" * 64, build(store, b"near").digest
+    far, near = "f" * 64, store.add(Expert(seed=seed(store).digest, data=(), recipe=Recipe(steps=1), files={}))
     received = store.add(sum_of(store, far))
     both = sum_of(store, far, near)
     store.finish("sum", both)
     found = list(verify(store))
     assert {damage.where for damage in found} == {f"records/{one}.json" for one in (received, both.digest)}
     assert all(damage.elsewhere and "1 experts" in damage.problem for damage in found)
-    assert len(list(lineage(store, both.digest))) == 3
+    assert len(list(lineage(store, both.digest))) == 4
     store.path(near).unlink()
     assert [damage.where for damage in verify(store) if not damage.elsewhere] == [f"records/{near}.json"]
     alone = sum_of(store, "e" * 64)

@@ -281,7 +281,7 @@ def generations(store, count, width):
 def test_a_lineage_of_many_generations_takes_each_record_once(store, count, width, monkeypatch):
     youngest = generations(store, count, width)
     read = []
-    monkeypatch.setattr(Store, "_read", lambda self, digest, _read=Store._read: read.append(digest) or _read(self, digest))
+    monkeypatch.setattr(Store, "read", lambda self, digest, _read=Store.read: read.append(digest) or _read(self, digest))
     found = list(lineage(store, youngest))
     assert len(read) == len(set(read)) == (count - 1) * width + 1
     assert len(found) == 1 + width + (count - 2) * width**2  # each naming of a record
