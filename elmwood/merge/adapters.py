@@ -205,10 +205,7 @@ def _open_adapters(
     if whole := [one.digest for one in sources if one.whole]:
         raise BadInput(f"expert {whole[0][:8]} is a full checkpoint: {method} makes an adapter of adapters; use average or ties")
     experts = [one for one in sources if isinstance(one, Low)]
-    turned = {one.turned for one in experts}
-    if len(turned) > 1:
-        raise BadInput("some of these adapters have fan_in_fan_out and others not: they grew on different models; leave some out")
-    return tensors, experts, weights, any(turned)
+    return tensors, experts, weights, any(one.turned for one in experts)
 
 
 def _pairs(experts: Sequence[Low], weights: Sequence[Weights], name: str, depth: int, reach: list[float]) -> tuple[list[Pair], list[float]]:

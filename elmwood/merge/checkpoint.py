@@ -17,12 +17,13 @@ from elmwood.merge.export.card import EXACT, KERNELS, card
 from elmwood.merge.layer_weights import check_weights, depth_of, layer_name, plain_weights, weight_of
 from elmwood.merge.rules.base import REVISION, Floats, Rule, Settings, Total
 from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
-from elmwood.merge.states import Weights, check_alike, contributions, hold, open_all, open_pass, seed_places, statistics_of, sum_places
+from elmwood.merge.states import Weights, check_alike, contributions, hold, open_all, open_pass, statistics_of, sum_places
 from elmwood.merge.sums.blocks import ALL, span_of
 from elmwood.merge.sums.stream import Pass, Piece, Wanted
 from elmwood.records import Contribution, Merged, Seed, State, fingerprint
 from elmwood.store import Store
 from elmwood.weights import exact
+from elmwood.weights.experts import seed_places
 from elmwood.weights.tensors import PIECE, SIZES, Bytes, Files, StoredTensor, Twin, decode, encode_finite, places
 
 

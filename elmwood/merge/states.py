@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, ForeignExpert
-from elmwood.lm.files import seed_folder
 from elmwood.merge.layer_weights import depth_of, plain_weights, weight_of
 from elmwood.merge.rules.base import Rule, Settings
 from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
@@ -24,7 +23,7 @@ from elmwood.merge.sums.stream import Pass, Wanted
 from elmwood.records import Contribution, Expert, Seed, Share, State, Statistics, fingerprint
 from elmwood.store import Store
 from elmwood.weights import exact
-from elmwood.weights.experts import Low, Source, Whole
+from elmwood.weights.experts import Low, Source, Whole, seed_places
 from elmwood.weights.tensors import PIECE, SIZES, Files, StoredTensor, pack_header, places
 
 SUMS = "sums.safetensors"
@@ -32,11 +31,6 @@ Weights = tuple[Share, ...]
 
 
 # ---- opened -----------------------------------------------------------------------------------------------------
-
-
-def seed_places(seed: Seed, store: Store) -> dict[str, StoredTensor]:
-    """The seed's tensors."""
-    return places(sorted(seed_folder(seed, store).glob("*.safetensors")))
 
 
 def open_expert(expert: Expert, seed: Seed, tensors: dict[str, StoredTensor], store: Store, resize: bool = False) -> Source:

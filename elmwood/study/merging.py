@@ -14,7 +14,7 @@ from elmwood.merge.checkpoint import Answer, finalize
 from elmwood.merge.layer_weights import depth_of
 from elmwood.merge.parallel import StateJob, make_state, spread
 from elmwood.merge.rules.table import RULES, Rules, open_rules
-from elmwood.merge.states import add, check_layout, check_sums, remove, seed_places
+from elmwood.merge.states import add, check_layout, check_sums, remove
 from elmwood.ranges import Between, Documents, checked
 from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, read_record
 from elmwood.report.notebook import facts, show_ranking
@@ -22,6 +22,7 @@ from elmwood.store import AnyStore, Holder, Named, Store, hash_file, listed
 from elmwood.study.quality.selection import ChosenMerge, choose_best
 from elmwood.study.text import keep_name
 from elmwood.study.trial import check_use
+from elmwood.weights.experts import seed_places
 from elmwood.weights.tensors import SIZES, places
 
 Weight = float | Sequence[float]  # several: a gradient over depth, from the first layer to the last

@@ -4,7 +4,7 @@ N values of a block of one tensor; O, I: what a linear layer gives out and takes
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput, ForeignExpert
-from elmwood.lm.adapters.peft_config import read_settings, scale
+from elmwood.lm.adapters.peft_config import read_settings, scale, split_key
+from elmwood.lm.files import seed_folder
+from elmwood.records import Seed
+from elmwood.store import Store
 from elmwood.weights import exact
 from elmwood.weights.tensors import Files, StoredTensor, decode, places
 
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.floating[Any]]
+CONV1D = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")  # architectures with linear layers of transformers' class Conv1D, and their names:
+_TURNED = re.compile(r"(?:.+\.)?(?:c_attn|q_attn|c_proj|c_fc)\.weight")
 SLICE = 21  # bits of a factor that are multiplied at once: 2 * 21 bits and a sum over up to 2^11 ranks fit into 53
+
+
+def seed_places(seed: Seed, store: Store) -> dict[str, StoredTensor]:
+    """The seed's tensors, and which of them stand as [inputs, outputs]."""
+    found = places(sorted(seed_folder(seed, store).glob("*.safetensors")))
+    if seed.architecture in CONV1D:
+        found = {name: place._replace(turned=bool(_TURNED.fullmatch(name))) for name, place in found.items()}
+    return found
 
 
 class Whole:
@@ -61,26 +74,36 @@ class Low:
 
     whole = False
 
-    def __init__(self, digest: str, folder: Path, seed: dict[str, StoredTensor], dora: bool = False):
-        """`dora`: a weight-decomposed one is read too, without its magnitudes. Raises BadInput, ForeignExpert."""
+    def __init__(self, digest: str, folder: Path, seed: Mapping[str, StoredTensor], dora: bool = False):
+        """`dora`: a weight-decomposed one is read too, and its deltas leave the magnitudes out. Which way a matrix stands is the seed's
+        word, as in PEFT, whatever the adapter's settings say. Raises BadInput, ForeignExpert."""
         self.digest, self.files = digest, Files()
         settings = read_settings(folder / "adapter_config.json", dora)
-        self.turned = bool(settings.get("fan_in_fan_out"))
+        parts: dict[str, dict[str, StoredTensor]] = {}
+        for key, place in places([folder / "adapter_model.safetensors"]).items():
+            layer, part = split_key(key) or ("", "")
+            if not layer or (part == "m") > bool(settings.get("use_dora")):
+                raise BadInput(f"expert {digest[:8]} has the tensor {key}: only the lora_A and lora_B of linear layers can be used")
+            parts.setdefault(layer, {})[part] = place
         self.factors: dict[str, tuple[StoredTensor, StoredTensor, float]] = {}
-        found = places([folder / "adapter_model.safetensors"])
-        for key, place in found.items():
-            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
-            if not match:
-                continue
-            name, other = match[1] + ".weight", found.get(key.replace("lora_A", "lora_B"))
-            shape = (other.shape[0], place.shape[1]) if other else ()
-            if name not in seed or seed[name].shape != (shape[::-1] if self.turned else shape):
-                raise ForeignExpert(
-                    f"expert {digest[:8]} adapts {match[1]}, which the seed does not have in that shape: it grew on another one"
-                )
-            assert other is not None
-            self.factors[name] = (place, other, scale(settings, match[1], place.shape[0]))
+        self.magnitudes: dict[str, StoredTensor] = {}  # m [O] of each tensor that is weight-decomposed
+        self._turned: set[str] = set()
+        for layer, found in parts.items():
+            name = f"{layer}.weight"
+            _check_pair(digest, layer, found, seed.get(name))
+            self.factors[name] = (found["A"], found["B"], scale(settings, layer, found["A"].shape[0]))
+            if settings.get("use_dora"):
+                if "m" not in found or found["m"].shape != found["B"].shape[:1]:
+                    raise BadInput(f"expert {digest[:8]}: {layer} is weight-decomposed and has no magnitude for each row: adopt it again")
+                self.magnitudes[name] = found["m"]
+            if seed[name].turned:
+                self._turned.add(name)
         self._ready: tuple[str, Sequence[Any], Sequence[Any], float] | None = None
+
+    @property
+    def turned(self) -> bool:
+        """Whether some of its matrices stand as [inputs, outputs]."""
+        return bool(self._turned)
 
     def has(self, name: str) -> bool:
         return name in self.factors
@@ -97,13 +120,23 @@ class Low:
         """Values first to last of the delta, of a tensor with rows of `width`; the same bits on every machine."""
         if self._ready is None or self._ready[0] != name:
             a_RI, b_OR, scale = self.pair(name)
-            left, right = (a_RI.T, b_OR.T) if self.turned else (b_OR, a_RI)
+            left, right = (a_RI.T, b_OR.T) if name in self._turned else (b_OR, a_RI)
             self._ready = name, slices(left), slices(right), scale
         _, left_slices, right_slices, scale = self._ready
         top, bottom = first // width, -(-last // width)
         product = exact_product([part[top:bottom] for part in left_slices], right_slices)
         product *= scale
         return product.reshape(-1)[first - top * width : last - top * width]
+
+
+def _check_pair(digest: str, layer: str, found: Mapping[str, StoredTensor], place: StoredTensor | None) -> None:
+    """Whether A and B are there, fit each other, and make a change of the seed's matrix. Raises BadInput, ForeignExpert."""
+    a, b = found.get("A"), found.get("B")
+    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise BadInput(f"expert {digest[:8]}: A and B of {layer} do not fit each other: the file is incomplete; download it again")
+    shape = (b.shape[0], a.shape[1])
+    if place is None or place.shape != (shape[::-1] if place.turned else shape):
+        raise ForeignExpert(f"expert {digest[:8]} adapts {layer}, which the seed does not have in that shape: it grew on another one")
 
 
 Source = Whole | Low

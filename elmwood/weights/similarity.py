@@ -11,10 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.lm.files import seed_folder
 from elmwood.records import Expert, Seed
 from elmwood.store import Store
-from elmwood.weights.experts import Low, Source, Whole, read_delta
+from elmwood.weights.experts import Low, Source, Whole, read_delta, seed_places
 from elmwood.weights.tensors import PIECE, SIZES, Files, StoredTensor, decode, places
 
 Floats = NDArray[np.floating]
@@ -51,10 +50,10 @@ def products(experts: Sequence[Expert], seed: Seed, store: Store) -> Floats:
 
     Raises ForeignExpert, BadInput.
     """
-    seed_places = places(sorted(seed_folder(seed, store).glob("*.safetensors")))
-    sources = [_open(expert, store.folder(expert.files), seed_places) for expert in experts]
+    tensors = seed_places(seed, store)
+    sources = [_open(expert, store.folder(expert.files), tensors) for expert in experts]
     product_MM = np.zeros((len(experts), len(experts)))
-    for name, place in seed_places.items():
+    for name, place in tensors.items():
         here = [m for m, one in enumerate(sources) if one.has(name)]
         if not here:
             continue
@@ -67,10 +66,10 @@ def products(experts: Sequence[Expert], seed: Seed, store: Store) -> Floats:
     return product_MM
 
 
-def _open(expert: Expert, folder: Path, seed_places: dict[str, StoredTensor]) -> Source:
+def _open(expert: Expert, folder: Path, tensors: dict[str, StoredTensor]) -> Source:
     if "adapter_config.json" in expert.files:
-        return Low(expert.digest, folder, seed_places, dora=expert.recipe.method == "dora")
-    return Whole(expert.digest, folder, seed_places)
+        return Low(expert.digest, folder, tensors, dora=expert.recipe.method == "dora")
+    return Whole(expert.digest, folder, tensors)
 
 
 def _from_factors(name: str, sources: Sequence[Source]) -> Floats:

@@ -43,6 +43,7 @@ class StoredTensor(NamedTuple):
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]
     start: int  # byte of the file
+    turned: bool = False  # the matrix of a linear layer stands as [inputs, outputs]
 
     @property
     def numbers(self) -> int:

@@ -9,7 +9,6 @@ rank, or without some layer, have zeros there. (PEFT loops over the adapters of 
 time in proportion to n.)
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -22,12 +21,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
-from elmwood.lm.adapters.peft_config import read_settings, scale
+from elmwood.lm.adapters.peft_config import read_settings, scale, split_key
 from elmwood.records import Expert, Merged, Mixture
 from elmwood.store import Store
 from elmwood.store.headers import read_header
 
-_KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight$")
 MEMORY = 2 << 30  # bytes of adapters that have been used and may be again
 
 
@@ -243,10 +241,10 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
     """Layer name -> (rank, inputs, outputs), from the header alone."""
     found: dict[str, dict[str, list[int]]] = {}
     for key, entry in sorted(read_header(adapter.weights).tensors.items()):
-        match = _KEY.match(key)
-        if not match or len(entry["shape"]) != 2:
+        layer, half = split_key(key) or ("", "m")
+        if half == "m" or len(entry["shape"]) != 2:
             raise BadInput(f"{adapter.weights}: {key!r} is not a lora_A or lora_B weight: only LoRA of linear layers is supported")
-        found.setdefault(match["layer"], {})[match["half"]] = entry["shape"]
+        found.setdefault(layer, {})[half] = entry["shape"]
     if torn := [name for name, halves in found.items() if len(halves) != 2 or halves["A"][0] != halves["B"][1]]:
         raise BadInput(f"{adapter.weights}: A and B of {torn[0]} do not fit each other: the file is incomplete; download it again")
     return {name: (halves["A"][0], halves["A"][1], halves["B"][0]) for name, halves in found.items()}

@@ -16,6 +16,8 @@ _UNSUPPORTED += ("monteclora_config", "arrow_config", "kasa_config", "megatron_c
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # other initial values of A and B change the base weights too
 MOST_RANK, MOST_ALPHA = 1 << 16, 1 << 32
 _NAMES = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern")  # settings that PEFT gives to `re`
+# the tensors of an adapter that are understood; all others are refused by name
+_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?:lora_(?P<half>[AB])\.weight|lora_magnitude_vector(?:\.weight)?)")
 _NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*", re.ASCII)
 
 
@@ -44,6 +46,12 @@ def read_settings(path: Path, dora: bool = False, modules: Sequence[str] = ()) -
             f"{path}: init_lora_weights={settings['init_lora_weights']!r} changes the base weights: convert it to plain LoRA with PEFT"
         )
     return settings
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """The layer of an adapter's tensor, and which part of it: "A", "B", or "m" for the magnitudes of DoRA; none for other tensors."""
+    match = _KEY.fullmatch(key)
+    return (match["layer"], match["half"] or "m") if match else None
 
 
 def scale(settings: dict[str, Any], layer: str, rank: int) -> float:

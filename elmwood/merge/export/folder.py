@@ -14,12 +14,11 @@ from elmwood.merge.export.fold import fold
 from elmwood.merge.moe.build import write_copies
 from elmwood.merge.moe.densify import densify
 from elmwood.merge.moe.trial import try_copies
-from elmwood.merge.states import seed_places
 from elmwood.records import Expert, Merged, Mixture, Partition, Seed
 from elmwood.registry import require
 from elmwood.store import Store, hash_file
 from elmwood.store.headers import read_header
-from elmwood.weights.experts import Low
+from elmwood.weights.experts import Low, seed_places
 from elmwood.weights.tensors import check_finite, places
 
 Model = Seed | Expert | Merged | Mixture
@@ -91,10 +90,10 @@ def checkpoint(record: Model, seed: Seed, store: Store, folder: Path, progress: 
         if record.layout == "low-rank":
             densify(record, store, folder, progress)
             source = base
-    if ADAPTER in record.files:
+    if folded := ADAPTER in record.files:
         fold(seed_places(seed, store), source, record.digest, folder, progress)
         source = base
-    weights = any(folder.glob("*.safetensors"))
+    weights = any(folder.glob("*.safetensors")) and not folded  # what is folded has the seed's files, and its index
     for path in (*source.iterdir(), *base.iterdir()):
         target = folder / path.name
         if path.is_file() and not target.exists() and not (".safetensors" in path.name and (weights or path.parent != source)):

@@ -26,11 +26,11 @@ from elmwood.merge.moe.layout import FEED_FORWARD, Cell, cells, family_of, mixed
 from elmwood.merge.moe.shards import Shards
 from elmwood.merge.moe.trial import try_copies
 from elmwood.merge.rules.table import RULES, Rules, code_of, settle
-from elmwood.merge.states import contributions, open_all, open_expert, open_pass, seed_places, statistics_of
+from elmwood.merge.states import contributions, open_all, open_expert, open_pass, statistics_of
 from elmwood.merge.sums.stream import Wanted
 from elmwood.records import Contribution, Expert, Forest, Frozen, Gates, Mixture, Partition, Seed, fingerprint
 from elmwood.store import Store
-from elmwood.weights.experts import Low, Source, Whole
+from elmwood.weights.experts import Low, Source, Whole, seed_places
 from elmwood.weights.tensors import PIECE, Bytes, Files, StoredTensor, decode, places
 
 KEPT = "seed"  # the method that leaves what all share as it is

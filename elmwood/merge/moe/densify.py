@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.engine import Progress, silent
+from elmwood.lm.files import seed_folder
 from elmwood.merge.moe.layout import FEED_FORWARD, Cell, cells, family_of, mixed_config
 from elmwood.merge.moe.shards import Shards
-from elmwood.merge.states import seed_folder, seed_places
 from elmwood.records import Mixture, Seed
 from elmwood.store import Store
-from elmwood.weights.experts import exact_product, slices
+from elmwood.weights.experts import exact_product, seed_places, slices
 from elmwood.weights.tensors import PIECE, Files, StoredTensor, decode, places
 
 

@@ -21,11 +21,11 @@ from elmwood.merge import statistics
 from elmwood.merge.checkpoint import assemble
 from elmwood.merge.estimate import by_coordinates, estimates
 from elmwood.merge.layer_weights import layer_name
-from elmwood.merge.states import seed_places
 from elmwood.records import Digest, Merged, Partition, Record, Seed
 from elmwood.store import Store
 from elmwood.study.quality.contest import ContestResult, hold_contest
 from elmwood.study.quality.scoring import Columns, ensure
+from elmwood.weights.experts import seed_places
 from elmwood.weights.tensors import SIZES
 
 Floats = NDArray[np.floating]
