@@ -5,6 +5,7 @@ N positions, R rank, I and O: inputs and outputs of a linear layer
 
 import math
 import warnings
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,31 +15,38 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
+from elmwood.lm.adapters.places import adapts_experts, first_unfit, head_of, linear_layers, unfit
 from elmwood.lm.products import linear
 from elmwood.records import Recipe
 
 ALPHA = 8  # of a rank-stabilised adapter (arXiv:2312.03732): at rank 16 its scale is 2, that of the usual alpha = 2 rank
 
 
-def add_adapter(model: Any, recipe: Recipe, base: str) -> Any:
+def add_adapter(model: Any, recipe: Recipe, base: str, stored: Collection[str] | None = None, progress: Progress = silent) -> Any:
     """Freeze a model and add an adapter to it. The same recipe gives the same bytes. Raises BadInput.
 
-    `base` is the name of the base model in PEFT's config.
+    `base` is the name of the base model in PEFT's config; `stored`: the tensors in the seed's files, by default all of the model's.
     """
+    layers = linear_layers(model)
+    refused = unfit(model, stored)
     alpha: Any = ALPHA if recipe.alpha is None else recipe.alpha  # PEFT takes any number, though it is annotated as int
     config = LoraConfig(
         r=recipe.rank, lora_alpha=alpha, use_rslora=recipe.alpha is None, use_dora=recipe.method == "dora", task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores its matrices transposed
-        **adapter_places(model, recipe),
+        **adapter_places(model, recipe, refused, progress),
     )  # fmt: skip
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT 0.21 uses the old name in transformers 5.23
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)  # refused below
         torch.manual_seed(recipe.rng_seed)
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:  # no such modules
             raise BadInput(f"--targets {recipe.targets}: PEFT refuses them ({error}): name linear modules of this seed") from error
+    if wrong := first_unfit(adapted, layers, refused):
+        raise BadInput(f"--targets {recipe.targets}: {wrong}: name other modules, or train with --method full")
     adapted.peft_config["default"].base_model_name_or_path = base
     for module in adapted.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear and recipe.method != "dora":
@@ -46,30 +54,52 @@ def add_adapter(model: Any, recipe: Recipe, base: str) -> Any:
     return adapted
 
 
-def adapter_places(model: Any, recipe: Recipe) -> dict[str, Any]:
-    """PEFT's settings for the modules that get adapters: all linear ones but the head, or the named ones; if `late`, in the last layers."""
+def adapter_places(model: Any, recipe: Recipe, refused: Mapping[str, str], progress: Progress = silent) -> dict[str, Any]:
+    """PEFT's settings for the modules that get adapters: all linear ones that can carry one but the head, or the named ones; if `late`,
+    in the last layers. Says which are left out. Raises BadInput where none is left."""
+    layers = linear_layers(model)
+    kept = {name for name in layers if name not in refused and name != head_of(model)}
+    left_out = {name: reason for name, reason in refused.items() if name != head_of(model)}
+    targets: Any = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
+    if targets == "all-linear":
+        if not kept:
+            reason = next(iter(left_out.values()), "it has no linear layers")
+            raise BadInput(f"no linear layer of this {type(model).__name__} can carry an adapter ({reason}): train with --method full")
+        if experts := adapts_experts(model, targets):
+            progress("no adapters on the routed experts: they are stacked, and are no linear layers", 0, 0, "")
+        for leaf in sorted({_leaf(name) for name in left_out}):
+            reason = next(reason for name, reason in left_out.items() if _leaf(name) == leaf)
+            progress(f"no adapters on {leaf}: {reason}", 0, 0, "")
+        if experts or left_out:  # by their last names where these are theirs alone
+            leaves = {_leaf(name) for name in kept}
+            targets = sorted(leaves if {name for name, _ in model.named_modules() if _leaf(name) in leaves} == kept else kept)
     if recipe.late == 1:
-        return {"target_modules": recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)}
+        return {"target_modules": targets}
     count = model.config.get_text_config().num_hidden_layers
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count}
     if not stacks:
         raise BadInput(f"{type(model).__name__} has no list of its {count} layers, so no adapters in the last ones: choose --late 1")
-    name, layers = next(iter(stacks.items()))
-    linear = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    name = next(iter(stacks))
+    mine = {_leaf(one) for one in kept if one.startswith(f"{name}.")} - {_leaf(one) for one in left_out}
     return {
-        "target_modules": sorted(linear) if isinstance(recipe.targets, str) else list(recipe.targets),
+        "target_modules": sorted(mine) if recipe.targets == "all-linear" else targets,
         "layers_to_transform": list(range(count - math.ceil(recipe.late * count), count)),
         "layers_pattern": name.rpartition(".")[2],
     }
 
 
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _forward(module: Linear, x: Tensor) -> Tensor:
     factors = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return LoraFunction.apply(x, module.base_layer.weight, module.base_layer.bias, *factors, module.scaling["default"])
+    y_NO = LoraFunction.apply(x, module.base_layer.weight, module.base_layer.bias, *factors, module.scaling["default"])
+    return y_NO.view(*x.shape[:-1], -1)  # here, or models that change it in place would be refused by autograd
 
 
 class LoraFunction(torch.autograd.Function):
-    """x Wᵀ + bias + scale · x Aᵀ Bᵀ, without extra passes over whole activations to scale and add."""
+    """x Wᵀ + bias + scale · x Aᵀ Bᵀ [N, O], without extra passes over whole activations to scale and add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:  # type: ignore[override]
@@ -82,7 +112,7 @@ class LoraFunction(torch.autograd.Function):
             y_NO = linear(x_NI, weight_OI, None if bias_O is None else bias_O.to(dtype)).addmm_(low_NR, b_OR.t())
         ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, low_NR)
         ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, scale
-        return y_NO.view(*x.shape[:-1], -1)
+        return y_NO
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:  # type: ignore[override]

@@ -25,6 +25,7 @@ from elmwood.store import Store
 from elmwood.train.adapter import add_adapter
 from elmwood.train.loop import Trained, run
 from elmwood.train.task_names import seed_key, train_key
+from elmwood.weights.experts import seed_places
 
 END = 0  # token id of a trained tokenizer's <|endoftext|>
 TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}  # and the module that each needs
@@ -65,7 +66,7 @@ def train(
             return store.load(done, Expert)
         words = tokenizer(seed, store)
         packed = pack(data, words, seed.separator, store, progress)
-        model = open_trainable(seed, recipe, store, device)
+        model = open_trainable(seed, recipe, store, device, progress)
         with open_log(store, seed, key, recipe, domain, report_to) as log:
             trained = run(model, packed, recipe, work, log, progress)
         expert = Expert(
@@ -91,13 +92,19 @@ def open_log(
         yield log
 
 
-def open_trainable(seed: Seed, recipe: Recipe, store: Store, device: torch.device | str | None = None) -> Any:
+def open_trainable(
+    seed: Seed, recipe: Recipe, store: Store, device: torch.device | str | None = None, progress: Progress = silent
+) -> Any:  # fmt: skip
     """The model that this recipe trains: the seed itself, or the frozen seed (in four bits for qlora) with an adapter.
     Raises BadInput, MissingExtra."""
     if recipe.method == "full":  # float32: in bf16 small updates would be rounded away
         return load_model(seed, store, device=device, dtype=torch.float32)
     base = load_quantised(seed, store, device) if recipe.method == "qlora" else load_model(seed, store, device=device)
-    return add_adapter(base, recipe, seed.digest)
+    places = seed_places(seed, store)
+    adapted = add_adapter(base, recipe, seed.digest, places, progress)
+    # the seed's word, as others read it: bitsandbytes turns the matrices of GPT-2 round
+    adapted.peft_config["default"].fan_in_fan_out = any(place.turned for place in places.values())
+    return adapted
 
 
 def store_trained(model: Any, words: Tokenizer, recipe: Recipe, store: Store) -> Files:

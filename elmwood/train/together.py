@@ -77,8 +77,9 @@ class Stack:
 
 def _forward(layer: StackedLayer, flat_EP: Tensor, x: Tensor) -> Tensor:
     if type(layer.base) is nn.Linear:
-        return StackedFunction.apply(x, flat_EP, layer.base.weight, layer.base.bias, layer)
-    return layer.base(x) + StackedFunction.apply(x, flat_EP, None, None, layer)  # a quantised base, or a transposed one
+        return StackedFunction.apply(x, flat_EP, layer.base.weight, layer.base.bias, layer).view(*x.shape[:-1], -1)
+    # a quantised base, or a transposed one
+    return layer.base(x) + StackedFunction.apply(x, flat_EP, None, None, layer).view(*x.shape[:-1], -1)
 
 
 class StackedFunction(torch.autograd.Function):
@@ -96,14 +97,14 @@ class StackedFunction(torch.autograd.Function):
             x_ENI = x.to(dtype).reshape(len(a_ERI), -1, x.shape[-1])
             low_ENR = (x_ENI @ a_ERI.mT).mul_(layer.scale)
             if weight_OI is None:
-                y_ENO = low_ENR @ b_EOR.mT
+                y_NO = (low_ENR @ b_EOR.mT).flatten(0, 1)
             else:
                 weight_OI, bias_O = weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype)
-                y_ENO = nn.functional.linear(x_ENI.flatten(0, 1), weight_OI, bias_O).unflatten(0, x_ENI.shape[:2])
-                y_ENO.baddbmm_(low_ENR, b_EOR.mT)
+                y_NO = nn.functional.linear(x_ENI.flatten(0, 1), weight_OI, bias_O)
+                y_NO.unflatten(0, x_ENI.shape[:2]).baddbmm_(low_ENR, b_EOR.mT)
         ctx.save_for_backward(x_ENI, weight_OI, a_ERI, b_EOR, low_ENR)
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        return y_ENO.view(*x.shape[:-1], -1)
+        return y_NO
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
@@ -263,7 +264,7 @@ def train_together(
             return [store.load(digest, Expert) for digest in done if digest]
         words = tokenizer(seed, store)
         packed = [pack(shards, words, seed.separator, store, progress) for shards in data]
-        model = open_trainable(seed, recipe, store, device)
+        model = open_trainable(seed, recipe, store, device, progress)
         with ExitStack() as trackers:
             logs = [
                 trackers.enter_context(open_log(store, seed, key, recipe, domain, report_to))

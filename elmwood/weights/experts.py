@@ -78,7 +78,9 @@ class Low:
         """`dora`: a weight-decomposed one is read too, and its deltas leave the magnitudes out. Which way a matrix stands is the seed's
         word, as in PEFT, whatever the adapter's settings say. Raises BadInput, ForeignExpert."""
         self.digest, self.files = digest, Files()
-        settings = read_settings(folder / "adapter_config.json", dora)
+        settings = read_settings(folder / "adapter_config.json", dora=True)
+        if settings.get("use_dora") and not dora:
+            raise BadInput(f"expert {digest[:8]} is weight-decomposed: what it adds is no product B A; export it folded into its seed")
         parts: dict[str, dict[str, StoredTensor]] = {}
         for key, place in places([folder / "adapter_model.safetensors"]).items():
             layer, part = split_key(key) or ("", "")

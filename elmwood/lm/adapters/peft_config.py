@@ -9,7 +9,14 @@ from typing import Any
 from elmwood.errors import BadInput
 from elmwood.records.plain_json import parse_json
 
-# settings of PEFT's LoRA that change more than W + scale * B A; each must be absent or off
+# The settings of PEFT's LoRA, all of them. These say what the numbers mean:
+USED: tuple[str, ...] = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")
+USED += ("layers_to_transform", "layers_pattern", "bias", "init_lora_weights")
+# these say nothing of what a trained adapter adds; which way a matrix stands is the seed's word, as in PEFT
+IDLE: tuple[str, ...] = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
+IDLE += ("lora_dropout", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size")
+IDLE += ("megatron_core", "runtime_config", "ensure_weight_tying")
+# these change more than W + scale * B A, or other modules; each must be absent or off
 _UNSUPPORTED: tuple[str, ...] = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save")
 _UNSUPPORTED += ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "velora_config")
 _UNSUPPORTED += ("monteclora_config", "arrow_config", "kasa_config", "megatron_config")
@@ -39,6 +46,8 @@ def read_settings(path: Path, dora: bool = False, modules: Sequence[str] = ()) -
         raise BadInput(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be experts: train one with LoRA")
     if used := [key for key in _UNSUPPORTED if settings.get(key) and not (dora and key == "use_dora")]:
         raise BadInput(f"{path} uses {', '.join(used)}; only W + scale * B A is supported here: train without it")
+    if strange := [key for key in settings if key not in (*USED, *IDLE, *_UNSUPPORTED) and not _is_default(key, settings[key])]:
+        raise BadInput(f"{path} uses {strange[0][:80]!r}, which is not known here: upgrade elmwood and PEFT, or train without it")
     if settings.get("bias", "none") != "none":
         raise BadInput(f"{path} trains biases ({settings['bias']!r}); adapters of one base share them: train with bias='none'")
     if settings.get("init_lora_weights") not in _PLAIN_STARTS:
@@ -46,6 +55,15 @@ def read_settings(path: Path, dora: bool = False, modules: Sequence[str] = ()) -
             f"{path}: init_lora_weights={settings['init_lora_weights']!r} changes the base weights: convert it to plain LoRA with PEFT"
         )
     return settings
+
+
+def _is_default(key: str, value: Any) -> bool:
+    """Whether a setting that is not known here is off, or as PEFT has it by default."""
+    if not value:
+        return True
+    from peft import LoraConfig  # takes as long to import as torch, and is asked about settings of other versions alone
+
+    return bool(getattr(LoraConfig(), key, None) == value)
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -77,7 +95,7 @@ def _check_numbers(settings: dict[str, Any]) -> None:
             raise ValueError(f"the rank {str(rank)[:80]} is no whole number up to {MOST_RANK}: save the adapter with a smaller one")
     for alpha in (settings.get("lora_alpha", 8), *(settings.get("alpha_pattern") or {}).values()):
         if type(alpha) not in (int, float) or abs(alpha) > MOST_ALPHA:
-            raise ValueError(f"the alpha {str(alpha)[:80]} is no number up to {MOST_ALPHA}: save the adapter with a smaller one")
+            raise ValueError(f"the alpha {str(alpha)[:80]!r} is no number up to {MOST_ALPHA}: save the adapter with a smaller one")
 
 
 def _check_names(settings: dict[str, Any]) -> None:

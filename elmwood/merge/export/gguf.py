@@ -99,7 +99,7 @@ def write_lora(folder: Path, low: Low, path: Path, *, name: str) -> None:
             raise BadInput(f"llama.cpp has no place for an adapter of {key}: fold it, with --format gguf")
         a_RI, b_OR, scale = low.pair(key)
         b_OR = b_OR * (scale * len(a_RI))  # llama.cpp divides by the rank
-        if count := heads.get(there.split(".")[2], 0):
+        if count := heads.get(there.split(".")[2], 0) if there.startswith("blk.") else 0:
             b_OR = b_OR.reshape(count, 2, -1, len(a_RI)).swapaxes(1, 2).reshape(b_OR.shape)
         for end, value in (("lora_a", a_RI), ("lora_b", b_OR)):
             writer.add_tensor(f"{there}.{end}", np.ascontiguousarray(value, np.float32))
