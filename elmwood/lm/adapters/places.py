@@ -34,7 +34,7 @@ def unfit(model: Any, stored: Collection[str] | None = None) -> dict[str, str]:
     found = {}
     for name, module in layers.items():
         parent, _, leaf = name.rpartition(".")
-        kind = type(model.get_submodule(parent))
+        kind: Any = type(model.get_submodule(parent))
         if times[id(module.weight)] > 1:
             found[name] = "its matrix stands elsewhere in the model too, as the embedding's, and would change there as well when folded"
         elif not multiplies[type(module)]:
