@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from elmwood.store import Store
 
-CorpusArgument = Annotated[list[str], Argument(help="JSONL, Parquet, folders of text, datasets:NAME, or 'sample'.")]
+CorpusArgument = Annotated[list[str], Argument(help="JSON, CSV, Parquet, Arrow, text, folders of these, datasets:NAME, or 'sample'.")]
 ExpertsArgument = Annotated[list[str], Argument(help="A forest, or experts; NAME/ means all experts with names below it.")]
 StatesArgument = Annotated[list[str], Argument(help="Names, digests, or folders written by export.")]
 DocumentsOption = Annotated[int | None, Option(help="At most this many held-out documents.")]
@@ -68,7 +68,10 @@ class ReadingOptions(NamedTuple):
     """How a corpus is read and divided into domains."""
 
     holdout: Annotated[float, Option(help="Share of documents nobody trains on.")] = 0.1
-    field: Annotated[str, Option(help="The text column of JSONL and Parquet.")] = "text"
+    field: Annotated[str, Option(help="What holds the text: a name, a dotted path, or several with commas; chats are joined.")] = "text"
+    encoding: Annotated[str, Option(help="Of text without a byte order mark, e.g. latin-1.")] = "utf-8"
+    follow_links: Annotated[bool, Option("--follow-links", help="Read symbolic links in folders; else they are counted.")] = False
+    largest_document: Annotated[str, Option(help="Bytes of a document, line or row; what is longer is left out.")] = "64M"
     rng_seed: RngSeedOption = 0
     workers: Annotated[int, Option("--workers", help="Shards of text processed in parallel; the result does not depend on it.")] = 1
     engine: EngineOption = "local"

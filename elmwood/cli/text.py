@@ -37,7 +37,10 @@ def cluster(
     store = Store(output.store)
     if partition is not None:
         with bars() as progress:
-            found = text.survey(corpus, partition, field=reading.field, name=name, store=store, progress=progress)
+            found = text.survey(
+                corpus, partition, field=reading.field, encoding=reading.encoding, follow_links=reading.follow_links,
+                largest_document=reading.largest_document, name=name, store=store, progress=progress,
+            )  # fmt: skip
         if output.as_json:
             emit(found.to_dict() | {"name": name})
         else:
@@ -99,13 +102,14 @@ def add(
 def print_corpus(corpus: Corpus) -> None:
     """What was read and what was left out, on stderr."""
     talk.print(f"{corpus.documents} documents, {short(corpus.bytes)}B of text")
-    print_rejected(corpus.rejected)
+    print_rejected(corpus.rejected, corpus.unread)
 
 
-def print_rejected(rejected: Mapping[str, int]) -> None:
-    """Documents left out, by reason, on stderr."""
+def print_rejected(rejected: Mapping[str, int], unread: Mapping[str, str]) -> None:
+    """Documents and files left out, by reason, on stderr."""
     for reason, number in sorted(rejected.items(), key=lambda item: -item[1]):
-        talk.print(f"  left out: {number} ({reason})", style="yellow")
+        first = f"; the first file: {unread[reason]}" if reason in unread else ""
+        talk.print(f"  left out: {number} ({reason}{first})", style="yellow")
 
 
 def print_domains(partition: Partition) -> None:
@@ -120,7 +124,7 @@ def print_domains(partition: Partition) -> None:
 def print_survey(found: text.Survey, name: str | None) -> None:
     """Which domains the documents belong to, as a table; notes on stderr."""
     partition, counted = found.partition, found.counted
-    print_rejected(found.rejected)
+    print_rejected(found.rejected, found.unread)
     shown = np.flatnonzero(counted.near_KB.sum(0))
     span = slice(int(shown[0]), int(shown[-1]) + 1) if len(shown) else slice(0, 1)
     rows = [survey_row(domain.name, found, [k], span) for k, domain in enumerate(partition.domains)]

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from elmwood.corpus.dedup import HASHES, near_duplicates, signatures
-from elmwood.corpus.read import Document, files, parse_source, read
+from elmwood.corpus.read import Document, Reading, parse_source, places, read, walk
 from elmwood.engine import Progress, each, silent
 from elmwood.errors import BadCorpus
 from elmwood.records import Blob, Corpus, Shard, fingerprint
@@ -32,7 +32,7 @@ from elmwood.store import Store, hash_file
 SHARD = 64_000_000  # bytes of text in one shard, at most; a longer document has a shard of its own
 GROUP = 8_000_000  # bytes of text in memory while a shard is written
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("meta", pa.string())])
-RULES = 1  # increased when the same sources would make a different corpus
+RULES = 2  # increased when the same sources would make a different corpus
 
 
 class Staged(NamedTuple):
@@ -47,7 +47,10 @@ class Staged(NamedTuple):
     licences: tuple[str, ...]
 
 
-def build(sources: Sequence[str], store: Store, *, holdout: float = 0.1, field: str = "text", progress: Progress = silent) -> Corpus:
+def build(
+    sources: Sequence[str], store: Store, *, holdout: float = 0.1, field: str = "text", reading: Reading | None = None,
+    progress: Progress = silent,
+) -> Corpus:  # fmt: skip
     """Read sources, drop duplicates, split and store. `holdout` is the share of documents that no model trains on.
 
     Files are identified by their content, so building the same corpus again only hashes them. Raises BadCorpus, DoesNotFit,
@@ -57,12 +60,13 @@ def build(sources: Sequence[str], store: Store, *, holdout: float = 0.1, field: 
         raise BadCorpus(f"the holdout is a share between 0 and 1, and is {holdout}: 0.1 sets every tenth document aside")
     if not sources:
         raise BadCorpus("a corpus needs a source, and there is none: name a file, a folder, 'sample' or 'datasets:NAME'")
-    key = fingerprint("corpus", RULES, _contents(sources, progress), holdout, field)
+    reading = reading or Reading(field)
+    key = fingerprint("corpus", RULES, _contents(sources, reading, progress), holdout, *reading)
     with open_work(store, key, progress) as work:
         if all(parse_source(source).repeatable for source in sources) and (done := store.done(key)):
             return store.load(done, Corpus)
         rejected: Counter[str] = Counter()
-        staged = _stage(sources, work / "text", rejected, field, progress)
+        staged = _stage(sources, work / "text", rejected, reading, progress)
         order = _unique(staged, rejected)
         order = _distinct(staged, order, work / "signatures", rejected, progress)
         if len(order) < 2:
@@ -77,7 +81,8 @@ def build(sources: Sequence[str], store: Store, *, holdout: float = 0.1, field: 
             documents=len(order),
             bytes=int(staged.bytes_N[order].sum()),
             holdout_share=holdout,
-            rejected=dict(sorted(rejected.items())),
+            rejected={str(reason): count for reason, count in sorted(rejected.items())},
+            unread=places(rejected),
             licences=staged.licences,
         )
         store.finish(key, corpus)
@@ -129,12 +134,12 @@ def open_work(store: Store, key: str, progress: Progress = silent) -> Iterator[P
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _contents(sources: Sequence[str], progress: Progress) -> list[str]:
+def _contents(sources: Sequence[str], reading: Reading, progress: Progress) -> list[str]:
     """What names sources in a task: content and path of each file, the name of each data set and importer; sorted."""
     parsed = [parse_source(source) for source in sources]
-    roots = [(one.root, file) for one, source in zip(parsed, sources, strict=True) for file in files(source)]
-    hashed = each(roots, "hash sources", len(roots), "files", progress)
-    names = [f"{hash_file(file)} {file.relative_to(root) if root.is_dir() else file.name}" for root, file in hashed]
+    found = [(one, *place) for one, source in zip(parsed, sources, strict=True) for place in walk(source, reading.follow_links)]
+    hashed = each(found, "hash sources", len(found), "files", progress)
+    names = [f"{odd or hash_file(path)} {one.name(path)}" for one, path, odd in hashed]
     return sorted(names + [source for one, source in zip(parsed, sources, strict=True) if not one.repeatable])
 
 
@@ -151,7 +156,7 @@ def _meta(staged: Staged, n: int) -> str:
     return staged.text[start : start + staged.meta_N[n]].tobytes().decode()
 
 
-def _stage(sources: Sequence[str], path: Path, rejected: Counter[str], field: str, progress: Progress) -> Staged:
+def _stage(sources: Sequence[str], path: Path, rejected: Counter[str], reading: Reading, progress: Progress) -> Staged:
     """Copy all documents to one file. Their number is not known in advance, so progress has no total."""
     ids = bytearray()
     starts, sizes, metas, crcs = array("q"), array("q"), array("q"), array("I")
@@ -159,7 +164,7 @@ def _stage(sources: Sequence[str], path: Path, rejected: Counter[str], field: st
     place = 0
     with path.open("wb") as file:
         for source in sources:
-            for document in read(source, rejected, field=field):
+            for document in read(source, rejected, reading=reading):
                 text = document.text.encode()
                 meta = json.dumps(dict(document.meta), sort_keys=True, ensure_ascii=False).encode()
                 file.write(text + meta)

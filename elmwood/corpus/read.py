@@ -1,41 +1,23 @@
-"""Read documents from files and data sets, one at a time. What cannot be read is counted with its reason and never a crash.
+"""Read documents from sources, one at a time. What cannot be read is counted with its reason and never a crash."""
 
-A source is one string:
-    sample                           the corpus that comes with elmwood
-    datasets:NAME[:CONFIG[:SPLIT]]   a data set of the `datasets` library, streamed; the split is `train` unless given
-    FILE.jsonl[.gz|.xz|.zst]         one JSON object per line
-    FILE.parquet                     one document per row
-    FILE                             any other file is one document
-    FOLDER                           all of these below it, hidden ones excepted
-    MODULE:FUNCTION:PATH             a file, or all files below a folder, read by an importer of your own
-
-An importer is a function of a File that yields objects with the text in a field, or a Reason. IMPORTERS has one by ending.
-"""
-
-import gzip
 import hashlib
-import io
-import json
-import lzma
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from elmwood.errors import BadCorpus
+from elmwood.corpus.formats import IMPORTERS, KEPT, LARGEST, File, Importer, too_long
+from elmwood.corpus.kinds import kind
+from elmwood.corpus.sources import SAMPLE, Reason, Source, files, parse_source, walk
+from elmwood.corpus.unpack import DAMAGED, RATIO, Bomb, Window, text_encoding
+from elmwood.errors import BadCorpus, BadInput
 from elmwood.registry import lookup, require
+from elmwood.units import parse_count
 
-SAMPLE = Path(__file__).parent / "sample" / "sample-corpus.jsonl.xz"
-KEPT = ("source", "licence")  # fields kept as meta, for reports and credit; clustering never reads them
+__all__ = ["KEPT", "SAMPLE", "Document", "File", "Reading", "Reason", "Source", "files", "parse_source", "read", "walk"]
+
 _WORD = re.compile(r"\w")
-_OWN = re.compile(r"([\w.]+:\w+):(.+)")  # module:function:path
-_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # a file cut short or damaged
 
 
 class Document(NamedTuple):
@@ -50,181 +32,171 @@ class Document(NamedTuple):
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
 
-class Reason(str):
-    """Why there is no document where one should be."""
+class Reading(NamedTuple):
+    """How sources are read."""
+
+    field: str = "text"  # what holds the text: NAME, a dotted PATH into objects, or several of these with commas
+    encoding: str = "utf-8"
+    follow_links: bool = False
+    largest: int = LARGEST  # bytes of a document, and of the line or row that holds it
+
+    @classmethod
+    def of(
+        cls, field: str = "text", encoding: str = "utf-8", follow_links: bool = False, largest_document: int | str = LARGEST
+    ) -> "Reading":
+        """From options as they are typed. Raises BadInput."""
+        largest = parse_count(largest_document)
+        if not 1 <= largest < 2**31:
+            raise BadInput(f"largest-document is {largest}: choose a number of bytes from 1 to 2G, such as 64M")
+        return cls(field, text_encoding(encoding), follow_links, largest)
 
 
-class File(NamedTuple):
-    """A file to import."""
-
-    path: Path
-    name: str  # its path in the folder that is the source, or its file name
-    field: str  # the field that holds the text
-
-
-Importer = Callable[[File], Iterator[Any]]
-
-
-class Source(NamedTuple):
-    """A source, taken apart."""
-
-    root: Path  # a file or a folder; without meaning for a data set
-    importer: str = ""  # module:function; empty: by the ending of each file
-    dataset: str = ""  # NAME[:CONFIG[:SPLIT]]
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether the documents depend on the bytes of the files alone, so that a corpus made of them before can be reused."""
-        return not self.importer and not self.dataset
-
-
-def read(source: str, rejected: Counter[str], *, field: str = "text") -> Iterator[Document]:
-    """The documents of one source, streamed; `field` holds the text in JSON lines, Parquet and data sets.
+def read(source: str, rejected: Counter[str], *, field: str = "text", reading: Reading | None = None) -> Iterator[Document]:
+    """The documents of one source, streamed; `field` holds the text in JSON, tables, Parquet, Arrow and data sets.
 
     `rejected` counts what was left out, by reason. Raises BadCorpus when the source does not exist or has no document; UnknownName.
     """
     before = rejected.copy()
+    reading = reading or Reading(field)
     empty = True
-    for item in _texts(source, rejected, field):
-        if (document := _document(item, rejected, field)) is not None:
+    for item in _texts(source, reading):
+        found = _document(item, reading)
+        if isinstance(found, Reason):
+            rejected[found] += found.documents  # the key is the first Reason that is equal, with its place
+        else:
             empty = False
-            yield document
+            yield found
     if empty:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted((rejected - before).items()))
+        new = sorted((reason, count) for reason, count in (rejected - before).items())
+        reasons = "; ".join(f"{count} × {reason}{_where(reason)}" for reason, count in new)
         raise BadCorpus(
-            f"{source}: a corpus needs text, and there is no document here ({reasons or 'it is empty'}); check the path and --field"
+            f"{source}: a corpus needs text, and there is no document here ({reasons or 'it is empty'}); "
+            "check the path, --field and --encoding"
         )
 
 
-def parse_source(source: str) -> Source:
-    """Take a source apart."""
-    if source == "sample":
-        return Source(SAMPLE)
-    if source.startswith("datasets:"):
-        return Source(Path(), dataset=source.removeprefix("datasets:"))
-    if (match := _OWN.fullmatch(source)) and not Path(source).exists():
-        return Source(Path(match[2]), importer=match[1])
-    return Source(Path(source))
+def _where(reason: str) -> str:
+    place = getattr(reason, "place", "")
+    return f" ({place})" if place else ""
 
 
-def files(source: str) -> list[Path]:
-    """The files of a source, sorted: none for a data set of the `datasets` library. Raises BadCorpus when it does not exist."""
-    parsed = parse_source(source)
-    if parsed.dataset or source == "datasets:":
-        return []
-    path = parsed.root
-    if path.is_dir():
-        visible = (file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts))
-        return sorted(file for file in visible if file.is_file())
-    if not path.is_file():
-        raise BadCorpus(f"{source}: no such file or folder; a corpus is a file, a folder, 'sample' or 'datasets:NAME'")
-    return [path]
+def places(rejected: Counter[str]) -> dict[str, str]:
+    """The first file that was left out, by reason."""
+    return {str(reason): reason.place for reason in sorted(rejected) if isinstance(reason, Reason) and reason.file}
 
 
-def _texts(source: str, rejected: Counter[str], field: str) -> Iterator[Any]:
+def _texts(source: str, reading: Reading) -> Iterator[Any]:
     """What importers yield, unchecked: mappings, or a Reason."""
-    if source.startswith("datasets:"):
-        yield from _dataset(source, field)
+    if source.startswith("datasets:") and not parse_source(source).root.name:
+        yield from _dataset(source, reading.field)
         return
     parsed = parse_source(source)
     own: Importer | None = lookup({}, parsed.importer, "importer") if parsed.importer else None
-    for path in files(source):
-        name = path.relative_to(parsed.root).as_posix() if parsed.root.is_dir() else path.name
-        importer = own or next(importer for ending, importer in IMPORTERS.items() if path.name.endswith(ending))
-        try:
-            yield from importer(File(path, name, field))
-        except _BROKEN as error:
-            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
-                raise BadCorpus(f"{path}: cannot be read ({error.strerror}); give read permission or leave it out") from error
-            rejected["damaged file"] += 1
+    for path, odd in sorted(walk(source, reading.follow_links)):
+        name = parsed.name(path)
+        if odd:
+            yield Reason.of(odd, name, file=True)
+            continue
+        for item in _file(File(path, name, reading.field, reading.encoding, reading.largest), own):
+            if isinstance(item, Reason):
+                yield Reason.of(item, ", ".join(filter(None, (name, item.place))), documents=item.documents, file=item.file)
+            else:
+                yield item
 
 
-def _document(item: Any, rejected: Counter[str], field: str) -> Document | None:
-    """A document; None, with the reason counted, if there is none."""
-    reason = ""
-    if isinstance(item, Reason):
-        reason = str(item)
-    elif not isinstance(item, dict) or item.get(field) is None:
-        reason = f"no field {field!r}"
-    elif not isinstance(item[field], str):
-        reason = f"field {field!r} is not text"
-    elif not _WORD.search(item[field]):
-        reason = "no words"
-    elif not _encodes(item[field]):
-        reason = "not UTF-8"
-    if reason:
-        rejected[reason] += 1
-        return None
-    meta = {name: item[name] for name in KEPT if isinstance(item.get(name), str) and _encodes(item[name])}
-    return Document(item[field], meta)
-
-
-def _encodes(text: str) -> bool:
-    """JSON can hold half a surrogate pair, which UTF-8 cannot."""
+def _file(file: File, own: Importer | None) -> Iterator[Any]:
+    """What the importer of one file yields; a Reason at the place where a damaged one ends."""
     try:
-        text.encode()
+        found = "" if own else kind(file.path, file.encoding)
+        if isinstance(found, Reason):
+            yield Reason.of(found, file=True)
+            return
+        yield from (own or IMPORTERS[found])(file)
+    except Bomb:
+        yield Reason.of(f"unpacks to more than {RATIO} times its size", file=True)
+    except Window as error:
+        yield Reason.of(str(error), file=True)
+    except UnicodeDecodeError as error:
+        yield Reason.of(f"not {error.encoding.upper()}", f"byte {error.start}", file=True)
+    except (OSError, MemoryError, *DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, DAMAGED):
+            raise BadCorpus(f"{file.path}: cannot be read ({error.strerror}); give read permission or leave it out") from error
+        yield Reason.of("damaged file", file=True)
+
+
+def _document(item: Any, reading: Reading) -> Document | Reason:
+    """A document, or why there is none."""
+    if isinstance(item, Reason):
+        return item
+    text = text_of(item, reading.field)
+    if text is None:
+        return Reason.of(f"no field {reading.field!r}", f"fields {', '.join(map(str, item))}"[:200] if isinstance(item, dict) else "")
+    if not isinstance(text, str):
+        return Reason(f"field {reading.field!r} is not text")
+    if not _WORD.search(text):
+        return Reason("no words")
+    if (size := _size(text)) is None:
+        return Reason("not UTF-8")
+    if size > reading.largest:
+        return Reason(too_long(reading.largest))
+    return Document(text, {name: item[name] for name in KEPT if isinstance(item.get(name), str) and _size(item[name]) is not None})
+
+
+def text_of(item: Any, field: str) -> Any:
+    """The text in a field: None if there is none; what is not text is returned as it is.
+
+    A field is a name; else a dotted path into objects; else several of these, with commas, whose texts are joined by empty lines.
+    Chat messages become one text, by `transcript`.
+    """
+    value = _at(item, field)
+    if value is None and "," in field:
+        parts = [text_of(item, part.strip()) for part in field.split(",")]
+        if any(part is not None and not isinstance(part, str) for part in parts):
+            return parts
+        return "\n\n".join(part for part in parts if part) or (None if all(part is None for part in parts) else "")
+    return transcript(value) if isinstance(value, list | dict) else value
+
+
+def _at(item: Any, path: str) -> Any:
+    if not isinstance(item, dict):
+        return None
+    if path in item or "." not in path:
+        return item.get(path)
+    parts = path.split(".")
+    heads = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
+    head = next((head for head in heads if head in item), None)
+    return None if head is None else _at(item[head], path.removeprefix(f"{head}."))
+
+
+def transcript(messages: Any) -> Any:
+    """A conversation as plain text: `role: content` of each message, with empty lines between. What is no conversation stays as it is.
+
+    A message has `role` and `content`, or `from` and `value`; content is text, or parts of which those with `text` count. Nothing of the
+    seed's chat template is used: a corpus is built before a seed is chosen.
+    """
+    if isinstance(messages, dict):  # of columns, as `datasets` keeps a list of objects
+        if not messages or not all(isinstance(column, list) for column in messages.values()):
+            return messages
+        messages = [dict(zip(messages, row, strict=False)) for row in zip(*messages.values(), strict=False)]
+    if not all(isinstance(one, dict) and {"content", "value"} & set(one) for one in messages):
+        return messages
+    said = [(one.get("role", one.get("from")), _content(one.get("content", one.get("value")))) for one in messages]
+    return "\n\n".join(f"{role}: {content}" if role else content for role, content in said if content)
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""
+
+
+def _size(text: str) -> int | None:
+    """Bytes as UTF-8; None for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    try:
+        return len(text.encode())
     except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _open(path: Path) -> Any:
-    """A binary file, decompressed as its ending says."""
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".xz":
-        return lzma.open(path)
-    if path.suffix == ".zst":
-        return io.BufferedReader(pa.input_stream(path, compression="zstd"))  # type: ignore[type-var]  # a NativeFile reads as a RawIOBase does
-    return path.open("rb")
-
-
-def read_lines(file: File) -> Iterator[Any]:
-    """JSON lines. A line that is not JSON, such as the last one of a truncated file, is a reason."""
-    with _open(file.path) as opened:
-        for number, line in enumerate(opened):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line.removeprefix(b"\xef\xbb\xbf").decode() if number == 0 else line.decode())
-            except UnicodeDecodeError:
-                yield Reason("not UTF-8")
-            except (ValueError, RecursionError):
-                yield Reason("not JSON")
-
-
-def read_rows(file: File) -> Iterator[Any]:
-    """Rows of a Parquet file, a thousand at a time."""
-    with pq.ParquetFile(file.path) as opened:
-        names = set(opened.schema_arrow.names)
-        columns = [name for name in (file.field, *KEPT) if name in names]
-        if file.field not in names:
-            yield from ({} for _ in range(opened.metadata.num_rows))
-            return
-        for batch in opened.iter_batches(batch_size=1000, columns=columns):
-            yield from batch.to_pylist()
-
-
-def read_whole(file: File) -> Iterator[Any]:
-    """A text file as one document, with its name as the source."""
-    with file.path.open("rb") as opened:
-        if b"\0" in (head := opened.read(8192)):
-            yield Reason("not text")
-            return
-        try:
-            yield {file.field: (head + opened.read()).decode("utf-8-sig"), "source": file.name}
-        except UnicodeDecodeError:
-            yield Reason("not UTF-8")
-
-
-IMPORTERS: dict[str, Importer] = {  # ending -> importer; the first that fits
-    ".jsonl": read_lines,
-    ".jsonl.gz": read_lines,
-    ".jsonl.xz": read_lines,
-    ".jsonl.zst": read_lines,
-    ".parquet": read_rows,
-    "": read_whole,
-}
+        return None
 
 
 def _dataset(source: str, field: str) -> Iterator[Any]:
@@ -237,6 +209,6 @@ def _dataset(source: str, field: str) -> Iterator[Any]:
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         columns = [column for column in (field, *KEPT) if column in (rows.column_names or ())]
-        yield from rows.select_columns(columns) if columns else rows
+        yield from rows.select_columns(columns) if field in columns else rows
     except (OSError, ValueError, RuntimeError) as error:
         raise BadCorpus(f"{source}: {error}; check the name, the split and the network") from error

@@ -24,7 +24,8 @@ class Corpus(Record):
     documents: int
     bytes: int
     holdout_share: float
-    rejected: dict[str, int] = {}  # reason -> number of documents (or lines) left out
+    rejected: dict[str, int] = {}  # reason -> number of documents (or lines, or files) left out
+    unread: dict[str, str] = {}  # reason that concerns whole files -> the first of these, and where in it
     licences: tuple[str, ...] = ()
 
 

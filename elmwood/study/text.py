@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import numpy as np
 
 from elmwood.corpus.build import build as build_corpus
-from elmwood.corpus.read import read
+from elmwood.corpus.read import Reading, places, read
 from elmwood.domains import partition as partitions
 from elmwood.domains import publish
 from elmwood.domains.embed import find_model
@@ -44,7 +44,8 @@ class Survey(NamedTuple):
 
     partition: Partition
     counted: publish.SurveyCounts
-    rejected: Mapping[str, int]  # documents left out, by reason
+    rejected: Mapping[str, int]  # documents and files left out, by reason
+    unread: Mapping[str, str]  # the first file of each reason that concerns whole files
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, and histograms of squared distance, as JSON takes them."""
@@ -67,6 +68,7 @@ class Survey(NamedTuple):
             "wordless": counted.wordless,
             "far": int(counted.far_K.sum()),
             "left_out": dict(self.rejected),
+            "unread": dict(self.unread),
             "edges": counted.edge_B.tolist(),
             **self._histogram(counted.near_KB.sum(0)),
             "domains": domains,
@@ -83,25 +85,28 @@ class Survey(NamedTuple):
 
 
 def build(
-    sources: str | Sequence[str], store: AnyStore = None, *, holdout: float = 0.1, field: str = "text", name: str | None = None,
-    progress: Progress = silent,
+    sources: str | Sequence[str], store: AnyStore = None, *, holdout: float = 0.1, field: str = "text", encoding: str = "utf-8",
+    follow_links: bool = False, largest_document: int | str = "64M", name: str | None = None, progress: Progress = silent,
 ) -> Corpus:  # fmt: skip
-    """Read sources, drop duplicates, set a share of the documents aside as holdout. Raises BadCorpus, DoesNotFit."""
+    """Read sources, drop duplicates, set a share of the documents aside as holdout. Raises BadInput, BadCorpus, DoesNotFit."""
     store = open_store(store, name)
-    corpus = build_corpus(as_sources(sources), store, holdout=holdout, field=field, progress=progress)
+    reading = Reading.of(field, encoding, follow_links, largest_document)
+    corpus = build_corpus(as_sources(sources), store, holdout=holdout, reading=reading, progress=progress)
     return keep_name(corpus, name, store)
 
 
 @checked
 def cluster(
     corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: Count = 8, embedder: str = "tfidf",
-    embedder_model: str | None = None, method: str = "balanced", holdout: float = 0.1, field: str = "text", rng_seed: RngSeed = 0,
-    workers: Count = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
+    embedder_model: str | None = None, method: str = "balanced", holdout: float = 0.1, field: str = "text", encoding: str = "utf-8",
+    follow_links: bool = False, largest_document: int | str = "64M", rng_seed: RngSeed = 0, workers: Count = 1, engine: str = "local",
+    name: str | None = None, progress: Progress = silent,
 ) -> Partition:  # fmt: skip
     """Read a corpus (sources, or a corpus that was built) and divide it into domains. Raises BadCorpus, BadInput, DoesNotFit."""
     store = open_store(store, name)
     model = find_model(embedder, embedder_model, store)
-    built = corpus if isinstance(corpus, Corpus) else build(corpus, holdout=holdout, field=field, store=store, progress=progress)
+    reading = Reading.of(field, encoding, follow_links, largest_document)
+    built = _built(corpus, store, holdout, reading, progress)
     fitted = partitions.fit_embedder(built, store, embedder, model=model, rng_seed=rng_seed, progress=progress) if model else embedder
     means = Means(workers, engine)
     made = partitions.partition(
@@ -126,30 +131,31 @@ def split(
 @checked
 def add(
     partition: Named, corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: Count = 1, holdout: float = 0.1,
-    field: str = "text", rng_seed: RngSeed = 0, workers: Count = 1, engine: str = "local", name: str | None = None,
-    progress: Progress = silent,
+    field: str = "text", encoding: str = "utf-8", follow_links: bool = False, largest_document: int | str = "64M", rng_seed: RngSeed = 0,
+    workers: Count = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
 ) -> Revision:  # fmt: skip
     """Add new domains from a corpus. The experts of the old domains stay valid. Raises BadInput, BadCorpus, DoesNotFit."""
     store = open_store(store, name)
     parent = open_partition(partition, store)
-    built = corpus if isinstance(corpus, Corpus) else build(corpus, holdout=holdout, field=field, store=store, progress=progress)
+    built = _built(corpus, store, holdout, Reading.of(field, encoding, follow_links, largest_document), progress)
     means = Means(workers, engine)
     made = partitions.add(parent, built, store, domains=domains, rng_seed=rng_seed, means=means, progress=progress)
     return Revision(keep_name(made, name, store), parent, tuple(range(len(parent.domains), len(made.domains))))
 
 
 def survey(
-    corpus: str | Sequence[str], partition: Named, store: AnyStore = None, *, field: str = "text", name: str | None = None,
-    progress: Progress = silent,
+    corpus: str | Sequence[str], partition: Named, store: AnyStore = None, *, field: str = "text", encoding: str = "utf-8",
+    follow_links: bool = False, largest_document: int | str = "64M", name: str | None = None, progress: Progress = silent,
 ) -> Survey:  # fmt: skip
     """Count which domains of a partition these documents belong to, and how near they are. Nothing is kept of the text.
     `name` is given to the partition. Raises BadInput, BadCorpus."""
     store = open_store(store, name)
     division = open_partition(partition, store)
     rejected: Counter[str] = Counter()
-    found = chain.from_iterable(read(source, rejected, field=field) for source in as_sources(corpus))
+    reading = Reading.of(field, encoding, follow_links, largest_document)
+    found = chain.from_iterable(read(source, rejected, reading=reading) for source in as_sources(corpus))
     counted = publish.survey(division, store, found, progress=progress)
-    return Survey(keep_name(division, name, store), counted, dict(rejected))
+    return Survey(keep_name(division, name, store), counted, dict(rejected), places(rejected))
 
 
 def open_partition(given: Named, store: Store) -> Partition:
@@ -157,6 +163,13 @@ def open_partition(given: Named, store: Store) -> Partition:
     if isinstance(given, str) and Path(given).is_dir():
         return publish.receive(Path(given), store)
     return store.load(given, Partition)
+
+
+def _built(corpus: Corpus | str | Sequence[str], store: Store, holdout: float, reading: Reading, progress: Progress) -> Corpus:
+    """A corpus that was built, or one of these sources."""
+    if isinstance(corpus, Corpus):
+        return corpus
+    return build_corpus(as_sources(corpus), store, holdout=holdout, reading=reading, progress=progress)
 
 
 def find_domain(domain: int | str, partition: Partition) -> int:

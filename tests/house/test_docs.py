@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 import elmwood
 from elmwood import records
 from elmwood.cli import app
+from elmwood.corpus.kinds import KINDS
+from elmwood.corpus.unpack import PACKED
 from elmwood.domains.embed import EMBEDDERS
 from elmwood.domains.route import ROUTERS
 from elmwood.merge.rules.table import RULES
@@ -47,6 +49,14 @@ def test_every_inner_value_and_field_is_documented(value):
 @pytest.mark.parametrize("row", [*EMBEDDERS, *ROUTERS])
 def test_every_table_row_is_documented(row):
     assert f"`{row}`" in (ROOT / "docs" / "domains.md").read_text()
+
+
+def test_every_kind_of_file_is_documented():
+    text = (ROOT / "docs" / "text.md").read_text()
+    for name, kind in KINDS.items():
+        endings = " ".join(f"`{ending}`" for ending in kind.endings)
+        assert f"| {name} | {endings} | {kind.document} |" in text
+    assert all(f"`{one.endings[0]}`" in text for one in PACKED.values())
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
