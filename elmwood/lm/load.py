@@ -10,31 +10,21 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from elmwood.errors import BadInput, BadSeed, ForeignExpert
+from elmwood.errors import BadSeed, ForeignExpert
+from elmwood.lm import pretrained
 from elmwood.lm.adapters import lowrank
-from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.files import seed_folder
-from elmwood.lm.importing.config import UNREADABLE, read_config
+from elmwood.lm.importing.config import read_config
 from elmwood.lm.importing.seed import add_seed
 from elmwood.lm.importing.seed import import_seed as import_seed
 from elmwood.lm.importing.words import check_tokenizer, read_tokenizer
+from elmwood.lm.pretrained import end_ids, open_adapter, open_weights
 from elmwood.lm.products import hasten
 from elmwood.records import Expert, Merged, Mixture, Point, Recipe, Seed, Shape
 from elmwood.registry import require
 from elmwood.store import Store
-from elmwood.store.headers import check_headers
 
 transformers.logging.disable_progress_bar()  # only cli prints
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it advertises a kernel that would be downloaded
@@ -106,24 +96,7 @@ def check_loads(folder: Path) -> None:
     """transformers finds every tensor of a checkpoint in its shape, and no others, and the tokenizer fits. Raises BadSeed."""
     config, (tokenizer, _) = read_config(folder), read_tokenizer(folder)
     check_tokenizer(tokenizer, config, 0, str(folder))
-    loaded: Any
-    try:
-        check_headers(folder.glob("*.safetensors"))
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            device_map="meta",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-    except UNREADABLE as error:
-        raise BadSeed(f"{folder}: the weights cannot be loaded ({error}): write the checkpoint again") from error
-    if wrong := sorted({str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loaded[1][kind]}):
-        raise BadSeed(
-            f"{folder}: {len(wrong)} tensors are missing, foreign or of a wrong shape, first {wrong[0]}: write the checkpoint again"
-        )
+    open_weights(folder, device="meta")
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------
@@ -131,12 +104,7 @@ def check_loads(folder: Path) -> None:
 
 def end_tokens(seed: Seed, store: Store) -> list[int]:
     """The tokens that end a text, from the checkpoint's config; no weights are read."""
-    folder = seed_folder(seed, store)
-    if (folder / "generation_config.json").exists():
-        found = GenerationConfig.from_pretrained(folder).eos_token_id
-    else:
-        found = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().eos_token_id
-    return found if isinstance(found, list) else [] if found is None else [found]
+    return end_ids(seed_folder(seed, store))
 
 
 def open_tokenizer(seed: Seed, store: Store, add_bos: bool | None = None) -> PreTrainedTokenizerBase:
@@ -144,14 +112,10 @@ def open_tokenizer(seed: Seed, store: Store, add_bos: bool | None = None) -> Pre
     the checkpoint says. Raises BadSeed."""
     folder = seed_folder(seed, store)
     settings: dict[str, Any] = {} if add_bos is None else {"add_bos_token": add_bos}
-    try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
-        if add_bos and found.bos_token_id is None:
-            settings |= {"bos_token": found.convert_ids_to_tokens(seed.separator)}
-            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
-        return found
-    except UNREADABLE as error:
-        raise BadSeed(f"the tokenizer of {seed.name} cannot be opened ({error}): import the seed again") from error
+    found = pretrained.open_tokenizer(folder, **settings)
+    if add_bos and found.bos_token_id is None:
+        found = pretrained.open_tokenizer(folder, **settings, bos_token=found.convert_ids_to_tokens(seed.separator))
+    return found
 
 
 def best_device() -> torch.device:
@@ -181,21 +145,11 @@ def load_model(
     low = branch is not None and lowrank.FILE in branch.files  # a mixture of adapters
     full = branch is not None and method_of(branch) == "full" and not low
     folder = store.folder(branch.files) if full and branch is not None else seed_folder(seed, store)
-    check_headers(folder.glob("*.safetensors"))
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=wanted, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
+    model: Any = open_weights(folder, stored_before=True, dtype=wanted)
     if branch is not None and low:
         model = lowrank.add_gated_experts(model, store.folder(branch.files))
     elif branch is not None and not full:
-        if "adapter_model.safetensors" not in branch.files:  # PEFT would open a pickle, or ask the model hub
-            raise BadInput(f"{branch.kind} {branch.digest[:8]} has no adapter_model.safetensors: save the adapter again with PEFT")
-        adapter = store.folder(branch.files)
-        read_settings(adapter / "adapter_config.json", dora=True)
-        check_headers(adapter.glob("*.safetensors"))
-        from peft import PeftModel  # takes as long to import as everything else here
-
-        model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
+        model = open_adapter(model, store.folder(branch.files))
     return hasten(model.to(place).eval())
 
 
@@ -208,17 +162,7 @@ def load_quantised(seed: Seed, store: Store, device: torch.device | str | None =
     place = torch.device(device) if device is not None else best_device()
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    folder = seed_folder(seed, store)
-    check_headers(folder.glob("*.safetensors"))
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        quantization_config=four,
-        device_map={"": place},
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    model: Any = open_weights(seed_folder(seed, store), stored_before=True, dtype=dtype, quantisation=four, device={"": place})
     for module in model.modules():  # on some CPUs it would repack weights of some sizes in bf16 in eval mode
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -5,14 +5,16 @@ import math
 from typing import Any
 
 
-def parse_json(raw: bytes, most: int = 1 << 20) -> Any:
+def parse_json(raw: bytes, most: int = 1 << 20, infinity: bool = False) -> Any:
     """The value of at most `most` bytes of UTF-8 JSON. Raises ValueError, also for what Python's reader takes beyond the standard: a key
     that stands twice in an object, NaN and Infinity, a number too large for a float, half of a surrogate pair, nesting without end.
+    `infinity`: Infinity is a number, as transformers writes it in some configs.
     """
     if len(raw) > most:
         raise ValueError(f"it has {len(raw)} bytes, and {most} are read at most")
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        constant = _infinity if infinity else _refuse
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=constant, parse_float=_finite)
         if b"\\ud" in raw.lower():
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         return value
@@ -31,6 +33,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
+
+
+def _infinity(constant: str) -> Any:
+    return _refuse(constant) if constant == "NaN" else float(constant)
 
 
 def _finite(digits: str) -> float:

@@ -113,10 +113,11 @@ def _scratch() -> Iterator[Path]:
 def _copy(seed: Seed, store: Store, folder: Path) -> Copy | None:
     """None where it would take long."""
     import torch
-    from transformers import AutoConfig
+
+    from elmwood.lm.pretrained import open_config
 
     home, source = Store(folder / "store"), seed_folder(seed, store)
-    config: Any = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    config = open_config(source)
     if seed.parameters <= OWN:
         files = home.put_folder(source)
         exact = str(getattr(config, "dtype", None)) in ("torch.float32", "None")
@@ -125,7 +126,7 @@ def _copy(seed: Seed, store: Store, folder: Path) -> Copy | None:
             return None
         files, exact = home.put_folder(folder / "copy"), True
         files["tokenizer.json"] = home.put(source / "tokenizer.json")
-        config = AutoConfig.from_pretrained(folder / "copy", local_files_only=True, trust_remote_code=False)
+        config = open_config(folder / "copy")
     rows = config.get_text_config().vocab_size
     small = seed.model_copy(update={"files": files, "hub": None, "vocabulary": rows, "separator": 0})
     home.add(small)
@@ -136,14 +137,14 @@ def _copy(seed: Seed, store: Store, folder: Path) -> Copy | None:
 def _write_copy(config: Any, folder: Path) -> bool:
     """A checkpoint of a small copy of a config, with random weights; False where none can be made."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from elmwood.lm.pretrained import empty_model, make_config, new_model_of
 
     try:
-        small = AutoConfig.for_model(config.model_type, **shrunk(config.to_dict()))
-        with torch.device("meta"):
-            if AutoModelForCausalLM.from_config(small, trust_remote_code=False).num_parameters() > MOST:
-                return False
-        model: Any = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=False)
+        small = make_config(shrunk(config.to_dict()) | {"model_type": config.model_type})
+        if empty_model(small).num_parameters() > MOST:
+            return False
+        model = new_model_of(small, torch.float32)
     except Exception:  # an architecture whose sizes depend on one another in another way than `shrunk` knows
         return False
     with torch.no_grad():  # louder: fresh models say nearly nothing

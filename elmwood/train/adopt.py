@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from elmwood.errors import BadInput, Damaged
 from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.adapters.places import first_unfit, linear_layers, unfit
 from elmwood.lm.files import download, seed_folder
+from elmwood.lm.pretrained import open_empty
 from elmwood.records import Digest, Expert, Recipe, Seed
 from elmwood.store import Store
 from elmwood.store.headers import read_header
@@ -98,8 +98,7 @@ def _check(path: Path, config: Any, tensors: Mapping[str, StoredTensor], seed: S
     Returns the names of others that may be left out: copies of the seed's embedding or head, as it saves beside them. Raises BadInput."""
     from peft import get_peft_model, get_peft_model_state_dict
 
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(seed_folder(seed, store), trust_remote_code=False))
+    base = open_empty(seed_folder(seed, store))
     layers, refused = linear_layers(base), unfit(base, tensors)
     try:
         with warnings.catch_warnings():

@@ -29,7 +29,7 @@ TORCH_FREE = {
     "errors", "ranges", "records", "registry", "units", "store", "engine",
     "corpus", "domains", "evaluate", "report", "study", "hub", "cli",
 }  # fmt: skip
-LIGHT = ("lm/files.py", "lm/adapters/peft_config.py", "lm/mixture_card.py", "train/task_names.py")  # of the other rooms
+LIGHT = ("lm/files.py", "lm/checkpoint.py", "lm/adapters/peft_config.py", "lm/mixture_card.py", "train/task_names.py")  # of the other rooms
 SLOW = ("torch", "transformers", "peft", "accelerate", "sklearn", "pandas", "datasets", "datasketch", "matplotlib", "numba")
 
 
@@ -86,6 +86,20 @@ def test_nothing_is_pickled():
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called not in {"torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dump", "joblib.load", "np.load"}, path
+
+
+def test_models_of_others_come_through_one_door():
+    """Only lm/pretrained.py lets transformers and PEFT open files: no other module takes what opens them, or calls it."""
+    openers = {"from_pretrained", "from_config", "_from_config", "load_adapter", "load_pretrained_model", "load_checkpoint_and_dispatch"}
+    for path in files():
+        if path == HOUSE / "lm" / "pretrained.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+            assert called not in openers, f"{path}: {ast.unparse(node)[:80]}: go through elmwood.lm.pretrained"
+            taken = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            found = [name for name in taken if name.startswith("Auto") or name in {"GenerationConfig", "PeftModel", "PeftConfig"}]
+            assert not found or node.module.partition(".")[0] not in {"transformers", "peft"}, f"{path}: {found}: elmwood.lm.pretrained"
 
 
 @pytest.mark.parametrize("path", [path for path in files() if room(path) != "cli"], ids=lambda path: path.relative_to(HOUSE).as_posix())

@@ -5,7 +5,6 @@ spellings, buffers and heads that the model does not have, a stored copy of a ti
 but merges, exports and other programs go by the names in the files. Such a checkpoint is written anew, once, at import.
 """
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,29 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from elmwood.errors import BadSeed
-from elmwood.lm.importing.config import UNREADABLE
-from elmwood.records.plain_json import parse_json
-from elmwood.store.headers import read_header
+from elmwood.lm.checkpoint import Stored, harmless, said, stored_tensors, weight_files
+from elmwood.lm.pretrained import open_files
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # dtypes of a seed's parameters
 SHARD = "4GB"  # of a checkpoint that is written anew
-# constants that older versions of transformers stored with the parameters, by the end of their names
-BUFFERS = ("inv_freq", "masked_bias", "position_ids", "cos_cached", "sin_cached", "causal_mask", "attn_mask")
-MASKS = ("attn.bias", "attention.bias")  # causal masks, of at least three dimensions
-# heads for other tasks than the next token, by the first part of their names
-HEADS = ("v_head", "value_head", "critic_head", "reward_head", "score", "classifier", "qa_outputs", "pooler")
-
-
-class Stored(NamedTuple):
-    """A tensor in a file."""
-
-    dtype: str  # as safetensors spells it
-    shape: tuple[int, ...]
 
 
 class Checkpoint(NamedTuple):
@@ -45,46 +30,6 @@ class Checkpoint(NamedTuple):
     config: Any
     parameters: int
     changes: tuple[str, ...] = ()  # none: the files are as they were given
-
-
-# ---- the files of a folder ---------------------------------------------------------------------------------------
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers takes a model's weights from, and their index. Raises BadSeed, Damaged."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        if found := sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith(("adapter_", "consolidated"))):
-            raise BadSeed(
-                f"{folder} has {found[0]}, and neither model.safetensors nor model.safetensors.index.json: "
-                "add the index, or rename a single file to model.safetensors"
-            )
-        raise BadSeed(
-            f"{folder} has no *.safetensors of transformers, and pickled weights (*.bin) are never opened: "
-            "convert them, or name a hub revision that holds converted ones (id@refs/pr/N)"
-        )
-    try:
-        names = set(parse_json(index.read_bytes(), 64 << 20)["weight_map"].values())
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise ValueError("its weight_map names no files of the folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadSeed(f"{index} is damaged ({error}): copy it again") from error
-    if absent := sorted(name for name in names if not (folder / name).is_file()):
-        raise BadSeed(f"{folder}: {len(absent)} of {len(names)} weight files are missing, first {absent[0]}: copy the checkpoint again")
-    return [*(folder / name for name in sorted(names)), index]
-
-
-def stored_tensors(paths: Iterable[Path]) -> dict[str, Stored]:
-    """Every tensor of these files. Raises BadSeed for a name that stands in two of them, Damaged."""
-    found: dict[str, Stored] = {}
-    for path in paths:
-        for name, entry in read_header(path).tensors.items():
-            if name in found:
-                raise BadSeed(f"{path.parent}: {name} stands in two files, also in {path.name}: copy the checkpoint again")
-            found[name] = Stored(entry["dtype"], tuple(entry["shape"]))
-    return found
 
 
 def check_values(paths: Iterable[Path], names: Iterable[str]) -> None:
@@ -117,11 +62,11 @@ def unused(stored: dict[str, Stored], model: Any, unexpected: Iterable[str], whe
     free = [name for name in stored if name not in own and f"{prefix}.{name}" not in own and name.removeprefix(f"{prefix}.") not in own]
     left = set(unexpected)
     passed = [name for name in free if name not in left and _forgiven(name, model)]
-    strange = sorted(name for name in left if not _harmless(name, stored.get(name)))
+    strange = sorted(name for name in left if not harmless(name, stored.get(name)))
     if strange:
         kind = type(model).__name__
         raise BadSeed(
-            f"{where}: {len(strange)} tensors have no place in a {kind}, first {strange[0]}: "
+            f"{where}: {len(strange)} tensors have no place in a {kind}, first {said(strange[0])}: "
             "the config.json is that of another model, or these layers need code that transformers does not have; use another seed"
         )
     return sorted({*passed, *(name for name in free if name in left)})
@@ -131,11 +76,6 @@ def _forgiven(name: str, model: Any) -> bool:
     """What transformers itself passes over for this class: its patterns, none from a file."""
     patterns = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _harmless(name: str, stored: Stored | None) -> bool:
-    mask = name.endswith(MASKS) and stored is not None and len(stored.shape) > 2
-    return mask or name.rpartition(".")[2] in BUFFERS or name.partition(".")[0] in HEADS
 
 
 def widest(stored: Iterable[Stored], where: object) -> torch.dtype:
@@ -150,14 +90,6 @@ def widest(stored: Iterable[Stored], where: object) -> torch.dtype:
     for kind in kinds:
         dtype = torch.promote_types(dtype, FLOATS[kind])
     return dtype
-
-
-def link(paths: Iterable[Path], folder: Path) -> Path:
-    """A folder with links to these files and nothing else: a left-over adapter beside a checkpoint would be loaded with it."""
-    folder.mkdir()
-    for path in paths:
-        os.symlink(path.resolve(), folder / path.name)
-    return folder
 
 
 def told(names: Sequence[str]) -> str:
@@ -177,8 +109,7 @@ def normalise(folder: Path, config: Any, scratch: Path) -> Checkpoint:
     files = weight_files(folder)
     weights = [path for path in files if path.suffix == ".safetensors"]
     stored = stored_tensors(weights)
-    source = link([*files, folder / "config.json"], scratch / "source")
-    model, info = _load(source, "auto", "meta")
+    model, info = open_files(folder, device="meta")
     _refuse_absent(folder, model, info, stored)
     dropped = unused(stored, model, info["unexpected_keys"], folder)
     used = {name: one for name, one in stored.items() if name not in dropped}
@@ -188,7 +119,7 @@ def normalise(folder: Path, config: Any, scratch: Path) -> Checkpoint:
     twice = [name for name, source in tied.items() if model.get_parameter(name) is not model.get_parameter(source)]
     if not twice and {name: one.shape for name, one in canonical(model).items()} == {name: one.shape for name, one in stored.items()}:
         return Checkpoint(tuple(files), config, model.num_parameters())
-    model, _ = _load(source, dtype, "cpu")
+    model, _ = open_files(folder, dtype=dtype, device="cpu")
     changes = []
     if own := [name for name in twice if name not in model.all_tied_weights_keys]:
         model.config.tie_word_embeddings = False
@@ -201,19 +132,6 @@ def normalise(folder: Path, config: Any, scratch: Path) -> Checkpoint:
     return Checkpoint(found, model.config, model.num_parameters(), tuple(changes))
 
 
-def _load(folder: Path, dtype: torch.dtype | str, device: str) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers says of the names in the files. Raises BadSeed."""
-    found: Any
-    try:
-        found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device, use_safetensors=True, local_files_only=True, output_loading_info=True,
-            trust_remote_code=False,
-        )  # fmt: skip
-    except UNREADABLE as error:
-        raise BadSeed(f"{folder}: the weights cannot be loaded ({error}): copy the checkpoint again") from error
-    return found
-
-
 def _refuse_absent(folder: Path, model: Any, info: dict[str, Any], stored: dict[str, Stored]) -> None:
     """Raises BadSeed for parameters that the files do not hold, or in another shape: they would be random."""
     patterns = model._keys_to_ignore_on_load_missing or ()  # transformers' own; what it makes up itself is random to us
@@ -221,7 +139,9 @@ def _refuse_absent(folder: Path, model: Any, info: dict[str, Any], stored: dict[
     shaped = [name if isinstance(name, str) else str(name[0]) for name in info["mismatched_keys"]]
     if absent := sorted({*map(str, info["missing_keys"]), *shaped, *passed}):
         head = " (if its head is its embedding, set tie_word_embeddings to true in config.json)" if "lm_head.weight" in absent else ""
-        raise BadSeed(f"{folder}: {len(absent)} tensors are missing or of a wrong shape, first {absent[0]}: copy the files again{head}")
+        raise BadSeed(
+            f"{folder}: {len(absent)} tensors are missing or of a wrong shape, first {said(absent[0])}: copy the files again{head}"
+        )
 
 
 def _describe(

@@ -3,19 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import transformers
-from safetensors import SafetensorError
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
-from elmwood.errors import BadSeed, Damaged
+from elmwood.errors import BadSeed
+from elmwood.lm.pretrained import open_config
 
-# what is raised where transformers cannot read something, or its header is refused before
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError, Damaged)
 # fields that say how many positions a model was built for, in the order in which they are believed
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length", "context_length")
 UNLIMITED = 2048  # positions of a model that names none (ALiBi, recurrent): what BLOOM and Mamba were trained with
@@ -23,15 +19,7 @@ UNLIMITED = 2048  # positions of a model that names none (ALiBi, recurrent): wha
 
 def read_config(folder: Path) -> Any:
     """The folder's config, which must be that of a causal LM of text in transformers. Raises BadSeed."""
-    if not (folder / "config.json").exists():
-        raise BadSeed(f"{folder} has no config.json: a seed is a folder written by transformers' save_pretrained, or a .gguf file")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise BadSeed(
-            f"{folder}: transformers {transformers.__version__} does not know this architecture ({error}); "
-            "code that comes with a checkpoint is never run: use another seed, or upgrade transformers"
-        ) from error
+    config = open_config(folder)
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "model without a language head")
     name = (config.architectures or [default])[0]
     if name in _names(MODEL_MAPPING_NAMES.get(config.model_type)):  # saved from the trunk; the weights tell whether the head is tied

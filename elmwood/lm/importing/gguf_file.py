@@ -2,14 +2,8 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from elmwood.errors import BadSeed
-from elmwood.lm.importing.config import UNREADABLE
+from elmwood.lm.pretrained import open_gguf, open_gguf_tokenizer
 from elmwood.registry import require
 
 
@@ -19,11 +13,7 @@ def convert(path: Path, folder: Path) -> tuple[str, ...]:
     Raises BadSeed, MissingExtra.
     """
     require("gguf", "gguf")
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise BadSeed(f"{path}: transformers {transformers.__version__} cannot read it ({error}): use the original checkpoint") from error
+    model, tokenizer = open_gguf(path), open_gguf_tokenizer(path)
     # the model is still marked as quantised, so it can be neither saved nor trained (transformers 5.23): copy its weights to a new one
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):

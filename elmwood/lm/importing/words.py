@@ -4,24 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from elmwood.corpus.tokens import token_bytes
 from elmwood.errors import BadSeed
-from elmwood.lm.importing.config import UNREADABLE
+from elmwood.lm.pretrained import open_tokenizer
 
 Starts = tuple[int | None, int | None]
 
 
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, Starts]:
-    """The fast tokenizer (a slow one is converted), and the ids of its bos and eos. Raises BadSeed."""
-    if not any(path for pattern in ("tokenizer.json", "vocab.*", "*.model") for path in folder.glob(pattern)):
-        raise BadSeed(f"{folder} has no tokenizer: put its tokenizer.json beside config.json")
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return loaded.backend_tokenizer, (loaded.bos_token_id, loaded.eos_token_id)
-    except UNREADABLE as error:
-        raise BadSeed(f"{folder}: the tokenizer cannot be opened ({error}): put its tokenizer.json beside config.json") from error
+    """The fast tokenizer, and the ids of its bos and eos. Raises BadSeed."""
+    found: Any = open_tokenizer(folder)
+    return found.backend_tokenizer, (found.bos_token_id, found.eos_token_id)
 
 
 def choose_separator(wanted: int | str | None, tokenizer: Tokenizer, starts: Starts, folder: Path) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
-from transformers import AutoConfig
 
 from elmwood.errors import BadInput
+from elmwood.lm.pretrained import open_config
 from elmwood.merge.export.gguf_vocabulary import CURE
 
 # transformers' model_type -> llama.cpp's architecture
@@ -51,7 +51,7 @@ ROTARY = {
 
 def read_config(folder: Path) -> tuple[Any, MODEL_ARCH]:
     """The config of a transformers folder, and its architecture in llama.cpp. Raises BadInput where llama.cpp would compute otherwise."""
-    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config: Any = open_config(folder)
     if config.model_type not in ARCHITECTURES:
         raise BadInput(f"{config.model_type} models are not within reach of this exporter (it knows {', '.join(ARCHITECTURES)}): {CURE}")
     if getattr(config, "quantization_config", None):

@@ -51,14 +51,15 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _difference(small: Mapping[str, Any], write: Write) -> float:
     import torch  # the rest of this room does without
-    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from elmwood.lm.pretrained import make_config, new_model_of, open_weights
 
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(0)
         dense, mixed = Path(scratch) / "dense", Path(scratch) / "mixed"
         dense.mkdir()
         (dense / "config.json").write_text(json.dumps(small))
-        seed = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(dense, trust_remote_code=False)).eval()
+        seed = new_model_of(make_config(small)).eval()
         for weight in seed.parameters():
             weight.mul_(4.0) if weight.dim() > 1 else weight.add_(torch.randn_like(weight) / 4)  # louder: fresh models say nearly nothing
         seed.save_pretrained(dense)
@@ -68,6 +69,6 @@ def _difference(small: Mapping[str, Any], write: Write) -> float:
         found = []
         for top_k in range(1, COPIES + 1):
             write(small, dense, COPIES, top_k, mixed)
-            model = AutoModelForCausalLM.from_pretrained(mixed, dtype=torch.float32, local_files_only=True, trust_remote_code=False).eval()
+            model = open_weights(mixed, dtype=torch.float32).eval()
             found.append(float((model(tokens_1T).logits.log_softmax(-1) - wanted).abs().max()))
         return max(found)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.lm.importing.config import context_of
+from elmwood.lm.pretrained import empty_model
 from elmwood.records import Recipe
 from elmwood.train.loop import use_threads
 from elmwood.train.loss import CHUNK, ROWS
@@ -74,8 +74,7 @@ class Anatomy(NamedTuple):
 
 def anatomy(config: Any) -> Anatomy:
     """Counted on a model without storage."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config)
     text, head = config.get_text_config(), model.get_output_embeddings()
     layers, width = text.num_hidden_layers, text.hidden_size
     # every matrix of the trunk but embeddings: nn.Linear, and GPT-2's Conv1D

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig
-
+from elmwood.lm.pretrained import make_config
 from elmwood.records import Recipe
 from elmwood.train.fit.formulas import Anatomy, anatomy, components
 
@@ -51,6 +50,6 @@ def gpu_table() -> list[tuple[str, list[CardRecipe | None]]]:
     """Each seed, and the recipe for each card."""
     found = []
     for name, config in SEEDS.items():
-        body = anatomy(AutoConfig.for_model(**config))
+        body = anatomy(make_config(config))
         found.append((name, [best(body, memory * 10**9) for memory in MEMORY]))
     return found

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from elmwood.corpus.tokens import Packed
 from elmwood.errors import BadInput, DoesNotFit
 from elmwood.lm.load import add_seed
+from elmwood.lm.pretrained import new_model_of
 from elmwood.records import Mixture, Recipe, Seed
 from elmwood.store import Store
 from elmwood.train import loop, router, together
@@ -60,7 +60,7 @@ def measure(seed: Seed | Mixture | Any, recipe: Recipe, store: Store | None = No
 def random_seed(config: Any, store: Store) -> Seed:
     """A checkpoint of this config with random weights and no tokenizer: enough to train on random tokens."""
     with tempfile.TemporaryDirectory() as folder:
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+        model: Any = new_model_of(config, getattr(config, "dtype", None) or torch.float32)
         model.save_pretrained(folder)
         files = store.put_folder(Path(folder))
     return add_seed(store, files, model.config, model.num_parameters(), name="random", separator=0)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig
 
-from elmwood.errors import BadInput, BadSeed
-from elmwood.lm.files import seed_folder
+from elmwood.errors import BadInput
+from elmwood.lm.files import download, seed_folder
 from elmwood.lm.load import best_device
+from elmwood.lm.pretrained import open_config
 from elmwood.records import Frozen, Recipe, Seed
 from elmwood.store import Store
 from elmwood.train.fit.formulas import BESIDE, Anatomy, anatomy, components, speed, trained_parameters
@@ -74,19 +74,13 @@ def find_machine(device: str | None, memory: int | None) -> Machine:
 
 
 def load_config(seed: Seed | str, store: Store | None = None) -> Any:
-    """The seed's transformers config. Raises BadSeed."""
+    """The config of a seed, of a folder, or of a hub's `id` or `id@revision`. Raises BadSeed."""
     if isinstance(seed, Seed):
-        return _config(seed_folder(seed, store or Store(Path(".elmwood"))))
-    return _config(Path(seed).expanduser() if Path(seed).expanduser().exists() else seed)
-
-
-def _config(folder: Path | str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadSeed(
-            f"{folder}: no config that transformers knows ({error}): give a seed, a folder with a config.json, or a hub id"
-        ) from error
+        return open_config(seed_folder(seed, store or Store(Path(".elmwood"))))
+    if (place := Path(seed).expanduser()).exists():
+        return open_config(place)
+    identifier, _, revision = seed.partition("@")
+    return open_config(download(identifier, revision, files=("config.json",)))
 
 
 def machine_memory(device: str) -> int:
