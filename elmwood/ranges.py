@@ -1,4 +1,4 @@
-"""The numbers that an option may have, written once: in the signature of the function that takes it. A call checks them before it works.
+"""The values that an option may have, written once: in the signature of the function that takes it. A call checks them before it works.
 
 @checked
 def compare(a: str, b: str, *, alpha: ErrorRate = 0.05) -> Contest: ...
@@ -6,8 +6,10 @@ def compare(a: str, b: str, *, alpha: ErrorRate = 0.05) -> Contest: ...
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from functools import cache, wraps
+from pathlib import Path
 from typing import Annotated, NamedTuple, ParamSpec, TypeVar, get_args, get_type_hints
 
 from elmwood.errors import BadInput
@@ -40,13 +42,38 @@ class Between(NamedTuple):
         return f"0, or {words}" if self.zero else words
 
 
+class NewFile(NamedTuple):
+    """A file that can be written; `folder`: a folder that can be made, with those above it."""
+
+    folder: bool = False
+
+    def check(self, name: str, value: Path | str | None) -> None:
+        """Raises BadInput."""
+        if value is None:
+            return
+        path, option = Path(value), name.replace("_", "-")
+        above = next((one for one in path.absolute().parents if os.path.lexists(one)), Path("/")) if self.folder else path.absolute().parent
+        if not above.is_dir():
+            raise BadInput(f"{option} is {path}: {above} is no folder; make it, or name another place")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise BadInput(f"{option} is {path}: nothing can be written in {above}; name another place")
+        if path.exists() and (path.is_dir() != self.folder or not os.access(path, os.W_OK)):
+            raise BadInput(f"{option} is {path}, which is there and cannot be written as a {self}; name another place")
+
+    def __str__(self) -> str:
+        return "folder" if self.folder else "file"
+
+
+Checks = (Between, NewFile)
+
+
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which first compares each argument with the range in its annotation. A call raises BadInput."""
 
     @cache
-    def ranges() -> dict[str, list[Between]]:
+    def ranges() -> dict[str, list[Between | NewFile]]:
         hints = get_type_hints(function, include_extras=True)
-        return {name: [one for one in get_args(hint)[1:] if isinstance(one, Between)] for name, hint in hints.items()}
+        return {name: [one for one in get_args(hint)[1:] if isinstance(one, Checks)] for name, hint in hints.items()}
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -39,7 +39,7 @@ def trust(name: str, what: str = "name") -> Any:
         path = trust_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text("".join(f"{one}\n" for one in sorted({*names, name})))
+        temporary.write_text("".join(f"{one}\n" for one in sorted({*names, name})), encoding="utf-8")
         os.replace(temporary, path)
     return found
 
@@ -60,7 +60,7 @@ def trust_file() -> Path:
 
 
 def _remembered() -> set[str]:
-    return set(trust_file().read_text().split()) if trust_file().exists() else set()
+    return set(trust_file().read_text(encoding="utf-8").split()) if trust_file().exists() else set()
 
 
 def require(module: str, extra: str) -> Any:

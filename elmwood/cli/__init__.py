@@ -5,6 +5,7 @@ the verb is called. What it computes is in `elmwood.study`.
 """
 
 import errno
+import io
 import os
 import sys
 from importlib import import_module
@@ -111,6 +112,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def main() -> None:
     """The entry point: our errors become one line on stderr and a non-zero exit."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow each other down on a busy machine
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="replace")  # a locale without UTF-8: what it cannot show is a question mark
     try:
         app()
     except ElmwoodError as error:

@@ -8,6 +8,7 @@ from typer import Option
 
 from elmwood.cli.options import Output, WorkersOption
 from elmwood.cli.screen import bars, emit, out, table, talk
+from elmwood.ranges import NewFile
 from elmwood.records import Comparison
 from elmwood.store import Store
 from elmwood.study import demo as study
@@ -39,7 +40,7 @@ def demo(
     tokens: Annotated[str | None, Option(help="Training tokens shared by the experts, e.g. 2M.")] = None,
     method: Annotated[str, Option(help="How experts are trained: full or lora.")] = "full",
     learning_rate: Annotated[float | None, Option(help="Peak learning rate of experts and controls.")] = None,
-    report: Annotated[Path, Option(help="Where the report is written.")] = Path("report.html"),
+    report: Annotated[Path, Option(help="Where the report is written."), NewFile()] = Path("report.html"),
     workers: WorkersOption = None,
     output: Output = Output(),
 ) -> None:

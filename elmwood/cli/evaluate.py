@@ -10,6 +10,7 @@ from typer import Argument, Option
 from elmwood.cli.options import DocumentsOption, MixingOption, Output, WindowOption, WorkersOption
 from elmwood.cli.screen import bars, emit, out, talk
 from elmwood.cli.screen import table as print_table
+from elmwood.ranges import NewFile
 from elmwood.records import Comparison
 from elmwood.report.contest import headline, lines
 from elmwood.report.plots import Series, experts_plot, wealth_plot
@@ -61,6 +62,8 @@ def evaluate(
             **text._asdict(),
         )  # fmt: skip
     comparison, fitted = made.record, made.fitted
+    if made.claimed:
+        talk.print(f"scores claimed by another store, not checked here: {', '.join(made.claimed)}", soft_wrap=True)
     if fitted and name:
         talk.print(f"{fitted.digest}  {name}  ({fitted.router}, top-{fitted.top_k}, temperature {fitted.temperature:.3g})")
     if output.as_json:
@@ -140,7 +143,7 @@ def table(
     budget: Annotated[str | None, Option(help="Run at most this many tokens, e.g. 5M; run again to continue.")] = None,
     seconds: Annotated[float | None, Option(help="Run no longer than this.")] = None,
     source: Annotated[Path | None, Option("--from", help="Another store: take over its columns of these models.")] = None,
-    plot: Annotated[Path | None, Option(help="Draw loss against the number of experts into this SVG.")] = None,
+    plot: Annotated[Path | None, Option(help="Draw loss against the number of experts into this SVG."), NewFile()] = None,
     workers: WorkersOption = None,
     output: Output = Output(),
 ) -> None:
@@ -153,7 +156,7 @@ def table(
     if plot:
         test = [one.test for one in made.chosen]
         line = Series("chosen one by one", range(1, len(test) + 1), [one.value for one in test], [one.standard_error for one in test])
-        plot.write_text(experts_plot([line], reference=("seed", made.seed.value)))
+        plot.write_text(experts_plot([line], reference=("seed", made.seed.value)), encoding="utf-8")
     if output.as_json:
         return emit(_table_json(made))
     _print_experts(made)
@@ -185,6 +188,8 @@ def _table_lines(made: forest_table.ForestTable) -> list[str]:
         f"cost      {cost.models_run} models run, {short(cost.tokens)} tokens in {duration(cost.seconds)}",
         f"          {cost.brought} columns brought in; {made.looked} subsets tried for the choice, none run",
     ]
+    if cost.claimed:
+        lines.append(f"claimed   by another store, not checked here: {', '.join(cost.claimed)}")
     if cost.known < 1:
         least, most = (f"{end:.4f}" if end is not None else "an unknown loss" for end in (routed.least, routed.most))
         lines.append(f"missing   {1 - cost.known:.0%} of all entries, replaced by the seed's; whatever they are, the routed loss is")
@@ -228,7 +233,7 @@ def compare(
     alpha: Annotated[float, Option(help="How often 'better' may be wrong.")] = 0.05,
     beta: Annotated[float, Option(help="How often 'not better by the least effect' may be wrong.")] = 0.1,
     samples: Samples = Samples(),
-    plot: Annotated[Path | None, Option(help="Draw wealth over blocks into this SVG file.")] = None,
+    plot: Annotated[Path | None, Option(help="Draw wealth over blocks into this SVG file."), NewFile()] = None,
     output: Output = Output(),
 ) -> None:
     """Is B better than A? Runs both only on as many held-out blocks as it takes to know."""
@@ -239,7 +244,9 @@ def compare(
         )  # fmt: skip
     record, (finding, cost) = found.record, found[1:]
     if plot:
-        plot.write_text(wealth_plot(finding.for_T, finding.against_T, alpha=alpha, beta=beta, names=("better", "not better")))
+        plot.write_text(
+            wealth_plot(finding.for_T, finding.against_T, alpha=alpha, beta=beta, names=("better", "not better")), encoding="utf-8"
+        )
     machine = {"machine": platform.machine(), "precision": PRECISION}
     if output.as_json:
         facts = {"digest": record.digest, "overall": finding.effect * finding.share, **cost._asdict(), **machine}

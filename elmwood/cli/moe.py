@@ -8,6 +8,7 @@ from typer import Argument, Option
 from elmwood.cli.merge import settings_of, values_of
 from elmwood.cli.options import NameOption, Output, RngSeedOption, SettingOption
 from elmwood.cli.screen import bars, emit, made, out, table, talk
+from elmwood.ranges import NewFile
 from elmwood.report.plots import loads_plot
 from elmwood.study import mixing
 from elmwood.study.quality.selection import Tuned
@@ -64,14 +65,14 @@ def _print_scales(tuned: Tuned) -> None:
 def loads(
     mixture: Annotated[str, Argument(help="Name or digest.")],
     documents: Annotated[int, Option(help="Held-out documents of each domain.")] = 32,
-    plot: Annotated[Path | None, Option(help="Draw loads by layer and domain into this SVG file.")] = None,
+    plot: Annotated[Path | None, Option(help="Draw loads by layer and domain into this SVG file."), NewFile()] = None,
     output: Output = Output(),
 ) -> None:
     """Load of each expert of a mixture, by layer and domain, and which experts are dead."""
     with bars() as progress:
         found = mixing.loads(mixture, output.store, documents=documents, progress=progress)
     if plot:
-        plot.write_text(loads_plot(found.share_LDE, found.layers, found.domains, found.experts, mixing.DEAD))
+        plot.write_text(loads_plot(found.share_LDE, found.layers, found.domains, found.experts, mixing.DEAD), encoding="utf-8")
     if output.as_json:
         share = found.share_LDE.round(5).tolist()
         return emit({key: value for key, value in found._asdict().items() if key != "share_LDE"} | {"share": share})

@@ -1,16 +1,19 @@
 """Options that several verbs have, and records of options: a verb takes a record, the command line has an option for each field."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import typer
 from typer import Argument, Option
+from typer.models import OptionInfo
 
+from elmwood.ranges import NewFile
 from elmwood.store import Store
 
+BELOW = "results are named below it: NAME/0, NAME/1, …"  # a mark on an option --name
 CorpusArgument = Annotated[list[str], Argument(help="JSON, CSV, Parquet, Arrow, text, folders of these, datasets:NAME, or 'sample'.")]
 ExpertsArgument = Annotated[list[str], Argument(help="A forest, or experts; NAME/ means all experts with names below it.")]
 StatesArgument = Annotated[list[str], Argument(help="Names, digests, or folders written by export.")]
@@ -19,7 +22,7 @@ EngineOption = Annotated[str, Option(help="Where tasks run: local, or ray.")]
 LayersOption = Annotated[str | None, Option(help="Merge only these layers, e.g. 4-11; everything else stays the seed's.")]
 MixingOption = Annotated[str | None, Option(help="For an ensemble: outputs, or weights (adapters summed for each prompt).")]
 NameOption = Annotated[str | None, Option("--name", help="Name of the result.")]
-PlotOption = Annotated[Path | None, Option(help="Draw the result into this SVG file.")]
+PlotOption = Annotated[Path | None, Option(help="Draw the result into this SVG file."), NewFile()]
 RngSeedOption = Annotated[int, Option(help="Seed of the random number generators.")]
 SettingOption = Annotated[list[str] | None, Option("--set", help="Any other setting of the rule: NAME=VALUE (repeatable).")]
 TensorsOption = Annotated[str, Option(help="Merge only tensors with this in their name.")]
@@ -91,19 +94,33 @@ def command(verb: Callable[..., None]) -> Callable[..., None]:
             default = record._field_defaults.get(field, parameter.empty)
             parameters.append(inspect.Parameter(field, parameter.KEYWORD_ONLY, annotation=hint, default=default))
 
-    named = any(parameter.annotation == NameOption for parameter in parameters)
+    hints = {parameter.name: get_args(parameter.annotation)[1:] for parameter in parameters}
 
     @wraps(verb)
     def call(**given: Any) -> None:
+        for name, value in given.items():
+            check_output(name, value, hints[name], given.get("store"))
         for name, record in records.items():
             given[name] = record(**{field: given.pop(field) for field in record._fields})
-        if named and given["name"]:
-            Store(given["output"].store).check_name(given["name"])  # before any work
         verb(**given)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def flags(option: OptionInfo) -> list[str]:
+    """How an option is written, where it says so itself; typer keeps the first of them as the default."""
+    return [one for one in (option.default, *(option.param_decls or ())) if isinstance(one, str) and one.startswith("-")]
+
+
+def check_output(option: str, value: Any, hints: Sequence[Any], store: Path | None) -> None:
+    """Names and files of results are looked at before any work. Raises BadInput."""
+    for one in hints:
+        if isinstance(one, NewFile):
+            one.check(option, value)
+        elif isinstance(one, OptionInfo) and "--name" in flags(one) and value and store:
+            Store(store).check_name(f"{value}/0" if BELOW in hints else value)
 
 
 def typed_options(context: typer.Context) -> set[str]:

@@ -19,11 +19,15 @@ from elmwood.records import Record
 from elmwood.units import duration, short
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False}  # names come from others: "[/x]" in one is text
-CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")  # all but tab and newline
+# all but tab and newline; and what turns the direction of text, breaks lines or has no width (but joiners, which scripts need)
+CONTROLS = dict.fromkeys(
+    (*range(9), *range(11, 32), *range(127, 160), 0x061C, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF),
+    "\N{REPLACEMENT CHARACTER}",
+)
 
 
 def printable(text: str) -> str:
-    """Without control characters, which could move the cursor or change what a terminal shows."""
+    """Without control characters, which could move the cursor, turn the text or change what a terminal shows."""
     return text.translate(CONTROLS)
 
 
@@ -66,7 +70,7 @@ def bars() -> Iterator[Report]:
 
         def progress(what: str, done: float, total: float, unit: str) -> None:
             if what not in tasks:
-                tasks[what] = display.add_task(what, total=None, unit=unit)
+                tasks[what] = display.add_task(printable(what), total=None, unit=unit)
             display.update(tasks[what], completed=done, total=total or None, unit=unit)  # 0: not known
 
         yield progress
@@ -184,7 +188,8 @@ def made(record: Record, name: str | None, as_json: bool) -> None:
 
 def emit(value: Any) -> None:
     """One JSON value on stdout."""
-    json.dump(value, sys.stdout, ensure_ascii=False, allow_nan=False)
+    utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+    json.dump(value, sys.stdout, ensure_ascii=not utf8, allow_nan=False)
     sys.stdout.write("\n")
 
 

@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from rich.markup import escape
+from rich.text import Text
 from typer import Argument, Option
 
 from elmwood.cli.options import Output
-from elmwood.cli.screen import bars, emit, out, talk
+from elmwood.cli.screen import bars, emit, out, printable, talk
+from elmwood.ranges import NewFile
 from elmwood.records import Partition
 from elmwood.store import Store
 from elmwood.study import exporting, page
@@ -26,9 +27,8 @@ def show(
         emit({"digest": record.digest, "record": record.model_dump(mode="json")})
     else:
         for line in page.show(name, output.store).lines:
-            words = "(above)" if line.again else escape(page.summary(line.record))
-            head = f"{'   ' * line.indent}{line.record.kind} {line.record.digest[:12]} {line.name}"
-            out.print(f"{head}  [dim]{words}[/dim]".rstrip(), soft_wrap=True, markup=True)
+            words = "(above)" if line.again else page.summary(line.record)
+            print_record(f"{'   ' * line.indent}{line.record.kind} {line.record.digest[:12]} {line.name}", words)
 
 
 def verify(output: Output = Output()) -> None:
@@ -48,7 +48,7 @@ def verify(output: Output = Output()) -> None:
 
 def export(
     record: Annotated[str, Argument(help="A seed, an expert, a merge, a state or a partition: name or digest.")],
-    folder: Annotated[Path, Argument(help="A new folder.")],
+    folder: Annotated[Path, Argument(help="A new folder."), NewFile(folder=True)],
     form: Annotated[
         str | None,
         Option("--format", help="transformers, peft, gguf or gguf-adapter; for a partition's text, parquet. Default: as it is."),
@@ -70,7 +70,7 @@ def export(
 
 def report(
     comparison: Annotated[str, Argument(help="A comparison (made by demo or eval) or its forest: name or digest.")],
-    html: Annotated[Path, Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    html: Annotated[Path, Option("--output", "-o", help="The HTML file."), NewFile()] = Path("report.html"),
     output: Output = Output(),
 ) -> None:
     """Write one self-contained HTML page: domain map, curves, routing, results, lineage."""
@@ -90,5 +90,9 @@ def print_names(output: Output) -> None:
     if not lines:
         talk.print(f"{output.store} names nothing yet: begin with `elmwood demo` or `elmwood cluster`")
     for line in lines:
-        words = escape(page.summary(line.record))
-        out.print(f"{line.record.digest[:12]}  {line.record.kind:<10} {line.name}  [dim]{words}[/dim]", soft_wrap=True, markup=True)
+        print_record(f"{line.record.digest[:12]}  {line.record.kind:<10} {line.name}", page.summary(line.record))
+
+
+def print_record(head: str, words: str) -> None:
+    """A line on a record; its words, which may come from others, are text and never markup."""
+    out.print(Text.assemble(printable(head), "  ", (printable(words), "dim")) if words else head.rstrip(), soft_wrap=True)

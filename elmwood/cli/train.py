@@ -8,6 +8,7 @@ from typer import Argument, Option
 
 from elmwood.cli.live_table import live_table
 from elmwood.cli.options import (
+    BELOW,
     CorpusArgument,
     EngineOption,
     ExpertsArgument,
@@ -90,7 +91,7 @@ def train(
     workers: WorkersOption = None,
     engine: EngineOption = "local",
     commands: Annotated[bool, Option("--commands", help="Print the command of each expert instead: the same tasks, for anywhere.")] = False,
-    name: Annotated[str | None, Option("--name", help="Call the experts NAME/0, NAME/1, ...")] = None,
+    name: Annotated[str | None, Option("--name", help="Call the experts NAME/0, NAME/1, ..."), BELOW] = None,
     output: Output = Output(),
 ) -> None:
     """Train one expert per domain from the seed, without communication; or tune a mixture. Interrupted runs resume."""

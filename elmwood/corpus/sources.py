@@ -128,7 +128,7 @@ def _saved(folder: Path) -> set[str] | None:
     try:
         if not (folder / "dataset_info.json").is_file() or (folder / "state.json").stat().st_size > 1 << 24:
             return None
-        named = json.loads((folder / "state.json").read_text())["_data_files"]
+        named = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
         return {str(one["filename"]) for one in named}
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None

@@ -80,6 +80,7 @@ def receive(folder: Path, store: Store) -> Partition:
     step, place = partition, folder
     while True:
         _check_and_store(place, CENTROIDS, step.centroids, store)
+        centroids(step, store)
         store.add(step)
         if step.parent is None:
             return partition

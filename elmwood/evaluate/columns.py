@@ -21,6 +21,7 @@ from elmwood.store.headers import read_header
 
 TOKENS = 8192  # in one batch, padding included
 RUN = 256  # tokens over which rounding errors carry over
+ROUNDING = 1e-3  # nats by which a log-likelihood of float32 sums may be above 0
 LEAST = float(np.finfo(np.float16).min)
 DTYPES = {"F16": np.float16, "F32": np.float32, "U32": np.uint32}  # of what is kept
 
@@ -46,17 +47,30 @@ class WindowScorer(Protocol):
 
 def column(score: Score, holdout: Holdout, store: Store) -> Floats:
     """The log-likelihoods of a Score [N] float16 (float32 in older ones), nats: the blob itself, memory-mapped and read-only. Where a
-    Score has only some windows, a float32 array in memory, NaN elsewhere. Raises Damaged where it is of another holdout."""
+    Score has only some windows, a float32 array in memory, NaN elsewhere. Raises Damaged where it is of another holdout, or no column."""
     parts, known_W = open_tensors(store.get(score.loglik)), np.ones(len(holdout.count_W), bool)
     if "windows" in parts:
         known_W = np.isin(np.arange(len(known_W)), parts["windows"])
-    if score.holdout != holdout.name or len(parts["loglik"]) != holdout.count_W[known_W].sum():
-        raise Damaged(f"score {score.digest[:8]} is of {score.holdout[:16]}…, not of {holdout.name[:16]}…: score the model again")
+    counted = len(parts["loglik"]), len(parts.get("windows", known_W))
+    if (score.holdout, score.protocol) != (holdout.name, holdout.protocol) or counted != (holdout.count_W[known_W].sum(), known_W.sum()):
+        raise Damaged(
+            f"score {score.digest[:8]} has {counted[0]} tokens of {score.holdout[:16]}…, and here are {holdout.count_W[known_W].sum()} of "
+            f"{holdout.name[:16]}…: score the model again"
+        )
+    check_values(parts["loglik"], f"score {score.digest[:8]}")
     if known_W.all():
         return parts["loglik"]
     loglik_N = np.full(int(holdout.count_W.sum()), np.nan, np.float32)
     loglik_N[np.repeat(known_W, holdout.count_W)] = parts["loglik"]
     return loglik_N
+
+
+def check_values(loglik_N: Floats, name: str) -> None:
+    """Log-likelihoods are finite and at most 0, up to rounding. Raises Damaged."""
+    least, most = (float(end(loglik_N, initial=0)) for end in (np.min, np.max))  # NaN stays NaN
+    if not (np.isfinite(least) and most <= ROUNDING):
+        value = most if not most <= ROUNDING else least
+        raise Damaged(f"{name} has a log-likelihood of {value:+.3g}; they are finite and at most 0: score the model again")
 
 
 def open_tensors(path: Path) -> dict[str, NDArray[Any]]:

@@ -45,7 +45,7 @@ class Answers:
 
     def __init__(self, store: Store, model: Digest):
         self.path = store.root / "answers" / f"{model}.jsonl"
-        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        text = self.path.read_text(errors="replace", encoding="utf-8") if self.path.exists() else ""
         self.known = dict(filter(None, map(_answer, text.splitlines())))
         self.lead = "" if text.endswith("\n") or not text else "\n"
         self.asked = 0  # requests computed by this object
@@ -58,7 +58,7 @@ class Answers:
             self.known[key] = value
             self.asked += 1
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(self.lead + json.dumps({"key": key, "answer": value}) + "\n")
             self.lead = ""
         return [self.known[key] for key in keys]

@@ -89,7 +89,7 @@ def save_folder(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> N
     end = model.config.eos_token_id
     special = {} if end is None else {"eos_token": tokenizer.id_to_token(end[0] if isinstance(end, list) else end)}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def check_loads(folder: Path) -> None:

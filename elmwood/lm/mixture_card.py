@@ -1,20 +1,39 @@
-"""The model card of a mixture: lineage, gates, and what all experts share."""
+"""The model card of a mixture: lineage, gates, and what all experts share; and names of others in any card."""
+
+import json
+import re
 
 from elmwood.records import Mixture, Seed
+
+MARKS = re.compile(r"[<>&`|*\[\]\\$]")  # what Markdown or HTML would take for more than text
+SIMPLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .,+()/_-]*")
 
 
 def mixture_card(made: Mixture, seed: Seed) -> str:
     """Markdown with the header that model hubs read."""
-    top = ["---", "library_name: transformers", "tags: [moe, elmwood]", *([f"license: {seed.licence}"] if seed.licence else []), "---"]
+    top = ["---", "library_name: transformers", "tags: [moe, elmwood]", *licence(seed), "---"]
     gates = made.gates
-    lines = [*top, f"# {len(made.experts)} experts of {seed.name} in one mixture", ""]
-    lines += [f"Seed: {seed.name}, {seed.architecture}, `{seed.digest}`. Forest: `{made.forest}`.", ""]
-    lines += [f"Gates: {gates.kind}, scale {gates.scale:g}, top-{gates.top_k}. {_tuned(made)}", ""]
+    lines = [*top, f"# {len(made.experts)} experts of {plain(seed.name)} in one mixture", ""]
+    lines += [f"Seed: {plain(seed.name)}, {plain(seed.architecture)}, `{seed.digest}`. Forest: `{made.forest}`.", ""]
+    lines += [f"Gates: {plain(gates.kind)}, scale {gates.scale:g}, top-{gates.top_k}. {_tuned(made)}", ""]
     lines += ["| number | expert |", "|---|---|"]
     lines += [f"| {e} | `{digest}`{' (the seed itself)' if digest == seed.digest else ''} |" for e, digest in enumerate(made.experts)]
     lines += ["", f"Feed-forward layers are the experts' own{_own(made)}. {_shared(made)}", ""]
     lines += [line for digest in made.removed for line in (_remains(made, digest), "")]
     return "\n".join(lines)
+
+
+def plain(text: str) -> str:
+    """A name as one line of Markdown that is nothing but text. Names may come from others."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return MARKS.sub(lambda mark: f"&#{ord(mark.group())};", " ".join(line.split()))
+
+
+def licence(seed: Seed) -> list[str]:
+    """The line of the header; a licence that is more than an identifier is quoted."""
+    if not seed.licence:
+        return []
+    return [f"license: {seed.licence if SIMPLE.fullmatch(seed.licence) else json.dumps(' '.join(seed.licence.split()))}"]
 
 
 def _own(made: Mixture) -> str:

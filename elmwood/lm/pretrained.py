@@ -84,7 +84,7 @@ def _method(quantisation: Any) -> str:
 
 
 def _write_config(settings: Mapping[str, Any], folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(_clean(settings)))
+    (folder / "config.json").write_text(json.dumps(_clean(settings)), encoding="utf-8")
 
 
 def _clean(value: Any) -> Any:

@@ -262,7 +262,7 @@ class AdapterFile:
             while part := numbers.read(1 << 22):
                 file.write(part)
         os.unlink(self.folder / "numbers")
-        (self.folder / "adapter_config.json").write_text(json.dumps(self._settings(seed), indent=1, sort_keys=True))
+        (self.folder / "adapter_config.json").write_text(json.dumps(self._settings(seed), indent=1, sort_keys=True), encoding="utf-8")
         yield from (self.folder / "adapter_config.json", path)
 
     def _settings(self, seed: Seed) -> dict[str, Any]:

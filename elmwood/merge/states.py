@@ -17,7 +17,7 @@ from elmwood.errors import BadInput, ForeignExpert
 from elmwood.merge.layer_weights import depth_of, plain_weights, weight_of
 from elmwood.merge.rules.base import Rule, Settings
 from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
-from elmwood.merge.statistics import ExpertStatistics, find_statistics
+from elmwood.merge.statistics import ExpertStatistics, check_scales, find_statistics
 from elmwood.merge.sums.blocks import ALL, share_of_tensors, span_of
 from elmwood.merge.sums.stream import Pass, Wanted
 from elmwood.records import Contribution, Expert, Seed, Share, State, Statistics, fingerprint
@@ -84,7 +84,9 @@ def contributions(
 
 def statistics_of(needed: bool, members: Iterable[str], store: Store) -> dict[str, str]:
     """Expert -> its statistics, where they are needed. Raises BadInput where some are absent."""
-    return {digest: find_statistics(digest, store).digest for digest in sorted(members)} if needed else {}
+    found = {digest: find_statistics(digest, store) for digest in sorted(members)} if needed else {}
+    check_scales(found, store)
+    return {expert: one.digest for expert, one in found.items()}
 
 
 @contextmanager

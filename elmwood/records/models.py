@@ -106,9 +106,9 @@ class Statistics(Record):
 
     kind: Literal["statistics"] = "statistics"
     expert: Digest
-    rows: int  # sequences of the expert's training text
-    tokens: int
-    fisher: float  # mean squared gradient over all parameters
+    rows: int = Field(gt=0)  # sequences of the expert's training text
+    tokens: int = Field(gt=0)
+    fisher: float = Field(ge=0)  # mean squared gradient over all parameters
     files: Files  # statistics.safetensors: "gram|<tensor>" [I, I], mean over tokens; "fisher|<tensor>", mean over rows
 
 

@@ -15,7 +15,7 @@ class Score(Record):
     holdout: str  # "holdout-" + fingerprint of its tokens and windows
     protocol: str
     loglik: Blob  # safetensors: "loglik" [N] float16 (float32 in older records), nats; "windows": their numbers, if not all
-    tokens: int
+    tokens: int = Field(ge=0)
     nats: float  # minus the sum of the log-likelihoods
     windows: int | None = None  # number of windows scored; None: all
 
@@ -69,12 +69,12 @@ class Contest(Record):
     effect: float  # bits per byte by which b is better, over the blocks in which they can differ
     low: float
     high: float
-    drawn: int  # number of blocks
-    touched: int  # blocks in which the two can differ
-    blocks: int
+    drawn: int = Field(ge=0)  # number of blocks
+    touched: int = Field(ge=0)  # blocks in which the two can differ
+    blocks: int = Field(gt=0)
     moved: float = 1.0  # share of the ensemble weight that differs, mean over these blocks
-    alpha: float
-    beta: float
+    alpha: float = Field(gt=0, lt=1)
+    beta: float = Field(gt=0, lt=1)
     min_effect: float
     cap: int
     clip: float

@@ -15,6 +15,8 @@ from elmwood.report.domain_map import COLOURS
 from elmwood.report.formats import tick_labels, ticks, with_prefix
 
 TALL = 30  # height of a row in pixels
+SHADES = 8  # of the image of many weights
+LIGHTEST = 1 / 64  # weight of a cell that is drawn there
 LIKELY = 1.96  # standard errors on each side of a mean that cover 95 % of a normal distribution
 
 
@@ -90,6 +92,25 @@ def draw_cell(weight: float, *, digits: bool = True, own: bool = False, label: s
         '<svg class="heat{}{}" width="100%" height="30" role="img" aria-label="{}"><title>{}</title>'
         '<rect width="100%" height="100%" fill-opacity="{}"/><text x="50%" y="19.5">{}</text></svg>'
     ).format(" own" if own else "", " full" if share > 0.55 else "", label, label, share, words)
+
+
+def draw_heat(weight_KC: Sequence[Sequence[float]], about: str) -> Markup:
+    """The routing matrix of many experts as one image: a path for each of SHADES, of the cells that are at least as dark as the lightest.
+    A row of weights sums to one, so the size grows with the rows alone."""
+    cells: list[list[str]] = [[] for _ in range(SHADES)]
+    for row, weight_C in enumerate(weight_KC):
+        for column, weight in enumerate(weight_C):
+            if weight >= LIGHTEST:
+                cells[min(SHADES - 1, int(SHADES * weight))].append(f"M{column} {row}h1v1h-1z")
+    paths = Markup("").join(
+        Markup('<path fill-opacity="{}" d="{}"/>').format(round((level + 1) / SHADES, 3), "".join(some))
+        for level, some in enumerate(cells)
+        if some
+    )
+    return Markup(
+        '<svg class="matrix" width="100%" viewBox="0 0 {} {}" preserveAspectRatio="none" shape-rendering="crispEdges" role="img" '
+        'aria-label="{}">{}</svg>'
+    ).format(max(map(len, weight_KC)), len(weight_KC), about, paths)
 
 
 def draw_losses(found: Sequence[Curve], about: str) -> Markup:

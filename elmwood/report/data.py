@@ -56,5 +56,6 @@ class Report(Frozen):
     routing: tuple[tuple[float, ...], ...] = ()  # mean weight [domain of the document][expert, the seed last]
     growth: tuple[tuple[float, float], ...] = ()  # bits per byte and standard error with 1, 2, ... experts
     contests: tuple[Contest, ...] = ()
+    claims: tuple[Contest, ...] = ()  # contests that another held; nobody checked them
     lineage: tuple[Ancestor, ...] = ()
     facts: dict[str, str] = Field(default_factory=dict)  # versions, machine, time, settings; "row: setting" is a setting of a row

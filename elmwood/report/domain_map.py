@@ -37,6 +37,7 @@ RINGS = sorted(  # positions to try: distance, and offset to the right and down,
 )
 Spot = tuple[float, float]  # in units of the drawing
 Floats = NDArray[np.floating]
+LABELLED = 80  # domains with a label on the map, the largest: there is no room for more
 PLACED = 3000  # documents that t-SNE can place, at most
 FEWEST = 12  # documents; below this there are no neighbourhoods to keep
 
@@ -157,7 +158,7 @@ def place_labels(anchors: Sequence[Spot], sizes: Sequence[tuple[float, float]], 
 def _labels(domains: Sequence[Area], spots: Sequence[Spot], members: dict[int, list[int]], kind: str) -> Markup:
     size, spot_N2 = SIZES[kind], np.array(spots)
     anchors = {domain: _densest(spot_N2[members[domain]]) for domain in members}
-    order = sorted(anchors, key=lambda domain: -len(members[domain]))
+    order = sorted(anchors, key=lambda domain: -len(members[domain]))[:LABELLED]
     texts = [_wording(domains[domain], domain, len(order), kind) for domain in order]
     boxes = place_labels([anchors[domain] for domain in order], [(text_width(text, size) + size, 1.6 * size) for text in texts], spot_N2)
     found = [(domain, text, box) for domain, text, box in zip(order, texts, boxes, strict=True) if box]

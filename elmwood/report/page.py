@@ -27,6 +27,9 @@ CHOSEN = "experts, each trained alone on one domain, and mixed at every word"
 BOUND = "the expert of the document's own domain, which no model can know"
 
 
+TABLED = 40  # domains whose weights are a table; more are an image
+STRAYS = 12  # rows beside that image
+CLAIMS = 20  # contests of others on the page, at most
 SETTING = ": "  # between a row and its setting, in the name of a fact
 
 
@@ -81,9 +84,11 @@ def html(report: Report) -> str:
         panels=_panels(report.curves),
         growth=_growth(report),
         contests=[_duel(one) for one in report.contests],
+        claims=[(headline(one), lines(one)[0][1]) for one in report.claims[:CLAIMS]],
         tree=lineage.draw(lineage.tree(report.lineage)),
         bar=charts.draw_bar,
         heat=charts.draw_cell,
+        routes=_routes(report),
         caption=caption,
         with_prefix=with_prefix,
         spell_time=spell_time,
@@ -104,7 +109,7 @@ def _template() -> Template:
 
 
 def _css() -> str:
-    sheet = files("elmwood.report").joinpath("page.css").read_text()
+    sheet = files("elmwood.report").joinpath("page.css").read_text(encoding="utf-8")
     return f"{style(LIGHT)}@media (prefers-color-scheme:dark){{{style(DARK)}}}{sheet}"
 
 
@@ -182,8 +187,31 @@ def _panels(curves: Sequence[Curve]) -> list[Panel]:
         title = PANELS.get(role, role)
         about = f"{title}: training loss against tokens, " + "; ".join(f"{c.name} ends at {c.points[-1][1]:.3f}" for c in mine)
         key = tuple(zip(charts.line_classes(mine), (curve.name for curve in mine), strict=True))
-        panels.append(Panel(title, charts.draw_losses(mine, about), key if len(mine) > 1 else ()))
+        panels.append(Panel(title, charts.draw_losses(mine, about), key if 1 < len(mine) <= TABLED else ()))
     return panels
+
+
+class Routes(NamedTuple):
+    """The routing of many experts: an image, and the domains whose own expert gets least."""
+
+    svg: Markup
+    own: float  # mean weight of the own expert
+    strays: list[tuple[int, str, float, str]]  # domain from 1, its name, weight of its own expert, what else gets most
+
+
+def _routes(report: Report) -> Routes | None:
+    """None where a table has room for every weight."""
+    if len(report.routing) <= TABLED:
+        return None
+    own = [weights[k] if k < len(weights) else 0.0 for k, weights in enumerate(report.routing)]
+    strays = []
+    for k in sorted(range(len(own)), key=own.__getitem__)[:STRAYS]:
+        others = [(weight, c) for c, weight in enumerate(report.routing[k]) if c != k]
+        most, c = max(others, default=(0.0, k))
+        name = caption(report.domains[k]) if k < len(report.domains) else ""
+        strays.append((k + 1, name, own[k], f"{'the seed' if c >= len(report.domains) else f'expert {c + 1}'} {most:.1%}"))
+    mean = sum(own) / len(own)
+    return Routes(charts.draw_heat(report.routing, f"Weights of {len(own)} experts: {mean:.1%} on the own one"), mean, strays)
 
 
 def _growth(report: Report) -> Markup:

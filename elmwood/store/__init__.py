@@ -316,7 +316,7 @@ class Store:
         """
         work = self.root / "work" / key  # made once it is held: another process may be removing it
         work.parent.mkdir(parents=True, exist_ok=True)
-        with work.with_suffix(".lock").open("w") as lock:
+        with work.with_suffix(".lock").open("w", encoding="utf-8") as lock:
             lock_file(lock, lambda done: progress("waiting for another process at this", done, 1, "tasks"))
             self._sweep()
             try:
@@ -332,14 +332,14 @@ class Store:
         """Append measurements of a task, such as seconds. They depend on the machine, so they are not part of a record."""
         path = self.root / "logs" / f"{key}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(measured) + "\n")
 
     def logged(self, key: str) -> list[dict]:
         """The lines of a task's log, without lines that a crash truncated."""
         path = self.root / "logs" / f"{key}.jsonl"
         found = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             with suppress(ValueError):
                 found.append(json.loads(line))
         return found

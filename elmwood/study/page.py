@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.engine import cores
 from elmwood.errors import BadInput, ElmwoodError
+from elmwood.ranges import NewFile, checked
 from elmwood.records import (
     Comparison,
     Contest,
@@ -36,7 +37,8 @@ from elmwood.report.domain_map import domain_map, project
 from elmwood.report.notebook import grid, image
 from elmwood.report.page import html
 from elmwood.store import AnyStore, Named, Store, lineage
-from elmwood.study.quality.evaluation import conclusion, with_seconds
+from elmwood.store.own import made_here
+from elmwood.study.quality.evaluation import claims_in, conclusion, with_seconds
 from elmwood.study.trial import say_limits
 from elmwood.units import duration, short
 
@@ -46,7 +48,8 @@ SNIPPET = 160  # characters of a document
 LIBRARIES = ("elmwood", "torch", "transformers", "peft", "numpy")
 
 
-def report(comparison: Named, *, output: Path | str = Path("report.html"), store: AnyStore = None) -> Path:
+@checked
+def report(comparison: Named, *, output: Annotated[Path | str, NewFile()] = Path("report.html"), store: AnyStore = None) -> Path:
     """Write the page of a comparison, or of the largest comparison of a forest. Raises BadInput, UnknownName."""
     store = Store(store)
     page = Path(output)
@@ -59,10 +62,11 @@ def find_comparison(given: Named, store: Store) -> Comparison:
     record = store.load(given)
     if not isinstance(record, Forest):
         return store.load(record, Comparison)
-    found = [one for one in _sound(store) if isinstance(one, Comparison) and one.forest == record.digest]
+    found = [one for one in _sound(store) if isinstance(one, Comparison) and one.forest == record.digest and one.rows]
     if not found:
         raise BadInput(f"forest {record.digest[:8]} has not been compared yet: run `elmwood eval {record.digest[:8]}` first")
-    return max(found, key=lambda one: len(one.rows))
+    mine = made_here(store)
+    return max(found, key=lambda one: (one.digest in mine, len(one.rows)))
 
 
 def _sound(store: Store) -> Iterator[Record]:
@@ -76,6 +80,10 @@ def render(comparison: Comparison, store: Store) -> str:
     """The HTML of a comparison of a forest; of single models, the table alone."""
     facts = {"machine": f"{cores()} cores, {platform.machine()}", "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES)}
     facts |= settings_of_rows(comparison.fitted)
+    if comparison.digest not in made_here(store):
+        facts["claimed by another"] = "this comparison was not made in this store, and nothing checked it here"
+    if theirs := claims_in(comparison, store):
+        facts["scores claimed by another"] = f"{', '.join(theirs)}: not checked here"
     if comparison.forest is None:
         return html(Report(title="Models compared", rows=comparison.rows, facts=facts))
     forest = store.load(comparison.forest, Forest)
@@ -83,6 +91,7 @@ def render(comparison: Comparison, store: Store) -> str:
     seed = store.load(forest.seed, Seed)
     corpus = store.load(partition.corpus, Corpus)
     areas, places = _map(partition, store)
+    found = _contests(forest, store)
     facts["corpus"] = f"{corpus.documents} documents, {short(corpus.bytes)}B, {corpus.holdout_share:.0%} held out"
     facts["seed"] = summary(seed)
     facts["holdout"] = comparison.holdout[:24]
@@ -101,7 +110,8 @@ def render(comparison: Comparison, store: Store) -> str:
             chosen=comparison.chosen,
             routing=comparison.routing,
             growth=comparison.growth,
-            contests=_contests(forest, store),
+            contests=found.mine,
+            claims=found.others,
             lineage=_lineage(forest, store),
             facts=facts,
         )
@@ -171,16 +181,25 @@ def _curves(seed: Seed, forest: Forest, comparison: Comparison, store: Store) ->
     )
 
 
-def _contests(forest: Forest, store: Store) -> tuple[Contest, ...]:
+class Contests(NamedTuple):
+    """Contests by who held them."""
+
+    mine: tuple[Contest, ...]
+    others: tuple[Contest, ...]  # claims
+
+
+def _contests(forest: Forest, store: Store) -> Contests:
     """Comparisons of this forest, its ensembles and its experts with other models."""
-    mine = {forest.digest, *forest.experts}
+    models = {forest.digest, *forest.experts}
     found = []
     for record in _sound(store):
         if isinstance(record, Ensemble) and record.forest == forest.digest:
-            mine.add(record.digest)
+            models.add(record.digest)
         elif isinstance(record, Contest):
             found.append(record)
-    return tuple(one for one in found if {one.a, one.b} & mine)
+    here = made_here(store)
+    about = [one for one in found if {one.a, one.b} & models]
+    return Contests(tuple(one for one in about if one.digest in here), tuple(one for one in about if one.digest not in here))
 
 
 def _lineage(record: Record, store: Store) -> tuple[Ancestor, ...]:

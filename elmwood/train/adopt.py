@@ -64,7 +64,7 @@ def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest |
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
-        (made / CONFIG).write_text(json.dumps(_in_order(settings | plain), indent=1))
+        (made / CONFIG).write_text(json.dumps(_in_order(settings | plain), indent=1), encoding="utf-8")
         if beside:
             kept = {name: value for name, value in load_file(place / WEIGHTS).items() if name not in beside}
             save_file(kept, made / WEIGHTS, {"format": "pt"})

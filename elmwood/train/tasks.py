@@ -116,9 +116,9 @@ def store_trained(model: Any, words: Tokenizer, recipe: Recipe, store: Store) ->
         else:
             model.save_pretrained(folder, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-            settings = json.loads((folder / "adapter_config.json").read_text())
+            settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             settings["target_modules"].sort()  # a set in PEFT, whose order changes from process to process
-            (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True))
+            (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
         return store.put_folder(folder)
 
 

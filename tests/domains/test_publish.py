@@ -1,17 +1,20 @@
 """A partition without its text: published, received, used, and verified."""
 
+import hashlib
 import shutil
 from collections import Counter
 
 import numpy as np
 import pyarrow.dataset
 import pytest
+import safetensors.numpy
 from topics import TOPICS, build_corpus, export_partition, some_texts
 
 from elmwood.corpus.read import Document
 from elmwood.domains.partition import add, assign, heirs, split
 from elmwood.domains.publish import FAR, quantiles, receive, survey, text_files
-from elmwood.errors import BadInput, Damaged
+from elmwood.errors import BadInput, BadRecord, Damaged
+from elmwood.records import canonical
 from elmwood.store import Store, lineage
 from elmwood.store.verify import verify
 
@@ -89,3 +92,16 @@ def test_a_received_partition_is_whole_without_its_text_and_its_own_store_is_not
     lost.path(first.centroids).unlink()
     theirs.path(first.centroids).unlink()
     assert any(not damage.elsewhere and "missing" in damage.problem for damage in verify(theirs))
+
+
+@pytest.mark.parametrize("wrong", ["nan", "shape"])
+def test_centroids_that_are_not_finite_or_too_few_are_refused(made, tmp_path, wrong):
+    store, _, first = made
+    folder = export_partition(first, store, tmp_path / "out")
+    tensors = safetensors.numpy.load_file(folder / "centroids.safetensors")
+    tensors["centroids"] = np.full_like(tensors["centroids"], np.nan) if wrong == "nan" else tensors["centroids"][:-1]
+    data = safetensors.numpy.save(tensors)
+    (folder / "centroids.safetensors").write_bytes(data)
+    (folder / "elmwood.json").write_bytes(canonical(first.model_copy(update={"centroids": f"sha256:{hashlib.sha256(data).hexdigest()}"})))
+    with pytest.raises(BadRecord, match="do not fit"):
+        receive(folder, Store(tmp_path / "theirs"))

@@ -1,5 +1,6 @@
 """Evaluate: the holdout, columns scored once, and the arithmetic of the table."""
 
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -18,7 +19,7 @@ from elmwood.evaluate.columns import RUN, column, encode, open_tensors, round_to
 from elmwood.evaluate.holdout import AUDITED, GATE, TUNE, HoldoutSpec, blocks, halve, open_holdout
 from elmwood.evaluate.losses import bits_per_byte, block_nats, mix, nats
 from elmwood.evaluate.losses import difference as paired_difference
-from elmwood.evaluate.partial import Partial, bring, task_names
+from elmwood.evaluate.partial import Partial, bring, claimed, task_names
 from elmwood.evaluate.partial import score as score_model
 from elmwood.lm.files import tokenizer
 from elmwood.records import Ensemble, Score, fingerprint
@@ -136,8 +137,8 @@ def test_ensembles_scored_by_the_window_are_scored_again(grown, held):
     """Under the rules of an older elmwood; experts and seeds keep their Scores."""
     _, _, seed, _ = grown
     ensemble = Ensemble(forest="0" * 64)
-    assert task_names(seed, held) == [fingerprint(kind, seed.digest, held.name) for kind in ("score", "partial")]
-    assert task_names(ensemble, held)[0] != fingerprint("score", ensemble.digest, held.name)
+    assert task_names(seed, held.name) == [fingerprint(kind, seed.digest, held.name) for kind in ("score", "partial")]
+    assert task_names(ensemble, held.name)[0] != fingerprint("score", ensemble.digest, held.name)
 
 
 def test_a_complete_column_is_a_read_only_memory_map_of_its_blob(grown, held, columns):
@@ -222,6 +223,46 @@ def test_a_column_from_elsewhere_is_looked_at(grown, held, tmp_path):
     source.finish(fingerprint("score", seed.digest, held.name), false)
     with pytest.raises(Damaged, match="here instead"):
         bring([seed], held, source, Store(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("claim", ["positive", "nan", "infinite", "short", "tokens", "nats", "protocol", "twice"])
+def test_a_column_that_could_not_be_true_is_refused_with_rule_value_and_cure(claim, grown, held, columns, tmp_path):
+    _, _, seed, _ = grown
+    source, mine = Store(tmp_path / "source"), Store(tmp_path / "mine")
+    loglik_N, fields = np.array(columns[0], np.float32), {}
+    if claim in ("positive", "nan", "infinite"):
+        loglik_N[7] = {"positive": 5.0, "nan": np.nan, "infinite": -np.inf}[claim]
+    parts = {"loglik": loglik_N[:-1] if claim == "short" else loglik_N}
+    if claim == "twice":  # the first window, claimed twice
+        parts = {"loglik": loglik_N[: held.count_W[0]], "windows": np.array([0, 0], np.uint32)}
+        fields["windows"] = 2
+    fields["tokens"] = len(parts["loglik"]) + (claim == "tokens")
+    fields["nats"] = -float(np.nan_to_num(parts["loglik"], neginf=0).sum()) + 100 * (claim == "nats")
+    protocol = "windows-v0" if claim == "protocol" else held.protocol
+    blob = source.put(safetensors.numpy.save(parts))
+    source.finish(task_names(seed, held.name)[0], Score(model=seed.digest, holdout=held.name, protocol=protocol, loglik=blob, **fields))
+    with pytest.raises(Damaged, match=r"finite and at most 0|here are|here instead|score the model again") as refused:
+        bring([seed], held, source, mine)
+    if claim == "positive":
+        assert "+5" in str(refused.value)
+    assert not mine.has(blob)
+
+
+def test_what_another_scored_is_a_claim_and_a_bad_one_is_scored_again(grown, held, tmp_path):
+    store, _, seed, _ = grown
+    mine = Store(tmp_path)
+    shutil.copytree(store.root / "blobs", mine.root / "blobs", symlinks=True)
+    mine.add(seed)
+    assert bring([seed], held, store, mine) == 1
+    assert claimed([seed.digest], held.name, mine) == [seed.digest]
+    assert claimed([seed.digest], held.name, store) == []
+    bad = np.full(int(held.count_W.sum()), 5, np.float32)
+    record = Score(model=seed.digest, holdout=held.name, protocol=held.protocol, loglik=mine.put(safetensors.numpy.save({"loglik": bad})),
+                   tokens=len(bad), nats=-float(bad.sum()))  # fmt: skip
+    mine.finish(task_names(seed, held.name)[0], record)
+    again = score_model(seed, lambda: open_model(seed, mine, "cpu"), held, mine)
+    assert again.nats > 0
+    assert claimed([seed.digest], held.name, mine) == []
 
 
 # ---- table

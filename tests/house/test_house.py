@@ -138,3 +138,21 @@ def test_a_room_that_shares_its_name_with_a_verb_is_imported_by_its_modules():
             if isinstance(node, ast.ImportFrom) and node.module == "elmwood":
                 found = {alias.name for alias in node.names} & set(elmwood.PLACES) & set(FLOORS)
                 assert not found, f"{path}: write `from elmwood.evaluate.comparison import Side`, not `from elmwood import {min(found)}`"
+
+
+def test_text_files_have_their_encoding_named():
+    """Else a locale without UTF-8 decides what is written."""
+    for path in HOUSE.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and _opens_text(call):
+                assert any(word.arg == "encoding" for word in call.keywords), f"{path}:{call.lineno} names no encoding"
+
+
+def _opens_text(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name not in ("open", "fdopen"):
+        return name in ("read_text", "write_text")
+    place = 0 if name == "open" and isinstance(call.func, ast.Attribute) else 1  # of the mode: path.open("r"), open(path, "r")
+    modes = [word.value for word in call.keywords if word.arg == "mode"] or call.args[place : place + 1]
+    text = [one.value for one in modes if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+    return isinstance(call.func, ast.Name) if not modes else bool(text) and set(text[0]) <= set("rwaxt+")

@@ -1,7 +1,10 @@
 """Statistics that experts leave, and the rules and estimates that use them."""
 
 import json
+import shutil
+import tempfile
 from importlib import import_module
+from pathlib import Path
 
 import hypothesis.extra.numpy
 import hypothesis.strategies as st
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import WORDS, full_expert, lora_expert, tiny_seed
 
 from elmwood.corpus.build import build
@@ -21,9 +24,11 @@ from elmwood.lm.load import load_model
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.estimate import by_coordinates, estimates
 from elmwood.merge.layer_weights import everywhere
+from elmwood.merge.states import statistics_of
 from elmwood.merge.statistics import open_statistics
 from elmwood.records import Domain, Embedder, Merged, Partition, Recipe, Statistics
 from elmwood.store import Store
+from elmwood.store.headers import read_header
 from elmwood.study.merging import merge as merge_verb
 from elmwood.study.quality.selection import by_columns, tune
 from elmwood.train.data import batches
@@ -239,3 +244,48 @@ def _partition(corpus):
     domain = Domain(name="all", train=corpus.train, holdout=corpus.holdout)
     nothing = "sha256:" + "0" * 64
     return Partition(corpus=corpus.digest, embedder=Embedder(name="none", dimension=1, files={}), centroids=nothing, domains=(domain,))
+
+
+def _claim(record, store, change, **fields):
+    """The same statistics as another might send them: changed tensors, other fields."""
+    tensors = {name: change(name, value.clone()) for name, value in load_file(store.get(record.files["statistics.safetensors"])).items()}
+    same = read_header(store.get(record.files["statistics.safetensors"])).metadata
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, path := Path(folder) / "statistics.safetensors", dict(same))
+        made = record.model_copy(update={"files": {path.name: store.put(path)}, **fields})
+    store.add(made)
+    return made
+
+
+def _broken(kind, value):
+    def change(name, tensor):
+        if name.startswith(kind):
+            tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "words"),
+    [
+        (lambda name, value: value, {"tokens": 10**15}, "tokens, and"),
+        (_broken("fisher", float("nan")), {}, "not finite"),
+        (_broken("gram", -1.0), {}, "at least 0 on its diagonal"),
+        (lambda name, value: value * 1e6 if name.startswith("fisher") else value, {}, "on average"),
+        (lambda name, value: torch.zeros_like(value) if name.startswith("fisher") else value, {}, "on average"),
+        (lambda name, value: value * 1e6 if name.startswith("gram") else value, {}, "as large as the experts' median"),
+    ],
+)
+def test_statistics_of_others_are_bounded_and_never_put_before_own_ones(grown, tmp_path, change, fields, words):
+    store, _, _, (expert, other) = grown
+    own = open_statistics(expert.digest, store).record
+    theirs = Store(shutil.copytree(store.root, tmp_path / "theirs", symlinks=True))
+    claim = _claim(own, theirs, change, **{"tokens": own.rows * expert.recipe.length, **fields, "rows": own.rows})
+    assert open_statistics(expert.digest, theirs).record.digest == own.digest  # whatever another claims
+    stranger = Store(tmp_path / "stranger")  # has the same, and made none of it
+    shutil.copytree(theirs.root / "blobs", stranger.root / "blobs", symlinks=True)
+    for digest in (expert.digest, other.digest, claim.digest, open_statistics(other.digest, store).record.digest):
+        stranger.add(theirs.load(digest))
+    with pytest.raises(BadInput, match=words):
+        statistics_of(True, [expert.digest, other.digest], stranger)

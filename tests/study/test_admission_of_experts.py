@@ -23,6 +23,7 @@ from elmwood.lm.adapters.peft_config import scale
 from elmwood.records import Ensemble, Expert, Forest, Ledger, Recipe, Seed, Verdict
 from elmwood.store import Store
 from elmwood.study.quality.admission import accept, ledger_of
+from elmwood.study.quality.evaluation import evaluate
 from elmwood.train.tasks import train
 from elmwood.weights.similarity import products
 
@@ -184,19 +185,22 @@ def test_a_submission_that_was_cut_short_is_taken_up_again(grown, monkeypatch):
     assert ended.accepted is False
 
 
-def test_a_trial_that_is_cut_short_again_and_again_ends_in_the_same_verdict(grown, tmp_path):
+def test_a_trial_that_is_cut_short_or_knows_much_ends_in_the_same_verdict(grown, tmp_path):
+    """One digest: run at once, stopped again and again, after columns of all models were scored, and scored while it was stopped."""
     store, seed, experts = grown
     noise = lora_expert(seed, store, rng_seed=17, partition=experts[2].partition, domain=2)
     honest = experts[2].model_copy(update={"contributor": "somebody"})  # a record that nobody has scored
-    copies = [Store(shutil.copytree(store.root, tmp_path / name, symlinks=True)) for name in ("whole", "cut")]
+    copies = [Store(shutil.copytree(store.root, tmp_path / name, symlinks=True)) for name in ("whole", "cut", "known")]
     cuts = []
     for expert in (noise, honest):
+        for copy in copies:
+            copy.add(expert)
         whole = accept(expert, "two", length=48, cap=40, store=copies[0])
         stops = 0
-        while True:
+        for last in (0, 2, 5, None):
             scored = itertools.count()
 
-            def stop(what, done, total, unit, scored=scored, last=stops):
+            def stop(what, done, total, unit, scored=scored, last=last):
                 if what == "score" and done == total and next(scored) == last:
                     raise KeyboardInterrupt
 
@@ -205,12 +209,16 @@ def test_a_trial_that_is_cut_short_again_and_again_ends_in_the_same_verdict(grow
                 break
             except KeyboardInterrupt:
                 stops += 1
+            if stops == 1:
+                evaluate([seed.digest, "expert/0"], copies[1], length=48)
         cuts.append(stops)
-        assert cut.record == whole.record
-        assert cut.cost.blocks == whole.cost.blocks
+        evaluate([seed.digest, expert.digest, "two", "expert/0", "expert/1"], copies[2], length=48)
+        known = accept(expert, "two", length=48, cap=40, store=copies[2])
+        assert cut.record.digest == whole.record.digest == known.record.digest
+        assert cut.cost.blocks == whole.cost.blocks == known.cost.blocks
     assert min(cuts) > 0
     assert sum(cuts) > 2
-    assert ledger_of(copies[0]) == ledger_of(copies[1])
+    assert ledger_of(copies[0]) == ledger_of(copies[1]) == ledger_of(copies[2])  # the budget is spent once
 
 
 def test_two_at_once_spend_one_submission_and_give_one_verdict(grown):

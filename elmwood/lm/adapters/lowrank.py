@@ -75,7 +75,7 @@ def _chosen(number_TK: Tensor, weight_TK: Tensor) -> Iterator[tuple[int, Tensor,
 
 def add_gated_experts(model: Any, folder: Path) -> Any:
     """Add the experts and gates in `folder` to a seed, in place. Raises BadSeed."""
-    settings = json.loads((folder / FILE).read_text())
+    settings = json.loads((folder / FILE).read_text(encoding="utf-8"))
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("mixture-*.safetensors")):
         read_header(path)

@@ -61,10 +61,10 @@ def export(
             )  # fmt: skip
     if (folder / "README.md").exists() and isinstance(record, Mixture):  # its own card was written before its files were
         rows = [f"| {name} | `{digest}` |" for name, digest in _digests(folder).items() if name != "README.md"]
-        with (folder / "README.md").open("a") as file:
+        with (folder / "README.md").open("a", encoding="utf-8") as file:
             file.write("\n".join(["", "```python", RUN[form], "```", "", "| file | digest |", "|---|---|", *rows, ""]))
     if not (folder / "README.md").exists():  # what was combined has its own
-        (folder / "README.md").write_text(model_card(record, seed, form, _domain(record, store), _digests(folder), notes))
+        (folder / "README.md").write_text(model_card(record, seed, form, _domain(record, store), _digests(folder), notes), encoding="utf-8")
 
 
 def check_form(record: Model, form: str | None, dtype: str | None) -> str:

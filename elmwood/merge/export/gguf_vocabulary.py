@@ -185,7 +185,7 @@ def _special(writer: GGUFWriter, folder: Path, config: Any, unknown: str | None,
     writer.add_add_bos_token(bos is not None and (begins or bool(before)))
     writer.add_add_eos_token(bool(after))
     if (template := folder / "chat_template.jinja").exists():
-        writer.add_chat_template(template.read_text())
+        writer.add_chat_template(template.read_text(encoding="utf-8"))
     elif isinstance(said.get("chat_template"), str):
         writer.add_chat_template(said["chat_template"])
 

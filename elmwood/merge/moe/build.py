@@ -186,7 +186,7 @@ def write(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: Prog
         raise BadInput("a mixture takes two experts or more (the seed's own may be one): name others, or keep the seed's")
     shards = Shards([(cell.name, cell.dtype, cell.shape) for cell in plan], folder, alone=sum(cell.gate for cell in plan))
     said = mixed_config(parts.config, len(parts.order), mixing.gates.top_k)
-    (folder / "config.json").write_text(json.dumps(said, indent=1, sort_keys=True))
+    (folder / "config.json").write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")
     by_digest = {one.digest: one for one in parts.sources}
     files = Files()
     for cell in plan:
@@ -225,7 +225,7 @@ def write_low(parts: Parts, rows: Rows, mixing: Mixing, folder: Path, progress: 
         shards.put_numbers(name, value)
     found = merge_shared(parts, mixing, shards, files, progress)
     files.close()
-    (folder / LOW).write_text(json.dumps({"experts": len(parts.order), "top_k": mixing.gates.top_k}, indent=1))
+    (folder / LOW).write_text(json.dumps({"experts": len(parts.order), "top_k": mixing.gates.top_k}, indent=1), encoding="utf-8")
     return found, shards.close()
 
 

@@ -39,7 +39,7 @@ def densify(made: Mixture, store: Store, folder: Path, progress: Progress = sile
     files.close()
     shards.close()
     said = mixed_config(config, len(made.experts), made.gates.top_k)
-    (folder / "config.json").write_text(json.dumps(said, indent=1, sort_keys=True))
+    (folder / "config.json").write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def _factors(cell: Cell, low: Mapping[str, StoredTensor], files: Files) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:

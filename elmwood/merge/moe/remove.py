@@ -99,4 +99,6 @@ def _settings(mixture: Mixture, source: Path, folder: Path) -> None:
     name = LOW if mixture.layout == "low-rank" else "config.json"
     said: Mapping[str, object] = json.loads((source / name).read_bytes())
     word = "experts" if mixture.layout == "low-rank" else next(one for one in ("num_local_experts", "num_experts") if one in said)
-    (folder / name).write_text(json.dumps({**said, word: len(mixture.experts) - 1}, indent=1, sort_keys=mixture.layout == "checkpoint"))
+    (folder / name).write_text(
+        json.dumps({**said, word: len(mixture.experts) - 1}, indent=1, sort_keys=mixture.layout == "checkpoint"), encoding="utf-8"
+    )

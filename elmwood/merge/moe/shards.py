@@ -82,5 +82,5 @@ class Shards:
             os.close(handle)
         sizes = [place.numbers * place.width for place in self.places.values()]
         said = {"metadata": {"total_size": sum(sizes)}, "weight_map": {name: place.path.name for name, place in self.places.items()}}
-        self.index.write_text(json.dumps(said, indent=1, sort_keys=True))
+        self.index.write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")
         return {path.name: sha.hexdigest() if end == sizes_of[path] else None for path, (end, sha) in self.hashed.items()}

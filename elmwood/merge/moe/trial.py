@@ -58,12 +58,12 @@ def _difference(small: Mapping[str, Any], write: Write) -> float:
         torch.manual_seed(0)
         dense, mixed = Path(scratch) / "dense", Path(scratch) / "mixed"
         dense.mkdir()
-        (dense / "config.json").write_text(json.dumps(small))
+        (dense / "config.json").write_text(json.dumps(small), encoding="utf-8")
         seed = new_model_of(make_config(small)).eval()
         for weight in seed.parameters():
             weight.mul_(4.0) if weight.dim() > 1 else weight.add_(torch.randn_like(weight) / 4)  # louder: fresh models say nearly nothing
         seed.save_pretrained(dense)
-        (dense / "config.json").write_text(json.dumps(small))  # as silent as the seed's own
+        (dense / "config.json").write_text(json.dumps(small), encoding="utf-8")  # as silent as the seed's own
         tokens_1T = torch.randint(small["vocab_size"], (1, TOKENS))
         wanted = seed(tokens_1T).logits.log_softmax(-1)
         found = []

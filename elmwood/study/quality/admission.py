@@ -3,12 +3,12 @@
 What the weights alone refuse draws no block and spends nothing of the error budget. G blocks of a split, K domains
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
 
 from elmwood.domains.partition import serving
@@ -97,9 +97,12 @@ def accept(
 
     `cap`: most blocks of 2 KiB for each question. `clip`: most bits per byte that a block counts where no bound is certain. `name`: of the
     forest with the expert in it, where it is accepted. `on_submission` gets the commitment before anything is drawn. An interrupted call
-    is resumed by the next one, to the same verdict. Raises BadInput, ForeignExpert.
+    is resumed by the next one, to the same verdict. Models are run anew on the blocks drawn, whatever was scored before, so the verdict
+    does not depend on it. Raises BadInput, ForeignExpert.
     """
     store, policy = Store(store), Policy()
+    if name:
+        store.check_name(name)
     candidate = open_candidate(store.load(expert, Expert), as_model(store.load(forest), store), store)
     joined = store.load(candidate.joined.forest, Forest)
     evidence, submission = Evidence(expert=candidate.expert.digest, finite=is_finite(candidate.expert, store)), None
@@ -115,7 +118,7 @@ def accept(
                 return _finish_naming(Admission(known, joined, None, None, cost), name, store)
             submission = submit(candidate.expert, columns.held, store)
             on_submission(submission)
-            begin_from(columns, candidate, submission, store)
+            columns.begin_alone(_folder(candidate, submission, store))
             measured, cost = Trial(candidate, columns, submission, policy, cap, clip, progress).gather()
             evidence = evidence.model_copy(update=measured | {"level": submission.level})
         verdict = judge_evidence(evidence, policy).model_copy(update={"forest": joined.digest, "holdout": holdout})
@@ -211,26 +214,16 @@ def decided_meanwhile(before: Ledger, candidate: Candidate, holdout: str, store:
     return None
 
 
-def begin_from(columns: Columns, candidate: Candidate, submission: Submission, store: Store) -> None:
-    """Let only what was scored before the submission count as known. So a resumed trial draws the same blocks to the same verdict."""
-    path = _known_at_begin(candidate, submission, store)
-    if not path.exists():
-        known = {digest: columns[digest].known_W for digest in set(candidate.models)}
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_bytes(safetensors.numpy.save(known))
-        unfinished.replace(path)
-    columns.seen = {digest: np.array(known_W) for digest, known_W in safetensors.numpy.load_file(path).items()}
-
-
 def close(submission: Submission, verdict: Verdict, candidate: Candidate, store: Store) -> None:
     """Enter the verdict, and publish the key."""
     facts = {"key": f"key={submission.key.hex()}", "verdict": verdict.digest}
     store.name(LEDGER, store.add(finish(ledger_of(store), submission.number, verdict.accepted, **facts)))
-    _known_at_begin(candidate, submission, store).unlink(missing_ok=True)
+    shutil.rmtree(_folder(candidate, submission, store), ignore_errors=True)
 
 
-def _known_at_begin(candidate: Candidate, submission: Submission, store: Store) -> Path:
-    return store.work(LEDGER) / f"{submission.number}-{candidate.joined.digest[:16]}.safetensors"
+def _folder(candidate: Candidate, submission: Submission, store: Store) -> Path:
+    """Of the scores of an unfinished trial."""
+    return store.work(LEDGER) / f"{submission.number}-{candidate.joined.digest[:16]}"
 
 
 # ---- held-out text --------------------------------------------------------------------------------------------------

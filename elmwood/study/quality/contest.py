@@ -31,6 +31,7 @@ from elmwood.evaluate.sequential.error_budget import random_order
 from elmwood.ranges import Between, Count, Documents, ErrorRate, Window, checked
 from elmwood.records import Contest, Digest, Ensemble, Expert, Forest, Partition, Record, fingerprint
 from elmwood.store import AnyStore, Named, Store
+from elmwood.store.own import keep_own
 from elmwood.study.ancestry import as_model, common_seed, name_of, partition_of
 from elmwood.study.quality.scoring import Columns, ensure, holdout_spec
 
@@ -95,7 +96,7 @@ def hold_contest(
     pair = pair_models(a, b, columns, progress)
     finding, cost = judge(pair, columns, rule, clip, key.encode(), progress)
     made = record_of(finding, rule, a=a.digest, b=b.digest, names=names, holdout=held.name, protocol=held.protocol, clip=clip, order=key)
-    store.add(made)
+    keep_own(made, store)
     return ContestResult(made, finding, cost)
 
 

@@ -21,9 +21,11 @@ from elmwood.evaluate import harness
 from elmwood.evaluate.comparison import Compared, Side, compare
 from elmwood.evaluate.holdout import Holdout, distances
 from elmwood.evaluate.losses import row
+from elmwood.evaluate.partial import claimed
 from elmwood.ranges import Between, Documents, Window, checked
 from elmwood.records import Comparison, Digest, Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import AnyStore, Named, Store
+from elmwood.store.own import keep_own
 from elmwood.study.ancestry import common_seed, name_of, open_model, partition_of, seed_of, with_mixing
 from elmwood.study.quality.scoring import Columns, ensure, holdout_spec
 from elmwood.study.tasks import default_workers, label
@@ -40,6 +42,7 @@ class Evaluation(NamedTuple):
     record: Comparison
     domains: tuple[str, ...]
     fitted: Ensemble | None = None
+    claimed: tuple[str, ...] = ()  # models whose scores are claims of another store, not checked here
 
     @property
     def ensemble(self) -> Ensemble:
@@ -64,6 +67,8 @@ def evaluate(
     fitted ensemble of a forest, or of the only ensemble with another mixing. Raises BadInput, UnknownName.
     """
     home = Store(store)
+    if name:
+        home.check_name(name)
     named = home.expand(models)
     opened = [home.load(model) for model in named]
     if not opened:
@@ -84,7 +89,17 @@ def evaluate(
     kept = ensemble or (opened[0] if mixing and len(opened) == 1 else None)
     if name and kept:
         home.name(name, kept.digest)
-    return Evaluation(comparison, tuple(domain.name for domain in division.domains), ensemble)
+    return Evaluation(
+        comparison, tuple(domain.name for domain in division.domains), ensemble, claims_in(comparison, home)
+    )  # fmt: skip
+
+
+def claims_in(comparison: Comparison, store: Store) -> tuple[str, ...]:
+    """Beginnings of the digests of the models in a comparison whose scores are claims of another store."""
+    forest = [store.load(comparison.forest, Forest)] if comparison.forest else []
+    models = [digest for one in forest for digest in (one.seed, *one.experts)]
+    known = [digest for digest in (*models, *comparison.controls) if store.has(digest)]
+    return tuple(digest[:8] for digest in claimed(known, comparison.holdout, store))
 
 
 def _evaluate_forest(
@@ -126,7 +141,7 @@ def _side_by_side(
         for title, digest in named
     )
     comparison = Comparison(forest=None, controls=tuple(model.digest for model in models), holdout=ensured.holdout.name, rows=rows)
-    columns.store.add(comparison)
+    keep_own(comparison, columns.store)
     return comparison
 
 
@@ -149,8 +164,9 @@ def keep_comparison(
         forest=forest.digest, controls=controls, holdout=held.name, rows=rows, routing=compared.routing,
         fitted=compared.fitted, chosen=compared.chosen, growth=compared.growth,
     )  # fmt: skip
-    for record in (forest, ensemble, comparison):
+    for record in (forest, ensemble):
         store.add(record)
+    keep_own(comparison, store)
     for one in compared.rows:
         if one.machine_seconds is not None:
             store.log(comparison.digest, row=one.name, **one.model_dump(include=set(SECONDS)))

@@ -17,7 +17,7 @@ from elmwood.errors import BadInput
 from elmwood.evaluate.calibration import calibrate
 from elmwood.evaluate.holdout import Holdout, distances
 from elmwood.evaluate.losses import Estimate, bits_per_byte, mix
-from elmwood.evaluate.partial import bring
+from elmwood.evaluate.partial import bring, claimed
 from elmwood.evaluate.sequential.decision import best, worst
 from elmwood.evaluate.subsets import greedy, member_weights, optimum, values, would_help
 from elmwood.ranges import Between, Count, Documents, Window, checked
@@ -90,6 +90,7 @@ class TableCost(NamedTuple):
     missing: int  # tokens that the budget did not reach
     known: float  # share of all entries
     brought: int  # columns taken over from another store
+    claimed: tuple[str, ...] = ()  # models whose columns are claims of another store, not checked here
 
 
 class ForestTable(NamedTuple):
@@ -158,7 +159,9 @@ def table(
     )  # fmt: skip
     fixed = Routing.of(named) if named.digest == home.resolve(forest) else None
     pool = open_pool(found, seed, experts, dist2_NE, fixed, top_k)
-    cost = TableCost(found.run, found.tokens, round(found.seconds, 1), found.missing, found.known, brought)
+    theirs = set(claimed([digest for _, digest in models], columns.held.name, home))
+    names = tuple(name for name, digest in models if digest in theirs)
+    cost = TableCost(found.run, found.tokens, round(found.seconds, 1), found.missing, found.known, brought, names)
     return _tabulate(pool, grown, experts, new, division, found, choose, cost)
 
 

@@ -52,7 +52,6 @@ class Columns:
     caller that asks again and again.
 
     `seen`: the windows whose scores count as known, by model; others count as unknown until they are revealed. None: all that is scored.
-    So a test that is resumed knows what it knew when it began, whatever was scored since.
     """
 
     def __init__(self, spec: HoldoutSpec, store: Store, *, stay: bool = False):
@@ -60,12 +59,19 @@ class Columns:
         self.held = open_holdout(spec, store)
         self.opened: dict[Digest, Partial] = {}
         self.seen: dict[Digest, Bools] | None = None
+        self.alone: Path | None = None
+
+    def begin_alone(self, folder: Path) -> None:
+        """Know nothing of what is scored in the store, and keep what is scored from now on in a folder: a test that is stopped and
+        resumed, or run where much is known, finds the same."""
+        self.opened, self.seen, self.alone = {}, {}, folder
 
     def __getitem__(self, digest: Digest) -> Partial:
         if digest not in self.opened:
             record = self.store.load(digest)
             load = partial(_open, record, self.store)
-            self.opened[digest] = Partial(record, cache(load) if self.stay else load, self.held, self.store)
+            alone = self.alone and self.alone / digest
+            self.opened[digest] = Partial(record, cache(load) if self.stay else load, self.held, self.store, alone)
         return self.opened[digest]
 
     def known(self, digest: Digest) -> Floats:

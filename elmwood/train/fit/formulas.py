@@ -265,7 +265,7 @@ def normed(body: Anatomy, full: bool, halved: bool) -> tuple[int, int, int]:
 
 def resident_memory() -> int:
     """Bytes this process holds: Python, torch, transformers, and what else it has imported."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---- time -------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def measure(seed: Seed | Mixture | Any, recipe: Recipe, store: Store | None = No
             if done.returncode < 0 or "memory" in last.lower():
                 raise DoesNotFit(f"two steps of this recipe did not finish ({last}): ask for less, as `elmwood fit` says")
             raise BadInput(f"two steps of this recipe did not finish: {last}")
-        return Measured(**json.loads(result.read_text()))
+        return Measured(**json.loads(result.read_text(encoding="utf-8")))
 
 
 def random_seed(config: Any, store: Store) -> Seed:
@@ -106,7 +106,7 @@ def peak(device: str) -> int:
     if device == "cuda":
         free, there = torch.cuda.mem_get_info()
         return there - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     home = Store(place)
     given = home.load(digest)
     assert isinstance(given, Seed | Mixture)
-    Path(path).write_text(json.dumps(take(given, Recipe.model_validate_json(plan), home, kind)._asdict()))
+    Path(path).write_text(json.dumps(take(given, Recipe.model_validate_json(plan), home, kind)._asdict()), encoding="utf-8")

@@ -88,7 +88,7 @@ def machine_memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
     limit, whole = Path("/sys/fs/cgroup/memory.max"), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    text = limit.read_text().strip() if limit.exists() else "max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     return min(whole, int(text)) if text.isdigit() else whole
 
 
