@@ -4,6 +4,7 @@ Shapes: E experts (the seed is the last), A of them active, B rows, T tokens, V 
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.adapters.lora import Bank, adapter_of
@@ -28,6 +29,7 @@ LOGITS_OF_HEAD = {"cpu": 1 << 19, "cuda": 1 << 26}  # in memory at once, C rows 
 ROWS = 64  # at least, so that the head's weights are not read for nothing
 MIXED = 1 << 26  # numbers of summed adapters in memory at once while scoring
 BANKED = ("lora", "qlora")  # what these change is W + B A; DoRA (arXiv:2402.09353) rescales the base's rows besides
+PARTS = (0, 7, 8, 12)  # of a text on which a model shows whether it keeps what it has read
 BASE = -1  # the key of the shared base among the bodies
 
 
@@ -81,6 +83,7 @@ class Experts:
         self._places = {e: (e, 0) for e in range(len(self.experts))} | {e: (BASE, number) for number, e in enumerate(self.adapters)}
         self._places[len(self.experts)] = (BASE, len(self.adapters))
         self._bodies: dict[int, Body] = {}
+        self._kept: dict[str, int] = {}  # class of a model -> layers of keys and values in its cache
 
     def __len__(self) -> int:
         """The number of candidates, the seed included."""
@@ -192,10 +195,21 @@ class Experts:
             by_body.setdefault(key, {})[number] = place
         found: dict[int, Read] = {}
         for key, places in by_body.items():
-            cache = text.caches.get(key) or text.caches.setdefault(key, KeyValueCache(_layers(self._body(key).model)))
-            for one in self._read(self._body(key), cache, list(places), text.tokens, every=every):
+            for one in self._read(self._body(key), self._cache(key, text), list(places), text.tokens, every=every):
                 found[places[one.number]] = one
         return [found[place] for place in range(len(active))]
+
+    def _cache(self, key: int, text: Text) -> KeyValueCache:
+        """What the experts of a body remember of a text. Models of one class remember alike."""
+        if key not in text.caches:
+            model, bank, _ = self._body(key)
+            kind = f"{type(model).__name__} {model.config.model_type}"
+            if kind not in self._kept:
+                if bank:
+                    bank.select([len(bank)])
+                self._kept[kind] = _kept_layers(model)
+            text.caches[key] = KeyValueCache(self._kept[kind])
+        return text.caches[key]
 
     @torch.inference_mode()
     def extend_mixed(self, weight_E: Any, tokens_T: Sequence[int], text: Text) -> Tensor:
@@ -205,8 +219,7 @@ class Experts:
         body, mixture = self._body(BASE), self._mixture(weight_E)
         bank = body.bank
         assert bank
-        cache = text.caches.get(BASE) or text.caches.setdefault(BASE, KeyValueCache(_layers(body.model)))
-        (read,) = self._read(body, cache, [0], text.tokens, lambda _: bank.mix([mixture]))
+        (read,) = self._read(body, self._cache(BASE, text), [0], text.tokens, lambda _: bank.mix([mixture]))
         return torch.log_softmax(read.logits_V.float(), -1)
 
     def adapters_only(self) -> None:
@@ -236,11 +249,11 @@ class Experts:
             loglik = [torch.zeros(last - first, 0)]
             while place < len(tokens):
                 end = min(place + room, len(tokens))
-                unread = torch.tensor(tokens[place:end], device=self.device).expand(last - first, -1)
+                known: dict[str, Any] = {"cache": cache.open(first, last)} if cache.layers else {}  # without one it reads all again
+                unread = torch.tensor(tokens[place if known else 0 : end], device=self.device).expand(last - first, -1)
                 keep = end - place if every else 1
-                logits_SUV = body.model(
-                    input_ids=unread, cache=cache.open(first, last), use_cache=True, logits_to_keep=keep
-                ).logits  # fmt: skip
+                output = body.model(input_ids=unread, use_cache=bool(known), logits_to_keep=keep, **known)
+                logits_SUV = output.logits[:, -keep:]
                 cache.close(first, last, end)
                 if every:
                     loglik.append(_of(logits_SUV, tokens[place + 1 : end + 1]))
@@ -278,7 +291,7 @@ def _loglik(body: Body, tokens_BT: Tensor, last: int) -> Tensor:
         return torch.zeros(len(tokens_BT), 0)
     read_BT, target_N = tokens_BT[:, :-1], tokens_BT[:, -last:].flatten()
     if body.head_VD is None:
-        logits_BTV = body.model(input_ids=read_BT, use_cache=False, logits_to_keep=last).logits
+        logits_BTV = body.model(input_ids=read_BT, use_cache=False, logits_to_keep=last).logits[:, -last:]
         nll_N = cross_entropy(logits_BTV.flatten(0, 1).float(), target_N, reduction="none")
         return -nll_N.view(len(tokens_BT), -1).cpu()
     hidden_ND = body.model.base_model(input_ids=read_BT, use_cache=False)[0][:, -last:].flatten(0, 1)
@@ -288,15 +301,24 @@ def _loglik(body: Body, tokens_BT: Tensor, last: int) -> Tensor:
     return -nll_N.view(len(tokens_BT), -1).cpu()
 
 
-def _layers(model: PreTrainedModel) -> int:
-    """How many attention layers a cache must hold. Raises BadSeed where a layer keeps something else than keys and values."""
-    layers = DynamicCache(config=model.config).layers
-    other = [type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)]
-    if other:
-        raise BadSeed(
-            f"{type(model).__name__} keeps a recurrent state ({other[0]}); only attention models can generate here: choose another seed"
-        )
-    return len(layers) or model.config.get_text_config().num_hidden_layers
+def _kept_layers(model: Any) -> int:
+    """How many layers of keys and values a cache of this model holds; 0 for one that keeps none, or another state besides.
+
+    Found by trying, whatever the architecture is called: a text that grows has the logits of the whole text, or it must be read anew.
+    """
+    count = len(DynamicCache(config=model.config).layers) or model.config.get_text_config().num_hidden_layers
+    tokens_1T = (31 * torch.arange(1, PARTS[-1] + 1, device=model.device) % model.config.get_text_config().vocab_size)[None]
+    whole_V = model(input_ids=tokens_1T, use_cache=False).logits[0, -1].float()
+    cache = KeyValueCache(count)
+    cache.arrange([0], PARTS[-1])
+    try:
+        for first, last in pairwise(PARTS):
+            grown_V = model(input_ids=tokens_1T[:, first:last], cache=cache.open(0, 1), use_cache=True).logits[0, -1].float()
+            cache.close(0, 1, last)
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError, NotImplementedError):  # it asks a cache for something else
+        return 0
+    rounding = (64 if model.dtype == torch.float32 else 4) * torch.finfo(model.dtype).eps
+    return count if (grown_V - whole_V).abs().max() <= max(1e-4, rounding * float(whole_V.abs().max())) else 0
 
 
 class OneLM:

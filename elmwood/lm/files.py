@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from elmwood.errors import BadSeed, Damaged
+from elmwood.lm.checkpoint import said, weight_files
 from elmwood.records import Seed
 from elmwood.store import Store, hash_file
 
@@ -14,24 +15,34 @@ from elmwood.store import Store, hash_file
 KEPT: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab.*")
 KEPT += ("special_tokens_map.json", "merges.txt", "added_tokens.json", "*.model", "*.jinja", "LICENSE*")
 KEPT += ("additional_chat_templates/*.jinja",)
+BESIDE = ("generation_config.json", "tokenizer.json")  # read as well, where they are
 # of a hub: weights that transformers does not read, by name
 PASSED = ["consolidated*", "adapter_*", "original/*"]
 
 
 def seed_folder(seed: Seed, store: Store) -> Path:
-    """The seed's transformers folder. A hub seed is downloaded into the hub's cache if needed, and checked. Raises Damaged."""
+    """The seed's transformers folder. That of a hub seed is in the hub's cache: it is checked, and never fetched for a record's sake, which
+    may come from a stranger. Raises Damaged."""
     if seed.hub is None:
         return store.folder(seed.files)
     identifier, _, commit = seed.hub.partition("@")
+    cure = f"run `elmwood seed import {said(seed.hub)}` again"
     try:
         folder = download(identifier, commit, cached=True)
-    except BadSeed:
-        folder = download(identifier, commit)
+    except BadSeed as error:
+        raise Damaged(f"the files of {said(seed.hub)} are not in the hub's cache, and nothing is fetched unasked: {cure}") from error
+    read = [folder / "config.json", *weight_files(folder), *(folder / name for name in BESIDE if (folder / name).is_file())]
+    if unlisted := [path.name for path in read if path.name not in seed.files]:
+        raise Damaged(f"the record of {said(seed.hub)} has no digest of {unlisted[0]!r}, so that it cannot be checked: {cure}")
     for name, digest in seed.files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise Damaged(f"a record names the file {name!r}; files stay inside their folder: do not use this record")
         path, wanted = (folder / name).resolve(), digest.removeprefix("sha256:")
         # the hub's cache names large files by their sha256, so only small ones are hashed again
-        if not path.exists() or (path.name != wanted and hash_file(path) != wanted):
-            raise Damaged(f"{name} of {seed.hub} is missing or has changed since import: delete it from the hub's cache and try again")
+        if not path.is_file() or (path.name != wanted and hash_file(path) != wanted):
+            raise Damaged(
+                f"{said(name)} of {said(seed.hub)} is missing or has changed since import: delete it from the hub's cache, and {cure}"
+            )
     return folder
 
 

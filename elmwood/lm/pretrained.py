@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from elmwood.errors import BadInput, BadSeed, Damaged
 from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.checkpoint import Stored, harmless, linked, read_json, said, stored_tensors, weight_files
 
-logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # it prints what is missing; here that is an error
+# it prints what is missing, in a stranger's words; here that is an error
+logging.getLogger("transformers.modeling_utils").addFilter(lambda line: line.levelno >= logging.ERROR)
 hub_kernels._kernels_enabled = False  # some models fetch faster kernels from the model hub where the library `kernels` is installed
 
 # what is raised where transformers cannot read something, or its header is refused before
@@ -215,7 +217,8 @@ def open_adapter(model: Any, folder: Path) -> Any:
         raise BadInput(f"{files[0]}: the rank {rank} is not that of the tensors in {files[1].name}: save the adapter again with PEFT")
     from peft import PeftModel, get_peft_model_state_dict  # takes as long to import as everything else here
 
-    with linked(files) as links:
+    with linked(files) as links, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that tensors are missing: here that is an error
         try:
             adapted = PeftModel.from_pretrained(model, str(links), low_cpu_mem_usage=True)
         except UNREADABLE as error:
