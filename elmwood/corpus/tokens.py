@@ -74,6 +74,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise BadSeed(f"{folder} has no tokenizer.json: save the tokenizer there with save_pretrained of transformers")
+    return _read_tokenizer(path)
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -81,6 +85,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two tokenizer.json files hold one tokenizer, however they spell it (merges as "a b" or as pairs). Raises BadSeed."""
+    return one.read_bytes() == other.read_bytes() or _read_tokenizer(one).to_str() == _read_tokenizer(other).to_str()
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:

@@ -174,37 +174,6 @@ def _check_info(model: Any, info: Mapping[str, Any], unused: Sequence[str], wher
         )
 
 
-def open_gguf(path: Path) -> Any:
-    """The model in a GGUF file, expanded to float32. Raises BadSeed."""
-    where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
-    try:
-        tensors, parts = _gguf_tensors(path)
-        if parts > 1:
-            raise BadSeed(
-                f"{path} is one of {parts} parts of a model: join them with llama.cpp's llama-gguf-split --merge, and import that"
-            )
-        check_size(AutoConfig.from_pretrained(path.parent, **where), tensors, path)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, output_loading_info=True, **where)
-    except UNREADABLE as error:
-        raise BadSeed(
-            f"{path}: transformers {transformers.__version__} cannot read it ({said(error)}): use the original checkpoint"
-        ) from error
-    model, info = loaded
-    _check_info(model, info, sorted(map(str, info["unexpected_keys"])), path)
-    return model
-
-
-def _gguf_tensors(path: Path) -> tuple[dict[str, Stored], int]:
-    """The tensors of a GGUF file, and the number of files that its model was split into."""
-    from gguf import GGUFReader  # an optional library
-
-    reader = GGUFReader(path)
-    parts = reader.get_field("split.count")
-    return {one.name: Stored(one.tensor_type.name, tuple(map(int, one.shape))) for one in reader.tensors}, int(
-        parts.contents() if parts else 1
-    )
-
-
 def open_adapter(model: Any, folder: Path) -> Any:
     """A model with the LoRA or DoRA adapter in a folder, all of whose tensors have a place in it. Raises BadInput, Damaged."""
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
@@ -298,11 +267,3 @@ def open_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
     if not found.is_fast:
         raise BadSeed(f"{folder}: the tokenizer has no fast form: convert it, and put its tokenizer.json beside config.json")
     return found
-
-
-def open_gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer in a GGUF file, as transformers' class. Raises BadSeed."""
-    try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise BadSeed(f"{path}: its tokenizer cannot be read ({said(error)}): use the original checkpoint") from error

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmwood.corpus.tokens import same_tokenizer
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.merge.layer_weights import depth_of, plain_weights, weight_of
@@ -45,7 +46,7 @@ def open_expert(expert: Expert, seed: Seed, tensors: dict[str, StoredTensor], st
     if expert.recipe.method != "full":
         return Low(expert.digest, folder, tensors)
     mine, its = expert.files.get("tokenizer.json"), seed.files.get("tokenizer.json")
-    if mine and its and mine != its and not resize:
+    if mine and its and not resize and not same_tokenizer(store.get(mine), seed_folder(seed, store) / "tokenizer.json"):
         raise BadInput(
             f"expert {expert.digest[:8]} has another tokenizer than its seed: with --resize the rows they share are merged as they are"
         )

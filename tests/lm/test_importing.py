@@ -213,6 +213,29 @@ def test_a_model_that_sees_is_refused(tmp_path, store):
         import_seed(str(tmp_path), store)
 
 
+def test_a_special_token_without_a_row_does_no_harm_and_a_word_does(tmp_path, store):
+    write("llama", tmp_path)
+    words = json.loads((tmp_path / "tokenizer.json").read_bytes())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    extra = [{"id": row, "content": f"<{row}>", **flags} for row in range(len(words["model"]["vocab"]), SHAPE.vocabulary + 1)]
+    for special in (True, False):
+        extra[-1]["special"] = special
+        known = [*words["added_tokens"], *extra]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(words | {"added_tokens": known}))
+        if special:
+            import_seed(str(tmp_path), store)
+        else:
+            with pytest.raises(BadSeed, match="ids up to 320"):
+                import_seed(str(tmp_path), store)
+
+
+def test_quantised_weights_are_refused(tmp_path, store):
+    write("llama", tmp_path)
+    configure(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(BadSeed, match="quantised by gptq"):
+        import_seed(str(tmp_path), store)
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "context", "told"),
     [("gpt2", {}, 64, 0), ("bloom", {"seq_length": 99}, 99, 0), ("bloom", {}, 2048, 1)],

@@ -1,5 +1,6 @@
 """Merged checkpoints: weights by depth, what other tools open, and what is refused."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,22 @@ def test_what_is_not_finite_is_refused_even_where_nothing_is_trimmed_or_added(ba
             merge(seed, equally([experts[1], stranger]), [answer], store)
     with pytest.raises(BadInput, match="diverged"):
         merge(seed, equally([experts[1], experts[2]]) | equally([stranger], 0.0), [Answer("average", {})], store)
+
+
+def test_a_tokenizer_in_the_older_spelling_is_the_same_tokenizer(forest, tmp_path):
+    store, seed, experts = forest
+    words = json.loads(store.get(seed.files["tokenizer.json"]).read_bytes())
+    words["model"]["merges"] = [" ".join(pair) for pair in words["model"]["merges"]]
+    files = experts[0].files | {"tokenizer.json": store.put(json.dumps(words, indent=2).encode())}
+    older = experts[0].model_copy(update={"files": files})
+    store.add(older)
+    merged = [merge(seed, equally([one, experts[1]]), [Answer("average", {})], store)[0] for one in (older, experts[0])]
+    assert merged[0].files["model.safetensors"] == merged[1].files["model.safetensors"]
+    words["model"]["vocab"] |= {"unheard of": len(words["model"]["vocab"])}
+    other = older.model_copy(update={"files": files | {"tokenizer.json": store.put(json.dumps(words).encode())}})
+    store.add(other)
+    with pytest.raises(BadInput, match="another tokenizer"):
+        merge(seed, equally([other, experts[1]]), [Answer("average", {})], store)
 
 
 def test_other_vocabularies_are_refused_or_resized(forest, tmp_path):

@@ -109,6 +109,7 @@ def normalise(folder: Path, config: Any, scratch: Path) -> Checkpoint:
     files = weight_files(folder)
     weights = [path for path in files if path.suffix == ".safetensors"]
     stored = stored_tensors(weights)
+    widest((one for name, one in stored.items() if not harmless(name, one)), folder)
     model, info = open_files(folder, device="meta")
     _refuse_absent(folder, model, info, stored)
     dropped = unused(stored, model, info["unexpected_keys"], folder)
