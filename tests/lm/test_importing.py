@@ -18,6 +18,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     Qwen3MoeConfig,
+    RobertaConfig,
 )
 
 from elmwood.errors import BadSeed
@@ -36,6 +37,7 @@ PUBLISHED = CONFIGS | {
     "neox": GPTNeoXConfig(**SMALL, intermediate_size=48, num_attention_heads=4),
     "llama": LlamaConfig(**SMALL, **HEADS, intermediate_size=48, tie_word_embeddings=False),
     "tied": LlamaConfig(**SMALL, **HEADS, intermediate_size=48, tie_word_embeddings=True),
+    "roberta": RobertaConfig(**SMALL, intermediate_size=48, num_attention_heads=4, is_decoder=True),
     "mixtral": MixtralConfig(**EXPERTS),
     "qwen3_moe": Qwen3MoeConfig(**EXPERTS),
 }
@@ -232,13 +234,13 @@ def test_a_special_token_without_a_row_does_no_harm_and_a_word_does(tmp_path, st
 def test_quantised_weights_are_refused(tmp_path, store):
     write("llama", tmp_path)
     configure(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(BadSeed, match="quantised by gptq"):
+    with pytest.raises(BadSeed, match=r"quantised \(gptq\)"):
         import_seed(str(tmp_path), store)
 
 
 @pytest.mark.parametrize(
     ("kind", "fields", "context", "told"),
-    [("gpt2", {}, 64, 0), ("bloom", {"seq_length": 99}, 99, 0), ("bloom", {}, 2048, 1)],
+    [("gpt2", {}, 64, 0), ("bloom", {"seq_length": 99}, 99, 0), ("bloom", {}, 2048, 1), ("roberta", {}, 62, 0)],
 )
 def test_positions_go_by_several_names_or_none(kind, fields, context, told, tmp_path, store):
     write(kind, tmp_path)

@@ -94,7 +94,7 @@ def widest(stored: Iterable[Stored], where: object) -> torch.dtype:
 
 def told(names: Sequence[str]) -> str:
     """A few of many names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(said(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # ---- written anew ------------------------------------------------------------------------------------------------
@@ -136,7 +136,8 @@ def normalise(folder: Path, config: Any, scratch: Path) -> Checkpoint:
 def _refuse_absent(folder: Path, model: Any, info: dict[str, Any], stored: dict[str, Stored]) -> None:
     """Raises BadSeed for parameters that the files do not hold, or in another shape: they would be random."""
     patterns = model._keys_to_ignore_on_load_missing or ()  # transformers' own; what it makes up itself is random to us
-    passed = [name for name in canonical(model) if name not in stored and any(re.search(pattern, name) for pattern in patterns)]
+    held = stored.keys() | {f"{model.base_model_prefix}.{name}" for name in stored}
+    passed = [name for name in canonical(model) if name not in held and any(re.search(pattern, name) for pattern in patterns)]
     shaped = [name if isinstance(name, str) else str(name[0]) for name in info["mismatched_keys"]]
     if absent := sorted({*map(str, info["missing_keys"]), *shaped, *passed}):
         head = " (if its head is its embedding, set tie_word_embeddings to true in config.json)" if "lm_head.weight" in absent else ""
@@ -149,14 +150,14 @@ def _describe(
     used: dict[str, Stored], written: dict[str, Stored], dropped: Sequence[str], copies: Sequence[str], dtype: torch.dtype
 ) -> list[str]:
     """What was changed, in sentences."""
-    said = []
+    found = []
     old, new = sorted(used.keys() - written.keys() - set(copies)), sorted(written.keys() - used.keys())
     if old:
-        said.append(f"{len(old)} tensors have the names of the loaded model: {told(old)} became {told(new)}")
+        found.append(f"{len(old)} tensors have the names of the loaded model: {told(old)} became {told(new)}")
     if dropped:
-        said.append(f"{len(dropped)} tensors that the model does not use were left out: {told(dropped)}")
+        found.append(f"{len(dropped)} tensors that the model does not use were left out: {told(dropped)}")
     if copies:
-        said.append(f"{told(copies)}, a copy of the embedding, was left out: the config ties them")
+        found.append(f"{told(copies)}, a copy of the embedding, was left out: the config ties them")
     if mixed := sorted({one.dtype for one in used.values()}):
-        said += [f"all tensors are {dtype}, which holds every value: they were {' and '.join(mixed)}"] if len(mixed) > 1 else []
-    return said
+        found += [f"all tensors are {dtype}, which holds every value: they were {' and '.join(mixed)}"] if len(mixed) > 1 else []
+    return found

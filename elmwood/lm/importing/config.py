@@ -14,6 +14,7 @@ from elmwood.lm.pretrained import open_config
 
 # fields that say how many positions a model was built for, in the order in which they are believed
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length", "context_length")
+SHIFTED = ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "data2vec-text", "xmod")
 UNLIMITED = 2048  # positions of a model that names none (ALiBi, recurrent): what BLOOM and Mamba were trained with
 
 
@@ -24,7 +25,7 @@ def read_config(folder: Path) -> Any:
     name = (config.architectures or [default])[0]
     if name in _names(MODEL_MAPPING_NAMES.get(config.model_type)):  # saved from the trunk; the weights tell whether the head is tied
         name = default
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True)  # BERT as published
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)  # BERT as published
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or masked or config.is_encoder_decoder:
         raise BadSeed(f"{folder} holds a {name}: a seed is a causal LM (LlamaForCausalLM, OPTForCausalLM, …) that predicts the next token")
     if others := sorted(part for part in config.sub_configs if part != "text_config" and getattr(config, part, None) is not None):
@@ -44,4 +45,6 @@ def context_of(config: Any) -> int | None:
     """The positions a model was built for; None where its config names none."""
     text = config.get_text_config()
     found = (getattr(text, field, None) for field in POSITIONS)
-    return next((value for value in found if isinstance(value, int) and value > 1), None)
+    most = next((value for value in found if isinstance(value, int) and value > 1), None)
+    # these count their positions from the padding token's id on
+    return most - text.pad_token_id - 1 if most and text.model_type in SHIFTED and text.pad_token_id is not None else most

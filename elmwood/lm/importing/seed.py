@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from elmwood.errors import BadSeed
+from elmwood.lm.checkpoint import weight_files
 from elmwood.lm.files import KEPT, download
-from elmwood.lm.importing.checkpoint import Checkpoint, normalise
+from elmwood.lm.importing.checkpoint import Checkpoint, normalise, told
 from elmwood.lm.importing.config import UNLIMITED, context_of, read_config
 from elmwood.lm.importing.gguf_file import convert
 from elmwood.lm.importing.words import check_spelling, check_tokenizer, choose_separator, read_tokenizer
@@ -60,8 +61,8 @@ def _import_folder(
             files = {name: store.take(path) if scratch in path.parents else store.put(path) for name, path in kept.items()}
     if "tokenizer.json" not in files:
         files["tokenizer.json"] = store.put(tokenizer.to_str().encode())
-    if left := sorted(path.name for path in folder.glob("*.safetensors") if path not in found.files and not found.changes):
-        changes += (f"left out, as transformers does not read them as the model's weights: {', '.join(left)}",)
+    if left := sorted(path.name for path in {*folder.glob("*.safetensors")} - {*weight_files(folder)}):
+        changes += (f"left out, as transformers does not read them as the model's weights: {told(left)}",)
     where = {"hub": hub} if stays else {"source": hub}
     changes += found.changes
     return add_seed(store, files, found.config, found.parameters, name=name, separator=separator, licence=licence, changes=changes, **where)
