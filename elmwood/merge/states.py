@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from elmwood.corpus.tokens import same_tokenizer
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, ForeignExpert
+from elmwood.lm.files import seed_folder
 from elmwood.merge.layer_weights import depth_of, plain_weights, weight_of
 from elmwood.merge.rules.base import Rule, Settings
 from elmwood.merge.rules.table import RULES, Rules, code_of, on, settle
