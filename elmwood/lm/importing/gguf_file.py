@@ -202,7 +202,9 @@ def _write_weights(path: Path, folder: Path, kind: Kind, name: str, config: Any,
         (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
         return
     places = {key: file for shard in shards for key, file in shard.items()}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": places}), encoding="utf-8"
+    )
 
 
 def _read(path: Path, kind: Kind, name: str, config: Any, tensors: Keys) -> Iterator[tuple[str, torch.Tensor]]:

@@ -62,9 +62,9 @@ def write_words(path: Path, keys: Mapping[str, Any], folder: Path, config: Any) 
         "model_max_length": config.max_position_embeddings,
     }
     settings |= {special[name]: text for name, text in texts.items()}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     if template := keys.get("tokenizer.chat_template"):
-        (folder / "chat_template.jinja").write_text(template)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _begins(token: str, number: int) -> dict[str, Any]:
