@@ -5,13 +5,13 @@ N positions, R rank, I and O: inputs and outputs of a linear layer
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -48,10 +48,17 @@ def add_adapter(model: Any, recipe: Recipe, base: str, stored: Collection[str] |
     if wrong := first_unfit(adapted, layers, refused):
         raise BadInput(f"--targets {recipe.targets}: {wrong}: name other modules, or train with --method full")
     adapted.peft_config["default"].base_model_name_or_path = base
-    for module in adapted.modules():
-        if type(module) is Linear and type(module.base_layer) is nn.Linear and recipe.method != "dora":
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]  # of this module only, while it is trained
+    if recipe.method != "dora":
+        fuse(adapted)
     return adapted
+
+
+def fuse(adapted: Any) -> None:
+    """Let plain LoRA layers over linear ones (also GPT-2's, and those in four bits) take our forward and backward pass while trained."""
+    for module in adapted.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(module, LoraLayer) and (type(base) in (nn.Linear, Conv1D) or hasattr(getattr(base, "weight", None), "quant_state")):
+            module.forward = partial(_forward, module)  # type: ignore[method-assign]  # of this module only
 
 
 def adapter_places(model: Any, recipe: Recipe, refused: Mapping[str, str], progress: Progress = silent) -> dict[str, Any]:
@@ -92,34 +99,50 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _forward(module: Linear, x: Tensor) -> Tensor:
+def _forward(module: LoraLayer, x: Tensor) -> Tensor:
     factors = module.lora_A["default"].weight, module.lora_B["default"].weight
-    y_NO = LoraFunction.apply(x, module.base_layer.weight, module.base_layer.bias, *factors, module.scaling["default"])
+    y_NO = LoraFunction.apply(x, partial(base_weight, module.base_layer), module.base_layer.bias, *factors, module.scaling["default"])
     return y_NO.view(*x.shape[:-1], -1)  # here, or models that change it in place would be refused by autograd
 
 
+def base_weight(base: Any) -> Tensor:
+    """The weight [O, I] of a frozen linear layer, however it is stored: as it is, transposed (Conv1D), or in four bits."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit  # an extra
+
+        return dequantize_4bit(base.weight, state)
+    return base.weight.t() if isinstance(base, Conv1D) else base.weight
+
+
 class LoraFunction(torch.autograd.Function):
-    """x Wᵀ + bias + scale · x Aᵀ Bᵀ [N, O], without extra passes over whole activations to scale and add."""
+    """x Wᵀ + bias + scale · x Aᵀ Bᵀ [N, O], without extra passes over whole activations to scale and add.
+
+    Computed in the dtype of x, or of autocast; A and B may be wider. `weight` gives W [O, I]: what it unpacks is not kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Callable[[], Tensor], bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
             x_NI = x.to(dtype).flatten(0, -2)
-            weight_OI, a_RI, b_OR = weight_OI.to(dtype), a_RI.to(dtype), b_OR.to(dtype) * scale
+            a_RI, b_OR = a_RI.to(dtype), b_OR.to(dtype) * scale
             low_NR = x_NI @ a_RI.t()
-            y_NO = linear(x_NI, weight_OI, None if bias_O is None else bias_O.to(dtype)).addmm_(low_NR, b_OR.t())
-        ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, low_NR)
-        ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, scale
+            y_NO = linear(x_NI, weight().to(dtype), None if bias_O is None else bias_O.to(dtype)).addmm_(low_NR, b_OR.t())
+        ctx.save_for_backward(x_NI, a_RI, b_OR, low_NR)
+        ctx.weight, ctx.shape, ctx.dtype, ctx.scale = weight, x.shape, x.dtype, scale
         return y_NO
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:  # type: ignore[override]
-        x_NI, weight_OI, a_RI, b_OR, low_NR = ctx.saved_tensors
+        x_NI, a_RI, b_OR, low_NR = ctx.saved_tensors
         grad_NO = grad.flatten(0, -2)
         low_grad_NR = grad_NO @ b_OR
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = linear(grad_NO, weight_OI.t()).addmm_(low_grad_NR, a_RI).view(ctx.shape).to(ctx.dtype)
+            weight_IO = ctx.weight().to(grad.dtype).t()
+            grad_x = linear(grad_NO, weight_IO).addmm_(low_grad_NR, a_RI).view(ctx.shape).to(ctx.dtype)
         return grad_x, None, None, low_grad_NR.t() @ x_NI, (grad_NO.t() @ low_NR) * ctx.scale, None

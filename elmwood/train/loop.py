@@ -108,7 +108,8 @@ def batch_loss(model: Any, able: Abilities, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     tokens_BL, targets_BL, positions_BL = (torch.from_numpy(part).to(device) for part in batch)
     several = bool((batch.positions_BL[:, -1] != batch.positions_BL.shape[1] - 1).any())  # some row holds more than one document
-    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device)):
+    narrow = base_model(model).get_input_embeddings().weight.dtype != torch.float32  # then what is frozen is bf16 and decides
+    with torch.autocast(device.type, torch.bfloat16, enabled=not narrow and uses_bf16(device)):
         return loss(model, able, tokens_BL, targets_BL, positions_BL if several else None)
 
 
@@ -127,7 +128,7 @@ def uses_bf16(device: torch.device) -> bool:
     bf16 instructions of AVX-512 are faster than fp32 too (docs/training.md) but not used: all predictions and measurements are for fp32.
     """
     able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cuda" or bool(able.get("amx_bf16"))
+    return device.type != "cpu" or bool(able.get("amx_bf16"))
 
 
 # ---- the curve, and when to stop --------------------------------------------------------------------------------

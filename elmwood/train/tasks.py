@@ -18,7 +18,7 @@ from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, MissingExtra
 from elmwood.lm.files import tokenizer
-from elmwood.lm.load import load_model, load_quantised, new_model, save_folder, save_seed
+from elmwood.lm.load import best_device, load_model, load_quantised, new_model, save_folder, save_seed
 from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Record, Seed, Shape, Shard
 from elmwood.registry import require
 from elmwood.store import Store
@@ -99,7 +99,11 @@ def open_trainable(
     Raises BadInput, MissingExtra."""
     if recipe.method == "full":  # float32: in bf16 small updates would be rounded away
         return load_model(seed, store, device=device, dtype=torch.float32)
-    base = load_quantised(seed, store, device) if recipe.method == "qlora" else load_model(seed, store, device=device)
+    if recipe.method == "qlora":
+        base = load_quantised(seed, store, device)
+    else:  # frozen: bf16 on a GPU, whatever it is stored in
+        place = torch.device(device) if device is not None else best_device()
+        base = load_model(seed, store, device=place, dtype=None if place.type == "cpu" else torch.bfloat16)
     places = seed_places(seed, store)
     adapted = add_adapter(base, recipe, seed.digest, places, progress)
     # the seed's word, as others read it: bitsandbytes turns the matrices of GPT-2 round

@@ -21,8 +21,9 @@ from elmwood.train.loop import use_threads
 from elmwood.train.loss import CHUNK, ROWS
 
 FLOAT = 4  # bytes
-# Bytes beside the tensors. CPU: what the libraries grow by at the first step. CUDA: a context and its libraries, not measured yet.
-BESIDE = {"cpu": 45_000_000, "cuda": 600_000_000}
+# Bytes beside the tensors. CPU: what the libraries grow by at the first step. CUDA: a context, its libraries, and what loading leaves: two
+# runs of OPT-6.7B on an H100 took 1.44 and 1.53 GB more than their rehearsal (docs/log/training.md)
+BESIDE = {"cpu": 45_000_000, "cuda": 1_480_000_000}
 # glibc's heap keeps what is freed: small objects settle in the holes, and the next tensor of that size does not fit (before 2.38 not even
 # without them, glibc's bug 14581). This share of activations and gradients takes twice the memory (measured, benches/speed/fit.py)
 KEPT = {"cpu": (0.45, 0.55), "cuda": (0.05, 0.05)}
@@ -161,7 +162,7 @@ def width_of(device: str) -> int:
 
 def logits(vocabulary: int, positions: int, device: str) -> int:
     """Bytes of one chunk of them, in three tensors (`loss.ChunkedLoss`)."""
-    return 3 * min(positions, max(ROWS, CHUNK[device] // vocabulary)) * vocabulary * FLOAT
+    return 3 * min(positions, max(ROWS, CHUNK["cpu" if device == "cpu" else "gpu"] // vocabulary)) * vocabulary * FLOAT
 
 
 def leaves_holes(device: str) -> bool:
@@ -207,13 +208,10 @@ def workspace(body: Anatomy, recipe: Recipe, device: str) -> int:
 
 
 def passing(body: Anatomy, recipe: Recipe, device: str) -> int:
-    """Numbers that come and go during a forward pass: activations that are computed again later, matrices unpacked or multiplied out, and,
-    where PEFT's own forward pass is taken, what the layer gives, what its adapter gives, and that scaled."""
+    """Numbers that come and go during a forward pass: activations that are computed again later, matrices unpacked or multiplied out."""
     again = activations(body, recipe.model_copy(update={"checkpointing": False}), device) - activations(body, recipe, device)
     matrices = {"qlora": 1, "dora": 3}.get(recipe.method, 0) * body.matrices
-    if recipe.method != "qlora" and not (recipe.method == "lora" and body.transposed):
-        return again + matrices
-    return again + matrices + 3 * sum(out for out, _ in adapted(body, recipe)) * rows_at_once(recipe) * recipe.length
+    return again + matrices
 
 
 def adapted(body: Anatomy, recipe: Recipe) -> tuple[tuple[int, int], ...]:
@@ -252,15 +250,16 @@ def activations(body: Anatomy, recipe: Recipe, device: str = "cpu") -> int:
 def normed(body: Anatomy, full: bool, halved: bool) -> tuple[int, int, int]:
     """Numbers of one position kept for the two norms of a layer, for the last norm, and, by each of its numbers, for queries and keys.
 
-    Each norm keeps what it reads and what it gives, a trained RMS norm the normalised values too. In bf16 it computes in float32, two
-    numbers for one: what it reads, and the normalised values. What it gives is float32 where the weights are, and from layer norms under
-    autocast on a GPU; then each linear layer that reads it keeps a bf16 copy of its own.
+    Each norm keeps what it reads and what it gives, a trained RMS norm the normalised values too. On a GPU an RMS norm computes in
+    float32, two numbers for one. Where all weights are trained, what a norm gives is float32 too, and each linear layer that reads it
+    keeps a bf16 copy of its own; with adapters it is bf16.
     """
     normalised = body.rms and full
     if not halved:
         return 2 * (2 + normalised) * body.width, (2 + normalised) * body.width, 4 if full else 2
-    copies = body.readers if full or not body.rms else 2
-    return (2 * (2 + 2 * normalised) + copies) * body.width, (3 + 2 * normalised) * body.width, 6 if full else 4
+    if not full:
+        return 2 * (2 + body.rms) * body.width, (2 + body.rms) * body.width, 4
+    return (2 * (2 + 2 * normalised) + body.readers) * body.width, (3 + 2 * normalised) * body.width, 6
 
 
 def resident_memory() -> int:

@@ -15,6 +15,7 @@ from elmwood.lm.pretrained import open_config
 from elmwood.records import Frozen, Recipe, Seed
 from elmwood.store import Store
 from elmwood.train.fit.formulas import BESIDE, Anatomy, anatomy, components, speed, trained_parameters
+from elmwood.train.fit.rehearsal import rehearse
 
 
 class Prediction(Frozen):
@@ -40,11 +41,12 @@ def fit(
     `seed` is a record (then `store` has it), a folder with a config.json, or a model hub's id; `device` is cpu or cuda. Raises BadSeed,
     BadInput.
     """
-    place = find_machine(device, memory)
-    body = anatomy(load_config(seed, store))
-    parts = components(body, recipe, place.device)
+    place, config = find_machine(device, memory), load_config(seed, store)
+    body = anatomy(config)
+    parts = components(body, recipe, place.device) if place.device == "cpu" else rehearsed(config, body, recipe)
     total = sum(parts.values())
     settings = ("batch", "length") if recipe.method == "full" else ("batch", "length", "rank")
+    place = place._replace(share=total / sum(components(body, recipe, place.device).values()))
     limits = {what: largest(body, recipe, place, what) for what in settings}
     return Prediction(
         device=place.device, parameters=body.parameters, trained=trained_parameters(body, recipe), components=parts, total=total,
@@ -54,12 +56,21 @@ def fit(
     )  # fmt: skip
 
 
+def rehearsed(config: Any, body: Anatomy, recipe: Recipe) -> dict[str, int]:
+    """The parts of a GPU's memory, from a rehearsal; from the formulas where the model cannot be run without values."""
+    try:
+        return rehearse(config, recipe) if recipe.together == 1 else components(body, recipe, "cuda")
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # it looks at values, or at a device it knows
+        return components(body, recipe, "cuda")
+
+
 class Machine(NamedTuple):
     """The device that a run must fit."""
 
     device: str  # cpu or cuda
     memory: int  # bytes
     here: bool  # so that its speed can be measured
+    share: float = 1.0  # of what the formulas say, by a rehearsal
 
 
 def find_machine(device: str | None, memory: int | None) -> Machine:
@@ -104,7 +115,7 @@ def largest(body: Anatomy, recipe: Recipe, place: Machine, what: str) -> int:
 
 def has_room(body: Anatomy, recipe: Recipe, place: Machine) -> bool:
     """Whether the machine has enough memory."""
-    return sum(components(body, recipe, place.device).values()) <= place.memory
+    return place.share * sum(components(body, recipe, place.device).values()) <= place.memory
 
 
 def largest_number(fits: Callable[[int], bool], most: int) -> int:

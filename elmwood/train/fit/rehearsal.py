@@ -1,0 +1,102 @@
+"""What training takes on a GPU: one step of the real loop on a pretended one (`pretend`), without weights and without a card."""
+
+import gc
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from elmwood.records import Recipe
+from elmwood.train import loop
+from elmwood.train.adapter import add_adapter
+from elmwood.train.data import Batch
+from elmwood.train.fit.allocator import CachingAllocator
+from elmwood.train.fit.formulas import BESIDE, EIGHT_BITS, FLOAT
+from elmwood.train.fit.pretend import place, pretend
+from elmwood.train.loss import Abilities
+
+
+def rehearse(config: Any, recipe: Recipe) -> dict[str, int]:
+    """Bytes at the peak on a GPU, by what they are for; they sum to the total. Raises what the model raises.
+
+    The optimiser's moments are made first, as all steps but the first find them. Their bytes in 8 bits are counted, not tried.
+    """
+    low = torch.float32 if recipe.method == "full" else torch.bfloat16
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=low)
+        if recipe.method == "qlora":
+            _pack(model)
+        if recipe.method != "full":
+            model = add_adapter(model, recipe, "rehearsal")
+    allocator = CachingAllocator()
+    with pretend(allocator) as device, loop.recompute_activations(model, recipe):
+        _place(model, device)
+        weights = allocator.allocated
+        own = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        optimizer = loop.adamw(own, recipe.model_copy(update={"optimiser": "adamw"}))
+        for one in own.values():
+            one.grad = torch.zeros_like(one)
+        optimizer.step()
+        optimizer.zero_grad()
+        held = allocator.allocated - weights
+        model.train()
+        loop.add_gradients(model, Abilities("mask", True), _batch(recipe, config.get_text_config().vocab_size), recipe)
+        loop.update_weights(optimizer, recipe, 0)
+        most, reserved = allocator.most, allocator.reserved
+        del model, optimizer, own
+        gc.collect()
+    return {
+        "libraries": BESIDE["cuda"], "weights": weights, "optimiser": held if recipe.optimiser == "adamw" else round(held * EIGHT_BITS / FLOAT),
+        "activations and gradients": most - weights - held, "allocator": reserved - most,
+    }  # fmt: skip
+
+
+def _batch(recipe: Recipe, vocabulary: int) -> Batch:
+    """Rows of two documents each."""
+    position_L = np.arange(recipe.length) % max(1, recipe.length - recipe.length // 3)
+    tokens_BL = np.ones((recipe.batch, recipe.length), dtype=np.int64)
+    return Batch(tokens_BL, tokens_BL, np.tile(position_L, (recipe.batch, 1)))
+
+
+# ---- four bits, as bitsandbytes keeps them -------------------------------------------------------------------------
+
+
+def _pack(model: Any) -> None:
+    """The linear layers but the head as layers in four bits, on the meta device."""
+    from bitsandbytes.nn import Linear4bit
+
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if type(module) is nn.Linear and module is not head:
+                four = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+                four.bias = module.bias
+                setattr(parent, name, four)
+    model.is_loaded_in_4bit = True
+
+
+def _place(model: Any, device: torch.device) -> None:
+    """Give every tensor its place on the device; weights in four bits are bytes, and numbers with which to unpack them."""
+    packed = [module for module in model.modules() if type(module).__name__ == "Linear4bit" and hasattr(module, "compute_dtype")]
+    shapes = [(module.out_features, module.in_features) for module in packed]
+    for module, (out, into) in zip(packed, shapes, strict=True):
+        module.weight = nn.Parameter(torch.empty(out * into // 2, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
+    place(model, device)
+    for module, (out, into) in zip(packed, shapes, strict=True):
+        module.weight.quant_state = _state(out, into, device)
+
+
+def _state(out: int, into: int, device: torch.device) -> Any:
+    from bitsandbytes.functional import QuantState
+
+    def numbers(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(count, dtype=dtype, device=device)
+
+    blocks = -(-out * into // 64)
+    again = QuantState(absmax=numbers(-(-blocks // 256)), code=numbers(256), blocksize=256, dtype=torch.float32)
+    return QuantState(
+        absmax=numbers(blocks, torch.uint8), shape=torch.Size((out, into)), code=numbers(16), blocksize=64, quant_type="nf4",
+        dtype=torch.bfloat16, offset=torch.empty((), device=device), state2=again,
+    )  # fmt: skip
