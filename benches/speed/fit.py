@@ -3,6 +3,7 @@
     python -m benches.speed.fit [--quick] [--recipes] [--apart]
     python -m benches.speed.fit --mixture              four experts of random weights in one mixture, routers tuned and more
     python -m benches.speed.fit --opt [--small]        OPT-6.7B of random weights as QLoRA at 2,048 tokens, on a GPU; --small: shrunk, here
+    python -m benches.speed.fit --rehearsal            the same rehearsed without a GPU, beside what an H100 took for PEFT's forward pass
 
 One JSON line per run; "error" is predicted / measured - 1. The constants of elmwood/train/fit/formulas.py were fitted to the runs marked
 "fitted" (one thread, glibc, x86); those marked "apart" were not used. --recipes runs only those that are neither full nor plain lora,
@@ -13,6 +14,7 @@ processes, speed (CPU seconds) less so. --opt needs 30 GB of disk and 16 of memo
 
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +28,14 @@ from elmwood.merge.moe.shards import Shards
 from elmwood.merge.states import seed_places
 from elmwood.records import Gates, Mixture, Recipe
 from elmwood.store import Store
+from elmwood.train import adapter, loop
 from elmwood.train.fit.formulas import anatomy, components, leaves_holes, speed
 from elmwood.train.fit.gpu_table import SEEDS
 from elmwood.train.fit.measure import measure, predict_peak, random_seed
 from elmwood.train.fit.mixture import fit_mixture
+from elmwood.train.fit.predict import rehearsed
+from elmwood.train.fit.rehearsal import rehearse
+from elmwood.train.loss import CHUNK
 
 
 def like(kind: str, width: int, forward: int, layers: int, heads: int, vocabulary: int, **more: int) -> dict:
@@ -101,11 +107,15 @@ def main() -> None:
     arguments.add_argument("--opt", action="store_true")
     arguments.add_argument("--small", action="store_true")
     arguments.add_argument("--mixture", action="store_true")
+    arguments.add_argument("--rehearsal", action="store_true")
     options = arguments.parse_args()
     if options.mixture:
         for name, layout, top_k, how, kind in MIXTURES:
             if not (options.apart and kind != "apart"):
                 mixture(name, layout, top_k, Recipe(steps=2, method="router", **how), kind)
+        return
+    if options.rehearsal:
+        rehearsal()
         return
     if options.opt:
         config = AutoConfig.for_model(**SEEDS["7B (OPT-6.7B)"] | {"dtype": "bfloat16"})
@@ -126,10 +136,29 @@ def main() -> None:
         one(name, config, Recipe(steps=2, **how), kind, "cpu")
 
 
+def rehearsal() -> None:
+    """OPT-6.7B as QLoRA on a pretended GPU: by our forward pass, and by PEFT's under autocast, which was measured on an H100."""
+    config = AutoConfig.for_model(**SEEDS["7B (OPT-6.7B)"] | {"dtype": "bfloat16"})
+    for pass_ in ("ours", "PEFT's under autocast"):
+        if pass_ != "ours":  # as it was when it was measured
+            adapter.fuse = lambda adapted: None
+            loop.narrow = lambda model: False
+            CHUNK["gpu"] = 1 << 26
+        for checkpointing, measured in ((False, 20_672), (True, 8_523)):
+            recipe, began = Recipe(steps=2, **OPT, checkpointing=checkpointing), time.process_time()
+            parts = rehearse(config, recipe)
+            found = {} if pass_ == "ours" else {"measured MB": measured, "error": round(sum(parts.values()) / measured / 1e6 - 1, 3)}
+            say("rehearsal", **{
+                "pass": pass_, "checkpointing": checkpointing, "total MB": round(sum(parts.values()) / 1e6), **found,
+                "components MB": {what: round(size / 1e6) for what, size in parts.items()}, "CPU s": round(time.process_time() - began, 1),
+            })  # fmt: skip
+
+
 def one(name: str, config: object, recipe: Recipe, kind: str, device: str) -> None:
     """Two steps; peak and speed, predicted and measured."""
     body = anatomy(config)
-    parts, predicted = components(body, recipe, device), speed(body, recipe, device)
+    parts = components(body, recipe, device) if device == "cpu" else rehearsed(config, body, recipe)
+    predicted = speed(body, recipe, device)
     found = measure(config, recipe, device=device)
     total = predict_peak(parts, found)
     say("fit", **{

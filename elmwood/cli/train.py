@@ -202,8 +202,9 @@ def print_prediction(seed: str, found: fitting.Fitting) -> None:
     draw(f"{what}: {short(answer.parameters)} parameters{join}", (f"peak memory, {answer.device}", ""),
          [*rows, ("total", short(answer.total) + "B")])  # fmt: skip
     speed = answer.tokens_per_second
-    if speed:
-        out.print(f"{short(speed)} tokens/s here; a million tokens take {duration(1e6 / speed)}")
+    if found.speeds:
+        least, most = found.speeds
+        out.print(f"{short(least)} to {short(most)} tokens/s here; a million tokens take {duration(1e6 / most)} to {duration(1e6 / least)}")
     if found.measured:
         took = found.measured
         out.print(

@@ -26,10 +26,20 @@ class Fitting(NamedTuple):
     measured: "Measured | None" = None
     predicted: int = 0  # bytes, for the process that was measured
 
+    @property
+    def speeds(self) -> tuple[float, float] | None:
+        """Tokens per second, from the least to the most to be expected; None if the device is not here."""
+        from elmwood.train.fit.predict import SPEEDS  # torch
+
+        speed = self.answer.tokens_per_second
+        return (SPEEDS[0] * speed, SPEEDS[1] * speed) if speed else None
+
     def _repr_html_(self) -> str:
         values = {part: f"{short(size)}B" for part, size in self.answer.components.items() if size}
-        speed = self.answer.tokens_per_second
-        values |= {"total": f"{short(self.answer.total)}B", "speed": f"{short(speed)} tokens/s" if speed else ""}
+        speeds = self.speeds
+        values |= {
+            "total": f"{short(self.answer.total)}B", "speed": f"{short(speeds[0])} to {short(speeds[1])} tokens/s" if speeds else "",
+        }  # fmt: skip
         return facts(self.answer.verdict, values)
 
 

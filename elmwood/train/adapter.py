@@ -58,7 +58,7 @@ def fuse(adapted: Any) -> None:
     for module in adapted.modules():
         base = getattr(module, "base_layer", None)
         if isinstance(module, LoraLayer) and (type(base) in (nn.Linear, Conv1D) or hasattr(getattr(base, "weight", None), "quant_state")):
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]  # of this module only
+            module.forward = partial(_forward, module)  # type: ignore[attr-defined]  # of this module only
 
 
 def adapter_places(model: Any, recipe: Recipe, refused: Mapping[str, str], progress: Progress = silent) -> dict[str, Any]:

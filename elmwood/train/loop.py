@@ -108,8 +108,7 @@ def batch_loss(model: Any, able: Abilities, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     tokens_BL, targets_BL, positions_BL = (torch.from_numpy(part).to(device) for part in batch)
     several = bool((batch.positions_BL[:, -1] != batch.positions_BL.shape[1] - 1).any())  # some row holds more than one document
-    narrow = base_model(model).get_input_embeddings().weight.dtype != torch.float32  # then what is frozen is bf16 and decides
-    with torch.autocast(device.type, torch.bfloat16, enabled=not narrow and uses_bf16(device)):
+    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device) and not narrow(model)):
         return loss(model, able, tokens_BL, targets_BL, positions_BL if several else None)
 
 
@@ -129,6 +128,11 @@ def uses_bf16(device: torch.device) -> bool:
     """
     able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
     return device.type != "cpu" or bool(able.get("amx_bf16"))
+
+
+def narrow(model: Any) -> bool:
+    """Whether a model's frozen weights are in fewer bits than float32: its activations are then, and nothing needs autocast."""
+    return base_model(model).get_input_embeddings().weight.dtype != torch.float32
 
 
 # ---- the curve, and when to stop --------------------------------------------------------------------------------

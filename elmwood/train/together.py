@@ -190,9 +190,9 @@ def _step(
     scored_E = torch.tensor([(part.targets_BL != UNSCORED).sum() for part in parts], device=flat_EP.device).clamp(min=1)
     flat_EP.grad.zero_()  # type: ignore[union-attr]
     loss_E = torch.zeros(len(parts), device=flat_EP.device)
+    several = any((part.positions_BL[:, -1] != recipe.length - 1).any() for part in parts)
     for tokens_BL, targets_BL, positions_BL in _passes(parts, recipe.accumulate, flat_EP.device):
-        several = bool((positions_BL[:, -1] != recipe.length - 1).any())
-        with torch.autocast(flat_EP.device.type, torch.bfloat16, enabled=loop.uses_bf16(flat_EP.device)):
+        with torch.autocast(flat_EP.device.type, torch.bfloat16, enabled=loop.uses_bf16(flat_EP.device) and not loop.narrow(model)):
             part_E = expert_losses(model, able, tokens_BL, targets_BL, positions_BL if several else None, len(parts))
         if recipe.accumulate > 1:
             part_E = part_E * (targets_BL.view(len(parts), -1) != UNSCORED).sum(1) / scored_E

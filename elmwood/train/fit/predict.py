@@ -18,6 +18,10 @@ from elmwood.train.fit.formulas import BESIDE, Anatomy, anatomy, components, spe
 from elmwood.train.fit.rehearsal import rehearse
 
 
+# measured / predicted speed, at its least and at its most, of the runs in docs/log/training.md
+SPEEDS = (0.7, 2.2)
+
+
 class Prediction(Frozen):
     """A prediction, in bytes and seconds. `components` are those at the peak, and sum to `total`."""
 

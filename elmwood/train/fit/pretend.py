@@ -1,8 +1,9 @@
 """A pretended GPU: tensors with shapes and a device but no storage, on a machine that has none. A step of training on it shows what it
 would allocate on CUDA, and fails where tensors of two devices meet.
 
-torch's own parts are used: FakeTensorMode, and the device type that is left to backends written in Python (torch.utils), under the name
-"pretend". The operators that autocast casts for CUDA are cast here, and attention takes the fused kernel that CUDA would take.
+torch's own parts are used: FakeTensorMode, on "cuda" where there is one. Elsewhere a build without CUDA knows no such device, and the type
+that is left to backends written in Python (torch.utils) stands in for it, under the name "pretend": the operators that autocast casts for
+CUDA are cast here, and attention takes the fused kernel that CUDA would take.
 """
 
 import weakref
@@ -29,12 +30,15 @@ WIDE = ("layer_norm", "softmax.int", "log_softmax.int", "nll_loss", "cross_entro
 @contextmanager
 def pretend(allocator: CachingAllocator | None = None) -> Iterator[torch.device]:
     """Inside, tensors are made without storage; those on the device that is yielded are counted by the allocator."""
-    _register()
+    real = torch.cuda.is_available()
+    if not real:
+        _register()
+    device = torch.device("cuda" if real else DEVICE, 0)
     only_cpu = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) starts on the CPU, where it can be made
     try:
-        with FakeTensorMode(), _Counted(allocator or CachingAllocator()):
-            yield torch.device(DEVICE, 0)
+        with FakeTensorMode(), _Counted(allocator or CachingAllocator(), device.type):
+            yield device
     finally:
         torch._C._set_only_lift_cpu_tensors(only_cpu)
 
@@ -56,14 +60,14 @@ def place(model: nn.Module, device: torch.device) -> None:
 class _Counted(TorchDispatchMode):
     """Tells an allocator of every storage on the pretended device, when it is made and when nothing refers to it any more."""
 
-    def __init__(self, allocator: CachingAllocator):
+    def __init__(self, allocator: CachingAllocator, kind: str):
         super().__init__()
-        self.allocator, self.blocks = allocator, dict[int, int]()
+        self.allocator, self.kind, self.blocks = allocator, kind, dict[int, int]()
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         result = operator(*arguments, **(named or {}))
         for one in tree_leaves(result):
-            if isinstance(one, Tensor) and one.device.type == DEVICE:
+            if isinstance(one, Tensor) and one.device.type == self.kind:
                 storage = one.untyped_storage()
                 if storage._cdata not in self.blocks and storage.nbytes():
                     self.blocks[storage._cdata] = self.allocator.allocate(storage.nbytes())
@@ -118,10 +122,14 @@ def _cast(operator: Callable[..., Any], narrow: bool) -> Callable[..., Any]:
         def cast(one: Any) -> Any:
             return one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() and one.device.type == DEVICE else one
 
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_autocast())):
             return operator(*map(cast, arguments), **{name: cast(one) for name, one in named.items()})
 
     return run
+
+
+def _autocast() -> Any:
+    return getattr(torch._C.DispatchKey, "AutocastPrivateUse1")  # noqa: B009  # torch's stubs do not list it
 
 
 def _attention(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from elmwood.records import Recipe
 from elmwood.train import loop
@@ -47,8 +48,9 @@ def rehearse(config: Any, recipe: Recipe) -> dict[str, int]:
         most, reserved = allocator.most, allocator.reserved
         del model, optimizer, own
         gc.collect()
+    kept = held if recipe.optimiser == "adamw" else round(held * EIGHT_BITS / FLOAT)
     return {
-        "libraries": BESIDE["cuda"], "weights": weights, "optimiser": held if recipe.optimiser == "adamw" else round(held * EIGHT_BITS / FLOAT),
+        "libraries": BESIDE["cuda"], "weights": weights, "optimiser": kept,
         "activations and gradients": most - weights - held, "allocator": reserved - most,
     }  # fmt: skip
 
@@ -70,8 +72,9 @@ def _pack(model: Any) -> None:
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, module in parent.named_children():
-            if type(module) is nn.Linear and module is not head:
-                four = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+            if type(module) in (nn.Linear, Conv1D) and module is not head:
+                into, out = module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+                four = Linear4bit(into, out, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
                 four.bias = module.bias
                 setattr(parent, name, four)
     model.is_loaded_in_4bit = True
