@@ -12,8 +12,8 @@ from elmwood.train import loop
 from elmwood.train.adapter import add_adapter
 from elmwood.train.fit.allocator import CachingAllocator
 from elmwood.train.fit.formulas import anatomy, components
-from elmwood.train.fit.pretend import place, pretend
 from elmwood.train.fit.predict import fit
+from elmwood.train.fit.pretend import place, pretend
 from elmwood.train.fit.rehearsal import rehearse
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}

@@ -65,9 +65,9 @@ def first_unfit(adapted: Any, layers: Collection[str], refused: Mapping[str, str
 
 def _multiplies(module: Any) -> bool:
     """Whether what comes out is one tensor of the layer's outputs: routers, which are built on linear layers, give several."""
-    if type(module) is nn.Linear or isinstance(module, Conv1D):
+    if type(module) is nn.Linear or isinstance(module, Conv1D) or hasattr(module.weight, "quant_state"):  # packed in four bits
         return True
-    dtype = module.weight.dtype if module.weight.dtype.is_floating_point else torch.float32  # packed in four bits
+    dtype = module.weight.dtype if module.weight.dtype.is_floating_point else torch.float32
     try:
         with torch.no_grad():
             y = module(torch.zeros(1, 2, module.in_features, dtype=dtype, device=module.weight.device))

@@ -17,7 +17,6 @@ from elmwood.store import Store
 from elmwood.train.fit.formulas import BESIDE, Anatomy, anatomy, components, speed, trained_parameters
 from elmwood.train.fit.rehearsal import rehearse
 
-
 # measured / predicted speed, at its least and at its most, of the runs in docs/log/training.md
 SPEEDS = (0.7, 2.2)
 
