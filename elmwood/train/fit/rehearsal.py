@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from elmwood.lm.pretrained import new_model_of
 from elmwood.records import Recipe
 from elmwood.train import loop
 from elmwood.train.adapter import add_adapter
@@ -26,7 +26,7 @@ def rehearse(config: Any, recipe: Recipe) -> dict[str, int]:
     """
     low = torch.float32 if recipe.method == "full" else torch.bfloat16
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=low)
+        model = new_model_of(config, low)
         if recipe.method == "qlora":
             _pack(model)
         if recipe.method != "full":
