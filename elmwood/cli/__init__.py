@@ -27,7 +27,7 @@ VERBS = {
         "train:train",
         "Train one expert per domain from the seed, without communication; or tune a mixture. Interrupted runs resume.",
     ),
-    "adopt": ("train:adopt", "Take a LoRA or DoRA adapter trained elsewhere as an expert."),
+    "adopt": ("train:adopt", "Take an adapter or a full fine-tune made elsewhere as an expert."),
     "fit": ("train:fit", "Predict the memory and time of a training run, and what would fit. The seed's config is enough."),
     "forest": ("models:forest", "Combine a seed, a partition and experts into a forest."),
     "eval": (

@@ -137,15 +137,15 @@ def tune(mixture: str, recipe: RecipeOptions, schedule: ScheduleOptions, typed: 
 
 
 def adopt(
-    adapter: Annotated[str, Argument(help="A folder that PEFT's save_pretrained wrote, or a hub id (downloads it).")],
+    source: Annotated[str, Argument(help="A folder that PEFT or transformers wrote, or a hub id (downloads it).")],
     seed: Annotated[str, Option(help="What it grew from: name or digest.")],
     partition: Annotated[str | None, Option(help="Whose domain it serves: name or digest.")] = None,
     domain: Annotated[int | None, Option(help="The number of that domain.")] = None,
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:
-    """Take a LoRA or DoRA adapter trained elsewhere as an expert."""
-    made(training.adopt(adapter, seed, partition=partition, domain=domain, name=name, store=output.store), name, output.as_json)
+    """Take a LoRA or DoRA adapter, or a full fine-tune, made elsewhere as an expert."""
+    made(training.adopt(source, seed, partition=partition, domain=domain, name=name, store=output.store), name, output.as_json)
 
 
 def statistics(

@@ -99,6 +99,11 @@ class Experts:
             model = load_model(self.seed, self.store, None if key == BASE else self.experts[key], self.device)
             adapters = [adapter_of(self.experts[e], self.store) for e in self.adapters] if key == BASE else []
             bank = Bank(model, adapters) if adapters else None
+            if (rows := model.config.get_text_config().vocab_size) != self.seed.vocabulary:
+                raise BadInput(
+                    f"expert {self.experts[key].digest[:8]} has {rows} rows of vocabulary, {self.seed.name} {self.seed.vocabulary}: "
+                    "merge it with others of the seed, with --resize"
+                )
             self._bodies[key] = Body(model, bank, plain_head(model, torch.zeros(1, 2, dtype=torch.long, device=self.device)))
         return self._bodies[key]
 

@@ -1,5 +1,6 @@
 """The files of a seed, and its tokenizer. Free of torch, so that commands that only read text start at once."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ KEPT += ("special_tokens_map.json", "merges.txt", "added_tokens.json", "*.model"
 KEPT += ("additional_chat_templates/*.jinja",)
 BESIDE = ("generation_config.json", "tokenizer.json")  # read as well, where they are
 # of a hub: weights that transformers does not read, by name
-PASSED = ["consolidated*", "adapter_*", "original/*"]
+PASSED = ("consolidated*", "adapter_*", "original/*")
 
 
 def seed_folder(seed: Seed, store: Store) -> Path:
@@ -53,13 +54,22 @@ def tokenizer(seed: Seed, store: Store) -> Tokenizer:
     return load_tokenizer(seed_folder(seed, store))
 
 
-def download(identifier: str, revision: str, cached: bool = False, files: Sequence[str] = KEPT) -> Path:
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers make the same tokens of every text: padding, truncation and what is put around a text are set aside."""
+    first, second = (json.loads(words.to_str()) for words in (one, other))
+    added = [{(token["id"], token["content"]) for token in words["added_tokens"]} for words in (first, second)]
+    return added[0] == added[1] and all(first[part] == second[part] for part in ("model", "normalizer", "pre_tokenizer"))
+
+
+def download(
+    identifier: str, revision: str, cached: bool = False, files: Sequence[str] = KEPT, passed: Sequence[str] = PASSED
+) -> Path:  # fmt: skip
     """A model hub's snapshot in the hub's own cache (…/snapshots/<commit>); `cached`: do not go online. Raises BadSeed."""
     from huggingface_hub import snapshot_download  # only for a hub id that the user named
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": PASSED, "local_files_only": cached}
+        wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": list(passed), "local_files_only": cached}
         return Path(snapshot_download(identifier, revision=revision or None, **wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadSeed(f"{identifier!r} is not a folder here, and the model hub does not have it ({error}): check the spelling") from error

@@ -296,10 +296,10 @@ def find_experts(given: Named | Sequence[Named], store: Store) -> list[Expert]:
 
 
 def adopt(
-    adapter: str, seed: Named, store: AnyStore = None, *, partition: Named | None = None, domain: int | None = None,
+    source: str, seed: Named, store: AnyStore = None, *, partition: Named | None = None, domain: int | None = None,
     name: str | None = None,
 ) -> Expert:  # fmt: skip
-    """Take a LoRA or DoRA adapter trained elsewhere (a PEFT folder, or a hub id) as an expert. Raises BadInput."""
+    """Take a LoRA or DoRA adapter, or a full fine-tune, made elsewhere (a folder, or a hub id) as an expert of a seed. Raises BadInput."""
     store = open_store(store, name)
     start = store.load(seed, Seed)
     division = store.load(partition, Partition) if partition else None
@@ -307,9 +307,9 @@ def adopt(
         raise BadInput("an expert of a domain needs both --partition and --domain; one of no domain neither")
     if division is not None:
         (domain,) = parse_domains(str(domain), len(division.domains))
-    from elmwood.train.adopt import import_adapter  # torch
+    from elmwood.train.adopt import import_expert  # torch
 
-    expert = import_adapter(adapter, start, store, partition=division.digest if division else None, domain=domain)
+    expert = import_expert(source, start, store, partition=division.digest if division else None, domain=domain)
     return keep_name(expert, name, store)
 
 

@@ -1,4 +1,4 @@
-"""Adapters trained elsewhere: any PEFT LoRA folder, or hub id, that fits a seed becomes an expert."""
+"""Experts trained elsewhere: a PEFT LoRA folder or a full fine-tune, or a hub's id of one, that fits a seed becomes an expert."""
 
 import json
 import tempfile
@@ -11,35 +11,58 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from elmwood.errors import BadInput, Damaged
+from elmwood.corpus.tokens import load_tokenizer
+from elmwood.errors import BadInput, Damaged, ForeignExpert
 from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.adapters.places import first_unfit, linear_layers, unfit
-from elmwood.lm.files import download, seed_folder
-from elmwood.lm.pretrained import open_empty
+from elmwood.lm.files import download, same_tokens, seed_folder
+from elmwood.lm.importing.checkpoint import normalise
+from elmwood.lm.importing.config import read_config
+from elmwood.lm.importing.seed import companions
+from elmwood.lm.importing.words import read_tokenizer
+from elmwood.lm.pretrained import linked, open_empty
 from elmwood.records import Digest, Expert, Recipe, Seed
 from elmwood.store import Store
+from elmwood.store.disk import temporary_folder
 from elmwood.store.headers import read_header
-from elmwood.weights.experts import Low, seed_places
+from elmwood.weights.experts import Low, Whole, seed_places
 from elmwood.weights.tensors import StoredTensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # the settings that say what the numbers mean; no other setting of somebody else's file is used
-KEPT: tuple[str, ...] = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-KEPT += ("fan_in_fan_out", "layers_to_transform", "layers_pattern", "lora_dropout")
+SETTINGS: tuple[str, ...] = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+SETTINGS += ("use_dora", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "lora_dropout")
+# settings of a model that say nothing of what it computes from the same tensors, beside rates of dropout
+ALIKE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range", "vocab_size")
+ALIKE += ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+
+
+def import_expert(source: str, seed: Seed, store: Store, *, partition: Digest | None = None, domain: int | None = None) -> Expert:
+    """An adapter or a full fine-tune of this seed made elsewhere, a folder or a hub's `id` or `id@revision`, as an expert of it. How it
+    was trained is not known: its recipe has one step and its data are empty. Raises BadInput, BadSeed, ForeignExpert, Damaged.
+    """
+    place = Path(source).expanduser()
+    if not place.is_dir():
+        if place.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise BadInput(f"{source} is not a folder: name one that PEFT's or transformers' save_pretrained wrote, or a hub id")
+        identifier, _, revision = source.partition("@")
+        place = download(identifier, revision, files=(CONFIG, WEIGHTS), passed=())
+        place = place if (place / CONFIG).is_file() else download(identifier, revision)
+    adapter, weights = (place / CONFIG).is_file(), [path for path in place.glob("model*.safetensors") if path.is_file()]
+    if adapter and weights:
+        raise BadInput(f"{source} holds an adapter and a whole model: move {CONFIG} or {weights[0].name} out of it")
+    if not adapter and (place / "config.json").is_file():
+        return import_checkpoint(place, seed, store, partition=partition, domain=domain)
+    return import_adapter(str(place), seed, store, partition=partition, domain=domain)
 
 
 def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest | None = None, domain: int | None = None) -> Expert:
-    """A PEFT adapter folder, or a hub's `id` or `id@revision`, as an expert of this seed. How it was trained is not known: its recipe
-    has one step and its data are empty. Raises BadInput if it is not LoRA, does not fit the seed, or holds NaN or Inf.
-    """
+    """A PEFT adapter folder as an expert of this seed. Raises BadInput if it is not LoRA, does not fit the seed, or holds NaN or Inf."""
     from peft import LoraConfig  # takes as long to import as all else of this room, and few need it
 
     place = Path(folder).expanduser()
     if not place.is_dir():
-        if place.exists() or folder.startswith((".", "/", "~")) or folder.count("/") != 1:
-            raise BadInput(f"{folder} is not a folder: name one that PEFT's save_pretrained wrote, or a hub id")
-        identifier, _, revision = folder.partition("@")
-        place = download(identifier, revision, files=(CONFIG, WEIGHTS))
+        raise BadInput(f"{folder} is not a folder: name one that PEFT's save_pretrained wrote")
     for name in (CONFIG, WEIGHTS):
         if not (place / name).is_file():
             raise BadInput(
@@ -47,7 +70,7 @@ def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest |
             )
     try:
         found = read_settings(place / CONFIG, dora=True, modules=_modules(place / WEIGHTS))
-        settings = {key: found[key] for key in KEPT if found.get(key) is not None}
+        settings = {key: found[key] for key in SETTINGS if found.get(key) is not None}
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
     except (ValueError, TypeError, AttributeError) as error:
         raise BadInput(f"{place / CONFIG}: PEFT refuses these settings ({error}): save the adapter again with PEFT") from error
@@ -75,6 +98,36 @@ def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest |
     expert = Expert(seed=seed.digest, partition=partition, domain=domain, data=(), recipe=recipe, files=files)
     store.add(expert)
     return expert
+
+
+def import_checkpoint(place: Path, seed: Seed, store: Store, *, partition: Digest | None = None, domain: int | None = None) -> Expert:
+    """A transformers folder with a full fine-tune of this seed, as an expert of it: the same architecture, settings, tokenizer and
+    tensors. It may have other rows of vocabulary, which merges take with `resize`. Raises BadSeed, ForeignExpert, Damaged.
+    """
+    config, tensors, source = read_config(place), seed_places(seed, store), seed_folder(seed, store)
+    for name, (mine, its) in _differences(config.to_dict(), read_config(source).to_dict()).items():
+        raise ForeignExpert(
+            f"{place}: its config.json says {name} = {mine!r:.80}, and {seed.name} has {its!r:.80}: it is no fine-tune of it"
+        )
+    words = load_tokenizer(place) if (place / "tokenizer.json").is_file() else read_tokenizer(place)[0]
+    if not same_tokens(words, load_tokenizer(source)):
+        raise ForeignExpert(f"{place} has another tokenizer than {seed.name}: only a fine-tune that kept the seed's can be an expert of it")
+    with temporary_folder(store.root / "work") as scratch:
+        found = normalise(place, config, scratch)
+        with linked(path for path in found.files if path.suffix == ".safetensors") as links:
+            Whole(place.name, links, tensors, rows=True)
+        kept = companions(place, found)
+        files = {name: store.take(path) if scratch in path.parents else store.put(path) for name, path in kept.items()}
+    files["tokenizer.json"] = store.put(source / "tokenizer.json")
+    expert = Expert(seed=seed.digest, partition=partition, domain=domain, data=(), recipe=Recipe(steps=1), files=files)
+    store.add(expert)
+    return expert
+
+
+def _differences(mine: dict[str, Any], its: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings of two models that make other computations of the same tensors, the architecture first."""
+    names = [name for name in {"model_type": None, **mine, **its} if name not in ALIKE and "drop" not in name]
+    return {name: (mine.get(name), its.get(name)) for name in names if mine.get(name) != its.get(name)}
 
 
 def _modules(path: Path) -> list[str]:

@@ -7,13 +7,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import SHAPE, save_adapter
+from tiny_models import SHAPE, full_expert, save_adapter
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
-from elmwood.errors import BadInput, Damaged
+from elmwood.errors import BadInput, BadSeed, Damaged, ForeignExpert
 from elmwood.lm.experts import Experts
 from elmwood.lm.load import load_model
+from elmwood.merge.checkpoint import Answer, merge
+from elmwood.merge.export.folder import export
+from elmwood.merge.layer_weights import everywhere
 from elmwood.records import Expert, Recipe
-from elmwood.train.adopt import import_adapter
+from elmwood.train.adopt import import_adapter, import_expert
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +125,123 @@ def test_an_expert_without_sound_weights_is_refused_before_peft_sees_it(files, s
     expert = Expert(seed=seed.digest, data=(), recipe=Recipe(method="dora", steps=1), files=kept)
     with pytest.raises((BadInput, Damaged), match=r"no adapter_model.safetensors|no safetensors file"):
         load_model(seed, store, expert)
+
+
+# ---- full fine-tunes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(seed, store, tmp_path_factory):
+    """A fine-tune as a trainer leaves it: half precision, in shards, no cache, the tokenizer padding and truncating."""
+    folder = tmp_path_factory.mktemp("tuned")
+    model, words = load_model(seed, store), Tokenizer.from_file(str(store.folder(seed.files) / "tokenizer.json"))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    model.config.use_cache = False
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+    words.enable_truncation(8)
+    words.enable_padding()
+    words.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_fine_tune_from_elsewhere_becomes_a_full_expert(seed, store, tuned, tmp_path):
+    expert = import_expert(str(tuned), seed, store, domain=1)
+    assert (expert.seed, expert.domain, expert.recipe.method) == (seed.digest, 1, "full")
+    assert import_expert(str(tuned), seed, store, domain=1) == expert
+    tokens_BT = torch.randint(SHAPE.vocabulary, (2, 12), generator=torch.Generator().manual_seed(14))
+    with torch.inference_mode():
+        logp_BTV = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)(tokens_BT).logits[:, :-1].log_softmax(-1)
+    wanted_BT = logp_BTV.gather(-1, tokens_BT[:, 1:, None])[..., 0]
+    torch.testing.assert_close(Experts(seed, [expert], store, "cpu").score(0, tokens_BT)[:, 1:], wanted_BT, atol=1e-5, rtol=1e-5)
+    export(expert, store, tmp_path / "out")
+    base, mine = load_model(seed, store).state_dict(), AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32).state_dict()
+    other = full_expert(seed, store, 8)
+    (merged,) = merge(seed, {one.digest: everywhere(1.0) for one in (expert, other)}, [Answer("average", {})], store)
+    its, found = load_model(seed, store, other).state_dict(), load_model(seed, store, merged).state_dict()
+    for name in base:
+        torch.testing.assert_close(found[name], (mine[name] + its[name]) / 2, atol=1e-6, rtol=1e-6)
+
+
+def tune(change):
+    """A checkpoint of the seed's with its settings, words or numbers changed."""
+
+    def made(folder, seed, store):
+        model = load_model(seed, store)
+        model.save_pretrained(folder)
+        shutil.copyfile(store.folder(seed.files) / "tokenizer.json", folder / "tokenizer.json")
+        change(folder, model)
+
+    return made
+
+
+def config_of(folder, **changed):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changed))
+
+
+def words_of(folder):
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    words.add_special_tokens(["<|user|>"])
+    words.save(str(folder / "tokenizer.json"))
+
+
+def longer(folder, model):
+    model.resize_token_embeddings(SHAPE.vocabulary + 8, mean_resizing=False)
+    model.save_pretrained(folder)
+
+
+def broken(folder, model):
+    model.get_parameter("model.norm.weight").data[3] = torch.nan
+    model.save_pretrained(folder)
+
+
+UNLIKE = {
+    "model_type = 'mistral'": lambda folder, model: config_of(folder, model_type="mistral", architectures=["MistralForCausalLM"]),
+    "hidden_act = 'relu'": lambda folder, model: config_of(folder, hidden_act="relu"),
+    "num_hidden_layers = 1": lambda folder, model: config_of(folder, num_hidden_layers=1),
+    "another tokenizer": lambda folder, model: words_of(folder),
+    "no tokenizer": lambda folder, model: (folder / "tokenizer.json").unlink(),
+    "NaN": broken,
+    "an adapter and a whole model": lambda folder, model: (folder / "adapter_config.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("complaint", UNLIKE)
+def test_a_checkpoint_that_is_no_fine_tune_of_this_seed_is_refused(complaint, seed, store, tmp_path):
+    tune(UNLIKE[complaint])(tmp_path, seed, store)
+    before = sorted((store.root / "records").iterdir())
+    with pytest.raises((BadInput, BadSeed, ForeignExpert), match=complaint):
+        import_expert(str(tmp_path), seed, store)
+    assert sorted((store.root / "records").iterdir()) == before
+
+
+def test_a_fine_tune_with_other_rows_is_merged_as_far_as_they_go_together(seed, store, tmp_path):
+    tune(longer)(tmp_path, seed, store)
+    expert, other = import_expert(str(tmp_path), seed, store), full_expert(seed, store, 8)
+    members = {one.digest: everywhere(1.0) for one in (expert, other)}
+    (merged,) = merge(seed, members, [Answer("average", {})], store, resize=True)
+    assert load_model(seed, store, merged).config.vocab_size == SHAPE.vocabulary
+    with pytest.raises(BadInput, match="--resize"):
+        merge(seed, members, [Answer("average", {})], store)
+    with pytest.raises(BadInput, match=r"328 rows of vocabulary.*320"):
+        Experts(seed, [expert], store, "cpu").score(0, torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_tokenizers_are_compared_by_what_they_say(seed, store):
+    """Older files spell a merge as one string: the same tokens, other bytes."""
+    expert, other = (full_expert(seed, store, number) for number in (8, 9))
+    words = json.loads(store.get(seed.files["tokenizer.json"]).read_bytes())
+    older = words | {"model": words["model"] | {"merges": [" ".join(pair) for pair in words["model"]["merges"]]}}
+    fewer = words | {"model": words["model"] | {"merges": words["model"]["merges"][:-1]}}
+
+    def average(spelled):
+        one = expert.model_copy(update={"files": expert.files | {"tokenizer.json": store.put(json.dumps(spelled).encode())}})
+        store.add(one)
+        return merge(seed, {e.digest: everywhere(1.0) for e in (one, other)}, [Answer("average", {})], store)
+
+    average(older)
+    with pytest.raises(BadInput, match="another tokenizer"):
+        average(fewer)

@@ -52,7 +52,7 @@ def _import_folder(
     check_spelling(tokenizer, folder)
     with temporary_folder(store.root / "work") as scratch:
         found = normalise(folder, config, scratch)
-        kept = _companions(folder, found)
+        kept = companions(folder, found)
         # what is in the hub's cache can stay there if it is all that the seed needs and nothing else is read with it
         stays = hub is not None and not found.changes and "tokenizer.json" in kept and {*folder.glob("*.safetensors")} <= {*found.files}
         if stays:
@@ -68,7 +68,7 @@ def _import_folder(
     return add_seed(store, files, found.config, found.parameters, name=name, separator=separator, licence=licence, changes=changes, **where)
 
 
-def _companions(folder: Path, found: Checkpoint) -> dict[str, Path]:
+def companions(folder: Path, found: Checkpoint) -> dict[str, Path]:
     """The files of a seed by name: its weights, and what belongs to them in the folder."""
     paths = {path for pattern in KEPT for path in folder.glob(pattern) if path.is_file()}
     beside = {path for path in paths if ".safetensors" not in path.name}
