@@ -33,8 +33,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS: tuple[str, ...] = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 SETTINGS += ("use_dora", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "lora_dropout")
 # settings of a model that say nothing of what it computes from the same tensors, beside rates of dropout
-ALIKE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range", "vocab_size")
-ALIKE += ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+ALIKE: tuple[str, ...] = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")
+ALIKE += ("initializer_range", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
 def import_expert(source: str, seed: Seed, store: Store, *, partition: Digest | None = None, domain: int | None = None) -> Expert:
