@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from elmwood.errors import BadInput
 from elmwood.lm.adapters import peft_config
 from elmwood.lm.adapters.places import linear_layers, unfit
 from elmwood.lm.experts import Experts
-from elmwood.lm.load import load_model
+from elmwood.lm.load import import_seed, load_model
 from elmwood.merge.answers import make
 from elmwood.merge.checkpoint import Answer
 from elmwood.merge.export.folder import export
@@ -302,3 +303,15 @@ def test_an_own_expert_is_that_of_peft_everywhere(kind, case, seeds, tmp_path):
     plain = PeftModel.from_pretrained(load_model(seed, store, device="cpu"), store.folder(expert.files))
     assert (loglik(plain, some()) - loglik(load_model(seed, store, device="cpu"), some())).abs().max() > 1e-2
     check_everywhere(expert, seed, store, loglik(plain, some()), tmp_path, grows=name != "jamba")  # it keeps other states
+
+
+def test_an_adapter_over_a_seed_in_several_files_is_folded_into_them(seeds, store, tmp_path):
+    whole = seeds("llama")
+    load_model(whole, store, device="cpu").save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    for path in store.folder(whole.files).glob("tokenizer*"):
+        shutil.copyfile(path, tmp_path / "parts" / path.name)
+    seed = import_seed(str(tmp_path / "parts"), store, name="parts", separator=0)
+    assert len([name for name in seed.files if name.endswith(".safetensors")]) > 2
+    save_adapter(load_model(seed, store, device="cpu"), str(tmp_path / "a"), 5, r=4, use_dora=True, target_modules=["q_proj", "down_proj"])
+    plain = PeftModel.from_pretrained(load_model(seed, store, device="cpu"), tmp_path / "a")
+    check_everywhere(import_adapter(str(tmp_path / "a"), seed, store), seed, store, loglik(plain, some()), tmp_path)
