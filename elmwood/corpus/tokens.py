@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from elmwood.corpus.build import documents, open_work
+from elmwood.corpus.foreign_tokenizer import check_tokenizer_file
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, BadSeed
 from elmwood.records import Packing, Shard, fingerprint
@@ -78,6 +79,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
+    check_tokenizer_file(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower

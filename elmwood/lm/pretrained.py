@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import hub_kernels
 
+from elmwood.corpus.foreign_tokenizer import check_tokenizer_file
 from elmwood.errors import BadInput, BadSeed, Damaged
 from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.checkpoint import Stored, harmless, linked, read_json, said, stored_tensors, weight_files
@@ -257,6 +258,8 @@ def open_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
     files = sorted({path for pattern in TOKENIZER for path in folder.glob(pattern) if path.is_file()})
     if not any(path.name == "tokenizer.json" or path.name.startswith("vocab.") or path.suffix == ".model" for path in files):
         raise BadSeed(f"{folder} has no tokenizer: put its tokenizer.json beside config.json")
+    if (folder / "tokenizer.json").is_file():
+        check_tokenizer_file(folder / "tokenizer.json")
     with linked(files) as links:
         if (folder / "config.json").is_file():
             _write_config(read_json(folder / "config.json"), links)
