@@ -265,3 +265,29 @@ def test_ticks_lie_inside_and_are_few(low, width):
     slack = 1e-6 * width + 4 * math.ulp(low)  # a range of a few units in the last place has no rounder numbers in it
     assert all(low - slack <= value <= low + width + slack for value in found)
     assert len(set(found)) == len(found)
+
+
+def test_routing_of_many_experts_is_one_image_and_grows_with_them_alone():
+    """Cells are drawn where their weight is, by one path for each shade."""
+    sizes = {}
+    for count in (100, 200):
+        weights = np.full((count, count + 1), 0.2 / count)
+        weights[np.arange(count), np.arange(count)] = 0.7
+        weights[3, 3], weights[3, 7] = 0.0, 0.7
+        areas = tuple(Area(name=f"domain {k}", documents=1) for k in range(count))
+        made = html(full().model_copy(update={"domains": areas, "places": (), "routing": tuple(map(tuple, weights.tolist()))}))
+        (svg,) = re.findall(r'<svg class="matrix".*?</svg>', made, re.S)
+        drawn = {(int(x), int(y)) for x, y in re.findall(r"M(\d+) (\d+)h1v1h-1z", svg)}
+        assert drawn == {(k, k) for k in range(count) if k != 3} | {(7, 3)}
+        assert svg.count("<path") == 1
+        assert "expert 8 70.0%" in made  # beside the image, as the domain whose own expert has least
+        sizes[count] = len(made)
+    assert sizes[200] < 2.2 * sizes[100]
+
+
+def test_contests_of_others_stand_apart():
+    report = full()
+    page = Page(html(report.model_copy(update={"contests": (), "claims": report.contests * 30})))
+    assert "Claimed by others, not checked here" in page.text
+    assert "And 10 more" in page.text
+    assert "Claimed by others" not in Page(html(report)).text
