@@ -1,6 +1,7 @@
 """Mixtures of experts: the laws of what is written, and that other tools open it."""
 
 import json
+from contextlib import nullcontext
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,7 +18,7 @@ from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, BadSeed
 from elmwood.merge.moe import layout
 from elmwood.merge.moe.build import Mixing, find_directions, mix, order_of
-from elmwood.merge.moe.gates import arrow_rows, direction, hidden_rows, random_rows
+from elmwood.merge.moe.gates import GateInputs, arrow_gates, arrow_rows, check_rows, direction, hidden_rows, random_rows
 from elmwood.merge.moe.remove import remove, rename_tensor
 from elmwood.merge.states import seed_places
 from elmwood.records import Expert, Forest, Gates, Mixture, Recipe, Seed
@@ -271,6 +272,44 @@ def test_arrow_reads_adapters_alone(grown, store):
     assert direction([(np.ones((2, 8)), np.zeros((12, 2)), 1.0)]) is None
     with pytest.raises(BadInput, match="--gates hidden"):
         find_directions(grown[1], grown[1].experts, store)
+
+
+A_ROW = [1.0, 2.0]
+ROWS = {  # rows of gates, top-k, whom the refusal names
+    "NaN or Inf for expert bbbb": ([A_ROW, [np.inf, 0.0], [0.0, 1.0]], 2),
+    "NaN or Inf for expert cccc": ([A_ROW, [1.0, 0.0], [1e39, 1.0]], 3),  # a router has 32 bits
+    "zero for expert aaaaaaaa, bbbbbbbb": ([[0.0, 0.0], [1e-60, 0.0], A_ROW], 2),
+    "cccc can never be picked in model.layers.0: 1 ": ([[3.0, 1.0], A_ROW, A_ROW], 1),
+    "cccc can never be picked in model.layers.0: 2 ": ([A_ROW, A_ROW, A_ROW], 2),
+    "": ([A_ROW, A_ROW, A_ROW, [0.0, 0.0]], 3),  # the seed's own row is its bias
+    " ": ([[0.0, 0.0], [0.0, 0.0]], 2),
+}
+
+
+@pytest.mark.parametrize("complaint", ROWS)
+def test_gates_by_which_an_expert_is_never_picked_are_refused_by_its_name(complaint):
+    rows, top_k = ROWS[complaint]
+    experts = ["aaaaaaaa", "bbbbbbbb", "cccccccc", "seed"][: len(rows)]
+    with pytest.raises(BadInput, match=complaint) if complaint.strip() else nullcontext():
+        check_rows({"model.layers.0": np.array(rows)}, experts, "seed", top_k)
+
+
+def test_arrow_gates_of_an_expert_that_adapts_nothing_they_read_are_refused():
+    chance = np.random.default_rng(0)
+    mean_DH, way_H = chance.standard_normal((2, 4)) + 1, chance.standard_normal(4)
+
+    def inputs(*directions):
+        return GateInputs(
+            "model.layers.1", 4, ("aaaaaaaa", "bbbbbbbb", "seed"), 1.0, 0.0, 0, lambda: [0, 1, None], lambda: (mean_DH, np.eye(4)),
+            lambda: directions,
+        )  # fmt: skip
+
+    assert arrow_gates(inputs(way_H, -way_H, None))[:2].any(1).all()
+    with pytest.raises(BadInput, match=r"bbbbbbbb changes nothing .* model.layers.1, .* --gates hidden"):
+        arrow_gates(inputs(way_H, None, None))
+    np.testing.assert_array_equal(arrow_gates(inputs(None, None, None)), hidden_rows(mean_DH, np.eye(4), [0, 1, None], 1.0, 0.0))
+    with pytest.raises(BadInput, match="the same everywhere"):
+        hidden_rows(mean_DH, np.zeros((4, 4)), [0, 1, None], 1.0, 0.0)
 
 
 def test_loads_are_shares_of_the_weight(grown, store, text):

@@ -21,7 +21,7 @@ from elmwood.lm.files import seed_folder
 from elmwood.lm.mixture_card import mixture_card
 from elmwood.merge.checkpoint import Finisher
 from elmwood.merge.layer_weights import everywhere
-from elmwood.merge.moe.gates import GATES, GateInputs, GatesFn, direction, layers_of, random_rows
+from elmwood.merge.moe.gates import GATES, GateInputs, GatesFn, check_rows, direction, layers_of, random_rows
 from elmwood.merge.moe.layout import FEED_FORWARD, Cell, cells, family_of, mixed_config
 from elmwood.merge.moe.shards import Shards
 from elmwood.merge.moe.trial import try_copies
@@ -133,6 +133,7 @@ def mix(
     forest: Forest, rows: Rows, mixing: Mixing, store: Store, progress: Progress = silent, rules: Rules = RULES
 ) -> Mixture:  # fmt: skip
     """Done once per inputs. `rows` are the gates (see gates.py). Raises BadSeed, BadInput, ForeignExpert."""
+    check_rows(rows, order_of(forest, mixing.gates.seed_bias is not None, store), forest.seed, mixing.gates.top_k)
     packed = hashlib.sha256(b"".join(name.encode() + np.asarray(rows[name], "<f8").tobytes() for name in sorted(rows))).hexdigest()
     key = fingerprint("mixture", forest, mixing, packed, *([] if mixing.method == KEPT else code_of(mixing.method, rules)))
     with store.held(key, progress):
@@ -233,8 +234,6 @@ def _fitting(rows: Rows, cell: Cell) -> NDArray[np.floating]:
     row_EH = rows.get(cell.source)
     if row_EH is None or row_EH.shape != cell.shape:
         raise BadInput(f"{cell.source} needs gates of shape {cell.shape}, and these are {None if row_EH is None else row_EH.shape}")
-    if not np.isfinite(row_EH).all():
-        raise BadInput(f"the gates of {cell.source} contain NaN or Inf: choose another scale, or another kind")
     return row_EH.astype(np.float32)  # a router's own precision
 
 

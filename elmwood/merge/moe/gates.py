@@ -4,12 +4,14 @@ E experts, H width, D domains, R rank (of several adapters together), O what an 
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from elmwood.errors import BadInput
 from elmwood.merge.moe.layout import FEED_FORWARD
 from elmwood.weights.tensors import StoredTensor
 
@@ -44,12 +46,53 @@ def hidden_gates(inputs: GateInputs) -> Floats:
 
 
 def arrow_gates(inputs: GateInputs) -> Floats:
-    """The prototypes of Arrow, arXiv:2405.11157 (`arrow_rows`)."""
-    return arrow_rows(inputs.directions(), *inputs.hidden(), inputs.domains(), inputs.scale, inputs.seed_bias)
+    """The prototypes of Arrow, arXiv:2405.11157 (`arrow_rows`); where no expert adapts what it reads, as in layers that were left as they
+    are, those of `hidden_gates`. Raises BadInput where some do and others do not."""
+    found, domains = inputs.directions(), inputs.domains()
+    blind = [digest for digest, way, k in zip(inputs.experts, found, domains, strict=True) if way is None and k is not None]
+    if all(way is None for way in found):
+        return hidden_gates(inputs)
+    if blind:
+        raise BadInput(
+            f"{_named(blind)} changes nothing in gate_proj and up_proj of {inputs.layer}, which Arrow reads, and so could never be picked "
+            "for its text: take --gates hidden, or leave it out (--without)"
+        )
+    return arrow_rows(found, *inputs.hidden(), domains, inputs.scale, inputs.seed_bias)
 
 
 # `elmwood mix --gates NAME`, or 'module:function' of one more
 GATES: dict[str, GatesFn] = {"hidden": hidden_gates, "arrow": arrow_gates, "random": random_gates}
+
+
+def check_rows(rows: Mapping[str, Floats], experts: Sequence[str], seed: str, top_k: int) -> None:
+    """That each row is finite, none but the seed's own is zero, and none is hidden behind `top_k` equal ones, which come first. Raises
+    BadInput with the experts that it is about."""
+    for layer, wide_EH in rows.items():
+        if len(wide_EH) != len(experts):
+            continue  # where it is put, its shape is refused
+        with np.errstate(over="ignore"):
+            row_EH = np.asarray(wide_EH, np.float32)  # a router's own precision
+        if wrong := [digest for digest, row_H in zip(experts, row_EH, strict=True) if not np.isfinite(row_H).all()]:
+            raise BadInput(f"the gates of {layer} contain NaN or Inf for {_named(wrong)}: choose another scale, or another kind")
+        if top_k >= len(experts):
+            continue  # all are picked
+        if wrong := [digest for digest, row_H in zip(experts, row_EH, strict=True) if digest != seed and not row_H.any()]:
+            raise BadInput(
+                f"the gates of {layer} are zero for {_named(wrong)}, which the text then does not choose: choose a scale above 0, "
+                f"another kind of gates, or --top-k {len(experts)}"
+            )
+        seen: Counter[bytes] = Counter()
+        for digest, row_H in zip(experts, row_EH, strict=True):
+            seen[row_H.tobytes()] += 1
+            if seen[row_H.tobytes()] > top_k:
+                raise BadInput(
+                    f"{_named([digest])} can never be picked in {layer}: {top_k} experts before it have the same gates, as experts of one "
+                    "domain do: take --gates random and tune them, a larger --top-k, or leave it out (--without)"
+                )
+
+
+def _named(experts: Sequence[str]) -> str:
+    return "expert " + ", ".join(digest[:8] for digest in experts)
 
 
 def layers_of(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
@@ -81,9 +124,13 @@ class Common(NamedTuple):
 
 
 def common(mean_DH: Floats, within_HH: Floats, shrink: float = 0.1) -> Common:
-    """`shrink`: the share of a diagonal in the covariance."""
+    """`shrink`: the share of a diagonal in the covariance. Raises BadInput."""
     overall_H = mean_DH.mean(0)
     width = len(overall_H)
+    if not (np.isfinite(mean_DH).all() and np.isfinite(within_HH).all() and np.trace(within_HH) > 0):
+        raise BadInput(
+            "what enters a feed-forward layer is not finite, or the same everywhere: no gates can be made of it; take --gates random"
+        )
     cov_HH = (1 - shrink) * within_HH + shrink * np.trace(within_HH) / width * np.eye(width)
     along_H = np.linalg.solve(cov_HH + np.outer(overall_H, overall_H), overall_H)
     return Common(overall_H, cov_HH, along_H / (along_H @ overall_H))

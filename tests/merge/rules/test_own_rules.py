@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_models import full_expert, lora_expert
 
@@ -33,7 +34,7 @@ vague = lambda delta_N, weight, limit: delta_N
 number = 3
 
 def flat(inputs):
-    return np.full((len(inputs.experts), inputs.width), inputs.scale)
+    return np.full((inputs.width, len(inputs.experts)), inputs.scale * np.arange(1, len(inputs.experts) + 1)).T
 
 def short(inputs):
     return np.ones((1, inputs.width))
@@ -125,7 +126,7 @@ def test_own_gates_and_an_own_rule_for_what_a_mixture_shares(own, store, seed, e
     made = mixing.mix(forest, store, gates=f"{OWN}:flat", scale=0.5, method=f"{OWN}:clipped").record
     assert (made.gates.kind, made.method) == (f"{OWN}:flat", f"{OWN}:clipped")
     gates = load_file(store.get(next(blob for name, blob in made.files.items() if name.startswith("model-00001"))))
-    assert all(bool((value == 0.5).all()) for value in gates.values())
+    assert all(bool((torch.tensor([0.5, 1.0, 1.5, 2.0]) == value.T).all()) for value in gates.values())
     with pytest.raises(UnknownName, match="--method"):
         mixing.mix(made, store, without=experts[0])
     rest = mixing.mix(made, store, without=experts[0], method=made.method).record
