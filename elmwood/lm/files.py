@@ -47,6 +47,11 @@ def seed_folder(seed: Seed, store: Store) -> Path:
     return folder
 
 
+def says_little(path: Path) -> bool:
+    """Whether a tokenizer_config.json says no more than `save_folder` makes up: the seed's own then knows better."""
+    return json.loads(path.read_bytes()).keys() <= {"tokenizer_class", "clean_up_tokenization_spaces", "eos_token"}
+
+
 def tokenizer(seed: Seed, store: Store) -> Tokenizer:
     """The seed's tokenizer, without truncation or padding. Raises BadSeed, Damaged."""
     from elmwood.corpus.tokens import load_tokenizer  # it imports pyarrow

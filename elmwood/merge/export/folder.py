@@ -8,7 +8,7 @@ from pathlib import Path
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
-from elmwood.lm.files import seed_folder
+from elmwood.lm.files import says_little, seed_folder
 from elmwood.merge.export.card import RUN, model_card
 from elmwood.merge.export.fold import fold
 from elmwood.merge.moe.build import write_copies
@@ -94,10 +94,15 @@ def checkpoint(record: Model, seed: Seed, store: Store, folder: Path, progress: 
         fold(seed_places(seed, store), source, record.digest, folder, progress)
         source = base
     weights = any(folder.glob("*.safetensors")) and not folded  # what is folded has the seed's files, and its index
-    for path in (*source.iterdir(), *base.iterdir()):
-        target = folder / path.name
-        if path.is_file() and not target.exists() and not (".safetensors" in path.name and (weights or path.parent != source)):
-            target.symlink_to(path.resolve()) if links else shutil.copyfile(path, target)
+    own = {} if source == base else record.files
+    for name in (*own, *seed.files):
+        path, target = source / name if name in own else base / name, folder / name
+        if target.exists() or (".safetensors" in name and (weights or (own and name not in own))):
+            continue
+        if Path(name).name == "tokenizer_config.json" and name in seed.files and says_little(path):
+            path = base / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path.resolve()) if links else shutil.copyfile(path, target)
 
 
 # ---- looked at again --------------------------------------------------------------------------------------------

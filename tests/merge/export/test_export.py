@@ -8,6 +8,7 @@ import sysconfig
 
 import pytest
 import torch
+from gguf import GGUFReader
 from llama_server import Llama
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -23,18 +24,22 @@ from transformers import (
     Qwen3Config,
 )
 
+from elmwood.corpus.build import build
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, BadSeed, Damaged
 from elmwood.lm.files import seed_folder, tokenizer
 from elmwood.lm.load import import_seed, load_model, save_folder
+from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.export.folder import check_checkpoint, export
+from elmwood.merge.layer_weights import everywhere
 from elmwood.merge.moe import shards
 from elmwood.merge.moe.build import Mixing, mix, order_of
 from elmwood.merge.moe.gates import random_rows
 from elmwood.merge.states import seed_places
-from elmwood.records import Forest, Gates
+from elmwood.records import Forest, Gates, Recipe
 from elmwood.study import exporting
+from elmwood.train.tasks import train
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "dora"])
@@ -138,6 +143,52 @@ def test_a_low_rank_mixture_leaves_as_a_standard_one(seed, store, tmp_path):
     record = mixture_of(seed, [lora_expert(seed, store, n) for n in (5, 6)], store, "low-rank")
     export(record, store, tmp_path / "out")
     torch.testing.assert_close(read_elsewhere(tmp_path / "out"), said(record, store)[1:], atol=2e-5, rtol=2e-5)
+
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+SPOKEN = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "a", "eos_token": "b", "pad_token": "c"}
+ENDS = {"eos_token_id": [0, 66], "temperature": 0.6, "do_sample": True}
+
+
+@pytest.fixture(scope="module")
+def chatty(store, tmp_path_factory):
+    """A seed in several files with all that belongs to it, and what grows from it."""
+    folder = tmp_path_factory.mktemp("chatty")
+    model = louder(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)))
+    save_folder(model, tiny_tokenizer(), folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in (("chat_template", TEMPLATE), ("additional_chat_templates/tools", TEMPLATE + "tools")):
+        (folder / f"{name}.jinja").write_text(text)
+    (folder / "tokenizer_config.json").write_text(json.dumps(SPOKEN))
+    (folder / "generation_config.json").write_text(json.dumps(ENDS))
+    (folder / "LICENSE").write_text("any")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"{TEXT} {n}"}) + "\n" for n in range(20)))
+    seed = import_seed(str(folder), store, name="chatty", separator=0)
+    full = train(seed, build([str(folder / "text.jsonl")], store).train, Recipe(method="full", steps=1, batch=1, length=16), store)
+    lora = lora_expert(seed, store, 2)
+    merged = merge(seed, {one.digest: everywhere(1.0) for one in (full, lora)}, [Answer("average", {})], store)[0]
+    return {"seed": seed, "full": full, "lora": lora, "merged": merged, "mixture": mixture_of(seed, [full, lora], store),
+            "low-rank": mixture_of(seed, [lora, lora_expert(seed, store, 3)], store, "low-rank")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["seed", "full", "lora", "merged", "mixture", "low-rank"])
+def test_what_belongs_to_a_seed_leaves_with_all_that_grows_from_it(name, chatty, store, tmp_path):
+    export(chatty[name], store, tmp_path / "out", "transformers")
+    words, model = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (words.bos_token, words.eos_token, words.pad_token) == ("a", "b", "c")
+    assert words.chat_template == {"default": TEMPLATE, "tools": TEMPLATE + "tools"}
+    assert {name: getattr(model.generation_config, name) for name in ENDS} == ENDS
+    assert (tmp_path / "out" / "LICENSE").read_text() == "any"
+    torch.testing.assert_close(read_elsewhere(tmp_path / "out"), said(chatty[name], store)[1:], atol=2e-5, rtol=2e-5)
+    if name in ("full", "merged"):
+        export(chatty[name], store, tmp_path / "gguf", "gguf")
+        fields = {name: one.contents() for name, one in GGUFReader(tmp_path / "gguf" / "model.gguf").fields.items()}
+        ids = [tiny_tokenizer().token_to_id(token) for token in "abc"]
+        assert [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")] == ids
+        assert fields["tokenizer.chat_template"] == TEMPLATE
+        assert Llama(tmp_path / "gguf" / "model.gguf").differs(tiny_tokenizer().encode(TEXT).ids, logits(tmp_path / "out")) < 1e-4
 
 
 REFUSED = {
