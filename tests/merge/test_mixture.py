@@ -278,7 +278,7 @@ A_ROW = [1.0, 2.0]
 ROWS = {  # rows of gates, top-k, whom the refusal names
     "NaN or Inf for expert bbbb": ([A_ROW, [np.inf, 0.0], [0.0, 1.0]], 2),
     "NaN or Inf for expert cccc": ([A_ROW, [1.0, 0.0], [1e39, 1.0]], 3),  # a router has 32 bits
-    "zero for expert aaaaaaaa, bbbbbbbb": ([[0.0, 0.0], [1e-60, 0.0], A_ROW], 2),
+    "zero for experts aaaaaaaa, bbbbbbbb": ([[0.0, 0.0], [1e-60, 0.0], A_ROW], 2),
     "cccc can never be picked in model.layers.0: 1 ": ([[3.0, 1.0], A_ROW, A_ROW], 1),
     "cccc can never be picked in model.layers.0: 2 ": ([A_ROW, A_ROW, A_ROW], 2),
     "": ([A_ROW, A_ROW, A_ROW, [0.0, 0.0]], 3),  # the seed's own row is its bias
@@ -305,7 +305,7 @@ def test_arrow_gates_of_an_expert_that_adapts_nothing_they_read_are_refused():
         )  # fmt: skip
 
     assert arrow_gates(inputs(way_H, -way_H, None))[:2].any(1).all()
-    with pytest.raises(BadInput, match=r"bbbbbbbb changes nothing .* model.layers.1, .* --gates hidden"):
+    with pytest.raises(BadInput, match=r"model.layers.1, .* for expert bbbbbbbb, .* --gates hidden"):
         arrow_gates(inputs(way_H, None, None))
     np.testing.assert_array_equal(arrow_gates(inputs(None, None, None)), hidden_rows(mean_DH, np.eye(4), [0, 1, None], 1.0, 0.0))
     with pytest.raises(BadInput, match="the same everywhere"):

@@ -54,8 +54,8 @@ def arrow_gates(inputs: GateInputs) -> Floats:
         return hidden_gates(inputs)
     if blind:
         raise BadInput(
-            f"{_named(blind)} changes nothing in gate_proj and up_proj of {inputs.layer}, which Arrow reads, and so could never be picked "
-            "for its text: take --gates hidden, or leave it out (--without)"
+            f"gate_proj and up_proj of {inputs.layer}, which Arrow reads, are as in the seed for {_named(blind)}, never to be picked: "
+            "take --gates hidden, or leave out who has none (--without)"
         )
     return arrow_rows(found, *inputs.hidden(), domains, inputs.scale, inputs.seed_bias)
 
@@ -92,7 +92,7 @@ def check_rows(rows: Mapping[str, Floats], experts: Sequence[str], seed: str, to
 
 
 def _named(experts: Sequence[str]) -> str:
-    return "expert " + ", ".join(digest[:8] for digest in experts)
+    return ("expert " if len(experts) == 1 else "experts ") + ", ".join(digest[:8] for digest in experts)
 
 
 def layers_of(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:

@@ -42,13 +42,10 @@ def find_karcher_mean(inner_EE: Floats, weight_E: Floats, settings: Settings) ->
     mean_E = _normal(share_E.copy(), unit_EE)
     for _ in range(int(settings["iterations"])):
         cosine_E = np.clip(unit_EE @ mean_E, -1.0, 1.0)
-        step_E = np.zeros_like(mean_E)
-        for e, cosine in enumerate(cosine_E.tolist()):
-            angle = math.acos(cosine)
-            if math.sin(angle) > 1e-12:
-                pull = share_E[e] * angle / math.sin(angle)
-                step_E[e] += pull
-                step_E -= pull * cosine * mean_E
+        angle_E = np.arccos(cosine_E)
+        sine_E = np.sin(angle_E)
+        pull_E = np.where(sine_E > 1e-12, share_E * angle_E / np.where(sine_E > 1e-12, sine_E, 1.0), 0.0)
+        step_E = pull_E - math.fsum(pull_E * cosine_E) * mean_E
         size = math.sqrt(max(0.0, float(step_E @ unit_EE @ step_E)))
         if size < settings["tolerance"]:
             break

@@ -21,5 +21,9 @@ def inner_products(name: str, place: StoredTensor, sources: Sequence[Source], wh
     for block in read_deltas(name, place, sources, list(pieces_of((0, place.numbers))), reader):
         point_EN = np.stack(block.delta_EN)
         blocks.append(exact.block_gram(point_EN + block.seed_N if whole else point_EN))
-    found_EEB = np.stack(blocks, -1) if blocks else np.zeros((len(sources), len(sources), 0))
-    return np.array([[math.fsum(found_B) for found_B in row_EB] for row_EB in found_EEB]).reshape(len(sources), len(sources))
+    if len(blocks) == 1:
+        return blocks[0]
+    found_EE = np.zeros((len(sources), len(sources)))
+    for e, row_B in enumerate(zip(*blocks, strict=True)):
+        found_EE[e, : e + 1] = [math.fsum(found_B) for found_B in zip(*(block_E[: e + 1] for block_E in row_B), strict=True)]
+    return np.tril(found_EE) + np.tril(found_EE, -1).T
