@@ -117,7 +117,7 @@ def test_an_adapter_for_llama_cpp_adds_what_the_folded_one_has_more(experts, see
     assert not found["gguf-adapter"]
     export(experts["lora"], store, tmp_path / "dense", "transformers")
     assert Llama(files["seed"], files["gguf-adapter"]).differs(tiny_tokenizer().encode(TEXT).ids, logits(tmp_path / "dense")) < 1e-4
-    with pytest.raises(BadInput, match="use_dora"):
+    with pytest.raises(BadInput, match="weight-decomposed"):
         export(experts["dora"], store, tmp_path / "dora", "gguf-adapter")
 
 
