@@ -18,7 +18,7 @@ from datasketch import MinHash, MinHashLSH
 
 from benches.common import own_memory, parser, say, timed
 from elmwood.corpus.build import build, documents
-from elmwood.corpus.dedup import SIMILAR, near_duplicates, signatures
+from elmwood.corpus.dedup import SIMILAR, bands, near_duplicates, shared, sketch
 from elmwood.corpus.read import read
 from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.store import Store
@@ -49,7 +49,11 @@ def near() -> None:
     texts = [document.text for document in read("sample", Counter())]
 
     def ours():
-        return near_duplicates(np.stack(list(signatures(texts))))
+        sketch_NH = sketch(texts)
+        found = [shared(hash_N) for hash_N in bands(sketch_NH)]
+        before_B = np.cumsum([0, *(len(group_E) for _, group_E in found)])
+        number_E = np.concatenate([one for one, _ in found])
+        return near_duplicates(sketch_NH, number_E, np.concatenate([one + more for (_, one), more in zip(found, before_B, strict=False)]))
 
     def peer():
         """The documented way: shingles as bytes, one MinHash a document, one insertion and query each."""

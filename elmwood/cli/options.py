@@ -75,6 +75,8 @@ class ReadingOptions(NamedTuple):
     encoding: Annotated[str, Option(help="Of text without a byte order mark, e.g. latin-1.")] = "utf-8"
     follow_links: Annotated[bool, Option("--follow-links", help="Read symbolic links in folders; else they are counted.")] = False
     largest_document: Annotated[str, Option(help="Bytes of a document, line or row; what is longer is left out.")] = "64M"
+    filters: Annotated[str, Option(help="Leave out by quality and language: gopher, c4, fineweb, language=en; with commas.")] = ""
+    memory: Annotated[str, Option(help="Bytes of memory for reading, about; the result does not depend on it.")] = "2G"
     rng_seed: RngSeedOption = 0
     workers: Annotated[int, Option("--workers", help="Shards of text processed in parallel; the result does not depend on it.")] = 1
     engine: EngineOption = "local"

@@ -39,7 +39,7 @@ def cluster(
         with bars() as progress:
             found = text.survey(
                 corpus, partition, field=reading.field, encoding=reading.encoding, follow_links=reading.follow_links,
-                largest_document=reading.largest_document, name=name, store=store, progress=progress,
+                largest_document=reading.largest_document, filters=reading.filters, name=name, store=store, progress=progress,
             )  # fmt: skip
         if output.as_json:
             emit(found.to_dict() | {"name": name})

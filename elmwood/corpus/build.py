@@ -1,92 +1,120 @@
 """Build a `Corpus` from sources: drop duplicates, split, write Parquet shards. Memory does not grow with the amount of text.
 
-The same documents make the same corpus, byte for byte, in any order and in any files. All decisions depend on content only, and
-shards hold documents in the order of their ids, which are hashes.
+The same documents make the same corpus, byte for byte, in any order, in any files and with any number of workers. All decisions depend
+on content only, and shards hold documents in the order of their ids, which are hashes.
 
-N documents, H hashes
+Sources are cut into pieces, which tasks read (stage.py); what they read is merged (resolve.py); tasks write the shards.
+
+N documents
 """
 
-import hashlib
 import json
+import os
 import shutil
-from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from elmwood.corpus.dedup import HASHES, near_duplicates, signatures
-from elmwood.corpus.read import Document, Reading, parse_source, places, read, walk
-from elmwood.engine import Progress, each, silent
-from elmwood.errors import BadCorpus
+from elmwood.corpus.read import Document, Part, Reading, parse_source, places
+from elmwood.corpus.resolve import Side, resolve, run_of
+from elmwood.corpus.stage import Run, Task, gather, pieces, side, stage
+from elmwood.engine import Progress, run, silent
+from elmwood.errors import BadCorpus, BadInput
 from elmwood.records import Blob, Corpus, Shard, fingerprint
 from elmwood.store import Store, hash_file
+from elmwood.units import parse_count
 
 SHARD = 64_000_000  # bytes of text in one shard, at most; a longer document has a shard of its own
 GROUP = 8_000_000  # bytes of text in memory while a shard is written
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("meta", pa.string())])
 RULES = 2  # increased when the same sources would make a different corpus
+HASHED_ALONE = 1_000_000_000  # bytes of files that are hashed sooner than processes start
+MEMORY = 2_000_000_000  # bytes, about, of all workers together
+SHARE = 8  # part of its memory that a worker fills with text: what is made of it takes a few times as much
 
 
-class Staged(NamedTuple):
-    """Documents as they were read: texts in one file, and 44 bytes of memory for each."""
+class Means(NamedTuple):
+    """How the work is done. The result does not depend on it."""
 
-    text: np.ndarray  # uint8, memory-mapped: text and meta of each document
-    id_N: np.ndarray  # [N, 2] uint64, the first 16 bytes of sha256
-    start_N: np.ndarray  # int64, offset of the text
-    bytes_N: np.ndarray  # int64, bytes of the text
-    meta_N: np.ndarray  # int64, bytes of the meta, which follows the text
-    crc_N: np.ndarray  # uint32, crc of the meta
-    licences: tuple[str, ...]
+    workers: int = 1
+    engine: str = "local"  # a row of elmwood.engine.ENGINES
+    memory: int = MEMORY
+
+
+ALONE = Means()
+
+
+def parse_memory(typed: int | str) -> int:
+    """'2G' -> bytes. Raises BadInput."""
+    if not 10**8 <= (memory := parse_count(typed)) <= 10**15:
+        raise BadInput(f"memory is {memory} bytes: choose 100M or more, such as 2G")
+    return memory
 
 
 def build(
     sources: Sequence[str], store: Store, *, holdout: float = 0.1, field: str = "text", reading: Reading | None = None,
-    progress: Progress = silent,
+    means: Means = ALONE, progress: Progress = silent,
 ) -> Corpus:  # fmt: skip
     """Read sources, drop duplicates, split and store. `holdout` is the share of documents that no model trains on.
 
-    Files are identified by their content, so building the same corpus again only hashes them. Raises BadCorpus, DoesNotFit,
-    UnknownName.
+    Files are identified by their content, so building the same corpus again only hashes them. An interrupted run resumes at its piece
+    or shard. Raises BadCorpus, DoesNotFit, UnknownName.
     """
     if not 0 < holdout < 1:
         raise BadCorpus(f"the holdout is a share between 0 and 1, and is {holdout}: 0.1 sets every tenth document aside")
     if not sources:
         raise BadCorpus("a corpus needs a source, and there is none: name a file, a folder, 'sample' or 'datasets:NAME'")
     reading = reading or Reading(field)
-    key = fingerprint("corpus", RULES, _contents(sources, reading, progress), holdout, *reading)
-    with open_work(store, key, progress) as work:
-        if all(parse_source(source).repeatable for source in sources) and (done := store.done(key)):
+    cut = list(pieces(sources, reading))
+    repeatable = all(parse_source(part.source).repeatable and (not part.url or bool(part.version)) for parts in cut for part in parts)
+    key = fingerprint("corpus", RULES, _contents(cut, means, progress), holdout, *reading)
+    with store.held(key, progress) as work:
+        if repeatable and (done := store.done(key)):
             return store.load(done, Corpus)
-        rejected: Counter[str] = Counter()
-        staged = _stage(sources, work / "text", rejected, reading, progress)
-        order = _unique(staged, rejected)
-        order = _distinct(staged, order, work / "signatures", rejected, progress)
-        if len(order) < 2:
-            raise BadCorpus(
-                f"a corpus needs 2 different documents, one to train on and one to hold out, and this has {len(order)}: "
-                "add text, or cut it into documents (one JSON line each)"
-            )
-        held_N = split([_id(staged, n) for n in order], holdout)
-        corpus = Corpus(
-            train=_shards(staged, order[~held_N], "write training shards", work, store, progress),
-            holdout=_shards(staged, order[held_N], "write holdout shards", work, store, progress),
-            documents=len(order),
-            bytes=int(staged.bytes_N[order].sum()),
-            holdout_share=holdout,
-            rejected={str(reason): count for reason, count in sorted(rejected.items())},
-            unread=places(rejected),
-            licences=staged.licences,
-        )
+        try:
+            if not repeatable:
+                shutil.rmtree(work, ignore_errors=True)
+            corpus = _build(cut, reading, holdout, work, store, means, progress)
+        except BadCorpus:
+            shutil.rmtree(work, ignore_errors=True)  # nothing to resume
+            raise
         store.finish(key, corpus)
+        shutil.rmtree(work, ignore_errors=True)
         return corpus
+
+
+def _build(
+    cut: Sequence[tuple[Part, ...]], reading: Reading, holdout: float, work: Path, store: Store, means: Means, progress: Progress
+) -> Corpus:
+    share = max(1, means.memory // max(1, means.workers) // SHARE)
+    tasks = [Task(work / f"piece-{number}", parts, reading, share) for number, parts in enumerate(cut)]
+    run(stage, tasks, workers=means.workers, engine=means.engine, what="read", progress=progress)
+    staged = gather(tasks)
+    rejected = staged.rejected
+    train, held = resolve(staged.runs, holdout, means.memory, work, rejected, progress)
+    if train.documents + held.documents < 2:
+        raise BadCorpus(
+            f"a corpus needs 2 different documents, one to train on and one to hold out, and this has {train.documents + held.documents}: "
+            "add text, or cut it into documents (one JSON line each)"
+        )
+    writing = [task for one in (train, held) for task in _shards(one, staged.runs, store)]
+    shards = run(write_shard, writing, workers=means.workers, engine=means.engine, what="write shards", progress=progress)
+    return Corpus(
+        train=tuple(shard for shard, task in zip(shards, writing, strict=True) if task.side == train),
+        holdout=tuple(shard for shard, task in zip(shards, writing, strict=True) if task.side == held),
+        documents=train.documents + held.documents,
+        bytes=train.bytes + held.bytes,
+        holdout_share=holdout,
+        rejected={str(reason): count for reason, count in sorted(rejected.items())},
+        unread=places(rejected),
+        licences=staged.licences,
+    )
 
 
 def read_shard(blob: Blob, store: Store) -> Shard:
@@ -110,8 +138,7 @@ def split(ids: Sequence[str], share: float) -> np.ndarray:
 
     The exception: if a side would be empty, the document nearest to the threshold moves there.
     """
-    salted = (hashlib.sha256(f"holdout {id}".encode()).digest()[:8] for id in ids)  # salted: the side is independent of the order of ids
-    value_N = np.array([int.from_bytes(digest, "big") / 2**64 for digest in salted])
+    value_N = np.array([side(id) / 2**64 for id in ids])
     held_N = value_N < share
     if not held_N.any():
         held_N[value_N.argmin()] = True
@@ -134,100 +161,100 @@ def open_work(store: Store, key: str, progress: Progress = silent) -> Iterator[P
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _contents(sources: Sequence[str], reading: Reading, progress: Progress) -> list[str]:
+def _contents(cut: Sequence[tuple[Part, ...]], means: Means, progress: Progress) -> list[str]:
     """What names sources in a task: content and path of each file, the name of each data set and importer; sorted."""
-    parsed = [parse_source(source) for source in sources]
-    found = [(one, *place) for one, source in zip(parsed, sources, strict=True) for place in walk(source, reading.follow_links)]
-    hashed = each(found, "hash sources", len(found), "files", progress)
-    names = [f"{odd or hash_file(path)} {one.name(path)}" for one, path, odd in hashed]
-    return sorted(names + [source for one, source in zip(parsed, sources, strict=True) if not one.repeatable])
+    whole = {(part.source, part.path): part for parts in cut for part in parts}.values()
+    read = [part for part in whole if part.name and not part.odd and not part.url]
+    hashes = run(
+        _hash, [str(part.path) for part in read], workers=means.workers, engine=means.engine, what="hash sources", progress=progress
+    )
+    names = [f"{digest} {part.name}" for digest, part in zip(hashes, read, strict=True)]
+    names += [f"{part.odd or part.version or part.url} {part.name} {part.size}" for part in whole if part.odd or part.url]
+    return sorted([*names, *{part.source for part in whole if not parse_source(part.source).repeatable}])
 
 
-def _id(staged: Staged, n: int) -> str:
-    return f"{staged.id_N[n, 0]:016x}{staged.id_N[n, 1]:016x}"
+def _hash(path: str, progress: Progress = silent) -> str:
+    return hash_file(Path(path))
 
 
-def _text(staged: Staged, n: int) -> str:
-    return staged.text[staged.start_N[n] : staged.start_N[n] + staged.bytes_N[n]].tobytes().decode()
+# ---- shards -----------------------------------------------------------------------------------------------------
 
 
-def _meta(staged: Staged, n: int) -> str:
-    start = staged.start_N[n] + staged.bytes_N[n]
-    return staged.text[start : start + staged.meta_N[n]].tobytes().decode()
+class ShardTask(NamedTuple):
+    """Some documents of one side, in order, to write as a shard."""
+
+    marker: Path  # the record of the shard, once it is written
+    side: Side
+    first: int
+    last: int
+    runs: tuple[Run, ...]
+    store: Store
 
 
-def _stage(sources: Sequence[str], path: Path, rejected: Counter[str], reading: Reading, progress: Progress) -> Staged:
-    """Copy all documents to one file. Their number is not known in advance, so progress has no total."""
-    ids = bytearray()
-    starts, sizes, metas, crcs = array("q"), array("q"), array("q"), array("I")
-    licences: set[str] = set()
-    place = 0
-    with path.open("wb") as file:
-        for source in sources:
-            for document in read(source, rejected, reading=reading):
-                text = document.text.encode()
-                meta = json.dumps(dict(document.meta), sort_keys=True, ensure_ascii=False).encode()
-                file.write(text + meta)
-                ids += hashlib.sha256(text).digest()[:16]
-                starts.append(place)
-                sizes.append(len(text))
-                metas.append(len(meta))
-                crcs.append(crc32(meta))
-                licences.add(document.meta.get("licence", ""))
-                place += len(text) + len(meta)
-                if len(starts) % 100 == 0:
-                    progress("read", len(starts), 0, "documents")
-    progress("read", len(starts), len(starts), "documents")
-    id_N = np.frombuffer(bytes(ids), ">u8").astype(np.uint64).reshape(-1, 2)
-    text_map = np.memmap(path, np.uint8, "r")
-    return Staged(text_map, id_N, np.array(starts), np.array(sizes), np.array(metas), np.array(crcs), tuple(sorted(licences - {""})))
+def write_shard(task: ShardTask, progress: Progress = silent) -> Shard:
+    """Write one shard, once."""
+    if task.marker.exists():
+        return Shard.model_validate_json(task.marker.read_bytes())
+    number_N = np.fromfile(task.side.order, "<i8", task.last - task.first, offset=8 * task.first)
+    start_R = np.cumsum([0, *(run.documents for run in task.runs)])
+    bytes_N = _bytes(number_N, task.runs, start_R)
+    path, done = task.marker.with_suffix(".parquet"), 0
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+        for first, last in _cut(bytes_N, GROUP):
+            writer.write_table(_table(number_N[first:last], task.runs, start_R))
+            done += int(bytes_N[first:last].sum())
+            progress(f"write {task.marker.stem}", done, int(bytes_N.sum()), "bytes")
+    shard = Shard(blob=task.store.put(path), documents=len(number_N), bytes=int(bytes_N.sum()))
+    path.unlink(missing_ok=True)
+    temporary = task.marker.with_suffix(".tmp")
+    temporary.write_text(shard.model_dump_json(), encoding="utf-8")
+    os.replace(temporary, task.marker)
+    return shard
 
 
-def _unique(staged: Staged, rejected: Counter[str]) -> np.ndarray:
-    """The index of one copy of each text, in the order of ids. Copies with different meta are ordered by its crc, not as they were read."""
-    order = np.lexsort((staged.crc_N, staged.id_N[:, 1], staged.id_N[:, 0]))
-    first = np.ones(len(order), bool)
-    first[1:] = (staged.id_N[order][1:] != staged.id_N[order][:-1]).any(1)
-    if dropped := int((~first).sum()):
-        rejected["exact duplicate"] += dropped
-    return order[first]
+def _shards(side: Side, runs: tuple[Run, ...], store: Store) -> list[ShardTask]:
+    """Cut the documents of one side into shards."""
+    bytes_N = _bytes(np.fromfile(side.order, "<i8"), runs, np.cumsum([0, *(run.documents for run in runs)]))
+    return [
+        ShardTask(side.order.with_name(f"{side.order.name}-{number}.json"), side, first, last, runs, store)
+        for number, (first, last) in enumerate(_cut(bytes_N, SHARD))
+    ]
 
 
-def _distinct(staged: Staged, order: np.ndarray, path: Path, rejected: Counter[str], progress: Progress) -> np.ndarray:
-    """Without near-duplicates: the one with the smaller id is kept."""
-    texts = each((_text(staged, n) for n in order), "find near-duplicates", len(order), "documents", progress)
-    with path.open("wb") as file:
-        for signature_H in signatures(texts):
-            file.write(signature_H.astype("<u4").tobytes())
-    drop_N = near_duplicates(np.memmap(path, "<u4", "r").reshape(-1, HASHES))
-    if drop_N.any():
-        rejected["near-duplicate"] += int(drop_N.sum())
-    return order[~drop_N]
+def _table(number_N: np.ndarray, runs: Sequence[Run], start_R: np.ndarray) -> pa.Table:
+    """The rows of some documents."""
+    ids, texts, metas = ([b""] * len(number_N) for _ in range(3))
+    for r, place_N, row_N in run_of(number_N, start_R):
+        text, entry_N = memoryview(runs[r].text().data), runs[r].entries()[row_N]
+        for n, (high, low, _, start, size, meta, _) in zip(place_N.tolist(), entry_N.tolist(), strict=True):
+            ids[n] = b"%016x%016x" % (high, low)
+            texts[n], metas[n] = bytes(text[start : start + size]), bytes(text[start + size : start + size + meta])
+    columns = [_strings(found, kind) for found, kind in zip((ids, texts, metas), SCHEMA.types, strict=True)]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
-def _shards(staged: Staged, order: np.ndarray, what: str, work: Path, store: Store, progress: Progress) -> tuple[Shard, ...]:
-    """Write documents in this order to Parquet shards."""
-    shards = []
-    total, done = int(staged.bytes_N[order].sum()), 0
-    for shard in _runs(order, staged.bytes_N, SHARD):
-        path = work / "shard.parquet"
-        size = int(staged.bytes_N[shard].sum())
-        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-            for group in _runs(shard, staged.bytes_N, GROUP):
-                columns = {"id": [_id(staged, n) for n in group], "text": [_text(staged, n) for n in group]}
-                writer.write_table(pa.table(columns | {"meta": [_meta(staged, n) for n in group]}, schema=SCHEMA))
-                done += int(staged.bytes_N[group].sum())
-                progress(what, done, total, "bytes")
-        shards.append(Shard(blob=store.put(path), documents=len(shard), bytes=size))
-    return tuple(shards)
+def _strings(texts: Sequence[bytes], kind: pa.DataType) -> pa.Array:
+    """UTF-8 as an array."""
+    ends = np.zeros(len(texts) + 1, np.int64 if kind == pa.large_string() else np.int32)
+    np.cumsum([len(text) for text in texts], out=ends[1:])
+    return pa.Array.from_buffers(kind, len(texts), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(texts))], 0)
 
 
-def _runs(order: np.ndarray, bytes_N: np.ndarray, limit: int) -> Iterator[np.ndarray]:
-    """Cut into runs of at most `limit` bytes, or of one longer document."""
+def _bytes(number_N: np.ndarray, runs: Sequence[Run], start_R: np.ndarray) -> np.ndarray:
+    """Bytes of the text of each document."""
+    bytes_N = np.empty(len(number_N), np.int64)
+    for r, place_N, row_N in run_of(number_N, start_R):
+        bytes_N[place_N] = runs[r].entries()["bytes"][row_N]
+    return bytes_N
+
+
+def _cut(bytes_N: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
+    """Cut into runs of at most `limit` bytes, or of one longer document: the first of each, and the one after its last."""
     first = size = 0
-    for place, n in enumerate(order):
-        if size and size + bytes_N[n] > limit:
-            yield order[first:place]
+    for place, one in enumerate(bytes_N.tolist()):
+        if size and size + one > limit:
+            yield first, place
             first, size = place, 0
-        size += bytes_N[n]
-    yield order[first:]
+        size += one
+    if len(bytes_N):
+        yield first, len(bytes_N)

@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from elmwood.corpus.kinds import looks_like_json
 from elmwood.corpus.sources import Reason
-from elmwood.corpus.unpack import BLOCK, HEAD, RATIO, Bomb, first_bytes, lines, open_utf8
+from elmwood.corpus.unpack import BLOCK, HEAD, RATIO, Bomb, first_bytes, lines, open_utf8, skip_line
 from elmwood.units import short
 
 KEPT = ("source", "licence")  # fields kept as meta, for reports and credit; clustering never reads them
@@ -35,6 +36,8 @@ class File(NamedTuple):
     field: str  # the field that holds the text
     encoding: str = "utf-8"
     largest: int = LARGEST
+    start: int = 0  # a part of it: JSON lines that begin at these bytes, or these row groups of a Parquet file
+    end: int = 0  # 0: all of it
 
 
 Importer = Callable[[File], Iterator[Any]]
@@ -50,10 +53,10 @@ def too_long(largest: int) -> str:
 def read_json(file: File) -> Iterator[Any]:
     """JSON lines, an array, or one object. A line that is not JSON, such as the last one of a truncated file, is a reason."""
     with open_utf8(file.path, file.encoding, file.largest) as opened:
-        yield from _lines(opened, file) if _by_line(opened.peek(HEAD)[:HEAD]) else _values(opened, file)
+        yield from _lines(opened, file) if file.end or by_line(opened.peek(HEAD)[:HEAD]) else _values(opened, file)
 
 
-def _by_line(head: bytes) -> bool:
+def by_line(head: bytes) -> bool:
     """Whether JSON that begins so has a value on each line."""
     first, *others = [line for line in head.splitlines() if line.strip()][:2] or [b""]
     if not first.lstrip().startswith((b"[", b"{")):
@@ -67,16 +70,26 @@ def _by_line(head: bytes) -> bool:
 
 
 def _lines(opened: io.BufferedReader, file: File) -> Iterator[Any]:
+    where = "line {}"
+    if file.start:
+        opened.seek(file.start - 1)
+        skip_line(opened)  # to the first line that begins in this part
+        where = f"line {{}} from byte {file.start}"
+    before = opened.tell() if file.end else 0
     for number, line in enumerate(lines(opened, file.largest), 1):
+        if file.end:
+            if before >= file.end:
+                return
+            before = opened.tell()
         if line is None:
-            yield Reason.of(too_long(file.largest), f"line {number}")
+            yield Reason.of(too_long(file.largest), where.format(number))
         elif line.strip():
             try:
                 yield json.loads(line.decode())
             except UnicodeDecodeError:
-                yield Reason.of("not UTF-8", f"line {number}")
+                yield Reason.of("not UTF-8", where.format(number))
             except (ValueError, RecursionError):
-                yield Reason.of("not JSON", f"line {number}")
+                yield Reason.of("not JSON", where.format(number))
 
 
 def _values(opened: io.BufferedReader, file: File) -> Iterator[Any]:
@@ -160,15 +173,30 @@ def read_parquet(file: File) -> Iterator[Any]:
         names = opened.schema_arrow.names
         columns = _columns(names, file.field)
         if not set(columns) - set(KEPT) - {file.field} and file.field not in names:
-            yield Reason.of(f"no field {file.field!r}", f"columns {', '.join(names)}", documents=max(1, opened.metadata.num_rows))
+            if not file.start:
+                yield Reason.of(f"no field {file.field!r}", f"columns {', '.join(names)}", documents=max(1, opened.metadata.num_rows))
             return
-        for group in range(opened.num_row_groups):
+        groups = range(file.start, file.end or opened.num_row_groups)
+        for group in groups:
             parts = [opened.metadata.row_group(group).column(n) for n in range(opened.metadata.num_columns)]
             size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.partition(".")[0] in columns)
             if size > max(file.largest, RATIO * file.path.stat().st_size):
                 raise Bomb(size)
-        for batch in opened.iter_batches(batch_size=ROWS, columns=columns, use_threads=False):
+        for batch in opened.iter_batches(batch_size=ROWS, row_groups=list(groups), columns=columns, use_threads=False):
             yield from _rows(batch, file.largest)
+
+
+def cut_groups(path: Path, size: int) -> list[tuple[int, int]]:
+    """Row groups of a Parquet file, in runs of about `size` bytes."""
+    with pq.ParquetFile(path) as opened:
+        ends, packed = [0], 0
+        for group in range(opened.num_row_groups):
+            row_group = opened.metadata.row_group(group)
+            packed += sum(row_group.column(n).total_compressed_size for n in range(row_group.num_columns))
+            if packed >= size or group == opened.num_row_groups - 1:
+                ends.append(group + 1)
+                packed = 0
+    return list(pairwise(ends)) or [(0, 0)]
 
 
 def read_arrow(file: File) -> Iterator[Any]:

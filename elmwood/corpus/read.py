@@ -2,15 +2,19 @@
 
 import hashlib
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from elmwood.corpus.formats import IMPORTERS, KEPT, LARGEST, File, Importer, too_long
+from elmwood.corpus.formats import IMPORTERS, KEPT, LARGEST, File, Importer, by_line, cut_groups, too_long
 from elmwood.corpus.kinds import kind
-from elmwood.corpus.sources import SAMPLE, Reason, Source, files, parse_source, walk
-from elmwood.corpus.unpack import DAMAGED, RATIO, Bomb, Window, text_encoding
+from elmwood.corpus.quality import parse_filters, unfit
+from elmwood.corpus.sources import SAMPLE, Reason, Source, fetch, files, parse_source, remote, walk
+from elmwood.corpus.unpack import DAMAGED, RATIO, Bomb, Window, byte_order_mark, first_bytes, packing, text_encoding
 from elmwood.errors import BadCorpus, BadInput
 from elmwood.registry import lookup, require
 from elmwood.units import parse_count
@@ -39,16 +43,32 @@ class Reading(NamedTuple):
     encoding: str = "utf-8"
     follow_links: bool = False
     largest: int = LARGEST  # bytes of a document, and of the line or row that holds it
+    filters: tuple[str, ...] = ()  # of quality and language (quality.py)
 
     @classmethod
     def of(
-        cls, field: str = "text", encoding: str = "utf-8", follow_links: bool = False, largest_document: int | str = LARGEST
-    ) -> "Reading":
+        cls, field: str = "text", encoding: str = "utf-8", follow_links: bool = False, largest_document: int | str = LARGEST,
+        filters: str = "",
+    ) -> "Reading":  # fmt: skip
         """From options as they are typed. Raises BadInput."""
         largest = parse_count(largest_document)
         if not 1 <= largest < 2**31:
             raise BadInput(f"largest-document is {largest}: choose a number of bytes from 1 to 2G, such as 64M")
-        return cls(field, text_encoding(encoding), follow_links, largest)
+        return cls(field, text_encoding(encoding), follow_links, largest, parse_filters(filters))
+
+
+class Part(NamedTuple):
+    """A file of a source, or a part of one, or a whole data set: what one task reads."""
+
+    source: str
+    path: Path = Path()
+    name: str = ""
+    odd: str = ""  # why it is not read
+    size: int = 0  # bytes of the file
+    start: int = 0  # of a part (formats.File)
+    end: int = 0
+    url: str = ""  # where it is, in an object store
+    version: str = ""  # of its content there
 
 
 def read(source: str, rejected: Counter[str], *, field: str = "text", reading: Reading | None = None) -> Iterator[Document]:
@@ -59,20 +79,22 @@ def read(source: str, rejected: Counter[str], *, field: str = "text", reading: R
     before = rejected.copy()
     reading = reading or Reading(field)
     empty = True
-    for item in _texts(source, reading):
-        found = _document(item, reading)
+    for found in chain.from_iterable(read_part(part, reading) for part in parts(source, reading)):
         if isinstance(found, Reason):
             rejected[found] += found.documents  # the key is the first Reason that is equal, with its place
         else:
             empty = False
             yield found
     if empty:
-        new = sorted((reason, count) for reason, count in (rejected - before).items())
-        reasons = "; ".join(f"{count} × {reason}{_where(reason)}" for reason, count in new)
-        raise BadCorpus(
-            f"{source}: a corpus needs text, and there is no document here ({reasons or 'it is empty'}); "
-            "check the path, --field and --encoding"
-        )
+        refuse_empty(source, rejected - before)
+
+
+def refuse_empty(source: str, rejected: Counter[str]) -> NoReturn:
+    """Say why there is no document. Raises BadCorpus."""
+    reasons = "; ".join(f"{count} × {reason}{_where(reason)}" for reason, count in sorted(rejected.items()))
+    raise BadCorpus(
+        f"{source}: a corpus needs text, and there is no document here ({reasons or 'it is empty'}); check the path, --field and --encoding"
+    )
 
 
 def _where(reason: str) -> str:
@@ -85,23 +107,64 @@ def places(rejected: Counter[str]) -> dict[str, str]:
     return {str(reason): reason.place for reason in sorted(rejected) if isinstance(reason, Reason) and reason.file}
 
 
-def _texts(source: str, reading: Reading) -> Iterator[Any]:
-    """What importers yield, unchecked: mappings, or a Reason."""
-    if source.startswith("datasets:") and not parse_source(source).root.name:
-        yield from _dataset(source, reading.field)
-        return
+def parts(source: str, reading: Reading, size: int = 0) -> Iterator[Part]:
+    """The parts of a source, in order. `size`: files above so many bytes are cut, where their kind allows it; 0: none. Raises BadCorpus."""
     parsed = parse_source(source)
-    own: Importer | None = lookup({}, parsed.importer, "importer") if parsed.importer else None
+    if parsed.dataset or source == "datasets:":
+        yield Part(source)
+        return
+    if parsed.url:
+        yield from (Part(source, Path(one.url), one.name, size=one.size, url=one.url, version=one.version) for one in remote(parsed.url))
+        return
     for path, odd in sorted(walk(source, reading.follow_links)):
-        name = parsed.name(path)
-        if odd:
-            yield Reason.of(odd, name, file=True)
-            continue
-        for item in _file(File(path, name, reading.field, reading.encoding, reading.largest), own):
-            if isinstance(item, Reason):
-                yield Reason.of(item, ", ".join(filter(None, (name, item.place))), documents=item.documents, file=item.file)
-            else:
-                yield item
+        whole = Part(source, path, parsed.name(path), odd, 0 if odd else path.stat().st_size)
+        if 0 < size < whole.size and not parsed.importer:
+            yield from (whole._replace(start=start, end=end) for start, end in _cuts(path, reading.encoding, size))
+        else:
+            yield whole
+
+
+def _cuts(path: Path, encoding: str, size: int) -> list[tuple[int, int]]:
+    """Where a file can be cut: plain JSON lines anywhere, Parquet between its row groups; [(0, 0)] for others."""
+    try:
+        found = kind(path, encoding)
+        if found == "Parquet":
+            return cut_groups(path, size)
+        head = first_bytes(path)
+        plain = not packing(first_bytes(path, unpack=False)) and (byte_order_mark(head) or encoding) in ("utf-8", "utf-8-sig")
+        if found == "JSON" and plain and by_line(head):
+            length = path.stat().st_size
+            return [(start, min(start + size, length)) for start in range(0, length, size)]
+    except (OSError, *DAMAGED):
+        pass  # said when it is read
+    return [(0, 0)]
+
+
+def read_part(part: Part, reading: Reading, scratch: Path | None = None) -> Iterator[Document | Reason]:
+    """The documents of a part, and the reasons for those that are not there. Files of object stores are copied to a folder in `scratch`.
+
+    Raises BadCorpus, UnknownName.
+    """
+    if part.url:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            path = Path(folder) / part.name.rpartition("/")[2]
+            fetch(part.url, path)
+            yield from read_part(part._replace(path=path, url=""), reading)
+        return
+    if part.odd:
+        yield Reason.of(part.odd, part.name, file=True)
+        return
+    if not part.name:
+        yield from (_document(item, reading) for item in _dataset(part.source, reading.field))
+        return
+    importer = parse_source(part.source).importer
+    own: Importer | None = lookup({}, importer, "importer") if importer else None
+    file = File(part.path, part.name, reading.field, reading.encoding, reading.largest, part.start, part.end)
+    for item in _file(file, own):
+        found = _document(item, reading)
+        if isinstance(found, Reason):
+            found = Reason.of(found, ", ".join(filter(None, (part.name, found.place))), documents=found.documents, file=found.file)
+        yield found
 
 
 def _file(file: File, own: Importer | None) -> Iterator[Any]:
@@ -139,6 +202,9 @@ def _document(item: Any, reading: Reading) -> Document | Reason:
         return Reason("not UTF-8")
     if size > reading.largest:
         return Reason(too_long(reading.largest))
+    for name in reading.filters:
+        if why := unfit(name, text):
+            return Reason(f"{name}: {why}")
     return Document(text, {name: item[name] for name in KEPT if isinstance(item.get(name), str) and _size(item[name]) is not None})
 
 
@@ -193,6 +259,8 @@ def _content(content: Any) -> str:
 
 def _size(text: str) -> int | None:
     """Bytes as UTF-8; None for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    if text.isascii():
+        return len(text)
     try:
         return len(text.encode())
     except UnicodeEncodeError:

@@ -5,6 +5,7 @@ A source is one string:
     datasets:NAME[:CONFIG[:SPLIT]]   a data set of the `datasets` library, streamed; the split is `train` unless given
     FILE                             a file of one of the KINDS (kinds.py)
     FOLDER                           all files below it, hidden ones excepted; links only if they are to be followed
+    s3://BUCKET/PATH and the like    files of any store that fsspec knows: one, a folder, or a pattern with *
     MODULE:FUNCTION:PATH             a file, or all files below a folder, read by an importer of your own
 """
 
@@ -14,12 +15,13 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from elmwood.errors import BadCorpus
+from elmwood.errors import BadCorpus, MissingExtra
 
 SAMPLE = Path(__file__).parent / "sample" / "sample-corpus.jsonl.xz"
 STATES = {"state.json", "dataset_info.json", "dataset_dict.json"}  # beside the Arrow files that `Dataset.save_to_disk` writes
+_URL = re.compile(r"[a-z][a-z0-9+.]*://")
 _OWN = re.compile(r"([\w.]+:\w+):(.+)")  # module:function:path
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -44,6 +46,7 @@ class Source(NamedTuple):
     root: Path  # a file or a folder; without meaning for a data set
     importer: str = ""  # module:function; empty: by the kind of each file
     dataset: str = ""  # NAME[:CONFIG[:SPLIT]]
+    url: str = ""  # of a file, a folder or a pattern in an object store
 
     @property
     def repeatable(self) -> bool:
@@ -65,6 +68,8 @@ def parse_source(source: str) -> Source:
     if source.startswith("datasets:"):
         name = source.removeprefix("datasets:")
         return Source(Path(name)) if name and _saved(Path(name)) else Source(Path(), dataset=name)
+    if _URL.match(source) and not Path(source).exists():
+        return Source(Path(), url=source)
     if (match := _OWN.fullmatch(source)) and not Path(source).exists():
         return Source(Path(match[2]), importer=match[1])
     return Source(Path(source))
@@ -82,7 +87,7 @@ def walk(source: str, follow_links: bool = False) -> Iterator[tuple[Path, str]]:
     """
     parsed = parse_source(source)
     path = parsed.root
-    if parsed.dataset or source == "datasets:":
+    if parsed.dataset or parsed.url or source == "datasets:":
         return
     if path.is_dir():
         yield from _below(path, follow_links)
@@ -91,6 +96,59 @@ def walk(source: str, follow_links: bool = False) -> Iterator[tuple[Path, str]]:
     else:
         found = _SPECIAL.get(stat.S_IFMT(path.stat().st_mode), "no file or folder") if path.exists() else "no such file or folder"
         raise BadCorpus(f"{source}: {found}; a corpus is a file, a folder, 'sample' or 'datasets:NAME'")
+
+
+class Remote(NamedTuple):
+    """A file in an object store."""
+
+    url: str
+    name: str  # its path below the folder of the source
+    size: int
+    version: str  # of its content, as the store says it; empty: it does not
+
+
+def remote(url: str) -> list[Remote]:
+    """The files of an object store, sorted. Raises BadCorpus, MissingExtra."""
+    store, path = open_store(url)
+    try:
+        if store.isfile(path):
+            paths, root = [path], path.rpartition("/")[0]
+        else:
+            paths = sorted(store.glob(path) if "*" in path else store.find(path))
+            root = path.partition("*")[0].rpartition("/")[0] if "*" in path else path.rstrip("/")
+        infos = [store.info(one) for one in paths]
+    except Exception as error:  # each store has errors of its own
+        raise BadCorpus(f"{url}: cannot be listed ({type(error).__name__}: {error}); check the address and your rights") from error
+    found = []
+    for info in infos:
+        name = str(info["name"]).removeprefix(root).lstrip("/")
+        version = next((str(info[key]) for key in ("ETag", "etag", "md5Hash", "content_md5", "sha256") if info.get(key)), "")
+        if info.get("type") == "file" and not any(part.startswith(".") for part in name.split("/")):
+            found.append(Remote(store.unstrip_protocol(info["name"]), name, int(info.get("size") or 0), version))
+    if not found:
+        raise BadCorpus(f"{url}: no such file, folder or pattern in this store; check the address")
+    return found
+
+
+def fetch(url: str, path: Path) -> None:
+    """Copy a file of an object store. Raises BadCorpus, MissingExtra."""
+    store, inside = open_store(url)
+    try:
+        store.get_file(inside, str(path))
+    except Exception as error:
+        raise BadCorpus(f"{url}: cannot be read ({type(error).__name__}: {error}); run the command again to resume") from error
+
+
+def open_store(url: str) -> tuple[Any, str]:
+    """The store of a URL, and the path in it. Raises BadCorpus, MissingExtra."""
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except ImportError as error:
+        raise MissingExtra(f"{url} needs a library of its store: {error}; elmwood[s3] has that of s3://") from error
+    except ValueError as error:
+        raise BadCorpus(f"{url}: no store of this kind ({error}); use s3://, gs://, https:// or another that fsspec knows") from error
 
 
 def _below(root: Path, follow_links: bool) -> Iterator[tuple[Path, str]]:

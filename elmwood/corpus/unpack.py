@@ -119,9 +119,14 @@ def lines(opened: io.BufferedReader, largest: int) -> Iterator[bytes | None]:
         if len(line) <= largest or line.endswith(b"\n"):
             yield line
             continue
-        while (rest := opened.readline(BLOCK)) and not rest.endswith(b"\n"):
-            pass
+        skip_line(opened)
         yield None
+
+
+def skip_line(opened: io.BufferedReader) -> None:
+    """Read past the end of a line."""
+    while (rest := opened.readline(BLOCK)) and not rest.endswith(b"\n"):
+        pass
 
 
 class _Counted(io.RawIOBase):

@@ -8,7 +8,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from elmwood.corpus.build import Means as BuildMeans
 from elmwood.corpus.build import build as build_corpus
+from elmwood.corpus.build import parse_memory
 from elmwood.corpus.read import Reading, places, read
 from elmwood.domains import partition as partitions
 from elmwood.domains import publish
@@ -86,12 +88,14 @@ class Survey(NamedTuple):
 
 def build(
     sources: str | Sequence[str], store: AnyStore = None, *, holdout: float = 0.1, field: str = "text", encoding: str = "utf-8",
-    follow_links: bool = False, largest_document: int | str = "64M", name: str | None = None, progress: Progress = silent,
+    follow_links: bool = False, largest_document: int | str = "64M", filters: str = "", memory: int | str = "2G",
+    workers: Count = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
 ) -> Corpus:  # fmt: skip
     """Read sources, drop duplicates, set a share of the documents aside as holdout. Raises BadInput, BadCorpus, DoesNotFit."""
     store = open_store(store, name)
-    reading = Reading.of(field, encoding, follow_links, largest_document)
-    corpus = build_corpus(as_sources(sources), store, holdout=holdout, reading=reading, progress=progress)
+    reading = Reading.of(field, encoding, follow_links, largest_document, filters)
+    means = BuildMeans(workers, engine, parse_memory(memory))
+    corpus = build_corpus(as_sources(sources), store, holdout=holdout, reading=reading, means=means, progress=progress)
     return keep_name(corpus, name, store)
 
 
@@ -99,14 +103,14 @@ def build(
 def cluster(
     corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: Count = 8, embedder: str = "tfidf",
     embedder_model: str | None = None, method: str = "balanced", holdout: float = 0.1, field: str = "text", encoding: str = "utf-8",
-    follow_links: bool = False, largest_document: int | str = "64M", rng_seed: RngSeed = 0, workers: Count = 1, engine: str = "local",
-    name: str | None = None, progress: Progress = silent,
+    follow_links: bool = False, largest_document: int | str = "64M", filters: str = "", memory: int | str = "2G", rng_seed: RngSeed = 0,
+    workers: Count = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
 ) -> Partition:  # fmt: skip
     """Read a corpus (sources, or a corpus that was built) and divide it into domains. Raises BadCorpus, BadInput, DoesNotFit."""
     store = open_store(store, name)
     model = find_model(embedder, embedder_model, store)
-    reading = Reading.of(field, encoding, follow_links, largest_document)
-    built = _built(corpus, store, holdout, reading, progress)
+    reading = Reading.of(field, encoding, follow_links, largest_document, filters)
+    built = _built(corpus, store, holdout, reading, BuildMeans(workers, engine, parse_memory(memory)), progress)
     fitted = partitions.fit_embedder(built, store, embedder, model=model, rng_seed=rng_seed, progress=progress) if model else embedder
     means = Means(workers, engine)
     made = partitions.partition(
@@ -131,13 +135,15 @@ def split(
 @checked
 def add(
     partition: Named, corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: Count = 1, holdout: float = 0.1,
-    field: str = "text", encoding: str = "utf-8", follow_links: bool = False, largest_document: int | str = "64M", rng_seed: RngSeed = 0,
-    workers: Count = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
+    field: str = "text", encoding: str = "utf-8", follow_links: bool = False, largest_document: int | str = "64M", filters: str = "",
+    memory: int | str = "2G", rng_seed: RngSeed = 0, workers: Count = 1, engine: str = "local", name: str | None = None,
+    progress: Progress = silent,
 ) -> Revision:  # fmt: skip
     """Add new domains from a corpus. The experts of the old domains stay valid. Raises BadInput, BadCorpus, DoesNotFit."""
     store = open_store(store, name)
     parent = open_partition(partition, store)
-    built = _built(corpus, store, holdout, Reading.of(field, encoding, follow_links, largest_document), progress)
+    reading = Reading.of(field, encoding, follow_links, largest_document, filters)
+    built = _built(corpus, store, holdout, reading, BuildMeans(workers, engine, parse_memory(memory)), progress)
     means = Means(workers, engine)
     made = partitions.add(parent, built, store, domains=domains, rng_seed=rng_seed, means=means, progress=progress)
     return Revision(keep_name(made, name, store), parent, tuple(range(len(parent.domains), len(made.domains))))
@@ -145,14 +151,15 @@ def add(
 
 def survey(
     corpus: str | Sequence[str], partition: Named, store: AnyStore = None, *, field: str = "text", encoding: str = "utf-8",
-    follow_links: bool = False, largest_document: int | str = "64M", name: str | None = None, progress: Progress = silent,
+    follow_links: bool = False, largest_document: int | str = "64M", filters: str = "", name: str | None = None,
+    progress: Progress = silent,
 ) -> Survey:  # fmt: skip
     """Count which domains of a partition these documents belong to, and how near they are. Nothing is kept of the text.
     `name` is given to the partition. Raises BadInput, BadCorpus."""
     store = open_store(store, name)
     division = open_partition(partition, store)
     rejected: Counter[str] = Counter()
-    reading = Reading.of(field, encoding, follow_links, largest_document)
+    reading = Reading.of(field, encoding, follow_links, largest_document, filters)
     found = chain.from_iterable(read(source, rejected, reading=reading) for source in as_sources(corpus))
     counted = publish.survey(division, store, found, progress=progress)
     return Survey(keep_name(division, name, store), counted, dict(rejected), places(rejected))
@@ -165,11 +172,13 @@ def open_partition(given: Named, store: Store) -> Partition:
     return store.load(given, Partition)
 
 
-def _built(corpus: Corpus | str | Sequence[str], store: Store, holdout: float, reading: Reading, progress: Progress) -> Corpus:
+def _built(
+    corpus: Corpus | str | Sequence[str], store: Store, holdout: float, reading: Reading, means: BuildMeans, progress: Progress
+) -> Corpus:
     """A corpus that was built, or one of these sources."""
     if isinstance(corpus, Corpus):
         return corpus
-    return build_corpus(as_sources(corpus), store, holdout=holdout, reading=reading, progress=progress)
+    return build_corpus(as_sources(corpus), store, holdout=holdout, reading=reading, means=means, progress=progress)
 
 
 def find_domain(domain: int | str, partition: Partition) -> int:

@@ -1,36 +1,13 @@
 """Loops over values, compiled (numba): one pass where numpy would make several.
 
-Compiled when first called, and kept beside this file or in the user's cache. Without fast mathematics: the same bits as numpy's,
-on any machine.
+Without fast mathematics: the same bits as numpy's, on any machine.
 
 N values of a block, float32 or float64; integers count units of 2^-44 (exact.py)
 """
 
-from collections.abc import Callable
-from functools import cache, wraps
-from typing import Any
-
 import numpy as np
 
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled or fetched at its first call: numba takes most of a CPU second to begin, and not every verb needs it."""
-
-    @cache
-    def made() -> Callable[..., Any]:
-        from numba import njit
-
-        try:
-            return njit(function, nogil=True, cache=True)
-        except RuntimeError:  # no folder that could be written to: compiled in each process anew
-            return njit(function, nogil=True)
-
-    @wraps(function)
-    def call(*arguments: Any) -> Any:
-        return made()(*arguments)
-
-    return call
-
+from elmwood.compiled import compiled
 
 # ---- bytes <-> values
 

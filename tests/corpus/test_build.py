@@ -2,6 +2,8 @@
 
 import multiprocessing
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from sources import TEXTS, lines
 
 from elmwood.corpus import build as building
-from elmwood.corpus.build import build, documents, open_work, split
-from elmwood.corpus.read import Document
+from elmwood.corpus import stage as staging
+from elmwood.corpus.build import Means, build, documents, open_work, split
+from elmwood.corpus.read import Document, Reading
+from elmwood.corpus.stage import pieces
 from elmwood.errors import BadCorpus, DoesNotFit
 from elmwood.records import Corpus
 from elmwood.store import Store
@@ -72,6 +76,55 @@ def test_the_holdout_is_a_share(source, store, holdout):
         build([source], store, holdout=holdout)
     with pytest.raises(BadCorpus, match="needs a source"):
         build([], store)
+
+
+def test_cuts_memory_and_workers_decide_nothing(tmp_path, store, monkeypatch):
+    """Several pieces of one file, several runs of a piece, several passes, two processes."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{n}" for n in rng.integers(0, 300, rng.integers(3, 60))) for _ in range(300)]
+    rows = [
+        {"text": text, "licence": f"L{n % 3}"} for n, text in enumerate([*texts, *texts[:20], *(f"{text} end" for text in texts[20:60])])
+    ]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "lines.jsonl").write_bytes(lines(*rows[:250]))
+    pq.write_table(pa.Table.from_pylist(rows[250:]), folder / "rows.parquet", row_group_size=30)
+    whole = build([str(folder)], store, holdout=0.3)
+    assert whole.rejected["exact duplicate"] == 20
+    assert whole.rejected["near-duplicate"] > 10
+    monkeypatch.setattr(staging, "PIECE", 9000)
+    assert len(list(pieces([str(folder)], Reading()))) > 3
+    monkeypatch.setattr(building, "SHARD", 10**9)
+    for number, means in enumerate([Means(memory=20_000), Means(workers=2, memory=10**6)]):
+        assert build([str(folder)], Store(tmp_path / f"store{number}"), holdout=0.3, means=means) == whole
+
+
+def test_an_interrupted_build_resumes(source, store, monkeypatch, tmp_path):
+    monkeypatch.setattr(staging, "PIECE", 1500)
+    monkeypatch.setattr(building, "SHARD", 1000)
+    whole = build([source], Store(tmp_path / "other"))
+
+    class Stop(Exception):
+        pass
+
+    def interrupted_at(what: str, number: int):
+        seen = []
+
+        def progress(label, done, total, unit):
+            if label.startswith(what) and done == total:
+                seen.append(label)
+                if len(seen) == number:
+                    raise Stop
+
+        return progress
+
+    for what, number in (("read piece", 3), ("write train-", 2), ("write holdout-", 1)):
+        with pytest.raises(Stop):
+            build([source], store, progress=interrupted_at(what, number))
+    events = []
+    assert build([source], store, progress=lambda what, *_: events.append(what)) == whole
+    assert not {what for what in events if what.startswith("read piece") or what == "write train-0"}
+    assert not list((store.root / "work").glob("*/"))
 
 
 @settings(max_examples=12, deadline=None)

@@ -181,7 +181,7 @@ def test_fields(tmp_path):
         "doc.text": "inner", "doc.more.body": "deep", "a.b": "literal", "title,doc.text": "A\n\ninner", "title, none": "A",
     }.items():  # fmt: skip
         assert texts(path, field=field)[0] == [text]
-    assert "(1 × no field 'doc.none' (fields doc, a.b, a, title, none))" in refused(path, field="doc.none")
+    assert "(1 × no field 'doc.none' (a.jsonl, fields doc, a.b, a, title, none))" in refused(path, field="doc.none")
     assert "is not text" in refused(path, field="doc")
     for name, table in {"a.parquet": pa.Table.from_pylist([{"doc": {"text": "inner"}, "title": "A"}])}.items():
         pq.write_table(table, tmp_path / name)

@@ -113,6 +113,7 @@ def test_the_sample(store):
     assert SAMPLE.stat().st_size < 2.1e6
     assert corpus.documents == sum(shard.documents for shard in (*corpus.train, *corpus.holdout)) == 1990
     assert len(corpus.licences) == 10
+    assert corpus.digest.startswith("cad8322a2f3abee8")  # the demo's figures are of this corpus
     notice = SAMPLE.with_name("NOTICE").read_text()
     assert all(document.meta["source"] in notice for document in documents(corpus.holdout, store))
 

@@ -14,6 +14,7 @@ import elmwood
 from elmwood import records
 from elmwood.cli import app
 from elmwood.corpus.kinds import KINDS
+from elmwood.corpus.quality import FILTERS
 from elmwood.corpus.unpack import PACKED
 from elmwood.domains.embed import EMBEDDERS
 from elmwood.domains.route import ROUTERS
@@ -57,6 +58,7 @@ def test_every_kind_of_file_is_documented():
         endings = " ".join(f"`{ending}`" for ending in kind.endings)
         assert f"| {name} | {endings} | {kind.document} |" in text
     assert all(f"`{one.endings[0]}`" in text for one in PACKED.values())
+    assert all(f"| `{name}` |" in text for name in FILTERS)
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
