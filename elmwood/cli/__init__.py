@@ -7,6 +7,7 @@ the verb is called. What it computes is in `elmwood.study`.
 import errno
 import io
 import os
+import re
 import sys
 from importlib import import_module
 from typing import Annotated, Any
@@ -109,6 +110,38 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+# errno -> what the system refused, and what helps
+SYSTEM = {
+    errno.ENOSPC: ("no space left on the disk", "free some and run the same command again"),
+    errno.EDQUOT: ("the disk quota is used up", "free some and run the same command again"),
+    errno.EFBIG: ("a file would be larger than the limit on file sizes (ulimit -f)", "raise it and run the same command again"),
+    errno.EROFS: ("the file system is read-only", "name another folder, for the store with --store"),
+    errno.EACCES: ("permission denied", "change the owner or the permissions, or name another folder, for the store with --store"),
+    errno.EPERM: ("not permitted", "change the owner or the permissions, or name another folder, for the store with --store"),
+    errno.ENOTDIR: ("a file is where a folder is needed", "name a folder, for the store with --store"),
+    errno.EEXIST: ("a file is where a folder is needed", "name a folder, for the store with --store"),
+    errno.EISDIR: ("a folder is where a file is needed", "name a file"),
+    errno.ENOENT: ("no such file or folder", "check the path, and TMPDIR if it is set"),
+    errno.EMFILE: ("too many open files (ulimit -n)", "raise the limit and run the same command again"),
+    errno.ENAMETOOLONG: ("a file name is too long", "choose a shorter one"),
+    errno.ELOOP: ("a link leads to itself", "remove it"),
+    errno.EIO: ("the disk cannot be read or written", "check it, and run `elmwood verify`"),
+}
+
+
+def of_system(error: Exception) -> str:
+    """The rule, the file and the cure of what the system refused; empty for other errors. Libraries in Rust say it in words only."""
+    spelled = re.search(r"\(os error (\d+)\)", str(error))
+    number = getattr(error, "errno", None) or (int(spelled[1]) if spelled else None)
+    if number not in SYSTEM:
+        return ""
+    from elmwood.cli.screen import printable
+
+    rule, cure = SYSTEM[number]
+    place = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    return printable(f"{rule} ({os.fsdecode(place) if isinstance(place, str | bytes) else str(error)[:200]}): {cure}")
+
+
 def main() -> None:
     """The entry point: our errors become one line on stderr and a non-zero exit."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow each other down on a busy machine
@@ -122,12 +155,13 @@ def main() -> None:
 
         sys.stderr.write(f"elmwood: {printable(str(error))}\n")
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except MemoryError:
+        sys.stderr.write("elmwood: memory ran out: ask for less at once (--workers, --batch, --length), or use a larger machine\n")
+        sys.exit(1)
+    except Exception as error:
+        if not (told := of_system(error)):
             raise
-        sys.stderr.write(
-            f"elmwood: no space left on the disk ({error.filename or 'while writing'}): free some and run the same command again\n"
-        )
+        sys.stderr.write(f"elmwood: {told}\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("\nelmwood: stopped; run the same command again to resume\n")

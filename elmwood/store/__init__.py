@@ -26,7 +26,7 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
 from elmwood.records import Expert, Files, Partition, Record, canonical, fingerprint, parse, references
 from elmwood.store.disk import hash_file as hash_file
-from elmwood.store.disk import hash_once, lock_file, remember, sweep, sync_folder, temporary_folder, write_whole
+from elmwood.store.disk import hash_once, locked, remember, sweep, sync_folder, temporary_folder, write_whole
 from elmwood.store.relations import check_relations, texts
 from elmwood.store.relations import contributed as contributed
 from elmwood.store.relations import lineage as lineage
@@ -316,8 +316,7 @@ class Store:
         """
         work = self.root / "work" / key  # made once it is held: another process may be removing it
         work.parent.mkdir(parents=True, exist_ok=True)
-        with work.with_suffix(".lock").open("w", encoding="utf-8") as lock:
-            lock_file(lock, lambda done: progress("waiting for another process at this", done, 1, "tasks"))
+        with locked(work.with_suffix(".lock"), lambda done: progress("waiting for another process at this", done, 1, "tasks")):
             self._sweep()
             try:
                 yield self.work(key)
@@ -327,6 +326,8 @@ class Store:
                 raise
             if self.done(key):
                 shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):  # it holds what the next run resumes from
+                work.rmdir()
 
     def log(self, key: str, **measured: float | str) -> None:
         """Append measurements of a task, such as seconds. They depend on the machine, so they are not part of a record."""
@@ -339,9 +340,10 @@ class Store:
         """The lines of a task's log, without lines that a crash truncated."""
         path = self.root / "logs" / f"{key}.jsonl"
         found = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with suppress(ValueError):
-                found.append(json.loads(line))
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+            with suppress(ValueError, RecursionError):
+                if isinstance(value := json.loads(line), dict):
+                    found.append(value)
         return found
 
     # ---- writing
@@ -358,9 +360,20 @@ class Store:
         """Once in a process, remove temporary files and folders of processes that were killed."""
         if self.root.resolve() not in _swept:
             _swept.add(self.root.resolve())
-            left = "tmp????????"  # as tempfile names them
-            places = (f"{left}.tmp", f"blobs/sha256/??/{left}.tmp", f"records/{left}.tmp", f"refs/**/{left}.tmp", f"views/{left}")
-            sweep(path for place in places for path in self.root.glob(place))
+            sweep(self.temporary())
+
+    def temporary(self) -> Iterator[Path]:
+        """Temporary files and folders, those of live processes too."""
+        left = "tmp????????"  # as tempfile names them
+        places = (
+            f"{left}.tmp",
+            f"blobs/sha256/??/{left}.tmp",
+            f"records/{left}.tmp",
+            f"refs/**/{left}.tmp",
+            f"views/{left}",
+            "work/*.lock",
+        )
+        return (path for place in places for path in self.root.glob(place))
 
 
 AnyStore = Store | Path | str | None  # what a Store can be opened from; None: the default folder

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 CHUNK = 1 << 20
 SETTLED = 50_000_000  # nanoseconds; a file that changed later than that may change again and keep its time
@@ -41,14 +40,26 @@ def _identity(path: Path) -> tuple[int, ...]:
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
-def lock_file(file: IO[str], waits: Callable[[int], None]) -> None:
-    """Hold a file alone; the kernel releases it when the process ends. Calls `waits(0)` and `waits(1)` around a wait for another."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        waits(0)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        waits(1)
+@contextmanager
+def locked(path: Path, waits: Callable[[int], None]) -> Iterator[None]:
+    """Hold a lock file alone; the kernel releases it when the process ends. Calls `waits(0)` and `waits(1)` around a wait for another.
+
+    It is removed while it is held. Who waited for it sees that it is gone, and takes the one that is there now.
+    """
+    while True:
+        with path.open("w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waits(0)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                waits(1)
+            if os.fstat(file.fileno()).st_nlink:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
 
 def sync_folder(folder: Path) -> None:
@@ -105,16 +116,23 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def sweep(left: Iterable[Path]) -> None:
-    """Remove temporary files and folders whose process has ended: its lock on them ended with it."""
-    for path in left:
+def left_over(paths: Iterable[Path]) -> Iterator[Path]:
+    """Those of these temporary files and folders whose process has ended: its lock on them ended with it. Each is locked meanwhile."""
+    for path in paths:
         with suppress(OSError):  # locked by a live process, or finished meanwhile
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                yield path
             finally:
                 os.close(handle)
+
+
+def sweep(paths: Iterable[Path]) -> None:
+    """Remove the temporary files and folders whose process has ended."""
+    for path in left_over(paths):
+        with suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from elmwood.errors import BadRecord, ForeignExpert
 from elmwood.records import Record, State, fingerprint, parse, references
 from elmwood.store import Store, links, read_ref
-from elmwood.store.disk import hash_file
+from elmwood.store.disk import hash_file, left_over
 from elmwood.store.relations import check_relations, contributed, texts
 
 _LEFT = re.compile(r"tmp[a-z0-9_]{8}(\.tmp)?")  # a temporary file: the next run of a task removes it unless it is in use
@@ -22,7 +22,7 @@ class Damage(NamedTuple):
 
     where: str  # path below the store
     problem: str
-    elsewhere: bool = False  # not damaged: text, or experts of a sum, that stayed with their owner
+    elsewhere: bool = False  # not damaged: text, or experts of a sum, that stayed with their owner; or left over
 
 
 def verify(store: Store, progress: Callable[[float, float], None] = lambda done, total: None) -> Iterator[Damage]:
@@ -63,6 +63,8 @@ def verify(store: Store, progress: Callable[[float, float], None] = lambda done,
             yield Damage(_where(store.path(digest), store), f"missing; record {user[:12]} needs it")
     yield from _refs(store)
     yield from _views(store)
+    for path in left_over(store.temporary()):
+        yield Damage(_where(path, store), "left by a process that was killed: the next run that makes something removes it", elsewhere=True)
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Folders that other tools read, and what a store holds: export, and a check of every digest."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -30,24 +31,31 @@ def export(
     if isinstance(found, Expert | Merged) and "adapter_config.json" in found.files and format in ("transformers", "gguf"):  # it is folded
         check_use(store.load(found.seed, Seed), "merge")
     key = fingerprint("export", found.digest, format, dtype)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        if not _finished(target, key, store):
-            raise BadInput(f"{target} is not empty: an export never overwrites; name a new folder")
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _building(target) as building:
-        _write(found, store, building, format, dtype, progress)
-        about = "_elmwood.json" if format == "parquet" else "elmwood.json"  # readers of data sets skip names that begin with _
-        (building / about).write_bytes(store.get(found.digest).read_bytes())
-        store.log(key, folder=str(target.resolve()), content=_content(building))
-        os.replace(building, target)
+    with store.held(key, progress):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            if not _finished(target, key, store):
+                raise BadInput(f"{target} is not empty: an export never overwrites; name a new folder")
+            return target
+        with _building(target, key, store) as building:
+            _write(found, store, building, format, dtype, progress)
+            about = "_elmwood.json" if format == "parquet" else "elmwood.json"  # readers of data sets skip names that begin with _
+            (building / about).write_bytes(store.get(found.digest).read_bytes())
+            store.log(key, folder=str(target.resolve()), content=_content(building))
+            os.replace(building, target)
     return target
 
 
 @contextmanager
-def _building(target: Path) -> Iterator[Path]:
-    """A new hidden folder beside the target, removed if it is not moved away."""
+def _building(target: Path, key: str, store: Store) -> Iterator[Path]:
+    """A new hidden folder beside the target, removed if it is not moved away. Those of exports that were killed go first: they are called
+    as it is, and the log names them, so no folder of the user's is taken for one."""
+    logged = {line.get("building") for line in store.logged(key)}
+    for left in target.parent.resolve().glob(f".{glob.escape(target.name)}.????????"):
+        if str(left) in logged:
+            shutil.rmtree(left, ignore_errors=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    store.log(key, building=str(building.resolve()))
     building.chmod(0o755)
     try:
         yield building

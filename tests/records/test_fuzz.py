@@ -3,6 +3,7 @@
 import contextlib
 import json
 import struct
+from random import Random
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benches.faults.mutations import change
 from elmwood.errors import ElmwoodError
 from elmwood.evaluate.columns import open_tensors
 from elmwood.lm.adapters.peft_config import read_settings, scale
@@ -36,62 +38,13 @@ HEADER = {
     "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
     "loglik": {"dtype": "F16", "shape": [4], "data_offsets": [16, 24]},
 }
-ODD = [
-    '"\\ud800"',
-    "1e999",
-    "NaN",
-    "-1",
-    "2.0",
-    "true",
-    "null",
-    "[]",
-    "{}",
-    '""',
-    "99999999999999999999",
-    "[" * 5000,
-    '{"a":1,"a":2}',
-    '"F64"',
-]
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def places_of(value, path=()):
-    """The paths to all values within a JSON value."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, one in items:
-        yield from places_of(one, (*path, key))
-
-
-def replace(value, path, by):
-    if not path:
-        return by
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = replace(value[path[0]], path[1:], by)
-    return copy
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=4,
-)
 
 
 @st.composite
 def changed(draw, values):
-    """JSON bytes of one of these values with a value in it replaced, or with some bytes changed, removed or added."""
-    value = draw(st.sampled_from(values))
-    if draw(st.booleans()):
-        path = draw(st.sampled_from(list(places_of(value))))
-        text = draw(st.sampled_from(ODD) | JSON.map(json.dumps))
-        return json.dumps(replace(value, path, "MARK")).replace('"MARK"', text).encode()
-    raw = bytearray(json.dumps(value).encode())
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, len(raw) - 1))
-        raw[place : place + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
-        raw = raw or bytearray(b" ")
-    return bytes(raw)
+    """JSON bytes of one of these values, changed as the fuzz bench changes them."""
+    return change(json.dumps(draw(st.sampled_from(values))).encode(), Random(draw(st.integers(0, 2**32 - 1))))
 
 
 @FUZZ

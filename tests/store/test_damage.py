@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -173,6 +174,28 @@ def test_left_over_files_are_swept_and_those_of_live_processes_are_not(store):
         assert {line for line in live.stdout if line != "written\n"} == {f"sha256:{disk.hashlib.sha256(b'live').hexdigest()}\n"}
     assert left(store) == [mine]
     assert not view.exists()
+
+
+def test_lock_files_are_removed_and_one_that_waited_takes_the_new_one(store):
+    """Processes that come while another leaves never work at the same time."""
+    at_work, most, done = [], [], []
+
+    def work(_):
+        for _ in range(20):
+            with store.held("key"):
+                at_work.append(1)
+                most.append(len(at_work))
+                done.append(1)
+                at_work.pop()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert (max(most), len(done)) == (1, 160)
+    assert not list(store.root.glob("work/*.lock"))
+    (store.root / "work" / "killed.lock").touch()
+    assert [(one.where, one.elsewhere) for one in verify(store)] == [("work/killed.lock", True)]
+    disk.sweep(store.temporary())
+    assert not list(verify(store))
 
 
 def fifo(path):

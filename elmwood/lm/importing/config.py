@@ -22,7 +22,8 @@ def read_config(folder: Path) -> Any:
     """The folder's config, which must be that of a causal LM of text in transformers. Raises BadSeed."""
     config = open_config(folder)
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "model without a language head")
-    name = (config.architectures or [default])[0]
+    named = config.architectures or [default]
+    name = named[0] if isinstance(named, list) and isinstance(named[0], str) else str(named)[:80]
     if name in _names(MODEL_MAPPING_NAMES.get(config.model_type)):  # saved from the trunk; the weights tell whether the head is tied
         name = default
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)  # BERT as published
