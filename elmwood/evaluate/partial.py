@@ -72,6 +72,8 @@ class Partial:
         self.known_W[~scored_W] = self.score is not None
         for path in [] if alone else sorted(self.folder.glob("*.safetensors")):
             self._take(**safetensors.numpy.load_file(path))
+        if self.complete:  # the run that scored the last of it was killed before it was kept
+            self.loglik_N = column(self.seal(), holdout, store)
 
     @property
     def complete(self) -> bool:
@@ -83,7 +85,7 @@ class Partial:
         if not len(missing_W):
             return
         cut, started = self.holdout.windows, time.perf_counter()
-        part_W = np.cumsum(cut.length_W[missing_W]) // SLICE
+        part_W = (np.cumsum(cut.length_W) // SLICE)[missing_W]  # whatever is missing: a run that goes on has the same batches
         total, done, ran, lm = int(cut.length_W[missing_W].sum()), 0, 0, self.load()
         for part in np.unique(part_W):
             if until is not None and time.time() >= until:

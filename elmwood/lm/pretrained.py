@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import hub_kernels
 
 from elmwood.corpus.foreign_tokenizer import check_tokenizer_file
-from elmwood.errors import BadInput, BadSeed, Damaged
+from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.checkpoint import Stored, harmless, linked, read_json, said, stored_tensors, weight_files
 
@@ -30,8 +29,8 @@ from elmwood.lm.checkpoint import Stored, harmless, linked, read_json, said, sto
 logging.getLogger("transformers.modeling_utils").addFilter(lambda line: line.levelno >= logging.ERROR)
 hub_kernels._kernels_enabled = False  # some models fetch faster kernels from the model hub where the library `kernels` is installed
 
-# what is raised where transformers cannot read something, or its header is refused before
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError, Damaged)
+# what is raised where a library cannot read a file, or its header is refused before: anything (tokenizers raise Exception itself)
+UNREADABLE = Exception
 # Settings that name code, kernels, other files or other machines, at any depth of a config. They are passed over: transformers chooses its
 # own attention, and the architecture must be one of its own.
 _PASSED = frozenset({

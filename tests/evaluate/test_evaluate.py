@@ -192,6 +192,16 @@ def test_columns_of_single_precision_stay_readable(grown, held, columns):
     assert (column(old, held, store) == loglik_N).all()
 
 
+def test_a_run_killed_before_its_score_was_kept_leaves_the_same_score(grown, held, columns, tmp_path):
+    """All windows are scored, and nothing was sealed: the next to open the column finds what an undisturbed run keeps."""
+    seed, store = grown[2], Store(tmp_path)
+    Partial(seed, lambda: open_model(seed, grown[0], "cpu"), held, store).fill(np.arange(len(held.count_W)))
+    again = Partial(seed, lambda: pytest.fail("opened again"), held, store)
+    assert again.score == score_model(seed, lambda: pytest.fail("opened again"), held, store)
+    assert again.loglik_N.dtype == columns[0].dtype
+    assert (again.loglik_N == columns[0]).all()
+
+
 def test_windows_come_one_by_one_and_nothing_is_run_twice(grown, held, columns, tmp_path):
     _, _, seed, _ = grown
     store, grown_store = Store(tmp_path), grown[0]
