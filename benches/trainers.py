@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from elmwood.corpus.tokens import Packed
-from elmwood.lm.load import best_device, new_model
+from elmwood.lm.devices import best_device
+from elmwood.lm.load import new_model
 from elmwood.records import Recipe, Shape
 from elmwood.train import loop
 from elmwood.train.adapter import add_adapter

@@ -44,7 +44,9 @@ def cores() -> int:
 
 
 def gpus() -> list[str]:
-    """The names of the CUDA devices that this process may use, without importing torch."""
+    """The names of the CUDA devices that this process may use, without importing torch; none if it was told to use another device."""
+    if os.environ.get("ELMWOOD_DEVICE", "cuda") != "cuda":
+        return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
     return found if named is None else [one.strip() for one in named.split(",") if one.strip() not in ("", "-1")]

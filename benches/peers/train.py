@@ -36,7 +36,8 @@ from benches.common import parser, say, words
 from benches.trainers import Clock, Times, blocks, packers, padded, trainers
 from elmwood.corpus.build import build, documents
 from elmwood.corpus.tokens import Packed, pack, train_tokenizer
-from elmwood.lm.load import best_device, new_model
+from elmwood.lm.devices import best_device
+from elmwood.lm.load import new_model
 from elmwood.records import Recipe, Shape
 from elmwood.store import Store
 from elmwood.train import loop, together

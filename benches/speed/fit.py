@@ -21,7 +21,8 @@ import numpy as np
 from transformers import AutoConfig
 
 from benches.common import parser, say
-from elmwood.lm.load import best_device, seed_folder
+from elmwood.lm.devices import best_device
+from elmwood.lm.load import seed_folder
 from elmwood.merge.moe.build import LOW, Mixing, Parts, write
 from elmwood.merge.moe.gates import layers_of, random_rows
 from elmwood.merge.moe.shards import Shards

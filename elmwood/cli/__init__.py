@@ -103,8 +103,16 @@ for _name, (_verbs, _line) in GROUPS.items():
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(envvar="ELMWOOD_DEVICE", help="Where to compute: cpu, cuda, cuda:1, mps, xpu; default: the best there is."),
+    ] = None,
+) -> None:
     """Grow one language model out of many small experts."""
+    if device:
+        os.environ["ELMWOOD_DEVICE"] = device  # for this process and its workers
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -18,14 +18,15 @@ from transformers.cache_utils import DynamicCache
 from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.adapters.lora import Bank, adapter_of
 from elmwood.lm.cache import KeyValueCache
-from elmwood.lm.load import Branch, best_device, check_seed, end_tokens, load_model, method_of
+from elmwood.lm.devices import best_device, kind_of
+from elmwood.lm.load import Branch, check_seed, end_tokens, load_model, method_of
 from elmwood.lm.products import linear, plain_head
 from elmwood.records import Seed
 from elmwood.store import Store
 from elmwood.store.headers import read_header
 
-LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # rows read at once while scoring have so many: their activations fit in the cache
-LOGITS_OF_HEAD = {"cpu": 1 << 19, "cuda": 1 << 26}  # in memory at once, C rows of hidden cache: 2 MB; more where launches cost
+LOGITS = {"cpu": 1 << 22, "gpu": 1 << 26}  # rows read at once while scoring have so many: their activations fit in the cache
+LOGITS_OF_HEAD = {"cpu": 1 << 19, "gpu": 1 << 26}  # in memory at once, C rows of hidden cache: 2 MB; more where launches cost
 ROWS = 64  # at least, so that the head's weights are not read for nothing
 MIXED = 1 << 26  # numbers of summed adapters in memory at once while scoring
 BANKED = ("lora", "qlora")  # what these change is W + B A; DoRA (arXiv:2402.09353) rescales the base's rows besides
@@ -118,7 +119,7 @@ class Experts:
         body = self._body(key)
         if body.bank:
             body.bank.select([number])
-        at_once = max(1, LOGITS[self.device.type] // (length * self.seed.vocabulary))
+        at_once = max(1, LOGITS[kind_of(self.device)] // (length * self.seed.vocabulary))
         loglik_BT = torch.zeros(rows, length)
         for start in range(0, rows, at_once):
             part_BT = tokens_BT[start : start + at_once].to(self.device)
@@ -138,7 +139,7 @@ class Experts:
         bank = body.bank
         assert bank
         mixtures = [self._mixture(weight_E) for weight_E in weight_BE]
-        at_once = max(1, min(LOGITS[self.device.type] // (last * self.seed.vocabulary), MIXED // max(1, bank.numbers)))
+        at_once = max(1, min(LOGITS[kind_of(self.device)] // (last * self.seed.vocabulary), MIXED // max(1, bank.numbers)))
         parts = []
         for start in range(0, rows, at_once):
             bank.mix(mixtures[start : start + at_once])
@@ -250,7 +251,7 @@ class Experts:
             if select:
                 select(cache.owner[first:last])
             begin = place = cache.length[first]
-            room = max(1, LOGITS[self.device.type] // ((last - first) * self.seed.vocabulary)) if every else len(tokens)
+            room = max(1, LOGITS[kind_of(self.device)] // ((last - first) * self.seed.vocabulary)) if every else len(tokens)
             loglik = [torch.zeros(last - first, 0)]
             while place < len(tokens):
                 end = min(place + room, len(tokens))
@@ -300,7 +301,7 @@ def _loglik(body: Body, tokens_BT: Tensor, last: int) -> Tensor:
         nll_N = cross_entropy(logits_BTV.flatten(0, 1).float(), target_N, reduction="none")
         return -nll_N.view(len(tokens_BT), -1).cpu()
     hidden_ND = body.model.base_model(input_ids=read_BT, use_cache=False)[0][:, -last:].flatten(0, 1)
-    rows = max(ROWS, LOGITS_OF_HEAD[tokens_BT.device.type] // len(body.head_VD))
+    rows = max(ROWS, LOGITS_OF_HEAD[kind_of(tokens_BT.device)] // len(body.head_VD))
     parts = zip(hidden_ND.split(rows), target_N.split(rows), strict=True)
     nll_N = torch.cat([cross_entropy(linear(part_CD, body.head_VD).float(), part_C, reduction="none") for part_CD, part_C in parts])
     return -nll_N.view(len(tokens_BT), -1).cpu()

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreT
 from elmwood.errors import BadSeed, ForeignExpert
 from elmwood.lm import pretrained
 from elmwood.lm.adapters import lowrank
+from elmwood.lm.devices import best_device
 from elmwood.lm.files import seed_folder
 from elmwood.lm.importing.config import read_config
 from elmwood.lm.importing.seed import add_seed
@@ -116,11 +117,6 @@ def open_tokenizer(seed: Seed, store: Store, add_bos: bool | None = None) -> Pre
     if add_bos and found.bos_token_id is None:
         found = pretrained.open_tokenizer(folder, **settings, bos_token=found.convert_ids_to_tokens(seed.separator))
     return found
-
-
-def best_device() -> torch.device:
-    """A GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def method_of(branch: Branch) -> str:

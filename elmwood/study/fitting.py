@@ -95,7 +95,7 @@ def _fit_mixture(mixture: Mixture, recipe: Recipe, store: Store, memory: int | N
 
 
 def _fit_seed(seed: Seed | str, recipe: Recipe, store: Store, memory: int | None, device: str | None, measure: bool) -> Fitting:
-    from elmwood.lm.load import best_device  # torch
+    from elmwood.lm.devices import best_device  # torch
     from elmwood.train.fit import measure as two_steps
     from elmwood.train.fit import predict
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from elmwood.lm.devices import kind_of
 from elmwood.lm.products import linear, plain_head
 from elmwood.train.data import UNSCORED
 
@@ -57,7 +58,7 @@ def _chunks(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, wanted: tuple[
     share_N1 /= share_N1.sum().clamp(min=1)
     target_N1 = target_N.clamp(min=0)[:, None]
     loss = torch.zeros((), device=hidden_ND.device)
-    rows = max(ROWS, CHUNK["cpu" if hidden_ND.device.type == "cpu" else "gpu"] // len(head_VD))
+    rows = max(ROWS, CHUNK[kind_of(hidden_ND.device)] // len(head_VD))
     for start in range(0, len(hidden_ND), rows):
         hidden_CD, target_C1, share_C1 = (part[start : start + rows] for part in (hidden_ND, target_N1, share_N1))
         logit_CV = linear(hidden_CD, head_VD).float()

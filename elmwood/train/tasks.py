@@ -17,8 +17,9 @@ from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, MissingExtra
+from elmwood.lm.devices import best_device
 from elmwood.lm.files import tokenizer
-from elmwood.lm.load import best_device, load_model, load_quantised, new_model, save_folder, save_seed
+from elmwood.lm.load import load_model, load_quantised, new_model, save_folder, save_seed
 from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Record, Seed, Shape, Shard
 from elmwood.registry import require
 from elmwood.store import Store
@@ -32,7 +33,10 @@ TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"
 SAMPLE = 50_000_000  # bytes of text that a tokenizer is trained on
 
 
-def train_seed(corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, name: str = "seed", progress: Progress = silent) -> Seed:
+def train_seed(
+    corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, name: str = "seed", device: torch.device | str | None = None,
+    progress: Progress = silent,
+) -> Seed:  # fmt: skip
     """Train a Llama and its tokenizer from scratch. Done once per inputs; interrupted runs resume. Raises BadInput, BadCorpus."""
     if recipe.method != "full":
         raise BadInput(f"a seed is trained with method 'full', not {recipe.method!r}: adapters need a seed")
@@ -43,7 +47,8 @@ def train_seed(corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, na
             return store.load(done, Seed)
         words = _tokenizer(corpus, shape.vocabulary, store, work / "tokenizer.json", progress)
         packed = pack(corpus.train, words, END, store, progress)
-        model = new_model(shape, recipe.rng_seed)
+        model: Any = new_model(shape, recipe.rng_seed)
+        model.to(best_device() if device is None else torch.device(device))
         trained = run(model, packed, recipe, work, partial(store.log, key), progress)
         facts: dict[str, Any] = {"corpus": corpus.digest, "recipe": recipe, "curve": trained.curve}
         seed = save_seed(model, words, store, name=name, separator=END, **facts)

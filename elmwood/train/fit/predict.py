@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from elmwood.errors import BadInput
+from elmwood.lm.devices import best_device
 from elmwood.lm.files import download, seed_folder
-from elmwood.lm.load import best_device
 from elmwood.lm.pretrained import open_config
 from elmwood.records import Frozen, Recipe, Seed
 from elmwood.store import Store

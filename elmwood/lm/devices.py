@@ -1,0 +1,35 @@
+"""Where to compute: the device that the user named, or the best one there is."""
+
+import os
+
+import torch
+
+from elmwood.errors import BadInput
+
+VARIABLE = "ELMWOOD_DEVICE"  # the same for this process and its workers
+KINDS = ("cuda", "xpu", "mps")  # in this order; ROCm calls itself cuda
+
+
+def best_device() -> torch.device:
+    """What ELMWOOD_DEVICE or `elmwood --device` names, else a GPU if there is one, else the CPU. Raises BadInput if it is not here."""
+    here = [kind for kind in KINDS if getattr(torch, kind).is_available()]
+    named = os.environ.get(VARIABLE)
+    if not named:
+        return torch.device(here[0] if here else "cpu")
+    try:
+        device = torch.device(named)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", *here) or (device.index or 0) >= count(device.type):
+        raise BadInput(f"--device {named}: there is no such device here; choose among {', '.join([*here, 'cpu'])}")
+    return device
+
+
+def count(kind: str) -> int:
+    """Devices of a kind."""
+    return 1 if kind == "cpu" else int(getattr(torch, kind).device_count())
+
+
+def kind_of(device: torch.device) -> str:
+    """cpu or gpu: what sizes of batches depend on."""
+    return "cpu" if device.type == "cpu" else "gpu"
