@@ -28,7 +28,7 @@ VERBS = {
         "train:train",
         "Train one expert per domain from the seed, without communication; or tune a mixture. Interrupted runs resume.",
     ),
-    "adopt": ("train:adopt", "Take an adapter or a full fine-tune made elsewhere as an expert."),
+    "adopt": ("train:adopt", "Take a LoRA or DoRA adapter, or a full fine-tune, made elsewhere as an expert."),
     "fit": ("train:fit", "Predict the memory and time of a training run, and what would fit. The seed's config is enough."),
     "forest": ("models:forest", "Combine a seed, a partition and experts into a forest."),
     "eval": (
@@ -50,7 +50,10 @@ VERBS = {
 }
 SEED_VERBS = {
     "train": ("train:seed_train", "Train a small Llama from scratch, with its own tokenizer."),
-    "import": ("train:seed_import", "Import a causal language model of transformers as a seed."),
+    "import": (
+        "train:seed_import",
+        "Import a causal language model of transformers as a seed. It is tried: what it cannot be used for is said, with the reason.",
+    ),
 }
 STATE_VERBS = {
     "make": ("merge:state_make", "Sum one or more experts under a merge rule: what another machine can add to its own sum."),
