@@ -27,7 +27,7 @@ from elmwood.errors import BadInput
 from elmwood.records import Corpus
 from elmwood.store import Store
 from elmwood.study import fitting, mixing, training
-from elmwood.study.trial import say_limits
+from elmwood.study.trial import say_limits, why_no_gguf
 from elmwood.units import duration, short
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def seed_import(
         talk.print(change, soft_wrap=True)
     for line in say_limits(seed):
         talk.print(f"{seed.name} {line}", style="yellow", soft_wrap=True)
+    if reason := why_no_gguf(seed, Store(output.store)):
+        talk.print(f"{seed.name} cannot be exported to GGUF: {reason}", style="dim", soft_wrap=True)
     made(seed, name, output.as_json)
 
 

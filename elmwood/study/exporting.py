@@ -14,7 +14,7 @@ from elmwood.records import Expert, Merged, Mixture, Partition, Record, Seed, St
 from elmwood.store import AnyStore, Store, hash_file
 from elmwood.store.verify import Damage
 from elmwood.store.verify import verify as check_store
-from elmwood.study.trial import check_use
+from elmwood.study.trial import check_use, why_no_gguf
 
 
 def export(
@@ -29,7 +29,10 @@ def export(
     store, target = Store(store), Path(folder)
     found = store.load(record)
     if isinstance(found, Expert | Merged) and "adapter_config.json" in found.files and format in ("transformers", "gguf"):  # it is folded
-        check_use(store.load(found.seed, Seed), "merge")
+        seed = store.load(found.seed, Seed)
+        check_use(seed, "merge")
+        if format == "gguf" and (reason := why_no_gguf(seed, store)):
+            raise BadInput(reason)
     key = fingerprint("export", found.digest, format, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     with store.held(key, progress):

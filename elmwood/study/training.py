@@ -23,7 +23,7 @@ from elmwood.study.tasks import (
     statistics_job,
 )
 from elmwood.study.text import build, keep_name, open_store
-from elmwood.study.trial import check_use, try_seed
+from elmwood.study.trial import check_use, try_adapter, try_seed
 from elmwood.units import parse_count
 
 R = TypeVar("R", Recipe, Shape)
@@ -310,6 +310,8 @@ def adopt(
     from elmwood.train.adopt import import_expert  # torch
 
     expert = import_expert(source, start, store, partition=division.digest if division else None, domain=domain)
+    if "adapter_config.json" in expert.files:
+        try_adapter(expert, start, store)
     return keep_name(expert, name, store)
 
 

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from elmwood.errors import BadSeed, DoesNotFit, ElmwoodError
+from elmwood.errors import BadInput, BadSeed, DoesNotFit, ElmwoodError, MissingExtra
+from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.files import seed_folder, tokenizer
 from elmwood.records import Expert, Recipe, Seed
 from elmwood.records.models import Use
+from elmwood.registry import require
 from elmwood.store import Store
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ OWN = 5_000_000  # parameters up to which a seed is tried itself
 MOST = 40_000_000  # of a copy: one that stays larger is not tried
 ROWS, TOKENS, VOCABULARY, RANK = 2, 24, 512, 2
 EQUAL, ROUNDED = 1e-3, 0.3  # largest difference of a log-probability; where what is folded is rounded to half precision
+IN_BANK = "an adapter gives other probabilities here than in PEFT"
 LONGEST = 300  # characters of a reason
 WORDS: dict[Use, str] = {
     "generate": "continue text (chat)", "lora": "train adapters (--method lora, qlora, dora)",
@@ -51,7 +54,7 @@ class Differs(Exception):
 def check_use(seed: Seed, use: Use) -> None:
     """Raises BadSeed where the seed's record says that it cannot serve this use. A record may come from a stranger: it only refuses."""
     if use in seed.limits:
-        raise BadSeed(f"{seed.name} cannot {WORDS[use]}: {seed.limits[use]}; use another seed")
+        raise BadSeed(f"{seed.name} cannot {WORDS[use]}: {seed.limits[use]}")
 
 
 def say_limits(seed: Seed) -> list[str]:
@@ -81,12 +84,47 @@ def try_seed(seed: Seed, store: Store) -> dict[Use, str]:
     return limits
 
 
+def try_adapter(expert: Expert, seed: Seed, store: Store) -> None:
+    """Raises BadInput where an adapter made elsewhere would score otherwise in PEFT than here, or folded. Over a small copy of the seed
+    its settings are tried, with random weights."""
+    with _scratch() as folder:
+        if (at := _copy(seed, store, folder)) is None:
+            return
+        files = _like(expert, at, store) if seed.parameters > OWN else at.store.put_folder(store.folder(expert.files))
+        if not files:
+            return
+        mine = expert.model_copy(update={"seed": at.seed.digest, "partition": None, "domain": None, "files": files})
+        at.store.add(mine)
+        try:
+            _, live_BT = _fold(at, mine)
+            _compare(_score(at, mine), live_BT, EQUAL, IN_BANK)
+        except Differs as error:
+            raise BadInput(f"adapter {expert.digest[:8]} on {seed.name}: {error}; train it with plain LoRA on linear layers") from error
+
+
+def why_no_gguf(seed: Seed, store: Store) -> str:
+    """Why the exporter does not take this architecture; empty where it does, or the extra is absent. Not a limit in the record, since
+    the exporter learns architectures."""
+    try:
+        require("gguf", "gguf")
+        from elmwood.merge.export.gguf_config import read_config
+
+        read_config(seed_folder(seed, store))
+    except MissingExtra:
+        return ""
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
 def _reason(error: Exception, folder: Path) -> str:
     """What an error says, without what differs from one trial to the next: places of scratch files, digests of the experts tried."""
-    said = " ".join(str(error).split())
+    said = " ".join(str(error).split())  # errors of ours end in the cure
     said = re.sub(r"(expert|merged) [0-9a-f]{8}", r"an \1", re.sub(rf"{re.escape(str(folder))}\S*", "a file", said))
-    if not isinstance(error, ElmwoodError | Differs):
-        said = f"transformers or PEFT fail there with {type(error).__name__}: {said}"
+    if isinstance(error, Differs):
+        return f"{said}; use another seed"
+    if not isinstance(error, ElmwoodError):
+        return f"transformers or PEFT fail there with {type(error).__name__}: {said[:LONGEST]}; use another seed"
     return said[:LONGEST]
 
 
@@ -141,11 +179,11 @@ def _write_copy(config: Any, folder: Path) -> bool:
     from elmwood.lm.pretrained import empty_model, make_config, new_model_of
 
     try:
-        small = make_config(shrunk(config.to_dict()) | {"model_type": config.model_type})
+        small = make_config(shrunk(config.to_dict()))
         if empty_model(small).num_parameters() > MOST:
             return False
         model = new_model_of(small, torch.float32)
-    except Exception:  # an architecture whose sizes depend on one another in another way than `shrunk` knows
+    except ElmwoodError:  # an architecture whose sizes depend on one another in another way than `shrunk` knows
         return False
     with torch.no_grad():  # louder: fresh models say nearly nothing
         for weight in model.parameters():
@@ -156,7 +194,6 @@ def _write_copy(config: Any, folder: Path) -> bool:
 
 _WIDTH = re.compile(r"hidden_size|intermediate_size|n_embd|d_model|d_ff|dff|ffn_dim|n_inner|embed_proj_dim|lru_width|d_ssm|(?<!d_)heads?$")
 _COUNT = re.compile(r"num_(local_)?experts$|n_routed_experts|n_shared_experts|num_experts_per_tok|n_group|topk_group")
-NOT_COPIED = ("auto_map", "quantization_config", "dtype", "model_type", "attn_implementation", "_attn_implementation")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -175,7 +212,7 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Of layers of several kinds so many stay that each kind occurs.
     """
-    made = {key: copy.deepcopy(value) for key, value in config.items() if key not in NOT_COPIED}
+    made = {key: copy.deepcopy(value) for key, value in config.items() if key != "dtype"}
     numbers = {key: value for key, value in made.items() if type(value) is int}
     share = _share(numbers)
     for key, value in numbers.items():
@@ -202,18 +239,13 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _adapter(at: Copy) -> Expert:
     """An adapter at the default places: trained a step, stored, scored by the bank, and by PEFT."""
-    import torch
-
     from elmwood.train.tasks import open_trainable
 
     recipe = Recipe(method="lora", steps=1, rank=RANK)
     model = open_trainable(at.seed, recipe, at.store, "cpu")
     _backward(model, at)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.copy_(torch.randn_like(weight) / math.sqrt(weight.shape[-1] * RANK))
-    return _expert(at, model, recipe, "adapters give other probabilities in PEFT than in the bank that serves many")
+    _shake(model)
+    return _expert(at, model, recipe, IN_BANK)
 
 
 def _checkpoint(at: Copy) -> Expert:
@@ -239,15 +271,21 @@ def _backward(model: Any, at: Copy) -> None:
 
 def _expert(at: Copy, model: Any, recipe: Recipe, differs: str) -> Expert:
     """The record of a model, which must score as the model does."""
-    from elmwood.lm.experts import Experts
     from elmwood.train.tasks import store_trained
 
     live_BT = _logp(model, at)
     files = store_trained(model, tokenizer(at.seed, at.store), recipe, at.store)
     expert = Expert(seed=at.seed.digest, data=(), recipe=recipe, files=files)
     at.store.add(expert)
-    _compare(Experts(at.seed, [expert], at.store, "cpu").score(0, at.tokens_BT)[:, 1:], live_BT, EQUAL, differs)
+    _compare(_score(at, expert), live_BT, EQUAL, differs)
     return expert
+
+
+def _score(at: Copy, expert: Expert) -> "Tensor":
+    """log p of each token but the first [B, T - 1], by the code that scores experts."""
+    from elmwood.lm.experts import Experts
+
+    return Experts(at.seed, [expert], at.store, "cpu").score(0, at.tokens_BT)[:, 1:]
 
 
 def _grow(at: Copy, experts: list[Expert]) -> None:
@@ -264,23 +302,61 @@ def _grow(at: Copy, experts: list[Expert]) -> None:
             _compare(logp_AV[e, row_T[last]], at_once, EQUAL, "text that grows gets other probabilities than text that is read at once")
 
 
+def _fold(at: Copy, lora: Expert) -> tuple[Any, "Tensor"]:
+    """The seed with the adapter folded into it, which must score as PEFT does; and what that is."""
+    from elmwood.lm.load import load_model
+    from elmwood.merge.export.folder import export
+
+    ours = at.folder / "folded"
+    export(lora, at.store, ours, "transformers")
+    folded: Any = load_model(at.seed.model_copy(update={"files": at.store.put_folder(ours)}), at.store, device="cpu")
+    in_peft_BT = _logp(load_model(at.seed, at.store, lora, "cpu"), at)
+    _compare(_logp(folded, at), in_peft_BT, at.equal, "folding an adapter gives other probabilities than PEFT")
+    return folded, in_peft_BT
+
+
+def _like(expert: Expert, at: Copy, store: Store) -> dict[str, str]:
+    """An adapter with the settings of another over the copy, with random weights; none where they name places that it does not have."""
+    from peft import LoraConfig, get_peft_model
+
+    from elmwood.lm.load import load_model
+    from elmwood.train.adopt import SETTINGS
+
+    made = at.folder / "like"
+    try:
+        said = read_settings(store.folder(expert.files) / "adapter_config.json", dora=True)
+        config = LoraConfig(task_type="CAUSAL_LM", **{key: said[key] for key in SETTINGS if key in said})
+        model: Any = get_peft_model(load_model(at.seed, at.store, device="cpu"), config)
+    except (ValueError, TypeError):
+        return {}
+    _shake(model)
+    model.save_pretrained(made, save_embedding_layers=False)
+    (made / "README.md").unlink(missing_ok=True)
+    return at.store.put_folder(made)
+
+
+def _shake(model: Any) -> None:
+    """Random numbers in an adapter."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name and weight.dim() > 1:
+                weight.copy_(torch.randn_like(weight) / math.sqrt(weight.shape[-1] * RANK))
+
+
 def _combine(at: Copy, lora: Expert | None, full: Expert | None) -> None:
     """The adapter folded as PEFT folds it, and the mean of both experts."""
     import torch
 
     from elmwood.lm.load import load_model
     from elmwood.merge.checkpoint import Answer, merge
-    from elmwood.merge.export.folder import export
     from elmwood.merge.layer_weights import everywhere
     from elmwood.train.loss import base_model
 
     if lora is None:
         return
-    ours = at.folder / "folded"
-    export(lora, at.store, ours, "transformers")
-    folded: Any = load_model(at.seed.model_copy(update={"files": at.store.put_folder(ours)}), at.store, device="cpu")
-    adapted: Any = load_model(at.seed, at.store, lora, "cpu")
-    _compare(_logp(folded, at), _logp(adapted, at), at.equal, "folding an adapter gives other probabilities than PEFT")
+    folded, _ = _fold(at, lora)
     if full is None:
         return
     (made,) = merge(at.seed, {one.digest: everywhere(1.0) for one in (lora, full)}, [Answer("average", {})], at.store)

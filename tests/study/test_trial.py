@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import SHAPE, config_seed, louder, tiny_seed, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, JambaConfig
+from tiny_models import SHAPE, config_seed, lora_expert, louder, tiny_seed, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, RwkvConfig
 
-from elmwood.errors import BadSeed
+from elmwood.errors import BadSeed, ElmwoodError
 from elmwood.lm import load
 from elmwood.lm.load import save_folder
+from elmwood.lm.pretrained import empty_model, make_config
 from elmwood.records import Expert, Recipe
 from elmwood.store import Store
 from elmwood.study import trial
@@ -20,13 +21,10 @@ from elmwood.study.trial import check_use, shrunk, try_seed
 
 KINDS = (
     "llama", "mistral", "qwen2_moe", "qwen3", "qwen3_next", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt2", "gpt_neox", "bloom",
-    "mpt", "falcon", "olmo2", "starcoder2", "stablelm", "smollm3", "mixtral", "deepseek_v3", "jamba", "mamba", "rwkv",
+    "mpt", "falcon", "olmo2", "starcoder2", "stablelm", "smollm3", "mixtral", "deepseek_v3", "rwkv", "mamba", "rwkv",
 )  # fmt: skip
-RECURRENT = JambaConfig(
-    vocab_size=SHAPE.vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    num_experts=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False,
-    mamba_d_state=8, max_position_embeddings=64, pad_token_id=None,
-)  # fmt: skip
+# its code reads matrices where an adapter's layer has none
+RWKV = RwkvConfig(vocab_size=SHAPE.vocabulary, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=64)
 
 
 def head_size(config):
@@ -37,10 +35,8 @@ def head_size(config):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_of_a_published_config_is_small_and_alike(kind):
     large = AutoConfig.for_model(kind)  # the defaults are those of a published model
-    small = AutoConfig.for_model(kind, **shrunk(large.to_dict()))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(small)
-    assert model.num_parameters() <= trial.MOST
+    small = make_config(shrunk(large.to_dict()))
+    assert empty_model(small).num_parameters() <= trial.MOST
     if hasattr(large, "num_attention_heads") and isinstance(large.num_attention_heads, int):
         assert head_size(small) == head_size(large)
     assert set(getattr(small, "layer_types", None) or ()) == set(getattr(large, "layer_types", None) or ())
@@ -55,29 +51,47 @@ def test_a_seed_that_can_do_everything_has_the_record_it_had_before(tmp_path):
     assert b"limits" not in store.get(seed.digest).read_bytes()
 
 
-@pytest.mark.parametrize("own", [0, trial.OWN])
-def test_a_copy_has_the_limits_of_the_seed_itself(own, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "OWN", own)
+def test_a_copy_has_the_limits_of_the_seed_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "OWN", 0)  # both are tried themselves in other tests
     store = Store(tmp_path)
-    seed, before = config_seed(RECURRENT, store), torch.random.get_rng_state()
+    seed, before = config_seed(RWKV, store), torch.random.get_rng_state()
     limits = try_seed(seed, store)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert "recurrent state" in limits["generate"]
+    assert set(limits) == {"lora"}
     assert try_seed(tiny_seed(store), store) == {}
     assert {path.name for path in tmp_path.iterdir()} <= {"blobs", "records", "views"}  # nothing of the trial is left
 
 
 def test_what_a_seed_cannot_do_is_said_once_and_kept(tmp_path):
-    folder, store = tmp_path / "jamba", Store(tmp_path / "store")
+    folder, store = tmp_path / "rwkv", Store(tmp_path / "store")
     torch.manual_seed(0)
-    save_folder(louder(AutoModelForCausalLM.from_config(RECURRENT).eval()), tiny_tokenizer(), folder)
-    seed = import_seed(str(folder), store, name="jamba")
-    assert "recurrent state" in seed.limits["generate"]
-    assert store.load("jamba") == seed
-    assert seed == import_seed(str(folder), store, name="jamba")  # the same reasons again, so the same digest
-    assert "cannot continue text" in str(show(seed, store))
-    with pytest.raises(BadSeed, match="jamba cannot continue text"):
-        generate(seed, "the cat", store)
+    save_folder(louder(AutoModelForCausalLM.from_config(RWKV).eval()), tiny_tokenizer(), folder)
+    seed = import_seed(str(folder), store, name="rwkv")
+    assert "no attribute" in seed.limits["lora"]
+    assert store.load("rwkv") == seed
+    assert seed == import_seed(str(folder), store, name="rwkv")  # the same reasons again, so the same digest
+    assert "cannot train adapters" in str(show(seed, store))
+    with pytest.raises(BadSeed, match="rwkv cannot train adapters"):
+        check_use(seed, "lora")
+
+
+@pytest.mark.parametrize(("own", "method", "settings"), [
+    (0, "lora", {"use_rslora": True, "alpha_pattern": {"v_proj": 5}}),
+    (trial.OWN, "dora", {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+])  # fmt: skip
+def test_an_adapter_made_elsewhere_is_tried(own, method, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "OWN", own)
+    store = Store(tmp_path)
+    seed = tiny_seed(store)
+    expert = lora_expert(seed, store, 1, settings=settings)
+    trial.try_adapter(expert.model_copy(update={"recipe": Recipe(method=method, steps=1)}), seed, store)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of adapters on embeddings
+def test_an_adapter_that_cannot_be_used_fails_its_trial(store, seed):
+    """A record that did not come by `adopt`."""
+    with pytest.raises(ElmwoodError):
+        trial.try_adapter(lora_expert(seed, store, 1, settings={"target_modules": ["q_proj", "embed_tokens"]}), seed, store)
 
 
 def test_a_use_is_refused_before_any_work(tmp_path):

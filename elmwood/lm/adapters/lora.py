@@ -88,7 +88,8 @@ def product(base: nn.Module, x: Tensor) -> Tensor:
     if not few or x.device.type != "cpu" or type(base) is not nn.Linear:
         return base(x)
     y_OB = torch.mm(base.weight, x.reshape(rows, -1).T)
-    return (y_OB.T if base.bias is None else y_OB.T + base.bias).reshape(*x.shape[:-1], -1)
+    y_BO = y_OB.T if base.bias is None else y_OB.T + base.bias
+    return y_BO.contiguous().view(*x.shape[:-1], -1)  # in order: some models look at pairs of it as complex numbers
 
 
 class Bank:

@@ -29,7 +29,8 @@ def read_config(folder: Path) -> Any:
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)  # BERT as published
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or masked or config.is_encoder_decoder:
         raise BadSeed(f"{folder} holds a {name}: a seed is a causal LM (LlamaForCausalLM, OPTForCausalLM, …) that predicts the next token")
-    if others := sorted(part for part in config.sub_configs if part != "text_config" and getattr(config, part, None) is not None):
+    parts = (part for part in config.sub_configs if part != "text_config")  # those without a type are parts of the language model (MPT)
+    if others := sorted(part for part in parts if getattr(getattr(config, part, None), "model_type", "")):
         raise BadSeed(
             f"{folder} holds a {name} that reads more than text ({', '.join(others)}): "
             "save its language model alone, as the causal LM of its text_config, and import that"
