@@ -11,10 +11,11 @@ from types import ModuleType
 from typing import Any, get_args
 
 import pytest
+from typer.models import ParameterInfo
 
 import elmwood as ew
 from elmwood.cli import SEED_VERBS, STATE_VERBS, VERBS
-from elmwood.cli.options import command
+from elmwood.cli.options import command, flags
 
 HOUSE = Path(ew.__file__).parent
 # verb of the command line -> function, where the names differ
@@ -40,7 +41,7 @@ OTHERWISE = {
     "chat": {"prompt"},
     "cluster": {"with"},  # `survey`
     "demo": {"corpus", "report"},  # the bundled corpus is spelled out; `ew.report` writes the page
-    "eval": {"tasks", "limit", "tasks_folder", "download"},  # `benchmark`
+    "eval": {"tasks", "limit", "tasks_folder", "download", "bos"},  # `benchmark`
     "fit": {"table"},  # a table of cards
     "table": {"from", "source"},  # `from` is a word of Python
     "mix": {"scale", "without"},  # numbers and lists where the command line has text
@@ -117,7 +118,7 @@ def options(verb: Callable[..., None]) -> dict[str, Any]:
     found = {}
     for parameter in inspect.signature(command(verb)).parameters.values():
         # typer keeps the first spelling, Option("--json"), where a default would be
-        declared = [flag for one in get_args(parameter.annotation)[1:] for flag in (one.default, *(one.param_decls or ()))]
-        spelled = next((flag[2:] for flag in declared if isinstance(flag, str) and flag.startswith("--")), parameter.name)
+        declared = [flag for one in get_args(parameter.annotation)[1:] if isinstance(one, ParameterInfo) for flag in flags(one)]
+        spelled = next((flag[2:] for flag in declared if flag.startswith("--")), parameter.name)
         found[spelled.replace("-", "_")] = parameter.default
     return found
