@@ -5,6 +5,7 @@ after another (https://huggingface.co/docs/safetensors). Files come from strange
 first, so that all of them accept and refuse the same files.
 """
 
+import json
 import math
 import stat
 import struct
@@ -72,6 +73,17 @@ def check_headers(paths: Iterable[Path]) -> None:
     """Look at the headers of files that a library opens next. Raises Damaged."""
     for path in paths:
         read_header(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a file into the order of their names. The library that wrote them has another order in every process."""
+    top = read_header(path)
+    header = {"__metadata__": dict(sorted(top.metadata.items()))} | top.tensors
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(top.raw) - 8)
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(raw)
+    read_header(path)
 
 
 def load_arrays(path: Path, *needed: str) -> dict[str, NDArray[Any]]:

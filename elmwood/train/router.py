@@ -26,6 +26,7 @@ from elmwood.lm.load import load_model
 from elmwood.lm.mixture_card import mixture_card
 from elmwood.records import Mixture, Recipe, Seed, Shard, fingerprint
 from elmwood.store import Store
+from elmwood.store.headers import sort_metadata
 from elmwood.train.loop import run
 from elmwood.train.tasks import check_length, finish
 
@@ -178,6 +179,7 @@ def patch_files(mixture: Mixture, model: Any, weights: dict[str, Tensor], store:
                 old = {key: file.get_tensor(key) for key in keys}
             new = {key: named[key].to(value.dtype).contiguous() if key in named else value for key, value in old.items()}
             save_file(new, Path(scratch) / "new", metadata=facts)
+            sort_metadata(Path(scratch) / "new")
             files[name] = store.put(Path(scratch) / "new")
         return files
 

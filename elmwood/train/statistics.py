@@ -23,6 +23,7 @@ from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model
 from elmwood.records import Expert, Seed, Statistics, fingerprint
 from elmwood.store import Store
+from elmwood.store.headers import sort_metadata
 from elmwood.train.data import batches
 from elmwood.train.loop import batch_loss, use_threads
 from elmwood.train.loss import find_abilities
@@ -58,6 +59,7 @@ def statistics(
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / FILE
             save_file(tensors, path, {"format": "elmwood-statistics", "same": json.dumps(grams.same, sort_keys=True)})
+            sort_metadata(path)
             files = {FILE: store.put(path)}
         numbers = sum(value.numel() for value in fisher.values())
         mean = float(sum(value.double().sum() for value in fisher.values())) / numbers

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from elmwood.errors import Damaged
 from elmwood.evaluate.columns import open_tensors
-from elmwood.store.headers import LARGEST, load_arrays, read_header
+from elmwood.store.headers import LARGEST, load_arrays, read_header, sort_metadata
 from elmwood.weights.tensors import places
 
 
@@ -101,3 +101,18 @@ def test_what_the_library_writes_is_read(tmp_path):
         load_arrays(path, "d")
     with pytest.raises(Damaged, match="BF16"):
         load_arrays(write_file(tmp_path / "bf", {"a": tensor("BF16", [8])}))
+
+
+def test_metadata_in_any_order_are_the_same_bytes(tmp_path):
+    """Eight names: the library would write the same order twice once in 40,320 runs."""
+    facts = {f"n{number}": f"é{number}" for number in range(8)}
+    written = set()
+    for number in range(2):
+        path = tmp_path / f"{number}.safetensors"
+        safetensors.numpy.save_file({"a": np.arange(4.0, dtype=np.float32)}, path, dict(reversed(facts.items())) if number else facts)
+        sort_metadata(path)
+        with safetensors.safe_open(path, "numpy") as file:
+            assert file.metadata() == facts
+            assert (file.get_tensor("a") == np.arange(4)).all()
+        written.add(path.read_bytes())
+    assert len(written) == 1

@@ -43,16 +43,18 @@ def read_settings(path: Path, dora: bool = False, modules: Sequence[str] = ()) -
     except (ValueError, OSError) as error:
         raise BadInput(f"{path} cannot be used: {error}") from error
     if settings.get("peft_type") != "LORA":
-        raise BadInput(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be experts: train one with LoRA")
+        raise BadInput(
+            f"{path}: peft_type is {str(settings.get('peft_type'))[:80]!r}; only LORA adapters can be experts: train one with LoRA"
+        )
     if used := [key for key in _UNSUPPORTED if settings.get(key) and not (dora and key == "use_dora")]:
         raise BadInput(f"{path} uses {', '.join(used)}; only W + scale * B A is supported here: train without it")
     if strange := [key for key in settings if key not in (*USED, *IDLE, *_UNSUPPORTED) and not _is_default(key, settings[key])]:
         raise BadInput(f"{path} uses {strange[0][:80]!r}, which is not known here: upgrade elmwood and PEFT, or train without it")
     if settings.get("bias", "none") != "none":
-        raise BadInput(f"{path} trains biases ({settings['bias']!r}); adapters of one base share them: train with bias='none'")
+        raise BadInput(f"{path} trains biases ({str(settings['bias'])[:80]!r}); adapters of one base share them: train with bias='none'")
     if settings.get("init_lora_weights") not in _PLAIN_STARTS:
         raise BadInput(
-            f"{path}: init_lora_weights={settings['init_lora_weights']!r} changes the base weights: convert it to plain LoRA with PEFT"
+            f"{path}: init_lora_weights={str(settings['init_lora_weights'])[:40]} changes the base weights: convert it to plain LoRA"
         )
     return settings
 
