@@ -35,13 +35,14 @@ WORD = re.compile(r"\w+")
 
 def write_text(folder: Path, count: int) -> None:
     """Make documents, in FILES files of JSON lines."""
-    words = np.array(sorted({word for document in read("sample", Counter()) for word in document.text.split() if len(word) < 14}))
+    words = sorted({word for document in read("sample", Counter()) for word in document.text.split() if len(word) < 14})
     share = np.cumsum(1 / np.arange(1, len(words) + 1))
     rng = np.random.default_rng(0)
+    drawn = [words[n] for n in np.searchsorted(share, rng.random(1 << 18) * share[-1])]  # a table: a draw is then one look
     for number in range(FILES):
         with (folder / f"{number}.jsonl").open("w") as file:
             for n in range(count // FILES):
-                text = " ".join(words[np.searchsorted(share, rng.random(int(rng.lognormal(5, 0.7)) + 5) * share[-1])])
+                text = " ".join([drawn[place] for place in rng.integers(0, len(drawn), int(rng.lognormal(5, 0.7)) + 5).tolist()])
                 for variant in [text, *([text] if n % 100 == 0 else []), *([f"{text} more words"] if n % 100 == 1 else [])]:
                     file.write(json.dumps({"text": variant, "source": "made"}) + "\n")
 

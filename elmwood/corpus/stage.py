@@ -23,7 +23,7 @@ from elmwood.corpus.dedup import BANDS, HASHES, bands, sketch
 from elmwood.corpus.read import Document, Part, Reading, Reason, parts, read_part, refuse_empty
 from elmwood.engine import Progress, silent
 
-PIECE = 64_000_000  # bytes of files that one task reads, about
+PIECE = 32_000_000  # bytes of files that one task reads, about
 INDEX = np.dtype(
     [("high", "<u8"), ("low", "<u8"), ("side", "<u8"), ("start", "<u8"), ("bytes", "<u4"), ("meta", "<u4"), ("crc", "<u4")]
 )  # of a document: its id, what decides its side of the split, the place and size of its text, the size and crc of its meta

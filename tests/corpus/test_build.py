@@ -12,10 +12,10 @@ from sources import TEXTS, lines
 
 from elmwood.corpus import build as building
 from elmwood.corpus import stage as staging
-from elmwood.corpus.build import Means, build, documents, open_work, split
+from elmwood.corpus.build import Means, build, documents, open_work, parse_memory, split
 from elmwood.corpus.read import Document, Reading
 from elmwood.corpus.stage import pieces
-from elmwood.errors import BadCorpus, DoesNotFit
+from elmwood.errors import BadCorpus, BadInput, DoesNotFit
 from elmwood.records import Corpus
 from elmwood.store import Store
 from elmwood.store.verify import verify
@@ -176,3 +176,10 @@ def test_two_processes_build_once(tmp_path, source):
 def test_a_full_disk_is_said(store):
     with pytest.raises(DoesNotFit, match="no space left"), open_work(store, "task"), open("/dev/full", "w") as full:
         full.write("x")
+
+
+def test_memory_has_a_range():
+    assert parse_memory("2G") == 2 * 10**9
+    for wrong in ("5", "0", "10000T"):
+        with pytest.raises(BadInput, match="memory is"):
+            parse_memory(wrong)
