@@ -34,7 +34,7 @@ class Between(NamedTuple):
             raise BadInput(f"{name.replace('_', '-')} is {value}: choose {self}{'' if math.isfinite(value) else ', and finite'}")
 
     def __str__(self) -> str:
-        low, high = (f"{end:.0f}" if float(end).is_integer() else f"{end:g}" for end in (self.low, self.high))
+        low, high = (f"{end:.0f}" if float(end).is_integer() and abs(end) < 1e16 else f"{end:g}" for end in (self.low, self.high))
         if math.isinf(self.high):
             words = f"a number above {low}" if self.inside else f"{low} or more"
         else:

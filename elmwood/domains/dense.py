@@ -26,7 +26,7 @@ from elmwood.records import Embedder, Files
 from elmwood.records.plain_json import parse_json
 from elmwood.registry import require
 from elmwood.store import Store
-from elmwood.store.headers import load_arrays
+from elmwood.store.headers import check_headers, load_arrays
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -136,6 +136,7 @@ def open_sentence(name: str, store: Store) -> Encode:
     modules = json.loads(store.get(files[f"{MODEL}modules.json"]).read_bytes())
     if strange := [one["type"] for one in modules if not one["type"].startswith("sentence_transformers.")]:
         raise BadRecord(f"this sentence embedder wants {strange[0]}: only modules of sentence_transformers are opened; use another")
+    check_headers(store.get(blob) for place, blob in files.items() if place.endswith(".safetensors"))
     folder = store.folder({place.removeprefix(MODEL): blob for place, blob in files.items()})
     loaded = require("sentence_transformers", "sentence").SentenceTransformer(str(folder), local_files_only=True, trust_remote_code=False)
     return lambda texts: loaded.encode(list(texts), show_progress_bar=False)

@@ -105,7 +105,7 @@ class Experts:
                     f"expert {self.experts[key].digest[:8]} has {rows} rows of vocabulary, {self.seed.name} {self.seed.vocabulary}: "
                     "merge it with others of the seed, with --resize"
                 )
-            self._bodies[key] = Body(model, bank, plain_head(model, torch.zeros(1, 2, dtype=torch.long, device=self.device)))
+            self._bodies[key] = Body(model, bank, plain_head(model))
         return self._bodies[key]
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,17 @@ def open_weights(folder: Path, *, stored_before: bool = False, **how: Any) -> An
         tensors = stored_tensors(path for path in weight_files(folder) if path.suffix == ".safetensors")
         unused = [name for name in unused if not harmless(name, tensors.get(name))]
     _check_info(model, info, unused, folder)
+    _keep_scale(model)
     return model
+
+
+def _keep_scale(model: Any) -> None:
+    """Let an RWKV compute with the weights it has. In eval mode transformers would halve those of its later blocks in place, so that
+    float16 does not overflow: weights saved then are other ones, and adapters over them are not halved."""
+    trunk = model.base_model
+    if getattr(trunk.config, "rescale_every", 0) and model.dtype != torch.float16:
+        trunk.config = copy(trunk.config)  # the model's own, which is saved, stays as it is
+        trunk.config.rescale_every = 0
 
 
 def _check_info(model: Any, info: Mapping[str, Any], unused: Sequence[str], where: object) -> None:

@@ -88,16 +88,18 @@ def _here() -> bool:
 
 
 @torch.no_grad()
-def plain_head(model: Any, tokens_BT: Tensor) -> Tensor | None:
+def plain_head(model: Any) -> Tensor | None:
     """The head's weights [V, D], if the logits are a bias-free linear head on the last hidden states and nothing else; else None.
 
-    The model is asked, not its name: both ways round these tokens must give the same bits.
+    The model is asked, not its name: both ways round a few tokens must give the same bits. They differ, for the embedding of one alone,
+    that of padding, may be zero, and all that a head does to zeros is zero.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return None
-    hidden_BTD = model.base_model(input_ids=tokens_BT, use_cache=False)[0]
-    if hidden_BTD.shape[-1] != head.in_features:
+    tokens_1T = (31 * torch.arange(1, 9, device=head.weight.device) % model.config.get_text_config().vocab_size)[None]
+    hidden_1TD = model.base_model(input_ids=tokens_1T, use_cache=False)[0]
+    if hidden_1TD.shape[-1] != head.in_features:
         return None
-    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
-    return head.weight if torch.equal(head(hidden_BTD), logits_BTV) else None
+    logits_1TV = model(input_ids=tokens_1T, use_cache=False).logits
+    return head.weight if torch.equal(head(hidden_1TD), logits_1TV) else None

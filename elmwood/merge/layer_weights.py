@@ -56,11 +56,13 @@ def weight_of(shares: Sequence[Share], name: str, depth: int) -> float:
 
 
 def plain_weights(members: Mapping[str, Sequence[Share]]) -> dict[str, list[object]]:
-    """Expert -> its weights, as JSON values. Raises BadInput where one is not finite."""
+    """Expert -> its weights, as JSON values. Raises BadInput where one is not finite, or all are 0."""
     for digest, shares in members.items():
         if not all(math.isfinite(value) for share in shares for value in share.values):
             raise BadInput(f"expert {digest[:8]} has the weight {', '.join(f'{value:g}' for share in shares for value in share.values)}: "
                            "weights are finite numbers")  # fmt: skip
+    if not any(value for shares in members.values() for share in shares for value in share.values):
+        raise BadInput("all weights are 0, and the seed alone would be left: give an expert another weight")
     return {digest: [share.model_dump(mode="json") for share in shares] for digest, shares in members.items()}
 
 

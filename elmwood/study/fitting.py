@@ -1,9 +1,10 @@
 """What a training run will take, and what would fit: the prediction, and two real steps beside it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from elmwood.engine import cores
-from elmwood.errors import BadInput
+from elmwood.errors import BadInput, UnknownName
 from elmwood.records import Mixture, Recipe, Seed
 from elmwood.report.notebook import facts
 from elmwood.store import AnyStore, Named, Store
@@ -49,7 +50,7 @@ def fit(
     memory: int | str | None = None, device: str | None = None, measure: bool = False, store: AnyStore = None,
 ) -> Fitting:  # fmt: skip
     """Predict the memory and time of training a seed, or of tuning a mixture. The config is enough: a seed may be a folder with a
-    config.json, or a hub id. Raises BadInput, BadSeed, DoesNotFit.
+    config.json, or a hub id. Raises BadInput, BadSeed, DoesNotFit, UnknownName.
 
     `memory`: what there is, such as "24GB"; `device`: cpu or cuda; by default this machine's. `measure`: train two steps as well.
     """
@@ -74,10 +75,13 @@ def fit(
 
 
 def _find(seed: Named, store: Store) -> Seed | Mixture | None:
-    """The record, if the seed is not a folder or a hub id."""
-    if isinstance(seed, str) and seed not in store.names() and len(seed) != 64:
+    """The record, if the seed is not a folder or a hub id, which has a slash. Raises UnknownName."""
+    if isinstance(seed, str) and seed not in store.names() and ("/" in seed or Path(seed).expanduser().is_dir()):
         return None
-    record = store.load(seed)
+    try:
+        record = store.load(seed)
+    except UnknownName as error:
+        raise UnknownName(f"{error}, folders and hub ids, such as org/model, are read too") from error
     return record if isinstance(record, Mixture) else store.load(record, Seed)
 
 

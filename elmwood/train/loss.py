@@ -90,7 +90,7 @@ def find_abilities(model: Any, size: int = 8) -> Abilities:
     tokens_2L = torch.stack([document_3L[[0, 2]].flatten(), document_3L[[1, 2]].flatten()])
     ways: tuple[Way, ...] = ("positions",) if _has_windows(model.config) else ("mask", "positions")
     packed: Way = next((way for way in ways if _keeps_documents_apart(model, way, tokens_2L)), "no")
-    return Abilities(packed, plain_head(model, tokens_2L) is not None)
+    return Abilities(packed, plain_head(model) is not None)
 
 
 def _has_windows(config: Any) -> bool:

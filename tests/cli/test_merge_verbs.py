@@ -82,6 +82,8 @@ def test_mixtures(asked, store):
         ("--weights 1,x", "weight 'x' is not a number"), ("--set gamma", "NAME=VALUE"), ("--layers 5-2", "no range of layers"),
         ("--weights 1,2,3", "3 weights for 2 experts"), ("--set gamma=1 --method average", "no setting 'gamma'"),
         ("--scale nan", "finite"), ("--weights inf", "finite"), ("--method nothing", "no merge rule"),
+        ("--weights 0", "all weights are 0"), ("--weights 0,0 --method svd", "all weights are 0"),
+        ("--scale 1e301", r"from -1e\+300 to 1e\+300"),
     ],
 )  # fmt: skip
 def test_what_was_typed_wrong_is_said(asked, words, complaint):

@@ -84,6 +84,15 @@ def test_a_stranger_s_sentence_embedder_runs_no_code(name, content, complaint, t
         dense.sentence_model(str(tmp_path), store)
 
 
+def test_the_weights_of_a_stranger_s_sentence_embedder_are_looked_at_before_a_library_opens_them(tmp_path):
+    store = Store(tmp_path)
+    modules = json.dumps([{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]).encode()
+    torn = (2**40).to_bytes(8, "little") + b"{}"
+    files = {"model/modules.json": store.put(modules), "model/model.safetensors": store.put(torn)}
+    with pytest.raises(Damaged, match="was cut short"):
+        dense.open_sentence(store.put(json.dumps(files).encode()), store)
+
+
 def test_embedders_of_strangers(fitted, tmp_path):
     store = Store(tmp_path)
     record = fitted.save(store)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_configs import CONFIGS, some_tokens
 from tiny_models import SHAPE, config_seed, lora_expert
 from transformers import (
@@ -19,6 +21,7 @@ from transformers import (
 
 from elmwood.lm.experts import BASE, Experts
 from elmwood.lm.files import seed_folder
+from elmwood.lm.load import load_model
 
 WIDE = {"vocab_size": SHAPE.vocabulary, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = WIDE | {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -65,6 +68,41 @@ def test_candidates_of_a_model_without_a_cache_read_what_they_missed(store):
             found_E[e] += one.loglik_U.tolist()
     assert (torch.tensor(found_E) - scored_ET).abs().max() <= 1e-4
     assert not text.caches[BASE].layers
+
+
+# layers of which PEFT's merged weights say the same as its live ones, and an RWKV whose later blocks transformers would halve
+DEEP = RwkvConfig(**WIDE | {"num_hidden_layers": 3}, attention_hidden_size=32, context_length=64, rescale_every=1)
+ADAPTED = {
+    "rwkv": (DEEP, "all-linear"),
+    "mamba": (OTHERS["mamba"], ["in_proj", "x_proj"]),
+    "recurrent_gemma": (OTHERS["recurrent_gemma"], "all-linear"),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_a_bank_over_models_of_every_kind_says_what_peft_s_merged_weights_say(kind, store):
+    config, targets = ADAPTED[kind]
+    seed, row_1T = config_seed(config, store), some_tokens(1, 20)
+    expert = lora_expert(seed, store, 1, settings={"target_modules": targets})
+    plain = AutoModelForCausalLM.from_pretrained(seed_folder(seed, store), dtype=torch.float32)
+    merged = PeftModel.from_pretrained(plain, store.folder(expert.files)).merge_and_unload().eval()
+    with torch.no_grad():
+        wanted_1TV = merged(input_ids=row_1T, use_cache=False).logits.log_softmax(-1)
+    wanted_1T = wanted_1TV[:, :-1].gather(2, row_1T[:, 1:, None]).squeeze(2)
+    assert (Experts(seed, [expert], store, "cpu").score(0, row_1T)[:, 1:] - wanted_1T).abs().max() <= 1e-4
+    alone = load_model(seed, store, expert, "cpu")
+    with torch.no_grad():
+        assert (alone(input_ids=row_1T, use_cache=False).logits.log_softmax(-1) - wanted_1TV).abs().max() <= 1e-4
+
+
+def test_an_rwkv_that_was_read_has_the_weights_of_its_files(store):
+    seed = config_seed(DEEP, store)
+    model = load_model(seed, store, device="cpu")
+    with torch.no_grad():
+        model(input_ids=some_tokens(1, 5))
+    stored = load_file(store.get(seed.files["model.safetensors"]))
+    assert all(torch.equal(weight, stored[name]) for name, weight in model.named_parameters())
+    assert model.config.rescale_every == 1  # as the checkpoint says, for others
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -14,7 +14,7 @@ from tiny_models import SHAPE, config_seed, lora_expert, tiny_seed
 from transformers import GPT2Config, MixtralConfig
 from transformers.integrations import hub_kernels
 
-from elmwood.errors import BadInput, BadSeed, Damaged
+from elmwood.errors import BadInput, BadSeed, Damaged, UnknownName
 from elmwood.lm.checkpoint import said
 from elmwood.lm.experts import Experts
 from elmwood.lm.files import download, seed_folder, tokenizer
@@ -22,6 +22,7 @@ from elmwood.lm.load import end_tokens, import_seed, load_model
 from elmwood.lm.pretrained import make_config
 from elmwood.records import Expert, Recipe, Seed
 from elmwood.store import Store
+from elmwood.study import fitting
 from elmwood.train.adopt import import_adapter
 from elmwood.train.fit.predict import load_config
 
@@ -245,6 +246,16 @@ def test_a_record_never_goes_online(visits, store, monkeypatch):
     assert not visits
     with pytest.raises(BadSeed, match="does not have it"):
         download("org/x", "main")  # as for an id that the user types
+    assert visits
+
+
+def test_a_name_that_is_not_in_the_store_is_no_hub_id_to_fit(visits, store):
+    for name in ("no-such-seed", "gpt2", "abcd1234"):
+        with pytest.raises(UnknownName, match=f"nothing here is called '{name}'"):
+            fitting.fit(name, store=store)
+    assert not visits
+    with pytest.raises(BadSeed, match="does not have it"):
+        fitting.fit("org/x", store=store)
     assert visits
 
 

@@ -56,14 +56,13 @@ def test_a_copied_model_multiplies_by_its_own_weights():
 
 
 def test_a_head_that_does_more_than_multiply_is_not_plain():
-    tokens_BT = torch.arange(4)[None]
     llama = new_model(SHAPE, 0)
-    assert plain_head(llama, tokens_BT) is llama.get_output_embeddings().weight
+    assert plain_head(llama) is llama.get_output_embeddings().weight
     biased = copy.deepcopy(llama)
     biased.lm_head = torch.nn.Linear(SHAPE.width, SHAPE.vocabulary)
-    assert plain_head(biased, tokens_BT) is None
+    assert plain_head(biased) is None
     config = Gemma2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
         max_position_embeddings=64,
     )  # fmt: skip
-    assert plain_head(Gemma2ForCausalLM(config).eval(), tokens_BT) is None, "its logits are capped"
+    assert plain_head(Gemma2ForCausalLM(config).eval()) is None, "its logits are capped"
