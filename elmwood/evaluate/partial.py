@@ -71,8 +71,9 @@ class Partial:
         self.known_W[scored_W] = ~np.isnan(self.loglik_N[first_W[scored_W]])
         self.known_W[~scored_W] = self.score is not None
         for path in [] if alone else sorted(self.folder.glob("*.safetensors")):
-            self._take(**safetensors.numpy.load_file(path))
-        if self.complete:  # the run that scored the last of it was killed before it was kept
+            with suppress(FileNotFoundError):  # another process kept the whole Score meanwhile
+                self._take(**safetensors.numpy.load_file(path))
+        if self.complete and not alone:  # the run that scored the last of it was killed before it was kept
             self.loglik_N = column(self.seal(), holdout, store)
 
     @property
@@ -91,11 +92,14 @@ class Partial:
             if until is not None and time.time() >= until:
                 break
             some_W = missing_W[part_W == part]
-            if not (self.alone and self._file(some_W).exists()):
-                self._keep(some_W, run(lm, self.holdout, _onward(progress, done, total), some_W))
+            if self.alone and self._file(some_W).exists():
+                self._take(**safetensors.numpy.load_file(self._file(some_W)))
+            else:
+                loglik = run(lm, self.holdout, _onward(progress, done, total), some_W)
+                self._keep(some_W, loglik)
+                self._take(some_W, loglik)
                 ran += int(cut.length_W[some_W].sum())
             done += int(cut.length_W[some_W].sum())
-            self._take(**safetensors.numpy.load_file(self._file(some_W)))
         self.forwarded += ran
         self.seconds += time.perf_counter() - started
 
@@ -126,12 +130,13 @@ class Partial:
         self.known_W[windows] = True
 
     def _keep(self, windows: Ints, loglik: Floats) -> None:
-        """One file per batch, complete or not there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(safetensors.numpy.save({"windows": windows, "loglik": loglik}))
-        Path(temporary).rename(self._file(windows))
+        """One file per batch, complete or not there. They go when another process has kept the whole Score: none is needed then."""
+        with suppress(FileNotFoundError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+            with os.fdopen(handle, "wb") as file:
+                file.write(safetensors.numpy.save({"windows": windows, "loglik": loglik}))
+            Path(temporary).rename(self._file(windows))
 
     def _file(self, windows: Ints) -> Path:
         return self.folder / f"{fingerprint(windows.tolist())[:32]}.safetensors"

@@ -1,6 +1,7 @@
 """Evaluate: the holdout, columns scored once, and the arithmetic of the table."""
 
 import shutil
+import tempfile
 import tracemalloc
 
 import numpy as np
@@ -200,6 +201,25 @@ def test_a_run_killed_before_its_score_was_kept_leaves_the_same_score(grown, hel
     assert again.score == score_model(seed, lambda: pytest.fail("opened again"), held, store)
     assert again.loglik_N.dtype == columns[0].dtype
     assert (again.loglik_N == columns[0]).all()
+
+
+def test_two_at_the_same_score_end_in_the_same(grown, held, tmp_path, monkeypatch):
+    """One keeps the whole Score, and removes what it was made from, while another looks at that, and another adds to it."""
+    seed, store, every = grown[2], Store(tmp_path), np.arange(len(held.count_W))
+    load_file, mkstemp = safetensors.numpy.load_file, tempfile.mkstemp
+
+    def lm():
+        return open_model(seed, grown[0], "cpu")
+
+    first, second = Partial(seed, lm, held, store), Partial(seed, lm, held, store)
+    first.fill(every)
+    monkeypatch.setattr(safetensors.numpy, "load_file", lambda path: (first.seal(), load_file(path))[1])
+    third = Partial(seed, lm, held, store)
+    monkeypatch.setattr(tempfile, "mkstemp", lambda dir, suffix: (shutil.rmtree(dir), mkstemp(dir=dir, suffix=suffix))[1])
+    for one in (second, third):
+        one.fill(every)
+    monkeypatch.undo()
+    assert first.seal() == second.seal() == third.seal()
 
 
 def test_windows_come_one_by_one_and_nothing_is_run_twice(grown, held, columns, tmp_path):
