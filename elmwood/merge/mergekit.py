@@ -110,7 +110,7 @@ def read(text: str) -> MergekitFile:
     try:
         given = MergeFile.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise BadInput(f"this is not YAML: {error}") from error
+        raise BadInput(f"this is not YAML of one document: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

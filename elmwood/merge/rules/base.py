@@ -16,7 +16,7 @@ Floats = NDArray[np.floating[Any]]
 Settings = Mapping[str, float]
 Shape = tuple[int, ...]
 
-REVISION = 3  # raised when a mended rule gives other values: what was merged before is then merged anew
+REVISION = 4  # raised when a mended rule gives other values: what was merged before is then merged anew
 
 
 # settings with the values they may have, whatever rule they are of; others are any finite number

@@ -17,12 +17,13 @@ Doubles = NDArray[np.float64]
 def follow_arc(inner_EE: Floats, weight_E: Floats, settings: Settings) -> Floats:
     """Along the great circle from the first expert to the second, by the second's share of the weights (slerp, Shoemake 1985).
 
-    Straight where the cosine is above `straight` in magnitude. Lengths are mixed along with directions. Raises BadInput."""
+    Straight where the cosine is above `straight` in magnitude. Lengths are mixed along with directions. A vector without length, as of an
+    expert that leaves a tensor alone, is at a right angle to all, as in mergekit. Raises BadInput."""
     if len(weight_E) != 2:
         raise BadInput(f"slerp goes between two experts, these are {len(weight_E)}: multislerp and karcher take any number")
     share = weight_E[1] / weight_E.sum()
     length = math.sqrt(inner_EE[0, 0] * inner_EE[1, 1])
-    cosine = min(1.0, max(-1.0, inner_EE[0, 1] / length)) if length else 1.0
+    cosine = min(1.0, max(-1.0, inner_EE[0, 1] / length)) if length else 0.0
     angle = math.acos(cosine)
     if abs(cosine) > settings["straight"] or not math.sin(angle):
         return np.array([1 - share, share])
@@ -33,7 +34,7 @@ def average_directions(inner_EE: Floats, weight_E: Floats, settings: Settings) -
     """The weighted mean of the directions, with the weighted mean of the lengths (what mergekit's multislerp comes to: its step in the
     tangent space at that mean is zero)."""
     share_E, length_E, unit_EE = _units(inner_EE, weight_E)
-    return _along(share_E, share_E, length_E, unit_EE)
+    return _along(share_E, weight_E, length_E, unit_EE)
 
 
 def find_karcher_mean(inner_EE: Floats, weight_E: Floats, settings: Settings) -> Floats:
@@ -50,7 +51,7 @@ def find_karcher_mean(inner_EE: Floats, weight_E: Floats, settings: Settings) ->
         if size < settings["tolerance"]:
             break
         mean_E = _normal(mean_E * math.cos(size) + step_E * (math.sin(size) / size), unit_EE)
-    return _along(mean_E, share_E, length_E, unit_EE)
+    return _along(mean_E, weight_E, length_E, unit_EE)
 
 
 def _units(inner_EE: Floats, weight_E: Floats) -> tuple[Doubles, Doubles, Doubles]:
@@ -68,6 +69,7 @@ def _normal(point_E: Doubles, unit_EE: Doubles) -> Doubles:
     return point_E / length if length > 1e-12 else point_E
 
 
-def _along(point_E: Doubles, share_E: Doubles, length_E: Doubles, unit_EE: Doubles) -> Doubles:
-    """Weights of the experts for the direction of a combination of unit vectors, with the mean length."""
-    return _normal(point_E, unit_EE) * float(share_E @ length_E) / np.where(length_E > 0, length_E, 1.0)
+def _along(point_E: Doubles, weight_E: Floats, length_E: Doubles, unit_EE: Doubles) -> Doubles:
+    """Weights of the experts for the direction of a combination of unit vectors, with the mean length, those without length included."""
+    total = weight_E.sum()
+    return _normal(point_E, unit_EE) * float(weight_E @ length_E / total if total else 0.0) / np.where(length_E > 0, length_E, 1.0)

@@ -7,6 +7,7 @@ import pytest
 from tiny_merges import deltas_of, equally, weights_of
 
 from elmwood.merge.checkpoint import Answer, merge
+from elmwood.merge.rules.spherical import average_directions, find_karcher_mean, follow_arc
 from elmwood.merge.rules.table import RULES
 from elmwood.records import Expert
 
@@ -106,3 +107,23 @@ def test_several_rules_from_one_reading_are_those_of_one_each(forest):
     for answer, record in zip(answers, together, strict=True):
         (alone,) = merge(seed, members, [answer], store)
         assert alone.files["model.safetensors"] == record.files["model.safetensors"]
+
+
+# what mergekit 0.1.5 makes of these vectors, one of which is of an expert that leaves a tensor alone
+A, B, ZERO = (3.0, 4.0), (0.0, 5.0), (0.0, 0.0)
+WITH_ZERO = [
+    (follow_arc, (A, ZERO), (1, 3), (1.1481, 1.5307)),
+    (follow_arc, (ZERO, A), (1, 3), (2.7716, 3.6955)),
+    (average_directions, (A, ZERO), (1, 1), (1.5, 2.0)),
+    (average_directions, (A, B, ZERO), (1, 3, 4), (0.3899, 2.4694)),
+    (find_karcher_mean, (A, ZERO), (1, 3), (0.75, 1.0)),
+    (find_karcher_mean, (A, B, ZERO), (1, 1, 2), (0.7906, 2.3717)),
+]
+
+
+@pytest.mark.parametrize(("rule", "points", "weights", "wanted"), WITH_ZERO)
+def test_an_expert_that_leaves_a_tensor_alone_counts_on_spheres_as_in_mergekit(rule, points, weights, wanted):
+    point_ED = np.array(points)
+    settings = {"straight": 1.0, "iterations": 100, "tolerance": 1e-14}
+    got_D = rule(point_ED @ point_ED.T, np.array(weights, float), settings) @ point_ED
+    np.testing.assert_allclose(got_D, wanted, atol=1e-4)
