@@ -231,9 +231,9 @@ def test_two_at_once_spend_one_submission_and_give_one_verdict(grown):
         found.append(accept(twin, "two", store=store, length=48, **fields))
 
     other = threading.Thread(target=ask)
-    lock = (store.root / "work" / "ledger.lock").stat().st_ino
 
     def start_the_other(_):
+        lock = (store.root / "work" / "ledger.lock").stat().st_ino  # there while it is held
         other.start()
         while not any("->" in line and f":{lock} " in line for line in Path("/proc/locks").read_text().splitlines()):
             assert other.is_alive()
