@@ -35,7 +35,7 @@ from elmwood.train.fit.gpu_table import SEEDS
 from elmwood.train.fit.measure import measure, predict_peak, random_seed
 from elmwood.train.fit.mixture import fit_mixture
 from elmwood.train.fit.predict import rehearsed
-from elmwood.train.fit.rehearsal import rehearse
+from elmwood.train.fit.rehearsal import rehearse_here
 from elmwood.train.loss import CHUNK
 
 
@@ -147,7 +147,7 @@ def rehearsal() -> None:
             CHUNK["gpu"] = 1 << 26
         for checkpointing, measured in ((False, 20_672), (True, 8_523)):
             recipe, began = Recipe(steps=2, **OPT, checkpointing=checkpointing), time.process_time()
-            parts = rehearse(config, recipe)
+            parts = rehearse_here(config, recipe)
             found = {} if pass_ == "ours" else {"measured MB": measured, "error": round(sum(parts.values()) / measured / 1e6 - 1, 3)}
             say("rehearsal", **{
                 "pass": pass_, "checkpointing": checkpointing, "total MB": round(sum(parts.values()) / 1e6), **found,

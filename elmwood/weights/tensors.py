@@ -101,6 +101,9 @@ class Files:
         while self.handles:
             os.close(self.handles.popitem()[1])
 
+    def __del__(self) -> None:
+        self.close()
+
     def read(self, place: StoredTensor, first: int, last: int, into: memoryview | None = None) -> Bytes:
         """Values first to last of a tensor, as bytes, in `into` where it is given. Raises Damaged."""
         size, offset = (last - first) * place.width, place.start + first * place.width

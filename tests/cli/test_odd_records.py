@@ -13,7 +13,7 @@ from elmwood import cli
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.errors import BadRecord
-from elmwood.records import Comparison, Contest, Contribution, Ensemble, Forest, Gates, Merged, Mixture, Row, Share, State, Statistics
+from elmwood.records import Comparison, Contribution, Ensemble, Forest, Gates, Merged, Mixture, Row, Share, State, Statistics
 from elmwood.store.verify import verify
 
 
@@ -41,8 +41,6 @@ def odd_records(good, store):
     share = Contribution(expert=foreign.digest, weight=(Share(values=(1.0,)),), whole=False, reach=1)
     row = Row(name="r", bits_per_byte=1.0, standard_error=0.1, perplexity=2.0)
     mixture = {"seed": seed.digest, "experts": (expert.digest,), "files": {}}
-    contest = {"names": ("a", "b"), "protocol": "p", "outcome": "better", "estimand": "mean", "effect": 0.1, "low": 0.0, "high": 1.0,
-               "drawn": 1, "touched": 1, "blocks": 1, "beta": 0.1, "min_effect": 0.1, "cap": 1, "clip": 1.0, "order": "o"}  # fmt: skip
 
     def changed(record, **fields):
         return record.model_copy(update=fields)
@@ -67,7 +65,6 @@ def odd_records(good, store):
         "statistics": (Statistics(expert=seed.digest, rows=1, tokens=1, fisher=1.0, files={}), "no expert"),
         "rows": (Comparison(forest=forest.digest, holdout="h", rows=()), "no rows"),
         "routing": (Comparison(forest=forest.digest, holdout="h", rows=(row,), routing=((1.0,) * 9,)), "numbers of experts"),
-        "rate": (Contest(a=forest.digest, b=expert.digest, holdout="h", alpha=0.0, **contest), "alpha"),
     }  # fmt: skip
     store.add(changed(forest, seed=other.digest))
     for name, (record, _) in odd.items():

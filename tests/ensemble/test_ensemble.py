@@ -177,7 +177,8 @@ def test_old_experts_serve_a_revised_partition_until_new_ones_come(house):
     np.testing.assert_allclose(lm.router.distances(row), nearest_place(dist2_TK, lm.router.places_E)[1:], atol=1e-6)
     assert "".join(step.text for step in generate(lm, house.tokenizer, "the sea", max_tokens=4))
     assert set(lm.names) == {*(domain.name for domain in house.partition.domains), "seed"}
-    comparison, _, found = evaluate(old, house.store, length=64, workers=1)
+    made = evaluate(old, house.store, length=64, workers=1)
+    comparison, found = made.record, made.ensemble
     rows = {row.name: row for row in comparison.rows}
     assert {len(row) for row in comparison.routing} == {5}
     assert len(rows["oracle routing"].domains) == 4

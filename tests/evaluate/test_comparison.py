@@ -55,7 +55,9 @@ def test_the_table_equals_the_live_ensemble(routing, grown, held, columns):
 
     np.testing.assert_allclose(mixed(exact_NC), live_N, atol=1e-5)
     mixed_N = mixed(kept_NC)
-    assert abs(mixed_N.mean() - live_N.mean(dtype=np.float64)) < 1e-5
+    # two bytes a number: each is off by 1e-3 (one sigma), and so the mean of these tokens by
+    sigma = np.spacing(np.float16(6)) / np.sqrt(12 * len(live_N))
+    assert abs(mixed_N.mean() - live_N.mean(dtype=np.float64)) < 3 * sigma < 6e-5
     two = [bits_per_byte(one_N, held, ~held.tune_D).value for one_N in (mixed_N, live_N)]
     assert abs(two[0] - two[1]) < 1e-5
     some_W = np.array([1, 4, 5, 11])  # some windows alone are what they are among all

@@ -58,6 +58,7 @@ def imported() -> dict[str, set[str | None]]:
                 top = module.split(".")[0]
                 if top not in {*sys.stdlib_module_names, "elmwood"}:
                     found.setdefault(provider(top), set()).add(extra)
+    found.setdefault(provider("s3fs"), set()).add("s3")  # fsspec imports it for s3://
     for name, module in TRACKERS.items():
         found.setdefault(provider(module), set()).add(name)
     return found

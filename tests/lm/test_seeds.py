@@ -101,7 +101,7 @@ SPOILT = {
     "model.norm.weight": spoil_weights,
     "pickled": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
     "header is damaged": lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100),
-    "tokenizer cannot be opened": lambda folder: (folder / "tokenizer.json").write_text("{"),
+    "tokenizer.json is not used": lambda folder: (folder / "tokenizer.json").write_text("{"),
     "separator": lambda folder: (folder / "tokenizer.json").write_text(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str()),
 }
 

@@ -1,19 +1,19 @@
 """A step on a pretended GPU: what it counts, and that it stays there."""
 
-import numpy as np
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
-import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elmwood.records import Recipe
-from elmwood.train import loop
-from elmwood.train.adapter import add_adapter
 from elmwood.train.fit.allocator import CachingAllocator
 from elmwood.train.fit.formulas import anatomy, components
 from elmwood.train.fit.predict import fit
-from elmwood.train.fit.pretend import place, pretend
 from elmwood.train.fit.rehearsal import rehearse
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -28,12 +28,25 @@ def config(kind: str):
     return transformers.AutoConfig.for_model(kind, **CONFIGS[kind] | ENDS)
 
 
+METHODS = ("full", "lora", "qlora")
+LORA = RECIPE.model_copy(update={"method": "lora"})
+
+
+@pytest.fixture(scope="module")
+def rehearsals():
+    """All of them in one process, which takes seconds to start."""
+    runs = {(kind, method): (config(kind), RECIPE.model_copy(update={"method": method})) for kind in CONFIGS for method in METHODS}
+    runs["lora", "checkpointing"] = config("llama"), LORA.model_copy(update={"checkpointing": True})
+    runs["full", "8 bits"] = config("llama"), RECIPE.model_copy(update={"optimiser": "adamw8bit"})
+    runs["a model that", "raises"] = SimpleNamespace(to_dict=lambda: {"model_type": "nobody"}), RECIPE
+    return dict(zip(runs, rehearse(*runs.values()), strict=True))
+
+
 @pytest.mark.parametrize("kind", list(CONFIGS))
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_a_rehearsal_counts_what_the_formulas_count(kind, method):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rehearsal_counts_what_the_formulas_count(kind, method, rehearsals):
     """The formulas' tensors were held against real models. The rest of a peak comes and goes within a layer."""
-    recipe = RECIPE.model_copy(update={"method": method})
-    found, said = rehearse(config(kind), recipe), components(anatomy(config(kind)), recipe, "cuda")
+    found, said = rehearsals[kind, method], components(anatomy(config(kind)), RECIPE.model_copy(update={"method": method}), "cuda")
     copies = 2 * anatomy(config(kind)).matrices if method == "full" else 0  # autocast's come and go here
     assert 0 <= found["weights"] - (said["weights"] - copies) < 300_000  # each tensor is rounded up to 512 bytes
     assert 0 <= found["optimiser"] - said["optimiser"] < 300_000
@@ -41,54 +54,26 @@ def test_a_rehearsal_counts_what_the_formulas_count(kind, method):
     assert 0.8 * kept < found["activations and gradients"] < 1.5 * kept
 
 
-def test_checkpointing_and_fewer_bits_take_less():
-    def total(**changes):
-        return sum(rehearse(config("llama"), RECIPE.model_copy(update=changes)).values())
-
-    assert total(method="lora", checkpointing=True) < total(method="lora") < total(method="full")
-    assert total(method="full", optimiser="adamw8bit") < total(method="full")
+def test_checkpointing_and_fewer_bits_take_less(rehearsals):
+    total = {run: sum(found.values()) for run, found in rehearsals.items() if found}
+    assert total["lora", "checkpointing"] < total["llama", "lora"] < total["llama", "full"]
+    assert total["full", "8 bits"] < total["llama", "full"]
 
 
-def test_fit_rehearses_for_a_gpu_and_falls_back_where_a_model_looks_at_values(tmp_path, monkeypatch):
+def test_fit_rehearses_for_a_gpu(tmp_path, rehearsals):
     config("llama").save_pretrained(tmp_path)
-    recipe = RECIPE.model_copy(update={"method": "lora"})
-    answer = fit(str(tmp_path), recipe, device="cuda", memory=8 * 10**9)
-    assert answer.components == rehearse(config("llama"), recipe)
+    answer = fit(str(tmp_path), LORA, device="cuda", memory=8 * 10**9)
+    assert answer.components == rehearsals["llama", "lora"]
     assert answer.fits
-    monkeypatch.setattr(transformers.LlamaModel, "forward", lambda self, *_, **__: self.embed_tokens.weight.sum().item())
-    assert "activations" in fit(str(tmp_path), recipe, device="cuda", memory=8 * 10**9).components
+    assert rehearsals["a model that", "raises"] is None
+    together = fit(str(tmp_path), LORA.model_copy(update={"together": 2}), device="cuda", memory=8 * 10**9)
+    assert "activations" in together.components  # by the formulas
 
 
-def test_tensors_of_two_devices_do_not_meet_and_autocast_narrows():
-    with pretend() as device:
-        x, weight = torch.empty(4, 8, device=device), torch.nn.Parameter(torch.empty(3, 8, device=device))
-        with torch.autocast(device.type, torch.bfloat16):
-            y = torch.nn.functional.linear(x, weight)
-            assert y.dtype == torch.bfloat16
-            assert torch.nn.functional.layer_norm(y, (3,)).dtype == torch.float32
-        y.sum().backward()
-        assert weight.grad.device == device
-        with pytest.raises(RuntimeError, match="same device"):
-            x + torch.ones(4, 8)
-
-
-@pytest.mark.parametrize("method", ["full", "lora", "dora"])
-def test_a_step_stays_on_the_device_and_asks_for_no_value(method):
-    """A value that is asked for would stop the GPU in every step; fake tensors refuse."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config("llama"))
-        if method != "full":
-            model = add_adapter(model, RECIPE.model_copy(update={"method": method}), "x")
-    with pretend() as device:
-        place(model, device)
-        weights = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        optimizer = loop.adamw(weights, RECIPE)
-        batch = loop.Batch(*(np.arange(32)[None] for _ in range(3)))
-        value = loop.add_gradients(model, loop.Abilities("mask", True), batch, RECIPE)
-        assert value.device == device
-        assert all(one.grad.device == device for one in weights.values())
-        loop.update_weights(optimizer, RECIPE, 0)
-        assert {part.device.type for state in optimizer.state.values() for part in state.values()} == {device.type}
+def test_a_step_stays_on_the_device():
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "pretended_gpu.py"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert not done.returncode, done.stdout
 
 
 # ---- the allocator --------------------------------------------------------------------------------------------------

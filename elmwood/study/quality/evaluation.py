@@ -167,8 +167,9 @@ def keep_comparison(
     for record in (forest, ensemble):
         store.add(record)
     keep_own(comparison, store)
+    known = {line.get("row") for line in store.logged(comparison.digest)}
     for one in compared.rows:
-        if one.machine_seconds is not None:
+        if one.machine_seconds is not None and one.name not in known:
             store.log(comparison.digest, row=one.name, **one.model_dump(include=set(SECONDS)))
     return comparison, ensemble
 

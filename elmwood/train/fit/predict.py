@@ -61,10 +61,8 @@ def fit(
 
 def rehearsed(config: Any, body: Anatomy, recipe: Recipe) -> dict[str, int]:
     """The parts of a GPU's memory, from a rehearsal; from the formulas where the model cannot be run without values."""
-    try:
-        return rehearse(config, recipe) if recipe.together == 1 else components(body, recipe, "cuda")
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # it looks at values, or at a device it knows
-        return components(body, recipe, "cuda")
+    found = rehearse((config, recipe))[0] if recipe.together == 1 else None
+    return found or components(body, recipe, "cuda")
 
 
 class Machine(NamedTuple):

@@ -1,6 +1,13 @@
-"""What training takes on a GPU: one step of the real loop on a pretended one (`pretend`), without weights and without a card."""
+"""What training takes on a GPU: one step of the real loop on a pretended one (`pretend`), without weights and without a card.
+
+python -m elmwood.train.fit.rehearsal, with lines of JSON on stdin, [config, recipe], and one of JSON on stdout for each
+"""
 
 import gc
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from elmwood.lm.pretrained import new_model_of
+from elmwood.lm.pretrained import make_config, new_model_of
 from elmwood.records import Recipe
 from elmwood.train import loop
 from elmwood.train.adapter import add_adapter
@@ -19,8 +26,20 @@ from elmwood.train.fit.pretend import place, pretend
 from elmwood.train.loss import Abilities
 
 
-def rehearse(config: Any, recipe: Recipe) -> dict[str, int]:
-    """Bytes at the peak on a GPU, by what they are for; they sum to the total. Raises what the model raises.
+def rehearse(*runs: tuple[Any, Recipe]) -> list[dict[str, int] | None]:
+    """Bytes at the peak on a GPU, by what they are for, for each config and recipe; they sum to the total. None: the model looks at values.
+
+    In a process of its own: torch's autograd knows only devices that were there at the first backward pass.
+    """
+    lines = [json.dumps([config.to_dict(), recipe.model_dump(mode="json")]) for config, recipe in runs]
+    command = [sys.executable, "-W", "ignore", "-m", __spec__.name]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, encoding="utf-8")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return found + [None] * (len(runs) - len(found))
+
+
+def rehearse_here(config: Any, recipe: Recipe) -> dict[str, int]:
+    """One of them, in this process. Raises what the model raises.
 
     The optimiser's moments are made first, as all steps but the first find them. Their bytes in 8 bits are counted, not tried.
     """
@@ -103,3 +122,17 @@ def _state(out: int, into: int, device: torch.device) -> Any:
         absmax=numbers(blocks, torch.uint8), shape=torch.Size((out, into)), code=numbers(16), blocksize=64, quant_type="nf4",
         dtype=torch.bfloat16, offset=torch.empty((), device=device), state2=again,
     )  # fmt: skip
+
+
+def main(lines: Sequence[str]) -> None:
+    for line in lines:
+        settings, plan = json.loads(line)
+        try:
+            found: dict[str, int] | None = rehearse_here(make_config(settings), Recipe.model_validate(plan))
+        except Exception:  # whatever a model raises that has no values
+            found = None
+        sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.stdin.read().splitlines())
