@@ -1,13 +1,15 @@
 """What training takes on a GPU: one step of the real loop on a pretended one (`pretend`), without weights and without a card.
 
-python -m elmwood.train.fit.rehearsal, with lines of JSON on stdin, [config, recipe], and one of JSON on stdout for each
+python -m elmwood.train.fit.rehearsal FILE, with lines of JSON on stdin, [config, recipe], writes one line of JSON for each
 """
 
 import gc
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,9 +34,11 @@ def rehearse(*runs: tuple[Any, Recipe]) -> list[dict[str, int] | None]:
     In a process of its own: torch's autograd knows only devices that were there at the first backward pass.
     """
     lines = [json.dumps([config.to_dict(), recipe.model_dump(mode="json")]) for config, recipe in runs]
-    command = [sys.executable, "-W", "ignore", "-m", __spec__.name]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, encoding="utf-8")
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "rehearsed"
+        command = [sys.executable, "-W", "ignore", "-m", __spec__.name, str(path)]
+        subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, encoding="utf-8")
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     return found + [None] * (len(runs) - len(found))
 
 
@@ -124,15 +128,16 @@ def _state(out: int, into: int, device: torch.device) -> Any:
     )  # fmt: skip
 
 
-def main(lines: Sequence[str]) -> None:
+def main(lines: Sequence[str], path: Path) -> None:
     for line in lines:
         settings, plan = json.loads(line)
         try:
             found: dict[str, int] | None = rehearse_here(make_config(settings), Recipe.model_validate(plan))
         except Exception:  # whatever a model raises that has no values
             found = None
-        sys.stdout.write(json.dumps(found) + "\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.stdin.read().splitlines())
+    main(sys.stdin.read().splitlines(), Path(sys.argv[1]))
