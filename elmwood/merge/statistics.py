@@ -3,7 +3,6 @@
 I inputs of a linear layer
 """
 
-import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from elmwood.errors import BadInput
 from elmwood.records import Expert, Statistics
+from elmwood.records.plain_json import parse_json
 from elmwood.store import Store
 from elmwood.store.headers import read_header
 from elmwood.store.own import made_here
@@ -103,7 +103,10 @@ class ExpertStatistics:
         self.record, self.files = record, Files(most=2)
         path = store.folder(record.files) / "statistics.safetensors"
         self.places: dict[str, StoredTensor] = places([path])
-        self.same: dict[str, str] = json.loads(read_header(path).metadata.get("same", "{}"))
+        try:
+            self.same: dict[str, str] = dict(parse_json(read_header(path).metadata.get("same", "{}").encode()))
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"statistics {record.digest[:8]}: shared matrices cannot be read ({error}): do not use them") from error
 
     def _read(self, key: str) -> Doubles | None:
         return self.read(key) if key in self.places else None
