@@ -2,14 +2,12 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from tiny_models import WORDS, lora_expert, tiny_seed
 
-from elmwood import cli
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.errors import BadRecord
@@ -84,25 +82,14 @@ VERBS = [
 ]  # fmt: skip
 
 
-def run(capsys, monkeypatch, *words):
-    """Exit code and stderr of the command line. Anything but our own errors comes out as it is, and fails the test."""
-    monkeypatch.setattr(sys, "argv", ["elmwood", *words])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    return code, capsys.readouterr().err
-
-
-def test_every_verb_refuses_or_takes_every_odd_record(good, store, capsys, monkeypatch, tmp_path):
+def test_every_verb_refuses_or_takes_every_odd_record(good, store, run, monkeypatch, tmp_path):
     odd = odd_records(good, store)
     monkeypatch.setenv("ELMWOOD_STORE", str(store.root))
     said: dict[str, list[str]] = {name: [] for name in odd}
     for name in odd:
         for number, verb in enumerate(VERBS):
             words = [{"ODD": f"odd/{name}", "OUT": str(tmp_path / f"{name}-{number}")}.get(word, word) for word in verb]
-            code, err = run(capsys, monkeypatch, *words)
+            code, err = run(*words)
             assert "Traceback" not in err
             assert code in (0, 1), (words, err)
             said[name] += [err] if code else []

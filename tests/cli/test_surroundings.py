@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import shutil
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from tiny_models import WORDS, full_expert
 
-from elmwood import cli
 from elmwood.records import Expert
 from elmwood.store.verify import verify
 
@@ -27,20 +25,6 @@ def full(store, seed):
         store.name(f"full/{number}", full_expert(seed, store, number).digest)
     (store.root / "text.jsonl").write_text("".join(json.dumps({"text": f"{WORDS} {n} " * 9}) + "\n" for n in range(60)))
     return store
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    def main(*words):
-        monkeypatch.setattr(sys, "argv", ["elmwood", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, capsys.readouterr().err
-
-    return main
 
 
 @contextmanager
