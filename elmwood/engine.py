@@ -29,6 +29,7 @@ Task = Callable[[In, Progress], Out]
 # (task, inputs, workers, gpu, progress) -> (index of the input, result), in the order of completion
 Engine = Callable[[Task, Sequence[Any], int, bool, Progress], Iterator[tuple[int, Any]]]
 
+DEVICE = "ELMWOOD_DEVICE"  # the variable that names where to compute, for this process and its workers
 RETRIES = 3  # of a Ray task whose worker died
 TICK = 0.2  # seconds between polls of the progress of Ray tasks
 OBJECTS = 100_000_000  # bytes of a local Ray's object store: inputs and results are small records
@@ -45,7 +46,7 @@ def cores() -> int:
 
 def gpus() -> list[str]:
     """The names of the CUDA devices that this process may use, without importing torch; none if it was told to use another device."""
-    if os.environ.get("ELMWOOD_DEVICE", "cuda") != "cuda":
+    if os.environ.get(DEVICE, "cuda") != "cuda":
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)

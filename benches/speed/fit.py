@@ -158,7 +158,7 @@ def rehearsal() -> None:
 def one(name: str, config: object, recipe: Recipe, kind: str, device: str) -> None:
     """Two steps; peak and speed, predicted and measured."""
     body = anatomy(config)
-    parts = components(body, recipe, device) if device == "cpu" else rehearsed(config, body, recipe)
+    parts = (rehearsed(config, recipe) if device != "cpu" else None) or components(body, recipe, device)
     predicted = speed(body, recipe, device)
     found = measure(config, recipe, device=device)
     total = predict_peak(parts, found)

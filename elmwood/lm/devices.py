@@ -4,16 +4,16 @@ import os
 
 import torch
 
+from elmwood.engine import DEVICE
 from elmwood.errors import BadInput
 
-VARIABLE = "ELMWOOD_DEVICE"  # the same for this process and its workers
 KINDS = ("cuda", "xpu", "mps")  # in this order; ROCm calls itself cuda
 
 
 def best_device() -> torch.device:
     """What ELMWOOD_DEVICE or `elmwood --device` names, else a GPU if there is one, else the CPU. Raises BadInput if it is not here."""
     here = [kind for kind in KINDS if getattr(torch, kind).is_available()]
-    named = os.environ.get(VARIABLE)
+    named = os.environ.get(DEVICE)
     if not named:
         return torch.device(here[0] if here else "cpu")
     try:
@@ -23,6 +23,11 @@ def best_device() -> torch.device:
     if device is None or device.type not in ("cpu", *here) or (device.index or 0) >= count(device.type):
         raise BadInput(f"--device {named}: there is no such device here; choose among {', '.join([*here, 'cpu'])}")
     return device
+
+
+def choose_device(asked: torch.device | str | None) -> torch.device:
+    """The device that a caller asks for, or the best one."""
+    return best_device() if asked is None else torch.device(asked)
 
 
 def count(kind: str) -> int:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.adapters.lora import Bank, adapter_of
 from elmwood.lm.cache import KeyValueCache
-from elmwood.lm.devices import best_device, kind_of
+from elmwood.lm.devices import choose_device, kind_of
 from elmwood.lm.load import Branch, check_seed, end_tokens, load_model, method_of
 from elmwood.lm.products import linear, plain_head
 from elmwood.records import Seed
@@ -78,7 +78,7 @@ class Experts:
             check_seed(seed, expert)
         self.seed, self.store = seed, store
         self.experts = tuple(sorted(experts, key=lambda expert: expert.digest))
-        self.device = torch.device(device) if device is not None else best_device()
+        self.device = choose_device(device)
         self.adapters = [e for e, expert in enumerate(self.experts) if method_of(expert) in BANKED]
         # candidate -> the key of its body, and its number in that body's bank
         self._places = {e: (e, 0) for e in range(len(self.experts))} | {e: (BASE, number) for number, e in enumerate(self.adapters)}

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreT
 from elmwood.errors import BadSeed, ForeignExpert
 from elmwood.lm import pretrained
 from elmwood.lm.adapters import lowrank
-from elmwood.lm.devices import best_device
+from elmwood.lm.devices import choose_device
 from elmwood.lm.files import seed_folder
 from elmwood.lm.importing.config import read_config
 from elmwood.lm.importing.seed import add_seed
@@ -134,7 +134,7 @@ def load_model(
     `dtype` is by default float32 on a CPU (bf16 is slower there), elsewhere as stored. An adapter comes as PEFT's model over its own
     copy of the seed; many adapters over one copy are `elmwood.lm.adapters.lora`. Raises ForeignExpert, Damaged.
     """
-    place = torch.device(device) if device is not None else best_device()
+    place = choose_device(device)
     wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
     if branch is not None:
         check_seed(seed, branch)
@@ -155,7 +155,7 @@ def load_quantised(seed: Seed, store: Store, device: torch.device | str | None =
     Embeddings, norms and head stay as they are, in bf16 on a GPU and in float32 on a CPU, and so is what is computed. Raises MissingExtra.
     """
     require("bitsandbytes", "qlora")
-    place = torch.device(device) if device is not None else best_device()
+    place = choose_device(device)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     model: Any = open_weights(seed_folder(seed, store), stored_before=True, dtype=dtype, quantisation=four, device={"": place})

@@ -28,7 +28,6 @@ from elmwood.records import Expert, Files, Partition, Record, canonical, fingerp
 from elmwood.store.disk import hash_file as hash_file
 from elmwood.store.disk import hash_once, locked, remember, sweep, sync_folder, temporary_folder, write_whole
 from elmwood.store.relations import check_relations, texts
-from elmwood.store.relations import contributed as contributed
 from elmwood.store.relations import lineage as lineage
 
 R = TypeVar("R", bound=Record)

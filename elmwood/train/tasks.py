@@ -17,7 +17,7 @@ from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, MissingExtra
-from elmwood.lm.devices import best_device
+from elmwood.lm.devices import choose_device
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model, load_quantised, new_model, save_folder, save_seed
 from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Record, Seed, Shape, Shard
@@ -48,7 +48,7 @@ def train_seed(
         words = _tokenizer(corpus, shape.vocabulary, store, work / "tokenizer.json", progress)
         packed = pack(corpus.train, words, END, store, progress)
         model: Any = new_model(shape, recipe.rng_seed)
-        model.to(best_device() if device is None else torch.device(device))
+        model.to(choose_device(device))
         trained = run(model, packed, recipe, work, partial(store.log, key), progress)
         facts: dict[str, Any] = {"corpus": corpus.digest, "recipe": recipe, "curve": trained.curve}
         seed = save_seed(model, words, store, name=name, separator=END, **facts)
@@ -107,7 +107,7 @@ def open_trainable(
     if recipe.method == "qlora":
         base = load_quantised(seed, store, device)
     else:  # frozen: bf16 on a GPU, whatever it is stored in
-        place = torch.device(device) if device is not None else best_device()
+        place = choose_device(device)
         base = load_model(seed, store, device=place, dtype=None if place.type == "cpu" else torch.bfloat16)
     places = seed_places(seed, store)
     adapted = add_adapter(base, recipe, seed.digest, places, progress)

@@ -192,7 +192,7 @@ def _step(
     loss_E = torch.zeros(len(parts), device=flat_EP.device)
     several = any((part.positions_BL[:, -1] != recipe.length - 1).any() for part in parts)
     for tokens_BL, targets_BL, positions_BL in _passes(parts, recipe.accumulate, flat_EP.device):
-        with torch.autocast(flat_EP.device.type, torch.bfloat16, enabled=loop.uses_bf16(flat_EP.device) and not loop.narrow(model)):
+        with loop.autocast(model, flat_EP.device):
             part_E = expert_losses(model, able, tokens_BL, targets_BL, positions_BL if several else None, len(parts))
         if recipe.accumulate > 1:
             part_E = part_E * (targets_BL.view(len(parts), -1) != UNSCORED).sum(1) / scored_E

@@ -15,16 +15,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from elmwood.corpus.tokens import load_tokenizer
 from elmwood.errors import BadInput
+from elmwood.lm.importing.gguf_words import LLAMA3, QWEN2
 
 CURE = "export it with --format transformers, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
 
 COMPOSED = "The tokenizer composes letters and accents (NFC) before it cuts a text, and llama.cpp does not: give it text that is composed."
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 # How text is cut before it is merged: the regular expression of a tokenizer.json -> llama.cpp's name for it.
-SPLITS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}
+SPLITS = {LLAMA3: "llama-bpe", QWEN2: "qwen2"}
 
 
 def write_vocabulary(writer: GGUFWriter, folder: Path, config: Any, begins: bool) -> list[str]:

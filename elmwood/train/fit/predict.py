@@ -46,10 +46,12 @@ def fit(
     """
     place, config = find_machine(device, memory), load_config(seed, store)
     body = anatomy(config)
-    parts = components(body, recipe, place.device) if place.device == "cpu" else rehearsed(config, body, recipe)
+    parts = components(body, recipe, place.device)
+    if place.device != "cpu":
+        formulas, parts = sum(parts.values()), rehearsed(config, recipe) or parts
+        place = place._replace(share=sum(parts.values()) / formulas)
     total = sum(parts.values())
     settings = ("batch", "length") if recipe.method == "full" else ("batch", "length", "rank")
-    place = place._replace(share=total / sum(components(body, recipe, place.device).values()))
     limits = {what: largest(body, recipe, place, what) for what in settings}
     return Prediction(
         device=place.device, parameters=body.parameters, trained=trained_parameters(body, recipe), components=parts, total=total,
@@ -59,10 +61,9 @@ def fit(
     )  # fmt: skip
 
 
-def rehearsed(config: Any, body: Anatomy, recipe: Recipe) -> dict[str, int]:
-    """The parts of a GPU's memory, from a rehearsal; from the formulas where the model cannot be run without values."""
-    found = rehearse((config, recipe))[0] if recipe.together == 1 else None
-    return found or components(body, recipe, "cuda")
+def rehearsed(config: Any, recipe: Recipe) -> dict[str, int] | None:
+    """The parts of a GPU's memory; None for several experts at once, and where the model cannot be run without values."""
+    return rehearse((config, recipe))[0] if recipe.together == 1 else None
 
 
 class Machine(NamedTuple):

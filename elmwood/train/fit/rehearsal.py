@@ -66,7 +66,7 @@ def rehearse_here(config: Any, recipe: Recipe) -> dict[str, int]:
         optimizer.zero_grad()
         held = allocator.allocated - weights
         model.train()
-        loop.add_gradients(model, Abilities("mask", True), _batch(recipe, config.get_text_config().vocab_size), recipe)
+        loop.add_gradients(model, Abilities("mask", True), _batch(recipe), recipe)
         loop.update_weights(optimizer, recipe, 0)
         most, reserved = allocator.most, allocator.reserved
         del model, optimizer, own
@@ -78,7 +78,7 @@ def rehearse_here(config: Any, recipe: Recipe) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _batch(recipe: Recipe, vocabulary: int) -> Batch:
+def _batch(recipe: Recipe) -> Batch:
     """Rows of two documents each."""
     position_L = np.arange(recipe.length) % max(1, recipe.length - recipe.length // 3)
     tokens_BL = np.ones((recipe.batch, recipe.length), dtype=np.int64)
