@@ -17,11 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
+from elmwood.lm.adapters.peft_config import ALPHA
 from elmwood.lm.adapters.places import adapts_experts, first_unfit, head_of, linear_layers, unfit
 from elmwood.lm.products import linear
 from elmwood.records import Recipe
-
-ALPHA = 8  # of a rank-stabilised adapter (arXiv:2312.03732): at rank 16 its scale is 2, that of the usual alpha = 2 rank
 
 
 def add_adapter(model: Any, recipe: Recipe, base: str, stored: Collection[str] | None = None, progress: Progress = silent) -> Any:

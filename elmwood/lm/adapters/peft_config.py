@@ -21,6 +21,7 @@ _UNSUPPORTED: tuple[str, ...] = ("use_dora", "use_qalora", "use_bdlora", "lora_b
 _UNSUPPORTED += ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "velora_config")
 _UNSUPPORTED += ("monteclora_config", "arrow_config", "kasa_config", "megatron_config")
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # other initial values of A and B change the base weights too
+ALPHA = 8  # of a rank-stabilised adapter (arXiv:2312.03732): at rank 16 its scale is 2, that of the usual alpha = 2 rank
 MOST_RANK, MOST_ALPHA = 1 << 16, 1 << 32
 _NAMES = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern")  # settings that PEFT gives to `re`
 # the tensors of an adapter that are understood; all others are refused by name

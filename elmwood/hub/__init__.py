@@ -1,0 +1,1 @@
+"""The hub: strangers train experts of one seed, and each is leased, verified, credited and removable."""
