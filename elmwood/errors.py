@@ -13,9 +13,39 @@ ElmwoodError
 └── MissingExtra        an optional library is not installed
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LONGEST = 2000  # characters of a message: a screen; the longest of our own words have some 600
+
 
 class ElmwoodError(Exception):
-    """Base class of all errors of elmwood."""
+    """Base class of all errors of elmwood. A message quotes names, settings and files of strangers, which may be of any length: the middle
+    of one that is longer than LONGEST is left out. Its beginning has the rule, its end the cure."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(shorten(str(message)))
+
+
+def shorten(text: str, most: int = LONGEST) -> str:
+    """The text, without its middle where it is longer than this many characters."""
+    if len(text) <= most:
+        return text
+    gap = f" … {len(text) - most + 40:,} characters left out … "
+    room = most - len(gap)
+    return text[: room * 2 // 3] + gap + text[len(text) - room + room * 2 // 3 :]
+
+
+@contextmanager
+def copied_to(folder: object, given: object) -> Iterator[None]:
+    """Errors of the block that name a file of this temporary folder name what the user gave, of which that file is a copy."""
+    try:
+        yield
+    except ElmwoodError as error:
+        told = str(error).replace(f"{folder}/", f"{given}: ").replace(str(folder), str(given))
+        if told == str(error):
+            raise
+        raise type(error)(told) from error
 
 
 class BadInput(ElmwoodError):

@@ -63,7 +63,7 @@ class Watch:
                 path = os.path.realpath(os.fsdecode(given[0]))
                 if path.endswith(self.secret) or ((given[2] or 0) & WRITES and not self.allowed(path)):
                     self.found.append(f"open {path} {given[1:]!r}")
-            elif event in CHANGES:
+            elif event in CHANGES and not (event == "os.mkdir" and os.path.isdir(given[0])):  # numba asks for its cache, which is there
                 places = given[1:2] if event == "os.symlink" else given[: 2 if event in TWO else 1]
                 if not all(self.allowed(os.path.abspath(os.fsdecode(one))) for one in places if isinstance(one, str | bytes)):
                     self.found.append(f"{event} {given!r}"[:200])

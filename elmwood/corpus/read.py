@@ -15,7 +15,7 @@ from elmwood.corpus.kinds import kind
 from elmwood.corpus.quality import parse_filters, unfit
 from elmwood.corpus.sources import SAMPLE, Reason, Source, fetch, files, parse_source, remote, walk
 from elmwood.corpus.unpack import DAMAGED, RATIO, Bomb, Window, byte_order_mark, first_bytes, packing, text_encoding
-from elmwood.errors import BadCorpus, BadInput
+from elmwood.errors import BadCorpus, BadInput, copied_to
 from elmwood.registry import lookup, require
 from elmwood.units import parse_count
 
@@ -146,7 +146,7 @@ def read_part(part: Part, reading: Reading, scratch: Path | None = None) -> Iter
     Raises BadCorpus, UnknownName.
     """
     if part.url:
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder, copied_to(folder, part.url):
             path = Path(folder) / part.name.rpartition("/")[2]
             fetch(part.url, path)
             yield from read_part(part._replace(path=path, url=""), reading)

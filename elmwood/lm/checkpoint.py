@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elmwood.errors import BadSeed
+from elmwood.errors import BadSeed, copied_to
 from elmwood.records.plain_json import parse_json
 from elmwood.store.headers import read_header
 
@@ -71,9 +71,10 @@ def harmless(name: str, stored: Stored | None) -> bool:
 
 @contextmanager
 def linked(paths: Iterable[Path]) -> Iterator[Path]:
-    """A folder with links to these files and nothing else."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for path in paths:
+    """A folder with links to these files and nothing else. Errors name the folder that the files are in."""
+    files = list(paths)
+    with tempfile.TemporaryDirectory() as scratch, copied_to(scratch, files[0].parent if files else "the checkpoint"):
+        for path in files:
             os.symlink(path.resolve(), Path(scratch) / path.name)
         yield Path(scratch)
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations import hub_kernels
 
 from elmwood.corpus.foreign_tokenizer import check_tokenizer_file
-from elmwood.errors import BadInput, BadSeed
+from elmwood.errors import BadInput, BadSeed, copied_to
 from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.checkpoint import Stored, harmless, linked, read_json, said, stored_tensors, weight_files
 
@@ -71,7 +71,7 @@ def make_config(settings: Mapping[str, Any], where: object = "this config") -> A
             "import the original checkpoint; --method qlora trains over four bits of it"
         )
     check_counts(settings, where)  # some classes make a list with an entry for each layer
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, copied_to(scratch, where):
         _write_config(settings, Path(scratch))
         try:
             return AutoConfig.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from elmwood.corpus.tokens import load_tokenizer
-from elmwood.errors import BadInput, Damaged, ForeignExpert
+from elmwood.errors import BadInput, Damaged, ForeignExpert, copied_to
 from elmwood.lm.adapters.peft_config import read_settings
 from elmwood.lm.adapters.places import first_unfit, linear_layers, unfit
 from elmwood.lm.files import download, same_tokens, seed_folder
@@ -85,7 +85,7 @@ def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest |
         method="dora" if config.use_dora else "lora", steps=1, rank=config.r, alpha=None if config.use_rslora else config.lora_alpha,
         targets=tuple(sorted(config.target_modules)) if isinstance(config.target_modules, set) else "all-linear",
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, copied_to(scratch, place):
         made = Path(scratch)
         (made / CONFIG).write_text(json.dumps(_in_order(settings | plain), indent=1), encoding="utf-8")
         if beside:

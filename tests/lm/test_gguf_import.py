@@ -1,6 +1,7 @@
 """GGUF files become seeds that say what the original says, or are refused for the key or tensor that is not understood."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -172,6 +173,29 @@ def test_tensors_too_few_or_too_many_are_refused(plain, tmp_path, store):
     (tmp_path / "cut.gguf").write_bytes((plain / "model.gguf").read_bytes()[:9000])
     with pytest.raises(BadSeed, match="damaged"):
         import_seed(str(tmp_path / "cut.gguf"), store)
+
+
+ENDS = ("bos", "eos", "unknown", "padding")
+WORDLESS = {  # what is wrong with its tokenizer -> the tokens that are in place of the last ones, the separator that is asked for
+    "no token 'nope'": ((), "nope"),
+    "no <|endoftext|>": (("</s>",), None),
+    "ids up to": (("more",), 3),
+}
+
+
+@pytest.mark.parametrize("complaint", WORDLESS)
+def test_refusals_of_a_tokenizer_name_the_file_that_was_given(complaint, plain, tmp_path, store):
+    """Not the folder that it was converted into, which is gone by then."""
+    more, separator = WORDLESS[complaint]
+    words = [str(token) for token in gguf.GGUFReader(plain / "model.gguf").fields["tokenizer.ggml.tokens"].contents()]
+    words = [*words, *more] if separator == 3 else [*more, *words[len(more) :]]
+    keys = [("tokenizer.ggml.tokens", words, "ARRAY"), ("tokenizer.ggml.token_type", [1] * len(words), "ARRAY")]
+    path = tmp_path / "given.gguf"
+    rewrite(plain / "model.gguf", path, keys, without={name for name, *_ in keys} | {f"tokenizer.ggml.{one}_token_id" for one in ENDS})
+    with pytest.raises(BadSeed, match=complaint) as caught:
+        import_seed(str(path), store, separator=separator)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert not re.search(r"/tmp\w{8}\b", str(caught.value))
 
 
 # ---- architectures that only llama.cpp's own converter writes ----------------------------------------------------

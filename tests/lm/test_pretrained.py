@@ -90,6 +90,11 @@ def test_an_adapter_is_not_held_against_a_bomb(store, tmp_path):
         make_config({"model_type": "llama", "num_hidden_layers": 10**7})
 
 
+def test_what_transformers_says_of_a_copy_is_said_of_the_folder_that_was_given():
+    with pytest.raises(BadSeed, match=r"^here: .*Unrecognized model in here\. "):
+        make_config({}, "here")
+
+
 # ---- code, kernels, other files ----------------------------------------------------------------------------------
 
 

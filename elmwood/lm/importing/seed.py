@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from elmwood.errors import BadSeed
+from elmwood.errors import BadSeed, copied_to
 from elmwood.lm.checkpoint import weight_files
 from elmwood.lm.files import KEPT, download
 from elmwood.lm.importing.checkpoint import Checkpoint, normalise, told
@@ -28,7 +28,7 @@ def import_seed(
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, copied_to(scratch, path):
             changes = convert(path, Path(scratch))
             return _import_folder(Path(scratch), store, name or path.stem, separator, licence=licence, changes=changes)
     if path.is_dir():
