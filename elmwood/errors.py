@@ -9,6 +9,7 @@ ElmwoodError
 │   └── NewerRecord     written by a later version of elmwood
 ├── ForeignExpert       an expert of another seed or partition
 ├── Damaged             stored bytes differ from their digest, or are missing
+│   └── NotFinite       a model whose weights give NaN or infinity
 ├── DoesNotFit          the machine's memory or disk is too small
 └── MissingExtra        an optional library is not installed
 """
@@ -78,6 +79,10 @@ class ForeignExpert(ElmwoodError):
 
 class Damaged(ElmwoodError):
     """Stored bytes differ from their digest, or are missing."""
+
+
+class NotFinite(Damaged):
+    """A model whose weights give NaN or infinity."""
 
 
 class DoesNotFit(ElmwoodError):

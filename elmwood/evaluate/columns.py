@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from elmwood.corpus.tokens import Windows
 from elmwood.engine import Progress, silent
-from elmwood.errors import Damaged
+from elmwood.errors import Damaged, NotFinite
 from elmwood.evaluate.holdout import Holdout
 from elmwood.records import Score
 from elmwood.store import Store
@@ -113,14 +113,14 @@ def round_to_half(loglik_N: Floats) -> Floats:
 def run(lm: Scorer, holdout: Holdout, progress: Progress = silent, wanted_W: Ints | None = None) -> Floats:
     """The log-likelihoods of the scored tokens of some windows (ascending; None: of all) under a model [n] float32, in order.
 
-    Windows of like length share a batch, so little is padded. Raises Damaged.
+    Windows of like length share a batch, so little is padded. Raises NotFinite.
     """
     cut = holdout.windows
     wanted_W = np.arange(len(cut.length_W)) if wanted_W is None else wanted_W
     score = lm.score_windows if isinstance(lm, WindowScorer) else partial(_score_rows, lm)
     loglik_n = np.asarray(score(cut, wanted_W, progress))
     if not np.isfinite(loglik_n).all():
-        raise Damaged("the model gives log-likelihoods that are not finite: its weights are broken; train or download it again")
+        raise NotFinite("the model gives log-likelihoods that are not finite: its weights are broken; train or download it again")
     return loglik_n
 
 

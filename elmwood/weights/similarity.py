@@ -27,6 +27,7 @@ class Factors(NamedTuple):
 
 
 Delta = Mapping[str, Factors]  # by module
+AT_ONCE = 32  # adapters whose factors stand side by side
 
 
 def is_finite(expert: Expert, store: Store) -> bool:
@@ -66,6 +67,19 @@ def products(experts: Sequence[Expert], seed: Seed, store: Store) -> Floats:
     return product_MM
 
 
+def top_energy(expert: Expert, seed: Seed, store: Store) -> float:
+    """The largest share, over the modules of an adapter, of the squared length of its delta that one direction has: 1 is rank one."""
+    tensors = seed_places(seed, store)
+    one = Low(expert.digest, store.folder(expert.files), tensors, dora=expert.recipe.method == "dora")
+    found = [0.0]
+    for name in filter(one.has, tensors):
+        b_OR, a_RI = _factors(one, name)
+        left_RR, right_RR = (np.asarray(np.linalg.qr(part, "r")) for part in (b_OR, a_RI.T))
+        value2_R = np.linalg.svd(left_RR @ right_RR.T, compute_uv=False) ** 2
+        found.append(float(value2_R.max() / value2_R.sum()) if value2_R.any() else 0.0)
+    return max(found)
+
+
 def _open(expert: Expert, folder: Path, tensors: dict[str, StoredTensor]) -> Source:
     if "adapter_config.json" in expert.files:
         return Low(expert.digest, folder, tensors, dora=expert.recipe.method == "dora")
@@ -73,9 +87,17 @@ def _open(expert: Expert, folder: Path, tensors: dict[str, StoredTensor]) -> Sou
 
 
 def _from_factors(name: str, sources: Sequence[Source]) -> Floats:
-    """From the factors, without forming their products."""
-    deltas = [{name: _factors(one, name)} for one in sources if isinstance(one, Low)]
-    return np.array([[inner(one, other) for other in deltas] for one in deltas])
+    """From the factors, without forming their products: <B A, B' A'> = sum of (B^T B') * (A A'^T), all experts' factors side by side."""
+    factors = [_factors(one, name) for one in sources if isinstance(one, Low)]
+    product_MM = np.zeros((len(factors), len(factors)))
+    for first in range(0, len(factors), AT_ONCE):
+        some = factors[first : first + AT_ONCE]
+        b_OX, a_XI = np.concatenate([one.b_OR for one in some], 1), np.concatenate([one.a_RI for one in some])
+        start_m = np.cumsum([0, *(len(one.a_RI) for one in some)])[:-1]
+        for m, (b_OR, a_RI) in enumerate(factors):
+            product_X = ((b_OX.T @ b_OR) * (a_XI @ a_RI.T)).sum(1)
+            product_MM[first : first + AT_ONCE, m] = np.add.reduceat(product_X, start_m)
+    return product_MM
 
 
 def _factors(one: Low, name: str) -> Factors:

@@ -345,11 +345,11 @@ def test_orders_are_fresh_secret_and_repeatable():
 
 
 def test_slices_serve_and_retire():
-    served = [error_budget.open_slice(b"a", 100, 4, submission, uses=3) for submission in range(12)]
+    served = [error_budget.open_slice(error_budget.slices_key(b"a"), 100, 4, submission, uses=3) for submission in range(12)]
     assert all((one == served[3 * (n // 3)]).all() for n, one in enumerate(served))
     assert sorted(np.concatenate(served[::3])) == list(range(100))
     with pytest.raises(BadInput, match="hold out new documents"):
-        error_budget.open_slice(b"a", 100, 4, 12, uses=3)
+        error_budget.open_slice(error_budget.slices_key(b"a"), 100, 4, 12, uses=3)
 
 
 def test_a_mixture_of_columns_in_half_precision_is_summed_in_double():

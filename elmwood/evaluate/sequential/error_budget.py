@@ -70,14 +70,19 @@ def random_order(key: bytes, size: int, weight_B: Floats | None = None) -> Ints:
     return chance.permutation(size) if weight_B is None else np.argsort(chance.exponential(size=size) / weight_B, kind="stable")
 
 
-def open_slice(secret: bytes, blocks: int, slices: int, submission: int, uses: int = USES) -> Ints:
+def open_slice(key: bytes, blocks: int, slices: int, submission: int, uses: int = USES) -> Ints:
     """Places of the blocks on which submission 0, 1, ... is tested, ascending. Slices are disjoint and are used one after another.
 
-    Raises BadInput when all slices are retired.
+    `key`: `slices_key` of the secret. Raises BadInput when all slices are retired.
     """
     now = submission // uses
     if not 0 <= now < slices:
         raise BadInput(
             f"submission {submission + 1} comes after all {slices} slices of {uses} submissions are retired: hold out new documents"
         )
-    return np.sort(np.array_split(random_order(derive_key(secret, "slices"), blocks), slices)[now])
+    return np.sort(np.array_split(random_order(key, blocks), slices)[now])
+
+
+def slices_key(secret: bytes) -> bytes:
+    """The key of the cut into slices, which a gate can hand to who runs the tests, without its secret."""
+    return derive_key(secret, "slices")

@@ -17,7 +17,7 @@ from elmwood.errors import BadInput, ForeignExpert
 from elmwood.evaluate.admission import Evidence, Policy, cosine, judge_evidence, novelty
 from elmwood.evaluate.holdout import GATE, TUNE, Holdout
 from elmwood.evaluate.sequential.decision import Finding, StoppingRule
-from elmwood.evaluate.sequential.error_budget import begin, commitment, derive_key, finish, open_slice, random_order
+from elmwood.evaluate.sequential.error_budget import begin, commitment, derive_key, finish, open_slice, random_order, slices_key
 from elmwood.ranges import Count, Documents, Window, checked
 from elmwood.records import Digest, Ensemble, Expert, Forest, Ledger, Partition, Record, Seed, Verdict
 from elmwood.store import AnyStore, Named, Store
@@ -25,6 +25,7 @@ from elmwood.study.ancestry import as_model
 from elmwood.study.quality.contest import Clip, Pair, drawing, judge, pair_models
 from elmwood.study.quality.scoring import Columns, holdout_spec
 from elmwood.weights.similarity import is_finite, products
+from elmwood.weights.sketch import likely
 
 Bools = NDArray[np.bool_]
 
@@ -33,10 +34,14 @@ SLICE = 1000  # blocks of the gate split, at least, that serve some submissions 
 SLICES = 10
 SMALL = 0.02  # of the blocks that an expert touches; domains with fewer are tested together
 SURE = 1e3  # log wealth that counts as certainty
+MANY = 40  # experts that are all compared exactly
 
 
 class Submission(NamedTuple):
-    """One entry of the ledger: its place, its error level, the key of its order of blocks, and the blocks it may draw."""
+    """One entry of a ledger: its place, its error level, the key of its order of blocks, and the blocks it may draw.
+
+    `submit` makes it from the store's own ledger. A hub has a ledger of its own, and any machine runs the trial (elmwood/hub/client).
+    """
 
     number: int  # from 0
     level: float
@@ -111,7 +116,7 @@ def accept(
     with store.held(LEDGER, progress):
         if evidence.finite:
             evidence = evidence.model_copy(update=likeness(candidate, store))
-        if evidence.finite and _is_new(evidence, policy):
+        if evidence.finite and is_new(evidence, policy):
             columns = Columns(holdout_spec(candidate.division, candidate.seed, length, documents), store, stay=True)
             holdout = columns.held.name
             if known := decided_meanwhile(before, candidate, holdout, store):
@@ -120,7 +125,7 @@ def accept(
             on_submission(submission)
             columns.begin_alone(_folder(candidate, submission, store))
             measured, cost = Trial(candidate, columns, submission, policy, cap, clip, progress).gather()
-            evidence = evidence.model_copy(update=measured | {"level": submission.level})
+            evidence = evidence.model_copy(update=measured)
         verdict = judge_evidence(evidence, policy).model_copy(update={"forest": joined.digest, "holdout": holdout})
         store.add(verdict)
         made = _finish_naming(Admission(verdict, joined, evidence, submission, cost), name, store)
@@ -162,13 +167,16 @@ def open_candidate(expert: Expert, base: Record, store: Store) -> Candidate:
 
 
 def likeness(candidate: Candidate, store: Store) -> dict[str, float]:
-    """How similar the expert's delta is to those of the forest's experts."""
-    product_MM = products([candidate.expert, *candidate.others], candidate.seed, store)
+    """How similar the expert's delta is to those of the forest's experts; of many adapters, to those that a sketch finds."""
+    one, others = candidate.expert, list(candidate.others)
+    if len(others) > MANY and all("adapter_config.json" in each.files for each in (one, *others)):
+        others = likely(one, others, candidate.seed, store)
+    product_MM = products([one, *others], candidate.seed, store)
     own, with_E, gram_EE = float(product_MM[0, 0]), product_MM[0, 1:], product_MM[1:, 1:]
     return {"cosine": cosine(own, with_E, gram_EE), "novelty": novelty(own, with_E, gram_EE)}
 
 
-def _is_new(evidence: Evidence, policy: Policy) -> bool:
+def is_new(evidence: Evidence, policy: Policy) -> bool:
     """Neither a copy nor a blend; NaN is neither new."""
     cosine, novelty = evidence.cosine, evidence.novelty
     return cosine is not None and novelty is not None and cosine <= policy.cosine and novelty >= policy.novelty
@@ -188,18 +196,25 @@ def submit(expert: Expert, held: Holdout, store: Store) -> Submission:
     An undecided one is taken up again: same number, level and order.
     """
     ledger, secret = ledger_of(store), store.secret()
-    blocks = int((held.split_B == GATE).sum())
     undecided = (expert.digest, held.name, None)
     same = (n for n, entry in enumerate(ledger.entries) if (entry.expert, entry.holdout, entry.accepted) == undecided)
     number = next(same, len(ledger.entries))
     key = derive_key(secret, f"{number} {expert.digest} {held.name}")
     earlier = sum(entry.holdout == held.name for entry in ledger.entries[:number])
-    slice_G = np.zeros(blocks, bool)
-    slice_G[open_slice(secret, blocks, int(np.clip(blocks // SLICE, 1, SLICES)), earlier)] = True
+    slice_G = cut_slice(slices_key(secret), earlier, held)
     if number == len(ledger.entries):
         ledger = begin(ledger, expert.digest, holdout=held.name, sealed=commitment(key))
         store.name(LEDGER, store.add(ledger))
     return Submission(number, ledger.entries[number].level, key, slice_G)
+
+
+def cut_slice(key: bytes, earlier: int, held: Holdout) -> Bools:
+    """The blocks of the gate split that a submission may draw, after so many earlier ones on this holdout [G]. `key`: `slices_key` of the
+    ledger's secret. Raises BadInput when all blocks are retired."""
+    blocks = int((held.split_B == GATE).sum())
+    slice_G = np.zeros(blocks, bool)
+    slice_G[open_slice(key, blocks, int(np.clip(blocks // SLICE, 1, SLICES)), earlier)] = True
+    return slice_G
 
 
 def decided_meanwhile(before: Ledger, candidate: Candidate, holdout: str, store: Store) -> Verdict | None:
@@ -245,7 +260,7 @@ class Trial(NamedTuple):
         one, policy = self.candidate, self.policy
         own_G = self.submission.slice_G & np.isin(self.domain_G(GATE), one.own)
         alone = self.ask(self.pair(one.seed, one.expert), self.above(policy.min_effect), own_G, "own")
-        evidence: dict[str, Any] = {"own_low": alone and alone.low, "secret_gain": alone and alone.effect}
+        evidence: dict[str, Any] = {"level": self.submission.level, "own_low": alone and alone.low, "secret_gain": alone and alone.effect}
         blocks = {"own": alone and alone.drawn}
         if alone and alone.outcome == "better":
             evidence["public_gain"] = self.public_gain(alone.drawn)
