@@ -73,7 +73,7 @@ def ways(options: argparse.Namespace, folder: Path) -> dict:
 
 def model_of(lm):
     """The transformers model below an LM of the seed."""
-    return lm.experts._body(-1).model
+    return lm.experts.body(-1).model
 
 
 def domains(count: int, folder: Path, store: Store):

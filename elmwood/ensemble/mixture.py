@@ -7,7 +7,7 @@ p(x_t | x_<t) = sum over c of w_c(x_<t) p_c(x_t | x_<t). Only candidates that ma
 candidate by what it said of the text so far, all of it: one that joins late reads what it missed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from elmwood.engine import Progress, silent
 from elmwood.ensemble.prompt_weights import WeightsLM
 from elmwood.ensemble.text_router import open_forest, score_rows
 from elmwood.errors import UnknownName
-from elmwood.lm.experts import Experts, OneLM, Text
+from elmwood.lm.experts import Expected, Experts, OneLM, Text
 from elmwood.lm.interface import LM
 from elmwood.records import Ensemble, Expert, Merged, Mixture, Record, Seed
 from elmwood.store import Store
@@ -102,24 +102,42 @@ class EnsembleLM:
 
     def extend(self, tokens_T: Sequence[int], cache: MixedText) -> tuple[Tensor, MixedText]:
         """Log-probabilities [V] of the token after these, from the candidates of the text so far."""
-        self.experts.check(tokens_T, len(cache.tokens) + len(tokens_T))
-        signals = Signals(self.router.push(cache.prefix, tokens_T), cache.memory_C[None])
-        active = np.flatnonzero(candidates(signals, self.routing)[0])
-        if self.memory:
-            logp_AV = self._follow(active.tolist(), tokens_T, cache)
-        else:
-            logp_AV, _ = self.experts.extend(active.tolist(), tokens_T, cache)
-        weight_A = weights(signals, self.routing)[0, active]
-        cache.shares = {self.names[c]: float(weight) for c, weight in zip(active, weight_A, strict=True) if weight}
-        return torch.logsumexp(logp_AV + torch.from_numpy(weight_A).to(logp_AV.device).log()[:, None], 0).float().cpu(), cache
+        weight, logp = self.read(tokens_T, cache)
+        logp_AV, weight_A = torch.stack(list(logp.values())), torch.tensor(list(weight.values()), dtype=torch.float64)
+        return torch.logsumexp(logp_AV + weight_A.to(logp_AV.device).log()[:, None], 0).float().cpu(), cache
 
-    def _follow(self, active: Sequence[int], tokens_T: Sequence[int], cache: MixedText) -> Tensor:
-        """Let the active candidates read on, and update their memory."""
-        logp_AV, news = self.experts.follow(active, tokens_T, cache)
+    def read(self, tokens_T: Sequence[int], text: MixedText) -> Expected:
+        """As `extend`, candidate by candidate."""
+        self.experts.check(tokens_T, len(text.tokens) + len(tokens_T))
+        return self._expect(tokens_T, [], tokens_T, text)
+
+    def hear(self, token: int, loglik: Mapping[int, float], text: MixedText) -> Expected:
+        """Add a token that some candidates have read, or are reading, and gave this log-likelihood; those that join read all there is."""
+        text.tokens.append(token)
+        if self.memory:
+            for c, nats in loglik.items():
+                text.memory_C[c] = text.memory_C[c] * self.routing.fading + nats
+        return self._expect([token], list(loglik), None, text)
+
+    def _expect(self, said_T: Sequence[int], ready: Sequence[int], unread_T: Sequence[int] | None, text: MixedText) -> Expected:
+        """The text has grown by some tokens: let its candidates read those, but for the ones that are ready, and weigh them all."""
+        signals = Signals(self.router.push(text.prefix, said_T), text.memory_C[None])
+        active = np.flatnonzero(candidates(signals, self.routing)[0]).tolist()
+        joined = [c for c in active if c not in ready]
+        logp_AV = torch.empty(0)
+        if joined:
+            logp_AV = self._follow(joined, unread_T, text) if self.memory else self.experts.extend(joined, unread_T, text)[0]
+        weight_A = weights(signals, self.routing)[0, active].tolist()
+        text.shares = {self.names[c]: weight for c, weight in zip(active, weight_A, strict=True) if weight}
+        return Expected(dict(zip(active, weight_A, strict=True)), dict(zip(joined, logp_AV, strict=True)))
+
+    def _follow(self, active: Sequence[int], tokens_T: Sequence[int] | None, text: MixedText) -> Tensor:
+        """Let candidates read on, and update their memory."""
+        logp_AV, news = self.experts.follow(active, tokens_T, text)
         for c, (first, loglik_U) in zip(active, news, strict=True):
             left_U = self.routing.fading ** np.arange(len(loglik_U) - 1, -1, -1)
-            before = cache.memory_C[c] * self.routing.fading ** len(loglik_U) if first else 0.0
-            cache.memory_C[c] = before + left_U @ loglik_U.numpy()
+            before = text.memory_C[c] * self.routing.fading ** len(loglik_U) if first else 0.0
+            text.memory_C[c] = before + left_U @ loglik_U.numpy()
         return logp_AV
 
 

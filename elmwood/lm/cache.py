@@ -8,6 +8,7 @@ needed again it reads only what it has missed.
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -20,6 +21,7 @@ class CacheWindow:
     """The rows and positions of the current pass."""
 
     first = last = past = 0
+    place_1: Tensor | None = None  # of a pass over one token whose shapes never change: where it goes, on the device
     rows = capacity = 0  # sizes of the tensors
 
 
@@ -35,6 +37,11 @@ class LayerCache(DynamicLayer):
         if self.keys is None or self.values is None:
             self.keys, self.values = _room(key_states, window), _room(value_states, window)
             self.is_initialized = True
+        if window.place_1 is not None:
+            keys, values = self.keys[window.first : window.last], self.values[window.first : window.last]
+            keys.index_copy_(2, window.place_1, key_states)
+            values.index_copy_(2, window.place_1, value_states)
+            return keys, values
         end = window.past + key_states.shape[2]
         keys, values = self.keys[window.first : window.last, :, :end], self.values[window.first : window.last, :, :end]
         keys[:, :, window.past :] = key_states
@@ -49,8 +56,8 @@ class LayerCache(DynamicLayer):
             for new, states in zip((self.keys, self.values), old, strict=True):
                 new[: states.shape[0], :, : states.shape[2]] = states
 
-    def get_seq_length(self) -> int:
-        return self.window.past
+    def get_seq_length(self) -> Any:
+        return self.window.past if self.window.place_1 is None else self.window.place_1
 
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange two rows, up to `length` tokens."""
@@ -62,7 +69,7 @@ class LayerCache(DynamicLayer):
 
 
 def _room(like: Tensor, window: CacheWindow) -> Tensor:
-    return like.new_empty(window.rows, like.shape[1], window.capacity, like.shape[3])
+    return like.new_zeros(window.rows, like.shape[1], window.capacity, like.shape[3])  # what is not read yet is masked, and must be finite
 
 
 class KeyValueCache:
@@ -83,7 +90,7 @@ class KeyValueCache:
         for expert in experts:
             if expert not in self.owner:
                 self._admit(expert, experts)
-        self._grow(total)
+        self.reserve(total)
         wanted = sorted(experts, key=lambda expert: -self.length[self.owner.index(expert)])
         front = self.owner[: len(experts)]
         if set(front) != set(experts) or any(a < b for a, b in zip(self.length, self.length[1 : len(experts)], strict=False)):
@@ -102,7 +109,8 @@ class KeyValueCache:
             row = min(idle, key=lambda row: self.length[row])
             self.owner[row], self.length[row] = expert, 0
 
-    def _grow(self, total: int) -> None:
+    def reserve(self, total: int) -> None:
+        """Allocate for `total` tokens."""
         if len(self.owner) <= self.window.rows and total <= self.window.capacity:
             return
         self.window.rows = len(self.owner)
@@ -122,8 +130,18 @@ class KeyValueCache:
 
     def open(self, first: int, last: int) -> Cache:
         """The cache for a pass over a run of rows."""
-        self.window.first, self.window.last, self.window.past = first, last, self.length[first]
+        self.window.first, self.window.last, self.window.past, self.window.place_1 = first, last, self.length[first], None
         return self.cache
+
+    def open_in_place(self, rows: int, place_1: Tensor) -> Cache:
+        """The cache for a pass of the first rows over one token, which goes to `place_1` on the device: keys and values are those of all
+        the capacity, for a mask to choose among."""
+        self.window.first, self.window.last, self.window.place_1 = 0, rows, place_1
+        return self.cache
+
+    def clear(self) -> None:
+        """Forget the text; the memory stays for another."""
+        self.owner, self.length = [], []
 
     def close(self, first: int, last: int, total: int) -> None:
         """Note that the run has read all `total` tokens."""

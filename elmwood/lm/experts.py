@@ -3,7 +3,7 @@
 Shapes: E experts (the seed is the last), A of them active, B rows, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,13 @@ class News(NamedTuple):
     loglik_U: Tensor  # float64 on the CPU; of the first token of a text, which is given, 0
 
 
+class Expected(NamedTuple):
+    """What is expected of the next token of a text."""
+
+    weights: dict[int, float]  # of the candidates that were run; they sum to one
+    logp: dict[int, Tensor]  # [V] of the candidates that have just read
+
+
 class Experts:
     """Experts of one seed, or other weights grown from it, sorted by digest, and the seed itself as the last: index len(experts).
 
@@ -81,10 +88,12 @@ class Experts:
         self.device = choose_device(device)
         self.adapters = [e for e, expert in enumerate(self.experts) if method_of(expert) in BANKED]
         # candidate -> the key of its body, and its number in that body's bank
-        self._places = {e: (e, 0) for e in range(len(self.experts))} | {e: (BASE, number) for number, e in enumerate(self.adapters)}
-        self._places[len(self.experts)] = (BASE, len(self.adapters))
+        self.places = {e: (e, 0) for e in range(len(self.experts))} | {e: (BASE, number) for number, e in enumerate(self.adapters)}
+        self.places[len(self.experts)] = (BASE, len(self.adapters))
         self._bodies: dict[int, Body] = {}
         self._kept: dict[str, int] = {}  # class of a model -> layers of keys and values in its cache
+        self._spare: dict[int, list[KeyValueCache]] = {}  # memory of texts that have ended
+        self.boards: list[Any] = []  # of texts that have ended: what decoding prepared for the next (ensemble/decode.py)
 
     def __len__(self) -> int:
         """The number of candidates, the seed included."""
@@ -95,7 +104,8 @@ class Experts:
         """The separator, and what the checkpoint says ends a text."""
         return frozenset([self.seed.separator, *end_tokens(self.seed, self.store)])
 
-    def _body(self, key: int) -> Body:
+    def body(self, key: int) -> Body:
+        """A model and the bank over it, opened when it is first asked for. Raises BadInput, Damaged."""
         if key not in self._bodies:
             model = load_model(self.seed, self.store, None if key == BASE else self.experts[key], self.device)
             adapters = [adapter_of(self.experts[e], self.store) for e in self.adapters] if key == BASE else []
@@ -115,8 +125,8 @@ class Experts:
         tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
         rows, length = tokens_BT.shape
         self.check(tokens_BT.flatten(), length - 1)
-        key, number = self._places[e]
-        body = self._body(key)
+        key, number = self.places[e]
+        body = self.body(key)
         if body.bank:
             body.bank.select([number])
         at_once = max(1, LOGITS[kind_of(self.device)] // (length * self.seed.vocabulary))
@@ -135,7 +145,7 @@ class Experts:
         tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
         rows, length = tokens_BT.shape
         self.check(tokens_BT.flatten(), length - 1)
-        body = self._body(BASE)
+        body = self.body(BASE)
         bank = body.bank
         assert bank
         mixtures = [self._mixture(weight_E) for weight_E in weight_BE]
@@ -151,7 +161,7 @@ class Experts:
         """Give weights of candidate e, as long as it is open, the numbers that a checkpoint of its architecture has under these names.
 
         Raises BadSeed where a name is not among the model's own."""
-        model = self._body(self._places[e][0]).model
+        model = self.body(self.places[e][0]).model
         weights, top = {**dict(model.named_buffers()), **dict(model.named_parameters())}, f"{model.base_model_prefix}."
         for path in sorted(folder.glob("*.safetensors")):
             read_header(path)
@@ -167,23 +177,21 @@ class Experts:
         return Text()
 
     @torch.inference_mode()
-    def extend(self, active: Sequence[int], tokens_T: Sequence[int], text: Text) -> tuple[Tensor, Text]:
+    def extend(self, active: Sequence[int], tokens_T: Sequence[int] | None, text: Text) -> tuple[Tensor, Text]:
         """Add tokens to a text, read by the active candidates: log-probabilities [A, V] of the token after them, float32.
 
         Adapters that have read equally far share one pass; one that was idle reads what it missed in a pass of its own.
-        The text is changed in place. Raises BadInput when it outgrows the context.
+        The text is changed in place; None: the candidates read what they missed. Raises BadInput when it outgrows the context.
         """
-        self.check(tokens_T, len(text.tokens) + len(tokens_T))
-        text.tokens.extend(tokens_T)
+        self._grow(text, tokens_T)
         read_A = self._read_all(active, text)
         return torch.log_softmax(torch.stack([one.logits_V for one in read_A]).float(), -1), text
 
     @torch.inference_mode()
-    def follow(self, active: Sequence[int], tokens_T: Sequence[int], text: Text) -> tuple[Tensor, list[News]]:
+    def follow(self, active: Sequence[int], tokens_T: Sequence[int] | None, text: Text) -> tuple[Tensor, list[News]]:
         """As `extend`, for texts that nothing else extends: log-probabilities [A, V] of the token after, and what each candidate gave the
-        tokens it had not read. One that was idle reads what it missed, and is asked for all of it."""
-        self.check(tokens_T, len(text.tokens) + len(tokens_T))
-        text.tokens.extend(tokens_T)
+        tokens it had not read. One that was idle reads what it missed, and is asked for all of it. None: no token is new."""
+        self._grow(text, tokens_T)
         read_A = self._read_all(active, text, every=True)
         logp_AV = torch.log_softmax(torch.stack([one.logits_V for one in read_A]).float(), -1)
         news = []
@@ -193,39 +201,52 @@ class Experts:
             text.next[e] = logp_V
         return logp_AV, news
 
+    def _grow(self, text: Text, tokens_T: Sequence[int] | None) -> None:
+        if tokens_T is not None:
+            self.check(tokens_T, len(text.tokens) + len(tokens_T))
+            text.tokens.extend(tokens_T)
+
     def _read_all(self, active: Sequence[int], text: Text, every: bool = False) -> list[Read]:
         """Let the active candidates read all of a text that they have not read."""
         by_body: dict[int, dict[int, int]] = {}  # body -> number in its bank -> place in `active`
         for place, e in enumerate(active):
-            key, number = self._places[e]
+            key, number = self.places[e]
             by_body.setdefault(key, {})[number] = place
         found: dict[int, Read] = {}
         for key, places in by_body.items():
-            for one in self._read(self._body(key), self._cache(key, text), list(places), text.tokens, every=every):
+            for one in self._read(self.body(key), self.cache(key, text), list(places), text.tokens, every=every):
                 found[places[one.number]] = one
         return [found[place] for place in range(len(active))]
 
-    def _cache(self, key: int, text: Text) -> KeyValueCache:
+    def cache(self, key: int, text: Text) -> KeyValueCache:
         """What the experts of a body remember of a text. Models of one class remember alike."""
         if key not in text.caches:
-            model, bank, _ = self._body(key)
+            model, bank, _ = self.body(key)
             kind = f"{type(model).__name__} {model.config.model_type}"
             if kind not in self._kept:
                 if bank:
                     bank.select([len(bank)])
                 self._kept[kind] = _kept_layers(model)
-            text.caches[key] = KeyValueCache(self._kept[kind])
+            spare = self._spare.get(key)
+            text.caches[key] = spare.pop() if spare else KeyValueCache(self._kept[kind])
         return text.caches[key]
+
+    def end(self, text: Text) -> None:
+        """Leave the memory of a text, which nobody reads on, to the next one."""
+        for key, cache in text.caches.items():
+            cache.clear()
+            self._spare.setdefault(key, []).append(cache)
+        text.caches = {}
 
     @torch.inference_mode()
     def extend_mixed(self, weight_E: Any, tokens_T: Sequence[int], text: Text) -> Tensor:
         """As `extend`, under the seed plus a weighted sum of adapters, the same ones for the whole text: log-probabilities [V]."""
         self.check(tokens_T, len(text.tokens) + len(tokens_T))
         text.tokens.extend(tokens_T)
-        body, mixture = self._body(BASE), self._mixture(weight_E)
+        body, mixture = self.body(BASE), self._mixture(weight_E)
         bank = body.bank
         assert bank
-        (read,) = self._read(body, self._cache(BASE, text), [0], text.tokens, lambda _: bank.mix([mixture]))
+        (read,) = self._read(body, self.cache(BASE, text), [0], text.tokens, lambda _: bank.mix([mixture]))
         return torch.log_softmax(read.logits_V.float(), -1)
 
     def adapters_only(self) -> None:
@@ -238,7 +259,7 @@ class Experts:
 
     def _mixture(self, weight_E: Any) -> dict[int, float]:
         """Number in the bank -> weight, of those that have one."""
-        return {self._places[e][1]: float(weight_E[e]) for e in range(len(self.experts)) if weight_E[e]}
+        return {self.places[e][1]: float(weight_E[e]) for e in range(len(self.experts)) if weight_E[e]}
 
     def _read(
         self, body: Body, cache: KeyValueCache, numbers: list[int], tokens: Sequence[int],
@@ -347,6 +368,14 @@ class OneLM:
     def extend(self, tokens_T: Sequence[int], cache: "OneText") -> tuple[Tensor, "OneText"]:
         logp_AV, _ = self.experts.extend([self.e], tokens_T, cache)
         return logp_AV[0].cpu(), cache
+
+    def read(self, tokens_T: Sequence[int], text: "OneText") -> Expected:
+        logp_AV, _ = self.experts.extend([self.e], tokens_T, text)
+        return Expected({self.e: 1.0}, {self.e: logp_AV[0]})
+
+    def hear(self, token: int, loglik: Mapping[int, float], text: "OneText") -> Expected:
+        text.tokens.append(token)
+        return Expected({self.e: 1.0}, {})
 
 
 class OneText(Text):
