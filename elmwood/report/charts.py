@@ -120,11 +120,11 @@ def draw_losses(found: Sequence[Curve], about: str) -> Markup:
     return _panel(found, about, scale_over([losses[0], top] if losses else [0, 1]))
 
 
-def draw_growth(losses: Sequence[tuple[float, float]], seed: float | None, about: str) -> Markup:
-    """Loss and its standard error against the number of experts, with the level of the seed."""
+def draw_growth(losses: Sequence[tuple[float, float]], levels: Sequence[tuple[float, str]], about: str) -> Markup:
+    """Loss and its standard error against the number of experts, with named levels such as that of the seed."""
     line = Curve(name="with so many experts", role="result", points=tuple((n + 1, loss) for n, (loss, _) in enumerate(losses)))
     ends = [loss + sign * error for loss, error in losses for sign in (-1, 1)]
-    y_scale = scale_over([*ends, *([seed] if seed else [])])
+    y_scale = scale_over([*ends, *(level for level, _ in levels)])
     x_scale = Scale(0, len(losses))
     spots = Markup("").join(
         Markup('<line x1="{0}%" x2="{0}%" y1="{1}%" y2="{2}%"/><circle cx="{0}%" cy="{3}%" r="3.5"/>').format(
@@ -132,7 +132,7 @@ def draw_growth(losses: Sequence[tuple[float, float]], seed: float | None, about
         )
         for n, (loss, error) in enumerate(losses)
     )
-    return _panel([line], about, y_scale, marks=[(seed, "the seed")] if seed else [], over=spots, whole=True)
+    return _panel([line], about, y_scale, marks=levels, over=spots, whole=True)
 
 
 def draw_wealth(found: Contest, about: str) -> Markup:

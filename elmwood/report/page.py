@@ -68,7 +68,7 @@ def html(report: Report) -> str:
     return _template().render(
         report=report,
         version=__version__,
-        css=Markup(_css()) + Markup(_hover(len(report.domains))),
+        css=Markup(css()) + Markup(_hover(len(report.domains))),
         headline=_headline(report),
         totals=totals,
         map=domain_map(report.domains, report.places) if report.places else Markup(),
@@ -108,7 +108,8 @@ def _template() -> Template:
     return environment.get_template("page.jinja")
 
 
-def _css() -> str:
+def css() -> str:
+    """The style sheet: colours of domains, light and dark, and page.css."""
     sheet = files("elmwood.report").joinpath("page.css").read_text(encoding="utf-8")
     return f"{style(LIGHT)}@media (prefers-color-scheme:dark){{{style(DARK)}}}{sheet}"
 
@@ -219,7 +220,7 @@ def _growth(report: Report) -> Markup:
         return Markup()
     seed = next((row.bits_per_byte for row in report.rows if row.role == "seed"), None)
     about = "Bits per byte with " + ", ".join(f"{n + 1}: {loss:.3f}" for n, (loss, _) in enumerate(report.growth)) + " experts"
-    return charts.draw_growth(report.growth, seed, about)
+    return charts.draw_growth(report.growth, [] if seed is None else [(seed, "the seed")], about)
 
 
 def _duel(found: Contest) -> Duel:

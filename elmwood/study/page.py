@@ -90,7 +90,7 @@ def render(comparison: Comparison, store: Store) -> str:
     partition = store.load(forest.partition, Partition)
     seed = store.load(forest.seed, Seed)
     corpus = store.load(partition.corpus, Corpus)
-    areas, places = _map(partition, store)
+    areas, places = map_domains(partition, store)
     found = _contests(forest, store)
     facts["corpus"] = f"{corpus.documents} documents, {short(corpus.bytes)}B, {corpus.holdout_share:.0%} held out"
     facts["seed"] = summary(seed)
@@ -129,7 +129,7 @@ def settings_of_rows(fitted: Mapping[str, float]) -> dict[str, str]:
     return named or ({"settings": ", ".join(chosen)} if chosen else {})
 
 
-def _map(partition: Partition, store: Store) -> tuple[tuple[Area, ...], tuple[MapPoint, ...]]:
+def map_domains(partition: Partition, store: Store) -> tuple[tuple[Area, ...], tuple[MapPoint, ...]]:
     """The domains, and some of each domain's documents in the plane."""
     share = max(1, PLACES // len(partition.domains))
     texts: list[str] = []
@@ -245,7 +245,7 @@ class Shown(NamedTuple):
         table = grid(("record", "digest", "name", ""), rows)
         if not isinstance(self.record, Partition):
             return table if self.record is None else (self.record._repr_html_() or "") + table
-        areas, places = _map(self.record, self.store)
+        areas, places = map_domains(self.record, self.store)
         dots = [place.model_copy(update={"text": ""}) for place in places]  # an image shows no text when one points at a dot
         return image(domain_map(areas, dots, alone=True)) + (self.record._repr_html_() or "") + table
 

@@ -14,6 +14,7 @@ from elmwood.records import Ensemble, Forest, Score
 from elmwood.store import Store
 from elmwood.study.quality.evaluation import evaluate
 from elmwood.study.quality.forest_table import table
+from elmwood.study.quality.snapshots import measure
 
 
 class Grown:
@@ -128,3 +129,21 @@ def test_with_a_memory_missing_entries_leave_no_bounds(elsewhere):
 def test_numbers_out_of_range_are_refused(grown, option):
     with pytest.raises(BadInput, match="is 0: choose 1 or more"):
         grown.table(**{option: 0})
+
+
+def test_snapshots_are_measured_from_the_columns_of_their_experts(grown):
+    """A forest that grew by one expert: the losses are those of the table, the gains those over the same documents."""
+    whole = grown.store.load(grown.ensemble)
+    forest = grown.store.load(whole.forest)
+    grown.store.add(first := forest.model_copy(update={"experts": forest.experts[:1]}))
+    grown.store.add(before := whole.model_copy(update={"forest": first.digest, "router": "live", "seed_distance": 1.0}))
+    found = measure([before, grown.ensemble], grown.store, control=grown.candidate)
+    shown = grown.table()
+    one, both = found.ensembles
+    assert both.loss.value == pytest.approx(shown.routed.loss.value, abs=1e-9)
+    assert found.seed.value == pytest.approx(shown.seed.value, abs=1e-9)
+    assert one.loss.value != both.loss.value
+    for row in (one, both):
+        assert row.over_seed.value == pytest.approx(found.seed.value - row.loss.value, abs=1e-9)
+        assert row.over_control.value == pytest.approx(found.control.value - row.loss.value, abs=1e-9)
+    assert measure([before], grown.store).control is None

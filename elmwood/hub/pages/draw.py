@@ -1,0 +1,62 @@
+"""The drawings of the pages, as pure functions to SVG: those of the report, and three of the hub's own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from markupsafe import Markup
+
+from elmwood.records import Check, Point
+from elmwood.report.charts import Scale, draw_growth, draw_losses
+from elmwood.report.data import Area, Curve, MapPoint
+from elmwood.report.domain_map import domain_map
+
+
+def growth(losses: Sequence[tuple[float, float]], levels: Sequence[tuple[float, str]]) -> Markup:
+    """Bits per byte and standard error of one snapshot after the other, with named levels. Empty without losses."""
+    if not losses:
+        return Markup()
+    about = "Bits per byte: " + ", ".join(f"snapshot {n + 1}: {loss:.3f}" for n, (loss, _) in enumerate(losses))
+    about += "".join(f"; {text}: {level:.3f}" for level, text in levels)
+    return draw_growth(losses, levels, about)
+
+
+def curve(points: Sequence[Point], domain: int) -> Markup:
+    """Training loss against tokens. Empty without points."""
+    if not points:
+        return Markup()
+    line = Curve(name="training loss", role="expert", points=tuple((point.tokens, point.loss) for point in points), domain=domain)
+    return draw_losses([line], f"Training loss against tokens: from {points[0].loss:.3f} to {points[-1].loss:.3f} nats per token")
+
+
+def gauge(check: Check) -> Markup:
+    """The value of a check against its threshold, on a scale of its own: right of the dashed line is more. Empty if not measured."""
+    if check.value is None or check.threshold is None:
+        return Markup()
+    low, high = sorted((check.value, check.threshold))
+    air = max(high - low, 0.05 * abs(check.threshold), 1e-4)
+    scale = Scale(low - air, high + air)
+    return Markup(
+        '<svg class="row" width="100%" height="22" aria-hidden="true"><line class="rail" x1="0" x2="100%" y1="50%" y2="50%"/>'
+        '<line class="limit" x1="{0}%" x2="{0}%" y1="2" y2="20"/><circle cx="{1}%" cy="50%" r="4.5"/></svg>'
+    ).format(scale(check.threshold), scale(check.value))
+
+
+def atlas(areas: Sequence[Area], places: Sequence[MapPoint], centroid_KD: np.ndarray | None) -> Markup:
+    """The map of the domains by their documents; by their centroids alone where no text is published."""
+    if not places and centroid_KD is not None:
+        places = [
+            MapPoint(x=x, y=y, domain=number, text=areas[number].name)
+            for number, (x, y) in enumerate(first_components(centroid_KD).tolist())
+        ]
+    return domain_map(areas, places) if places else Markup()
+
+
+def first_components(x_KD: np.ndarray) -> np.ndarray:
+    """Rows -> the plane of their first two principal components, each axis from 0 to 1 [K, 2]."""
+    centred_KD = np.asarray(x_KD, np.float64) - np.mean(x_KD, axis=0, dtype=np.float64)
+    left_KR, size_R, _ = np.linalg.svd(centred_KD, full_matrices=False)
+    plane_K2 = np.zeros((len(x_KD), 2))
+    wide = min(2, len(size_R))
+    plane_K2[:, :wide] = left_KR[:, :wide] * size_R[:wide]
+    low_2, spread_2 = plane_K2.min(0), np.ptp(plane_K2, axis=0)
+    return np.where(spread_2 > 1e-12, (plane_K2 - low_2) / np.where(spread_2 > 1e-12, spread_2, 1), 0.5)
