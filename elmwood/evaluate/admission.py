@@ -17,6 +17,9 @@ from elmwood.records import Check, Digest, Frozen, Verdict
 Floats = NDArray[np.floating]
 
 
+FEW = 3  # accepted deltas
+
+
 class Policy(Frozen):
     """Thresholds, fixed before the first submission."""
 
@@ -36,6 +39,7 @@ class Evidence(Frozen):
     expert: Digest
     own_low: float | None = None  # gain over the seed on its own domain
     ensemble_low: float | None = None  # gain of the ensemble with it, over that without
+    ensemble_gain: float | None = None  # mean over all text, for the credit
     ensemble_wealth: float | None = None  # greatest log wealth against "no gain" at any look
     # gain of the ensemble over all text of each domain in which the expert has weight; a loss is below zero
     domain_low: dict[str, float] = Field(default_factory=dict)
@@ -63,6 +67,15 @@ def judge_evidence(evidence: Evidence, policy: Policy) -> Verdict:
         _check("gain on public over gain on secret text", ratio, policy.public_ratio, "at most"),
     )
     return Verdict(expert=evidence.expert, accepted=all(check.passed for check in checks), checks=checks)
+
+
+def check_length(own2: float, other2_E: Floats, low: float, high: float) -> tuple[Check, ...]:
+    """A delta's length, from squared lengths, in a band around the median of accepted ones. With few of them there is no check."""
+    if len(other2_E) < FEW:
+        return ()
+    ratio = float(np.sqrt(own2 / np.median(other2_E))) if np.median(other2_E) > 0 else None
+    name = "length of the delta over the median of accepted ones"
+    return _check(name, ratio, low), _check(name, ratio, high, "at most")
 
 
 def _check(name: str, value: float | None, threshold: float | None, side: Literal["at least", "at most"] = "at least") -> Check:

@@ -4,7 +4,7 @@ What the weights alone refuse draws no block and spends nothing of the error bud
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from elmwood.weights.similarity import is_finite, products
 from elmwood.weights.sketch import likely
 
 Bools = NDArray[np.bool_]
+Floats = NDArray[np.floating]
 
 LEDGER = "ledger"  # the ref
 SLICE = 1000  # blocks of the gate split, at least, that serve some submissions and are then retired
@@ -167,13 +168,18 @@ def open_candidate(expert: Expert, base: Record, store: Store) -> Candidate:
 
 
 def likeness(candidate: Candidate, store: Store) -> dict[str, float]:
-    """How similar the expert's delta is to those of the forest's experts; of many adapters, to those that a sketch finds."""
-    one, others = candidate.expert, list(candidate.others)
-    if len(others) > MANY and all("adapter_config.json" in each.files for each in (one, *others)):
-        others = likely(one, others, candidate.seed, store)
-    product_MM = products([one, *others], candidate.seed, store)
-    own, with_E, gram_EE = float(product_MM[0, 0]), product_MM[0, 1:], product_MM[1:, 1:]
+    """How similar the expert's delta is to those of the forest's experts."""
+    own, with_E, gram_EE = compare_deltas(candidate.expert, candidate.others, candidate.seed, store)
     return {"cosine": cosine(own, with_E, gram_EE), "novelty": novelty(own, with_E, gram_EE)}
+
+
+def compare_deltas(expert: Expert, others: Sequence[Expert], seed: Seed, store: Store) -> tuple[float, Floats, Floats]:
+    """The squared length of a delta, its inner products with the others [E], and theirs [E, E]: of many adapters, with those that a
+    sketch finds it to be made of."""
+    if len(others) > MANY and all("adapter_config.json" in each.files for each in (expert, *others)):
+        others = likely(expert, others, seed, store)
+    product_MM = products([expert, *others], seed, store)
+    return float(product_MM[0, 0]), product_MM[0, 1:], product_MM[1:, 1:]
 
 
 def is_new(evidence: Evidence, policy: Policy) -> bool:
@@ -269,7 +275,7 @@ class Trial(NamedTuple):
                 alpha=self.submission.level, beta=policy.beta, better=policy.ensemble_effect, worthless=policy.min_effect, cap=self.cap
             )
             together = self.ask(pair, rule, self.submission.slice_G, "ensemble")
-            evidence |= {"ensemble_low": together and together.low}
+            evidence |= {"ensemble_low": together and together.low, "ensemble_gain": together and together.effect * together.share}
             evidence |= {"ensemble_wealth": together and float(min(together.for_T.max(), SURE))}
             blocks |= {"ensemble": together and together.drawn, "touched": together and together.size}
             if together and together.outcome == "better":
