@@ -79,7 +79,8 @@ class Hub:
 
     def __init__(
         self, url: str, key: "Ed25519PrivateKey | None" = None, *, sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.time, patience: float = PATIENCE, transport: Any = None, on_wait: Callable[[str, float], None] = lambda why, seconds: None,
+        clock: Callable[[], float] = time.time, patience: float = PATIENCE, transport: Any = None,
+        on_wait: Callable[[str, float], None] = lambda why, seconds: None,
     ):  # fmt: skip
         self.url, self.key, self.sleep, self.clock, self.patience, self.on_wait = check_url(url), key, sleep, clock, patience, on_wait
         self.httpx = require("httpx2", "hub")

@@ -64,7 +64,8 @@ Train = Callable[[Grant, Fetched, Path, Callable[[int], None]], Path]
 
 def join(
     url: str, store: AnyStore = None, *, options: Options = ALONE, folder: Path | None = None,
-    tell: Callable[[Told], None] = lambda told: None, progress: Progress = silent, sleep: Callable[[float], None] = time.sleep, train: Train | None = None,
+    tell: Callable[[Told], None] = lambda told: None, progress: Progress = silent, sleep: Callable[[float], None] = time.sleep,
+    train: Train | None = None,
 ) -> list[SubmissionReply]:  # fmt: skip
     """Volunteer for a hub; the submissions that got a verdict. Raises BadInput, Unreachable, Problem, Damaged.
 

@@ -29,7 +29,7 @@ from elmwood.weights.similarity import is_finite, top_energy
 # checks of judge_evidence, in its order, and what a member is told when one is the first that failed
 CODES: tuple[MemberFault, ...] = ("not-finite", "duplicate", "not-novel", "no-gain")
 CODES += ("no-ensemble-gain", "no-ensemble-gain", "harms", "overfit-public")
-TIMES, WINDOWS = 20, 8  # of the noise floor: repetitions, windows scored in each
+WINDOWS = 8  # that the noise floor is measured on
 SPECTRAL = 0.7  # share of a module's delta in one direction, from which it is worth a look: advice, and no check
 # exit status of the process -> the fault of the verifier that it stands for
 FAULTS: dict[int, messages.VerifierFault] = {
@@ -52,7 +52,7 @@ class Case(Frozen):
     later: tuple[Digest, ...] = ()  # accepted experts that were committed to after this one: it is no copy of these
     gate: Gate = Gate()
     trial: messages.Trial | None = None  # what the hub's error budget gives the submission; None: only the weights are looked at
-    noise: bool = False  # measure the noise floor as well
+    noise: int = Field(0, ge=0)  # repetitions to measure the noise floor with; 0: it is not measured
     memory: int = Field(8 << 30, gt=0)  # bytes of the process
     seconds: int = Field(3600, gt=0)  # of CPU time
 
@@ -96,7 +96,7 @@ def judge(case: Case, progress: Progress = silent) -> Judged:
         try:
             measured, cost = Trial(candidate, columns, submission, case.gate.policy, case.gate.cap, case.gate.clip, progress).gather()
             evidence = evidence.model_copy(update=measured)
-            noise = measure_noise(candidate, columns, store) if case.noise else None
+            noise = measure_noise(candidate, columns, store, case.noise) if case.noise else None
         except NotFinite:
             if not _scores_are_finite(candidate, columns):
                 raise Damaged("the ensemble without the expert gives scores that are not finite: its files are damaged here") from None
@@ -144,7 +144,7 @@ def first_code(verdict: Verdict, lengths: tuple[Check, ...]) -> MemberFault | No
     return next((code for code, check in zip((*CODES[:3], *norms, *CODES[3:]), verdict.checks, strict=False) if not check.passed), None)
 
 
-def measure_noise(candidate: Candidate, columns: Columns, store: Store, times: int = TIMES) -> float:
+def measure_noise(candidate: Candidate, columns: Columns, store: Store, times: int) -> float:
     """The spread of an expert's gain over the seed, bits per byte, over repeated scoring of the same windows with other batches and
     numbers of threads: what a verdict could change by on another machine."""
     from elmwood.ensemble.mixture import open_model
