@@ -24,6 +24,7 @@ class Tier(Frozen):
 
     recipe: Recipe
     tensors: dict[Label, tuple[Natural, ...]]  # name -> shape of each tensor of the adapter, exactly these
+    config: Blob  # adapter_config.json, which the hub puts beside the tensors
     bytes: Natural  # of an adapter's file, at most
     memory: Natural = 0  # bytes of the device that training needs, as `fit` says; 0: not known
 

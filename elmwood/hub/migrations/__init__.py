@@ -1,0 +1,46 @@
+"""The schema's history (Alembic). A hub brings its database to the newest revision when it starts."""
+
+from pathlib import Path
+
+from sqlalchemy import create_engine, insert, inspect
+from sqlalchemy.engine import make_url
+from sqlalchemy.pool import NullPool
+
+from elmwood.hub.events import START
+from elmwood.hub.tables import chain, clock, metadata
+
+
+def upgrade(url: str) -> None:
+    """Bring a database to the newest revision; an empty one gets all tables. Several processes may do this at once."""
+    from alembic.config import Config
+    from alembic.runtime.environment import EnvironmentContext
+    from alembic.script import ScriptDirectory
+
+    config, scripts = Config(), ScriptDirectory(str(Path(__file__).parent))
+    engine = create_engine(make_url(url), poolclass=NullPool)
+    try:
+        with engine.begin() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7368001)")
+            else:
+                connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+            with EnvironmentContext(config, scripts, fn=lambda now, _: scripts._upgrade_revs("head", now)) as context:
+                context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)
+                context.run_migrations()
+            if connection.execute(chain.select()).first() is None:
+                connection.execute(insert(chain).values(id=1, number=0, hash=START))
+                connection.execute(insert(clock).values(id=1, uptime=0.0))
+    finally:
+        engine.dispose()
+
+
+def revision(url: str) -> str | None:
+    """The revision of a database; None where it has no tables."""
+    engine = create_engine(make_url(url), poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            if not inspect(connection).has_table("alembic_version"):
+                return None
+            return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    finally:
+        engine.dispose()
