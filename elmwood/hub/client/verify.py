@@ -242,7 +242,7 @@ def run_case(case: Case, folder: Path, limits: Limits, beats: "JobBeats | None" 
         return Judged.model_validate_json(files[1].read_bytes())
     told = files[1].with_suffix(".error")
     detail = told.read_text(encoding="utf-8") if told.exists() else f"the process ended with status {status}"
-    raise Fault(FAULTS.get(status, "error"), detail.replace(str(case.store), "the store").replace(os.path.expanduser("~"), "~"))
+    raise Fault(FAULTS.get(status, "killed" if status < 0 else "error"), detail.replace(str(case.store), "the store").replace(os.path.expanduser("~"), "~"))
 
 
 class JobBeats:
