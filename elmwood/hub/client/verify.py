@@ -195,7 +195,7 @@ class Verifier:
         store.add(job.expert)
 
     def base(self, job: Job, manifest: RunManifest) -> str:
-        """The ensemble that the expert asks to join, without bounds on those on probation. The first one joins a forest of itself."""
+        """The ensemble that the expert asks to join, with the settings of the run. The first one joins a forest of itself."""
         forest = self.store.read(job.forest)
         assert isinstance(forest, Forest)
         if not forest.experts:
@@ -203,7 +203,7 @@ class Verifier:
             self.store.add(forest)
         settings = self.store.read(job.without) if self.store.has(job.without) else manifest.ensemble
         chosen = settings if isinstance(settings, Ensemble) else manifest.ensemble
-        return self.store.add(chosen.model_copy(update={"forest": forest.digest, "bounded": ()}))
+        return self.store.add(chosen.model_copy(update={"forest": forest.digest}))
 
 
 def np_finite(value: float) -> bool:
@@ -242,10 +242,7 @@ def run_case(case: Case, folder: Path, limits: Limits, beats: "JobBeats | None" 
         return Judged.model_validate_json(files[1].read_bytes())
     told = files[1].with_suffix(".error")
     detail = told.read_text(encoding="utf-8") if told.exists() else f"the process ended with status {status}"
-    raise Fault(
-        FAULTS.get(status, "killed" if status < 0 else "error"),
-        detail.replace(str(case.store), "the store").replace(os.path.expanduser("~"), "~"),
-    )
+    raise Fault(FAULTS.get(status, "error"), detail.replace(str(case.store), "the store").replace(os.path.expanduser("~"), "~"))
 
 
 class JobBeats:
