@@ -63,7 +63,7 @@ class Watch:
                 path = os.path.realpath(os.fsdecode(given[0]))
                 if path.endswith(self.secret) or ((given[2] or 0) & WRITES and not self.allowed(path)):
                     self.found.append(f"open {path} {given[1:]!r}")
-            elif event in CHANGES and not (event == "os.mkdir" and os.path.isdir(given[0])):  # numba asks for its cache, which is there
+            elif event in CHANGES:
                 places = given[1:2] if event == "os.symlink" else given[: 2 if event in TWO else 1]
                 if not all(self.allowed(os.path.abspath(os.fsdecode(one))) for one in places if isinstance(one, str | bytes)):
                     self.found.append(f"{event} {given!r}"[:200])
@@ -145,6 +145,8 @@ def _memory() -> int:
 
 def work(first: int, step: int, asked: Any, base: Path, out: int, until: float) -> None:
     """In a fork: try every step-th input from `first`, and write a line for each."""
+    import numba
+
     from benches.faults.readers import READERS
     from elmwood.store import Store
 
@@ -154,6 +156,7 @@ def work(first: int, step: int, asked: Any, base: Path, out: int, until: float) 
     os.environ["TMPDIR"] = tempfile.tempdir = str(place)
     os.environ["HOME"] = str(place)
     os.chdir(place)
+    numba.config.DISABLE_JIT = True  # to compile for a new dtype takes longer than an input may, and writes into a cache
     shutil.copytree(base / "world" / "store", place / "store", symlinks=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries warn
 

@@ -8,8 +8,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from elmwood.corpus.columnar import check_buffers, check_pages, open_arrow, read_footer, weigh, weight
 from elmwood.corpus.kinds import looks_like_json
 from elmwood.corpus.sources import Reason
-from elmwood.corpus.unpack import BLOCK, HEAD, RATIO, Bomb, first_bytes, lines, open_utf8, skip_line
+from elmwood.corpus.unpack import BLOCK, HEAD, lines, open_utf8, skip_line
 from elmwood.units import short
 
 KEPT = ("source", "licence")  # fields kept as meta, for reports and credit; clustering never reads them
@@ -177,37 +178,34 @@ def read_parquet(file: File) -> Iterator[Any]:
                 yield Reason.of(f"no field {file.field!r}", f"columns {', '.join(names)}", documents=max(1, opened.metadata.num_rows))
             return
         groups = range(file.start, file.end or opened.num_row_groups)
-        for group in groups:
-            parts = [opened.metadata.row_group(group).column(n) for n in range(opened.metadata.num_columns)]
-            size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.partition(".")[0] in columns)
-            if size > max(file.largest, RATIO * file.path.stat().st_size):
-                raise Bomb(size)
-        for batch in opened.iter_batches(batch_size=ROWS, row_groups=list(groups), columns=columns, use_threads=False):
-            yield from _rows(batch, file.largest)
+        how = check_pages(opened, file.path, groups, columns, file.largest)
+    rows = max(1, min(ROWS, file.largest // max(1, how.longest)))
+    for wary, run in groupby(groups, how.wary.__contains__):
+        with pq.ParquetFile(file.path, read_dictionary=how.texts if wary else None) as opened:
+            for some in ([group] for group in run) if wary else [list(run)]:
+                for batch in opened.iter_batches(batch_size=1 if wary else rows, row_groups=some, columns=columns, use_threads=False):
+                    yield from _rows(batch, file.largest)
 
 
 def cut_groups(path: Path, size: int) -> list[tuple[int, int]]:
-    """Row groups of a Parquet file, in runs of about `size` bytes."""
-    with pq.ParquetFile(path) as opened:
-        ends, packed = [0], 0
-        for group in range(opened.num_row_groups):
-            row_group = opened.metadata.row_group(group)
-            packed += sum(row_group.column(n).total_compressed_size for n in range(row_group.num_columns))
-            if packed >= size or group == opened.num_row_groups - 1:
-                ends.append(group + 1)
-                packed = 0
+    """Row groups of a Parquet file, in runs of about `size` bytes. Raises ArrowInvalid."""
+    ends, packed, groups = [0], 0, read_footer(path)
+    for number, group in enumerate(groups, 1):
+        packed += sum(chunk.packed for chunk in group.chunks)
+        if packed >= size or number == len(groups):
+            ends.append(number)
+            packed = 0
     return list(pairwise(ends)) or [(0, 0)]
 
 
 def read_arrow(file: File) -> Iterator[Any]:
-    """Rows of an Arrow file or stream."""
+    """Rows of an Arrow file or stream. A file is read as the stream that it holds. Raises Bomb."""
+    check_buffers(file.path, file.largest)
     with pa.memory_map(str(file.path)) as source:
-        stream = first_bytes(file.path).startswith(b"\xff")
-        opened = pa.ipc.open_stream(source) if stream else pa.ipc.open_file(source)
+        opened = pa.ipc.open_stream(open_arrow(source, file.path))
         names = opened.schema.names
         columns = _columns(names, file.field)
-        batches: Iterable[pa.RecordBatch] = opened if stream else map(opened.get_batch, range(opened.num_record_batches))
-        for batch in batches:
+        for batch in opened:
             if not columns or columns == list(KEPT):
                 yield Reason.of(f"no field {file.field!r}", f"columns {', '.join(names)}", documents=max(1, batch.num_rows))
             else:
@@ -227,9 +225,10 @@ def _rows(batch: pa.RecordBatch, largest: int) -> Iterator[Any]:
     except pa.ArrowException:
         yield Reason.of("damaged row", documents=max(1, batch.num_rows))
         return
+    heavy = sum(map(weigh, batch.columns)) > largest
     for n in range(batch.num_rows):
         try:
-            if any(_length(column[n]) > largest for column in batch.columns):
+            if heavy and any(weight(column[n]) > largest for column in batch.columns):
                 yield Reason(too_long(largest))
             else:
                 yield {name: column[n].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
@@ -258,13 +257,6 @@ def _bare(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(_bare(kind.value_type))
     return kind
-
-
-def _length(value: pa.Scalar) -> int:
-    """Bytes of a text; 0 for other values."""
-    if isinstance(value, pa.DictionaryScalar):
-        value = value.value
-    return len(value.as_buffer()) if isinstance(value, pa.StringScalar | pa.LargeStringScalar) and value.is_valid else 0
 
 
 # ---- text -------------------------------------------------------------------------------------------------------
