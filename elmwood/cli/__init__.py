@@ -43,6 +43,18 @@ VERBS = {
     "statistics": ("train:statistics", "Compute Gram and Fisher matrices of experts on their own text, for merge rules that need them."),
     "mix": ("moe:mix", "Combine experts into one mixture-of-experts model of a standard architecture."),
     "loads": ("moe:loads", "Load of each expert of a mixture, by layer and domain, and which experts are dead."),
+    "join": (
+        "volunteer:join",
+        "Volunteer for a hub: lease a domain, train its expert here, submit it, hear the verdict. Interrupted runs resume.",
+    ),
+    "verify-work": (
+        "volunteer:verify_work",
+        "Verify what volunteers submitted to a hub: its form, copies, gain on secret text, harm to other domains.",
+    ),
+    "pull": (
+        "volunteer:pull",
+        "Bring a hub's shared ensemble into the store, checked: only what is missing. chat, merge and mix work on it at once.",
+    ),
     "report": ("store:report", "Write one self-contained HTML page: domain map, curves, routing, results, lineage."),
     "export": ("store:export", "Write a folder that other tools read: transformers, PEFT, GGUF, or a partition with or without its text."),
     "show": ("store:show", "List the names in the store, or the lineage of one of them."),

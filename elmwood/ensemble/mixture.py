@@ -8,7 +8,7 @@ candidate by what it said of the text so far, all of it: one that joins late rea
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from elmwood.corpus.tokens import Windows
 from elmwood.domains.route import PrefixDistances, Signals, candidates, remember, router_of, weights
 from elmwood.engine import Progress, silent
+from elmwood.ensemble.bounded import BoundedLM
 from elmwood.ensemble.prompt_weights import WeightsLM
 from elmwood.ensemble.text_router import open_forest, score_rows
 from elmwood.errors import UnknownName
@@ -43,6 +44,14 @@ class MixedText(Text):
         self.memory_C = np.zeros(count)  # up to the last token that each candidate has read, nats
 
 
+class Weighed(NamedTuple):
+    """The wanted windows, and of their scored tokens the weights of the candidates [n, C] float64 and their log-likelihoods [n, C]."""
+
+    windows: Windows
+    weight_nC: Floats
+    loglik_nC: Floats
+
+
 class EnsembleLM:
     """A sparse ensemble as an LM (see elmwood/lm/interface.py)."""
 
@@ -64,6 +73,11 @@ class EnsembleLM:
         was scored, once. So a router with a memory has candidates read the windows before those that are wanted as well, as far back as it
         reaches.
         """
+        weighed = self.weigh(windows, wanted_W, progress)
+        return torch.logsumexp(torch.from_numpy(weighed.weight_nC).log() + torch.from_numpy(weighed.loglik_nC), 1).float()
+
+    def weigh(self, windows: Windows, wanted_W: Ints, progress: Progress = silent) -> "Weighed":
+        """The weight of each candidate at each scored token of some windows, and what it gave the token."""
         reached_W = _leading_to(np.isin(np.arange(len(windows.rows_WL)), wanted_W)[:, None], windows, np.inf)[:, 0]
         asked_W = np.isin(np.flatnonzero(reached_W), wanted_W)
         windows = Windows(*(part[reached_W] for part in windows))
@@ -79,8 +93,8 @@ class EnsembleLM:
         loglik_NC = self._read(windows, read_WC, lambda done: progress("score", size * done / passes, size, "tokens"))
         document_N = windows.document_W[window_N]
         memory_NC = remember(loglik_NC, self.routing.fading, document_N) if self.memory else None
-        weight_nC = torch.from_numpy(weights(Signals(dist2_NE, memory_NC), self.routing)[wanted_N])
-        return torch.logsumexp(weight_nC.log() + torch.from_numpy(loglik_NC[wanted_N]), 1).float()
+        weight_nC = weights(Signals(dist2_NE, memory_NC), self.routing)[wanted_N]
+        return Weighed(Windows(*(part[asked_W] for part in windows)), weight_nC, loglik_NC[wanted_N])
 
     def _read(self, windows: Windows, read_WC: Bools, report: Callable[[int], None]) -> Floats:
         """Log-likelihoods of the scored tokens of the windows that each candidate reads [N, C]; 0 elsewhere."""
@@ -161,7 +175,10 @@ def open_model(record: Record, store: Store, device: torch.device | str | None =
         case Expert() | Merged() | Mixture():
             return OneLM(Experts(store.load(record.seed, Seed), [record], store, device), 0, record.digest[:8])
         case Ensemble():
-            return (WeightsLM if record.mixing == "weights" else EnsembleLM)(record, store, device)
+            if record.mixing == "weights":
+                return WeightsLM(record, store, device)
+            mixture = EnsembleLM(record, store, device)
+            return mixture if record.is_sum else BoundedLM(mixture, record)
     raise UnknownName(
         f"a {record.kind} is not a model; a seed, an expert, a merge, a mixture or an ensemble is: `elmwood show` lists what there is"
     )

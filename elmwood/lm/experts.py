@@ -137,6 +137,17 @@ class Experts:
         return loglik_BT
 
     @torch.inference_mode()
+    def predict(self, e: int, tokens_BT: Any) -> Tensor:
+        """Log-probabilities of candidate e for the token after each position [B, T, V], float32. Raises BadInput."""
+        tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
+        self.check(tokens_BT.flatten(), tokens_BT.shape[1])
+        key, number = self.places[e]
+        body = self.body(key)
+        if body.bank:
+            body.bank.select([number])
+        return torch.log_softmax(body.model(input_ids=tokens_BT.to(self.device), use_cache=False).logits.float(), -1)
+
+    @torch.inference_mode()
     def score_mixed(self, weight_BE: Any, tokens_BT: Any, last: int) -> Tensor:
         """log p of the last tokens of each row [B, last], float32 on the CPU, under the seed plus the row's own weighted sum of adapters.
 

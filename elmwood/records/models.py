@@ -139,3 +139,11 @@ class Ensemble(Record):
     block: int = Field(64, gt=0)  # mixing `weights`: tokens scored before the adapters are summed again
     memory: float = Field(0.1, ge=0)  # router `live`: weight of the log-likelihood of the text so far in a candidate's score
     decay: float = Field(0.98, gt=0, le=1)  # router `live`: factor of that log-likelihood after each token
+    aggregation: Literal["arithmetic", "geometric", "median"] = "arithmetic"  # mixing `outputs`: how probabilities become one
+    bounded: tuple[Digest, ...] = ()  # mixing `outputs`: experts on probation, which move odds from the seed's by a bound at most
+    bound: float = Field(2.0, gt=0)  # nats
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether its probabilities are the weighted sums of its candidates', so that their log-likelihoods say all of it."""
+        return self.mixing == "outputs" and self.aggregation == "arithmetic" and not self.bounded

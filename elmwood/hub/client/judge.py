@@ -29,6 +29,7 @@ from elmwood.weights.similarity import is_finite, top_energy
 # checks of judge_evidence, in its order, and what a member is told when one is the first that failed
 CODES: tuple[MemberFault, ...] = ("not-finite", "duplicate", "not-novel", "no-gain")
 CODES += ("no-ensemble-gain", "no-ensemble-gain", "harms", "overfit-public")
+SHORT_OF_MEMORY = ("allocate memory", "out of memory", "failed to map", "start new thread", "unable to allocate")
 WINDOWS = 8  # that the noise floor is measured on
 SPECTRAL = 0.7  # share of a module's delta in one direction, from which it is worth a look: advice, and no check
 # exit status of the process -> the fault of the verifier that it stands for
@@ -199,12 +200,17 @@ def main(case_file: str, found_file: str) -> int:
     return 0
 
 
-def fault_of(error: Exception) -> int:
+def fault_of(error: BaseException) -> int:
     """The exit status for a fault of the verifier."""
-    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error).lower():
-        return 10
-    if isinstance(error, DoesNotFit) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return 11
+    first = error
+    while (cause := first.__cause__ or first.__context__) is not None:  # libraries wrap what the system refused
+        first = cause
+    for one in (first, error):
+        number, words = getattr(one, "errno", None), str(one).lower()
+        if isinstance(one, MemoryError) or number == errno.ENOMEM or any(short in words for short in SHORT_OF_MEMORY):
+            return 10
+        if isinstance(one, DoesNotFit) or number in (errno.ENOSPC, errno.EDQUOT):
+            return 11
     if isinstance(error, Damaged):
         return 12
     return 13 if isinstance(error, BadInput) and "slices" in str(error) else 14

@@ -38,6 +38,7 @@ class State(Frozen):
     account: str = ""
     root_key: str = ""  # that signed the first manifest, and must sign all others
     manifest: int = 0  # the highest version seen
+    snapshot: int = 0  # the highest version pulled
     consent: Licences | None = None  # agreed to
     claim: str = ""  # the idempotency key of a claim without an answer
     work: Work | None = None
@@ -100,7 +101,7 @@ def open_folder(url: str, store: Store, given: Path | None = None) -> Folder:
     """The folder of the client of a hub: the given one, or one in the store."""
     parts = urlsplit(url)
     host = "".join(one if one.isalnum() or one in ".-" else "_" for one in f"{parts.hostname}-{parts.port or 443}{parts.path}")
-    return Folder(given or store.root / "hub" / host)
+    return Folder(given or store.root / "join" / host)
 
 
 def new_code() -> str:

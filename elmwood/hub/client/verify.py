@@ -64,19 +64,21 @@ class Limits(NamedTuple):
 
 
 def verify_work(
-    url: str, store: AnyStore = None, *, folder: Path | None = None, limits: Limits | None = None, once_only: bool = False,
+    url: str, store: AnyStore = None, *, folder: Path | None = None, key: Path | None = None, limits: Limits | None = None,
+    once_only: bool = False, run: "RunCase | None" = None,
     tell: Callable[[Verified], None] = lambda told: None, progress: Progress = silent, sleep: Callable[[float], None] = time.sleep,
 ) -> int:  # fmt: skip
     """Verify submissions of a hub, until stopped, or, `once_only`, until none is queued; how many got a verdict.
 
-    The hub hands jobs only to keys that its maintainer trusts. Raises BadInput, Problem, Unreachable.
+    The hub hands jobs only to keys that its maintainer trusts; `key`: the file of one, by default one of this folder. `run` judges a
+    case, by default in a process of its own. Raises BadInput, Problem, Unreachable.
     """
     store = Store(store)
     place = open_folder(url, store, folder)
     with place.alone():
-        key = load_or_make_key(place.key)
-        hub = Hub(url, key, sleep=sleep, on_wait=lambda why, seconds: tell(Verified("idle", f"{why}; again in {seconds:.0f} s")))
-        verifier = Verifier(hub, key, store, place, limits or Limits(), tell, progress)
+        signer = load_or_make_key(key or place.key)
+        hub = Hub(url, signer, sleep=sleep, on_wait=lambda why, seconds: tell(Verified("idle", f"{why}; again in {seconds:.0f} s")))
+        verifier = Verifier(hub, signer, store, place, limits or Limits(), tell, progress, run or run_case)
         count = 0
         try:
             while True:
@@ -101,8 +103,9 @@ class Verifier:
 
     def __init__(
         self, hub: Hub, key: "Ed25519PrivateKey", store: Store, folder: Folder, limits: Limits, tell: Callable[[Verified], None],
-        progress: Progress,
+        progress: Progress, run: "RunCase",
     ):  # fmt: skip
+        self.run = run
         self.hub, self.key, self.store, self.folder, self.limits, self.tell, self.progress = hub, key, store, folder, limits, tell, progress
         machine = probe()
         self.facts = DeviceFacts(device=machine.card or machine.device, memory=machine.memory, cores=machine.cores, torch=machine.torch)
@@ -158,11 +161,11 @@ class Verifier:
             store=self.store.root.resolve(), expert=job.expert.digest, base=self.base(job, manifest), later=job.later, gate=manifest.gate,
             noise=0 if noise.exists() else REPETITIONS, memory=self.limits.memory, seconds=self.limits.seconds,
         )  # fmt: skip
-        found = run_case(case, self.folder.path, self.limits, beats)
+        found = self.run(case, self.folder.path, self.limits, beats)
         if found.code is None and not found.verdict.accepted:
             raw = self.hub.post(f"/v1/jobs/{job.job}/trial", TrialRequest(token=job.token), once("trial", job.job, job.token))
             trial = messages.Trial.model_validate_json(raw.body)
-            found = run_case(case.model_copy(update={"trial": trial}), self.folder.path, self.limits, beats)
+            found = self.run(case.model_copy(update={"trial": trial}), self.folder.path, self.limits, beats)
         if found.noise_floor is not None:
             noise.write_text(json.dumps(found.noise_floor), encoding="utf-8")
         floor = float(json.loads(noise.read_text(encoding="utf-8"))) if noise.exists() else None
@@ -195,7 +198,7 @@ class Verifier:
         store.add(job.expert)
 
     def base(self, job: Job, manifest: RunManifest) -> str:
-        """The ensemble that the expert asks to join, with the settings of the run. The first one joins a forest of itself."""
+        """The ensemble that the expert asks to join, without bounds on those on probation. The first one joins a forest of itself."""
         forest = self.store.read(job.forest)
         assert isinstance(forest, Forest)
         if not forest.experts:
@@ -203,7 +206,7 @@ class Verifier:
             self.store.add(forest)
         settings = self.store.read(job.without) if self.store.has(job.without) else manifest.ensemble
         chosen = settings if isinstance(settings, Ensemble) else manifest.ensemble
-        return self.store.add(chosen.model_copy(update={"forest": forest.digest}))
+        return self.store.add(chosen.model_copy(update={"forest": forest.digest, "bounded": ()}))
 
 
 def np_finite(value: float) -> bool:
@@ -242,7 +245,10 @@ def run_case(case: Case, folder: Path, limits: Limits, beats: "JobBeats | None" 
         return Judged.model_validate_json(files[1].read_bytes())
     told = files[1].with_suffix(".error")
     detail = told.read_text(encoding="utf-8") if told.exists() else f"the process ended with status {status}"
-    raise Fault(FAULTS.get(status, "error"), detail.replace(str(case.store), "the store").replace(os.path.expanduser("~"), "~"))
+    raise Fault(
+        FAULTS.get(status, "killed" if status < 0 else "error"),
+        detail.replace(str(case.store), "the store").replace(os.path.expanduser("~"), "~"),
+    )
 
 
 class JobBeats:
@@ -272,3 +278,6 @@ class JobBeats:
                     self.lost = str(problem)
             except (ElmwoodError, BadInput):
                 continue
+
+
+RunCase = Callable[[Case, Path, Limits, "JobBeats | None"], Judged]

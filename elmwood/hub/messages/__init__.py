@@ -48,7 +48,6 @@ from elmwood.hub.messages.work import (
     NewDevice,
     SubmissionReply,
     SubmissionRequest,
-    UploadReply,
 )
 
 __all__ = [
@@ -112,7 +111,6 @@ __all__ = [
     "TierName",
     "Trial",
     "TrialRequest",
-    "UploadReply",
     "VerifierFault",
     "Words",
 ]

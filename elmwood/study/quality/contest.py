@@ -182,7 +182,7 @@ class Nearness:
 
 def runs_whole(model: Record) -> bool:
     """Whether a model is scored as it is. An ensemble that mixes probabilities by distances is a mixture of its parts' columns."""
-    return not isinstance(model, Ensemble) or model.mixing == "weights" or router_of(model).memory is not None
+    return not (isinstance(model, Ensemble) and model.is_sum) or router_of(model).memory is not None
 
 
 def parts(model: Record, store: Store) -> Sequence[str]:
@@ -211,7 +211,7 @@ def same_candidates(a: Record, b: Record, near: Nearness, store: Store) -> Bools
     its own log-likelihoods alone [N]. None where the two differ in more than their experts."""
     if not (isinstance(a, Ensemble) and isinstance(b, Ensemble) and a.model_copy(update={"forest": b.forest}) == b):
         return None
-    if a.mixing == "weights" or not (router_of(a).distances and router_of(a).memory):
+    if not a.is_sum or not (router_of(a).distances and router_of(a).memory):
         return None
     forests = [store.load(model.forest, Forest) for model in (a, b)]
     if forests[0].model_copy(update={"experts": forests[1].experts}) != forests[1]:

@@ -136,7 +136,7 @@ def test_in_a_process_of_its_own_with_limits(run, tmp_path):
     assert found.tokens_forwarded > 0
     with pytest.raises(Fault) as caught:
         run_case(case(run, run.experts[2], memory=200 << 20), tmp_path, Limits())
-    assert caught.value.code == "out-of-memory"
+    assert caught.value.code in ("out-of-memory", "killed"), str(caught.value)  # C++ aborts where it gets none
     with pytest.raises(Fault) as caught:
         run_case(case(run, run.experts[2]), tmp_path, Limits(seconds=0))
     assert caught.value.code == "time"
