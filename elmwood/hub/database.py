@@ -74,8 +74,14 @@ class Connection:
 
 @lru_cache(2048)
 def _compile(statement: ClauseElement, dialect: str) -> tuple[str, dict[str, Any]]:
-    compiled = statement.compile(dialect=DIALECTS[dialect])
-    return str(compiled), {name: value for name, value in compiled.params.items() if value is not None}
+    compiled: Any = statement.compile(dialect=DIALECTS[dialect])
+    needed = set()
+    for name, bind in compiled.binds.items():
+        if bind.required or hasattr(bind, "given_later"):
+            needed.add(name)
+            bind.required, bind.given_later = False, True  # else SQLAlchemy wants values before it writes out `in_`
+    compiled = statement.compile(dialect=DIALECTS[dialect], compile_kwargs={"render_postcompile": True})
+    return str(compiled), {name: value for name, value in compiled.params.items() if name not in needed}
 
 
 @lru_cache(2048)

@@ -29,6 +29,13 @@ class Forged(BadInput):
     """A signature that does not hold, or of another key than the one that should have signed."""
 
 
+class Office(NamedTuple):
+    """What a hub signs with, and the secret that orders the held-out blocks."""
+
+    key: Ed25519PrivateKey
+    secret: bytes
+
+
 # ---- keys -----------------------------------------------------------------------------------------------------------
 
 

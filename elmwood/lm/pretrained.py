@@ -195,12 +195,12 @@ def open_adapter(model: Any, folder: Path) -> Any:
     rank = max(settings.get("r", 8), *(settings.get("rank_pattern") or {0: 0}).values())
     if rank > max((size for one in tensors.values() for size in one.shape), default=0):
         raise BadInput(f"{files[0]}: the rank {rank} is not that of the tensors in {files[1].name}: save the adapter again with PEFT")
-    from peft import PeftModel, get_peft_model_state_dict  # takes as long to import as everything else here
+    from elmwood.lm.adapters.peft_import import get_peft_model_state_dict, read_adapter  # PEFT takes a second to import
 
     with linked(files) as links, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that tensors are missing: here that is an error
         try:
-            adapted = PeftModel.from_pretrained(model, str(links), low_cpu_mem_usage=True)
+            adapted = read_adapter(model, str(links), low_cpu_mem_usage=True)
         except UNREADABLE as error:
             raise BadInput(f"{folder}: PEFT cannot add it to this seed ({said(error)}): the adapter has another base") from error
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()

@@ -317,8 +317,7 @@ def _fold(at: Copy, lora: Expert) -> tuple[Any, "Tensor"]:
 
 def _like(expert: Expert, at: Copy, store: Store) -> dict[str, str]:
     """An adapter with the settings of another over the copy, with random weights; none where they name places that it does not have."""
-    from peft import LoraConfig, get_peft_model
-
+    from elmwood.lm.adapters.peft_import import LoraConfig, get_peft_model
     from elmwood.lm.load import load_model
     from elmwood.train.adopt import SETTINGS
 

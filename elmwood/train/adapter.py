@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.lm.adapters.peft_config import ALPHA
+from elmwood.lm.adapters.peft_import import LoraConfig, LoraLayer, get_peft_model
 from elmwood.lm.adapters.places import adapts_experts, first_unfit, head_of, linear_layers, unfit
 from elmwood.lm.products import linear
 from elmwood.records import Recipe

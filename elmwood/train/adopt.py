@@ -58,7 +58,7 @@ def import_expert(source: str, seed: Seed, store: Store, *, partition: Digest | 
 
 def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest | None = None, domain: int | None = None) -> Expert:
     """A PEFT adapter folder as an expert of this seed. Raises BadInput if it is not LoRA, does not fit the seed, or holds NaN or Inf."""
-    from peft import LoraConfig  # takes as long to import as all else of this room, and few need it
+    from elmwood.lm.adapters.peft_import import LoraConfig  # PEFT takes as long to import as all else of this room, and few need it
 
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -149,7 +149,7 @@ def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
 def _check(path: Path, config: Any, tensors: Mapping[str, StoredTensor], seed: Seed, store: Store) -> list[str]:
     """The file must hold the tensors that PEFT makes for these settings on this seed, all finite, on layers that can carry an adapter.
     Returns the names of others that may be left out: copies of the seed's embedding or head, as it saves beside them. Raises BadInput."""
-    from peft import get_peft_model, get_peft_model_state_dict
+    from elmwood.lm.adapters.peft_import import get_peft_model, get_peft_model_state_dict
 
     base = open_empty(seed_folder(seed, store))
     layers, refused = linear_layers(base), unfit(base, tensors)

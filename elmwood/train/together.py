@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from elmwood.corpus.tokens import Packed, pack
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
+from elmwood.lm.adapters.peft_import import LoraLayer
 from elmwood.lm.files import tokenizer
 from elmwood.records import Digest, Expert, Point, Recipe, Seed, Shard
 from elmwood.store import Store

@@ -94,8 +94,7 @@ def _first_nonfinite(path: Path, top: Header, dtype: str) -> str | None:
 
 def expected_tensors(seed: Seed, recipe: Recipe, store: Store) -> dict[str, tuple[int, ...]]:
     """The tensors of the adapter that a recipe makes of a seed, from the seed's files. Needs torch. Raises BadInput."""
-    from peft import get_peft_model_state_dict
-
+    from elmwood.lm.adapters.peft_import import get_peft_model_state_dict
     from elmwood.lm.files import seed_folder
     from elmwood.lm.pretrained import open_empty
     from elmwood.train.adapter import add_adapter

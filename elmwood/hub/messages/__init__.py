@@ -48,6 +48,7 @@ from elmwood.hub.messages.work import (
     NewDevice,
     SubmissionReply,
     SubmissionRequest,
+    UploadReply,
 )
 
 __all__ = [
@@ -111,6 +112,7 @@ __all__ = [
     "TierName",
     "Trial",
     "TrialRequest",
+    "UploadReply",
     "VerifierFault",
     "Words",
 ]

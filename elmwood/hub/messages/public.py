@@ -42,6 +42,8 @@ class Measurement(Frozen):
     documents: Natural
     control_bits_per_byte: Finite | None = None  # dense at equal tokens
     control_error: Finite | None = None
+    over_seed: Finite | None = None  # bits per byte better than the seed, paired over documents
+    over_seed_error: Finite | None = None
     gain: Finite | None = None  # over the control, paired
     gain_error: Finite | None = None
 

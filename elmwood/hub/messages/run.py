@@ -47,8 +47,8 @@ class Gate(Frozen):
     documents: Natural | None = None  # of the holdout, at most
     cap: Natural = 5000  # blocks for each question, at most
     clip: Annotated[float, Field(gt=0, le=10)] = 0.5  # bits per byte
-    norm_low: Annotated[float, Field(ge=0)] = 0.5  # of the median norm of accepted deltas of the tier
-    norm_high: Annotated[float, Field(gt=0)] = 1.5
+    norm_low: Annotated[float, Field(ge=0)] = 0.4  # of the median norm of accepted deltas; looked at where three are accepted
+    norm_high: Annotated[float, Field(gt=0)] = 2.5
     tries: Annotated[int, Field(gt=0, le=20)] = 3  # verifications without a verdict before a person decides
     job_s: Seconds = 7200.0  # a verification takes at most so long
     job_beat_s: Seconds = 60.0

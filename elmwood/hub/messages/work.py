@@ -142,6 +142,12 @@ class CommitmentReply(Frozen):
     order: Natural  # of all commitments; of two equal adapters the smaller order wins
 
 
+class UploadReply(Frozen):
+    """POST /v1/uploads; the header Location says the same."""
+
+    upload: Id
+
+
 class SubmissionRequest(Frozen):
     """POST /v1/submissions: reveals what was committed to."""
 

@@ -64,7 +64,7 @@ def _is_default(key: str, value: Any) -> bool:
     """Whether a setting that is not known here is off, or as PEFT has it by default."""
     if not value:
         return True
-    from peft import LoraConfig  # takes as long to import as torch, and is asked about settings of other versions alone
+    from elmwood.lm.adapters.peft_import import LoraConfig  # a second, for settings of other versions alone
 
     return bool(getattr(LoraConfig(), key, None) == value)
 

@@ -50,7 +50,7 @@ def unfit(model: Any, stored: Collection[str] | None = None) -> dict[str, str]:
 
 def first_unfit(adapted: Any, layers: Collection[str], refused: Mapping[str, str]) -> str | None:
     """The first module that PEFT adapted and that cannot carry an adapter, and why. `layers`, `refused`: of the model before."""
-    from peft.tuners.lora import LoraLayer  # takes as long to import as all else
+    from elmwood.lm.adapters.peft_import import LoraLayer  # PEFT takes a second to import
 
     for full, module in adapted.named_modules():
         if not isinstance(module, LoraLayer):
@@ -88,8 +88,7 @@ def _read_by_code(kind: type) -> frozenset[str]:
 
 def adapts_experts(model: Any, targets: str | list[str]) -> bool:
     """Whether PEFT takes these target modules for parts of stacked experts, as transformers 4 named them."""
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    from elmwood.lm.adapters.peft_import import LoraConfig, convert_peft_config_for_transformers
 
     config = LoraConfig(target_modules=targets)
     try:

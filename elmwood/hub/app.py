@@ -1,0 +1,203 @@
+"""The hub as an ASGI app: routes, limits of bodies, errors as problem+json, health and metrics."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from sqlalchemy import func, select
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from elmwood import __version__
+from elmwood.errors import DoesNotFit, ElmwoodError
+from elmwood.hub.api import leases, members, public, uploads, work
+from elmwood.hub.api.asked import Limiter, read
+from elmwood.hub.blobs import Unreachable
+from elmwood.hub.database import Connection, Unavailable
+from elmwood.hub.home import Hub
+from elmwood.hub.messages import Problem
+from elmwood.hub.rules import LIVE, Refusal
+from elmwood.hub.tables import domain, expert, lease, submission
+
+JSON_BYTES = 1 << 20  # of a body that is no part of an upload
+PART_BYTES = (64 << 20) + 1
+SILENCE = 30.0  # seconds that a body may stand still
+logger = logging.getLogger("elmwood.hub")
+
+
+def create_app(hub: Hub) -> FastAPI:
+    """The app of an opened hub. It ticks while it runs; the caller closes the hub."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        hub.start()
+        yield
+
+    app = FastAPI(title="elmwood hub", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.hub, app.state.limits = hub, Limiter(hub)
+    for router in (members.router, leases.router, uploads.router, work.router, public.router):
+        app.include_router(router)
+    _add_errors(app)
+    _add_health(app, hub)
+    app.add_middleware(BoundBodies)
+    return app
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def problem(status: int, made: Problem, headers: dict[str, str] | None = None) -> Response:
+    return Response(made.model_dump_json(), status, headers, "application/problem+json")
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> Response:
+        headers = {"Retry-After": f"{max(error.retry_after, 1):.0f}"} if error.retry_after else {}
+        if error.status == 204:
+            return Response(status_code=204, headers=headers | {"Elmwood-Reason": error.code})
+        if "offset" in error.fields:
+            headers |= {"Upload-Offset": str(error.fields["offset"]), "Tus-Resumable": uploads.VERSION}
+        made = Problem(code=error.code, detail=error.detail, kept=error.kept, do=error.do, retryable=error.retryable, fields=error.fields)
+        return problem(error.status, made, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        wrong = [{"field": ".".join(map(str, one["loc"]))[:200], "why": str(one["msg"])[:200]} for one in error.errors()[:5]]
+        said = "; ".join(f"{one['field']}: {one['why']}" for one in wrong)
+        return problem(422, Problem(code="bad-fields", detail=said, do="correct these fields", fields={"errors": wrong}))
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> Response:
+        code = {404: "no-route", 405: "no-method", 400: "bad-body"}.get(error.status_code, f"http-{error.status_code}")
+        made = Problem(code=code, detail=str(error.detail)[:200], do="look at /openapi.json")
+        return problem(error.status_code, made, dict(error.headers or {}))
+
+    @app.exception_handler(ElmwoodError)
+    async def ours(request: Request, error: ElmwoodError) -> Response:
+        if isinstance(error, DoesNotFit):
+            made = Problem(code="full", detail="the hub's disk is full", kept="what was acknowledged", do="wait", retryable=True)
+            return problem(507, made, {"Retry-After": "60"})
+        if isinstance(error, Unavailable | Unreachable):
+            made = Problem(code="away", detail="the hub's database or store does not answer", do="ask again", retryable=True)
+            return problem(503, made, {"Retry-After": "5"})
+        return await broken(request, error)
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        logger.error("%s %s", request.method, request.url.path, exc_info=error)
+        made = Problem(code="error", detail="the hub made a mistake; it is in its log", kept="what was acknowledged", do="ask again later")
+        return problem(500, made.model_copy(update={"retryable": True}))
+
+
+class BoundBodies:
+    """Bodies are bounded before they are read, and must not stand still; encoded ones are refused."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        most = PART_BYTES if scope["method"] == "PATCH" else JSON_BYTES
+        if headers.get("content-encoding", "identity") != "identity":
+            return await _refuse(415, "encoded", "bodies are sent as they are", "send it without Content-Encoding")(scope, receive, send)
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > most:
+            return await _refuse(413, "too-large", f"a body has {most} bytes at most", "send less")(scope, receive, send)
+        seen, began = 0, False
+
+        async def bounded() -> Message:
+            nonlocal seen
+            message = await asyncio.wait_for(receive(), SILENCE) if not ended else await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise TooMuch
+            if message["type"] == "http.request" and not message.get("more_body"):
+                ended.append(True)
+            return message
+
+        async def watched(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        ended: list[bool] = []
+        try:
+            await self.app(scope, bounded, watched)
+        except TooMuch:
+            if not began:
+                await _refuse(413, "too-large", f"a body has {most} bytes at most", "send less")(scope, receive, send)
+        except TimeoutError:
+            if not began:
+                await _refuse(408, "too-slow", f"nothing came for {SILENCE:.0f} s", "send it again")(scope, receive, send)
+
+
+class TooMuch(Exception):
+    """A body longer than it may be."""
+
+
+def _refuse(status: int, code: str, detail: str, do: str) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    return problem(status, Problem(code=code, detail=detail, do=do), {"Connection": "close"})
+
+
+# ---- health and metrics ---------------------------------------------------------------------------------------------
+
+_live = select(func.count()).select_from(lease).where(lease.c.state.in_(LIVE))
+_queue = select(submission.c.state, func.count().label("n")).group_by(submission.c.state)
+_domains = select(domain.c.state, func.count().label("n")).group_by(domain.c.state)
+_experts = select(expert.c.status, func.count().label("n")).group_by(expert.c.status)
+
+
+def _add_health(app: FastAPI, hub: Hub) -> None:
+    registry = CollectorRegistry()
+    requests = Counter("elmwood_hub_requests", "requests by route and status", ["method", "route", "status"], registry=registry)
+    seconds = Histogram("elmwood_hub_seconds", "seconds of a request", ["route"], registry=registry)
+    gauges = {
+        name: Gauge(f"elmwood_hub_{name}", f"{name} by state", ["state"], registry=registry)
+        for name in ("submissions", "domains", "experts")
+    }
+    live = Gauge("elmwood_hub_leases", "live leases", registry=registry)
+    uptime = Gauge("elmwood_hub_uptime_seconds", "uptime that deadlines count", registry=registry)
+
+    @app.middleware("http")
+    async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        began = time.perf_counter()
+        response = await call_next(request)
+        route = getattr(request.scope.get("route"), "path", "none")
+        requests.labels(request.method, route, response.status_code).inc()
+        seconds.labels(route).observe(time.perf_counter() - began)
+        return response
+
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> dict[str, str]:
+        """The process runs."""
+        return {"state": "up", "version": __version__}
+
+    @app.get("/readyz", tags=["health"], responses={503: {"description": "not ready"}})
+    async def readyz() -> dict[str, Any]:
+        """Database and blobs answer."""
+
+        def look(c: Connection) -> int:
+            return c.value(_live)
+
+        leases_now = await read(hub, look)
+        return {"state": "ready", "leases": leases_now}
+
+    @app.get("/metrics", tags=["health"], response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        found = await read(hub, lambda c: (c.value(_live), c.all(_queue), c.all(_domains), c.all(_experts)))
+        live.set(found[0])
+        uptime.set(hub.clock.now())
+        for name, rows in zip(gauges, found[1:], strict=True):
+            for row in rows:
+                gauges[name].labels(next(iter(dict(row).values()))).set(row["n"])
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
