@@ -22,6 +22,8 @@ from elmwood.hub.blobs import Unreachable
 from elmwood.hub.database import Connection, Unavailable
 from elmwood.hub.home import Hub
 from elmwood.hub.messages import Problem
+from elmwood.hub.pages.queries import Clock
+from elmwood.hub.pages.routes import routes
 from elmwood.hub.rules import LIVE, Refusal
 from elmwood.hub.tables import domain, expert, lease, submission
 
@@ -43,6 +45,7 @@ def create_app(hub: Hub) -> FastAPI:
     app.state.hub, app.state.limits = hub, Limiter(hub)
     for router in (members.router, leases.router, uploads.router, work.router, public.router):
         app.include_router(router)
+    app.router.routes.extend(routes(lambda query: hub.read(lambda c: query(c, Clock(time.time(), hub.clock.now())))))
     _add_errors(app)
     _add_health(app, hub)
     app.add_middleware(BoundBodies)

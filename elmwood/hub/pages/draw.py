@@ -1,13 +1,15 @@
 """The drawings of the pages, as pure functions to SVG: those of the report, and three of the hub's own."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
-import numpy as np
 from markupsafe import Markup
 
-from elmwood.records import Check, Point
+from elmwood.hub.messages import CheckReply
+from elmwood.hub.pages.atlas import Atlas
+from elmwood.records import Point
 from elmwood.report.charts import Scale, draw_growth, draw_losses
-from elmwood.report.data import Area, Curve, MapPoint
+from elmwood.report.data import Curve
 from elmwood.report.domain_map import domain_map
 
 
@@ -28,7 +30,7 @@ def curve(points: Sequence[Point], domain: int) -> Markup:
     return draw_losses([line], f"Training loss against tokens: from {points[0].loss:.3f} to {points[-1].loss:.3f} nats per token")
 
 
-def gauge(check: Check) -> Markup:
+def gauge(check: CheckReply) -> Markup:
     """The value of a check against its threshold, on a scale of its own: right of the dashed line is more. Empty if not measured."""
     if check.value is None or check.threshold is None:
         return Markup()
@@ -41,22 +43,7 @@ def gauge(check: Check) -> Markup:
     ).format(scale(check.threshold), scale(check.value))
 
 
-def atlas(areas: Sequence[Area], places: Sequence[MapPoint], centroid_KD: np.ndarray | None) -> Markup:
-    """The map of the domains by their documents; by their centroids alone where no text is published."""
-    if not places and centroid_KD is not None:
-        places = [
-            MapPoint(x=x, y=y, domain=number, text=areas[number].name)
-            for number, (x, y) in enumerate(first_components(centroid_KD).tolist())
-        ]
-    return domain_map(areas, places) if places else Markup()
-
-
-def first_components(x_KD: np.ndarray) -> np.ndarray:
-    """Rows -> the plane of their first two principal components, each axis from 0 to 1 [K, 2]."""
-    centred_KD = np.asarray(x_KD, np.float64) - np.mean(x_KD, axis=0, dtype=np.float64)
-    left_KR, size_R, _ = np.linalg.svd(centred_KD, full_matrices=False)
-    plane_K2 = np.zeros((len(x_KD), 2))
-    wide = min(2, len(size_R))
-    plane_K2[:, :wide] = left_KR[:, :wide] * size_R[:wide]
-    low_2, spread_2 = plane_K2.min(0), np.ptp(plane_K2, axis=0)
-    return np.where(spread_2 > 1e-12, (plane_K2 - low_2) / np.where(spread_2 > 1e-12, spread_2, 1), 0.5)
+@lru_cache(4)
+def atlas(found: Atlas) -> Markup:
+    """The map of the domains."""
+    return domain_map(found.areas, found.places) if found.places else Markup()

@@ -43,15 +43,19 @@ def measure(
     ensembles: Sequence[Named], store: AnyStore = None, *, control: Named | None = None, length: int | None = None,
     documents: int | None = None, workers: int = 1, progress: Progress = silent,
 ) -> Measures:  # fmt: skip
-    """Bits per byte of ensembles that mix probabilities, of their seed and of a control. Raises BadInput, UnknownName."""
+    """Bits per byte of ensembles, of their seed and of a control. One that is no sum of its experts' probabilities is run as it is.
+
+    Raises BadInput, UnknownName.
+    """
     home = Store(store)
     opened = [home.load(one, Ensemble) for one in ensembles]
     forests = [home.load(one.forest, Forest) for one in opened]
     seed, division = home.load(forests[0].seed, Seed), home.load(forests[0].partition, Partition)
     columns = Columns(holdout_spec(division, seed, length, documents), home)
-    members = sorted({digest for forest in forests for digest in forest.experts})
+    members = sorted({digest for one, forest in zip(opened, forests, strict=True) if one.is_sum for digest in forest.experts})
     dense = [home.load(control).digest] if control else []
-    found = ensure([("", digest) for digest in (seed.digest, *members, *dense)], columns, workers=workers, progress=progress)
+    whole = [one.digest for one in opened if not one.is_sum]
+    found = ensure([("", digest) for digest in (seed.digest, *members, *dense, *whole)], columns, workers=workers, progress=progress)
     held, seed_N = found.holdout, found.columns[seed.digest]
     test_D = ~held.tune_D
     near = {
@@ -59,7 +63,8 @@ def measure(
     }
     rows = []
     for one, forest in zip(opened, forests, strict=True):
-        column_N = _column(one, forest, division, found, near[router_of(one).distances or "dense"], home)
+        dist2_NK = near[router_of(one).distances or "dense"]
+        column_N = _column(one, forest, division, found, dist2_NK, home) if one.is_sum else found.columns[one.digest]
         over = difference(found.columns[dense[0]], column_N, held, test_D) if dense else None
         rows.append(Measured(one, bits_per_byte(column_N, held, test_D), difference(seed_N, column_N, held, test_D), over))
     return Measures(
