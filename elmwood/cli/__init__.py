@@ -41,8 +41,8 @@ VERBS = {
     "chat": ("models:chat", "Continue text, and show which experts were used."),
     "merge": ("merge:merge", "Merge experts into one checkpoint, or adapters into one adapter. Several settings give several merges."),
     "statistics": ("train:statistics", "Compute Gram and Fisher matrices of experts on their own text, for merge rules that need them."),
-    "mix": ("moe:mix", "Combine experts into one mixture-of-experts model of a standard architecture."),
-    "loads": ("moe:loads", "Load of each expert of a mixture, by layer and domain, and which experts are dead."),
+    "mix": ("models:mix", "Combine experts into one mixture-of-experts model of a standard architecture."),
+    "loads": ("models:loads", "Load of each expert of a mixture, by layer and domain, and which experts are dead."),
     "join": (
         "volunteer:join",
         "Volunteer for a hub: lease a domain, train its expert here, submit it, hear the verdict. Interrupted runs resume.",
@@ -73,7 +73,18 @@ STATE_VERBS = {
     "remove": ("merge:state_remove", "Subtract experts from a state, exactly."),
     "finalize": ("merge:state_finalize", "Turn states into a checkpoint. No expert is read."),
 }
+HUB_VERBS = {
+    "publish": ("hub:publish", "Publish a run, or its next version: who joins trains experts of this seed for its domains."),
+    "up": ("hub:up", "Serve a run to volunteers and verifiers."),
+    "status": ("hub:status", "What a run has: domains, leases, submissions, experts."),
+    "trust": ("hub:trust", "Give a key a role: member, verifier or admin."),
+    "retire": ("hub:retire", "Take an expert out of the shared ensemble; its domain opens again."),
+    "backup": ("hub:backup", "Copy a running hub into a new folder: database, keys and blobs."),
+    "move": ("hub:move", "Copy a hub's database into another, empty one: SQLite to PostgreSQL, or back."),
+    "doctor": ("hub:doctor", "Check a hub: keys, manifest, log, ledger, snapshots and every blob."),
+}
 GROUPS = {
+    "hub": (HUB_VERBS, "Let others train: publish a run, serve it, keep it."),
     "seed": (SEED_VERBS, "Make the shared starting model: train one from scratch, or import one."),
     "state": (STATE_VERBS, "Unfinished merges: sums of experts that add and subtract exactly, in any order."),
 }

@@ -19,6 +19,7 @@ from elmwood.hub.migrations import upgrade
 from elmwood.hub.signing import Office
 from elmwood.hub.tables import clock
 from elmwood.store import Store
+from elmwood.store.disk import write_whole
 
 T = TypeVar("T")
 TICK = 5.0  # seconds between looks at deadlines; a restart forgets at most so much of the uptime
@@ -79,6 +80,12 @@ class Home:
         """Where database and blobs are, as `hub publish` was told."""
         path = self.folder / "hub.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def keep_settings(self, database: str | None, blobs: str | None) -> None:
+        """Where database and blobs are from now on; None: as they are."""
+        given = {name: value for name, value in (("database", database), ("blobs", blobs)) if value}
+        if given:
+            write_whole(self.folder / "hub.json", json.dumps(self.settings | given).encode())
 
     def database_url(self) -> str:
         return self.settings.get("database") or f"sqlite:///{(self.folder / 'hub.sqlite').resolve()}"

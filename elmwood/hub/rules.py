@@ -140,9 +140,10 @@ def revive(life: Life, terms: Terms, step: int, now: float) -> Life | None:
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
 
-def init_seed(run: str, domain: int, token: int) -> int:
-    """The rng_seed of a lease's recipe: each lease has its own, else honest experts of a domain look like copies of one another."""
-    return int.from_bytes(hashlib.sha256(f"{run}/{domain}/{token}".encode()).digest()[:4], "big") & 0x7FFFFFFF
+def init_seed(run: str, domain: int, account: str, given: int) -> int:
+    """The rng_seed of a lease's recipe. Each member has another, and another one after each submission (`given` are there), else honest
+    experts of a domain look like copies of one another. A member who lost a lease and gets the domain again goes on where they were."""
+    return int.from_bytes(hashlib.sha256(f"{run}/{domain}/{account}/{given}".encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 
 def who_resumes(boot_id: str, held_boot: str, life: Life, terms: Terms, now: float) -> bool:

@@ -12,7 +12,7 @@ from elmwood.hub.database import Connection
 from elmwood.hub.events import log
 from elmwood.hub.messages import Beat, BeatReply, Claim, Grant, RunManifest
 from elmwood.hub.rules import LIVE, Life, Refusal
-from elmwood.hub.tables import domain, lease
+from elmwood.hub.tables import domain, lease, submission
 from elmwood.records import Shard
 
 AGAIN = 60.0  # seconds to wait where no domain is open
@@ -24,6 +24,11 @@ _open = (
     .where(domain.c.state == "open", domain.c.open_at <= bindparam("now"), domain.c.has_text >= bindparam("text"))
     .order_by(domain.c.token, domain.c.number)
     .limit(1)
+)
+_given = (
+    select(func.count())
+    .select_from(submission)
+    .where(submission.c.account == bindparam("account"), submission.c.domain == bindparam("domain"))
 )
 _domain = select(domain.c.name, domain.c.shards).where(domain.c.number == bindparam("number"))
 _next_open = select(func.min(domain.c.open_at)).where(domain.c.state == "open")
@@ -74,7 +79,8 @@ def claim(c: Connection, caller: Caller, message: Claim, when: Moment) -> Grant:
     if c.changed(_take, number_=row["number"], token_=row["token"], next=token) != 1:
         raise Refusal(409, "taken", "another claim was faster", do="claim again", retryable=True)
     life, made = rules.grant(run.terms, when.uptime), secrets.token_hex(16)
-    seed = rules.init_seed(run.run, row["number"], token)
+    given = c.value(_given, account=caller.account, domain=row["number"])
+    seed = rules.init_seed(run.run, row["number"], caller.account, given)
     c.insert(
         lease, id=made, domain=row["number"], token=token, key=caller.key, account=caller.account, boot_id=message.boot_id,
         tier=message.tier, rng_seed=seed, manifest=run.version, state="running", due=life.due, beat_due=life.beat_due,

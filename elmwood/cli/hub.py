@@ -1,0 +1,161 @@
+"""Verbs of a hub and of those who work for one."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from typer import Argument, Option
+
+from elmwood.cli.options import Output
+from elmwood.cli.screen import bars, emit, out, talk
+from elmwood.ranges import NewFile
+from elmwood.store import Store
+
+RunOption = Annotated[str | None, Option(help="Name of the run; default: the only one.")]
+RunArgument = Annotated[str | None, Argument(help="Name of the run; default: the only one in the store.")]
+
+
+class Place(NamedTuple):
+    """Where a hub keeps what it knows."""
+
+    database: Annotated[str | None, Option(help="postgresql+psycopg://…; default: SQLite, or as published.")] = None
+    blobs: Annotated[str | None, Option(help="s3://bucket/prefix; default: the store's folder, or as published.")] = None
+
+
+@contextmanager
+def opened(run: str | None, output: Output, place: Place = Place()) -> Iterator[Any]:
+    """A hub, and the functions of its care."""
+    from elmwood.hub.home import Hub, find_home
+
+    hub = Hub(find_home(run, Store(output.store)), place.database, place.blobs)
+    try:
+        yield hub
+    finally:
+        hub.close()
+
+
+def publish(
+    run: Annotated[str, Argument(help="Name of the run.")],
+    seed: Annotated[str, Argument(help="Name or digest.")],
+    partition: Annotated[str, Argument(help="Name or digest.")],
+    tokens: Annotated[str, Option(help="Training tokens per expert, e.g. 2M.")] = "1M",
+    rank: Annotated[int, Option(help="Rank of the adapters.")] = 16,
+    length: Annotated[int | None, Option(help="Tokens per sequence; default: the seed's context, at most 1024.")] = None,
+    cards: Annotated[bool, Option(help="Recipes for GPUs of 4, 8, 12 and 24 GB beside the one for CPUs.")] = True,
+    text: Annotated[bool, Option(help="Give volunteers the training text; else they bring their own.")] = True,
+    days: Annotated[float, Option(help="Until the manifest expires and is published again.")] = 30.0,
+    place: Place = Place(),
+    output: Output = Output(),
+) -> None:
+    """Publish a run, or its next version: who joins trains experts of this seed for its domains."""
+    from elmwood.hub.publishing import draft_run, publish_run
+
+    store = Store(output.store)
+    draft = draft_run(run, seed, partition, store, tokens=tokens, rank=rank, length=length, cards=cards, with_text=text, days=days)
+    signed = publish_run(draft, store, *place)
+    keys = store.root / "hub" / run / "keys"
+    if output.as_json:
+        return emit({"run": run, "version": signed.body["version"], "root_key": signed.key, "keys": str(keys)})
+    out.print(f"{run} version {signed.body['version']}, {len(draft.domains)} domains, root key {signed.key}", soft_wrap=True)
+    talk.print(f"keep {keys / 'root.key'} away from this machine; verifiers sign with {keys / 'verifier.key'}", soft_wrap=True)
+
+
+def up(
+    run: RunArgument = None,
+    host: Annotated[str, Option(help="Address to listen on; a proxy with TLS stands before it.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="0 to 65535.")] = 8700,
+    place: Place = Place(),
+    output: Output = Output(),
+) -> None:
+    """Serve a run to volunteers and verifiers."""
+    from elmwood.hub.care import serve
+
+    with opened(run, output, place) as hub:
+        talk.print(f"{hub.home.run} at http://{host}:{port}, {hub.blobs.probe()}; ctrl-c stops it", soft_wrap=True)
+        serve(hub, host, port)
+
+
+def status(run: RunArgument = None, place: Place = Place(), output: Output = Output()) -> None:
+    """What a run has: domains, leases, submissions, experts."""
+    from elmwood.hub import care
+
+    with opened(run, output, place) as hub:
+        found = care.status(hub)
+    if output.as_json:
+        return emit(found)
+    for name, value in found.items():
+        words = ", ".join(f"{n} {state}" for state, n in value.items()) if isinstance(value, dict) else value
+        out.print(f"{name.replace('_', ' ')}: {words}", soft_wrap=True)
+
+
+def trust(
+    key: Annotated[str, Argument(help="Public key, 64 hex digits.")],
+    role: Annotated[str, Argument(help="member, verifier or admin.")],
+    run: RunOption = None,
+    output: Output = Output(),
+) -> None:
+    """Give a key a role: member, verifier or admin."""
+    from elmwood.hub import care
+
+    with opened(run, output) as hub:
+        care.trust(hub, key, role)
+
+
+def retire(
+    expert: Annotated[str, Argument(help="Digest, or the beginning of one.")],
+    reason: Annotated[str, Option(help="regression, report, better-expert, copy, withdrawn, licence or other.")] = "other",
+    compensate: Annotated[bool, Option("--compensate", help="Take its credit back, by a further line of the ledger.")] = False,
+    run: RunOption = None,
+    output: Output = Output(),
+) -> None:
+    """Take an expert out of the shared ensemble; its domain opens again."""
+    from elmwood.hub import care
+
+    with opened(run, output) as hub:
+        version = care.retire(hub, expert, reason, compensate)
+    emit({"snapshot": version}) if output.as_json else out.print(f"snapshot {version} is without it")
+
+
+def backup(
+    folder: Annotated[Path, Argument(help="A new folder; it is a store with this hub in it."), NewFile(folder=True)],
+    run: RunOption = None,
+    output: Output = Output(),
+) -> None:
+    """Copy a running hub into a new folder: database, keys and blobs."""
+    from elmwood.hub import care
+
+    with opened(run, output) as hub, bars() as progress:
+        care.backup(hub, folder, progress)
+    emit({"folder": str(folder)}) if output.as_json else out.print(str(folder))
+
+
+def move(
+    database: Annotated[str, Argument(help="URL of an empty database: postgresql+psycopg://… or sqlite:///PATH.")],
+    run: RunOption = None,
+    output: Output = Output(),
+) -> None:
+    """Copy a hub's database into another, empty one: SQLite to PostgreSQL, or back."""
+    from elmwood.hub import care
+    from elmwood.hub.home import find_home
+
+    home = find_home(run, Store(output.store))
+    care.copy_database(home.database_url(), database)
+    home.keep_settings(database, None)
+    emit({"database": database}) if output.as_json else out.print(f"{home.run} is now in {database}", soft_wrap=True)
+
+
+def doctor(run: RunArgument = None, place: Place = Place(), output: Output = Output()) -> None:
+    """Check a hub: keys, manifest, log, ledger, snapshots and every blob."""
+    from elmwood.hub import care
+
+    with opened(run, output, place) as hub:
+        found = list(care.doctor(hub))
+    if output.as_json:
+        emit([one._asdict() for one in found])
+    else:
+        for one in found:
+            out.print(f"{'good' if one.good else 'BAD '} {one.what}: {one.said}", soft_wrap=True, markup=False)
+    if not all(one.good for one in found):
+        sys.exit(1)
