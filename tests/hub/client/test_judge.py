@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from conftest import changed, honest, tensors_of, with_weights
+from small_run import changed, honest, tensors_of, with_weights
 
 from elmwood.errors import BadInput, Damaged
 from elmwood.evaluate.sequential.error_budget import slices_key
