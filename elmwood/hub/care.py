@@ -20,6 +20,7 @@ from elmwood.hub.home import Hub
 from elmwood.hub.manifest import open_manifest
 from elmwood.hub.messages import Retirement, Signed, Snapshot
 from elmwood.hub.migrations import revision, upgrade
+from elmwood.hub.rules import LIVE
 from elmwood.hub.tables import blob, credit, domain, expert, lease, manifest, metadata, run, snapshot, submission
 from elmwood.store.disk import hash_file
 
@@ -211,20 +212,27 @@ def _ledger(hub: Hub) -> str:
     return f"{hub.read(look)} lines, each with its verdict"
 
 
+_live = select(lease.c.domain, lease.c.token).where(lease.c.state.in_(LIVE))
+_waiting = select(submission.c.domain, submission.c.token).where(submission.c.state.in_(("queued", "verifying", "quarantined")))
+_active = select(expert.c.domain, submission.c.token).join(submission).where(expert.c.status != "retired")
+_domain_rows = select(domain.c.number, domain.c.state, domain.c.token, domain.c.expert)
+
+
+def check_domains(c: Connection) -> int:
+    """Each domain has one live lease, one submission or one expert, of its last token, as its state says; how many. Raises Damaged."""
+    owners = {"leased": _live, "submitted": _waiting, "accepted": _active}
+    found = {state: [(row["domain"], row["token"]) for row in c.all(statement)] for state, statement in owners.items()}
+    rows = c.all(_domain_rows)
+    for state, pairs in found.items():
+        also = "quarantined" if state == "submitted" else state
+        wanted = sorted((row["number"], row["token"]) for row in rows if row["state"] in (state, also))
+        if sorted(pairs) != wanted:
+            raise Damaged(f"domains and tokens {wanted} are {state!r}, and there are {sorted(pairs)}: restore the hub from a backup")
+    return len(rows)
+
+
 def _domains(hub: Hub) -> str:
-    """Each domain's state agrees with its lease, submission and expert."""
-
-    def look(c: Connection) -> int:
-        rows = c.all(select(domain))
-        live = {row["domain"]: row["token"] for row in c.all(select(lease).where(lease.c.state.in_(("running", "paused", "uploading"))))}
-        active = {row["domain"]: row["digest"] for row in c.all(select(expert).where(expert.c.status != "retired"))}
-        for row in rows:
-            number, state = row["number"], row["state"]
-            if (state == "leased") != (live.get(number) == row["token"]) or (state == "accepted") != (number in active):
-                raise Damaged(f"domain {number} is {state!r}, and its lease or expert says otherwise: restore the hub from a backup")
-        return len(rows)
-
-    return f"{hub.read(look)} domains agree with leases and experts"
+    return f"{hub.read(check_domains)} domains agree with leases, submissions and experts"
 
 
 def _snapshots(hub: Hub) -> str:
