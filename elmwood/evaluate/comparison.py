@@ -176,8 +176,8 @@ def top_ks(router: str, side: Side, control: bool = False) -> list[int]:
 
 
 def growth(mixture: ExpertColumns, routing: Routing) -> tuple[tuple[float, float], ...]:
-    """Bits per byte on the test half with ever more experts, the one that lowers the loss of the tune half most first; nothing where
-    experts are many."""
+    """Bits per byte on the test half with ever more experts, the one that lowers the loss of the tune half most first; those that do not
+    lower it come last, by their numbers. Nothing where experts are many."""
     experts, holdout, signals = mixture.side.loglik_NK.shape[1], mixture.holdout, mixture.signals(routing)
     if not 1 < experts <= MOST_GROWN:
         return ()
@@ -187,7 +187,8 @@ def growth(mixture: ExpertColumns, routing: Routing) -> tuple[tuple[float, float
         return mix(loglik_nC, weights(signals.some(rows).among(members), routing))
 
     tune_n, every_n = np.flatnonzero(holdout.tune_N), np.arange(len(mixture.loglik_NC))
-    order = greedy(lambda members: -float(mixed(members, tune_n).mean()), range(experts), experts).order
+    helpful = greedy(lambda members: -float(mixed(members, tune_n).mean()), range(experts), experts).order
+    order = [*helpful, *(expert for expert in range(experts) if expert not in helpful)]
     losses = [bits_per_byte(mixed(tuple(sorted(order[: n + 1])), every_n), holdout, ~holdout.tune_D) for n in range(len(order))]
     return tuple((loss.value, loss.standard_error) for loss in losses)
 

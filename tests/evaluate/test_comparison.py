@@ -172,6 +172,15 @@ def test_the_table_has_every_control(held, columns, side):
     assert made.growth[-1][0] == pytest.approx(named[result].bits_per_byte)
 
 
+def test_experts_that_only_harm_are_in_the_growth_too(held, columns, side):
+    seed_N, expert_NK = columns
+    worse = side._replace(loglik_NK=expert_NK - np.array([0.0, 3.0, 9.0]))
+    made = compare(held, seed_N, worse, [Control("dense", seed_N)], router="centroid")
+    named = {one.name: one for one in made.rows}
+    assert len(made.growth) == K
+    assert made.growth[-1][0] == pytest.approx(named[made.chosen].bits_per_byte)
+
+
 @pytest.mark.parametrize("router", [None, "centroid", "sparse", "live", "posterior"])
 def test_the_result_and_its_controls_have_one_router(router, held, columns, side):
     made = compare(held, columns[0], side, [Control("dense", columns[0] + 0.01)], random=side, router=router)
