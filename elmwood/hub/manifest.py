@@ -72,7 +72,7 @@ def publish(draft: RunManifest, hub: Hub, texts: Iterable[bytes] = (), atlas: st
     seed, partition = store.load(draft.seed, Seed), store.load(draft.partition, Partition)
     if draft.ensemble.seed_distance is None:
         raise BadInput(
-            "the run's ensemble has no seed_distance, so a first expert is used on all text and refused: set one, 1.1 is a good start"
+            "the run's ensemble has no seed_distance, so a first expert is used on all text and refused: set one, 0.8 is a good start"
         )
     for text in texts:
         store.put(text)

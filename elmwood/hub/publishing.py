@@ -39,7 +39,7 @@ def draft_run(
     recipes = {"cpu": plan.recipe} | (recipes_of_cards(start, plan.recipe, store) if cards else {})
     forest = Forest(seed=start.digest, partition=division.digest, experts=())
     store.add(forest)
-    chosen = ensemble or Ensemble(forest=forest.digest, router="live", top_k=2, temperature=0.5, seed_distance=1.1)
+    chosen = ensemble or Ensemble(forest=forest.digest, router="centroid", top_k=2, temperature=0.1, seed_distance=0.8)
     texts = {name: (licences or {}).get(name) for name in LICENCES}
     words = {name: path.read_bytes() if path else LICENCES[name].encode() for name, path in texts.items()}
     return RunManifest(

@@ -1,9 +1,19 @@
-"""A hub's database: an SQLite file, and PostgreSQL where a test asks for both."""
+"""Hubs: on SQLite and a folder, and on PostgreSQL and S3. A test that takes `make_hub` runs on both."""
 
+import itertools
+from contextlib import ExitStack
+
+import httpx
 import pytest
+from starlette.testclient import TestClient
 
+from elmwood.hub.app import create_app
 from elmwood.hub.database import Database
 from elmwood.hub.migrations import upgrade
+from tests.hub.server import services
+from tests.hub.server.world import open_run
+
+_number = itertools.count()
 
 
 @pytest.fixture
@@ -13,3 +23,67 @@ def database(tmp_path):
     opened = Database(url)
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    with services.postgres() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def s3():
+    with services.s3() as environment:
+        yield environment
+
+
+@pytest.fixture
+def new_database(postgres):
+    """The URL of a new, empty database of PostgreSQL."""
+    return services.create_database(postgres, f"test{next(_number)}")
+
+
+@pytest.fixture(params=["embedded", "postgres and s3"])
+def make_hub(request, tmp_path, monkeypatch):
+    """A function that opens a published run, on each kind of database and blobs."""
+    made = []
+
+    def make(domains: int = 3, **settings):
+        places = {}
+        if request.param != "embedded":
+            for name, value in request.getfixturevalue("s3").items():
+                monkeypatch.setenv(name, value)
+            places = {"database": request.getfixturevalue("new_database"), "blobs": f"s3://hub/{next(_number)}"}
+        made.append(open_run(tmp_path / f"store{len(made)}", domains, **places, **settings))
+        return made[-1]
+
+    yield make
+    for hub in made:
+        hub.close()
+
+
+@pytest.fixture
+def hub(make_hub):
+    return make_hub()
+
+
+@pytest.fixture
+def started():
+    """A function that gives a plain client of a hub's app. The hub's own clock does not tick by itself."""
+    with ExitStack() as stack:
+
+        def start(hub):
+            hub.start = lambda: None
+            return stack.enter_context(TestClient(create_app(hub), raise_server_exceptions=False))
+
+        yield start
+
+
+@pytest.fixture
+def client(hub, started):
+    return started(hub)
+
+
+def asynchronous(hub) -> httpx.AsyncClient:
+    """A client whose requests run side by side in one event loop."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(create_app(hub)), base_url="http://hub", timeout=120)

@@ -7,7 +7,7 @@ import secrets
 import time
 
 from elmwood.hub import signing
-from elmwood.records import Check, Verdict
+from elmwood.records import Check, Expert, Verdict
 
 BOOT = "b007" * 8
 
@@ -95,16 +95,16 @@ class Person:
         """A verdict; the numbers are those of nobody's trial."""
         about = {"name": "ensemble better with it than without, bits per byte at least", "threshold": 0.0, "side": "at least"}
         checks = (Check(value=0.0123, passed=True, **about),)
-        verdict = Verdict(expert=job["expert_digest"], accepted=accepted, checks=checks)
+        verdict = Verdict(expert=Expert.model_validate(job["expert"]).digest, accepted=accepted, checks=checks)
         body = {"token": job["token"], "verdict": json.loads(verdict.model_dump_json()), "gain": 0.01 if accepted else 0.0}
         body |= {} if accepted else {"code": "no-gain"}
         return self.post(f"/v1/jobs/{job['job']}/report", body | more, status=status)
 
-    def verify(self, accepted: bool = True, **more):
-        """Take a job and report."""
-        from elmwood.records import Expert
+    def judge(self, job, accepted: bool = True, status: int | None = None, **more):
+        """Begin the trial of a job and report."""
+        self.post(f"/v1/jobs/{job['job']}/trial", {"token": job["token"]})
+        return self.report(job, accepted, status, **more)
 
-        job = self.take().json()
-        job["expert_digest"] = Expert.model_validate_json(json.dumps(job["expert"])).digest
-        self.post(f"/v1/jobs/{job['job']}/trial", {"token": job["token"]}, status=200)
-        return self.report(job, accepted, **more)
+    def verify(self, accepted: bool = True, status: int | None = 200, **more):
+        """Take a job and report."""
+        return self.judge(self.take().json(), accepted, status, **more)

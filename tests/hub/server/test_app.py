@@ -3,29 +3,12 @@
 import hashlib
 import json
 
-import pytest
-from starlette.testclient import TestClient
-
 from elmwood.hub import events
-from elmwood.hub.app import create_app
 from elmwood.hub.manifest import open_manifest
 from elmwood.hub.messages import Signed, Snapshot
 from elmwood.hub.signing import open_signed
 from tests.hub.server.people import Person
-from tests.hub.server.world import adapter, keys, open_run
-
-
-@pytest.fixture
-def hub(tmp_path):
-    opened = open_run(tmp_path / "store")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def client(hub):
-    with TestClient(create_app(hub), raise_server_exceptions=False) as made:
-        yield made
+from tests.hub.server.world import adapter, keys
 
 
 def test_from_a_claim_to_a_snapshot_and_back(hub, client):
