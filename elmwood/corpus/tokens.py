@@ -52,10 +52,12 @@ class Windows(NamedTuple):
         return (place_L >= self.score_from_W[:, None]) & (place_L < self.length_W[:, None])
 
     def batches(self, some_W: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
-        """Some windows in batches of at most so many tokens, padding included; sorted by length, the longest first."""
-        order_W, place = some_W[np.argsort(-self.length_W[some_W], kind="stable")], 0
+        """Some windows in batches of at most so many tokens, padding included; the windows of a batch have their first scored token at the
+        same place, and are sorted by length, the longest first."""
+        order_W, place = some_W[np.lexsort((-self.length_W[some_W], self.score_from_W[some_W]))], 0
         while place < len(order_W):
             batch = order_W[place : place + max(1, tokens // int(self.length_W[order_W[place]]))]
+            batch = batch[self.score_from_W[batch] == self.score_from_W[batch[0]]]
             yield batch
             place += len(batch)
 

@@ -19,10 +19,11 @@ from elmwood.corpus.tokens import Windows
 from elmwood.domains.route import PrefixDistances, Signals, candidates, remember, router_of, weights
 from elmwood.engine import Progress, silent
 from elmwood.ensemble.bounded import BoundedLM
+from elmwood.ensemble.one import OneLM
 from elmwood.ensemble.prompt_weights import WeightsLM
 from elmwood.ensemble.text_router import open_forest, score_rows
 from elmwood.errors import UnknownName
-from elmwood.lm.experts import Expected, Experts, OneLM, Text
+from elmwood.lm.experts import Expected, Experts, Text
 from elmwood.lm.interface import LM
 from elmwood.records import Ensemble, Expert, Merged, Mixture, Record, Seed
 from elmwood.store import Store
@@ -30,8 +31,6 @@ from elmwood.store import Store
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
-
-TOKENS = 8192  # in one batch, padding included
 
 
 class MixedText(Text):
@@ -99,16 +98,15 @@ class EnsembleLM:
     def _read(self, windows: Windows, read_WC: Bools, report: Callable[[int], None]) -> Floats:
         """Log-likelihoods of the scored tokens of the windows that each candidate reads [N, C]; 0 elsewhere."""
         loglik_NC = np.zeros((int(windows.count_W.sum()), read_WC.shape[1]), np.float32)
-        done, scored_WL = 0, windows.scored_WL
-        report(done)
+        done = 0
         for c in np.flatnonzero(read_WC.any(0)):
-            loglik_WL = np.zeros(windows.rows_WL.shape, np.float32)
-            for batch in windows.batches(np.flatnonzero(read_WC[:, c]), TOKENS):
-                longest = int(windows.length_W[batch].max())
-                loglik_WL[batch, :longest] = self.experts.score(int(c), windows.rows_WL[batch, :longest])
-                done += int(windows.length_W[batch].sum())
-                report(done)
-            loglik_NC[:, c] = loglik_WL[scored_WL]
+            wanted_W, read_N, before = np.flatnonzero(read_WC[:, c]), np.repeat(read_WC[:, c], windows.count_W), done
+
+            def onward(now: int, before: int = before) -> None:
+                report(before + now)
+
+            loglik_NC[read_N, c] = self.experts.score_windows(int(c), windows, wanted_W, onward)
+            done += int(windows.length_W[wanted_W].sum())
         return loglik_NC
 
     def start(self) -> MixedText:

@@ -1,11 +1,10 @@
 """Score a model on the holdout, and store the result: two bytes per token.
 
-B windows of at most L tokens in one batch, W windows, N scored tokens, R runs of T tokens
+W windows of at most L tokens, N scored tokens, R runs of T tokens
 """
 
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors.numpy
@@ -19,7 +18,6 @@ from elmwood.records import Score
 from elmwood.store import Store
 from elmwood.store.headers import read_header
 
-TOKENS = 8192  # in one batch, padding included
 RUN = 256  # tokens over which rounding errors carry over
 ROUNDING = 1e-3  # nats by which a log-likelihood of float32 sums may be above 0
 LEAST = float(np.finfo(np.float16).min)
@@ -32,17 +30,9 @@ Ints = NDArray[np.integer]
 class Scorer(Protocol):
     """The part of an LM that scoring needs."""
 
-    def score(self, tokens_BL: Any) -> Any:
-        """log p(token | those before it in its row) [B, L] float32, nats; column 0 is zero."""
-
-
-@runtime_checkable
-class WindowScorer(Protocol):
-    """An LM that looks at the document before the window: an ensemble."""
-
     def score_windows(self, windows: Windows, wanted_W: Ints, progress: Progress = silent) -> Any:
         """log p of the scored tokens of the wanted windows (ascending), in order [n] float32, nats. `windows` has all of their
-        documents' windows."""
+        documents' windows: an ensemble looks at the document before a window."""
 
 
 def column(score: Score, holdout: Holdout, store: Store) -> Floats:
@@ -112,26 +102,10 @@ def round_to_half(loglik_N: Floats) -> Floats:
 
 def run(lm: Scorer, holdout: Holdout, progress: Progress = silent, wanted_W: Ints | None = None) -> Floats:
     """The log-likelihoods of the scored tokens of some windows (ascending; None: of all) under a model [n] float32, in order.
-
-    Windows of like length share a batch, so little is padded. Raises NotFinite.
+    Raises NotFinite.
     """
-    cut = holdout.windows
-    wanted_W = np.arange(len(cut.length_W)) if wanted_W is None else wanted_W
-    score = lm.score_windows if isinstance(lm, WindowScorer) else partial(_score_rows, lm)
-    loglik_n = np.asarray(score(cut, wanted_W, progress))
+    wanted_W = np.arange(len(holdout.windows.length_W)) if wanted_W is None else wanted_W
+    loglik_n = np.asarray(lm.score_windows(holdout.windows, wanted_W, progress))
     if not np.isfinite(loglik_n).all():
         raise NotFinite("the model gives log-likelihoods that are not finite: its weights are broken; train or download it again")
     return loglik_n
-
-
-def _score_rows(lm: Scorer, cut: Windows, wanted_W: Ints, progress: Progress) -> Floats:
-    loglik_WL = np.zeros(cut.rows_WL.shape, np.float32)
-    total, done = int(cut.length_W[wanted_W].sum()), 0
-    progress("score", 0, total, "tokens")
-    for batch in cut.batches(wanted_W, TOKENS):
-        longest = int(cut.length_W[batch].max())
-        loglik_WL[batch, :longest] = np.asarray(lm.score(cut.rows_WL[batch, :longest]))
-        done += int(cut.length_W[batch].sum())
-        progress("score", done, total, "tokens")
-    scored_WL = cut.scored_WL
-    return loglik_WL[wanted_W][scored_WL[wanted_W]]

@@ -1,9 +1,9 @@
 """Many experts of one seed: adapters over one shared base, full and weight-decomposed experts as models of their own.
 
-Shapes: E experts (the seed is the last), A of them active, B rows, T tokens, V vocabulary.
+Shapes: E experts (the seed is the last), A of them active, B rows, T tokens, V vocabulary, W windows of at most L tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from elmwood.corpus.tokens import Windows
 from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.adapters.lora import Bank, adapter_of
 from elmwood.lm.cache import KeyValueCache
@@ -25,7 +26,9 @@ from elmwood.records import Seed
 from elmwood.store import Store
 from elmwood.store.headers import read_header
 
-LOGITS = {"cpu": 1 << 22, "gpu": 1 << 26}  # rows read at once while scoring have so many: their activations fit in the cache
+BATCH = {"cpu": 1 << 13, "gpu": 1 << 16}  # tokens of a batch of windows while scoring, padding included
+TOKENS = {"cpu": 1 << 10, "gpu": 1 << 16}  # read at once: their activations fit in the cache
+LOGITS = {"cpu": 1 << 22, "gpu": 1 << 26}  # in memory at once, of a head that is not cut
 LOGITS_OF_HEAD = {"cpu": 1 << 19, "gpu": 1 << 26}  # in memory at once, C rows of hidden cache: 2 MB; more where launches cost
 ROWS = 64  # at least, so that the head's weights are not read for nothing
 MIXED = 1 << 26  # numbers of summed adapters in memory at once while scoring
@@ -119,33 +122,51 @@ class Experts:
         return self._bodies[key]
 
     @torch.inference_mode()
-    def score(self, e: int, tokens_BT: Any) -> Tensor:
-        """log p(x_t | x_<t) [B, T] of candidate e, float32 on the CPU; column 0 is 0. Rows may be one token longer than the context, for
-        the last token is predicted and not read. Raises BadInput."""
+    def score(self, e: int, tokens_BT: Any, since: int = 1) -> Tensor:
+        """log p(x_t | x_<t) [B, T] of candidate e for the tokens t >= since, float32 on the CPU; columns before are 0. Rows may be one
+        token longer than the context, for the last token is predicted and not read. Raises BadInput."""
         tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
         rows, length = tokens_BT.shape
         self.check(tokens_BT.flatten(), length - 1)
+        body, loglik_BT = self._select(e), torch.zeros(rows, length)
+        at_once, since = self._at_once(body, length, length), max(1, since)
+        for start in range(0, rows, at_once):
+            part_BT = tokens_BT[start : start + at_once].to(self.device)
+            loglik_BT[start : start + at_once, since:] = _loglik(body, part_BT, length - since)
+        return loglik_BT
+
+    def score_windows(self, e: int, windows: Windows, wanted_W: Any, report: Callable[[int], None]) -> Tensor:
+        """log p of the scored tokens of some windows (ascending) under candidate e, in order [n] float32 on the CPU. Windows of like length
+        share a batch, so little is padded. `report` is told how many tokens have been read."""
+        loglik_WL, done = torch.zeros(windows.rows_WL.shape), 0
+        report(done)
+        for batch in windows.batches(wanted_W, BATCH[kind_of(self.device)]):
+            longest, since = int(windows.length_W[batch].max()), int(windows.score_from_W[batch[0]])
+            loglik_WL[batch, :longest] = self.score(e, windows.rows_WL[batch, :longest], since)
+            done += int(windows.length_W[batch].sum())
+            report(done)
+        return loglik_WL[wanted_W][torch.from_numpy(windows.scored_WL[wanted_W])]
+
+    def _select(self, e: int) -> Body:
+        """The body of a candidate, its bank ready for it alone."""
         key, number = self.places[e]
         body = self.body(key)
         if body.bank:
             body.bank.select([number])
-        at_once = max(1, LOGITS[kind_of(self.device)] // (length * self.seed.vocabulary))
-        loglik_BT = torch.zeros(rows, length)
-        for start in range(0, rows, at_once):
-            part_BT = tokens_BT[start : start + at_once].to(self.device)
-            loglik_BT[start : start + at_once, 1:] = _loglik(body, part_BT, length - 1)
-        return loglik_BT
+        return body
+
+    def _at_once(self, body: Body, length: int, last: int) -> int:
+        """Rows of so many tokens that are read at once, if logits of the last of each are asked for."""
+        kind = kind_of(self.device)
+        logits = LOGITS[kind] // max(1, last * self.seed.vocabulary) if body.head_VD is None else TOKENS[kind]
+        return max(1, min(TOKENS[kind] // length, logits))
 
     @torch.inference_mode()
     def predict(self, e: int, tokens_BT: Any) -> Tensor:
         """Log-probabilities of candidate e for the token after each position [B, T, V], float32. Raises BadInput."""
         tokens_BT = torch.as_tensor(tokens_BT, dtype=torch.long)
         self.check(tokens_BT.flatten(), tokens_BT.shape[1])
-        key, number = self.places[e]
-        body = self.body(key)
-        if body.bank:
-            body.bank.select([number])
-        return torch.log_softmax(body.model(input_ids=tokens_BT.to(self.device), use_cache=False).logits.float(), -1)
+        return torch.log_softmax(self._select(e).model(input_ids=tokens_BT.to(self.device), use_cache=False).logits.float(), -1)
 
     @torch.inference_mode()
     def score_mixed(self, weight_BE: Any, tokens_BT: Any, last: int) -> Tensor:
@@ -160,7 +181,7 @@ class Experts:
         bank = body.bank
         assert bank
         mixtures = [self._mixture(weight_E) for weight_E in weight_BE]
-        at_once = max(1, min(LOGITS[kind_of(self.device)] // (last * self.seed.vocabulary), MIXED // max(1, bank.numbers)))
+        at_once = max(1, min(self._at_once(body, length, last), MIXED // max(1, bank.numbers)))
         parts = []
         for start in range(0, rows, at_once):
             bank.mix(mixtures[start : start + at_once])
@@ -357,41 +378,3 @@ def _kept_layers(model: Any) -> int:
         return 0
     rounding = (64 if model.dtype == torch.float32 else 4) * torch.finfo(model.dtype).eps
     return count if (grown_V - whole_V).abs().max() <= max(1e-4, rounding * float(whole_V.abs().max())) else 0
-
-
-class OneLM:
-    """One expert, or the seed alone, as an LM (see interface.py)."""
-
-    def __init__(self, experts: Experts, e: int, name: str):
-        self.experts, self.e, self.name = experts, e, name
-        self.context, self.vocabulary, self.separator = experts.seed.context, experts.seed.vocabulary, experts.seed.separator
-        self.stops = experts.stops
-
-    def score(self, tokens_BT: Any) -> Tensor:
-        return self.experts.score(self.e, tokens_BT)
-
-    def fill(self, folder: Path, wanted: Callable[[str], bool]) -> None:
-        self.experts.fill(self.e, folder, wanted)
-
-    def start(self) -> "OneText":
-        return OneText(self.name)
-
-    def extend(self, tokens_T: Sequence[int], cache: "OneText") -> tuple[Tensor, "OneText"]:
-        logp_AV, _ = self.experts.extend([self.e], tokens_T, cache)
-        return logp_AV[0].cpu(), cache
-
-    def read(self, tokens_T: Sequence[int], text: "OneText") -> Expected:
-        logp_AV, _ = self.experts.extend([self.e], tokens_T, text)
-        return Expected({self.e: 1.0}, {self.e: logp_AV[0]})
-
-    def hear(self, token: int, loglik: Mapping[int, float], text: "OneText") -> Expected:
-        text.tokens.append(token)
-        return Expected({self.e: 1.0}, {})
-
-
-class OneText(Text):
-    """A text that one expert reads."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.shares = {name: 1.0}

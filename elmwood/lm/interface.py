@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from elmwood.corpus.tokens import Windows
+from elmwood.engine import Progress, silent
+
 
 class Cache(Protocol):
     """What a model remembers of one growing text."""
@@ -17,10 +20,7 @@ class Cache(Protocol):
 
 
 class LM(Protocol):
-    """A language model. All log-probabilities are natural logarithms, float32.
-
-    An ensemble has `score_windows` besides (ensemble/mixture.py): its router looks at the document before a window.
-    """
+    """A language model. All log-probabilities are natural logarithms, float32."""
 
     context: int  # largest number of tokens
     vocabulary: int
@@ -30,6 +30,11 @@ class LM(Protocol):
     def score(self, tokens_BT: Any) -> Tensor:
         """log p(x_t | x_<t) for rows of token ids [B, T] (a tensor or an array), on the CPU; column 0, which is given, is 0.
         The last token of a row is not read, so a row has `context` + 1 tokens at most."""
+        ...
+
+    def score_windows(self, windows: Windows, wanted_W: Any, progress: Progress = silent) -> Tensor:
+        """log p of the scored tokens of the wanted windows (ascending), in order [n], on the CPU. `windows` has all windows of their
+        documents, for the router of an ensemble looks at the document before a window."""
         ...
 
     def start(self) -> Any:

@@ -21,11 +21,42 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def hasten(model: Model) -> Model:
-    """Let every `nn.Linear` of a model multiply by `linear`, in place. The modules keep their type and their weights."""
+    """Let every `nn.Linear` of a model multiply by `linear`, and gated feed-forwards compute in the memory of the gate where no gradient is
+    asked for, in place. The modules keep their type and their weights."""
+    known: dict[type, bool] = {}
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+        elif module._modules.keys() >= _PARTS:
+            kind = type(module)
+            if kind not in known:
+                known[kind] = _is_gated(module)
+            if known[kind]:
+                module.forward = MethodType(_gated, module)  # type: ignore[method-assign]
     return model
+
+
+_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+@torch.no_grad()
+def _is_gated(module: Any) -> bool:
+    """Whether a feed-forward is down(silu(gate(x)) * up(x)). It is asked."""
+    if type(module.gate_proj) is not nn.Linear or (weight := module.gate_proj.weight).device.type != "cpu":
+        return False
+    x_1D = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype)[None]
+    wanted_1D = module(x_1D)
+    return isinstance(wanted_1D, Tensor) and torch.allclose(_gated(module, x_1D), wanted_1D, atol=1e-5, rtol=1e-4)
+
+
+def _gated(module: Any, x: Tensor) -> Tensor:
+    """Its output, the products aside, touches one tensor of the feed-forward's width in place of three: half the time of a model so small
+    that its weights stay in the cache (docs/log/speed.md)."""
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return type(module).forward(module, x)
+    gate = functional.silu(module.gate_proj(x), inplace=True)
+    gate *= module.up_proj(x)
+    return module.down_proj(gate)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

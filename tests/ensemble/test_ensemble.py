@@ -219,7 +219,7 @@ def test_only_experts_with_weight_are_run(house, monkeypatch):
     lm = open_model(house.ensemble(top_k=1), house.store)
     asked = []
     score = lm.experts.score
-    monkeypatch.setattr(lm.experts, "score", lambda e, tokens_BT: asked.append((e, len(tokens_BT))) or score(e, tokens_BT))
+    monkeypatch.setattr(lm.experts, "score", lambda e, rows, *since: asked.append((e, len(rows))) or score(e, rows, *since))
     row = [0, *house.tokenizer.encode("sea sailed captain crew harbour " * 5).ids][:30]
     lm.score([row, row])
     assert sum(count for _, count in asked) <= 4  # one expert for empty prefixes, one for the topic

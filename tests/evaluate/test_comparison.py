@@ -75,7 +75,7 @@ def test_a_memory_that_fades_has_only_late_windows_read_before(grown, held, monk
     live = open_model(Ensemble(forest=forest.digest, **asdict(routing)), store, "cpu")
     live_N, read = run(live, held), []
     score = live.experts.score
-    monkeypatch.setattr(live.experts, "score", lambda c, rows_BT: read.append(len(rows_BT)) or score(c, rows_BT))
+    monkeypatch.setattr(live.experts, "score", lambda c, rows, *since: read.append(len(rows)) or score(c, rows, *since))
     last_W = np.flatnonzero(np.diff(held.windows.document_W, append=-1))
     longest = last_W[np.argmax(np.diff(last_W, prepend=-1))]
     some_n = run(live, held, wanted_W=np.array([longest]))

@@ -5,11 +5,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_configs import CONFIGS, some_tokens
-from tiny_models import SHAPE, config_seed, full_expert, lora_expert, tiny_seed
+from tiny_models import config_seed, full_expert, lora_expert, tiny_seed
 
+from elmwood.ensemble.one import OneLM
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm import cache
-from elmwood.lm.experts import LOGITS, Experts, OneLM
+from elmwood.lm.experts import TOKENS, Experts
 from elmwood.lm.load import check_seed, load_model
 
 
@@ -44,8 +45,11 @@ def test_every_candidate_scores_like_its_own_model(seed, forest, store):
 def test_scoring_in_parts_changes_nothing(seed, forest, store, monkeypatch):
     experts, tokens_BT = Experts(seed, forest, store), some_tokens(5, 12)
     whole = experts.score(0, tokens_BT)
-    monkeypatch.setitem(LOGITS, "cpu", 2 * 12 * SHAPE.vocabulary)
+    monkeypatch.setitem(TOKENS, "cpu", 2 * 12)
     torch.testing.assert_close(experts.score(0, tokens_BT), whole, atol=1e-5, rtol=1e-5)
+    late = experts.score(0, tokens_BT, 5)
+    assert not late[:, :5].any()
+    torch.testing.assert_close(late[:, 5:], whole[:, 5:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

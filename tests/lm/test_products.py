@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch.nn import functional
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from elmwood.lm.load import new_model
 from elmwood.lm.products import FEWEST, hasten, linear, plain_head
@@ -66,3 +66,19 @@ def test_a_head_that_does_more_than_multiply_is_not_plain():
         max_position_embeddings=64,
     )  # fmt: skip
     assert plain_head(Gemma2ForCausalLM(config).eval()) is None, "its logits are capped"
+
+
+def test_gated_feed_forwards_say_what_they_said_and_others_are_left_alone():
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    plain, x = LlamaForCausalLM(config).eval(), torch.randn(2, 40, 32)
+    fast = hasten(copy.deepcopy(plain))
+    mlp, copied = fast.model.layers[0].mlp, copy.deepcopy(fast).model.layers[0].mlp
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), plain.model.layers[0].mlp(x), atol=1e-6, rtol=1e-5)
+        copied.up_proj.weight.zero_()
+        assert not copied(x).any()
+        assert mlp(x).any()
+    mlp(x).sum().backward()
+    assert mlp.gate_proj.weight.grad.any()
+    config.hidden_act = "gelu"
+    assert "forward" not in vars(hasten(LlamaForCausalLM(config)).model.layers[0].mlp)
