@@ -77,6 +77,10 @@ HUB_VERBS = {
     "publish": ("hub:publish", "Publish a run, or its next version: who joins trains experts of this seed for its domains."),
     "up": ("hub:up", "Serve a run to volunteers and verifiers."),
     "status": ("hub:status", "What a run has: domains, leases, submissions, experts."),
+    "mirror": (
+        "volunteer:mirror",
+        "Upload each expert of a forest, and a merged or mixed model, to a Hugging Face account, each with its card.",
+    ),
     "trust": ("hub:trust", "Give a key a role: member, verifier or admin."),
     "retire": ("hub:retire", "Take an expert out of the shared ensemble; its domain opens again."),
     "backup": ("hub:backup", "Copy a running hub into a new folder: database, keys and blobs."),

@@ -65,20 +65,20 @@ class Limits(NamedTuple):
 
 def verify_work(
     url: str, store: AnyStore = None, *, folder: Path | None = None, key: Path | None = None, limits: Limits | None = None,
-    once_only: bool = False, run: "RunCase | None" = None,
+    once_only: bool = False, run: "RunCase | None" = None, repetitions: int = REPETITIONS,
     tell: Callable[[Verified], None] = lambda told: None, progress: Progress = silent, sleep: Callable[[float], None] = time.sleep,
 ) -> int:  # fmt: skip
     """Verify submissions of a hub, until stopped, or, `once_only`, until none is queued; how many got a verdict.
 
     The hub hands jobs only to keys that its maintainer trusts; `key`: the file of one, by default one of this folder. `run` judges a
-    case, by default in a process of its own. Raises BadInput, Problem, Unreachable.
+    case, by default in a process of its own; `repetitions`: of the noise floor, measured once. Raises BadInput, Problem, Unreachable.
     """
     store = Store(store)
     place = open_folder(url, store, folder)
     with place.alone():
         signer = load_or_make_key(key or place.key)
         hub = Hub(url, signer, sleep=sleep, on_wait=lambda why, seconds: tell(Verified("idle", f"{why}; again in {seconds:.0f} s")))
-        verifier = Verifier(hub, signer, store, place, limits or Limits(), tell, progress, run or run_case)
+        verifier = Verifier(hub, signer, store, place, limits or Limits(), tell, progress, run or run_case, repetitions)
         count = 0
         try:
             while True:
@@ -103,9 +103,9 @@ class Verifier:
 
     def __init__(
         self, hub: Hub, key: "Ed25519PrivateKey", store: Store, folder: Folder, limits: Limits, tell: Callable[[Verified], None],
-        progress: Progress, run: "RunCase",
+        progress: Progress, run: "RunCase", repetitions: int,
     ):  # fmt: skip
-        self.run = run
+        self.run, self.repetitions = run, repetitions
         self.hub, self.key, self.store, self.folder, self.limits, self.tell, self.progress = hub, key, store, folder, limits, tell, progress
         machine = probe()
         self.facts = DeviceFacts(device=machine.card or machine.device, memory=machine.memory, cores=machine.cores, torch=machine.torch)
@@ -159,7 +159,7 @@ class Verifier:
         noise = self.folder.path / f"noise-{manifest.version}.json"
         case = Case(
             store=self.store.root.resolve(), expert=job.expert.digest, base=self.base(job, manifest), later=job.later, gate=manifest.gate,
-            noise=0 if noise.exists() else REPETITIONS, memory=self.limits.memory, seconds=self.limits.seconds,
+            noise=0 if noise.exists() else self.repetitions, memory=self.limits.memory, seconds=self.limits.seconds,
         )  # fmt: skip
         found = self.run(case, self.folder.path, self.limits, beats)
         if found.code is None and not found.verdict.accepted:

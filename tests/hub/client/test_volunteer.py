@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import closing
 
 import pytest
 from live_hub import draft, live_hub
@@ -37,7 +38,9 @@ def in_process(case, *_):
 
 def verify(live, folder, run=in_process):
     told = []
-    count = verify_work(live.url, Store(folder / "verifier"), key=live.verifier_key, once_only=True, run=run, tell=told.append)
+    count = verify_work(
+        live.url, Store(folder / "verifier"), key=live.verifier_key, once_only=True, run=run, tell=told.append, repetitions=2
+    )
     return count, told
 
 
@@ -168,8 +171,8 @@ def test_a_dry_run_says_what_fits_and_leases_nothing(live, tmp_path):
 
 
 def test_a_hub_that_is_not_there(tmp_path):
-    with pytest.raises(Unreachable, match="cannot be reached"):
-        Hub("http://127.0.0.1:9", patience=0).get("/v1/run")
+    with closing(Hub("http://127.0.0.1:9", patience=0)) as hub, pytest.raises(Unreachable, match="cannot be reached"):
+        hub.get("/v1/run")
     for url in ("http://example.org", "ftp://localhost", "https://user@host", "https://"):
         with pytest.raises(BadInput, match=r"address of a hub|plain HTTP"):
             Hub(url)

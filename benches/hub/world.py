@@ -1,0 +1,103 @@
+"""A small world to attack: a seed trained on text of its own, domains with much held-out text, honest experts, and the hub's judge."""
+
+import hashlib
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+
+from benches.hub.forgeries import Tensors
+from elmwood.corpus.build import build
+from elmwood.domains.partition import partition as divide
+from elmwood.engine import Progress
+from elmwood.evaluate import holdout
+from elmwood.evaluate.sequential.error_budget import budget_share, slices_key
+from elmwood.hub import messages
+from elmwood.hub.client.gate import CONFIG, WEIGHTS, Refused, adapter_config, check_adapter, expected_tensors
+from elmwood.hub.client.judge import Case, Judged, judge
+from elmwood.hub.messages import Gate
+from elmwood.records import Corpus, Ensemble, Expert, Forest, Partition, Recipe, Seed, Shard
+from elmwood.store import Store
+from elmwood.study.training import llama
+from elmwood.train.tasks import train, train_seed
+
+DOMAINS = 4
+GATE = Gate()  # the thresholds that a hub has by default; fixed before any run of this bench
+RECIPE = Recipe(method="lora", steps=50, batch=4, length=128, learning_rate=4e-3, rank=8)
+SETTINGS: dict[str, Any] = {"router": "centroid", "top_k": 2, "temperature": 0.1, "seed_distance": 0.8}
+
+
+holdout.BLOCK = 512  # a quarter of the usual: the text is small, so the same number of blocks costs a quarter
+
+
+class World:
+    """A store with a seed, a partition and its experts. Whatever was made before is found again."""
+
+    def __init__(self, store: Store, progress: Progress):
+        self.store, self.progress, self.number, self.accepted, self.leases = store, progress, 0, 0, 0
+        self.corpus: Corpus = build(["sample"], store, holdout=0.4, progress=progress)
+        shape = llama(2, 96, 1024, 128)
+        recipe = Recipe(steps=1500, batch=8, length=128, learning_rate=3e-3)
+        self.seed: Seed = train_seed(self.corpus, shape, recipe, store, name="world", progress=progress)
+        self.partition: Partition = divide(self.corpus, store, domains=DOMAINS, progress=progress)
+        self.expected = expected_tensors(self.seed, RECIPE, store)
+        self.config = store.put(adapter_config(RECIPE, self.seed, self.expected))
+
+    def honest(self, domain: int, rng_seed: int, data: Iterable[Shard] | None = None, **changed: Any) -> Expert:
+        """What a volunteer trains, as the hub records it."""
+        recipe = RECIPE.model_copy(update={"rng_seed": rng_seed, **changed})
+        shards = self.partition.domains[domain].train if data is None else tuple(data)
+        made = train(self.seed, shards, recipe, self.store, partition=self.partition.digest, domain=domain, progress=self.progress)
+        return self.keep(domain, made.files[WEIGHTS])
+
+    def keep(self, domain: int, weights: str | Tensors) -> Expert:
+        """The hub's record of an uploaded file or of these tensors."""
+        blob = weights if isinstance(weights, str) else self.store.put(safetensors.numpy.save(weights, {"format": "pt"}))
+        shards = tuple(shard.blob for shard in self.partition.domains[domain].train)
+        self.leases += 1  # as each lease has an rng_seed of its own
+        expert = Expert(
+            seed=self.seed.digest, partition=self.partition.digest, domain=domain, data=shards,
+            recipe=RECIPE.model_copy(update={"rng_seed": self.leases}),
+            files={CONFIG: self.config, WEIGHTS: blob},
+        )  # fmt: skip
+        self.store.add(expert)
+        return expert
+
+    def tensors(self, expert: Expert) -> Tensors:
+        return safetensors.numpy.load_file(self.store.get(expert.files[WEIGHTS]))
+
+    def ensemble(self, experts: Iterable[Expert], **fields: Any) -> Ensemble:
+        forest = Forest(seed=self.seed.digest, partition=self.partition.digest, experts=tuple(one.digest for one in experts))
+        self.store.add(forest)
+        made = Ensemble(forest=forest.digest, **SETTINGS | fields)
+        self.store.add(made)
+        return made
+
+    def text(self, documents: Iterable[str]) -> tuple[Shard, ...]:
+        """Shards of some documents."""
+        with tempfile.TemporaryDirectory() as folder:
+            for n, text in enumerate(documents):
+                (Path(folder) / f"{n}.txt").write_text(text, encoding="utf-8")
+            corpus = build([folder], self.store, holdout=0.02)
+        return (*corpus.train, *corpus.holdout)
+
+    def submit(self, expert: Expert, others: Iterable[Expert]) -> tuple[str | None, Judged | None]:
+        """Through the gate, and before the judge if it passes; the code of what refused it, and what was found. As on a hub, a submission
+        whose weights pass takes the next entry of the error budget."""
+        try:
+            check_adapter(self.store.get(expert.files[WEIGHTS]), self.expected)
+        except Refused as error:
+            return error.code, None
+        base = self.ensemble([*others] or [expert])
+        case = Case(store=self.store.root, expert=expert.digest, base=base.digest, gate=GATE)
+        found = judge(case)
+        if found.code is not None:
+            return found.code, found
+        level = GATE.budget * budget_share(self.number + 1) * (1 + self.accepted)
+        key = hashlib.sha256(f"{self.number} {expert.digest}".encode()).hexdigest()
+        trial = messages.Trial(number=self.number, level=level, key=key, slices_key=slices_key(b"attacks").hex(), earlier=0)
+        found = judge(case.model_copy(update={"trial": trial}))
+        self.number, self.accepted = self.number + 1, self.accepted + found.verdict.accepted
+        return found.code, found
