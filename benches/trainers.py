@@ -76,7 +76,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 def plain(model: Any) -> Any:
     """PEFT's own modules, without the forward pass that elmwood gives them."""
     for module in model.modules():
-        module.__dict__.pop("forward", None)
+        module.__class__ = getattr(module, "plain", type(module))
     return model
 
 

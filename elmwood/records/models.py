@@ -25,6 +25,7 @@ class Recipe(Frozen):
     optimiser: Literal["adamw", "adamw8bit"] = "adamw"
     accumulate: int = Field(1, gt=0)  # passes per step, whose gradients are added
     checkpointing: bool = False  # recompute activations in the backward pass instead of storing them
+    checkpointed: float = Field(1.0, gt=0, le=1)  # with checkpointing: the share of the layers that do so, counted from the first
     patience: int | None = None  # stop after so many validations without improvement, and keep the best weights; None: never stop early
     rank: int = Field(16, gt=0)  # adapters only
     alpha: float | None = None  # adapters only; None: rank-stabilised, the scale of arXiv:2312.03732

@@ -6,7 +6,7 @@ N positions, R rank, I and O: inputs and outputs of a linear layer
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from elmwood.lm.adapters.peft_import import LoraConfig, LoraLayer, get_peft_mode
 from elmwood.lm.adapters.places import adapts_experts, first_unfit, head_of, linear_layers, unfit
 from elmwood.lm.products import linear
 from elmwood.records import Recipe
+
+FOLDED = 1000  # out * into / (out + into) up to which a compiled adapter is folded: square layers of 2,000 (by the speeds of an H100)
 
 
 def add_adapter(model: Any, recipe: Recipe, base: str, stored: Collection[str] | None = None, progress: Progress = silent) -> Any:
@@ -56,7 +58,13 @@ def fuse(adapted: Any) -> None:
     for module in adapted.modules():
         base = getattr(module, "base_layer", None)
         if isinstance(module, LoraLayer) and (type(base) in (nn.Linear, Conv1D) or hasattr(getattr(base, "weight", None), "quant_state")):
-            module.forward = partial(_forward, module)  # type: ignore[attr-defined]  # of this module only
+            module.__class__ = _fused(type(module))
+
+
+@cache
+def _fused(kind: type) -> Any:
+    """A class of PEFT's with our forward pass; a class, for a compiler takes each function set on an object for another program."""
+    return type(kind.__name__, (kind,), {"forward": _forward, "plain": kind})
 
 
 def adapter_places(model: Any, recipe: Recipe, refused: Mapping[str, str], progress: Progress = silent) -> dict[str, Any]:
@@ -97,10 +105,33 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _forward(module: LoraLayer, x: Tensor) -> Tensor:
+def _forward(module: Any, x: Tensor) -> Tensor:
     factors = module.lora_A["default"].weight, module.lora_B["default"].weight
+    if torch.compiler.is_compiling():
+        return _compiled(module, x, *factors)
     y_NO = LoraFunction.apply(x, partial(base_weight, module.base_layer), module.base_layer.bias, *factors, module.scaling["default"])
     return y_NO.view(*x.shape[:-1], -1)  # here, or models that change it in place would be refused by autograd
+
+
+def _compiled(module: Any, x: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+    """The same as one program with what stands around it, for weights that are not packed.
+
+    Narrow layers are folded: the extra passes over activations cost more than the gradient of the whole matrix does. What is folded is
+    rounded at random, for most steps of A and B are smaller than half a unit of bf16.
+    """
+    weight_OI, bias_O, scale = base_weight(module.base_layer), module.base_layer.bias, module.scaling["default"]
+    out, into = weight_OI.shape
+    if out * into <= FOLDED * (out + into) and weight_OI.dtype == x.dtype == torch.bfloat16:
+        return nn.functional.linear(x, round_at_random(weight_OI.float() + (b_OR * scale) @ a_RI), bias_O)
+    low_NR = x @ a_RI.to(x.dtype).t()
+    return nn.functional.linear(x, weight_OI, bias_O) + low_NR @ (b_OR * scale).to(x.dtype).t()
+
+
+def round_at_random(value: Tensor) -> Tensor:
+    """bf16 numbers next to these float32 ones, above or below by chances that make the mean exact; gradients pass as they are."""
+    chance = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device)
+    rounded = ((value.detach().view(torch.int32) + chance) & -(1 << 16)).view(torch.float32)
+    return (value + (rounded - value.detach())).to(torch.bfloat16)
 
 
 def base_weight(base: Any) -> Tensor:

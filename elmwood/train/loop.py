@@ -24,9 +24,13 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.records import Point, Recipe
 from elmwood.registry import require
+from elmwood.train.card.attention import find_cuts
+from elmwood.train.card.compiled import layers_of
+from elmwood.train.card.path import fast_path
+from elmwood.train.card.peak import find_share
 from elmwood.train.checkpoint import Position, keep_best, load, load_best, save
 from elmwood.train.data import Batch, batches, count_scored, split_batch, split_validation
-from elmwood.train.loss import Abilities, base_model, find_abilities, loss
+from elmwood.train.loss import Abilities, base_model, loss
 
 POINTS = 50  # of a training curve; the validation loss is computed as often
 EVERY = 5.0  # seconds between two checkpoints; more if saving is slow:
@@ -53,6 +57,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     recipe: Recipe
     validation: tuple[Batch, ...]  # empty if the recipe has no patience
+    share: float | None  # of a second of the card's peak that a token takes
 
 
 def run(
@@ -63,10 +68,10 @@ def run(
 
     An interrupted run resumes from the checkpoint in folder `work`; on a CPU the result is bit-identical.
     """
-    with use_threads(recipe.threads), torch.random.fork_rng(), recompute_activations(model, recipe):
+    with use_threads(recipe.threads), torch.random.fork_rng(), recompute_activations(model, recipe), fast_path(model, recipe) as able:
         weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         chosen_N, validation = _validation(packed, recipe)
-        job = Run(model, find_abilities(model.eval(), min(8, recipe.length // 2)), weights, adamw(weights, recipe), recipe, validation)
+        job = Run(model, able, weights, adamw(weights, recipe), recipe, validation, find_share(base_model(model), recipe.length))
         position = load(work, weights, job.optimizer)
         model.train()
         began, saved, pause, saving = time.monotonic() - position.seconds, time.monotonic(), EVERY, 0.0
@@ -77,7 +82,7 @@ def run(
             torch.manual_seed((recipe.rng_seed << 32) + step)  # dropout, where a model has it, is a function of the step
             running += add_gradients(model, job.able, batch, recipe, more)
             update_weights(job.optimizer, recipe, step)
-            position = _record(job, position._replace(step=step + 1), running, work, time.monotonic() - began, log)
+            position = _record(job, position._replace(step=step + 1), running, work, time.monotonic() - began, log, progress)
             progress("train", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
             if (now := time.monotonic()) - saved >= pause and step + 1 < recipe.steps:
                 save(work, position._replace(loss=running.item(), seconds=now - began), weights, job.optimizer)
@@ -94,22 +99,31 @@ def add_gradients(model: Any, able: Abilities, batch: Batch, recipe: Recipe, mor
 
     `more` is called after each pass for a further loss, which is not part of the mean.
     """
-    total, whole = count_scored(batch), torch.zeros((), dtype=torch.float32)
+    total, parts = count_scored(batch), []
     for part in split_batch(batch, recipe.accumulate):
         value = batch_loss(model, able, part) * (count_scored(part) / max(1, total))
         extra = more()
         (value if extra is None else value + extra * (count_scored(part) / max(1, total))).backward()
-        whole = whole.to(value.device) + value.detach()
-    return whole
+        parts.append(value.detach())
+    return sum(parts[1:], start=parts[0])
 
 
 def batch_loss(model: Any, able: Abilities, batch: Batch) -> Tensor:
     """The mean loss of a batch, in the precision that suits the device."""
     device = next(model.parameters()).device
-    tokens_BL, targets_BL, positions_BL = (torch.from_numpy(part).to(device) for part in batch)
+    tokens_BL, targets_BL, positions_BL = (send(part, device) for part in batch)
     several = bool((batch.positions_BL[:, -1] != batch.positions_BL.shape[1] - 1).any())  # some row holds more than one document
+    cut_S = send(find_cuts(batch.positions_BL), device) if several and able.packed == "documents" else None
     with autocast(model, device):
-        return loss(model, able, tokens_BL, targets_BL, positions_BL if several else None)
+        return loss(model, able, tokens_BL, targets_BL, positions_BL if several else None, cut_S)
+
+
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the device. CUDA copies it beside its work, which pageable memory would have it finish first."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda" and type(tensor) is Tensor:  # a pretended one has no memory
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def update_weights(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
@@ -169,7 +183,9 @@ def validate(model: Any, able: Abilities, validation: tuple[Batch, ...]) -> floa
     return total / max(1, sum(map(count_scored, validation)))
 
 
-def _record(job: Run, position: Position, running: Tensor, work: Path, seconds: float, log: Callable[..., None]) -> Position:
+def _record(
+    job: Run, position: Position, running: Tensor, work: Path, seconds: float, log: Callable[..., None], progress: Progress
+) -> Position:
     """About POINTS times per run: add the mean loss to the curve and the log, and compute the validation loss. Raises BadInput."""
     recipe, done = job.recipe, position.step
     if done % max(1, recipe.steps // POINTS) and done < recipe.steps:
@@ -182,7 +198,10 @@ def _record(job: Run, position: Position, running: Tensor, work: Path, seconds: 
     running.zero_()
     seen = validate(job.model, job.able, job.validation) if job.validation else None
     point = Point(step=done, tokens=done * recipe.batch * recipe.length, loss=mean, validation=seen)
-    log(event="point", **point.model_dump(exclude_none=True), rate=rate(recipe, done - 1), elapsed=round(seconds, 3))
+    used = {} if job.share is None else {"mfu": round(point.tokens / seconds * job.share, 3)}
+    log(event="point", **point.model_dump(exclude_none=True), rate=rate(recipe, done - 1), elapsed=round(seconds, 3), **used)
+    if used and len(position.curve) == POINTS // 5:  # with the compiler's seconds behind it
+        progress(f"trains at {used['mfu']:.0%} of this card's peak (MFU)", 0, 0, "")
     position = position._replace(loss=0.0, curve=(*position.curve, point))
     if seen is None:
         return position
@@ -261,6 +280,9 @@ def recompute_activations(model: Any, recipe: Recipe) -> Iterator[None]:
     if not hasattr(within, f"{name}_enable"):
         name = "gradient_checkpointing"  # before transformers 5.23
     getattr(within, f"{name}_enable")({"use_reentrant": False})
+    layers = layers_of(within)
+    for layer in layers[math.ceil(recipe.checkpointed * len(layers)) :]:
+        layer.gradient_checkpointing = False
     try:
         yield
     finally:

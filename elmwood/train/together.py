@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,11 @@ from elmwood.lm.files import tokenizer
 from elmwood.records import Digest, Expert, Point, Recipe, Seed, Shard
 from elmwood.store import Store
 from elmwood.train import checkpoint, loop
-from elmwood.train.data import UNSCORED, Batch, batches
+from elmwood.train.card.attention import find_cuts
+from elmwood.train.card.path import fast_path
+from elmwood.train.data import UNSCORED, Batch, batches, count_scored
 from elmwood.train.loop import rate
-from elmwood.train.loss import Abilities, ChunkedLoss, find_abilities, model_inputs
+from elmwood.train.loss import Abilities, ChunkedLoss, model_inputs
 from elmwood.train.task_names import together_keys
 from elmwood.train.tasks import check_length, finish, open_log, open_trainable, store_trained
 
@@ -38,14 +40,13 @@ FILE = "together.safetensors"
 
 
 class StackedLayer(NamedTuple):
-    """The adapters of one linear layer and their gradients: views of flat memory."""
+    """The adapters of one linear layer, whose gradients are set: views of flat memory."""
 
     base: nn.Module
     scale: float
     a_ERI: Tensor
     b_EOR: Tensor
-    grad_a_ERI: Tensor
-    grad_b_EOR: Tensor
+    flat_EP: Tensor
 
 
 class Stack:
@@ -59,9 +60,10 @@ class Stack:
         places = dict(zip(names, zip(self._views(self.flat_EP.detach()), self._views(self.flat_EP.grad), strict=True), strict=True))
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer) and isinstance(module, nn.Module):
-                (a, grad_a), (b, grad_b) = (places[f"{name}.lora_{half}.default.weight"] for half in "AB")
-                layer = StackedLayer(module.base_layer, module.scaling["default"], a, b, grad_a, grad_b)
-                module.forward = partial(_forward, layer, self.flat_EP)  # type: ignore[method-assign]  # of this module only
+                a, b = (_leaf(*places[f"{name}.lora_{half}.default.weight"]) for half in "AB")
+                kept: Any = module
+                kept.stacked = StackedLayer(module.base_layer, module.scaling["default"], a, b, self.flat_EP)
+                kept.__class__ = _stacked(type(module))
 
     def _views(self, flat_EP: Tensor) -> list[Tensor]:
         """Each weight, of all experts [E, …]."""
@@ -75,11 +77,29 @@ class Stack:
             weight.copy_(view[expert])
 
 
-def _forward(layer: StackedLayer, flat_EP: Tensor, x: Tensor) -> Tensor:
+def _leaf(view: Tensor, grad: Tensor) -> Tensor:
+    """A tensor whose gradient is added into another."""
+    leaf = view.detach().requires_grad_()
+    leaf.grad = grad
+    return leaf
+
+
+@cache
+def _stacked(kind: type) -> Any:
+    """A class of PEFT's with the forward pass of a stack; a class, for a compiler takes each function of an object for another program."""
+    return type(kind.__name__, (kind,), {"forward": _forward})
+
+
+def _forward(module: Any, x: Tensor) -> Tensor:
+    layer = module.stacked
+    if torch.compiler.is_compiling():  # which fuses what the function below does by hand
+        a_ERI, b_EOR = layer.a_ERI.to(x.dtype), layer.b_EOR.to(x.dtype)
+        low_ENR = (x.reshape(len(a_ERI), -1, x.shape[-1]) @ a_ERI.mT) * layer.scale
+        return layer.base(x) + (low_ENR @ b_EOR.mT).view(*x.shape[:-1], -1)
     if type(layer.base) is nn.Linear:
-        return StackedFunction.apply(x, flat_EP, layer.base.weight, layer.base.bias, layer).view(*x.shape[:-1], -1)
+        return StackedFunction.apply(x, layer.flat_EP, layer.base.weight, layer.base.bias, layer).view(*x.shape[:-1], -1)
     # a quantised base, or a transposed one
-    return layer.base(x) + StackedFunction.apply(x, flat_EP, None, None, layer).view(*x.shape[:-1], -1)
+    return layer.base(x) + StackedFunction.apply(x, layer.flat_EP, None, None, layer).view(*x.shape[:-1], -1)
 
 
 class StackedFunction(torch.autograd.Function):
@@ -111,8 +131,8 @@ class StackedFunction(torch.autograd.Function):
         x_ENI, weight_OI, a_ERI, b_EOR, low_ENR = ctx.saved_tensors
         grad_ENO = grad.to(low_ENR.dtype).reshape(len(a_ERI), -1, grad.shape[-1])
         low_grad_ENR = (grad_ENO @ b_EOR).mul_(ctx.layer.scale)
-        ctx.layer.grad_a_ERI.add_(low_grad_ENR.mT @ x_ENI)
-        ctx.layer.grad_b_EOR.add_(grad_ENO.mT @ low_ENR)
+        ctx.layer.a_ERI.grad.add_(low_grad_ENR.mT @ x_ENI)
+        ctx.layer.b_EOR.grad.add_(grad_ENO.mT @ low_ENR)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         if weight_OI is None:
@@ -122,19 +142,26 @@ class StackedFunction(torch.autograd.Function):
         return grad_x.view(ctx.shape).to(ctx.dtype), None, None, None, None
 
 
-def expert_losses(model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None, experts: int) -> Tensor:
+def expert_losses(
+    model: Any,
+    able: Abilities,
+    tokens_BL: Tensor,
+    targets_BL: Tensor,
+    positions_BL: Tensor | None,
+    experts: int,
+    cut_S: Tensor | None = None,
+) -> Tensor:
     """Mean cross-entropy [E] of each expert over the scored targets of its own rows. positions_BL None: every row is one document."""
     model, kind = model.get_base_model(), tokens_BL.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    given = model_inputs(able.packed, tokens_BL, positions_BL, dtype)
+    given = model_inputs(able.packed, tokens_BL, positions_BL, dtype, cut_S)
     target_EN = targets_BL.view(experts, -1)
     if not able.chunked:
         logit_ENV = model(**given).logits.float().unflatten(0, (experts, -1)).flatten(1, 2)
         summed = [cross_entropy(*pair, ignore_index=UNSCORED, reduction="sum") for pair in zip(logit_ENV, target_EN, strict=True)]
         return torch.stack(summed) / (target_EN != UNSCORED).sum(1).clamp(min=1)
-    hidden_END = model.base_model(**given)[0].unflatten(0, (experts, -1)).flatten(1, 2)
-    head = model.get_output_embeddings().weight
-    return torch.stack([ChunkedLoss.apply(hidden, head, target) for hidden, target in zip(hidden_END, target_EN, strict=True)])
+    hidden_BLD = model.base_model(**given)[0]
+    return ChunkedLoss.apply(hidden_BLD.flatten(0, 1), model.get_output_embeddings().weight, targets_BL.flatten(), experts)
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -157,8 +184,13 @@ def run(
     `log(expert, …)` gets the points of the curves. Each expert's seconds are its share. An interrupted run resumes from the checkpoint in
     `work`; on a CPU the result is bit-identical.
     """
-    with loop.use_threads(recipe.threads), torch.random.fork_rng(), loop.recompute_activations(model, recipe):
-        able = find_abilities(model.eval(), min(8, recipe.length // 2))
+    recipe = recipe.model_copy(update={"together": len(packed)})
+    with (
+        loop.use_threads(recipe.threads),
+        torch.random.fork_rng(),
+        loop.recompute_activations(model, recipe),
+        fast_path(model, recipe) as able,
+    ):
         stack = Stack(model, len(packed))
         weights: dict[str, Tensor] = {"flat": stack.flat_EP}
         optimizer = loop.adamw(weights, recipe)
@@ -187,13 +219,15 @@ def _step(
 ) -> Tensor:
     """One optimiser step of all experts; their losses [E], still on the device."""
     flat_EP = stack.flat_EP
-    scored_E = torch.tensor([(part.targets_BL != UNSCORED).sum() for part in parts], device=flat_EP.device).clamp(min=1)
+    scored_E = loop.send(np.array([max(1, count_scored(part)) for part in parts]), flat_EP.device)
     flat_EP.grad.zero_()  # type: ignore[union-attr]
     loss_E = torch.zeros(len(parts), device=flat_EP.device)
     several = any((part.positions_BL[:, -1] != recipe.length - 1).any() for part in parts)
-    for tokens_BL, targets_BL, positions_BL in _passes(parts, recipe.accumulate, flat_EP.device):
+    for piece in _passes(parts, recipe.accumulate):
+        tokens_BL, targets_BL, positions_BL = (loop.send(part, flat_EP.device) for part in piece)
+        cut_S = loop.send(find_cuts(piece.positions_BL), flat_EP.device) if several and able.packed == "documents" else None
         with loop.autocast(model, flat_EP.device):
-            part_E = expert_losses(model, able, tokens_BL, targets_BL, positions_BL if several else None, len(parts))
+            part_E = expert_losses(model, able, tokens_BL, targets_BL, positions_BL if several else None, len(parts), cut_S)
         if recipe.accumulate > 1:
             part_E = part_E * (targets_BL.view(len(parts), -1) != UNSCORED).sum(1) / scored_E
         part_E.sum().backward()
@@ -206,12 +240,11 @@ def _step(
     return loss_E
 
 
-def _passes(parts: Sequence[Batch], count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _passes(parts: Sequence[Batch], count: int) -> Iterator[Batch]:
     """The rows of a step in `count` passes; each has its share of every expert's rows."""
     kinds_EBL = [np.stack(kind) for kind in zip(*parts, strict=True)]
     for pieces in zip(*(np.array_split(kind, min(count, kind.shape[1]), axis=1) for kind in kinds_EBL), strict=True):
-        tokens, targets, positions = (torch.from_numpy(piece).flatten(0, 1).to(device) for piece in pieces)
-        yield tokens, targets, positions
+        yield Batch(*(piece.reshape(-1, piece.shape[-1]) for piece in pieces))
 
 
 def _record(

@@ -8,6 +8,7 @@ import transformers
 from elmwood.records import Recipe
 from elmwood.train import loop
 from elmwood.train.adapter import add_adapter
+from elmwood.train.card.path import fast_path
 from elmwood.train.fit.pretend import place, pretend
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -40,7 +41,8 @@ def test_a_step_stays_on_the_device_and_asks_for_no_value(method):
         weights = {name: one for name, one in model.named_parameters() if one.requires_grad}
         optimizer = loop.adamw(weights, RECIPE)
         batch = loop.Batch(*(np.arange(32)[None] for _ in range(3)))
-        value = loop.add_gradients(model, loop.Abilities("mask", True), batch, RECIPE)
+        with fast_path(model, RECIPE, loop.Abilities("documents", True)) as able:
+            value = loop.add_gradients(model, able, batch, RECIPE)
         assert value.device == device
         assert all(one.grad.device == device for one in weights.values())
         loop.update_weights(optimizer, RECIPE, 0)

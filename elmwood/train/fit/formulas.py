@@ -18,7 +18,7 @@ from elmwood.lm.importing.config import context_of
 from elmwood.lm.pretrained import empty_model
 from elmwood.records import Recipe
 from elmwood.train.loop import use_threads
-from elmwood.train.loss import CHUNK, ROWS
+from elmwood.train.loss import rows_of_chunk
 
 FLOAT = 4  # bytes
 # Bytes beside the tensors. CPU: what the libraries grow by at the first step. CUDA: a context, its libraries, and what loading leaves: two
@@ -162,7 +162,7 @@ def width_of(device: str) -> int:
 
 def logits(vocabulary: int, positions: int, device: str) -> int:
     """Bytes of one chunk of them, in three tensors (`loss.ChunkedLoss`)."""
-    return 3 * min(positions, max(ROWS, CHUNK["cpu" if device == "cpu" else "gpu"] // vocabulary)) * vocabulary * FLOAT
+    return 3 * min(positions, rows_of_chunk(positions, vocabulary, "cpu" if device == "cpu" else "gpu")) * vocabulary * FLOAT
 
 
 def leaves_holes(device: str) -> bool:
@@ -243,7 +243,10 @@ def activations(body: Anatomy, recipe: Recipe, device: str = "cpu") -> int:
     low += 2 * sum(out for out, _ in adapted(body, recipe)) if recipe.method == "dora" else 0
     outside = last + body.width + (body.embedded_noise * body.width if full else 0)
     between = (2 if full and halved else 1) * count * body.width  # what goes into layers: float32 where the weights are
-    inside = layer + low // count + between if recipe.checkpointing else count * layer + low
+    inside = count * layer + low
+    if recipe.checkpointing:
+        again = math.ceil(recipe.checkpointed * count)  # of the layers; the rest keep all
+        inside = (layer + low // count) * max(1, count - again) + between * again // count
     return rows_at_once(recipe) * recipe.length * (inside + outside)
 
 

@@ -21,11 +21,13 @@ from elmwood.lm.pretrained import make_config, new_model_of
 from elmwood.records import Recipe
 from elmwood.train import loop
 from elmwood.train.adapter import add_adapter
+from elmwood.train.card.attention import can_choose
+from elmwood.train.card.path import fast_path
 from elmwood.train.data import Batch
 from elmwood.train.fit.allocator import CachingAllocator
 from elmwood.train.fit.formulas import BESIDE, EIGHT_BITS, FLOAT
 from elmwood.train.fit.pretend import place, pretend
-from elmwood.train.loss import Abilities
+from elmwood.train.loss import Abilities, base_model
 
 
 def rehearse(*runs: tuple[Any, Recipe]) -> list[dict[str, int] | None]:
@@ -55,7 +57,8 @@ def rehearse_here(config: Any, recipe: Recipe) -> dict[str, int]:
         if recipe.method != "full":
             model = add_adapter(model, recipe, "rehearsal")
     allocator = CachingAllocator()
-    with pretend(allocator) as device, loop.recompute_activations(model, recipe):
+    able = Abilities("documents" if can_choose(base_model(model)) else "mask", True)
+    with pretend(allocator) as device, loop.recompute_activations(model, recipe), fast_path(model, recipe, able):
         _place(model, device)
         weights = allocator.allocated
         own = {name: one for name, one in model.named_parameters() if one.requires_grad}
@@ -66,7 +69,7 @@ def rehearse_here(config: Any, recipe: Recipe) -> dict[str, int]:
         optimizer.zero_grad()
         held = allocator.allocated - weights
         model.train()
-        loop.add_gradients(model, Abilities("mask", True), _batch(recipe), recipe)
+        loop.add_gradients(model, able, _batch(recipe), recipe)
         loop.update_weights(optimizer, recipe, 0)
         most, reserved = allocator.most, allocator.reserved
         del model, optimizer, own

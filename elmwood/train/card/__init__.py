@@ -1,0 +1,1 @@
+"""How a step is computed on a GPU: attention by document, compiled layers, and the share of the card's peak that this reaches."""
