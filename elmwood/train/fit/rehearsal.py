@@ -53,7 +53,7 @@ def rehearse_here(config: Any, recipe: Recipe) -> dict[str, int]:
     with torch.device("meta"):
         model = new_model_of(config, low)
         if recipe.method == "qlora":
-            _pack(model)
+            pack_linear(model)
         if recipe.method != "full":
             model = add_adapter(model, recipe, "rehearsal")
     allocator = CachingAllocator()
@@ -91,7 +91,7 @@ def _batch(recipe: Recipe) -> Batch:
 # ---- four bits, as bitsandbytes keeps them -------------------------------------------------------------------------
 
 
-def _pack(model: Any) -> None:
+def pack_linear(model: Any) -> None:
     """The linear layers but the head as layers in four bits, on the meta device."""
     from bitsandbytes.nn import Linear4bit
 
