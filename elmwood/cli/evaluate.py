@@ -125,6 +125,9 @@ def _print_benchmarks(found: Sequence[evaluation.Benchmarked], as_json: bool) ->
     for one in found:
         computed = one.results["asked"]
         talk.print(f"{one.name}: model {one.record.digest[:12]}, {computed} requests computed, the others known", style="dim")
+        if unlike := one.results["not_applied"]:
+            settings = ", ".join(f"{name} {value}" for name, value in unlike.items())[:200]
+            talk.print(f"{one.name}: lm-eval's hf also applies {settings} of the seed to what it generates; here it is not", style="yellow")
 
 
 def _with_errors(values: Sequence[dict[str, float | None]]) -> list[str]:

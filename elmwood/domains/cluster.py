@@ -17,6 +17,7 @@ from scipy import sparse
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
+from elmwood.threads import one_thread
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -43,6 +44,7 @@ class Clusters(NamedTuple):
         return tuple(np.bincount(self.label_N, minlength=len(self.centroid_KD)).tolist())
 
 
+@one_thread
 def kmeans(
     x_ND: Floats, k: int, *, balanced: bool = True, rng_seed: int = 0, start_KD: Floats | None = None, progress: Progress = silent
 ) -> Clusters:
@@ -131,6 +133,7 @@ def fill_empty(cost_KN: Floats) -> Ints:
     return label_N
 
 
+@one_thread
 def assign_balanced(cost_KN: Floats, price_K: Floats | None = None, *, exact: bool = True) -> tuple[Ints, Floats]:
     """The cheapest assignment with sizes that differ by at most one: labels [N], and prices [K] to start the next call from.
 

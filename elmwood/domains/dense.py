@@ -27,6 +27,7 @@ from elmwood.records.plain_json import parse_json
 from elmwood.registry import require
 from elmwood.store import Store
 from elmwood.store.headers import check_headers, load_arrays
+from elmwood.threads import one_thread
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -150,6 +151,7 @@ def _listed(name: str, store: Store) -> Files:
     return files
 
 
+@one_thread
 def fit_dense(
     name: str, texts: Iterable[str], model: Model, *, by_token: bool = False, dimension: int = 100, rng_seed: int = 0,
     progress: Progress = silent,

@@ -30,6 +30,7 @@ from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
 from elmwood.records import Embedder, Seed
 from elmwood.registry import lookup, trust, trusted
 from elmwood.store import Store
+from elmwood.threads import one_thread
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -219,6 +220,7 @@ def fit(
     return fit_dense(name, texts, model, by_token=by_token, dimension=dimension, rng_seed=rng_seed, progress=progress)
 
 
+@one_thread
 def fit_terms(name: str, texts: Iterable[str], *, dimension: int = 100, rng_seed: int = 0, progress: Progress = silent) -> Terms:
     """Fit an embedder of words in one pass over texts; their order does not matter, and memory is bounded.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -88,6 +89,7 @@ class Words(NamedTuple):
     separator: int
     ends: frozenset[int]  # tokens that end a generated text: the checkpoint's eos
     add_bos: bool | None = None  # None: as the tokenizer does by itself
+    unlike: Mapping[str, Any] = MappingProxyType({})  # what `hf` does to generated texts by the seed's generation_config; not done here
 
     @property
     def prefix(self) -> int:
@@ -355,6 +357,9 @@ def benchmark(tasks: Tasks, reader: Reader) -> dict[str, Any]:
         },
         "groups": {name: metrics(values) for name, values in found.get("groups", {}).items()},
         "asked": reader.answers.asked,
+        "not_applied": dict(reader.words.unlike)
+        if any(task.OUTPUT_TYPE == "generate_until" for task in tasks.loaded["tasks"].values())
+        else {},
     }
 
 

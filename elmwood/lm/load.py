@@ -108,6 +108,11 @@ def end_tokens(seed: Seed, store: Store) -> list[int]:
     return end_ids(seed_folder(seed, store))
 
 
+def own_generation(seed: Seed, store: Store) -> dict[str, Any]:
+    """`pretrained.generation_settings` of the seed."""
+    return pretrained.generation_settings(seed_folder(seed, store))
+
+
 def open_tokenizer(seed: Seed, store: Store, add_bos: bool | None = None) -> PreTrainedTokenizerBase:
     """The seed's tokenizer as transformers opens it. `add_bos`: whether it adds a bos, which is the separator where it has none; None: as
     the checkpoint says. Raises BadSeed."""

@@ -219,6 +219,25 @@ def end_ids(folder: Path) -> list[int]:
     return ids
 
 
+# settings of generation that choose other tokens than the likeliest of the model -> values at which they do nothing
+_CHOOSING: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
+    "num_beams": (1,), "num_beam_groups": (1,), "min_length": (0,), "min_new_tokens": (0,), "guidance_scale": (1,),
+    "diversity_penalty": (0,), "penalty_alpha": (0,), "length_penalty": (1,),
+} | dict.fromkeys(
+    ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias",
+     "exponential_decay_length_penalty", "watermarking_config", "dola_layers", "stop_strings"), ()
+)  # fmt: skip
+
+
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """What generation_config.json asks for beyond the probabilities of the model, such as a repetition penalty. transformers applies it
+    to every text that it generates; an ensemble of probabilities has no logits that it could be applied to. Raises BadSeed."""
+    path = folder / "generation_config.json"
+    said_there = read_json(path) if path.is_file() else {}
+    return {name: value for name, value in said_there.items() if name in _CHOOSING and value not in (None, [], *_CHOOSING[name])}
+
+
 # ---- sizes -------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from elmwood.merge.rules.base import REVISION, Settings, check_settings
 from elmwood.merge.states import Weights, hold, open_all
 from elmwood.records import Contribution, Merged, Seed, fingerprint
 from elmwood.store import Store
+from elmwood.threads import one_thread
 from elmwood.weights.experts import Low
 from elmwood.weights.tensors import StoredTensor, pack_header
 
@@ -115,6 +116,7 @@ def side_by_side(pairs: Sequence[Pair], weight_E: Sequence[float]) -> Pair:
     return np.concatenate([weight * b for weight, (b, _) in zip(weight_E, pairs, strict=True)], 1), np.concatenate([a for _, a in pairs])
 
 
+@one_thread
 def merged_pair(pairs: Sequence[Pair], weight_E: Sequence[float], rule: LowRule, settings: Settings) -> Pair:
     """Factors of one layer's merge, of rank `rank` at most. The best of that rank for the merged core (Eckart and Young)."""
     total = sum(weight_E) if settings["normalise"] else 1.0
@@ -132,6 +134,7 @@ def merged_pair(pairs: Sequence[Pair], weight_E: Sequence[float], rule: LowRule,
     return p_OX @ (u_XR[:, :rank] * root_R) * np.sign(factor), (root_R[:, None] * v_RY[:rank]) @ q_IY.T
 
 
+@one_thread
 def norm(pair: Pair) -> float:
     """Frobenius norm of B A."""
     left, right = (np.linalg.qr(half).R for half in (pair[0], pair[1].T))

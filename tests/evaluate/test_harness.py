@@ -90,7 +90,9 @@ class Bench:
         for record in (forest, self.ensemble, self.live):
             self.store.add(record)
         self.tokenizer = tokenizer(self.seed, self.store)
-        self.words = harness.Words(open_tokenizer(self.seed, self.store, True), 0, frozenset([0]), True)  # each text begins with 0
+        self.words = harness.Words(
+            open_tokenizer(self.seed, self.store, True), 0, frozenset([0]), True, {"repetition_penalty": 1.1}
+        )  # texts begin with 0
 
     def reader(self, record):
         return harness.Reader(
@@ -157,6 +159,8 @@ def test_what_the_harness_reports_is_what_the_model_says(which, bench):
     assert metrics["rolling"]["bits_per_byte"]["value"] == pytest.approx(nats / size / math.log(2), rel=1e-4)
     assert {value["version"] for value in found["tasks"].values()} == {"3"}
     assert found["lm_eval"]
+    assert found["not_applied"] == {"repetition_penalty": 1.1}
+    assert harness.benchmark(harness.open_tasks(["choice"], bench.folder), reader)["not_applied"] == {}  # nothing is generated
 
     assert reader.lm.calls > 0
     assert found["asked"] > len(CHOICE)

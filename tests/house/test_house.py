@@ -12,7 +12,7 @@ import elmwood
 
 HOUSE = Path(__file__).parents[2] / "elmwood"
 FLOORS = {
-    "compiled": 1, "errors": 1, "ranges": 1, "records": 1, "registry": 1, "units": 1,
+    "compiled": 1, "errors": 1, "ranges": 1, "records": 1, "registry": 1, "threads": 1, "units": 1,
     "store": 2, "engine": 2,
     "corpus": 3, "domains": 3, "lm": 3, "weights": 3,
     "train": 4, "merge": 4, "ensemble": 4, "evaluate": 4, "report": 4,
@@ -26,7 +26,7 @@ NEIGHBOURS = {
     ("store", "engine"), ("domains", "corpus"), ("lm", "corpus"), ("weights", "lm"),
 }  # fmt: skip
 TORCH_FREE = {
-    "compiled", "errors", "ranges", "records", "registry", "units", "store", "engine",
+    "compiled", "errors", "ranges", "records", "registry", "threads", "units", "store", "engine",
     "corpus", "domains", "evaluate", "report", "study", "hub", "cli",
 }  # fmt: skip
 LIGHT = ("lm/files.py", "lm/checkpoint.py", "lm/adapters/peft_config.py", "lm/mixture_card.py", "train/task_names.py")  # of the other rooms

@@ -18,7 +18,7 @@ from elmwood.errors import BadInput, BadSeed, Damaged, UnknownName
 from elmwood.lm.checkpoint import said
 from elmwood.lm.experts import Experts
 from elmwood.lm.files import download, seed_folder, tokenizer
-from elmwood.lm.load import end_tokens, import_seed, load_model
+from elmwood.lm.load import end_tokens, import_seed, load_model, own_generation
 from elmwood.lm.pretrained import make_config
 from elmwood.records import Expert, Recipe, Seed
 from elmwood.store import Store
@@ -139,6 +139,15 @@ def test_quantised_weights_are_refused_with_the_reason(store, tmp_path):
     for use in (lambda: load_model(seed, store), lambda: import_seed(str(seed_folder(seed, store)), Store(tmp_path / "other"))):
         with pytest.raises(BadSeed, match=r"quantised \(bitsandbytes\).*original checkpoint"):
             use()
+
+
+def test_settings_of_generation_that_are_not_applied_are_known(store):
+    plain = tiny_seed(store)
+    settings = {"eos_token_id": 0, "temperature": 0.6, "top_k": 20, "num_beams": 1, "repetition_penalty": 1.1, "suppress_tokens": None,
+                "no_repeat_ngram_size": 0, "bad_words_ids": [[5]]}  # fmt: skip
+    seed = changed(plain, store, **{"generation_config.json": json.dumps(settings)})
+    assert own_generation(seed, store) == {"repetition_penalty": 1.1, "bad_words_ids": [[5]]}
+    assert own_generation(plain, store) == {}
 
 
 def test_an_adapter_left_beside_the_weights_is_not_read(store):

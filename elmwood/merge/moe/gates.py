@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from elmwood.errors import BadInput
 from elmwood.merge.moe.layout import FEED_FORWARD
+from elmwood.threads import one_thread
 from elmwood.weights.tensors import StoredTensor
 
 Floats = NDArray[np.floating]
@@ -136,6 +137,7 @@ def common(mean_DH: Floats, within_HH: Floats, shrink: float = 0.1) -> Common:
     return Common(overall_H, cov_HH, along_H / (along_H @ overall_H))
 
 
+@one_thread
 def hidden_rows(mean_DH: Floats, within_HH: Floats, domain_E: Sequence[int | None], scale: float, seed_bias: float) -> Floats:
     """Fisher's discriminant of the domains, as rows [E, H] of one layer: what a token of a domain looks like to the seed.
 
@@ -148,6 +150,7 @@ def hidden_rows(mean_DH: Floats, within_HH: Floats, domain_E: Sequence[int | Non
     return np.stack(rows)
 
 
+@one_thread
 def direction(pairs: Sequence[tuple[Floats, Floats, float]]) -> Floats | None:
     """The input [H] that a layer's adapters, each A [R, H], B [O, R] and a scale, change most: the first right singular vector of their
     products one above another (Arrow, arXiv:2405.11157). None without adapters, or where they change nothing."""
@@ -158,6 +161,7 @@ def direction(pairs: Sequence[tuple[Floats, Floats, float]]) -> Floats | None:
     return right_RH[0] if value_R[0] > 0 else None
 
 
+@one_thread
 def arrow_rows(
     direction_E: Sequence[Floats | None], mean_DH: Floats, within_HH: Floats, domain_E: Sequence[int | None], scale: float, seed_bias: float
 ) -> Floats:

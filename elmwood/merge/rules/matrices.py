@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.merge.rules.base import Floats, Local, Settings, Shape, Total
+from elmwood.threads import one_thread
 
 Doubles = NDArray[np.float64]
 NOTHING = 1e-9  # of the largest singular value: below, a direction is rounding
@@ -19,6 +20,7 @@ def normal_shapes(shape: Shape) -> tuple[Shape, Shape]:
     return (shape[1], shape[1]), (shape[1], shape[0])
 
 
+@one_thread
 def regress(delta_OI: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
     """Normal equations: G and G deltaᵀ. G is xᵀx of what the layer read, off its diagonal times `alpha` (RegMean, arXiv:2212.09849).
 
@@ -31,6 +33,7 @@ def regress(delta_OI: Floats, weight: float, local: Local, settings: Settings) -
     return weight * gram_II, weight * (gram_II @ delta_OI.T)
 
 
+@one_thread
 def weigh_by_delta(delta_OI: Floats, weight: float, local: Local, settings: Settings) -> tuple[Floats, ...]:
     """Normal equations with G = deltaᵀ delta / |delta|^2: inputs lie about where delta does (WUDI, arXiv:2503.08099, in closed form)."""
     size = float(np.square(delta_OI).sum())
@@ -40,6 +43,7 @@ def weigh_by_delta(delta_OI: Floats, weight: float, local: Local, settings: Sett
     return gram_II, gram_II @ delta_OI.T
 
 
+@one_thread
 def solve(sums: tuple[Floats, ...], seed_OI: Floats, total: Total, settings: Settings) -> Floats:
     """Seed + the delta that answers the summed normal equations. `ridge`, a share of the mean of G's diagonal, is added to it: where G
     says nothing the seed stays. Of LAPACK: the same bytes on the same kernels."""
@@ -52,6 +56,7 @@ def solve(sums: tuple[Floats, ...], seed_OI: Floats, total: Total, settings: Set
     return seed_OI + settings["scale"] * delta_IO.T
 
 
+@one_thread
 def flatten_spectrum(sums: tuple[Floats, ...], seed_OI: Floats, total: Total, settings: Settings) -> Floats:
     """Seed + scale * mean singular value * U Vᵀ of the summed delta: no direction dominates (Iso-C, arXiv:2502.04959). Of LAPACK."""
     u_OR, size_R, v_RI = np.linalg.svd(sums[0], full_matrices=False)
@@ -59,6 +64,7 @@ def flatten_spectrum(sums: tuple[Floats, ...], seed_OI: Floats, total: Total, se
     return seed_OI + settings["scale"] * (size_R.mean() if size_R.size else 0.0) * (u_OR[:, kept] @ v_RI[kept])
 
 
+@one_thread
 def join_singular_vectors(deltas: Callable[[], Iterator[Floats]], weight_E: Floats, settings: Settings) -> Floats:
     """Each delta's strongest singular directions, a share `rank` (0: one part in as many as there are experts) of them, all made
     orthogonal together (TSV-Merge, arXiv:2412.00081). Of LAPACK."""

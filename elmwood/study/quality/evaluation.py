@@ -229,7 +229,7 @@ def benchmark(
     if not download:
         harness.forbid_downloads()
     from elmwood.ensemble.generate import generate  # torch, and the libraries that may not fetch
-    from elmwood.lm.load import end_tokens, open_tokenizer
+    from elmwood.lm.load import end_tokens, open_tokenizer, own_generation
 
     home = Store(store)
     asked = tasks.split(",") if isinstance(tasks, str) else tasks
@@ -242,7 +242,7 @@ def benchmark(
     for title, record in records.items():
         opened, seed, add_bos = open_model(record, mixing=mixing, store=home), seed_of(record, home), harness.BOS[bos]
         words = harness.Words(
-            open_tokenizer(seed, home, add_bos), seed.separator, frozenset(end_tokens(seed, home)), add_bos
+            open_tokenizer(seed, home, add_bos), seed.separator, frozenset(end_tokens(seed, home)), add_bos, own_generation(seed, home)
         )  # fmt: skip
         reader = harness.Reader(
             opened.lm, words, harness.Answers(home, opened.record.digest), generate,
