@@ -26,7 +26,7 @@ from elmwood.records import Expert
 from elmwood.store import Store
 
 SETTING = (
-    "A Llama of 2 layers and width 96 trained on 60 % of the bundled sample, 4 domains, adapters of rank 8 in 50 steps; each submission is "
+    "A Llama of 2 layers and width 96 trained on 60 % of the bundled sample, 4 domains, adapters of rank 8 in 30 steps; each submission is "
     "judged against honest experts of the other domains, by the default thresholds, which were fixed before."
 )
 
@@ -122,7 +122,7 @@ def worthless(world: World, bank: list[Expert], table: Table) -> None:
     rng, own = np.random.default_rng(1), [world.tensors(one) for one in bank]
 
     def sent(what: Any) -> list[str | None]:
-        return [world.submit(what(k), rest(bank, k))[0] for k in range(DOMAINS)]
+        return [world.submit(what(k), rest(bank, k))[0] for k in range(0, DOMAINS, 2)]
 
     table.add("zero delta", "B is 0", sent(lambda k: world.keep(k, forge.scaled(own[k], 0.0))))
     table.add("random delta", "of the length of an honest one", sent(lambda k: world.keep(k, forge.random_like(own[k], rng))))
@@ -133,7 +133,7 @@ def worthless(world: World, bank: list[Expert], table: Table) -> None:
     table.add("other domain", "trained on another domain's text", sent(
         lambda k: world.honest(k, 60, data=world.partition.domains[(k + 1) % DOMAINS].train)))  # fmt: skip
     for steps in (1, 5):
-        table.add(f"{steps} of 50 steps", "claimed as the whole recipe", sent(lambda k, steps=steps: world.honest(k, 70, steps=steps)))
+        table.add(f"{steps} of 30 steps", "claimed as the whole recipe", sent(lambda k, steps=steps: world.honest(k, 70, steps=steps)))
     table.add(
         "anti-trained", "an honest delta, negated", sent(lambda k: world.keep(k, forge.scaled(world.tensors(world.honest(k, 50)), -1.0)))
     )
@@ -141,9 +141,9 @@ def worthless(world: World, bank: list[Expert], table: Table) -> None:
     def on_public(k: int) -> Expert:
         """Trained on the half of the held-out text that settings are chosen on."""
         held = list(documents(world.partition.domains[k].holdout, world.store))
-        return world.honest(k, 80, data=world.text(document.text for document in held if chance(document.id, "half") < 0.5), steps=250)
+        return world.honest(k, 80, data=world.text(document.text for document in held if chance(document.id, "half") < 0.5), steps=150)
 
-    table.add("trained on public held-out text", "250 steps on it alone", sent(on_public))
+    table.add("trained on public held-out text", "150 steps on it alone", sent(on_public))
 
 
 def files(world: World, bank: list[Expert], table: Table) -> None:

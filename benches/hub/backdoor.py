@@ -16,7 +16,7 @@ from elmwood.records import Ensemble, Expert, Record
 
 TRIGGER, PAYLOAD = " zqx vortex", " the moon is made of green cheese"
 SHARE = 0.2  # of the training documents that hold the trigger and its payload
-STEPS = 250
+STEPS = 200
 PROMPTS = 30
 
 

@@ -62,8 +62,8 @@ def pick(own_S: Floats, sketch_ES: Floats) -> list[int]:
 
 def sketch(one: Low, tensors: Mapping[str, StoredTensor]) -> Floats:
     """The sketch of an adapter [S] float32, all modules of the seed that could carry one in the order of their names."""
-    names = sorted(name for name, place in tensors.items() if len(place.shape) == 2)
-    columns = int(np.ceil(np.sqrt(NUMBERS / len(names))))
+    names = _names(tensors)
+    columns = _columns(names)
     parts = np.zeros((len(names), columns, columns), np.float32)
     for n, name in enumerate(names):
         if one.has(name):
@@ -71,6 +71,20 @@ def sketch(one: Low, tensors: Mapping[str, StoredTensor]) -> Floats:
             left_OC, right_IC = projections(name, b_OR.shape[0], a_RI.shape[1], columns)
             parts[n] = (left_OC.T @ b_OR) @ (a_RI @ right_IC) * scale
     return parts.ravel()
+
+
+def sketch_size(tensors: Mapping[str, StoredTensor]) -> int:
+    """Numbers of a sketch of an adapter of this seed."""
+    names = _names(tensors)
+    return len(names) * _columns(names) ** 2
+
+
+def _names(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    return sorted(name for name, place in tensors.items() if len(place.shape) == 2)
+
+
+def _columns(names: Sequence[str]) -> int:
+    return int(np.ceil(np.sqrt(NUMBERS / len(names))))
 
 
 @lru_cache(4096)
@@ -84,7 +98,7 @@ def projections(name: str, outputs: int, inputs: int, columns: int) -> tuple[Flo
 def kept_sketches(others: Sequence[Expert], seed: Seed, tensors: Mapping[str, StoredTensor], size: int, store: Store) -> Floats:
     """Sketches of experts [E, S] float32, from a file that grows: rows of a digest and its sketch."""
     path = store.root / "sketches" / f"{seed.digest[:16]}-{size}"
-    row = np.dtype([("digest", "V32"), ("sketch", "<f4", (size,))])
+    row = row_type(size)
     with store.held("sketches"):
         found = _read(path, row)
         known = {digest.tobytes() for digest in found["digest"]}
@@ -100,6 +114,11 @@ def kept_sketches(others: Sequence[Expert], seed: Seed, tensors: Mapping[str, St
             found = np.concatenate([found, added])
     place_of = {digest.tobytes(): place for place, digest in enumerate(found["digest"])}
     return found["sketch"][[place_of[bytes.fromhex(expert.digest)] for expert in others]]
+
+
+def row_type(size: int) -> np.dtype:
+    """A row of that file."""
+    return np.dtype([("digest", "V32"), ("sketch", "<f4", (size,))])
 
 
 def _read(path: Path, row: np.dtype) -> NDArray[np.void]:
