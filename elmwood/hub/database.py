@@ -246,7 +246,14 @@ def transaction(connection: Connection) -> Any:
 def _open_sqlite(path: Path | None) -> sqlite3.Connection:
     raw = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False, timeout=30, cached_statements=512)
     raw.row_factory = sqlite3.Row
-    for line in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 30000"):
+    for line in (
+        "journal_mode = WAL",
+        "synchronous = FULL",
+        "foreign_keys = ON",
+        "busy_timeout = 30000",
+        "wal_autocheckpoint = 4000",
+        "cache_size = -65536",
+    ):
         raw.execute(f"PRAGMA {line}")
     return raw
 

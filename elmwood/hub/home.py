@@ -163,7 +163,8 @@ def upkeep(c: Connection, when: Moment, office: Office) -> list[tuple[str, int]]
     leases.reap(c, when)
     jobs.reap(c, when)
     experts.end_probation(c, when, office)
-    request.forget(c, when)
+    if int(when.uptime / TICK) % 60 == 0:
+        request.forget(c, when)
     return submissions.reap_uploads(c, when)
 
 

@@ -94,8 +94,8 @@ lease = Table(
     _text("id", primary_key=True),
     _int("domain", ForeignKey("domain.number")),
     _int("token"),
-    _text("key", index=True),
-    _text("account", index=True),
+    _text("key"),
+    _text("account"),
     _text("boot_id"),
     _text("tier"),
     _int("rng_seed"),
@@ -115,6 +115,8 @@ lease = Table(
     _int("at"),
     UniqueConstraint("domain", "token"),
     Index("lease_due", "state", "due"),
+    Index("lease_key", "key", "state"),
+    Index("lease_account", "account", "state"),
 )  # fmt: skip
 commitment = Table(
     "commitment", metadata,
@@ -143,7 +145,7 @@ submission = Table(
     _text("lease", ForeignKey("lease.id")),
     _int("domain", ForeignKey("domain.number")),
     _int("token"),
-    _text("account", ForeignKey("account.id"), index=True),
+    _text("account", ForeignKey("account.id")),
     _text("key"),
     _int("order"),  # number of its commitment
     _text("adapter"),  # sha256 of the uploaded file
@@ -159,6 +161,7 @@ submission = Table(
     _int("at"),
     UniqueConstraint("lease", "token"),
     Index("submission_queue", "state", "order"),
+    Index("submission_account", "account", "domain"),
 )  # fmt: skip
 job = Table(
     "job", metadata,
@@ -252,6 +255,7 @@ blob = Table(
     _text("sha", primary_key=True),
     _int("bytes"),
     _int("secret"),  # 1: for verifiers only
+    sqlite_with_rowid=False,
 )  # fmt: skip
 record = Table(
     "record", metadata,
@@ -271,12 +275,12 @@ reply = Table(  # the first reply to an Idempotency-Key
     _int("status"),
     _text("body"),
     _float("due"),
-    Index("reply_due", "due"),
+    sqlite_with_rowid=False,
 )  # fmt: skip
 nonce = Table(
     "nonce", metadata,
     _text("key", primary_key=True),
     _text("nonce", primary_key=True),
     _int("expires"),  # unix seconds, as signatures are
-    Index("nonce_expires", "expires"),
+    sqlite_with_rowid=False,
 )  # fmt: skip

@@ -31,9 +31,13 @@ class Signed:
     def __init__(self, hub: Hub, request: Request, known: asked.Request):
         self.hub, self.request, self.known = hub, request, known
 
-    async def act(self, fn: Callable[[Connection, Caller], Frozen], status: int = 200, *, new: bool = False) -> Response:
-        """Do something, once; the answer when it is durable. Raises Refusal."""
-        found = await write(self.hub, lambda c: asked.perform(c, self.known, fn, self.hub.moment(), status, new))
+    async def act(
+        self, fn: Callable[[Connection, Caller], Frozen], status: int = 200, *, new: bool = False, again: bool = False
+    ) -> Response:
+        """Do something, once; the answer when it is durable. `again`: to do it twice is to do it once, so no reply is kept. Raises
+        Refusal."""
+        known = self.known._replace(name="") if again else self.known
+        found = await write(self.hub, lambda c: asked.perform(c, known, fn, self.hub.moment(), status, new))
         if isinstance(found, Refusal):
             raise found
         return Response(found.body, found.status, media_type="application/json")

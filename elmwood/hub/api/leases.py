@@ -20,7 +20,7 @@ async def claim(request: Request, whose: Whose, message: Claim) -> Response:
 @router.post("/v1/leases/{lease}/beat", response_model=BeatReply)
 async def beat(whose: Whose, lease: Id, message: Beat) -> Response:
     """A sign of life, with the step."""
-    return await whose.act(lambda c, caller: leases.beat(c, caller, lease, message, whose.hub.moment()))
+    return await whose.act(lambda c, caller: leases.beat(c, caller, lease, message, whose.hub.moment()), again=True)
 
 
 @router.post("/v1/leases/{lease}/pause", response_model=BeatReply)

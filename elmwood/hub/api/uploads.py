@@ -85,8 +85,7 @@ async def append(
         made.append(submissions.advance(c, caller, upload, at, len(part), sha, hub.moment()))
         return Done()
 
-    whose.known = whose.known._replace(name="")
-    await whose.act(write)
+    await whose.act(write, again=True)
     if sha:
         await run_in_threadpool(hub.blobs.drop_parts, upload, row["parts"].count(",") + 2)
     return Response(status_code=204, headers=TUS | {"Upload-Offset": str(made[0])})

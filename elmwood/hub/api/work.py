@@ -72,7 +72,7 @@ async def take(whose: Whose, message: TakeJob) -> Response:
 @router.post("/v1/jobs/{job}/beat", response_model=Done)
 async def beat(whose: Whose, job: Id, message: JobBeat) -> Response:
     """A verifier's sign of life."""
-    return await whose.act(lambda c, caller: jobs.beat(c, caller, job, message, whose.hub.moment()))
+    return await whose.act(lambda c, caller: jobs.beat(c, caller, job, message, whose.hub.moment()), again=True)
 
 
 @router.post("/v1/jobs/{job}/trial", response_model=Trial)

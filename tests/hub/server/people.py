@@ -56,12 +56,16 @@ class Person:
     def beat(self, grant, step: int = 1, status: int | None = 200, **more):
         return self.post(f"/v1/leases/{grant['lease']}/beat", {"token": grant["token"], "step": step} | more, status=status)
 
-    def upload(self, grant, data: bytes, piece: int = 1 << 20) -> str:
-        """Send a file; the upload's id."""
+    def begin(self, grant, size: int) -> str:
+        """Begin an upload; its id."""
         about = {"lease": grant["lease"], "token": str(grant["token"])}
         coded = ",".join(f"{name} {base64.b64encode(value.encode()).decode()}" for name, value in about.items())
-        place = self.ask("POST", "/v1/uploads", b"", headers={"Upload-Length": str(len(data)), "Upload-Metadata": coded}, status=201)
-        target = place.headers["Location"]
+        place = self.ask("POST", "/v1/uploads", b"", headers={"Upload-Length": str(size), "Upload-Metadata": coded}, status=201)
+        return place.headers["Location"].rpartition("/")[2]
+
+    def upload(self, grant, data: bytes, piece: int = 1 << 20) -> str:
+        """Send a file; the upload's id."""
+        target = f"/v1/uploads/{self.begin(grant, len(data))}"
         for at in range(0, len(data), piece):
             self.part(target, at, data[at : at + piece], status=204)
         return target.rpartition("/")[2]

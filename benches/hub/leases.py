@@ -1,0 +1,353 @@
+"""Durable lease lifecycles per second, and ten thousand workers that beat.
+
+    python -m benches.hub.leases rate [--clients 1,8,32,128] [--seconds 5] [--database URL]
+    python -m benches.hub.leases http [--clients 8,32,128] [--seconds 10]
+    python -m benches.hub.leases swarm [--workers 10000] [--seconds 60] [--every 120] [--claims 2]
+
+A lifecycle is a claim, two beats and a submission (with its commitment and its upload's rows): four durable writes, each guarded as over
+HTTP (nonce, blocked keys, first replies). `rate` asks the database layer: `grouped` as the hub does it, `naive` with one transaction for
+each request on a connection of its own, in the same run; `ratio` is grouped over naive. `fsync_ms` is one 4 kB write and fsync here. `http`
+is the real app in uvicorn, a process of its own, with signed requests. `swarm` is the same app: workers that hold leases beat, and others
+claim; seconds at the 50th and 99th per cent; `lost` counts leases that ended.
+"""
+
+import asyncio
+import hashlib
+import itertools
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import httpx
+from sqlalchemy import func, select
+
+from benches.common import integers, parser, say
+from elmwood.hub import signing
+from elmwood.hub.actions import leases, members, submissions
+from elmwood.hub.actions.request import Caller, Moment, Reply, Request, current, find_caller, perform
+from elmwood.hub.database import Connection, Database, run_batch
+from elmwood.hub.home import Home, Hub
+from elmwood.hub.messages import Beat, Claim, Commitment, Consent, Grant, Limits, NewAccount, SubmissionRequest
+from elmwood.hub.tables import lease
+from elmwood.store import Store
+from tests.hub.server.world import open_run
+
+BOOT, SALT = "b007" * 8, "5a" * 16
+FREE = Limits(accounts_per_hour=10**6, requests_per_minute=10**6)
+_number = itertools.count()
+
+
+def enter(hub: Hub, count: int) -> list[Any]:
+    """Private keys of registered members who agreed to the licences."""
+    keys = [signing.new_key() for _ in range(count)]
+
+    def write(c: Connection) -> None:
+        licences = current(c).licences
+        for key in keys:
+            name = signing.public(key)
+            made = members.register(c, Caller(name, "", ""), NewAccount(name="x", recovery=name), hub.moment())
+            members.agree(c, Caller(name, made.account, "member"), Consent(licences=licences, manifest=1), hub.moment(), "{}")
+
+    hub.database.write(write)
+    return keys
+
+
+# ---- the database layer ----------------------------------------------------------------------------------------------
+
+
+def lifecycle(key: str, when: Callable[[], Moment]) -> Iterator[Callable[[Connection], Any]]:
+    """The four writes of one lifecycle; each yields a write and is sent its result."""
+
+    def guarded(fn: Callable[[Connection, Caller], Any], status: int = 200, again: bool = False) -> Callable[[Connection], Any]:
+        number = next(_number)
+        known = Request(key, f"{number:032x}", int(time.time()), f"{number:064x}", "" if again else f"{number}")
+        return lambda c: perform(c, known, fn, when(), status)
+
+    reply = yield guarded(lambda c, who: leases.claim(c, who, Claim(tier="cpu", boot_id=BOOT), when()), 201)
+    if not isinstance(reply, Reply):
+        return
+    grant = Grant.model_validate_json(reply.body)
+    for step in (1, 2):
+        yield guarded(lambda c, who, step=step: leases.beat(c, who, grant.lease, Beat(token=grant.token, step=step), when()), again=True)
+    yield guarded(lambda c, who: give(c, who, grant, when()), 202)
+
+
+def give(c: Connection, who: Caller, grant: Grant, when: Moment) -> Any:
+    """Commitment, upload and submission in one write."""
+    sha = hashlib.sha256(grant.lease.encode()).hexdigest()
+    place = {"lease": grant.lease, "token": grant.token}
+    submissions.promise(c, who, Commitment(commitment=signing.commit(sha, who.key, SALT), **place), when)
+    upload = submissions.open_upload(c, who, grant.lease, grant.token, 10, when).upload
+    submissions.advance(c, who, upload, 0, 10, sha, when)
+    message = SubmissionRequest(upload=upload, adapter=sha, bytes=10, salt=SALT, **place)
+    prepared, _ = submissions.prepare(c, who, message)
+    return submissions.submit(c, who, message, prepared, when)
+
+
+def grouped(hub: Hub, keys: list[str], seconds: float) -> tuple[int, list[float]]:
+    """Each client begins its next write when the last one is durable; lifecycles finished, and seconds of each write."""
+    end, done, taken = time.perf_counter() + seconds, [0], []
+    idle = threading.Semaphore(0)
+
+    def begin(key: str) -> None:
+        work = lifecycle(key, hub.moment)
+        follow(key, work, next(work))
+
+    def follow(key: str, work: Any, write: Callable[[Connection], Any]) -> None:
+        began = time.perf_counter()
+
+        def durable(future: Future) -> None:
+            taken.append(time.perf_counter() - began)
+            try:
+                follow(key, work, work.send(future.result()))
+            except StopIteration:
+                done[0] += 1
+                begin(key) if time.perf_counter() < end else idle.release()
+
+        hub.database.submit(write).add_done_callback(durable)
+
+    for key in keys:
+        begin(key)
+    for _ in keys:
+        idle.acquire()
+    return done[0], taken
+
+
+def naive(database: Database, when: Callable[[], Moment], keys: list[str], seconds: float) -> tuple[int, list[float]]:
+    """The same writes, each in a transaction of its own on its client's connection."""
+    end, done, taken = time.perf_counter() + seconds, [0], []
+
+    def live(key: str) -> None:
+        connection = database.connect()
+        while time.perf_counter() < end:
+            work, result = lifecycle(key, when), None
+            while True:
+                try:
+                    write = work.send(result)
+                except StopIteration:
+                    done[0] += 1
+                    break
+                began, future = time.perf_counter(), Future()
+                run_batch(connection, [(write, future)])
+                taken.append(time.perf_counter() - began)
+                result = future.result()
+        connection.raw.close()
+
+    threads = [threading.Thread(target=live, args=(key,)) for key in keys]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return done[0], taken
+
+
+def rate(clients: list[int], seconds: float, database: str | None) -> None:
+    for count in clients:
+        found = {}
+        for way in ("grouped", "naive"):
+            with tempfile.TemporaryDirectory() as folder:
+                hub = open_run(Path(folder), int(2500 * seconds) if way == "grouped" else int(400 * seconds) + count, database, limits=FREE)
+                keys = [signing.public(key) for key in enter(hub, count)]
+                began = time.perf_counter()
+                done, taken = grouped(hub, keys, seconds) if way == "grouped" else naive(hub.database, hub.moment, keys, seconds)
+                found[way] = done / (time.perf_counter() - began)
+                say(
+                    f"hub.leases.{way}", clients=count, lifecycles_per_second=found[way], lifecycles=done,
+                    write_p50_ms=1e3 * part(taken, 0.5), write_p99_ms=1e3 * part(taken, 0.99), database=hub.database.dialect,
+                    fsync_ms=fsync_ms(Path(folder)), load=os.getloadavg()[0],
+                )  # fmt: skip
+                hub.close()
+        say("hub.leases.ratio", clients=count, ratio=found["grouped"] / found["naive"])
+
+
+def part(taken: list[float], share: float) -> float:
+    return sorted(taken)[min(int(share * len(taken)), len(taken) - 1)]
+
+
+def fsync_ms(folder: Path) -> float:
+    """Milliseconds of one small durable write."""
+    with (folder / "fsync").open("wb") as file:
+        taken = []
+        for _ in range(20):
+            began = time.perf_counter()
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+            taken.append(time.perf_counter() - began)
+    return 1e3 * part(taken, 0.5)
+
+
+# ---- the app ---------------------------------------------------------------------------------------------------------
+
+SERVE = """
+import sys
+from elmwood.hub.care import serve
+from elmwood.hub.home import Home, Hub
+from elmwood.store import Store
+hub = Hub(Home("test", Store(sys.argv[1])))
+try:
+    serve(hub, "127.0.0.1", int(sys.argv[2]))
+finally:
+    hub.close()
+"""
+
+
+class Server:
+    """The hub of a folder as a process of its own."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        began = time.perf_counter()
+        self.process = subprocess.Popen([sys.executable, "-c", SERVE, str(folder), str(port)])
+        while True:
+            try:
+                httpx.get(f"{self.url}/readyz", timeout=5).raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert self.process.poll() is None, "the hub did not start"
+                time.sleep(0.05)
+        self.seconds = time.perf_counter() - began
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+async def ask(client: httpx.AsyncClient, key: Any, target: str, body: str, taken: list[float] | None = None) -> httpx.Response:
+    headers = signing.sign_request("POST", target, body.encode(), time.time(), key)
+    headers |= {"Content-Type": "application/json", "Idempotency-Key": secrets.token_hex(8), "Elmwood-Client": "99"}
+    began = time.perf_counter()
+    reply = await client.post(target, content=body, headers=headers)
+    if taken is not None:
+        taken.append(time.perf_counter() - began)
+    return reply
+
+
+CLAIM = Claim(tier="cpu", boot_id=BOOT).model_dump_json()
+
+
+async def claim_and_beat(client: httpx.AsyncClient, key: Any, end: float, taken: list[float]) -> int:
+    """Claims, two beats and a release, again and again."""
+    done = 0
+    while time.perf_counter() < end:
+        grant = (await ask(client, key, "/v1/leases", CLAIM, taken)).json()
+        place = f"/v1/leases/{grant['lease']}"
+        for step in (1, 2):
+            await ask(client, key, f"{place}/beat", Beat(token=grant["token"], step=step).model_dump_json(), taken)
+        await ask(client, key, f"{place}/release", f'{{"token":{grant["token"]}}}', taken)
+        done += 1
+    return done
+
+
+def http(clients: list[int], seconds: float) -> None:
+    for count in clients:
+        with tempfile.TemporaryDirectory() as folder:
+            hub = open_run(Path(folder), 2 * count, limits=FREE)
+            keys = enter(hub, count)
+            hub.close()
+            server, taken = Server(Path(folder)), []
+
+            async def run(server=server, keys=keys, taken=taken, count=count) -> int:
+                limits = httpx.Limits(max_connections=count)
+                async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+                    end = time.perf_counter() + seconds
+                    return sum(await asyncio.gather(*(claim_and_beat(client, key, end, taken) for key in keys)))
+
+            began = time.perf_counter()
+            done = asyncio.run(run())
+            say(
+                "hub.leases.http", clients=count, requests_per_second=len(taken) / (time.perf_counter() - began), lifecycles=done,
+                p50_ms=1e3 * part(taken, 0.5), p99_ms=1e3 * part(taken, 0.99), start_s=server.seconds, load=os.getloadavg()[0],
+            )  # fmt: skip
+            server.stop()
+
+
+def swarm(workers: int, seconds: float, every: float, claims: float) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        hub = open_run(Path(folder), workers + 100, limits=FREE)
+        keys = enter(hub, workers)
+        others = enter(hub, int(claims * seconds) + 1)
+
+        def take_all(c: Connection) -> list[Grant]:
+            found = []
+            for key in keys:
+                row = find_caller(c, signing.public(key))
+                found.append(leases.claim(c, row, Claim(tier="cpu", boot_id=BOOT), hub.moment()))
+            return found
+
+        grants = hub.database.write(take_all)
+        hub.close()
+        server = Server(Path(folder))
+        beats: list[float] = []
+        claimed: list[float] = []
+        statuses: dict[int, int] = {}
+
+        async def run() -> None:
+            limits = httpx.Limits(max_connections=200)
+            async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+                began = time.perf_counter()
+
+                async def worker(n: int) -> None:
+                    at = every * ((n * 0.6180339887) % 1)
+                    step = 1
+                    while at < seconds:
+                        await asyncio.sleep(max(began + at - time.perf_counter(), 0))
+                        body = Beat(token=grants[n].token, step=step).model_dump_json()
+                        reply = await ask(client, keys[n], f"/v1/leases/{grants[n].lease}/beat", body, beats)
+                        assert reply.status_code == 200, reply.text
+                        at, step = at + every, step + 1
+
+                async def newcomer(n: int) -> None:
+                    await asyncio.sleep(n / claims)
+                    reply = await ask(client, others[n], "/v1/leases", CLAIM, claimed)
+                    statuses[reply.status_code] = statuses.get(reply.status_code, 0) + 1
+                    assert reply.status_code == 201 or "Retry-After" in reply.headers, reply.text
+
+                await asyncio.gather(*(worker(n) for n in range(workers)), *(newcomer(n) for n in range(int(claims * seconds))))
+
+        asyncio.run(run())
+        server.stop()
+        found = Hub(Home("test", Store(folder)))
+        lost = found.read(lambda c: c.value(select(func.count()).select_from(lease).where(lease.c.state == "expired")))
+        found.close()
+        say(
+            "hub.leases.swarm", workers=workers, seconds=seconds, beat_every_s=every, beats=len(beats), beat_p50_ms=1e3 * part(beats, 0.5),
+            beat_p99_ms=1e3 * part(beats, 0.99), claims=len(claimed), claim_p99_ms=1e3 * part(claimed, 0.99), lost=lost,
+            statuses={str(code): count for code, count in statuses.items()}, load=os.getloadavg()[0],
+        )  # fmt: skip
+
+
+def main() -> None:
+    options = parser(__doc__)
+    verbs = options.add_subparsers(dest="verb", required=True)
+    one = verbs.add_parser("rate")
+    one.add_argument("--clients", type=integers, default=[1, 8, 32, 128])
+    one.add_argument("--seconds", type=float, default=5)
+    one.add_argument("--database")
+    one = verbs.add_parser("http")
+    one.add_argument("--clients", type=integers, default=[8, 32, 128])
+    one.add_argument("--seconds", type=float, default=10)
+    one = verbs.add_parser("swarm")
+    one.add_argument("--workers", type=int, default=10_000)
+    one.add_argument("--seconds", type=float, default=60)
+    one.add_argument("--every", type=float, default=120)
+    one.add_argument("--claims", type=float, default=2, help="per second")
+    given = vars(options.parse_args())
+    verb = given.pop("verb")
+    {"rate": rate, "http": http, "swarm": swarm}[verb](**given)
+
+
+if __name__ == "__main__":
+    main()
