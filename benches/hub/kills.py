@@ -2,10 +2,10 @@
 
     python -m benches.hub.kills [--kills 300] [--seconds 1.5] [--people 6] [--seed 0]
 
-The hub is a process of its own (uvicorn, SQLite, a folder). It is killed after a random time, started again, and goes on with the same people,
-who only know what was acknowledged. At the end the history of acknowledged replies is compared with the database (benches/hub/history.py),
-every blob with its digest, and the log, the ledger and the domains with one another. `restart_s`: from the start of a process to its first
-answer, the longest.
+The hub is a process of its own (uvicorn, SQLite, a folder). It is killed after a random time, started again, and goes on with the same
+people, who only know what was acknowledged. At the end the history of acknowledged replies is compared with the database
+(benches/hub/history.py), every blob with its digest, and the log, the ledger and the domains with one another. `restart_s`: from the start
+of a process to its first answer, the longest.
 """
 
 import random
@@ -124,7 +124,7 @@ def kills(folder: Path, count: int, seconds: float, people: int, seed: int) -> d
         assert not bad, bad
     finally:
         hub.close()
-    left = [path for path in (folder / "store" / "blobs").rglob("*.tmp")]
+    left = list((folder / "store" / "blobs").rglob("*.tmp"))
     return counts | {"kills": count, "restart_s": slowest, "temporary_files": len(left)}
 
 

@@ -8,7 +8,8 @@ A lifecycle is a claim, two beats and a submission (with its commitment and its 
 HTTP (nonce, blocked keys, first replies). `rate` asks the database layer: `grouped` as the hub does it, `naive` with one transaction for
 each request on a connection of its own, in the same run; `ratio` is grouped over naive. `fsync_ms` is one 4 kB write and fsync here. `http`
 is the real app in uvicorn, a process of its own, with signed requests. `swarm` is the same app: workers that hold leases beat, and others
-claim; seconds at the 50th and 99th per cent; `lost` counts leases that ended.
+claim; seconds at the 50th and 99th per cent; `lost` counts leases that ended. The machine's load
+average and the CPU time of a lifecycle stand beside the rates: other work on the cores slows them.
 """
 
 import asyncio
@@ -157,13 +158,14 @@ def rate(clients: list[int], seconds: float, database: str | None) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 hub = open_run(Path(folder), int(2500 * seconds) if way == "grouped" else int(400 * seconds) + count, database, limits=FREE)
                 keys = [signing.public(key) for key in enter(hub, count)]
-                began = time.perf_counter()
+                began, cpu = time.perf_counter(), time.process_time()
                 done, taken = grouped(hub, keys, seconds) if way == "grouped" else naive(hub.database, hub.moment, keys, seconds)
                 found[way] = done / (time.perf_counter() - began)
                 say(
                     f"hub.leases.{way}", clients=count, lifecycles_per_second=found[way], lifecycles=done,
                     write_p50_ms=1e3 * part(taken, 0.5), write_p99_ms=1e3 * part(taken, 0.99), database=hub.database.dialect,
                     fsync_ms=fsync_ms(Path(folder)), load=os.getloadavg()[0],
+                    cpu_ms_per_lifecycle=1e3 * (time.process_time() - cpu) / max(done, 1),
                 )  # fmt: skip
                 hub.close()
         say("hub.leases.ratio", clients=count, ratio=found["grouped"] / found["naive"])

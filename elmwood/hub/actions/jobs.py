@@ -159,7 +159,7 @@ def report(c: Connection, caller: Caller, name: str, message: Report, when: Mome
         raise Refusal(
             422, "other-expert", f"the verdict is about {verdict.expert[:8]}, the job about {row['expert'][:8]}", do="report again"
         )
-    if verdict.accepted and experts.newest(c)["version"] != held["version"]:
+    if verdict.accepted and experts.newest(c)["forest"] != c.one(_snapshot, version=held["version"])["forest"]:
         _finish(c, held, "reported")
         _set(c, row, "queued")
         close_trial(c, row, False, office)
