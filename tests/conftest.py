@@ -1,6 +1,7 @@
 """What several files share. The story is the longest file: it starts first, so that files run side by side end at about the same time."""
 
 import pytest
+from forked import Forked
 from tiny_models import tiny_seed
 
 from elmwood.store import Store
@@ -8,6 +9,14 @@ from elmwood.store import Store
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_story.py")
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Runs a script in a process of its own, without the seconds that torch takes to import."""
+    server = Forked()
+    yield server
+    server.end()
 
 
 @pytest.fixture(scope="module")

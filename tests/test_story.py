@@ -1,14 +1,19 @@
-"""The story, end to end, as a newcomer runs it: real processes, real files, nothing but the command line."""
+"""The story, end to end, as a newcomer types it: real files, nothing but the command line. Commands that run models share this process,
+since torch takes seconds to import; the demo and the verbs also run as processes of their own in tests/house/test_package.py."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from elmwood import cli
 
 WITHOUT_TORCH = """
 import sys
@@ -20,15 +25,33 @@ finally:
 """
 
 
-def elmwood(*words: str, cwd: Path, fails: bool = False, known: bool = False) -> str:
-    """Run one command; its stdout, or its stderr where it is meant to fail. Where all is known already, it never waits for torch."""
+def elmwood(*words: str, cwd: Path, fails: bool = False, known: bool = False, alone: bool = False) -> str:
+    """Run one command; its stdout, or its stderr where it is meant to fail. `alone`: in a process of its own. `known`: there too, and
+    since all is known already, it never waits for torch."""
+    code, out, err = run_alone(words, cwd, known) if alone or known else run_here(words, cwd)
+    assert (code != 0) == fails, f"elmwood {' '.join(words)}:\n{out}\n{err}"
+    return err if fails else out
+
+
+def run_alone(words: tuple[str, ...], cwd: Path, known: bool = False) -> tuple[int, str, str]:
     how = ["-c", WITHOUT_TORCH] if known else ["-m", "elmwood"]
     done = subprocess.run([sys.executable, *how, *words], cwd=cwd, capture_output=True, text=True)
-    assert (done.returncode != 0) == fails, f"elmwood {' '.join(words)}:\n{done.stdout}\n{done.stderr}"
-    return done.stderr if fails else done.stdout
+    return done.returncode, done.stdout, done.stderr
 
 
-QUICK = ("demo", "--quick", "--tokens", "20k")
+def run_here(words: tuple[str, ...], cwd: Path) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["elmwood", *words])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+QUICK = ("demo", "--quick", "--tokens", "20k", "--workers", "1")
 
 
 @pytest.fixture(scope="module")
@@ -81,23 +104,24 @@ def test_the_report_stands_alone(here):
 
 def test_show_verify_and_damage(here, tmp_path):
     assert "demo/forest" in elmwood("show", cwd=here, known=True)
-    lineage = elmwood("show", "demo/forest", cwd=here)
+    lineage = elmwood("show", "demo/forest", cwd=here, alone=True)
     assert lineage.count("expert") >= 4
     assert "corpus" in lineage
-    assert elmwood("verify", cwd=here) == ""
+    assert elmwood("verify", cwd=here, alone=True) == ""
     tokenizer = next(path for path in (here / ".elmwood" / "blobs").rglob("*") if path.is_file() and path.read_bytes()[:1] == b"{")
     original = tokenizer.read_bytes()
     tokenizer.write_bytes(original + b" ")
-    assert tokenizer.name in subprocess.run([sys.executable, "-m", "elmwood", "verify"], cwd=here, capture_output=True, text=True).stdout
+    assert tokenizer.name in run_here(("verify",), here)[1]
     tokenizer.write_bytes(original)
     elmwood("verify", cwd=here)
 
 
-def test_chat_says_who_spoke(here):
+def test_chat_says_who_spoke(here, forked):
     said = json.loads(elmwood("chat", "demo/ensemble", "--prompt", "func main() {", "--max-tokens", "12", "--json", cwd=here))
     assert said["text"]
     assert sum(said["experts"].values()) == pytest.approx(1, abs=1e-3)
-    again = json.loads(elmwood("chat", "demo/ensemble", "--prompt", "func main() {", "--max-tokens", "12", "--json", cwd=here))
+    words = ("chat", "demo/ensemble", "--prompt", "func main() {", "--max-tokens", "12", "--json")
+    again = json.loads(forked("from elmwood.cli import main; main()", *words, cwd=here).stdout)  # another process says the same
     assert said == again
 
 

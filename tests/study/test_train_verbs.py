@@ -1,10 +1,8 @@
 """The verbs of training, as they are typed: recipes, groups, adapters made elsewhere."""
 
-import contextlib
 import json
 import shlex
-import subprocess
-import sys
+import signal
 
 import numpy as np
 import pytest
@@ -61,19 +59,26 @@ def test_every_option_reaches_the_recipe(home):
     )  # fmt: skip
 
 
-def test_a_seed_whose_training_is_killed_goes_on_to_the_same_digest(tmp_path):
-    """Real processes; the first is killed as soon as it trains."""
-    sizes = ["--tokens", "60k", "--width", "64", "--layers", "2", "--length", "128"]
-    command = [sys.executable, "-m", "elmwood", "seed", "train", "sample", *sizes]
-    whole = subprocess.run([*command, "--store", "whole"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    running = subprocess.Popen([*command, "--store", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "killed" / "logs").glob("*.jsonl")) and running.poll() is None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.wait(timeout=0.1)
-    running.kill()
-    running.wait()
-    again = subprocess.run([*command, "--store", "killed"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert whole == again
+KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+from elmwood.cli import main
+def watch():
+    while not list(Path(sys.argv[-1], "logs").glob("*.jsonl")):
+        threading.Event().wait(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+main()
+"""
+
+
+def test_a_seed_whose_training_is_killed_goes_on_to_the_same_digest(home, forked, tmp_path):
+    """A process is killed as soon as it trains; this one goes on."""
+    sizes = ["--tokens", "60k", "--width", "32", "--layers", "2", "--length", "64", "--vocabulary", "300"]
+    command = ["seed", "train", str(home.root.parent / "text.jsonl"), *sizes, "--store"]
+    whole = typed(home, *command, str(tmp_path / "whole"))
+    assert forked(KILLED, *command, str(tmp_path / "killed"), cwd=tmp_path).returncode == -signal.SIGKILL
+    assert whole == typed(home, *command, str(tmp_path / "killed"))
 
 
 @pytest.mark.parametrize("together", ["1", "2"])

@@ -1,7 +1,5 @@
 """A step on a pretended GPU: what it counts, and that it stays there."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,9 +68,9 @@ def test_fit_rehearses_for_a_gpu(tmp_path, rehearsals):
     assert "activations" in together.components  # by the formulas
 
 
-def test_a_step_stays_on_the_device():
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "pretended_gpu.py"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+def test_a_step_stays_on_the_device(forked):
+    words = ["-q", "-n", "0", "-p", "no:cacheprovider", "pretended_gpu.py"]
+    done = forked("import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", *words, cwd=Path(__file__).parent)
     assert not done.returncode, done.stdout
 
 

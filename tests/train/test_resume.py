@@ -1,9 +1,6 @@
 """Interrupted runs resume to the same bytes."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,14 +42,13 @@ OTHERS = [(LORA.model_copy(update={"method": method}), "between") for method in 
 
 
 @pytest.mark.parametrize(("recipe", "how"), [(FULL, "between"), (LORA, "saving"), (STOPPED, "between"), *OTHERS])
-def test_killed_and_resumed_gives_the_same_bytes(case, fresh, recipe, how):
+def test_killed_and_resumed_gives_the_same_bytes(case, fresh, forked, tmp_path, recipe, how):
     if recipe.optimiser == "adamw8bit" or recipe.method == "qlora":
         pytest.importorskip("bitsandbytes")
     store, corpus, seed = case
     whole = train(seed, corpus.train, recipe, store)
     other, *_ = fresh
-    command = [sys.executable, "-c", SCRIPT, str(other.root), recipe.model_dump_json(), how]
-    assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode == -signal.SIGKILL
+    assert forked(SCRIPT, str(other.root), recipe.model_dump_json(), how, cwd=tmp_path).returncode == -signal.SIGKILL
     assert [path.name for path in other.root.glob("work/*/state.safetensors")] == ["state.safetensors"]
     steps: list[float] = []
     resumed = train(

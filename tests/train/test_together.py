@@ -1,9 +1,6 @@
 """Experts trained together: each is what it would be alone, killed or not, and clips by itself."""
 
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -127,14 +124,13 @@ train_together(store.load("seed", Seed), [corpus.train, corpus.holdout], recipe,
 """
 
 
-def test_killed_and_resumed_gives_the_same_bytes(case, fresh):
+def test_killed_and_resumed_gives_the_same_bytes(case, fresh, forked, tmp_path):
     store, corpus, seed = case
     whole = train_together(seed, halves(corpus), LORA, store)
     other, *_ = fresh
     for blob in (shard.blob for shard in corpus.holdout):
         other.put(store.get(blob))
-    command = [sys.executable, "-c", SCRIPT, str(other.root), LORA.model_dump_json()]
-    assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode == -signal.SIGKILL
+    assert forked(SCRIPT, str(other.root), LORA.model_dump_json(), cwd=tmp_path).returncode == -signal.SIGKILL
     assert len(list(other.root.glob("work/*/together.safetensors"))) == 1
     steps: list[float] = []
     told = lambda what, done, *_: steps.append(done) if what == "train" else None  # noqa: E731
