@@ -11,7 +11,6 @@ over terms: without the SVD, they separate many small domains better.
 import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -252,14 +251,19 @@ def candidates(signals: Signals, routing: Routing) -> Bools:
 def remember(loglik_NC: Floats, decay: float = 1.0, document_N: Ints | None = None) -> Floats:
     """The memory before token t [N, C], float64, nats: the sum over tokens s < t of its document of decay^(t - 1 - s) log p(x_s).
     The tokens of a document are consecutive; without document_N all are of one."""
-    from scipy.signal import lfilter  # a third of a second that only memories need
-
-    starts = [0] if document_N is None else np.flatnonzero(np.diff(document_N, prepend=-1)).tolist()
     before_NC = np.zeros(np.shape(loglik_NC))
-    for first, last in pairwise([*starts, len(before_NC)]):
-        if last - first > 1:
-            given_NC = np.asarray(loglik_NC[first : last - 1], np.float64)
-            before_NC[first + 1 : last] = lfilter([1.0], [1.0, -decay], given_NC, axis=0)
+    first_D = np.zeros(1, np.int64) if document_N is None else np.flatnonzero(np.diff(document_N, prepend=-1))
+    size_D = np.diff(first_D, append=len(before_NC))
+    first_D = first_D[np.argsort(-size_D, kind="stable")]  # the longest first
+    left_T = len(size_D) - np.searchsorted(np.sort(size_D), np.arange(size_D.max(initial=0)), side="right")  # longer than t
+    place_N = np.concatenate([np.zeros(0, np.int64), *(first_D[:left] + t for t, left in enumerate(left_T))])  # all at t, then at t + 1
+    given_NC, memory_NC = np.asarray(loglik_NC, np.float64)[place_N], np.zeros(before_NC.shape)
+    ends_T = np.cumsum(left_T)
+    for end, left, before in zip(ends_T[:-1], left_T[1:], left_T[:-1], strict=True):
+        last = slice(end - before, end - before + left)
+        np.multiply(memory_NC[last], decay, out=memory_NC[end : end + left])
+        memory_NC[end : end + left] += given_NC[last]
+    before_NC[place_N] = memory_NC
     return before_NC
 
 

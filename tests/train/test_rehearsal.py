@@ -69,7 +69,8 @@ def test_fit_rehearses_for_a_gpu(tmp_path, rehearsals):
 
 
 def test_a_step_stays_on_the_device(forked):
-    words = ["-q", "-n", "0", "-p", "no:cacheprovider", "pretended_gpu.py"]
+    rewritten = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins that were imported before
+    words = ["-q", "-n", "0", "-p", "no:cacheprovider", *rewritten, "pretended_gpu.py"]
     done = forked("import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", *words, cwd=Path(__file__).parent)
     assert not done.returncode, done.stdout
 
