@@ -250,7 +250,7 @@ def candidates(signals: Signals, routing: Routing) -> Bools:
 
 def remember(loglik_NC: Floats, decay: float = 1.0, document_N: Ints | None = None) -> Floats:
     """The memory before token t [N, C], float64, nats: the sum over tokens s < t of its document of decay^(t - 1 - s) log p(x_s).
-    The tokens of a document are consecutive; without document_N all are of one."""
+    The tokens of a document are consecutive; without document_N all are of one. D documents, T tokens of the longest."""
     before_NC = np.zeros(np.shape(loglik_NC))
     first_D = np.zeros(1, np.int64) if document_N is None else np.flatnonzero(np.diff(document_N, prepend=-1))
     size_D = np.diff(first_D, append=len(before_NC))
