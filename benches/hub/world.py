@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.numpy
 
 from benches.hub.forgeries import Tensors
@@ -27,12 +28,28 @@ from elmwood.study.training import llama
 from elmwood.train.tasks import train, train_seed
 
 DOMAINS = 4
-GATE = Gate()  # the thresholds that a hub has by default; fixed before any run of this bench
-RECIPE = Recipe(method="lora", steps=30, batch=4, length=128, learning_rate=4e-3, rank=8)
+GATE = Gate(length=48)  # else the thresholds that a hub has by default; fixed before any run of this bench
+RECIPE = Recipe(method="lora", steps=30, batch=4, length=48, learning_rate=1e-2, rank=4)
 SETTINGS: dict[str, Any] = {"router": "centroid", "top_k": 2, "temperature": 0.1, "seed_distance": 0.8}
+# of each domain: a sentence, and the letters of its made-up words
+TOPICS = (
+    ("the {0} sailed over the sea with captain {1}", "abcdef"), ("def {0}(path): return open({1}).read()", "ghijkl"),
+    ("le {0} mange une pomme verte, {1} aussi", "mnopqr"), ("proof of {0}: let {1} be prime and odd", "stuvwx"),
+)  # fmt: skip
+DOCUMENTS, SENTENCES = 70, 12
 
 
-holdout.BLOCK = 512  # a quarter of the usual: the text is small, so the same number of blocks costs a quarter
+def made_up(topic: int, documents: int, rng: np.random.Generator) -> list[str]:
+    """Texts of a topic."""
+    sentence, letters = TOPICS[topic]
+
+    def word() -> str:
+        return "".join(rng.choice(list(letters), 4))
+
+    return [". ".join(sentence.format(word(), word()) for _ in range(SENTENCES)) for _ in range(documents)]
+
+
+holdout.BLOCK = 128  # of 2,048: the text is small, and as many blocks of it cost less
 
 
 @cache
@@ -60,10 +77,14 @@ class World:
 
     def __init__(self, store: Store, progress: Progress):
         self.store, self.progress, self.number, self.accepted, self.leases = store, progress, 0, 0, 0
-        self.corpus: Corpus = build(["sample"], store, holdout=0.4, progress=progress)
-        shape = llama(2, 96, 1024, 128)
-        recipe = Recipe(steps=1500, batch=8, length=128, learning_rate=3e-3)
-        self.seed: Seed = train_seed(self.corpus, shape, recipe, store, name="world", progress=progress)
+        rng = np.random.default_rng(0)
+        with tempfile.TemporaryDirectory() as folder:
+            texts = [text for topic in range(DOMAINS) for text in made_up(topic, DOCUMENTS, rng)]
+            for n, text in enumerate(texts):
+                (Path(folder) / f"{n}.txt").write_text(text, encoding="utf-8")
+            self.corpus: Corpus = build([folder], store, holdout=0.5, progress=progress)
+        recipe = Recipe(steps=120, batch=8, length=48, learning_rate=5e-3)
+        self.seed: Seed = train_seed(self.corpus, llama(2, 32, 400, 64), recipe, store, name="world", progress=progress)
         self.partition: Partition = divide(self.corpus, store, domains=DOMAINS, progress=progress)
         self.expected = expected_tensors(self.seed, RECIPE, store)
         self.config = store.put(adapter_config(RECIPE, self.seed, self.expected))
@@ -103,7 +124,7 @@ class World:
         with tempfile.TemporaryDirectory() as folder:
             for n, text in enumerate(documents):
                 (Path(folder) / f"{n}.txt").write_text(text, encoding="utf-8")
-            corpus = build([folder], self.store, holdout=0.02)
+            corpus = build([folder], self.store, holdout=0.1)
         return (*corpus.train, *corpus.holdout)
 
     def submit(self, expert: Expert, others: Iterable[Expert]) -> tuple[str | None, Judged | None]:

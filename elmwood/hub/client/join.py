@@ -33,8 +33,9 @@ from elmwood.hub.messages import (
     TierName,
 )
 from elmwood.hub.signing import commit, load_or_make_key, public
-from elmwood.records import Partition, Record, Seed, Shard
+from elmwood.records import Expert, Partition, Record, Seed, Shard
 from elmwood.store import AnyStore, Store
+from elmwood.train.task_names import train_key
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -220,7 +221,9 @@ class Volunteer:
             raise
         blob = self.store.put(path)
         self.folder.change(failures=0)
-        self.folder.change_work(phase="committing", adapter=blob.removeprefix("sha256:"), tokens=grant.recipe.tokens)
+        made = self.store.find_done(train_key(seed, shards, grant.recipe, partition.digest, grant.domain))
+        curve = self.store.load(made, Expert).curve if made else ()
+        self.folder.change_work(phase="committing", adapter=blob.removeprefix("sha256:"), tokens=grant.recipe.tokens, curve=curve)
 
     def hand_in(self, grant: Grant, pace: "Pace") -> None:
         """Commit, upload, submit: each once, however often this is run."""
@@ -246,9 +249,10 @@ class Volunteer:
                     work = self.folder.change_work(upload=begun)
                 send(path, work.upload, self.hub, self.progress)
                 work = self.folder.change_work(phase="submitting")
+            facts = DeviceFacts(device=self.machine.device, cores=self.machine.cores)
             request = SubmissionRequest(
                 lease=grant.lease, token=token, upload=work.upload, adapter=work.adapter, bytes=path.stat().st_size, salt=work.salt,
-                tokens=work.tokens, client=__version__, hardware=DeviceFacts(device=self.machine.device, cores=self.machine.cores),
+                tokens=work.tokens, curve=work.curve, client=__version__, hardware=facts,
             )  # fmt: skip
             reply = self.hub.post("/v1/submissions", request, once("submit", grant.lease, token))
         told = SubmissionReply.model_validate_json(reply.body)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from elmwood.errors import BadInput, Damaged
 from elmwood.hub.messages import Grant, Licences, SubmissionReply
-from elmwood.records import Frozen, fingerprint
+from elmwood.records import Frozen, Point, fingerprint
 from elmwood.store import Store
 from elmwood.store.disk import locked, write_whole
 
@@ -28,6 +28,7 @@ class Work(Frozen):
     phase: WorkPhase = "fetching"
     adapter: str = ""  # sha256 of the file, which is in the store
     tokens: int = 0  # trained on
+    curve: tuple[Point, ...] = ()
     salt: str = ""
     upload: str = ""
 

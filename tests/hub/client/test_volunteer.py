@@ -64,6 +64,7 @@ def test_from_the_lease_to_a_model_that_speaks(live, run, tmp_path):
     assert [one.state for one in found] == ["accepted"], told[-1].text
     assert "passed" in told[-1].text
     assert max(one.step for one in told) == RECIPE.steps
+    assert '"step":25' in str([dict(row) for row in rows(live, "submission")]).replace(" ", "")  # the curve came with it
     mine = Store(tmp_path / "user")
     pulled = pull(live.url, mine)
     assert [one.expert for one in pulled.snapshot.experts] == [found[0].expert]
