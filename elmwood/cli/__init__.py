@@ -86,6 +86,10 @@ HUB_VERBS = {
     "backup": ("hub:backup", "Copy a running hub into a new folder: database, keys and blobs."),
     "move": ("hub:move", "Copy a hub's database into another, empty one: SQLite to PostgreSQL, or back."),
     "doctor": ("hub:doctor", "Check a hub: keys, manifest, log, ledger, snapshots and every blob."),
+    "demo": (
+        "hub:demo",
+        "A community in a box: a hub here with five volunteers, two of them dishonest, one killed.",
+    ),
 }
 GROUPS = {
     "hub": (HUB_VERBS, "Let others train: publish a run, serve it, keep it."),

@@ -1,8 +1,11 @@
 """Verbs of a hub and of those who work for one."""
 
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -12,6 +15,7 @@ from elmwood.cli.options import Output
 from elmwood.cli.screen import bars, emit, out, talk
 from elmwood.ranges import NewFile
 from elmwood.store import Store
+from elmwood.units import duration
 
 RunOption = Annotated[str | None, Option(help="Name of the run; default: the only one.")]
 RunArgument = Annotated[str | None, Argument(help="Name of the run; default: the only one in the store.")]
@@ -159,3 +163,41 @@ def doctor(run: RunArgument = None, place: Place = Place(), output: Output = Out
             out.print(f"{'good' if one.good else 'BAD '} {one.what}: {one.said}", soft_wrap=True, markup=False)
     if not all(one.good for one in found):
         sys.exit(1)
+
+
+def demo(
+    keep: Annotated[bool, Option("--keep", help="Leave the hub and its pages up at the end, until ctrl-c.")] = False,
+    port: Annotated[int, Option(help="Of the hub; 0: a free one.")] = 0,
+    output: Output = Output(),
+) -> None:
+    """A community in a box: a hub here with five volunteers, two of them dishonest, one killed."""
+    from elmwood.hub.demo.stage import play
+
+    began = time.monotonic()
+
+    def tell(text: str) -> None:
+        talk.print(f"{duration(time.monotonic() - began):>12}  {text}", soft_wrap=True, markup=False)
+
+    def show(made: Any) -> None:
+        emit(made._asdict() | {"measured": made.measured.model_dump()}) if output.as_json else out.print(
+            "\n".join(lines_of(made)), soft_wrap=True, markup=False
+        )
+        if keep:
+            tell(f"the hub and its pages stay at {made.url} until ctrl-c")
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
+
+    with tempfile.TemporaryDirectory(prefix="elmwood-community-") as folder:
+        play(output.store or Path(folder), port=port, on_event=tell, keep=show)
+
+
+def lines_of(made: Any) -> Iterator[str]:
+    """What came of it."""
+    found = made.measured
+    yield f"{len(made.filled)} domains have experts, by " + ", ".join(f"{name} ({place})" for place, name in made.filled.items())
+    yield "refused: " + ", ".join(f"{name} ({code})" for name, code in made.refused.items())
+    yield f"killed at step {made.resumed[0]} of {made.resumed[1]}, and resumed; retired {made.retired[:8]}, trained again by {made.again}"
+    yield f"bits per byte over {found.documents} held-out documents, less is better:"
+    yield f"  seed      {found.seed_bits_per_byte:.4f}"
+    yield f"  ensemble  {found.bits_per_byte:.4f}   {found.over_seed:+.4f} ± {found.over_seed_error:.4f} over the seed"
+    yield f"  dense     {found.control_bits_per_byte:.4f}   the ensemble is {found.gain:+.4f} ± {found.gain_error:.4f} over it"

@@ -134,7 +134,7 @@ def totals(c: Connection, lines: Iterable[DomainLine], manifest: RunManifest) ->
         filled=sum(line.expert is not None for line in lines),
         leased=words.count(DOMAINS["leased"].word),
         open=words.count(DOMAINS["open"].word),
-        members=len(c.all(statements.ACCOUNTS)),
+        members=len(c.all(statements.MEMBERS)),
         contributors=len({row["account"] for row in accepted if row["status"] != "retired"}),
         tokens=tokens,
     )
@@ -199,7 +199,7 @@ def overview(c: Connection, clock: Clock, run: Head) -> dict[str, Any]:
             "dense": bool(last and last.control_bits_per_byte),
         },
         "domains": lines,
-        "events": tell(c.all(statements.EVENTS), _subjects(c), clock.unix)[:14],
+        "events": tell(c.all(statements.EVENTS), subjects(c), clock.unix)[:14],
     }
 
 
@@ -218,16 +218,18 @@ def _growth(c: Connection) -> list[dict[str, Any]]:
     """The measured snapshots, in order. Their error is that of the gain over the seed, as far as it is known."""
     names = {row["number"]: row["name"] for row in c.all(statements.NAMES)}
     places = {row["digest"]: row["domain"] for row in c.all(statements.EXPERTS)}
-    points = []
+    points: list[dict[str, Any]] = []
     for row in c.all(statements.SNAPSHOTS):
         if not row["measured"]:
             continue
         found, made = Measurement.model_validate_json(row["measured"]), Snapshot.model_validate(json.loads(row["signed"])["body"])
+        if points and not (made.added or made.removed):
+            continue  # the same experts: one left its probation
         changed = places.get(made.added or next(iter(made.removed), ""))
         points.append(
             {
                 "version": made.version, "experts": len(made.experts), "measured": found, "domain": changed,
-                "domain_name": names.get(changed), "change": "accepted:" if made.added else "retired:" if made.removed else "measured",
+                "domain_name": names.get(changed), "change": "accepted:" if made.added else "retired:" if made.removed else "the first",
                 "loss": Estimate(found.bits_per_byte, found.standard_error if found.over_seed_error is None else found.over_seed_error),
             }
         )  # fmt: skip
@@ -252,7 +254,7 @@ def _standing(last: Measurement | None) -> dict[str, Any]:
     }
 
 
-def _subjects(c: Connection) -> dict[str, dict[str, Any]]:
+def subjects(c: Connection) -> dict[str, dict[str, Any]]:
     """What events speak of, by id: domain and its name, member, expert."""
     names = {row["number"]: row["name"] for row in c.all(statements.NAMES)}
     people = {row["id"]: row["name"] for row in c.all(statements.ACCOUNTS)}
@@ -307,10 +309,12 @@ def _members(c: Connection, manifest: RunManifest) -> list[dict[str, Any]]:
             "member": Person(row["id"], row["name"]), "credit": credit.get(row["id"], 0.0), "submitted": sent.get(row["id"], 0),
             "accepted": 0, "tokens": 0,
         }
-        for row in c.all(statements.ACCOUNTS)
+        for row in c.all(statements.MEMBERS)
     }  # fmt: skip
     for row in c.all(statements.ACCEPTED):
-        line, tier = lines[row["account"]], manifest.tiers.get(row["tier"])
+        if (line := lines.get(row["account"])) is None:
+            continue
+        tier = manifest.tiers.get(row["tier"])
         line["tokens"] += row["count"] * (tier.recipe.tokens if tier else 0)
         line["accepted"] += row["count"] if row["status"] != "retired" else 0
     return sorted(lines.values(), key=lambda line: (-line["credit"], -line["submitted"]))

@@ -9,6 +9,7 @@ from elmwood.hub.tables import (
     credit,
     derived,
     derived_expert,
+    device,
     domain,
     event,
     expert,
@@ -93,7 +94,7 @@ DERIVED_OF = (
 SNAPSHOTS = select(snapshot.c.version, snapshot.c.signed, snapshot.c.measured).order_by(snapshot.c.version)
 
 ACCOUNTS = select(account.c.id, account.c.name).order_by(account.c.at)
-ACCOUNT = select(account.c.id, account.c.name).where(account.c.id == bindparam("account"))
+MEMBERS = ACCOUNTS.where(account.c.id.in_(select(device.c.account).where(device.c.role == "member")))  # not the maintainer's keys
 CREDIT = select(credit.c.account, func.sum(credit.c.amount).label("amount")).group_by(credit.c.account)
 SENT = select(submission.c.account, func.count().label("count")).group_by(submission.c.account)
 ACCEPTED = (
@@ -114,7 +115,7 @@ _ledger = (
 )  # fmt: skip
 LEDGER = _ledger.order_by(credit.c.number.desc()).limit(SHOWN)
 LEDGER_OF = _ledger.where(credit.c.account == bindparam("account")).order_by(credit.c.number.desc()).limit(SHOWN)
-EVENTS = select(event.c.kind, event.c.subject, event.c.facts, event.c.at).order_by(event.c.number.desc()).limit(60)
+EVENTS = select(event.c.number, event.c.kind, event.c.subject, event.c.facts, event.c.at).order_by(event.c.number.desc()).limit(60)
 # what events speak of: leases, submissions and experts by their ids
 RECENT_LEASES = (
     select(lease.c.id, lease.c.domain, lease.c.account, null().label("expert"), null().label("code"))

@@ -55,9 +55,11 @@ def measure(
     members = sorted({digest for one, forest in zip(opened, forests, strict=True) if one.is_sum for digest in forest.experts})
     dense = [home.load(control).digest] if control else []
     whole = [one.digest for one in opened if not one.is_sum]
-    found = ensure([("", digest) for digest in (seed.digest, *members, *dense, *whole)], columns, workers=workers, progress=progress)
-    held, seed_N = found.holdout, found.columns[seed.digest]
+    held, models = columns.held, (seed.digest, *members, *dense, *whole)
     test_D = ~held.tune_D
+    test_W = np.unique(held.window_N[test_D[held.document_N]])  # a window without such a document is not run
+    found = ensure([("", one) for one in models], columns, windows=dict.fromkeys(models, test_W), workers=workers, progress=progress)
+    seed_N = found.columns[seed.digest]
     near = {
         kind: distances(held, division, home, progress, signal=kind) for kind in {router_of(one).distances or "dense" for one in opened}
     }
@@ -74,9 +76,9 @@ def measure(
 
 
 def _column(one: Ensemble, forest: Forest, division: Partition, found: Ensured, dist2_NK: Floats, store: Store) -> Floats:
-    """The log-likelihoods of an ensemble [N]."""
+    """The log-likelihoods of an ensemble [N]; those of windows that were not run mean nothing."""
     experts = [store.load(digest, Expert) for digest in forest.experts]
-    loglik_NC = np.column_stack([*(found.columns[digest] for digest in forest.experts), found.columns[forest.seed]])
+    loglik_NC = np.nan_to_num(np.column_stack([found.columns[digest] for digest in (*forest.experts, forest.seed)]))
     routing = Routing.of(one)
     memory_NC = remember(loglik_NC, routing.fading, found.holdout.document_N) if router_of(routing).memory else None
     dist2_NE = nearest_place(dist2_NK, serving(division, [(expert.partition, expert.domain) for expert in experts], store))
