@@ -18,6 +18,7 @@ import itertools
 import os
 import secrets
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -125,7 +126,7 @@ def grouped(hub: Hub, keys: list[str], seconds: float) -> tuple[int, list[float]
 
 def naive(database: Database, when: Callable[[], Moment], keys: list[str], seconds: float) -> tuple[int, list[float]]:
     """The same writes, each in a transaction of its own on its client's connection."""
-    end, done, taken = time.perf_counter() + seconds, [0], []
+    end, done, taken, failed = time.perf_counter() + seconds, [0], [], []
 
     def live(key: str) -> None:
         connection = database.connect()
@@ -138,7 +139,11 @@ def naive(database: Database, when: Callable[[], Moment], keys: list[str], secon
                     done[0] += 1
                     break
                 began, future = time.perf_counter(), Future()
-                run_batch(connection, [(write, future)])
+                try:
+                    run_batch(connection, [(write, future)])
+                except sqlite3.OperationalError:  # it waited longer than 30 s for the lock
+                    failed.append(time.perf_counter() - began)
+                    break
                 taken.append(time.perf_counter() - began)
                 result = future.result()
         connection.raw.close()
@@ -148,7 +153,7 @@ def naive(database: Database, when: Callable[[], Moment], keys: list[str], secon
         thread.start()
     for thread in threads:
         thread.join()
-    return done[0], taken
+    return done[0], taken + failed
 
 
 def rate(clients: list[int], seconds: float, database: str | None) -> None:
