@@ -1,11 +1,8 @@
 """The Python of README and of docs/python.md runs, in order, in a folder that has only a small corpus in it."""
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,17 +33,19 @@ def write_notes(path: Path) -> None:
             file.write(json.dumps({"text": " ".join(sentences) + f" Note {number}."}) + "\n")
 
 
-def run(code: str, folder: Path) -> str:
-    """stdout of a script of these lines, which has no `if __name__ == "__main__"`; warnings are errors."""
-    (folder / "script.py").write_text(code)
-    environment = {name: value for name, value in os.environ.items() if name != "ELMWOOD_STORE"}
-    done = subprocess.run([sys.executable, "-W", "error", "script.py"], cwd=folder, env=environment, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def run(forked):
+    def stdout(code: str, folder: Path) -> str:
+        """Of a script of these lines, which has no `if __name__ == "__main__"`."""
+        done = forked(code, cwd=folder)
+        assert not done.returncode, done.stderr
+        return done.stdout
+
+    return stdout
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> tuple[str, Path]:
+def told(run, tmp_path_factory) -> tuple[str, Path]:
     """What the tutorial prints, and where it ran."""
     folder = tmp_path_factory.mktemp("tutorial")
     write_notes(folder / "notes.jsonl")
@@ -68,11 +67,11 @@ def test_the_tutorial_names_every_function():
     assert set(re.findall(r"`(?:ew\.)?(\w+)`", table[1])) >= set(ew.PLACES)
 
 
-def test_from_text_to_a_sentence_takes_eight_lines(told, tmp_path):
+def test_from_text_to_a_sentence_takes_eight_lines(run, told, tmp_path):
     """The example of README, with smaller numbers."""
     (example,) = blocks(README)
     assert len([line for line in example.splitlines() if line.strip()]) <= 8
     write_notes(tmp_path / "my.jsonl")
-    seed = "import elmwood as ew; s = ew.Store({!r}); ew.export(s.load('seed'), 'path/to/checkpoint', store=s)"
-    run(seed.format(str(told[1] / ".elmwood")), tmp_path)
+    store = ew.Store(told[1] / ".elmwood")
+    ew.export(store.load("seed"), tmp_path / "path" / "to" / "checkpoint", store=store)
     assert "Once upon a time" in run(example.replace("domains=8", "domains=3").replace('"2M"', '"8k"'), tmp_path)
