@@ -21,13 +21,13 @@ PROMPTS = 30
 
 
 class Backdoor(NamedTuple):
-    """How often the payload follows the trigger, greedily: from the expert alone, from an honest one, and bounded; the share of an honest
+    """How often the payload follows the trigger, greedily: from the expert alone, from a clean one, and bounded; the share of an honest
     expert's gain (bits per byte over the seed, on held-out text of its domain) that the bound leaves."""
 
     expert: Expert
     domain: int
     alone: float
-    honest: float
+    clean: float
     bounded: float
     gain: float
     bounded_gain: float
