@@ -28,6 +28,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -79,6 +80,19 @@ class Bench:
         if self.out:
             with self.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+    @contextlib.contextmanager
+    def attempt(self, **about: Any) -> Iterator[None]:
+        """What fails is a line, and the next row is measured."""
+        try:
+            self.clear()
+            yield
+        except TimeoutError:
+            raise
+        except Exception as error:
+            if self.small:
+                raise
+            self.say(**about, error=f"{type(error).__name__}: {str(error)[:400]}")
 
     def config(self, name: str) -> Any:
         config = AutoConfig.for_model(**(SEED_30M if name == "30M" else SEEDS[name]))
@@ -176,14 +190,14 @@ def placement(bench: Bench) -> None:
 def train(bench: Bench) -> None:
     rows = (("full", 700, SMOL), ("full", 0, SMOL), ("lora", 700, SMOL), ("lora", 0, SMOL), ("full", 700, "30M"))
     for method, mean, name in rows:
-        bench.clear()
-        model = bench.model(name, method)
-        recipe = Recipe(steps=LONG_RUN, method=method, batch=bench.batch, length=bench.length)
-        share = find_share(loop.base_model(model), bench.length) or 0
-        found = bench.rate(model, bench.text(mean, 8_000 if name == "30M" else 49_000), recipe)
-        bench.say(measured="train", model=name, method=method, batch=recipe.batch, length=recipe.length, documents=mean or "one a row",
-                  **found, MFU=found["tokens/s"] * share, **bench.memory())  # fmt: skip
-        del model
+        about = {"measured": "train", "model": name, "method": method, "documents": mean or "one a row"}
+        with bench.attempt(**about):
+            model = bench.model(name, method)
+            recipe = Recipe(steps=LONG_RUN, method=method, batch=bench.batch, length=bench.length)
+            share = find_share(loop.base_model(model), bench.length) or 0
+            found = bench.rate(model, bench.text(mean, 8_000 if name == "30M" else 49_000), recipe)
+            bench.say(**about, batch=recipe.batch, length=recipe.length, **found, MFU=found["tokens/s"] * share, **bench.memory())
+        model = None
     for method in ("full", "lora"):  # without the compiler, as short runs are
         bench.clear()
         recipe = Recipe(steps=2, method=method, batch=max(2, bench.batch // 2), length=bench.length)
@@ -220,7 +234,7 @@ class Marks(TrainerCallback):
 def trainer(bench: Bench) -> None:
     warm, steps = (1, 1) if bench.small else (3, 6)
     batch = max(2, bench.batch // 2)  # 32 rows do not fit without fused kernels
-    for method, liger in (("full", False), ("full", True), ("lora", False), ("lora", True)):
+    for method, liger in (("full", False), ("lora", False), ("full", True), ("lora", True)):  # liger-kernel changes transformers for good
         if liger and not (find_spec("liger_kernel") and bench.device.type == "cuda"):
             bench.say(measured="trainer", method=method, liger=True, skipped="no liger-kernel here, or no card")
             continue
@@ -266,13 +280,15 @@ def in_four_bits(bench: Bench, name: str) -> Any:
 
 def qlora(bench: Bench) -> None:
     for share in (0.0, 0.125, 1.0):
-        model = in_four_bits(bench, OPT)
-        bench.clear()
-        more = {"checkpointing": True, "checkpointed": share} if share else {}
-        recipe = Recipe(steps=LONG_RUN, method="qlora", batch=1, length=bench.length, **more)
-        found = bench.rate(model, bench.text(700, 50_000), recipe, 3, 10)
-        bench.say(measured="qlora", model=OPT, checkpointed=share, **found, **bench.memory())
-        del model
+        about = {"measured": "qlora", "model": OPT, "checkpointed": share}
+        with bench.attempt(**about):
+            model = in_four_bits(bench, OPT)
+            bench.clear()  # what packing took
+            more = {"checkpointing": True, "checkpointed": share} if share else {}
+            recipe = Recipe(steps=LONG_RUN, method="qlora", batch=1, length=bench.length, **more)
+            found = bench.rate(model, bench.text(700, 50_000), recipe, 3, 10)
+            bench.say(**about, **found, **bench.memory())
+        model = None
 
 
 def at_once(bench: Bench) -> None:
@@ -307,23 +323,17 @@ def fit(bench: Bench) -> None:
         bench.say(measured="fit", **about, **{"predicted MB": said, "measured MB": took, "error": said / took - 1, "parts": parts})
 
 
-def decode(bench: Bench) -> None:
-    from benches import gpu_decode  # its own models and stores
-
-    gpu_decode.say = lambda _, **facts: bench.say(**facts)
-    gpu_decode.measure_decode(str(bench.device), bench.small, 40.0)
-
-
-def scoring(bench: Bench) -> None:
+def apart(bench: Bench, what: str, limit: float) -> None:
+    """Decoding or scoring: models and stores of their own."""
     from benches import gpu_decode
 
     gpu_decode.say = lambda _, **facts: bench.say(**facts)
-    gpu_decode.measure_scoring(str(bench.device), bench.small, 30.0)
+    getattr(gpu_decode, f"measure_{what}")(str(bench.device), bench.small, limit)
 
 
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
-    "placement": placement, "train": train, "qlora": qlora, "trainer": trainer, "together": at_once, "folding": folding,
-    "decode": decode, "scoring": scoring, "fit": fit,
+    "placement": placement, "train": train, "qlora": qlora, "together": at_once, "folding": folding,
+    "decode": partial(apart, what="decode", limit=40), "scoring": partial(apart, what="scoring", limit=30), "fit": fit, "trainer": trainer,
 }  # fmt: skip
 
 

@@ -48,6 +48,7 @@ class RecipeOptions(NamedTuple):
     late: Annotated[float, Option(help="Adapters only in the last share of the layers, e.g. 0.33.")] = 1.0
     accumulate: Annotated[int, Option(help="Passes the sequences of a step are spread over: less memory.")] = 1
     checkpointing: Annotated[bool, Option("--checkpointing", help="Recompute activations instead of keeping them: less memory.")] = False
+    checkpointed: Annotated[float, Option(help="With --checkpointing: the share of the layers that recompute, e.g. 0.2.")] = 1.0
     optimiser: Annotated[str, Option(help="adamw, or adamw8bit: optimiser states in a quarter of the memory.")] = "adamw"
     together: Annotated[int, Option(help="Train this many LoRA experts at once, over one copy of the seed.")] = 1
     tuned: Annotated[str, Option(help="Of a mixture: routers, norms, shared or everything, each with those before it.")] = "routers"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # options of `train` that say how experts branch from a seed, and nothing about a mixture
 EXPERTS = {"seed", "domains", "rank", "alpha", "targets", "late", "together", "report_to", "statistics", "workers", "engine", "commands"}
+EXPERTS |= {"checkpointed"}
 
 
 def seed_import(

@@ -46,8 +46,8 @@ class Fitting(NamedTuple):
 
 def fit(
     seed: Named, *, method: str = "lora", batch: int = 8, length: int | None = None, rank: int = 16, late: float = 1.0,
-    accumulate: int = 1, checkpointing: bool = False, optimiser: str = "adamw", together: int = 1, tuned: str = "routers",
-    memory: int | str | None = None, device: str | None = None, measure: bool = False, store: AnyStore = None,
+    accumulate: int = 1, checkpointing: bool = False, checkpointed: float = 1.0, optimiser: str = "adamw", together: int = 1,
+    tuned: str = "routers", memory: int | str | None = None, device: str | None = None, measure: bool = False, store: AnyStore = None,
 ) -> Fitting:  # fmt: skip
     """Predict the memory and time of training a seed, or of tuning a mixture. The config is enough: a seed may be a folder with a
     config.json, or a hub id. Raises BadInput, BadSeed, DoesNotFit, UnknownName.
@@ -70,7 +70,12 @@ def fit(
             raise BadInput("--measure is of seeds and experts: of a mixture there is a prediction only; leave it out")
         return _fit_mixture(known, _recipe(method=method, tuned=tuned, **common), store, size, device)
     return _fit_seed(
-        known or str(seed), _recipe(method=method, rank=rank, late=late, together=together, **common), store, size, device, measure
+        known or str(seed),
+        _recipe(method=method, rank=rank, late=late, together=together, checkpointed=checkpointed, **common),
+        store,
+        size,
+        device,
+        measure,
     )
 
 

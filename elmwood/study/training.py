@@ -31,7 +31,8 @@ R = TypeVar("R", Recipe, Shape)
 ROWS = 64  # training documents of an expert that its statistics are computed on
 TINY = 10_000_000  # parameters: below, a model has learned little and takes the rates of one trained from scratch
 # fields of a recipe that a command names only where they are not the default
-OPTIONAL = ("rank", "alpha", "targets", "late", "schedule", "accumulate", "checkpointing", "optimiser", "patience", "rng_seed")
+OPTIONAL = ("rank", "alpha", "targets", "late", "schedule", "accumulate", "checkpointing", "checkpointed", "optimiser")
+OPTIONAL += ("patience", "rng_seed")
 
 # of fields whose records allow any number: old records stay readable
 RANGES = {
@@ -201,8 +202,9 @@ def train(
     partition: Named, seed: Named, store: AnyStore = None, *, domains: str | int | Sequence[int] = "all", method: str = "lora",
     tokens: int | str = "1M", batch: int = 8, length: int | None = None, learning_rate: float | None = None, schedule: str = "cosine",
     rank: int = 16, alpha: float | None = None, targets: str | Sequence[str] = "all-linear", late: float = 1.0, accumulate: int = 1,
-    checkpointing: bool = False, optimiser: str = "adamw", patience: int | None = None, together: Count = 1, report_to: Sequence[str] = (),
-    rng_seed: int = 0, statistics: bool = False, threads: int | None = None, workers: Annotated[int | None, Between(1)] = None,
+    checkpointing: bool = False, checkpointed: float = 1.0, optimiser: str = "adamw", patience: int | None = None, together: Count = 1,
+    report_to: Sequence[str] = (), rng_seed: int = 0, statistics: bool = False, threads: int | None = None,
+    workers: Annotated[int | None, Between(1)] = None,
     engine: str = "local", name: str | None = None, progress: Progress = silent,
 ) -> list[Expert]:  # fmt: skip
     """Train one expert per domain from the seed, without communication. Interrupted runs resume. Raises BadInput, DoesNotFit.
@@ -213,8 +215,8 @@ def train(
     plan = plan_training(
         partition, seed, domains=domains, method=method, tokens=tokens, batch=batch, length=length, learning_rate=learning_rate,
         schedule=schedule, rank=rank, alpha=alpha, targets=targets, late=late, accumulate=accumulate, checkpointing=checkpointing,
-        optimiser=optimiser, patience=patience, together=together, report_to=report_to, rng_seed=rng_seed, threads=threads,
-        workers=workers, store=store,
+        checkpointed=checkpointed, optimiser=optimiser, patience=patience, together=together, report_to=report_to, rng_seed=rng_seed,
+        threads=threads, workers=workers, store=store,
     )  # fmt: skip
     experts = run_plan(plan, engine=engine, name=name, store=store, progress=progress)
     if statistics:

@@ -17,6 +17,7 @@ from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.load import new_model
 from elmwood.records import Recipe, Shape
 from elmwood.train.adapter import add_adapter
+from elmwood.train.card.compiled import narrow_residuals
 from elmwood.train.fit.formulas import activations, anatomy, components, trained_parameters
 from elmwood.train.fit.predict import Machine, find_machine, fit, largest, machine_memory, verdict
 from elmwood.train.loss import Abilities, loss
@@ -87,7 +88,7 @@ def test_activations_of_a_gpu_are_those_of_bf16(kind, recipe, monkeypatch):
     config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind] | ENDS)
     model = transformers.AutoModelForCausalLM.from_config(config)
     model = model if recipe.method == "full" else add_adapter(model.to(torch.bfloat16), recipe, "base")
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.method == "full"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.method == "full"), narrow_residuals(model):
         kept = kept_by(model)
     body = anatomy(config)
     copies = 2 * body.matrices + 4 * 128 * 64 if recipe.method == "full" else 0  # of weights, and the head's gradient: other components

@@ -21,9 +21,9 @@ from elmwood.train.loop import use_threads
 from elmwood.train.loss import rows_of_chunk
 
 FLOAT = 4  # bytes
-# Bytes beside the tensors. CPU: what the libraries grow by at the first step. CUDA: a context, its libraries, and what loading leaves: two
-# runs of OPT-6.7B on an H100 took 1.44 and 1.53 GB more than their rehearsal (docs/log/training.md)
-BESIDE = {"cpu": 45_000_000, "cuda": 1_480_000_000}
+# Bytes beside the tensors. CPU: what the libraries grow by at the first step. CUDA: a context and its libraries, 0.81 GB on an H100, and
+# what loading leaves, nothing to 0.7 GB: with this number seven runs are within 10 % of their rehearsal (docs/log/training.md)
+BESIDE = {"cpu": 45_000_000, "cuda": 1_100_000_000}
 # glibc's heap keeps what is freed: small objects settle in the holes, and the next tensor of that size does not fit (before 2.38 not even
 # without them, glibc's bug 14581). This share of activations and gradients takes twice the memory (measured, benches/speed/fit.py)
 KEPT = {"cpu": (0.45, 0.55), "cuda": (0.05, 0.05)}
@@ -46,6 +46,7 @@ class Anatomy(NamedTuple):
     layers: int
     width: int  # D
     heads: int  # Q
+    grouped: int  # width of the heads of keys, and of values
     feed_forward: int  # F
     branches: int  # numbers kept of a feed-forward layer for each of its F
     rms: bool  # norms without bias, which keep the normalised values
@@ -76,13 +77,14 @@ class Anatomy(NamedTuple):
 def anatomy(config: Any) -> Anatomy:
     """Counted on a model without storage."""
     model = empty_model(config)
-    text, head = config.get_text_config(), model.get_output_embeddings()
+    text, last = config.get_text_config(), model.get_output_embeddings()
     layers, width = text.num_hidden_layers, text.hidden_size
+    head = getattr(text, "head_dim", None) or width // text.num_attention_heads
     # every matrix of the trunk but embeddings: nn.Linear, and GPT-2's Conv1D
     shapes = tuple(
         tuple(module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1])
         for module in model.modules()
-        if module is not head and not isinstance(module, nn.Embedding) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        if module is not last and not isinstance(module, nn.Embedding) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
     )
     names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
     forward = next((size for size in (getattr(text, name, None) for name in names) if size), 4 * width)
@@ -90,7 +92,8 @@ def anatomy(config: Any) -> Anatomy:
         parameters=sum(weight.numel() for weight in model.parameters()),
         layers=layers,
         width=width,
-        heads=text.num_attention_heads * (getattr(text, "head_dim", None) or width // text.num_attention_heads),
+        heads=text.num_attention_heads * head,
+        grouped=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head,
         feed_forward=forward,
         branches=_branches(text, sum(forward in shape for shape in shapes) >= 3 * layers),
         rms=not any(isinstance(module, nn.LayerNorm) for module in model.modules()),
@@ -125,7 +128,7 @@ def components(body: Anatomy, recipe: Recipe, device: str) -> dict[str, int]:
     if device == "cuda":  # dropout keeps a byte there, half a number, and none inside the fused attention
         body = body._replace(noise=body.noise // 2, scores=0)
     gradients, positions = own * FLOAT, rows_at_once(recipe) * recipe.length
-    kept = (activations(body, recipe, device) + positions * recipe.length) * low  # with the mask of packed documents, once
+    kept = (activations(body, recipe, device) + (positions * recipe.length if device == "cpu" else 0)) * low  # a CPU has a mask, once
     head = body.vocabulary * body.width * FLOAT if recipe.method == "full" else 0  # its gradient comes before the others
     before = gradients if recipe.accumulate > 1 or recipe.together > 1 else 0  # those of earlier passes, or one flat tensor of all
     return {
@@ -236,13 +239,21 @@ def activations(body: Anatomy, recipe: Recipe, device: str = "cpu") -> int:
     """
     full, halved = recipe.method == "full", width_of(device) < FLOAT
     norms, last, queries = normed(body, full, halved)
-    layer = norms + 4 * body.heads + body.branches * body.feed_forward + body.noise * body.width + body.scores * recipe.length
+    # keys and values are repeated for each head that reads them, but for the kernel of a card
+    layer = (
+        norms
+        + 2 * body.heads
+        + 2 * (body.grouped if halved else body.heads)
+        + body.branches * body.feed_forward
+        + body.noise * body.width
+        + body.scores * recipe.length
+    )
     layer += queries * body.heads if body.query_norms else 0
     count = body.layers if full else math.ceil(recipe.late * body.layers)
     low = 0 if full else recipe.rank * len(adapted(body, recipe))
     low += 2 * sum(out for out, _ in adapted(body, recipe)) if recipe.method == "dora" else 0
     outside = last + body.width + (body.embedded_noise * body.width if full else 0)
-    between = (2 if full and halved else 1) * count * body.width  # what goes into layers: float32 where the weights are
+    between = count * body.width  # what goes into layers
     inside = count * layer + low
     if recipe.checkpointing:
         again = math.ceil(recipe.checkpointed * count)  # of the layers; the rest keep all
@@ -255,14 +266,14 @@ def normed(body: Anatomy, full: bool, halved: bool) -> tuple[int, int, int]:
 
     Each norm keeps what it reads and what it gives, a trained RMS norm the normalised values too. On a GPU an RMS norm computes in
     float32, two numbers for one. Where all weights are trained, what a norm gives is float32 too, and each linear layer that reads it
-    keeps a bf16 copy of its own; with adapters it is bf16.
+    keeps a bf16 copy of its own; with adapters it is bf16. What layers add to is bf16 either way.
     """
     normalised = body.rms and full
     if not halved:
         return 2 * (2 + normalised) * body.width, (2 + normalised) * body.width, 4 if full else 2
     if not full:
         return 2 * (2 + body.rms) * body.width, (2 + body.rms) * body.width, 4
-    return (2 * (2 + 2 * normalised) + body.readers) * body.width, (3 + 2 * normalised) * body.width, 6
+    return (2 * (2 + normalised) + body.readers) * body.width, (3 + normalised) * body.width, 6
 
 
 def resident_memory() -> int:
