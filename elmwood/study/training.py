@@ -31,7 +31,7 @@ R = TypeVar("R", Recipe, Shape)
 ROWS = 64  # training documents of an expert that its statistics are computed on
 TINY = 10_000_000  # parameters: below, a model has learned little and takes the rates of one trained from scratch
 # fields of a recipe that a command names only where they are not the default
-OPTIONAL = ("rank", "alpha", "targets", "late", "schedule", "accumulate", "checkpointing", "checkpointed", "optimiser")
+OPTIONAL: tuple[str, ...] = ("rank", "alpha", "targets", "late", "schedule", "accumulate", "checkpointing", "checkpointed", "optimiser")
 OPTIONAL += ("patience", "rng_seed")
 
 # of fields whose records allow any number: old records stay readable
