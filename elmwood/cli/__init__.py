@@ -96,6 +96,12 @@ GROUPS = {
     "seed": (SEED_VERBS, "Make the shared starting model: train one from scratch, or import one."),
     "state": (STATE_VERBS, "Unfinished merges: sums of experts that add and subtract exactly, in any order."),
 }
+# places of the verbs that run models; `fit` and `join` have a --device of their own
+COMPUTING = frozenset({
+    "demo:demo", "text:cluster", "text:split", "text:add", "train:train", "train:adopt", "train:statistics", "train:seed_train",
+    "train:seed_import", "evaluate:evaluate", "evaluate:table", "evaluate:compare", "evaluate:accept", "models:chat", "merge:merge",
+    "models:mix", "models:loads",
+})  # fmt: skip
 PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 
 
@@ -120,12 +126,12 @@ def lazy(verbs: dict[str, tuple[str, str]], groups: dict[str, Any]) -> type[Type
 
 def _command(name: str, place: str) -> Any:
     """The function of a verb, `module:function`, as a command."""
-    from elmwood.cli.options import command
+    from elmwood.cli.options import command, computing
 
     module, _, function = place.partition(":")
     verb = getattr(import_module(f"elmwood.cli.{module}"), function)
     single = typer.Typer(**PLAIN)
-    single.command(name)(command(verb))
+    single.command(name)(computing(command(verb)) if place in COMPUTING else command(verb))
     return typer.main.get_command(single)
 
 
@@ -137,16 +143,8 @@ for _name, (_verbs, _line) in GROUPS.items():
 
 
 @app.callback(invoke_without_command=True)
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(envvar="ELMWOOD_DEVICE", help="Where to compute: cpu, cuda, cuda:1, mps, xpu; default: the best there is."),
-    ] = None,
-) -> None:
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Grow one language model out of many small experts."""
-    if device:
-        os.environ["ELMWOOD_DEVICE"] = device  # for this process and its workers
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -1,6 +1,7 @@
 """Options that several verbs have, and records of options: a verb takes a record, the command line has an option for each field."""
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 from typer import Argument, Option
 from typer.models import OptionInfo
 
+from elmwood.engine import DEVICE
 from elmwood.ranges import NewFile
 from elmwood.store import Store
 
@@ -17,6 +19,9 @@ BELOW = "results are named below it: NAME/0, NAME/1, …"  # a mark on an option
 CorpusArgument = Annotated[list[str], Argument(help="JSON, CSV, Parquet, Arrow, text, folders of these, datasets:NAME, or 'sample'.")]
 ExpertsArgument = Annotated[list[str], Argument(help="A forest, or experts; NAME/ means all experts with names below it.")]
 StatesArgument = Annotated[list[str], Argument(help="Names, digests, or folders written by export.")]
+DeviceOption = Annotated[
+    str | None, Option(envvar="ELMWOOD_DEVICE", help="Where to compute: cpu, cuda, cuda:1, mps, xpu; default: the best there is.")
+]
 DocumentsOption = Annotated[int | None, Option(help="At most this many held-out documents.")]
 EngineOption = Annotated[str, Option(help="Where tasks run: local, or ray.")]
 LayersOption = Annotated[str | None, Option(help="Merge only these layers, e.g. 4-11; everything else stays the seed's.")]
@@ -110,6 +115,21 @@ def command(verb: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def computing(call: Callable[..., None]) -> Callable[..., None]:
+    """A command with the option --device: for this process and its workers (elmwood/lm/devices.py)."""
+
+    @wraps(call)
+    def run(device: str | None, **given: Any) -> None:
+        if device:
+            os.environ[DEVICE] = device
+        call(**given)
+
+    where = inspect.Parameter("device", inspect.Parameter.KEYWORD_ONLY, annotation=DeviceOption, default=None)
+    run.__signature__ = inspect.Signature([*inspect.signature(call).parameters.values(), where])  # type: ignore[attr-defined]
+    run.__annotations__ = call.__annotations__ | {"device": DeviceOption}
+    return run
 
 
 def flags(option: OptionInfo) -> list[str]:

@@ -11,7 +11,7 @@ KINDS = ("cuda", "xpu", "mps")  # in this order; ROCm calls itself cuda
 
 
 def best_device() -> torch.device:
-    """What ELMWOOD_DEVICE or `elmwood --device` names, else a GPU if there is one, else the CPU. Raises BadInput if it is not here."""
+    """What ELMWOOD_DEVICE or the option --device names, else a GPU if there is one, else the CPU. Raises BadInput if it is not here."""
     here = [kind for kind in KINDS if getattr(torch, kind).is_available()]
     named = os.environ.get(DEVICE)
     if not named:

@@ -112,13 +112,16 @@ class Experts:
         if key not in self._bodies:
             model = load_model(self.seed, self.store, None if key == BASE else self.experts[key], self.device)
             adapters = [adapter_of(self.experts[e], self.store) for e in self.adapters] if key == BASE else []
+            head_VD = plain_head(model)  # before the bank wraps it
             bank = Bank(model, adapters) if adapters else None
+            if bank and any(one is model.get_output_embeddings() for one in bank.adapted):
+                head_VD = None
             if (rows := model.config.get_text_config().vocab_size) != self.seed.vocabulary:
                 raise BadInput(
                     f"expert {self.experts[key].digest[:8]} has {rows} rows of vocabulary, {self.seed.name} {self.seed.vocabulary}: "
                     "merge it with others of the seed, with --resize"
                 )
-            self._bodies[key] = Body(model, bank, plain_head(model))
+            self._bodies[key] = Body(model, bank, head_VD)
         return self._bodies[key]
 
     @torch.inference_mode()

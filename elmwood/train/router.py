@@ -106,7 +106,7 @@ class Watch:
         def record(module: Any, given: Any, output: Any) -> None:
             logit_NE, weight_NK, chosen_NK = output
             self.logits[layer], self.chosen[layer] = logit_NE, chosen_NK
-            weight_E = torch.bincount(chosen_NK.flatten(), weight_NK.detach().flatten().double(), logit_NE.shape[-1]).cpu()
+            weight_E = _sums(chosen_NK, weight_NK.detach().double(), logit_NE.shape[-1])
             self.load[layer] = self.load.get(layer, torch.zeros_like(weight_E)) + weight_E
 
         return record
@@ -118,7 +118,8 @@ class Watch:
         losses = []
         for layer, logit_NE in self.logits.items():
             experts = logit_NE.shape[-1]
-            share_E = torch.bincount(self.chosen[layer].flatten(), minlength=experts).float() / self.chosen[layer].numel()
+            chosen_NK = self.chosen[layer]
+            share_E = _sums(chosen_NK, torch.ones_like(chosen_NK, dtype=torch.float32), experts) / chosen_NK.numel()
             losses.append(experts * (share_E * torch.softmax(logit_NE.float(), -1).mean(0)).sum())
         return self.weight * torch.stack(losses).mean()
 
@@ -127,6 +128,11 @@ class Watch:
         shares = {layer: (weight_E / weight_E.sum()).tolist() for layer, weight_E in self.load.items()}
         self.load.clear()
         return shares
+
+
+def _sums(chosen_NK: Tensor, weight_NK: Tensor, experts: int) -> Tensor:
+    """The sum of each expert's weights [E], on the device: bincount would ask it for the largest number."""
+    return weight_NK.new_zeros(experts).index_add_(0, chosen_NK.flatten(), weight_NK.flatten())
 
 
 @contextmanager

@@ -58,8 +58,8 @@ class Gated(nn.Module):
             x_CH = x_TH[token_C]
             gate_CI = gate_TI[token_C] + self._low("gate_proj", e, x_CH)
             mine_CI = self.base.act_fn(gate_CI) * (up_TI[token_C] + self._low("up_proj", e, x_CH)) * weight_C1
-            summed_TI = summed_TI.index_add(0, token_C, mine_CI)
-            low_TH = low_TH.index_add(0, token_C, self._low("down_proj", e, mine_CI))
+            summed_TI = summed_TI.index_add(0, token_C, mine_CI.to(summed_TI.dtype))  # autocast narrows some of them
+            low_TH = low_TH.index_add(0, token_C, self._low("down_proj", e, mine_CI).to(low_TH.dtype))
         return (self.base.down_proj(summed_TI) + low_TH).view(x.shape)
 
     def _low(self, part: str, e: int, x_CX: Tensor) -> Tensor:
