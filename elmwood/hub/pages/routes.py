@@ -88,6 +88,8 @@ def attacks() -> dict[str, Any]:
     tried, missed = sum(row["tried"] for row in rows), sum(row["missed"] for row in rows)
     wrong, sent = sum(row["caught"] for row in honest), sum(row["tried"] for row in honest)
     lede = f"{tried:,} dishonest submissions of {len(rows)} kinds: {tried - missed:,} were caught, {missed:,} were missed." if rows else ""
+    kinds = [row["attack"] for row in rows if row["missed"]]
+    lede += f" Missed: {', '.join(kinds)}." if kinds else ""
     lede += f" {wrong:,} of {sent:,} honest experts were wrongly refused." if honest else ""
     return {
         "rows": rows,
