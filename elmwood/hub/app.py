@@ -143,6 +143,29 @@ class BoundBodies:
                 await _refuse(408, "too-slow", f"nothing came for {SILENCE:.0f} s", "send it again")(scope, receive, send)
 
 
+class Counted:
+    """Each request is counted, with its status and its seconds."""
+
+    def __init__(self, app: ASGIApp, count: Callable[[Scope, int, float], None]):
+        self.app, self.count = app, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began, status = time.perf_counter(), 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            self.count(scope, status, time.perf_counter() - began)
+
+
 class TooMuch(Exception):
     """A body longer than it may be."""
 
@@ -170,14 +193,12 @@ def _add_health(app: FastAPI, hub: Hub) -> None:
     live = Gauge("elmwood_hub_leases", "live leases", registry=registry)
     uptime = Gauge("elmwood_hub_uptime_seconds", "uptime that deadlines count", registry=registry)
 
-    @app.middleware("http")
-    async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        began = time.perf_counter()
-        response = await call_next(request)
-        route = getattr(request.scope.get("route"), "path", "none")
-        requests.labels(request.method, route, response.status_code).inc()
-        seconds.labels(route).observe(time.perf_counter() - began)
-        return response
+    def count(scope: Scope, status: int, taken: float) -> None:
+        route = getattr(scope.get("route"), "path", "none")
+        requests.labels(scope["method"], route, status).inc()
+        seconds.labels(route).observe(taken)
+
+    app.add_middleware(Counted, count=count)
 
     @app.get("/healthz", tags=["health"])
     async def healthz() -> dict[str, str]:
