@@ -236,7 +236,10 @@ async def ask(client: httpx.AsyncClient, key: Any, target: str, body: str, taken
     headers = signing.sign_request("POST", target, body.encode(), time.time(), key)
     headers |= {"Content-Type": "application/json", "Idempotency-Key": secrets.token_hex(8), "Elmwood-Client": "99"}
     began = time.perf_counter()
-    reply = await client.post(target, content=body, headers=headers)
+    try:
+        reply = await client.post(target, content=body, headers=headers)
+    except httpx.ReadError:  # the server closed an idle connection at that moment: asked again, as clients do
+        return await ask(client, key, target, body, taken)
     if taken is not None:
         taken.append(time.perf_counter() - began)
     return reply

@@ -33,7 +33,9 @@ def serve(hub: Hub, host: str, port: int) -> None:
 
     from elmwood.hub.app import create_app
 
-    uvicorn.run(create_app(hub), host=host, port=port, log_level="warning", timeout_graceful_shutdown=10, server_header=False)
+    uvicorn.run(
+        create_app(hub), host=host, port=port, log_level="warning", timeout_graceful_shutdown=10, timeout_keep_alive=75, server_header=False
+    )
 
 
 def status(hub: Hub) -> dict[str, Any]:

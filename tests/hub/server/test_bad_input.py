@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 import zipfile
 from io import BytesIO
@@ -13,6 +14,10 @@ from elmwood.hub.actions import leases
 from elmwood.hub.messages import Limits, Terms
 from tests.hub.server.people import Person
 from tests.hub.server.world import TENSORS, adapter, keys
+
+# the same code on both kinds of hub; all of it on the second one too costs minutes, so that is asked for
+BOTH = ["embedded", *(["postgres and s3"] if os.environ.get("ELMWOOD_BOTH_HUBS") else [])]
+pytestmark = pytest.mark.parametrize("make_hub", BOTH, indirect=True)
 
 
 def problem(reply, status: int, code: str) -> dict:
