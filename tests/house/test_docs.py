@@ -84,7 +84,7 @@ DOCUMENTS = [ROOT / "README.md", *(path for path in sorted(ROOT.glob("docs/**/*.
 def test_every_command_in_the_docs_parses(command):
     """Its verb and options exist. Running them is the story's task."""
     words = command.split()[1:]
-    depth = 2 if words[0] in ("seed", "state") else 1
+    depth = 2 if words[0] in ("seed", "state", "hub") else 1
     asked = CliRunner().invoke(app, [*words[:depth], "--help"])
     assert asked.exit_code == 0, command
     for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", command):

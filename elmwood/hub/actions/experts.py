@@ -104,7 +104,8 @@ def take_snapshot(c: Connection, when: Moment, office: Office, added: str | None
         for row in c.all(_members)
     )
     forest = Forest(seed=run.seed, partition=run.partition, experts=tuple(one.expert for one in members))
-    ensemble = run.ensemble.model_copy(update={"forest": forest.digest})
+    bounded = tuple(one.expert for one in members if one.status == "probation")
+    ensemble = run.ensemble.model_copy(update={"forest": forest.digest, "bounded": bounded})
     for made in (forest, ensemble):
         c.insert(record, ignore=True, digest=made.digest, kind=made.kind, body=canonical(made).decode(), secret=0)
     version = last["version"] + 1 if last else 0
