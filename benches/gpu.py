@@ -1,6 +1,6 @@
 """A card in one command, at most eight minutes: placement, training and the Trainer, four bits, experts at once, decoding, scoring.
 
-    python benches/gpu.py [--device cpu --small] [--only placement,train] [--limit 60]
+    python -m benches.gpu [--device cpu --small] [--only placement,train] [--limit 60]
 
 Each measurement is a JSON line as soon as it exists (also in --out), ends after --limit seconds or by an error, which is a line too, and
 the last line is a summary beside the goals. All weights are random, all text is made here: nothing is read but the code. Needs torch,

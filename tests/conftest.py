@@ -19,6 +19,16 @@ def forked():
     server.end()
 
 
+@pytest.fixture
+def float32():
+    """CPUs with AMX train in bf16: what compares sums more closely than that asks for float32."""
+    from elmwood.train import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "uses_bf16", lambda device: device.type != "cpu")
+        yield
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return Store(tmp_path_factory.mktemp("store"))

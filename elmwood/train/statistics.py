@@ -104,7 +104,7 @@ class Grams:
                 self.same[name] = self._last[1]
                 return
             self._last = (inputs[0], name)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):  # sums of products stay in float32
                 self._add(name, inputs[0].detach().flatten(0, -2).float())
 
         return look

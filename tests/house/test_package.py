@@ -50,15 +50,24 @@ def installed() -> Mapping[str, list[str]]:
 
 
 def imported() -> dict[str, set[str | None]]:
-    """Distribution -> the extras through which the package asks for it; None stands for a plain import."""
+    """Distribution -> the extras through which the package asks for it; None stands for a plain import.
+
+    Importing `elmwood.hub` asks for the extra `hub`, so its modules may import plainly what that brings.
+    """
     found: dict[str, set[str | None]] = {}
+    extras = PROJECT["optional-dependencies"]
     for path in HOUSE.rglob("*.py"):
+        own = distributions([*extras["hub"], *extras["postgres"]]) if "hub" in path.relative_to(HOUSE).parts else set()
         for node in ast.walk(ast.parse(path.read_text())):
             for module, extra in asked(node):
                 top = module.split(".")[0]
                 if top not in {*sys.stdlib_module_names, "elmwood"}:
+                    if extra is None and (name := provider(top)) in own:
+                        extra = "hub" if name in distributions(extras["hub"]) else "postgres"
                     found.setdefault(provider(top), set()).add(extra)
     found.setdefault(provider("s3fs"), set()).add("s3")  # fsspec imports it for s3://
+    for name in ("httptools", "uvloop"):  # uvicorn imports them
+        found.setdefault(name, set()).add("hub")
     for name, module in TRACKERS.items():
         found.setdefault(provider(module), set()).add(name)
     return found

@@ -38,6 +38,7 @@ def weights(model) -> list[torch.Tensor]:
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
+@pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize("kind", list(MODELS))
 @pytest.mark.parametrize("change", [{}, {"accumulate": 2, "batch": 3, "checkpointing": True}])
 def test_each_is_what_it_would_be_alone(kind, change, tmp_path):

@@ -163,6 +163,7 @@ def test_a_quantised_base_keeps_its_head_and_embeddings(case):
     assert (state.quant_type, state.nested) == ("nf4", True)
 
 
+@pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("recipe", [FULL, LORA])
 def test_a_step_in_passes_is_the_step(recipe, checkpointing):
@@ -190,6 +191,7 @@ def test_recomputed_activations_change_no_bit(case):
     assert one.files["model.safetensors"] == two.files["model.safetensors"]
 
 
+@pytest.mark.usefixtures("float32")
 def test_patience_ends_a_run_and_keeps_the_best(case, tmp_path):
     store, corpus, seed = case
     recipe = Recipe(method="lora", rank=4, steps=40, batch=4, length=32, learning_rate=0.2, schedule="constant", patience=3)

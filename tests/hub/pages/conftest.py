@@ -52,7 +52,7 @@ def address(hub, cast):
     thread.join()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")  # while it is open, this thread has an event loop, and other tests want their own
 def browser():
     """Chromium without a window: Debian's, or whichever is on the path. CI has one: `make browser`."""
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
