@@ -53,8 +53,9 @@ def accept(c: Connection, row, verdict: str, gain: float, copies: Sequence[str],
     gate, version = current(c).gate, newest(c)["version"] + 1
     for one in copies:
         _drop(c, one, "copy", version, when)
+    status = "probation" if gate.probation_s > 0 else "full"
     c.insert(
-        expert, digest=row["expert"], submission=row["id"], domain=row["domain"], account=row["account"], status="probation", since=version,
+        expert, digest=row["expert"], submission=row["id"], domain=row["domain"], account=row["account"], status=status, since=version,
         full_at=when.uptime + gate.probation_s, gain=gain, at=int(when.unix),
     )  # fmt: skip
     move_domain(c, row["domain"], "accept", expert=row["expert"])

@@ -34,6 +34,7 @@ def test_from_a_claim_to_a_snapshot_and_back(hub, client):
     for digest in (body.forest, body.ensemble, made["expert"], state["verdict"]):
         record = client.get(f"/v1/records/{digest}")
         assert hashlib.sha256(record.content).hexdigest() == digest
+    assert client.get(f"/v1/records/{body.ensemble}").json()["bounded"] == [made["expert"]]  # it is on probation
     admin.post(f"/v1/experts/{made['expert']}/retire", {"reason": "regression", "compensate": True}, status=200)
     after = open_signed(Signed(**client.get("/v1/snapshot").json()), Snapshot, manifest.hub_key)
     first = open_signed(Signed(**client.get("/v1/snapshot?version=0").json()), Snapshot, manifest.hub_key)
