@@ -17,7 +17,6 @@ from elmwood.hub.actions import experts, members
 from elmwood.hub.actions.request import current, find_caller
 from elmwood.hub.database import Connection, Database, transaction
 from elmwood.hub.home import Hub
-from elmwood.hub.manifest import open_manifest
 from elmwood.hub.messages import Retirement, Signed, Snapshot
 from elmwood.hub.migrations import revision, upgrade
 from elmwood.hub.rules import LIVE
@@ -181,7 +180,9 @@ def _keys(hub: Hub) -> str:
 
 def _manifest(hub: Hub) -> str:
     text = hub.read(lambda c: c.value(select(manifest.c.signed).order_by(manifest.c.version.desc()).limit(1)))
-    made = open_manifest(Signed.model_validate_json(text), time.time())
+    made = signing.open_manifest(Signed.model_validate_json(text), time.time())
+    if made.issued > time.time() + signing.SKEW:
+        raise signing.Forged(f"version {made.version} of run {made.run!r} was issued in the future: set this machine's clock")
     days = (made.issued + made.expires_s - time.time()) / 86400
     if made.hub_key != signing.public(hub.office.key):
         raise Damaged("the manifest names another hub key than the one in keys/: publish again")

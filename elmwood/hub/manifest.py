@@ -16,7 +16,6 @@ from elmwood.hub.blobs import Blobs
 from elmwood.hub.database import Connection
 from elmwood.hub.home import Home, Hub
 from elmwood.hub.messages import RunManifest, Signed
-from elmwood.hub.signing import Forged
 from elmwood.hub.tables import blob, domain, manifest, record, run
 from elmwood.records import Corpus, Partition, Record, Seed, canonical
 from elmwood.store import Store
@@ -46,24 +45,6 @@ def sign_manifest(draft: RunManifest, home: Home, when: Moment, version: int) ->
         }
     )
     return signing.sign(made, signing.load_key(home.key_path("root")))
-
-
-def open_manifest(signed: Signed, now: float, root: str | None = None, newest: int = 0) -> RunManifest:
-    """A manifest, checked. `root`: the root key that this machine knows of the run; `newest`: the latest version it saw; `now`: unix
-    seconds. Raises Forged."""
-    made = signing.open_signed(signed, RunManifest, root)
-    if signed.key != made.root_key:
-        raise Forged(f"the manifest is signed by key {signed.key[:8]}, and names {made.root_key[:8]} as its root key: do not use it")
-    if made.version < newest:
-        raise Forged(
-            f"the hub offers version {made.version} of run {made.run!r}, this machine has seen version {newest}: it was rolled back"
-        )
-    if now > made.issued + made.expires_s:
-        days = (now - made.issued - made.expires_s) / 86400
-        raise Forged(f"version {made.version} of run {made.run!r} expired {days:.1f} days ago: the maintainer publishes it again")
-    if made.issued > now + signing.SKEW:
-        raise Forged(f"version {made.version} of run {made.run!r} was issued in the future: set this machine's clock")
-    return made
 
 
 def publish(draft: RunManifest, hub: Hub, texts: Iterable[bytes] = (), atlas: str | None = None) -> Signed:

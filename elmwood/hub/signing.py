@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import ValidationError
 
 from elmwood.errors import BadInput, BadRecord, Damaged
-from elmwood.hub.messages import Signed
+from elmwood.hub.messages import RunManifest, Signed
 from elmwood.records import Frozen, canonical
 
 SKEW = 300.0  # seconds
@@ -110,6 +110,22 @@ def open_signed(signed: Signed, kind: type[V], by: str | None = None) -> V:
     except ValidationError as error:
         first = error.errors()[0]
         raise BadRecord(f"a signed {kind.__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']}; upgrade elmwood") from error
+
+
+def open_manifest(signed: Signed, now: float, root: str | None = None, newest: int = 0) -> RunManifest:
+    """A manifest, checked. `root`: the root key that this machine knows of the run; `newest`: the latest version it saw; `now`: unix
+    seconds. Raises Forged."""
+    made = open_signed(signed, RunManifest, root)
+    if signed.key != made.root_key:
+        raise Forged(f"the manifest is signed by key {signed.key[:8]}, and names {made.root_key[:8]} as its root key: do not use it")
+    if made.version < newest:
+        raise Forged(
+            f"the hub offers version {made.version} of run {made.run!r}, this machine has seen version {newest}: it was rolled back"
+        )
+    if now > made.issued + made.expires_s:
+        days = (now - made.issued - made.expires_s) / 86400
+        raise Forged(f"version {made.version} of run {made.run!r} expired {days:.1f} days ago: the maintainer publishes it again")
+    return made
 
 
 def digest(value: Frozen) -> str:

@@ -1,6 +1,5 @@
 """Entering a run: its signed manifest, an account for this device's key, and the volunteer's consent."""
 
-import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from elmwood.hub.client.http import Hub
 from elmwood.hub.client.state import Folder, Options, Told, new_code, once
 from elmwood.hub.client.transfer import fetch_blob
 from elmwood.hub.messages import AccountReply, Consent, NewAccount, NewDevice, RunManifest, RunReply
-from elmwood.hub.signing import open_signed, public, secret_hash
+from elmwood.hub.rules import older_client
+from elmwood.hub.signing import open_manifest, public, secret_hash
 from elmwood.store import Store
 from elmwood.store.disk import write_whole
 
@@ -54,16 +54,8 @@ def check_manifest(raw: bytes, root_key: str, seen: int, now: float) -> RunManif
     """A signed manifest, where it is to be used. `root_key`: empty at the first time; `seen`: the highest version so far; `now`: unix
     seconds. Raises BadInput, Forged, BadRecord.
     """
-    signed = RunReply.model_validate_json(raw).manifest
-    manifest = open_signed(signed, RunManifest, root_key or None)
-    if signed.key != manifest.root_key:
-        raise BadInput("the manifest is not signed by the root key that it names: nothing is done; tell who runs the hub")
-    if manifest.version < seen:
-        raise BadInput(f"the hub shows version {manifest.version} of its manifest, and version {seen} was there before: nothing is done")
-    if now > manifest.issued + manifest.expires_s:
-        hours = (now - manifest.issued - manifest.expires_s) / 3600
-        raise BadInput(f"the hub's manifest expired {hours:.1f} hours ago: nothing is done until who runs it signs a new one")
-    if _numbers(__version__) < _numbers(manifest.minimum_client):
+    manifest = open_manifest(RunReply.model_validate_json(raw).manifest, now, root_key or None, seen)
+    if older_client(__version__, manifest.minimum_client):
         raise BadInput(f"this is elmwood {__version__}, and the hub needs {manifest.minimum_client}: pip install -U elmwood")
     return manifest
 
@@ -83,7 +75,3 @@ def register(hub: Hub, key: "Ed25519PrivateKey", folder: Folder, options: Option
         body, target = NewAccount(name=options.name, recovery=secret_hash(code)), "/v1/accounts"
     reply = hub.post(target, body, once("register", public(key), options.account))
     return AccountReply.model_validate_json(reply.body).account
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

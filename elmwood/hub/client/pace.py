@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from elmwood.errors import ElmwoodError
 from elmwood.hub.client.http import Hub, Problem, Unreachable
@@ -23,18 +23,14 @@ class Stopped(ElmwoodError):
     """The volunteer asked for an end; the lease is paused."""
 
 
-class Beater:
-    """A thread that tells the hub of each step reached, until it is left. A hub that cannot be reached ends nothing: training goes on."""
+class Beats:
+    """A thread that keeps what a hub lent, until it is left. `lost`: why that is over."""
 
-    def __init__(self, hub: Hub, grant: Grant):
-        self.hub, self.grant = hub, grant
-        self.step, self.phase = 0, "fetching"
-        self.lost: str = ""
-        self.end = threading.Event()
-        self.hub.sleep = self._sleep
+    def __init__(self, hub: Hub):
+        self.hub, self.lost, self.end = hub, "", threading.Event()
         self.thread = threading.Thread(target=self._run, name="beats", daemon=True)
 
-    def __enter__(self) -> "Beater":
+    def __enter__(self) -> Self:
         self.thread.start()
         return self
 
@@ -42,6 +38,18 @@ class Beater:
         self.end.set()
         self.thread.join()
         self.hub.close()
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+class Beater(Beats):
+    """Tells the hub of each step reached. A hub that cannot be reached ends nothing: training goes on."""
+
+    def __init__(self, hub: Hub, grant: Grant):
+        super().__init__(hub)
+        self.grant, self.step, self.phase = grant, 0, "fetching"
+        self.hub.sleep = self._sleep
 
     def _sleep(self, seconds: float) -> None:
         if self.end.wait(seconds):

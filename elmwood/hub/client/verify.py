@@ -7,11 +7,10 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged, DoesNotFit, ElmwoodError
@@ -21,6 +20,7 @@ from elmwood.hub.client.gate import WEIGHTS, Refused, check_adapter
 from elmwood.hub.client.http import Hub, Problem, retry_after
 from elmwood.hub.client.join import fetch_partition, fetch_seed
 from elmwood.hub.client.judge import FAULTS, Case, Judged
+from elmwood.hub.client.pace import Beats
 from elmwood.hub.client.probe import boot_id, probe
 from elmwood.hub.client.state import Folder, once, open_folder
 from elmwood.hub.client.transfer import fetch_blobs, fetch_record
@@ -251,21 +251,12 @@ def run_case(case: Case, folder: Path, limits: Limits, beats: "JobBeats | None" 
     )
 
 
-class JobBeats:
-    """A thread that keeps a job, until it is left."""
+class JobBeats(Beats):
+    """Keeps a job."""
 
     def __init__(self, hub: Hub, job: Job):
-        self.hub, self.job, self.lost, self.end = hub, job, "", threading.Event()
-        self.thread = threading.Thread(target=self._run, name="beats", daemon=True)
-
-    def __enter__(self) -> "JobBeats":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.end.set()
-        self.thread.join()
-        self.hub.close()
+        super().__init__(hub)
+        self.job = job
 
     def _run(self) -> None:
         while not self.lost and not self.end.wait(SHARE * self.job.beat_s):

@@ -4,9 +4,8 @@ import hashlib
 import json
 
 from elmwood.hub import events
-from elmwood.hub.manifest import open_manifest
 from elmwood.hub.messages import Signed, Snapshot
-from elmwood.hub.signing import open_signed
+from elmwood.hub.signing import open_manifest, open_signed
 from tests.hub.server.people import Person
 from tests.hub.server.world import adapter, keys
 
