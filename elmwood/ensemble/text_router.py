@@ -42,7 +42,7 @@ def open_forest(ensemble: Ensemble, store: Store, device: torch.device | str | N
     seed, partition = store.load(forest.seed, Seed), store.load(forest.partition, Partition)
     members = [store.load(digest, Expert) for digest in forest.experts]
     router = TextRouter(routing, partition, members, seed, store)
-    return OpenForest(routing, Experts(seed, members, store, device), router, [*_names(members, store), "seed"])
+    return OpenForest(routing, Experts(seed, members, store, device), router, [*names_of(members, store), "seed"])
 
 
 class TextRouter:
@@ -101,7 +101,7 @@ def score_rows(score_windows: Callable[[Windows, Ints], Tensor], tokens_BT: Any)
     return loglik_BT
 
 
-def _names(experts: Sequence[Expert], store: Store) -> list[str]:
+def names_of(experts: Sequence[Expert], store: Store) -> list[str]:
     """The name of each expert: its domain, with its digest where several have the same."""
     domains = [store.load(expert.partition or "", Partition).domains[expert.domain or 0].name for expert in experts]
     return [f"{name}:{expert.digest[:8]}" if domains.count(name) > 1 else name for name, expert in zip(domains, experts, strict=True)]

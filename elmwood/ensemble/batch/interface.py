@@ -71,6 +71,9 @@ class Limits(NamedTuple):
     slots: int = 0  # of experts on the device; 0: chosen by the engine
 
 
+USUAL = Limits()
+
+
 class Busy(ElmwoodError):
     """The queue is full, or the engine closes."""
 

@@ -1,0 +1,57 @@
+"""The engine of a model's record, and the router of a text for those who only ask where it would go."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from elmwood.domains.route import Routing, Signals, weights
+from elmwood.ensemble.batch.interface import USUAL, Engine, Limits
+from elmwood.ensemble.batch.turns import Turns
+from elmwood.ensemble.mixture import open_model
+from elmwood.ensemble.text_router import TextRouter, names_of
+from elmwood.records import Ensemble, Expert, Forest, Partition, Record, Seed
+from elmwood.store import Store
+
+
+def open_engine(record: Record, store: Store, device: torch.device | str | None = None, limits: Limits = USUAL) -> Engine:
+    """A model, opened to continue many texts. Raises UnknownName, ForeignExpert, Damaged."""
+    return Turns(open_model(record, store, device), limits)
+
+
+class Place(NamedTuple):
+    """How a router sees one candidate before the next token, by distance alone: a memory of the text needs the experts to run."""
+
+    name: str
+    digest: str  # or "seed"
+    domain: int | None  # of the forest's partition, the first that it serves
+    dist2: float | None  # None: the router looks at no distances, or nothing is known of the text yet
+    weight: float
+
+
+class Guide:
+    """The router of an ensemble. No model is opened."""
+
+    def __init__(self, ensemble: Ensemble, store: Store):
+        """Raises UnknownName, ForeignExpert."""
+        forest, self.routing = store.load(ensemble.forest, Forest), Routing.of(ensemble)
+        self.partition = store.load(forest.partition, Partition)
+        members = sorted((store.load(digest, Expert) for digest in forest.experts), key=lambda expert: expert.digest)
+        self.names, self.digests = [*names_of(members, store), "seed"], [*(expert.digest for expert in members), "seed"]
+        self.contributors = [expert.contributor for expert in members]
+        self.router = TextRouter(self.routing, self.partition, members, store.load(forest.seed, Seed), store)
+
+    def look(self, tokens: Sequence[int]) -> list[Place]:
+        """All candidates after these tokens (from the separator on), the heaviest first, then the nearest."""
+        dist2_1E = self.router.push(self.router.start(), tokens)
+        count = len(self.names)
+        signals = Signals(dist2_1E, np.zeros((1, count)))
+        weight_C = weights(signals, self.routing)[0].tolist()
+        dist2_C = [None] * count if dist2_1E is None else [*map(float, dist2_1E[0]), self.routing.seed_distance]
+        places = [(served[0] if served else None) for served in self.router.places_E] + [None]
+        found = [
+            Place(name, digest, domain, None if dist2 is None or not np.isfinite(dist2) else dist2, weight)
+            for name, digest, domain, dist2, weight in zip(self.names, self.digests, places, dist2_C, weight_C, strict=True)
+        ]
+        return sorted(found, key=lambda place: (-place.weight, place.dist2 if place.dist2 is not None else np.inf))
