@@ -159,9 +159,10 @@ def steps(lm: Any, request: Request) -> Iterator[list[Said] | Ended]:
         if room <= 0:
             yield Ended("length")
             return
-        logp_V, text = None, fresh(lm, texts)
-        for first in range(0, len(tokens), len(tokens) if hasattr(lm, "block") else PIECE):
-            logp_V, text = lm.extend(tokens[first : first + (len(tokens) if hasattr(lm, "block") else PIECE)], text)
+        text, piece = fresh(lm, texts), len(tokens) if hasattr(lm, "block") else PIECE
+        logp_V = torch.empty(0)
+        for first in range(0, len(tokens), piece):
+            logp_V, text = lm.extend(tokens[first : first + piece], text)
             yield []
         generator, rule = torch.Generator().manual_seed(request.rng_seed), Rule(request.temperature, request.top_p)
         stops = lm.stops if request.stops is None else request.stops
