@@ -32,6 +32,44 @@ def forest(
     made(gathered, name, output.as_json)
 
 
+class Serving(NamedTuple):
+    """How a model is served."""
+
+    host: Annotated[str, Option(help="Address to listen on; a proxy with TLS stands before it.")] = "127.0.0.1"
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 8000
+    api_key_file: Annotated[Path | None, Option(help="Keys, one a line: requests need one of them.")] = None
+    cors: Annotated[list[str] | None, Option(help="An origin whose pages may use the server (repeatable).")] = None
+    queue: Annotated[int, Option(min=1, help="Requests that wait; those beyond get status 429.")] = 256
+    running: Annotated[int, Option(min=1, help="Requests at work at once.")] = 64
+    drain: Annotated[float, Option(min=0, help="Seconds that requests at work get when the server is told to stop.")] = 30.0
+    log: Annotated[str, Option(help="A line for each request on stderr: json, text or none.")] = "text"
+
+
+def serve(
+    model: Annotated[str, Argument(help="A seed, expert, merge, mixture, ensemble or forest: name or digest.")],
+    mixing: MixingOption = None,
+    serving: Serving = Serving(),
+    output: Output = Output(),
+) -> None:
+    """Serve a model to OpenAI clients. It can say which experts answered."""
+    from elmwood.ensemble.batch.interface import USUAL
+    from elmwood.serve.logs import start_log
+    from elmwood.serve.model import open_served
+    from elmwood.serve.run import read_keys, serve
+
+    start_log(serving.log)
+    keys = read_keys(serving.api_key_file) if serving.api_key_file else []
+    limits = USUAL._replace(queue=serving.queue, running=serving.running)
+    opened = open_served(model, Store(output.store), mixing=mixing, limits=limits)
+
+    def ready(address: str) -> None:
+        emit({"model": opened.record.digest, "url": address}) if output.as_json else out.print(
+            f"{opened.name} at {address}, for OpenAI clients at {address}/v1; ctrl-c stops it", soft_wrap=True, markup=False
+        )
+
+    serve(opened, serving.host, serving.port, keys=keys, cors=serving.cors or [], drain_s=serving.drain, ready=ready)
+
+
 class Sampling(NamedTuple):
     """How tokens are chosen."""
 

@@ -27,9 +27,16 @@ NEIGHBOURS = {
 }  # fmt: skip
 TORCH_FREE = {
     "compiled", "errors", "ranges", "records", "registry", "threads", "units", "store", "engine",
-    "corpus", "domains", "evaluate", "report", "study", "hub", "cli",
+    "corpus", "domains", "evaluate", "report", "study", "hub", "serve", "cli",
 }  # fmt: skip
-LIGHT = ("lm/files.py", "lm/checkpoint.py", "lm/adapters/peft_config.py", "lm/mixture_card.py", "train/task_names.py")  # of the other rooms
+LIGHT = (
+    "lm/files.py",
+    "lm/checkpoint.py",
+    "lm/adapters/peft_config.py",
+    "lm/mixture_card.py",
+    "train/task_names.py",
+    "ensemble/batch/interface.py",
+)  # of the other rooms
 SLOW = ("torch", "transformers", "peft", "accelerate", "sklearn", "pandas", "datasets", "datasketch", "matplotlib", "numba")
 
 

@@ -59,6 +59,7 @@ class Counts(NamedTuple):
     load_seconds: float = 0.0  # since the start
     mismatches: int = 0  # requests ended because a slot had another generation than its row; must stay 0
     failed: int = 0  # requests ended by an error, since the start
+    open: bool = True  # it takes requests
 
 
 class Limits(NamedTuple):

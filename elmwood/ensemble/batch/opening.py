@@ -42,6 +42,11 @@ class Guide:
         self.contributors = [expert.contributor for expert in members]
         self.router = TextRouter(self.routing, self.partition, members, store.load(forest.seed, Seed), store)
 
+    def cards(self) -> list[tuple[str, str, int | None, str | None]]:
+        """Digest, name, domain and contributor of each expert."""
+        domains = [served[0] if served else None for served in self.router.places_E]
+        return list(zip(self.digests[:-1], self.names[:-1], domains, self.contributors, strict=True))
+
     def look(self, tokens: Sequence[int]) -> list[Place]:
         """All candidates after these tokens (from the separator on), the heaviest first, then the nearest."""
         dist2_1E = self.router.push(self.router.start(), tokens)

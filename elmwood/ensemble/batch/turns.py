@@ -65,7 +65,9 @@ class Turns:
         with self._changed:
             waiting, running = len(self._waiting), len(self._running)
         experts = len(self.experts)
-        return Counts(waiting=waiting, running=running, rows=running, experts=experts, resident=experts, failed=self._failed)
+        return Counts(
+            waiting=waiting, running=running, rows=running, experts=experts, resident=experts, failed=self._failed, open=not self._closing
+        )
 
     def close(self, drain_s: float = 0.0) -> None:
         with self._changed:
