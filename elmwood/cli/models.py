@@ -37,7 +37,7 @@ class Serving(NamedTuple):
 
     host: Annotated[str, Option(help="Address to listen on; a proxy with TLS stands before it.")] = "127.0.0.1"
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 8000
-    api_key_file: Annotated[Path | None, Option(help="Keys, one a line: requests need one of them.")] = None
+    api_key_file: Annotated[Path | None, Option("--api-key-file", help="Keys, one a line: requests need one of them.")] = None
     cors: Annotated[list[str] | None, Option(help="An origin whose pages may use the server (repeatable).")] = None
     queue: Annotated[int, Option(min=1, help="Requests that wait; those beyond get status 429.")] = 256
     running: Annotated[int, Option(min=1, help="Requests at work at once.")] = 64

@@ -66,7 +66,7 @@ def options_of(function):
             yield flags[0]
 
 
-READ = {"--store", "--from", "--tasks-folder", "--folder", "--key"}  # folders and files that are read
+READ = {"--store", "--from", "--tasks-folder", "--folder", "--key", "--api-key-file"}  # folders and files that are read
 VERBS_OF = [(group, verb) for group, table in TABLES.items() for verb in table]
 
 
