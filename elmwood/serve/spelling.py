@@ -39,7 +39,7 @@ class Speller:
 
     def push(self, said: Said) -> Piece:
         """Let the text grow by a token."""
-        spelled = self._spelled[said.token] if said.token < len(self._spelled) else b""
+        spelled = b"" if said.stop or said.token >= len(self._spelled) else self._spelled[said.token]
         self._waiting.append(Placed(said, self._known))
         self._hold(self._decoder.decode(spelled))
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]

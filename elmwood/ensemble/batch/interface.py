@@ -32,10 +32,11 @@ class Said(NamedTuple):
     top: tuple[tuple[int, float], ...]  # the likeliest tokens and their logprobs, likeliest first
     weights: Mapping[str, float] = NONE  # of the candidates that predicted it, by digest or "seed"; empty for a prompt that `score` read
     prompt: bool = False  # a token of the prompt (echo)
+    stop: bool = False  # it ends the text, and is no part of it; `Ended("stop")` follows
 
 
 class Ended(NamedTuple):
-    """The last event of a request. A token that stops a text is not said before it."""
+    """The last event of a request."""
 
     reason: str  # "stop" | "length" | "cancelled" | "error"
     detail: str = ""  # of an error

@@ -170,10 +170,10 @@ def steps(lm: Any, request: Request) -> Iterator[list[Said] | Ended]:
         stops = lm.stops if request.stops is None else request.stops
         for made in range(1, room + 1):
             token = int(pick(logp_V, rule, torch.rand(1, generator=generator)))
+            yield [say(token, logp_V, text)._replace(stop=token in stops)]
             if token in stops:
                 yield Ended("stop")
                 return
-            yield [say(token, logp_V, text)]
             if made < room:
                 logp_V, text = lm.extend([token], text)
         yield Ended("length")
