@@ -17,10 +17,7 @@ import hashlib
 import itertools
 import os
 import secrets
-import socket
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -33,6 +30,7 @@ import httpx
 from sqlalchemy import func, select
 
 from benches.common import integers, parser, say
+from benches.hub.server import Server
 from elmwood.hub import signing
 from elmwood.hub.actions import leases, members, submissions
 from elmwood.hub.actions.request import Caller, Moment, Reply, Request, current, find_caller, perform
@@ -194,42 +192,6 @@ def fsync_ms(folder: Path) -> float:
 
 
 # ---- the app ---------------------------------------------------------------------------------------------------------
-
-SERVE = """
-import sys
-from elmwood.hub.care import serve
-from elmwood.hub.home import Home, Hub
-from elmwood.store import Store
-hub = Hub(Home("test", Store(sys.argv[1])))
-try:
-    serve(hub, "127.0.0.1", int(sys.argv[2]))
-finally:
-    hub.close()
-"""
-
-
-class Server:
-    """The hub of a folder as a process of its own."""
-
-    def __init__(self, folder: Path):
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        began = time.perf_counter()
-        self.process = subprocess.Popen([sys.executable, "-c", SERVE, str(folder), str(port)])
-        while True:
-            try:
-                httpx.get(f"{self.url}/readyz", timeout=5).raise_for_status()
-                break
-            except httpx.HTTPError:
-                assert self.process.poll() is None, "the hub did not start"
-                time.sleep(0.05)
-        self.seconds = time.perf_counter() - began
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
 
 
 async def ask(client: httpx.AsyncClient, key: Any, target: str, body: str, taken: list[float] | None = None) -> httpx.Response:

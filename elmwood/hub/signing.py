@@ -5,6 +5,7 @@ headers. The nonce is good once, and the time within `SKEW` seconds of the hub's
 """
 
 import hashlib
+import hmac
 import json
 import os
 import secrets
@@ -34,6 +35,10 @@ class Office(NamedTuple):
 
     key: Ed25519PrivateKey
     secret: bytes
+
+    def hide(self, value: str) -> str:
+        """The same for the same value, and no way back without the secret."""
+        return hmac.digest(self.secret, b"hidden " + value.encode(), "sha256").hex()
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------

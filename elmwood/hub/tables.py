@@ -112,11 +112,13 @@ lease = Table(
     _text("phase"),
     _float("loss", null=True),
     _text("device"),  # JSON of messages.DeviceFacts
+    _text("address", null=True),  # keyed hash of where the claim came from
     _int("at"),
     UniqueConstraint("domain", "token"),
     Index("lease_due", "state", "due"),
     Index("lease_key", "key", "state"),
     Index("lease_account", "account", "state"),
+    Index("lease_address", "address", "state"),
 )  # fmt: skip
 commitment = Table(
     "commitment", metadata,

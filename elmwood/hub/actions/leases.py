@@ -19,6 +19,7 @@ AGAIN = 60.0  # seconds to wait where no domain is open
 
 _held = select(lease).where(lease.c.key == bindparam("key"), lease.c.state.in_(LIVE)).limit(1)
 _count = select(func.count()).select_from(lease).where(lease.c.account == bindparam("account"), lease.c.state.in_(LIVE))
+_near = select(func.count()).select_from(lease).where(lease.c.address == bindparam("address"), lease.c.state.in_(LIVE))
 _open = (
     select(domain.c.number, domain.c.name, domain.c.token, domain.c.shards)
     .where(domain.c.state == "open", domain.c.open_at <= bindparam("now"), domain.c.has_text >= bindparam("text"))
@@ -60,8 +61,9 @@ _free = (
 _overdue = select(lease).where(lease.c.state.in_(LIVE), lease.c.due < bindparam("now")).order_by(lease.c.due).limit(500)
 
 
-def claim(c: Connection, caller: Caller, message: Claim, when: Moment) -> Grant:
-    """A lease of an open domain, or the one that the key holds. Raises Refusal, with the status 204 where there is no work."""
+def claim(c: Connection, caller: Caller, message: Claim, when: Moment, address: str | None = None) -> Grant:
+    """A lease of an open domain, or the one that the key holds. `address`: a hash of where the claim comes from; leases of one are counted.
+    Raises Refusal, with the status 204 where there is no work."""
     run = current(c)
     if message.tier not in run.tiers:
         tiers = ", ".join(run.tiers)
@@ -74,6 +76,9 @@ def claim(c: Connection, caller: Caller, message: Claim, when: Moment) -> Grant:
     most = run.limits.leases_per_account
     if c.value(_count, account=caller.account) >= most:
         raise Refusal(409, "limit", f"your account holds {most} leases, the most there are", do="finish or release one")
+    most = run.limits.leases_per_address
+    if address and c.value(_near, address=address) >= most:
+        raise Refusal(409, "limit", f"{most} leases are held from your address, the most there are", do="finish or release one")
     row = _find_open(c, message, when.uptime)
     token = row["token"] + 1
     if c.changed(_take, number_=row["number"], token_=row["token"], next=token) != 1:
@@ -85,7 +90,7 @@ def claim(c: Connection, caller: Caller, message: Claim, when: Moment) -> Grant:
         lease, id=made, domain=row["number"], token=token, key=caller.key, account=caller.account, boot_id=message.boot_id,
         tier=message.tier, rng_seed=seed, manifest=run.version, state="running", due=life.due, beat_due=life.beat_due,
         progress_due=life.progress_due, final_due=life.final_due, pause_left=life.pause_left, step=0, phase="fetching",
-        device=plain(message.device), at=int(when.unix),
+        device=plain(message.device), address=address, at=int(when.unix),
     )  # fmt: skip
     log(c, "lease.granted", made, when.unix, domain=row["number"], token=token, key=caller.key)
     return _as_grant(run, made, row["number"], row["name"], token, seed, message.tier, row["shards"], life, when.uptime, False)

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from elmwood.hub.actions import leases
-from elmwood.hub.api.asked import Recent, Whose
+from elmwood.hub.api.asked import Recent, Whose, network
 from elmwood.hub.messages import Beat, BeatReply, Claim, Grant, Held, Id
 
 router = APIRouter(tags=["leases"])
@@ -14,7 +14,8 @@ router = APIRouter(tags=["leases"])
 )
 async def claim(request: Request, whose: Whose, message: Claim) -> Response:
     """Lease a domain."""
-    return await whose.act(lambda c, caller: leases.claim(c, caller, message, whose.hub.moment()), 201)
+    place = whose.hub.office.hide(network(request))
+    return await whose.act(lambda c, caller: leases.claim(c, caller, message, whose.hub.moment(), place), 201)
 
 
 @router.post("/v1/leases/{lease}/beat", response_model=BeatReply)

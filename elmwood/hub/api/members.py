@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from elmwood.hub.actions import members
-from elmwood.hub.api.asked import Here, Recent, Whose, address
+from elmwood.hub.api.asked import Here, Recent, Whose, network
 from elmwood.hub.messages import AccountReply, Appeal, Consent, Done, Id, Key, NewAccount, NewDevice, Reason
 
 router = APIRouter(tags=["members"])
@@ -12,14 +12,14 @@ router = APIRouter(tags=["members"])
 @router.post("/v1/accounts", status_code=201, response_model=AccountReply, dependencies=[Recent])
 async def register(request: Request, whose: Whose, message: NewAccount) -> Response:
     """A new account, with the key that signs as its first device."""
-    request.app.state.limits.check(address(request), "accounts_per_hour")
+    request.app.state.limits.check(network(request), "accounts_per_hour")
     return await whose.act(lambda c, caller: members.register(c, caller, message, whose.hub.moment()), 201, new=True)
 
 
 @router.post("/v1/devices", status_code=201, response_model=AccountReply, dependencies=[Recent])
 async def add_device(request: Request, whose: Whose, message: NewDevice) -> Response:
     """A further device of an account, by its recovery code."""
-    request.app.state.limits.check(address(request), "accounts_per_hour")
+    request.app.state.limits.check(network(request), "accounts_per_hour")
     return await whose.act(lambda c, caller: members.add_device(c, caller, message, whose.hub.moment()), 201, new=True)
 
 

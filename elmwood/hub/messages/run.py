@@ -66,8 +66,8 @@ class Limits(Frozen):
     leases_per_account: Annotated[int, Field(gt=0, le=1000)] = 4
     devices_per_account: Annotated[int, Field(gt=0, le=1000)] = 32
     accounts_per_hour: Annotated[int, Field(gt=0)] = 60  # from one address
-    requests_per_minute: Annotated[int, Field(gt=0)] = 600  # of one key, or without a key from one address
-    leases_per_address: Annotated[int, Field(gt=0)] = 64
+    requests_per_minute: Annotated[int, Field(gt=0)] = 600  # of one key
+    leases_per_address: Annotated[int, Field(gt=0)] = 64  # live ones; an IPv6 address counts as its first 64 bits
 
 
 class Licences(Frozen):

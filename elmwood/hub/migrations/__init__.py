@@ -10,8 +10,8 @@ from elmwood.hub.events import START
 from elmwood.hub.tables import chain, clock, metadata
 
 
-def upgrade(url: str) -> None:
-    """Bring a database to the newest revision; an empty one gets all tables. Several processes may do this at once."""
+def upgrade(url: str, to: str = "head") -> None:
+    """Bring a database to a revision, the newest one; an empty one gets all tables. Several processes may do this at once."""
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
     from alembic.script import ScriptDirectory
@@ -24,7 +24,7 @@ def upgrade(url: str) -> None:
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7368001)")
             else:
                 connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-            with EnvironmentContext(config, scripts, fn=lambda now, _: scripts._upgrade_revs("head", now)) as context:
+            with EnvironmentContext(config, scripts, fn=lambda now, _: scripts._upgrade_revs(to, now)) as context:
                 context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)
                 context.run_migrations()
             if connection.execute(chain.select()).first() is None:

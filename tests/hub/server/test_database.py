@@ -69,4 +69,4 @@ def test_the_chain_shows_every_change_and_every_gap(database):
 
 def test_an_upgraded_database_is_upgraded_again_without_a_change(database):
     upgrade(database.url)
-    assert revision(database.url) == "0001"
+    assert revision(database.url) == "0002"

@@ -1,0 +1,99 @@
+"""A hub that serves in a process of its own, for benches that ask it over HTTP, or kill it.
+
+`Server(folder)` is a new process with all its imports; `Server(folder, nursery)` is forked by one that has imported already.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from subprocess import PIPE
+
+import httpx
+
+SERVE = """
+import os, sys
+from elmwood.hub import app
+from elmwood.hub.care import serve
+from elmwood.hub.home import Home, Hub
+from elmwood.store import Store
+
+def run(folder, port):
+    hub = Hub(Home("test", Store(folder)))
+    try:
+        serve(hub, "127.0.0.1", int(port))
+    finally:
+        hub.close()
+"""
+ALONE = f"{SERVE}\nrun(*sys.argv[1:])"
+FORKS = (
+    SERVE
+    + """
+import alembic.command, alembic.runtime.environment, uvicorn.lifespan.on, uvicorn.loops.uvloop, uvicorn.protocols.http.httptools_impl
+for line in sys.stdin:
+    what, *words = line.split()
+    if what == "wait":
+        print(os.waitstatus_to_exitcode(os.waitpid(int(words[0]), 0)[1]), flush=True)
+        continue
+    process = os.fork()
+    if not process:
+        run(*words)
+        os._exit(0)
+    print(process, flush=True)
+"""
+)
+
+
+class Nursery:
+    """A process that has imported what a hub needs, and forks hubs: killing one costs the next start no imports."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", FORKS], stdin=PIPE, stdout=PIPE, text=True)
+
+    def ask(self, *words: object) -> int:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+class Server:
+    """The hub of a folder as a process. `seconds`: until it answered."""
+
+    def __init__(self, folder: Path, nursery: Nursery | None = None):
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        self.url, self.nursery = f"http://127.0.0.1:{port}", nursery
+        began = time.perf_counter()
+        self.process = None if nursery else subprocess.Popen([sys.executable, "-c", ALONE, str(folder), str(port)])
+        self.pid = nursery.ask("fork", folder, port) if nursery else self.process.pid if self.process else 0
+        with httpx.Client(base_url=self.url, timeout=5, verify=False) as client:
+            while True:
+                try:
+                    client.get("/readyz").raise_for_status()
+                    break
+                except httpx.HTTPError:
+                    assert not self.process or self.process.poll() is None, "the hub did not start"
+                    assert time.perf_counter() - began < 300, "the hub did not start"
+                    time.sleep(0.02)
+        self.seconds = time.perf_counter() - began
+
+    def cpu(self) -> float:
+        """Seconds of CPU time that it took so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        os.kill(self.pid, how)
+        if self.nursery:
+            self.nursery.ask("wait", self.pid)
+        elif self.process:
+            self.process.wait(60)
