@@ -1,10 +1,10 @@
-"""A card in one command, at most eight minutes: placement, training and the Trainer, four bits, experts at once, decoding, scoring.
+"""A card in one command, at most eight minutes: placement, training and the Trainer, four bits, experts at once, decoding, a forest.
 
-    python -m benches.gpu [--device cpu --small] [--only placement,train] [--limit 60]
+    python -m benches.gpu [--device cpu --small] [--only placement,train] [--limit 60] [--text FOLDER_OR_FILE ...]
 
 Each measurement is a JSON line as soon as it exists (also in --out), ends after --limit seconds or by an error, which is a line too, and
-the last line is a summary beside the goals. All weights are random, all text is made here: nothing is read but the code. Needs torch,
-transformers, peft and accelerate; qlora needs bitsandbytes, the tuned Trainer liger-kernel.
+the last line is a summary beside the goals. Weights are random and text is made here; the forest reads --text, or the bundled sample. Needs
+torch, transformers, peft and accelerate; qlora needs bitsandbytes, the tuned Trainer liger-kernel.
 
 placement  a step on each device: which devices and dtypes weights, activations, gradients and moments have
 train      SmolLM2-135M's shape in rows of 2,048 tokens: full and LoRA, rows of several documents (700 tokens) and of one; a seed of 30M
@@ -14,6 +14,7 @@ qlora      OPT-6.7B in four bits, rank 16, 1 x 2,048: all activations kept, an e
 together   16 LoRA experts at once against one alone, one row each
 fit        what `fit` predicts for what was measured uncompiled
 decode, scoring   see benches/gpu_decode.py
+forest     a seed of 30M from nothing, eight experts and their controls: benches/gpu_forest.py; it may take twice --limit
 
 MFU is by 6 N + 12 layers width length (arXiv:2204.02311), whatever is trained and attended to. "beside MB" is what the card holds of this
 process that torch's allocator does not know.
@@ -71,6 +72,7 @@ class Bench:
 
     def __init__(self, asked: Namespace):
         self.device, self.small, self.out = torch.device(asked.device), asked.small, Path(asked.out) if asked.out else None
+        self.texts = asked.text
         self.length, self.batch = (32, 2) if self.small else (2048, 32)
 
     def say(self, **facts: Any) -> None:
@@ -143,7 +145,7 @@ class Bench:
         marks: list[float] = []
 
         def tick(what: str, done: float, *_: Any) -> None:
-            step = done // (recipe.batch * recipe.length) if what == "train" else 0
+            step = done // (recipe.batch * recipe.length) if what.startswith("train on ") else 0
             if step in (1, warm, warm + steps):
                 self.sync()
                 marks.extend([time.perf_counter()] * (2 if step == warm == 1 else 1))
@@ -331,9 +333,17 @@ def apart(bench: Bench, what: str, limit: float) -> None:
     getattr(gpu_decode, f"measure_{what}")(str(bench.device), bench.small, limit)
 
 
+def forest(bench: Bench) -> None:
+    from benches import gpu_forest
+
+    gpu_forest.say = lambda _, **facts: bench.say(**facts)
+    gpu_forest.measure_forest(str(bench.device), bench.small, bench.texts, 30_000_000, 8_000_000)
+
+
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "placement": placement, "train": train, "qlora": qlora, "together": at_once, "folding": folding,
     "decode": partial(apart, what="decode", limit=40), "scoring": partial(apart, what="scoring", limit=30), "fit": fit, "trainer": trainer,
+    "forest": forest,
 }  # fmt: skip
 
 
@@ -375,6 +385,7 @@ def main() -> None:
     options.add_argument("--small", action="store_true", help="tiny models and few steps: that it runs")
     options.add_argument("--only", type=words, default=list(MEASUREMENTS))
     options.add_argument("--limit", type=int, default=90, help="seconds for each measurement")
+    options.add_argument("--text", nargs="+", default=["sample"], help="of the forest: prepared, and of at most 50 MB")
     options.add_argument("--out", help="a file that gets the lines too")
     asked = options.parse_args()
     bench, began = Bench(asked), time.perf_counter()
@@ -384,7 +395,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, stop)
     failed = False
     for what in asked.only:
-        signal.alarm(asked.limit)
+        signal.alarm(asked.limit * (2 if what == "forest" else 1))
         try:
             MEASUREMENTS[what](bench)
         except (Exception, TimeoutError) as error:  # a line like others: the next measurement still runs

@@ -1,10 +1,14 @@
 """What several files share. The story is the longest file: it starts first, so that files run side by side end at about the same time."""
 
+import os
+
 import pytest
 from forked import Forked
 from tiny_models import tiny_seed
 
 from elmwood.store import Store
+
+os.environ.setdefault("ELMWOOD_DEVICE", "cpu")  # the same tests on a machine with a GPU: many compare bytes, which a CPU repeats
 
 
 def pytest_collection_modifyitems(items):

@@ -27,8 +27,7 @@ def show(
         emit({"digest": record.digest, "record": record.model_dump(mode="json")})
     else:
         for line in page.show(name, output.store).lines:
-            words = "(above)" if line.again else page.summary(line.record)
-            print_record(f"{'   ' * line.indent}{line.record.kind} {line.record.digest[:12]} {line.name}", words)
+            print_record(f"{'   ' * line.indent}{line.record.kind} {line.record.digest[:12]} {line.name}", line.words)
 
 
 def verify(output: Output = Output()) -> None:

@@ -166,7 +166,7 @@ def scratch(study: Study, corpus: Corpus, store: Store, progress: Progress = sil
 
     return train_seed(
         corpus, study.shape, study.seed_recipe, store,
-        progress=lambda what, *event: progress("seed" if what == "train" else what, *event),
+        progress=lambda what, *event: progress(what.replace("train", "seed", 1) if what.startswith("train on ") else what, *event),
     )  # fmt: skip
 
 

@@ -218,15 +218,22 @@ class ShownRecord(NamedTuple):
     record: Record
     name: str  # what it is called in the store; empty where it has no name
     again: bool = False  # it was shown above, with all it was made from
+    place: str = ""  # the device it was trained on, where this store knows
 
     @property
     def indent(self) -> int:
         """Steps to the right: those of its depth, as far as a line has room."""
         return min(self.depth, DEEPEST)
 
+    @property
+    def words(self) -> str:
+        """What it holds."""
+        if self.again:
+            return "(above)"
+        return summary(self.record) + (f", trained on {self.place}" if self.place else "")
+
     def __str__(self) -> str:
-        words = "(above)" if self.again else summary(self.record)
-        return f"{'   ' * self.indent}{self.record.kind} {self.record.digest[:12]} {self.name}  {words}".rstrip()
+        return f"{'   ' * self.indent}{self.record.kind} {self.record.digest[:12]} {self.name}  {self.words}".rstrip()
 
 
 class Shown(NamedTuple):
@@ -240,8 +247,7 @@ class Shown(NamedTuple):
         return "\n".join(map(str, self.lines))
 
     def _repr_html_(self) -> str:
-        rows = [("\xa0" * 4 * line.indent + line.record.kind, line.record.digest[:12], line.name, "(above)" if line.again else
-                 summary(line.record)) for line in self.lines]  # fmt: skip
+        rows = [("\xa0" * 4 * line.indent + line.record.kind, line.record.digest[:12], line.name, line.words) for line in self.lines]
         table = grid(("record", "digest", "name", ""), rows)
         if not isinstance(self.record, Partition):
             return table if self.record is None else (self.record._repr_html_() or "") + table
@@ -259,9 +265,15 @@ def show(name: Named | None = None, store: AnyStore = None) -> Shown:
     lines: list[ShownRecord] = []
     above: set[str] = set()
     for depth, record in lineage(store, store.resolve(name)):
-        lines.append(ShownRecord(depth, record, names.get(record.digest, ""), record.digest in above))
+        lines.append(ShownRecord(depth, record, names.get(record.digest, ""), record.digest in above, trained_on(record, store)))
         above.add(record.digest)
     return Shown(tuple(lines), lines[0].record, store)
+
+
+def trained_on(record: Record, store: Store) -> str:
+    """The device that a model was trained on, if that was with this store; else empty."""
+    said = [line["trained_on"] for line in store.logged(record.digest) if "trained_on" in line]
+    return str(said[-1])[:40] if said else ""  # a store copied from elsewhere may have any text in its logs
 
 
 def summary(record: Record) -> str:

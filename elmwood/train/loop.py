@@ -45,6 +45,7 @@ class Trained(NamedTuple):
     seconds: float
     able: Abilities
     steps: int  # done; fewer than in the recipe if it stopped early
+    place: str  # the device
     saving: float = 0.0  # seconds that this process spent writing checkpoints
 
 
@@ -75,7 +76,8 @@ def run(
         position = load(work, weights, job.optimizer)
         model.train()
         began, saved, pause, saving = time.monotonic() - position.seconds, time.monotonic(), EVERY, 0.0
-        running = torch.tensor(position.loss, dtype=torch.float64, device=next(iter(weights.values())).device)
+        place = next(iter(weights.values())).device
+        running = torch.tensor(position.loss, dtype=torch.float64, device=place)
         for step, batch in zip(range(position.step, recipe.steps), batches(packed, recipe, position.step, chosen_N)):  # noqa: B905  # one has no end
             if out_of_patience(position, recipe):
                 break
@@ -83,7 +85,7 @@ def run(
             running += add_gradients(model, job.able, batch, recipe, more)
             update_weights(job.optimizer, recipe, step)
             position = _record(job, position._replace(step=step + 1), running, work, time.monotonic() - began, log, progress)
-            progress("train", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
+            progress(f"train on {place}", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
             if (now := time.monotonic()) - saved >= pause and step + 1 < recipe.steps:
                 save(work, position._replace(loss=running.item(), seconds=now - began), weights, job.optimizer)
                 saved = time.monotonic()
@@ -91,7 +93,7 @@ def run(
         model.eval()
         if recipe.patience is not None:
             load_best(work, position, weights)
-        return Trained(position.curve, time.monotonic() - began, job.able, position.step, saving)
+        return Trained(position.curve, time.monotonic() - began, job.able, position.step, str(place), saving)
 
 
 def add_gradients(model: Any, able: Abilities, batch: Batch, recipe: Recipe, more: Callable[[], Tensor | None] = lambda: None) -> Tensor:

@@ -138,6 +138,7 @@ def finish(store: Store, key: str, record: Record, recipe: Recipe, trained: Trai
         key, event="done", seconds=round(trained.seconds, 3), saving=round(trained.saving, 3),
         tokens=trained.steps * recipe.batch * recipe.length, threads=recipe.threads, **more, **able,
     )  # fmt: skip
+    store.log(record.digest, trained_on=trained.place)
     store.finish(key, record)
 
 

@@ -197,13 +197,14 @@ def run(
         position = checkpoint.read(work / FILE, _from_plain, weights, optimizer) or GroupPosition()
         model.train()
         clock, last, pause, saving = time.monotonic() - position.seconds, time.monotonic(), loop.EVERY, 0.0
-        running_E = torch.tensor(position.losses or [0.0] * len(packed), dtype=torch.float64, device=stack.flat_EP.device)
+        place = stack.flat_EP.device
+        running_E = torch.tensor(position.losses or [0.0] * len(packed), dtype=torch.float64, device=place)
         given = zip(*(batches(one, recipe, position.step) for one in packed), strict=True)
         for step, parts in zip(range(position.step, recipe.steps), given):  # noqa: B905  # one has no end
             torch.manual_seed((recipe.rng_seed << 32) + step)
             running_E += _step(model, able, stack, parts, optimizer, recipe, step)
             position = _record(position, step + 1, running_E, recipe, time.monotonic() - clock, log)
-            progress("train", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
+            progress(f"train on {place}", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
             if (now := time.monotonic()) - last >= pause and step + 1 < recipe.steps:
                 here = position._replace(losses=tuple(running_E.tolist()), seconds=now - clock)
                 checkpoint.write(work / FILE, _to_plain(here), weights, optimizer)
@@ -211,7 +212,7 @@ def run(
                 saving, pause = saving + last - now, max(loop.EVERY, (last - now) / loop.SHARE)
         model.eval()
         share = (time.monotonic() - clock) / len(packed)  # per expert
-        return stack, [loop.Trained(curve, share, able, position.step, saving / len(packed)) for curve in position.curves]
+        return stack, [loop.Trained(curve, share, able, position.step, str(place), saving / len(packed)) for curve in position.curves]
 
 
 def _step(

@@ -14,6 +14,7 @@ from elmwood.lm.experts import Experts
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model, load_quantised
 from elmwood.records import Recipe
+from elmwood.study.page import show
 from elmwood.train import loop
 from elmwood.train.adapter import add_adapter
 from elmwood.train.data import batches
@@ -82,7 +83,7 @@ def test_an_expert_learns_and_is_trained_once(case):
     expert = train(seed, corpus.train, FULL, store, partition="0" * 64, domain=3, progress=lambda *call: calls.append(call))
     assert (expert.seed, expert.partition, expert.domain) == (seed.digest, "0" * 64, 3)
     assert expert.data == tuple(shard.blob for shard in corpus.train)
-    assert calls[-1] == ("train", FULL.tokens, FULL.tokens, "tokens")
+    assert calls[-1] == ("train on cpu", FULL.tokens, FULL.tokens, "tokens")
     before = load_model(seed, store, device="cpu")
     assert held_out(load_model(seed, store, expert, device="cpu"), store, corpus, seed) < held_out(before, store, corpus, seed)
     calls.clear()
@@ -90,6 +91,7 @@ def test_an_expert_learns_and_is_trained_once(case):
     assert not calls
     ends = [line for line in store.logged(train_key(seed, corpus.train, FULL, "0" * 64, 3)) if line["event"] == "done"]
     assert len(ends) == 1
+    assert show(expert, store).lines[0].words.endswith(", trained on cpu")
     assert ends[0]["tokens"] == FULL.tokens
     assert ends[0]["packed"] == "mask"
     assert not list((store.root / "work").glob("*/*"))

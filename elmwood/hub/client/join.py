@@ -302,7 +302,7 @@ def train_grant(grant: Grant, fetched: Fetched, folder: Path, on_step: Callable[
     recipe, per_step = grant.recipe, grant.recipe.batch * grant.recipe.length
 
     def told(what: str, done: float, total: float, unit: str) -> None:
-        if what == "train":
+        if what.startswith("train on "):
             on_step(int(done) // per_step)
 
     expert = train(
