@@ -1,10 +1,10 @@
 """Attacks on a hub's gate and judge: tried, caught, missed; honest experts refused; null experts accepted; backdoors and their bound.
 
-    python -m benches.hub.attacks STORE [--nulls 200] [--honest 5] [--write elmwood/hub/pages/attacks.json]
+    python -m benches.hub.attacks STORE [--world sample] [--nulls 200] [--honest 5] [--write elmwood/hub/pages/attacks.json]
 
-STORE holds the world (a seed of its own, 4 domains of made-up text, half of it held out), which is made at the first run. Thresholds are
-the defaults of `elmwood.hub.messages.Gate`, fixed before. `honest`: experts of each domain,
-each judged against a forest of the other three.
+STORE holds the world, which is made at the first run: `made-up`, a small seed of its own and 4 domains of made-up text, half of it held
+out; or `sample`, the packaged seed, bundled text and recipe of the demo. Thresholds are the defaults of `elmwood.hub.messages.Gate`,
+fixed before. `honest`: experts of each domain, each judged against a forest of the other three.
 One JSON line for each kind of attack; `--write` writes the table that the hub's page shows.
 """
 
@@ -19,27 +19,25 @@ import numpy as np
 from benches.common import Lines, parser, say
 from benches.hub import forgeries as forge
 from benches.hub.backdoor import measure_backdoor
-from benches.hub.world import DOMAINS, GATE, World
+from benches.hub.world import DOMAINS, GROUNDS, World
 from elmwood.corpus.build import documents
 from elmwood.evaluate.holdout import chance
 from elmwood.hub.client.gate import Refused, check_adapter
 from elmwood.records import Expert
 from elmwood.store import Store
 
-SETTING = (
-    "A Llama of 2 layers and width 32 trained on made-up text of 4 domains, adapters of rank 4 in 30 steps; each submission is judged "
-    "against honest experts of the other domains, by the default thresholds, which were fixed before."
-)
+JUDGED = "each submission is judged against honest experts of the other domains, by the default thresholds, which were fixed before."
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("store", type=Path)
+    options.add_argument("--world", choices=GROUNDS, default="made-up")
     options.add_argument("--nulls", type=int, default=200)
     options.add_argument("--honest", type=int, default=5)
     options.add_argument("--write", type=Path)
     given = options.parse_args()
-    world = World(Store(given.store), Lines())
+    world = World(Store(given.store), Lines(), given.world)
     table = Table()
     bank = [world.honest(domain, rng_seed=domain) for domain in range(DOMAINS)]
     judge_honest(world, bank, table, given.honest)
@@ -50,7 +48,7 @@ def main() -> None:
     backdoor(world, bank, table)
     if given.write:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        told = {"date": datetime.date.today().isoformat(), "commit": commit, "setting": SETTING, "rows": table.rows}
+        told = {"date": datetime.date.today().isoformat(), "commit": commit, "setting": f"{world.about}; {JUDGED}", "rows": table.rows}
         given.write.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -133,8 +131,9 @@ def worthless(world: World, bank: list[Expert], table: Table) -> None:
     table.add("huge delta", "an honest one times 1e18", sent(lambda k: world.keep(k, forge.scaled(own[k], 1e18))))
     table.add("other domain", "trained on another domain's text", sent(
         lambda k: world.honest(k, 60, data=world.partition.domains[(k + 1) % DOMAINS].train)))  # fmt: skip
-    for steps in (1, 5):
-        table.add(f"{steps} of 30 steps", "claimed as the whole recipe", sent(lambda k, steps=steps: world.honest(k, 70, steps=steps)))
+    for steps in (1, world.recipe.steps // 6):
+        about = f"{steps} of {world.recipe.steps} steps"
+        table.add(about, "claimed as the whole recipe", sent(lambda k, steps=steps: world.honest(k, 70, steps=steps)))
     table.add(
         "anti-trained", "an honest delta, negated", sent(lambda k: world.keep(k, forge.scaled(world.tensors(world.honest(k, 50)), -1.0)))
     )
@@ -142,9 +141,10 @@ def worthless(world: World, bank: list[Expert], table: Table) -> None:
     def on_public(k: int) -> Expert:
         """Trained on the half of the held-out text that settings are chosen on."""
         held = list(documents(world.partition.domains[k].holdout, world.store))
-        return world.honest(k, 80, data=world.text(document.text for document in held if chance(document.id, "half") < 0.5), steps=150)
+        return world.honest(k, 80, data=world.text(document.text for document in held if chance(document.id, "half") < 0.5), steps=more)
 
-    table.add("trained on public held-out text", "150 steps on it alone", sent(on_public))
+    more = max(150, 2 * world.recipe.steps)
+    table.add("trained on public held-out text", f"{more} steps on it alone", sent(on_public))
 
 
 def files(world: World, bank: list[Expert], table: Table) -> None:
@@ -176,7 +176,7 @@ def nulls(world: World, bank: list[Expert], table: Table, count: int) -> None:
         domain = n % DOMAINS
         made = forge.random_like(world.tensors(bank[domain]), rng, times=float(rng.choice([0.5, 0.7, 1.0])))
         codes.append(world.submit(world.keep(domain, made), rest(bank, domain))[0])
-    table.add("null experts", f"{count} random ones, half to once as long as honest ones; error budget {GATE.budget:g}", codes)
+    table.add("null experts", f"{count} random ones, half to once as long as honest ones; error budget {world.gate.budget:g}", codes)
 
 
 def backdoor(world: World, bank: list[Expert], table: Table) -> None:

@@ -181,8 +181,6 @@ def _keys(hub: Hub) -> str:
 def _manifest(hub: Hub) -> str:
     text = hub.read(lambda c: c.value(select(manifest.c.signed).order_by(manifest.c.version.desc()).limit(1)))
     made = signing.open_manifest(Signed.model_validate_json(text), time.time())
-    if made.issued > time.time() + signing.SKEW:
-        raise signing.Forged(f"version {made.version} of run {made.run!r} was issued in the future: set this machine's clock")
     days = (made.issued + made.expires_s - time.time()) / 86400
     if made.hub_key != signing.public(hub.office.key):
         raise Damaged("the manifest names another hub key than the one in keys/: publish again")

@@ -22,6 +22,7 @@ from elmwood.hub.messages import RunManifest, Signed
 from elmwood.records import Frozen, canonical
 
 SKEW = 300.0  # seconds
+AHEAD = 2 * 86400.0  # seconds that a manifest may be issued in the future: by so much a volunteer's clock may be slow
 KEY, TIME, NONCE, SIGNATURE = "Elmwood-Key", "Elmwood-Time", "Elmwood-Nonce", "Elmwood-Signature"
 V = TypeVar("V", bound=Frozen)
 
@@ -119,7 +120,7 @@ def open_signed(signed: Signed, kind: type[V], by: str | None = None) -> V:
 
 def open_manifest(signed: Signed, now: float, root: str | None = None, newest: int = 0) -> RunManifest:
     """A manifest, checked. `root`: the root key that this machine knows of the run; `newest`: the latest version it saw; `now`: unix
-    seconds. Raises Forged."""
+    seconds, which may be wrong by `AHEAD`. Raises Forged, BadRecord."""
     made = open_signed(signed, RunManifest, root)
     if signed.key != made.root_key:
         raise Forged(f"the manifest is signed by key {signed.key[:8]}, and names {made.root_key[:8]} as its root key: do not use it")
@@ -127,6 +128,9 @@ def open_manifest(signed: Signed, now: float, root: str | None = None, newest: i
         raise Forged(
             f"the hub offers version {made.version} of run {made.run!r}, this machine has seen version {newest}: it was rolled back"
         )
+    if made.issued > now + AHEAD:
+        days = (made.issued - now) / 86400
+        raise Forged(f"version {made.version} of run {made.run!r} was issued {days:.1f} days in the future: set this machine's clock")
     if now > made.issued + made.expires_s:
         days = (now - made.issued - made.expires_s) / 86400
         raise Forged(f"version {made.version} of run {made.run!r} expired {days:.1f} days ago: the maintainer publishes it again")

@@ -41,22 +41,14 @@ def enter(
 
 
 def fetch_manifest(hub: Hub, folder: Folder, now: Callable[[], float] = time.time) -> RunManifest:
-    """The run's manifest: signed by the key that signed the first one seen here, not older than the last, not expired, and for this
-    version of the client. Raises BadInput, Forged.
+    """The run's manifest: signed by the key that signed the first one seen here, not older than the last, and for this version of the
+    client. Raises BadInput, Forged, BadRecord.
     """
-    state = folder.read()
-    manifest = check_manifest(hub.get("/v1/run").body, state.root_key, state.manifest, now() + hub.skew)
-    folder.change(root_key=manifest.root_key, manifest=manifest.version)
-    return manifest
-
-
-def check_manifest(raw: bytes, root_key: str, seen: int, now: float) -> RunManifest:
-    """A signed manifest, where it is to be used. `root_key`: empty at the first time; `seen`: the highest version so far; `now`: unix
-    seconds. Raises BadInput, Forged, BadRecord.
-    """
-    manifest = open_manifest(RunReply.model_validate_json(raw).manifest, now, root_key or None, seen)
+    state, offered = folder.read(), RunReply.model_validate_json(hub.get("/v1/run").body).manifest
+    manifest = open_manifest(offered, now() + hub.skew, state.root_key or None, state.manifest)
     if older_client(__version__, manifest.minimum_client):
         raise BadInput(f"this is elmwood {__version__}, and the hub needs {manifest.minimum_client}: pip install -U elmwood")
+    folder.change(root_key=manifest.root_key, manifest=manifest.version)
     return manifest
 
 

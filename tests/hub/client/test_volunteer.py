@@ -9,15 +9,14 @@ from live_hub import draft, live_hub
 from small_run import RECIPE
 
 from elmwood.errors import BadInput
-from elmwood.hub.client.enter import check_manifest
-from elmwood.hub.client.http import Hub, Unreachable
+from elmwood.hub.client.http import Hub, Problem, Unreachable
 from elmwood.hub.client.join import Options, join
 from elmwood.hub.client.judge import judge
 from elmwood.hub.client.pull import pull
 from elmwood.hub.client.state import open_folder
 from elmwood.hub.client.verify import Fault, verify_work
-from elmwood.hub.messages import RunReply, Signed
-from elmwood.hub.signing import Forged, load_key, sign
+from elmwood.hub.messages import NewAccount, RunManifest
+from elmwood.hub.signing import AHEAD, Forged, load_key, load_or_make_key, open_manifest, open_signed, sign
 from elmwood.records import Ensemble, Expert, Forest
 from elmwood.store import Store
 from elmwood.study.ancestry import generate, open_model
@@ -197,24 +196,33 @@ def test_two_processes_do_not_share_a_folder(live, tmp_path):
 
 
 def test_only_the_manifest_of_the_same_root_that_is_newer_and_not_expired_is_used(live):
-    signed, now = live.signed, 1e9
-    made = check_manifest(reply(signed), "", 0, now)
-    assert check_manifest(reply(signed), made.root_key, made.version, now) == made
-    root, other = load_key(live.hub.home.key_path("root")), load_key(live.hub.home.key_path("hub"))
+    signed = live.signed
+    made = open_signed(signed, RunManifest)
+    now = made.issued
+    assert open_manifest(signed, now, made.root_key, made.version) == open_manifest(signed, now) == made
     with pytest.raises(Forged, match="only"):
-        check_manifest(reply(sign(made, other)), made.root_key, 0, now)
-    with pytest.raises(BadInput, match="root key"):
-        check_manifest(reply(sign(made, other)), "", 0, now)
-    with pytest.raises(BadInput, match="version 1"):
-        check_manifest(reply(signed), made.root_key, made.version + 1, now)
-    with pytest.raises(BadInput, match="expired"):
-        check_manifest(reply(signed), made.root_key, 1, made.issued + made.expires_s + 1)
-    with pytest.raises(BadInput, match="pip install"):
-        check_manifest(reply(sign(made.model_copy(update={"minimum_client": "99.0"}), root)), made.root_key, 1, now)
-    forged = Signed(body=signed.body | {"version": 7}, key=signed.key, signature=signed.signature)
+        open_manifest(sign(made, load_key(live.hub.home.key_path("hub"))), now, made.root_key)
+    with pytest.raises(Forged, match="root key"):
+        open_manifest(sign(made, load_key(live.hub.home.key_path("hub"))), now)
+    with pytest.raises(Forged, match="rolled back"):
+        open_manifest(signed, now, made.root_key, made.version + 1)
+    with pytest.raises(Forged, match="expired"):
+        open_manifest(signed, now + made.expires_s + 1)
+    assert open_manifest(signed, now - AHEAD) == made  # a clock that is slow by as much
+    with pytest.raises(Forged, match="future"):
+        open_manifest(signed, now - AHEAD - 1)
     with pytest.raises(Forged, match="signature"):
-        check_manifest(reply(forged), made.root_key, 1, now)
+        open_manifest(signed.model_copy(update={"body": signed.body | {"version": 7}}), now, made.root_key)
 
 
-def reply(signed):
-    return RunReply(manifest=signed).model_dump_json().encode()
+def test_a_client_that_is_too_old_says_so_and_leaves_nothing_behind(run, tmp_path):
+    """39: nor does the hub take anything of it."""
+    with live_hub(draft(run, RECIPE, minimum_client="99.0"), run.store, "newer") as newer:
+        with pytest.raises(BadInput, match="pip install -U"):
+            volunteer(newer, tmp_path)
+        state = open_folder(newer.url, Store(tmp_path / "volunteer")).read()
+        assert (state.account, state.root_key, state.manifest) == ("", "", 0)
+        with closing(Hub(newer.url, load_or_make_key(tmp_path / "key"))) as hub, pytest.raises(Problem, match="pip install") as caught:
+            hub.post("/v1/accounts", NewAccount(name="a", recovery="0" * 64), "a")
+        assert (caught.value.status, caught.value.code) == (426, "old-client")
+        assert {row["name"] for row in rows(newer, "account")} == {"admin", "verifier"}
