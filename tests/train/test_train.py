@@ -14,7 +14,7 @@ from elmwood.lm.experts import Experts
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model, load_quantised
 from elmwood.records import Recipe
-from elmwood.study.page import show
+from elmwood.study.page import trained_on
 from elmwood.train import loop
 from elmwood.train.adapter import add_adapter
 from elmwood.train.data import batches
@@ -91,7 +91,7 @@ def test_an_expert_learns_and_is_trained_once(case):
     assert not calls
     ends = [line for line in store.logged(train_key(seed, corpus.train, FULL, "0" * 64, 3)) if line["event"] == "done"]
     assert len(ends) == 1
-    assert show(expert, store).lines[0].words.endswith(", trained on cpu")
+    assert trained_on(expert, store) == "cpu"
     assert ends[0]["tokens"] == FULL.tokens
     assert ends[0]["packed"] == "mask"
     assert not list((store.root / "work").glob("*/*"))
