@@ -84,6 +84,7 @@ HUB_VERBS = {
     ),
     "trust": ("hub:trust", "Give a key a role: member, verifier or admin."),
     "retire": ("hub:retire", "Take an expert out of the shared ensemble; its domain opens again."),
+    "merge": ("hub:merge", "Keep the merge of a run's experts: what was accepted is added, what was retired is subtracted exactly."),
     "backup": ("hub:backup", "Copy a running hub into a new folder: database, keys and blobs."),
     "move": ("hub:move", "Copy a hub's database into another, empty one: SQLite to PostgreSQL, or back."),
     "doctor": ("hub:doctor", "Check a hub: keys, manifest, log, ledger, snapshots and every blob."),

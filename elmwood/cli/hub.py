@@ -17,6 +17,7 @@ from elmwood.ranges import NewFile
 from elmwood.store import Store
 from elmwood.units import duration
 
+WATCH = 10.0  # seconds between two looks at the newest snapshot
 RunOption = Annotated[str | None, Option(help="Name of the run; default: the only one.")]
 RunArgument = Annotated[str | None, Argument(help="Name of the run; default: the only one in the store.")]
 
@@ -120,6 +121,33 @@ def retire(
     with opened(run, output) as hub:
         version = care.retire(hub, expert, reason, compensate)
     emit({"snapshot": version}) if output.as_json else out.print(f"snapshot {version} is without it")
+
+
+def merge(
+    run: RunArgument = None,
+    method: Annotated[str, Option(help="A merge rule, as of `elmwood merge`.")] = "average",
+    watch: Annotated[bool, Option("--watch", help="Go on with each new snapshot, until ctrl-c.")] = False,
+    also: Annotated[list[str] | None, Option(help="A further merge or mixture of these experts, to be marked when one is retired.")] = None,
+    place: Place = Place(),
+    output: Output = Output(),
+) -> None:
+    """Keep the merge of a run's experts: what was accepted is added, what was retired is subtracted exactly."""
+    from elmwood.hub.merging import enter_derived, keep_merge
+
+    with opened(run, output, place) as hub, bars() as progress, suppress(KeyboardInterrupt):
+        for name in also or ():
+            enter_derived(hub, name)
+        seen = -1
+        while seen < 0 or watch:
+            kept = keep_merge(hub, method, progress)
+            if kept.version != seen:
+                digest = kept.merged.digest if kept.merged else None
+                said = f"{digest} of snapshot {kept.version}: {len(kept.added)} added, {len(kept.removed)} removed"
+                facts = {"snapshot": kept.version, "merged": digest, "added": kept.added, "removed": kept.removed}
+                emit(facts) if output.as_json else out.print(said, soft_wrap=True)
+            seen = kept.version
+            if watch:
+                time.sleep(WATCH)
 
 
 def backup(

@@ -20,9 +20,10 @@ from elmwood.hub.home import Hub
 from elmwood.hub.messages import Retirement, Signed, Snapshot
 from elmwood.hub.migrations import revision, upgrade
 from elmwood.hub.rules import LIVE
-from elmwood.hub.tables import blob, credit, domain, expert, lease, manifest, metadata, run, snapshot, submission
+from elmwood.hub.tables import blob, credit, derived, domain, expert, lease, manifest, metadata, run, snapshot, submission
 from elmwood.store.disk import hash_file
 
+_made = select(derived.c.tainted, func.count().label("n")).group_by(derived.c.tainted)
 SLACK = 1e-9  # of sums of credit
 
 
@@ -51,6 +52,7 @@ def status(hub: Hub) -> dict[str, Any]:
             "run": made.run, "version": made.version, "expires_in_days": round(left / 86400, 1), "uptime_s": round(hub.clock.now()),
             "snapshot": newest["version"], "ensemble": newest["ensemble"], "domains": count(c, domain, "state"),
             "leases": count(c, lease, "state"), "submissions": count(c, submission, "state"), "experts": count(c, expert, "status"),
+            "made of experts": {"current": 0} | {("to rebuild" if row["tainted"] else "current"): row["n"] for row in c.all(_made)},
             "events": c.value(select(func.count()).select_from(events.event)), "faults": c.value(select(run.c.faults)),
         }  # fmt: skip
 

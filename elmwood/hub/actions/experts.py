@@ -3,8 +3,9 @@
 import json
 from collections.abc import Sequence
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import bindparam, delete, select, update
 
+from elmwood.errors import BadInput
 from elmwood.hub.actions.request import Caller, Moment, current, log, move_domain, need, plain
 from elmwood.hub.database import Connection
 from elmwood.hub.events import pay
@@ -35,6 +36,9 @@ _taint = (
     .where(derived.c.digest.in_(select(derived_expert.c.derived).where(derived_expert.c.expert == bindparam("expert_"))))
     .values(tainted=1)
 )
+_marked = select(derived.c.digest).where(derived.c.kind == bindparam("kind"), derived.c.tainted == 1)
+_drop_parts = delete(derived_expert).where(derived_expert.c.derived == bindparam("name"))
+_drop_derived = delete(derived).where(derived.c.digest == bindparam("name"))
 _paid = select(credits.c.amount, credits.c.account, credits.c.verdict).where(
     credits.c.submission == bindparam("submission"), credits.c.kind == "gain"
 )
@@ -138,12 +142,27 @@ def end_probation(c: Connection, when: Moment, office: Office) -> int:
     return len(due)
 
 
-def derive(c: Connection, name: str, kind: str, experts: Sequence[str], when: Moment) -> None:
-    """Enter a merge, state or mixture made of experts of the newest snapshot; their retirement marks it."""
-    if c.insert(derived, ignore=True, digest=name, kind=kind, version=newest(c)["version"], tainted=0):
+def derive(c: Connection, name: str, kind: str, experts: Sequence[str], when: Moment) -> bool:
+    """Enter a merge, state or mixture made of these experts; their retirement marks it. What was entered as the same kind and is marked has
+    been rebuilt, and goes. Whether all of its experts are in the forest."""
+    rows = [c.one(_expert, digest=one) for one in experts]
+    if strange := [one for one, row in zip(experts, rows, strict=True) if row is None]:
+        raise BadInput(f"{name[:8]} is made of {strange[0][:8]}, which is no expert of this run")
+    good = all(row["status"] != "retired" for row in rows)
+    if good:
+        forget_marked(c, kind)
+    if c.insert(derived, ignore=True, digest=name, kind=kind, version=newest(c)["version"], tainted=int(not good)):
         for one in experts:
             c.insert(derived_expert, derived=name, expert=one)
         log(c, "derived.made", name, when.unix, what=kind)
+    return good
+
+
+def forget_marked(c: Connection, kind: str) -> None:
+    """What was entered as this kind, and is marked, is no more."""
+    for old in c.all(_marked, kind=kind):
+        c.run(_drop_parts, name=old["digest"])
+        c.run(_drop_derived, name=old["digest"])
 
 
 def measure(c: Connection, caller: Caller, message: Measurement, when: Moment) -> Done:
