@@ -98,12 +98,13 @@ class Served:
     def encode(self, text: str, begin: bool = True, param: str = "prompt") -> list[int]:
         """The tokens of a text, by default after the separator, as the model was trained. Raises Refused."""
         most = self.engine.context
-        if len(text) > most * self.longest or len(text.encode("utf-8", "replace")) > most * self.longest:
-            raise too_long(f"{len(text):,} characters", most, param)
         try:
-            found = self.tokenizer.encode(text, add_special_tokens=False).ids
+            size = len(text.encode())
         except UnicodeEncodeError as error:
             raise Refused(400, f"the text is not valid Unicode: {error.reason}", param, "invalid_value") from error
+        if size > most * self.longest:
+            raise too_long(f"{len(text):,} characters", most, param)
+        found = self.tokenizer.encode(text, add_special_tokens=False).ids
         return [self.engine.separator, *found] if begin else found
 
     def chat(self, messages: Sequence[Message], now: float) -> list[int]:

@@ -1,22 +1,36 @@
 """The chat template of a seed. It may come from a stranger: it is rendered in jinja2's sandbox, within limits of time and size."""
 
 import json
+import math
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
+from jinja2.runtime import markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from elmwood.errors import BadInput
 
 LARGEST = 1 << 18  # bytes of a template
 SECONDS = 2.0  # of rendering
-LONGEST = 1 << 22  # characters of a rendered chat, and of what `*` and `+` make
+LONGEST = 1 << 22  # characters of a rendered chat, and of what an operator makes
+LONGEST_RANGE = 100_000  # also the widest field
+LARGEST_PRODUCT = 1 << 28  # of the lengths of a function's two longest arguments
+WIDTH = re.compile(r"[%{][^%{}]*(\d{5}|\*)")  # of a format: a wide field, or one that an argument makes wide
+
+
+JOINS = (str_join.__code__, markup_join.__code__)  # what ~ becomes
+
+BROKEN = (  # what a template of a stranger raises; CPython has a SystemError where recursion ends in a trace function
+    TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError, SystemError,
+)  # fmt: skip
 
 
 class Refuses(Exception):
@@ -24,15 +38,54 @@ class Refuses(Exception):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox; besides, no product or power is large."""
+    """jinja2's sandbox; besides, no single step makes anything large."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        self.filters |= {"tojson": _to_json}
+        self.filters = {name: _checked(function) for name, function in self.filters.items()}
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(one) if hasattr(one, "__len__") else abs(one) if isinstance(one, int) else 1 for one in (left, right)]
-        if sizes[0] * sizes[1] > LONGEST or (operator == "**" and max(sizes) > 64):
-            raise Refuses("it multiplies to something too large")
+        first, second = _size(left), _size(right)
+        if operator == "%" and isinstance(left, str):
+            _check(left, right)
+        elif (first + second if operator == "+" else first * second) > LONGEST or (operator == "**" and max(first, second) > 64):
+            raise Refuses("it makes something too large")
         return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, *given: Any, **named: Any) -> Any:  # type: ignore[override]
+        _check(getattr(getattr(function, "__wrapped__", function), "__self__", None), *given, *named.values())
+        return super().call(context, function, *given, **named)
+
+
+def _size(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else abs(value) if isinstance(value, int) else 1
+
+
+def _check(*given: Any) -> None:
+    """What a function gets decides how large its result may be: widths, and products of lengths. Raises Refuses."""
+    whole = [one for one in given if isinstance(one, int)]
+    long = sorted(len(one) for one in given if hasattr(one, "__len__"))
+    widths = [one for one in given if isinstance(one, str) and ("%" in one or "{" in one) and WIDTH.search(one)]
+    if any(abs(one) > LONGEST_RANGE for one in whole) or math.prod(long[-2:]) > LARGEST_PRODUCT or widths:
+        raise Refuses("it makes something too large")
+
+
+def _checked(function: Any) -> Any:
+    """A filter that looks at what it gets."""
+
+    @wraps(function)
+    def call(*given: Any, **named: Any) -> Any:
+        _check(*given, *named.values())
+        return function(*given, **named)
+
+    return call
+
+
+def _to_json(value: Any, indent: int | None = None, **others: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def read_template(folder: Path) -> tuple[str | None, Mapping[str, str]]:
@@ -55,8 +108,7 @@ def _text(token: Any) -> str | None:
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str], now: float, seconds: float = SECONDS) -> str:
     """A chat as the text that the model continues. Raises BadInput."""
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **words: json.dumps(value, ensure_ascii=False)
+    environment = Sandbox()
     words = {"raise_exception": _raise, "strftime_now": datetime.fromtimestamp(now, UTC).strftime}
     pieces, size = [], 0
     try:
@@ -69,7 +121,17 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mappin
                     raise Refuses("it grows too long")
     except Refuses as error:
         raise BadInput(f"the seed's chat template refuses these messages: {str(error)[:300]}") from error
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+        MemoryError,
+        SystemError,
+    ) as error:
         raise BadInput(f"the seed's chat template cannot be rendered: {type(error).__name__}: {str(error)[:300]}") from error
     return "".join(pieces)
 
@@ -94,4 +156,6 @@ class Deadline:
     def _look(self, frame: Any, event: str, argument: Any) -> Any:
         if time.monotonic() > self.end:
             raise Refuses("it takes too long")
+        if event == "call" and frame.f_code in JOINS and sum(map(_size, frame.f_locals.get("seq", ()))) > LONGEST:
+            raise Refuses("it makes something too large")
         return self._look
