@@ -1,6 +1,7 @@
 """Bytes and JSON changed at random, as damage and malice change them. The same random numbers make the same change."""
 
 import json
+import re
 from collections.abc import Iterator
 from random import Random
 from typing import Any
@@ -12,6 +13,11 @@ ODD = [
     "[" * 5000, '{"a":' * 3000, '{"a":1,"a":2}', '"F64"', "9007199254740993", "[null]", '"' + "x" * 20_000 + '"', json.dumps(SECRET),
     '"/etc/passwd"', '"sha256:' + "0" * 64 + '"', '"' + "0" * 64 + '"', '"\\u0000"', '"[/x]\\u001b[2J"', '"(a+)+$"', '"os:system"',
     '"file:///etc/passwd"', "4294967296", "1e-320",
+]  # fmt: skip
+
+ODD_YAML = [
+    "!!float x", "!!int x", "!!bool x", "!!timestamp x", "!!binary x", "!!python/name:os.system", "2020-99-99", "0x" + "f" * 5000,
+    "190:20:30", "&a [*a]", "&a {b: *a}", "*a", "<<: 1", "? [a]", "- - - -", "|", ">", "%TAG", "---", "yes", "~", ".nan", "-.inf",
 ]  # fmt: skip
 
 
@@ -87,6 +93,14 @@ def change_bytes(raw: bytes, rng: Random) -> bytes:
     return bytes(data)
 
 
+def change_yaml(raw: bytes, rng: Random) -> bytes:
+    """YAML with one or two of its words replaced by odd ones."""
+    words = list(re.finditer(rb"[\w.*]+", raw))
+    for word in sorted(rng.sample(words, min(len(words), rng.choice((1, 1, 2)))), key=lambda word: -word.start()):
+        raw = raw[: word.start()] + rng.choice([*ODD, *ODD_YAML]).encode() + raw[word.end() :]
+    return raw
+
+
 def change_safetensors(raw: bytes, rng: Random) -> bytes:
     """A safetensors file with another header, whose length fits, or with any bytes changed."""
     length = int.from_bytes(raw[:8], "little")
@@ -102,6 +116,8 @@ def change(raw: bytes, rng: Random, name: str = "") -> bytes:
     """The content of a file of this name, changed as its kind allows."""
     if name.endswith(".safetensors") and rng.random() < 0.7:
         return change_safetensors(raw, rng)
+    if name.endswith(".yaml") and raw and rng.random() < 0.6:
+        return change_yaml(raw, rng)
     try:
         value = json.loads(raw) if rng.random() < 0.75 else None
     except (ValueError, RecursionError):

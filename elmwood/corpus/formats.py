@@ -64,7 +64,9 @@ def by_line(head: bytes) -> bool:
         return True
     try:
         json.loads(first)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if others and getattr(error, "pos", 0) < len(first.rstrip().decode(errors="replace")):
+            return first.lstrip().startswith(b"{")  # damaged before its end: a value over several lines goes on at its end
         long = not others and len(head) >= HEAD
         return first.lstrip().startswith(b"{") and (long or (first.strip() != b"{" and not looks_like_json(head.decode(errors="replace"))))
     return first.lstrip().startswith(b"{") or bool(others)

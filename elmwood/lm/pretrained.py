@@ -23,7 +23,7 @@ from transformers.integrations import hub_kernels
 
 from elmwood.corpus.foreign_tokenizer import check_tokenizer_file
 from elmwood.errors import BadInput, BadSeed, copied_to
-from elmwood.lm.adapters.peft_config import read_settings
+from elmwood.lm.adapters.peft_config import check_floats, read_settings
 from elmwood.lm.checkpoint import Stored, harmless, linked, read_json, said, stored_tensors, weight_files
 
 # it prints what is missing, in a stranger's words; here that is an error
@@ -192,6 +192,7 @@ def open_adapter(model: Any, folder: Path) -> Any:
         if not path.is_file():  # PEFT would open a pickle, or ask the model hub
             raise BadInput(f"{folder} has no {path.name}: save the adapter again with PEFT")
     settings, tensors = read_settings(files[0], dora=True), stored_tensors(files[1:])
+    check_floats(files[1], {name: one.dtype for name, one in tensors.items()})
     rank = max(settings.get("r", 8), *(settings.get("rank_pattern") or {0: 0}).values())
     if rank > max((size for one in tensors.values() for size in one.shape), default=0):
         raise BadInput(f"{files[0]}: the rank {rank} is not that of the tensors in {files[1].name}: save the adapter again with PEFT")

@@ -7,10 +7,10 @@ leaves it to the next of these. https://github.com/arcee-ai/mergekit/blob/main/d
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from elmwood.errors import BadInput
 from elmwood.merge.checkpoint import Answer
@@ -49,6 +49,7 @@ METHODS: dict[str, MergeMethod] = {
 SHARED = {"normalize": "normalise", "lambda": "scale", "max_iter": "iterations", "tol": "tolerance", "select_topk": "density"}
 EACH = {"density": "density", "gamma": "gamma", "epsilon": "epsilon"}  # of every input but the base; here the same for all
 IGNORED = {"int8_mask"}  # how it is calculated, not what
+LARGEST = 1 << 18  # characters of a file; weights of every tensor of a large model would need fewer
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
@@ -71,9 +72,12 @@ Setting = Value | list[Value] | FilteredValue | list[FilteredValue] | None
 Parameters = dict[str, Setting] | None
 
 
+Layer = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
+
+
 class MergeInput(_Known):
     model: StrictStr
-    layer_range: tuple[StrictInt, StrictInt] | None = None
+    layer_range: tuple[Layer, Layer] | None = None
     parameters: Parameters = None
 
 
@@ -108,9 +112,7 @@ class MergekitFile(NamedTuple):
 def read(text: str) -> MergekitFile:
     """Raises BadInput."""
     try:
-        given = MergeFile.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise BadInput(f"this is not YAML of one document: {' '.join(str(error).split())}") from error
+        given = MergeFile.model_validate(_parse(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -132,6 +134,16 @@ def read(text: str) -> MergekitFile:
     members = _arc(slices, given) if given.merge_method == "slerp" else _members(slices, given, method)
     base = None if given.merge_method == "slerp" else given.base_model  # of slerp it is one of the two, and no seed
     return MergekitFile(members, base, Answer(*_answer(slices, given, method)), layers, _dtype(given))
+
+
+def _parse(text: str) -> Any:
+    """Raises BadInput."""
+    if len(text) > LARGEST:
+        raise BadInput(f"this has {len(text)} characters, and {LARGEST} of YAML are read at most: name fewer models or weights")
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # dates, numbers and tags that are none raise errors of Python's own, and deep nesting does
+        raise BadInput(f"this is not YAML of one document: {' '.join(str(error).split())}") from error
 
 
 def _check_base(given: MergeFile, method: MergeMethod) -> None:
@@ -173,6 +185,8 @@ def _number(value: Value, where: str) -> float:
         number = float(value)
     except ValueError as error:
         raise BadInput(f"{where}: {value!r} is not supported: give a number") from error
+    except OverflowError as error:
+        raise BadInput(f"{where}: a number too large for a float is not supported: give a smaller one") from error
     if not math.isfinite(number):
         raise BadInput(f"{where}: {value} is not supported: give a finite number")
     return number

@@ -161,7 +161,12 @@ def read_mergekit(path: Path, store: Store, typed: bool = False) -> tuple[Member
     """The experts and the answer of a mergekit YAML file; `typed`: whether more was asked beside it. Raises BadInput, UnknownName."""
     if typed:
         raise BadInput(f"{path} says how to merge: change it there, or name the experts here instead of the file")
-    asked = mergekit.read(path.read_text(encoding="utf-8"))
+    with path.open("rb") as file:
+        raw = file.read(4 * mergekit.LARGEST + 1)  # more is refused by its length
+    try:
+        asked = mergekit.read(raw.decode())
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     members = {store.resolve(one): shares for one, shares in asked.members.items()}
     if asked.base and store.resolve(asked.base) != seed_of(members, store).digest:
         raise BadInput(f"{asked.base} is not the seed of these experts: name that as base_model")

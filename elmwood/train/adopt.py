@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from elmwood.corpus.tokens import load_tokenizer
 from elmwood.errors import BadInput, Damaged, ForeignExpert, copied_to
-from elmwood.lm.adapters.peft_config import read_settings
+from elmwood.lm.adapters.peft_config import check_floats, read_settings
 from elmwood.lm.adapters.places import first_unfit, linear_layers, unfit
 from elmwood.lm.files import download, same_tokens, seed_folder
 from elmwood.lm.importing.checkpoint import normalise
@@ -165,7 +165,7 @@ def _check(path: Path, config: Any, tensors: Mapping[str, StoredTensor], seed: S
         raise BadInput(f"{path}: {wrong}: train an adapter without it")
     wanted = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     try:
-        read_header(path)
+        check_floats(path, {name: entry["dtype"] for name, entry in read_header(path).tensors.items()})
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             beside = [name for name in names - wanted.keys() if _is_copy(file.get_tensor(name), name, tensors)]
@@ -175,7 +175,7 @@ def _check(path: Path, config: Any, tensors: Mapping[str, StoredTensor], seed: S
             if unlike := sorted(name for name in wanted if wanted[name] != have.get(name)):
                 shapes = f"{have.get(unlike[0], 'absent')} in the file, {wanted[unlike[0]]} by its settings on {seed.name}"
                 raise BadInput(f"{path}: {len(unlike)} tensors do not fit, first {unlike[0]}: {shapes}; the adapter has another base")
-            if broken := next((name for name in have if not torch.isfinite(file.get_tensor(name)).all()), None):
+            if broken := next((name for name in have if not torch.isfinite(file.get_tensor(name).float()).all()), None):
                 raise BadInput(f"{path}: {broken} contains NaN or Inf; training diverged: take an earlier checkpoint")
             return beside
     except (SafetensorError, Damaged) as error:

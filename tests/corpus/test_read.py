@@ -40,6 +40,15 @@ def test_bad_lines_are_counted_with_their_reason(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "first", ['{"text": "cut sho', '{"n": ' + "9" * 5000 + "}", '{"text": "one"} more', '{"a": ' + "[" * 9000, "{'text': 'x'}"]
+)
+def test_a_bad_first_line_loses_only_itself(first, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(first.encode() + b"\n" + lines({"text": "one"}, {"text": "two"}))
+    assert texts(path) == (["one", "two"], Counter({"not JSON": 1}))
+
+
 def test_json_strings_are_not_taken_for_reasons(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines("free text", {"text": "one"}))

@@ -69,6 +69,12 @@ FOREIGN = {
     "exclude_modules has .*list the names": lambda folder, good: adapter_settings(folder, exclude_modules=ENDLESS),
     "layers_pattern has .*list the names": lambda folder, good: adapter_settings(folder, layers_pattern=[ENDLESS], layers_to_transform=[0]),
     "no table of names": lambda folder, good: adapter_settings(folder, alpha_pattern=["q_proj"]),
+    **{
+        f"values of {kind}": lambda folder, good, dtype=dtype: save_file(
+            {key: value.to(dtype) for key, value in good.items()}, folder / "adapter_model.safetensors"
+        )
+        for kind, dtype in (("I32", torch.int32), ("C64", torch.complex64), ("F8_E4M3", torch.float8_e4m3fn))
+    },
     "no JSON object": lambda folder, good: (folder / "adapter_config.json").write_text("[]"),
     "nested too deeply": lambda folder, good: (folder / "adapter_config.json").write_text("[" * 200_000),
 }

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
-from elmwood.lm.adapters.peft_config import read_settings, scale, split_key
+from elmwood.lm.adapters.peft_config import check_floats, read_settings, scale, split_key
 from elmwood.records import Expert, Merged, Mixture
 from elmwood.store import Store
 from elmwood.store.headers import read_header
@@ -241,7 +241,9 @@ def _size(module: Any) -> tuple[int, int]:
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
     """Layer name -> (rank, inputs, outputs), from the header alone."""
     found: dict[str, dict[str, list[int]]] = {}
-    for key, entry in sorted(read_header(adapter.weights).tensors.items()):
+    tensors = read_header(adapter.weights).tensors
+    check_floats(adapter.weights, {key: entry["dtype"] for key, entry in tensors.items()})
+    for key, entry in sorted(tensors.items()):
         layer, half = split_key(key) or ("", "m")
         if half == "m" or len(entry["shape"]) != 2:
             raise BadInput(f"{adapter.weights}: {key!r} is not a lora_A or lora_B weight: only LoRA of linear layers is supported")

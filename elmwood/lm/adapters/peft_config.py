@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ _UNSUPPORTED += ("layer_replication", "trainable_token_indices", "target_paramet
 _UNSUPPORTED += ("monteclora_config", "arrow_config", "kasa_config", "megatron_config")
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # other initial values of A and B change the base weights too
 ALPHA = 8  # of a rank-stabilised adapter (arXiv:2312.03732): at rank 16 its scale is 2, that of the usual alpha = 2 rank
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of its tensors
 MOST_RANK, MOST_ALPHA = 1 << 16, 1 << 32
 _NAMES = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern")  # settings that PEFT gives to `re`
 # the tensors of an adapter that are understood; all others are refused by name
@@ -73,6 +74,13 @@ def split_key(key: str) -> tuple[str, str] | None:
     """The layer of an adapter's tensor, and which part of it: "A", "B", or "m" for the magnitudes of DoRA; none for other tensors."""
     match = _KEY.fullmatch(key)
     return (match["layer"], match["half"] or "m") if match else None
+
+
+def check_floats(path: Path, dtypes: Mapping[str, str]) -> None:
+    """The tensors of an adapter are floats that can be added to weights. `dtypes`: as safetensors spells them. Raises BadInput."""
+    for name, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise BadInput(f"{path}: {name[:80]!r} has values of {dtype}, and an adapter has {', '.join(FLOATS)}: save it in one of these")
 
 
 def scale(settings: dict[str, Any], layer: str, rank: int) -> float:
