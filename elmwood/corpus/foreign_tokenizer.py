@@ -8,14 +8,16 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elmwood.errors import BadSeed
+from elmwood.errors import BadSeed, shorten
 from elmwood.records.plain_json import parse_json
 
 LARGEST = 128 << 20  # bytes; the largest vocabularies in use take 35 MB
 GROWTH, ADDED = 128, 4096  # characters for each one of the text (one ligature has 18 by NFKD), and beside
+MOST_IDS, MOST_ADDED = 1 << 24, 1 << 16  # token ids, and added tokens
 STEPS = 64  # of one kind; special tokens added to a text
 PATTERN = 4096  # characters
 MANY = 16  # repeats up to this are few
@@ -36,11 +38,45 @@ def check_tokenizer_file(path: Path) -> None:
                 raise ValueError(f"its {part} makes text up to {min(factor, 1e30):.3g} times longer, and {GROWTH} times is allowed")
         for step in _steps(spec.get("pre_tokenizer"), "pretokenizers"):
             _check_pattern(step.get("pattern"))
+            if step.get("type") == "FixedLength" and step.get("length") == 0:
+                raise ValueError("its pre_tokenizer cuts text into pieces of no letters")
+        _check_model(spec.get("model"), spec.get("added_tokens"))
         for step in _steps(spec.get("post_processor"), "processors"):
             if any(len(step.get(kind) or ()) > STEPS for kind in ("single", "pair", "special_tokens")):
                 raise ValueError(f"its post_processor adds more than {STEPS} tokens to a text")
     except (OSError, ValueError) as error:
         raise BadSeed(f"{path} is not used ({error}): take the tokenizer.json of the original model") from error
+
+
+@contextmanager
+def tokenizer_errors(what: object) -> Iterator[None]:
+    """Any error of the tokenizers library, and its panics, which are no Exceptions, as a BadSeed that begins with `what`."""
+    try:
+        yield
+    except BaseException as error:  # the library raises nothing narrower than Exception
+        if isinstance(error, BadSeed) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise BadSeed(f"{what} ({shorten(str(error), 300)}): save it again with transformers' save_pretrained") from error
+
+
+def _check_model(model: Any, added: Any) -> None:
+    """What the library would take the process down for, or draw at random. Raises ValueError."""
+    if not isinstance(model, dict):
+        return
+    if model.get("dropout"):
+        raise ValueError(f"its dropout of {str(model['dropout'])[:20]} cuts text by chance: set it to null")
+    vocabulary, prefix = model.get("vocab"), model.get("continuing_subword_prefix")
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [one.get("id") for one in added if isinstance(one, dict)] if isinstance(added, list) else []
+    if largest := next((one for one in ids if isinstance(one, int | float) and one >= MOST_IDS), 0):
+        raise ValueError(f"a token of it has the id {largest}, and ids below {MOST_IDS} are read")
+    if isinstance(added, list) and len(added) > MOST_ADDED:
+        raise ValueError(f"it has {len(added)} added tokens, and {MOST_ADDED} are read at most")
+    merges = model.get("merges")
+    if prefix and model.get("type", "BPE") == "BPE" and isinstance(merges, list):
+        parts = (merge.partition(" ")[2] if isinstance(merge, str) else merge[1:] and merge[1] for merge in merges if merge)
+        if any(not isinstance(part, str) or not part.startswith(str(prefix)) for part in parts):
+            raise ValueError(f"its merges do not begin with its continuing_subword_prefix {str(prefix)[:80]!r}")
 
 
 def _steps(part: Any, inner: str) -> Iterator[Mapping[str, Any]]:
@@ -69,6 +105,8 @@ def _growth(steps: list[Mapping[str, Any]]) -> tuple[float, float]:
         elif step.get("type") == "Precompiled":
             times = _longest(step.get("precompiled_charsmap"))
             factor, added = factor * times, added * times
+        elif step.get("type") == "Prepend" and not step.get("prepend"):
+            raise ValueError("it puts nothing before the text, which the library fails on")
         else:
             added += sum(len(value) for value in step.values() if isinstance(value, str))  # Prepend, prefixes, suffixes
     return factor, added
@@ -78,7 +116,10 @@ def _longest(charsmap: Any) -> int:
     """The most characters that sentencepiece's map puts for one. Raises ValueError."""
     try:
         raw = base64.b64decode(charsmap or "", validate=True)
-        texts = raw[4 + int.from_bytes(raw[:4], "little") :].split(b"\0")
+        size = int.from_bytes(raw[:4], "little")
+        if len(raw) < 4 + size or size % 4:
+            raise ValueError("its precompiled_charsmap is damaged")
+        texts = raw[4 + size :].split(b"\0")
         return max(1, *(len(text.decode(errors="replace")) for text in texts))
     except (TypeError, binascii.Error) as error:
         raise ValueError("its precompiled_charsmap is no base64") from error

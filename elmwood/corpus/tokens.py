@@ -4,6 +4,7 @@ T tokens of all documents together, D documents; W windows of at most L tokens
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from elmwood.corpus.build import documents, open_work
-from elmwood.corpus.foreign_tokenizer import check_tokenizer_file
+from elmwood.corpus.foreign_tokenizer import check_tokenizer_file, tokenizer_errors
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, BadSeed
 from elmwood.records import Packing, Shard, fingerprint
@@ -21,6 +22,9 @@ from elmwood.store import Store
 
 END = "<|endoftext|>"
 SMALLEST = 257  # the separator and every byte
+PROBE = (
+    " ".join(map(chr, range(1, 0x250))) + " the sea\t\r\n\n海 \u0e01 \u0627 \U0001f642 e\u0301 \u200d \ufffd 123"
+)  # many kinds of letters
 BATCH = 1_000_000  # characters encoded at once, about
 
 
@@ -82,13 +86,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     check_tokenizer_file(path)
-    try:
+    with tokenizer_errors(f"{path} is not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise BadSeed(f"{path} is not a tokenizer ({error}): save it again with transformers' save_pretrained") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    check_encodes(tokenizer, path)
     return tokenizer
+
+
+def check_encodes(tokenizer: Tokenizer, where: object) -> None:
+    """Text of many letters can be encoded: some tokenizers fail on letters that are not in their vocabulary. Raises BadSeed."""
+    with tokenizer_errors(f"{where}: the tokenizer cannot encode every text"):
+        tokenizer.encode(PROBE, add_special_tokens=False)
 
 
 def same_tokenizer(one: Path, other: Path) -> bool:
@@ -145,13 +154,16 @@ _BYTE = {chr(byte): byte for byte in _PRINTABLE} | {
 }
 
 
+_AS_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # as sentencepiece spells a byte
+
+
 def _byte_level(token: str) -> bytes:
     return bytes(_BYTE[letter] for letter in token) if all(letter in _BYTE for letter in token) else token.encode()
 
 
 def _sentencepiece(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
+    if byte := _AS_BYTE.fullmatch(token):
+        return bytes([int(byte[1], 16)])
     return token.replace("▁", " ").encode()
 
 
@@ -189,7 +201,7 @@ def _pack(shards: Sequence[Shard], tokenizer: Tokenizer, separator: int, work: P
     total = sum(shard.bytes for shard in shards)
     with (work / "tokens").open("wb") as file:
         for texts in _batches(document.text for document in documents(shards, store)):
-            with special_tokens_as_text(tokenizer):
+            with special_tokens_as_text(tokenizer), tokenizer_errors("the tokenizer cannot encode a document"):
                 encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             for encoding in encoded:
                 tokens = np.array([separator, *encoding.ids], dtype)

@@ -21,7 +21,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import hub_kernels
 
-from elmwood.corpus.foreign_tokenizer import check_tokenizer_file
+from elmwood.corpus.foreign_tokenizer import check_tokenizer_file, tokenizer_errors
 from elmwood.errors import BadInput, BadSeed, copied_to
 from elmwood.lm.adapters.peft_config import check_floats, read_settings
 from elmwood.lm.checkpoint import Stored, harmless, linked, read_json, said, stored_tensors, weight_files
@@ -293,10 +293,8 @@ def open_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
     with linked(files) as links:
         if (folder / "config.json").is_file():
             _write_config(read_json(folder / "config.json"), links)
-        try:
+        with tokenizer_errors(f"{folder}: the tokenizer cannot be opened"):
             found = AutoTokenizer.from_pretrained(links, local_files_only=True, trust_remote_code=False, **settings)
-        except UNREADABLE as error:
-            raise BadSeed(f"{folder}: the tokenizer cannot be opened ({said(error)}): put its tokenizer.json beside config.json") from error
     if not found.is_fast:
         raise BadSeed(f"{folder}: the tokenizer has no fast form: convert it, and put its tokenizer.json beside config.json")
     return found

@@ -11,7 +11,7 @@ from tiny_models import tiny_seed, tiny_tokenizer
 from tokenizers import Tokenizer
 
 from elmwood.corpus.foreign_tokenizer import GROWTH, _growth, check_tokenizer_file
-from elmwood.corpus.tokens import load_tokenizer
+from elmwood.corpus.tokens import _sentencepiece, load_tokenizer
 from elmwood.errors import BadSeed
 from elmwood.lm.files import seed_folder, tokenizer
 from elmwood.lm.load import import_seed
@@ -72,6 +72,32 @@ def test_patterns_that_may_never_end_are_refused(pattern, tmp_path):
     ):
         with pytest.raises(BadSeed, match="pattern"):
             check_tokenizer_file(put(tmp_path, **parts) / "tokenizer.json")
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+# the library ends the process on some of these, panics on others, and the last ones it opens
+FATAL = {
+    "pieces of no letters": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "nothing before the text": {"normalizer": sequence("normalizers", [{"type": "Prepend", "prepend": ""}])},
+    "precompiled_charsmap is damaged": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "//////////////////8="}},
+    "is not a tokenizer": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "CAAAAP///////////////w=="}},
+    "continuing_subword_prefix": {"model": BPE | {"continuing_subword_prefix": "##"}},
+    "by chance": {"model": BPE | {"dropout": 0.5}},
+    "the id 4294967295": {"model": BPE | {"vocab": {"a": 0, "b": 4294967295, "ab": 2}}},
+    "200000 added tokens": {"added_tokens": 200_000 * [{"id": 3, "content": "x"}]},
+    "cannot encode every text": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}},
+    "every text .*unk_id": {"model": {"type": "Unigram", "unk_id": None, "vocab": [["▁", -1.0], ["a", -2.0]], "byte_fallback": False}},
+}
+
+
+@pytest.mark.parametrize("complaint", FATAL)
+def test_what_the_library_fails_on_is_refused(complaint, tmp_path):
+    with pytest.raises(BadSeed, match=complaint):
+        load_tokenizer(put(tmp_path, **FATAL[complaint]))
+
+
+def test_tokens_that_only_look_like_bytes_are_text():
+    assert [_sentencepiece(token) for token in ("<0x0A>", "<0xZZ>", "<0x_1>", "<0x+1>")] == [b"\n", b"<0xZZ>", b"<0x_1>", b"<0x+1>"]
 
 
 CHARSMAP = base64.b64encode((0).to_bytes(4, "little") + b"short\0" + 500 * b"x" + b"\0").decode()

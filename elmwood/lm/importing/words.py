@@ -5,7 +5,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from elmwood.corpus.tokens import token_bytes
+from elmwood.corpus.tokens import check_encodes, token_bytes
 from elmwood.errors import BadSeed
 from elmwood.lm.pretrained import open_tokenizer
 
@@ -52,6 +52,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: Any, separator: int, where: ob
 
 def check_spelling(tokenizer: Tokenizer, where: object) -> None:
     """Scores in bits per byte and generated text need the bytes of every token. Raises BadSeed."""
+    check_encodes(tokenizer, where)
     try:
         token_bytes(tokenizer)
     except BadSeed as error:
