@@ -105,11 +105,11 @@ class Bank:
         self.device, self.dtype = weight.device, weight.dtype
         self.adapters = tuple(adapters)
         self.settings = [read_settings(adapter.config) for adapter in adapters]
-        self.layers = _layout(model, adapters)
+        self.layers = layout(model, adapters)
         self.numbers = sum(layer.numbers for layer in self.layers)
-        self.adapted = [_wrap(model, layer.name) for layer in self.layers]
-        if (head := _head(model)) and len(adapters) > 1:
-            _wrap(model, head)  # for `product`: it is the widest layer
+        self.adapted = [wrap(model, layer.name) for layer in self.layers]
+        if (head := head_of(model)) and len(adapters) > 1:
+            wrap(model, head)  # for `product`: it is the widest layer
         self.rows: dict[int, Tensor] = {}  # adapter -> its numbers [P], the most recently used last
         self.slots_SP = torch.empty(0, self.numbers, dtype=self.dtype, device=self.device)
         self.held: list[int | None] = []  # adapter in each slot
@@ -201,25 +201,25 @@ def _halves(flat_SP: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
     return a_SRI, flat_SP[:, middle : layer.start + layer.numbers].unflatten(1, (layer.outputs, layer.rank))
 
 
-def _wrap(model: nn.Module, name: str) -> Adapted:
+def wrap(model: nn.Module, name: str) -> Adapted:
     parent, _, leaf = name.rpartition(".")
-    adapted = Adapted(model.get_submodule(name))  # type: ignore[arg-type]  # _layout has looked
+    adapted = Adapted(model.get_submodule(name))  # type: ignore[arg-type]  # layout has looked
     setattr(model.get_submodule(parent), leaf, adapted)
     return adapted
 
 
-def _head(model: nn.Module) -> str | None:
+def head_of(model: nn.Module) -> str | None:
     """The name of the layer that makes logits, unless it is wrapped already or something else."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return next((name for name, module in model.named_modules() if module is head), None) if type(head) is nn.Linear else None
 
 
-def _layout(model: nn.Module, adapters: Sequence[Adapter]) -> list[Layer]:
+def layout(model: nn.Module, adapters: Sequence[Adapter]) -> list[Layer]:
     """The layers that some adapter changes, in the model's order, each at the largest rank that any adapter has there."""
     linear = {name: _size(module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     ranks: dict[str, int] = {}
     for adapter in adapters:
-        for name, (rank, inputs, outputs) in _shapes(adapter).items():
+        for name, (rank, inputs, outputs) in shapes(adapter).items():
             if name not in linear:
                 raise BadInput(f"{adapter.weights}: {name!r} is not a linear layer of the base: it belongs to another base model")
             if (inputs, outputs) != linear[name]:
@@ -238,7 +238,7 @@ def _size(module: Any) -> tuple[int, int]:
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
-def _shapes(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
+def shapes(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
     """Layer name -> (rank, inputs, outputs), from the header alone."""
     found: dict[str, dict[str, list[int]]] = {}
     tensors = read_header(adapter.weights).tensors

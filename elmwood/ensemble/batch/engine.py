@@ -1,0 +1,218 @@
+"""The engine for adapters over one seed, or one model alone: rows (request, expert), one pass over the weights per step for all of them.
+
+One thread takes steps, another reads adapters from the disk. `open_batched` says which models these are.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+
+from elmwood.ensemble.batch.candidates import Candidates
+from elmwood.ensemble.batch.interface import USUAL, Busy, Counts, Event, Limits, Request
+from elmwood.ensemble.batch.passes import Reader, reads_by_rows
+from elmwood.ensemble.batch.prefixes import Prefixes
+from elmwood.ensemble.batch.residency import Residency
+from elmwood.ensemble.batch.steps import SUM, Mixing, Sizes, Steps
+from elmwood.ensemble.batch.texts import Text
+from elmwood.ensemble.batch.turns import check
+from elmwood.ensemble.text_router import open_forest
+from elmwood.errors import BadInput, ElmwoodError
+from elmwood.lm.adapters.lora import Layer, adapter_of, layout
+from elmwood.lm.adapters.packed import Packed
+from elmwood.lm.adapters.slots import Slots
+from elmwood.lm.devices import choose_device
+from elmwood.lm.experts import BANKED
+from elmwood.lm.load import check_seed, end_tokens, load_model, method_of
+from elmwood.records import Ensemble, Expert, Merged, Mixture, Record, Seed
+from elmwood.store import Store
+
+SLOT_BYTES, HOST_BYTES, CACHE_BYTES = 2 << 30, 4 << 30, 4 << 30
+CHUNK = {"cpu": 256, "gpu": 2048}  # tokens of longer prompts that one step reads
+logger = logging.getLogger("elmwood.serve")
+
+
+class Batched:
+    """See interface.py."""
+
+    def __init__(
+        self, seed: Seed, store: Store, model: Any, token_bytes: int, candidates: Candidates, adapters: Sequence[Expert | Merged | Mixture],
+        limits: Limits = USUAL, mixing: Mixing = SUM,
+    ):  # fmt: skip
+        """`adapters`: experts by digest, as the candidates have them; `model` reads by rows. Raises BadInput."""
+        self.context, self.vocabulary, self.separator = seed.context, seed.vocabulary, seed.separator
+        self.stops = frozenset([seed.separator, *end_tokens(seed, store)])
+        self.experts, self.limits, self.store = candidates.names[:-1], limits, store
+        self.adapters = {branch.digest: branch for branch in adapters}
+        layers = layers_of(model, adapters, store)
+        number_bytes = sum(layer.numbers for layer in layers) * next(model.parameters()).element_size()
+        slots = min(limits.slots or max(candidates.most, SLOT_BYTES // max(1, number_bytes)), limits.rows, max(1, len(adapters)))
+        places = min(max(2 * slots, HOST_BYTES // max(1, number_bytes)), max(1, len(adapters)))
+        self.slots = Slots(model, layers, slots) if adapters else None
+        self.packed = Packed(store.root / "work" / "packed", layers)
+        reader = Reader(model, self.slots)
+        self.host_HP = torch.empty(places, self.slots.numbers, dtype=self.slots.flat_SP.dtype) if self.slots else torch.empty(0, 0)
+        if reader.store.device.type == "cuda":
+            self.host_HP = self.host_HP.pin_memory()
+        cache_bytes = limits.cache_bytes or CACHE_BYTES
+        sizes = Sizes(
+            limits.running, limits.rows, max(1, cache_bytes // token_bytes),
+            CHUNK["cpu" if reader.store.device.type == "cpu" else "gpu"],
+        )  # fmt: skip
+        if candidates.most > min(limits.rows, slots + 1):
+            raise BadInput(
+                f"{candidates.most} candidates predict each token, and there are {limits.rows} rows and {slots} slots: raise them"
+            )
+        residency = Residency(places, slots if adapters else 0)
+        self.steps = Steps(
+            reader, candidates, residency, sizes, self.context, self.stops, Prefixes(cache_bytes // 4), self._load, self._fill, mixing
+        )
+        self.candidates, self._numbers = candidates, count(1)
+        self._loads, self._load_s = 0, 0.0
+        self._new: list[Text] = []
+        self._ended: set[int] = set()  # cancelled by their number
+        self._closing = self._stop = False
+        self._wanted: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
+        self._found: list[tuple[str, str]] = []  # what the loader has done
+        self._counts = self.steps.counts()
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=target, name=f"elmwood-{name}", daemon=True)
+            for name, target in (("engine", self._run), ("loader", self._read_adapters))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # ---- any thread
+
+    def submit(self, request: Request, hear: Callable[[Event], None]) -> int:
+        check(request, self.context, self.vocabulary, [*self.candidates.names])
+        choice = self.candidates.choose(request.only, request.without)
+        with self._changed:
+            waiting = len(self._new) + self._counts.waiting
+            if self._closing or waiting >= self.limits.queue:
+                raise Busy("the server closes" if self._closing else f"{waiting} requests wait already: ask again later")
+            text = Text.of(next(self._numbers), request, hear, choice, self.context)
+            self._new.append(text)
+            self._changed.notify_all()
+        return text.number
+
+    def cancel(self, number: int) -> None:
+        with self._changed:
+            self._ended.add(number)
+            self._changed.notify_all()
+
+    def counts(self) -> Counts:
+        with self._changed:
+            now = self._counts
+            waiting = now.waiting + len(self._new)
+            return now._replace(waiting=waiting, loads=self._loads, load_seconds=self._load_s, open=not self._closing)
+
+    def close(self, drain_s: float = 0.0) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._new and not self._counts.waiting and not self._counts.running, drain_s)
+            self._stop = True
+            self._changed.notify_all()
+        self._wanted.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    # ---- the thread of the engine
+
+    def _run(self) -> None:
+        steps, idle = self.steps, False
+        while True:
+            with self._changed:
+                if idle:
+                    self._changed.wait_for(lambda: self._new or self._found or self._ended or self._stop)
+                new, self._new = self._new, []
+                found, self._found = self._found, []
+                ended, self._ended, stop = self._ended, set(), self._stop
+            steps.waiting += new
+            for digest, why in found:
+                steps.residency.loaded(digest, why)
+            for text in (*steps.waiting, *steps.running):
+                text.cancelled |= stop or text.number in ended
+            try:
+                idle = not steps.step()
+            except Exception as error:  # whatever it was, the next request is served
+                logger.exception("a step")
+                steps.fail(error)
+            with self._changed:
+                self._counts = steps.counts()
+                self._changed.notify_all()
+                if stop and not steps.waiting and not steps.running and not self._new:
+                    return
+
+    def _load(self, digest: str, place: int) -> None:
+        self._wanted.put((digest, place))
+
+    def _fill(self, place: int, slot: int) -> None:
+        assert self.slots
+        self.slots.fill(slot, self.host_HP[place])
+
+    # ---- the thread that reads adapters
+
+    def _read_adapters(self) -> None:
+        while (wanted := self._wanted.get()) is not None:
+            digest, place = wanted
+            began, why = time.perf_counter(), ""
+            try:
+                branch = self.adapters[digest]
+                files = [branch.files[name] for name in ("adapter_config.json", "adapter_model.safetensors")]
+                self.packed.load(adapter_of(branch, self.store), files, self.host_HP[place])
+            except (ElmwoodError, OSError, KeyError) as error:
+                logger.warning("expert %s is refused: %s", digest, error)
+                why = str(error)
+            with self._changed:
+                self._loads, self._load_s = self._loads + 1, self._load_s + time.perf_counter() - began
+                self._found.append((digest, why))
+                self._changed.notify_all()
+
+
+def layers_of(model: Any, branches: Sequence[Expert | Merged | Mixture], store: Store) -> list[Layer]:
+    """The layers that adapters change. The header of one adapter of each configuration is read, whatever their number: one that has
+    other layers under the same configuration is refused when it is loaded. Raises BadInput."""
+    one_of_each = {branch.files.get("adapter_config.json"): branch for branch in branches}
+    return layout(model, [adapter_of(branch, store) for branch in one_of_each.values()])
+
+
+def open_batched(record: Record, store: Store, device: torch.device | str | None = None, limits: Limits = USUAL) -> Batched | None:
+    """The engine of a model, if it is one of these: a seed, an expert or a merge whose keys and values stand for all it has read, or an
+    ensemble, mixed by outputs, of LoRA adapters over such a seed. None for others. Raises ForeignExpert, UnknownName, Damaged."""
+    place, mixing, routing, router = choose_device(device), SUM, None, None
+    adapters: list[Expert | Merged | Mixture] = []
+    bounded: set[int] = set()
+    base = None
+    match record:
+        case Seed():
+            seed = record
+        case Expert() | Merged() | Mixture():
+            seed = store.load(record.seed, Seed)
+            check_seed(seed, record)
+            adapters, base = ([record], None) if method_of(record) in BANKED else ([], record)
+            if base is not None and ("adapter_config.json" in record.files):
+                return None  # DoRA
+        case Ensemble() if record.mixing == "outputs":
+            forest = open_forest(record, store, place)
+            if any(method_of(expert) not in BANKED for expert in forest.experts.experts):
+                return None
+            seed, adapters, routing, router = forest.experts.seed, list(forest.experts.experts), forest.routing, forest.router
+            bounded = {c for c, expert in enumerate(adapters) if expert.digest in record.bounded}
+            mixing = Mixing(record.aggregation, record.bound)
+        case _:
+            return None
+    names = [expert.digest for expert in adapters] if base is None else [base.digest]
+    candidates = Candidates(names, router, routing, bounded, None if base is None else 0)
+    model = load_model(seed, store, base, place)
+    token_bytes = reads_by_rows(model) if model.config.get_text_config().vocab_size == seed.vocabulary else 0
+    if not token_bytes:
+        return None
+    return Batched(seed, store, model, token_bytes, candidates, adapters, limits, mixing)

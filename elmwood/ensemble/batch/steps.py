@@ -1,0 +1,344 @@
+"""The steps of an engine: each admits requests, reads in one pass what all rows have not read, and says a token of each text that is ready.
+
+A candidates of one text, M tokens with logits, V vocabulary. No thread and no clock: `engine.py` has those.
+"""
+
+import heapq
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elmwood.ensemble.batch.candidates import Candidates
+from elmwood.ensemble.batch.interface import Counts, Ended, Said
+from elmwood.ensemble.batch.passes import BASE, Item, Reader
+from elmwood.ensemble.batch.prefixes import Kept, Prefixes
+from elmwood.ensemble.batch.residency import Residency, Seat
+from elmwood.ensemble.batch.schedule import Job, Room, admit, divide
+from elmwood.ensemble.batch.texts import Row, Text
+from elmwood.ensemble.bounded import AGGREGATIONS, bound
+from elmwood.ensemble.decode import Rule, pick
+from elmwood.errors import BadInput
+
+logger = logging.getLogger("elmwood.serve")
+
+
+class Mixing(NamedTuple):
+    """How several distributions become one: the fields of an ensemble's record."""
+
+    aggregation: str = "arithmetic"
+    nats: float = 2.0
+
+
+SUM = Mixing()
+
+
+class Sizes(NamedTuple):
+    """How much fits."""
+
+    running: int
+    rows: int
+    tokens: int  # of all rows
+    chunk: int  # tokens of longer prompts in one step
+
+
+class Steps:
+    """Requests at work over one model."""
+
+    def __init__(
+        self, reader: Reader, candidates: Candidates, residency: Residency, sizes: Sizes, context: int, stops: frozenset[int],
+        prefixes: Prefixes, load: Callable[[str, int], None], fill: Callable[[int, int], None], mixing: Mixing = SUM,
+    ):  # fmt: skip
+        """`load`: begin to read an expert into a host place, and call `residency.loaded` later; `fill`: copy a place to a slot."""
+        self.reader, self.candidates, self.residency, self.sizes, self.prefixes = reader, candidates, residency, sizes, prefixes
+        self.context, self.stops, self.mixing, self.load, self.fill = context, stops, mixing, load, fill
+        self.waiting: list[Text] = []
+        self.running: list[Text] = []
+        self.free = list(range(sizes.rows))  # places among keys and values, as a heap
+        self.count = self.failed = self.mismatches = 0
+
+    # ---- who is at work
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Take one step; whether there was anything to do."""
+        self.count += 1
+        for text in [text for text in (*self.waiting, *self.running) if text.cancelled]:
+            self._end(text, Ended("cancelled"))
+        self._admit()
+        for text in list(self.running):
+            self._prepare(text)
+        read = self._read()
+        ready = [text for text in self.running if text.ready]
+        for text in ready:
+            self._say(text)
+        if not read and not ready and self.running and not self.residency.loading:
+            self._put_back(self.running[-1])
+        return read or bool(ready)
+
+    def fail(self, error: Exception) -> None:
+        """End all that is at work; the engine lives on."""
+        for text in list(self.running):
+            self._end(text, Ended("error", f"{type(error).__name__}; it is in the server's log", 500))
+
+    def _admit(self) -> None:
+        jobs = []
+        for text in self.waiting:
+            self._look(text)
+            names = frozenset(self.candidates.names[c] for c in text.run if c != self.candidates.base)
+            jobs.append(Job(text.number, names, self.candidates.most, self._most(text), text.overtaken))
+        seated = self.residency.seated | {self.candidates.names[c] for text in self.running for c in text.pinned}
+        room = Room(
+            self.sizes.running - len(self.running),
+            self.sizes.rows - len(self.running) * self.candidates.most,
+            self.sizes.tokens - sum(map(self._most, self.running)),
+            len(self.residency.digest_S) - len(seated), frozenset(seated),
+        )  # fmt: skip
+        chosen = set(admit(jobs, room))
+        last = max((n for n, text in enumerate(self.waiting) if text.number in chosen), default=-1)
+        for n, text in enumerate(self.waiting):
+            if text.number in chosen:
+                self.running.append(text)
+            else:
+                text.overtaken += n < last
+        self.waiting = [text for text in self.waiting if text.number not in chosen]
+
+    def _most(self, text: Text) -> int:
+        """Tokens of keys and values that a text's rows hold in the end."""
+        return self.candidates.most * min(self.context, len(text.request.tokens) + text.room)
+
+    def _look(self, text: Text) -> None:
+        """Let the router read what is new of a text, and find its candidates."""
+        if text.pushed == text.end:
+            return
+        if not text.pushed and text.choice.alone is None:
+            text.prefix = self.candidates.start()
+        text.dist2_E = self.candidates.push(text.prefix, text.tokens[text.pushed : text.end])
+        text.pushed = text.end
+        self._choose(text)
+
+    def _choose(self, text: Text) -> None:
+        seed, bounded = self.candidates.seed, self.candidates.bounded
+        text.active = self.candidates.active(text.choice, text.dist2_E)
+        text.run = [*text.active, seed] if seed not in text.active and bounded.intersection(text.active) else list(text.active)
+
+    # ---- rows
+
+    def _prepare(self, text: Text) -> None:
+        """A row for each candidate that predicts the next token, and its adapter in a slot, as far as it is there."""
+        names = self.candidates.names
+        for c in text.pinned.difference(text.run):
+            self._rest(text, c)
+        for c in text.run:
+            if c != self.candidates.base:
+                state = self.residency.want(names[c], self.load)
+                if state == "refused":
+                    return self._without(text, c)
+                if state == "full":
+                    continue
+                if c not in text.pinned:
+                    self.residency.pin(names[c])
+                    text.pinned.add(c)
+                if state == "loading":
+                    continue
+            row = text.rows.get(c) or self._row(text, c)
+            if row is not None and row.seat is None and c != self.candidates.base:
+                row.seat = self._seat(names[c])
+
+    def _seat(self, digest: str) -> Seat | None:
+        seat = self.residency.seat(digest)
+        if seat is not None and seat.fresh:
+            self.fill(self.residency.place[digest], seat.slot)
+        return seat
+
+    def _row(self, text: Text, c: int) -> Row | None:
+        """A new row, in a place that is free or that of the row which has been idle for longest."""
+        if not self.free:
+            idle = [(row.used, n, e) for n, other in enumerate(self.running) for e, row in other.rows.items() if e not in other.run]
+            if not idle:
+                return None
+            _, n, e = min(idle)
+            self._drop(self.running[n], e)
+        row = text.rows[c] = Row(c, heapq.heappop(self.free))
+        self._read_before(text, row)
+        return row
+
+    def _read_before(self, text: Text, row: Row) -> None:
+        """Let a new row begin with what its candidate has read of another text that begins alike. One token at least is left to read."""
+        found = self.prefixes.find(self.candidates.names[row.candidate], text.tokens[: text.end]) if text.end > 1 else None
+        if found is None:
+            return
+        kept, length = found
+        memory = self.candidates.memory
+        row.read = length = min(length - memory, text.end - 1)  # what it gave the next token is known as well
+        store = self.reader.store
+        store.reserve(row.place + 1, length)
+        store.give(row.place, kept.states, length)
+        if memory:
+            assert self.candidates.routing
+            row.loglik = kept.loglik_T[:length].tolist()
+            row.memory = float(self.candidates.routing.fading ** np.arange(length - 1, -1, -1) @ kept.loglik_T[:length])
+            row.known = float(kept.loglik_T[length])
+
+    def _keep(self, text: Text, row: Row) -> None:
+        digest, read = self.candidates.names[row.candidate], text.tokens[: row.read]
+        if self.prefixes.wants(digest, read):
+            loglik_T = np.array(row.loglik if self.candidates.memory else [], np.float64)
+            self.prefixes.keep(digest, Kept(np.array(read, np.int64), loglik_T, self.reader.store.take(row.place, row.read)))
+
+    def _rest(self, text: Text, c: int) -> None:
+        """A candidate that does not predict any more needs its adapter no more. Its row stays, for it may be back."""
+        row = text.rows.get(c)
+        if row is not None:
+            if row.seat is not None:
+                self.residency.leave(row.seat)
+                row.seat = None
+            if row.last_V is not None:
+                row.last_V = row.last_V.clone()  # not a part of what all rows said
+        if c in text.pinned:
+            text.pinned.remove(c)
+            self.residency.unpin(self.candidates.names[c])
+
+    def _drop(self, text: Text, c: int) -> None:
+        self._rest(text, c)
+        heapq.heappush(self.free, text.rows.pop(c).place)
+
+    def _without(self, text: Text, c: int) -> None:
+        """An expert that cannot be loaded is no candidate."""
+        why = self.residency.refused[self.candidates.names[c]]
+        try:
+            if text.choice.alone is not None:
+                raise BadInput(why)
+            text.choice = self.candidates.choose(text.request.only, text.request.without, self.residency.refused)
+        except BadInput:
+            return self._end(text, Ended("error", f"expert {self.candidates.names[c][:8]} cannot be used: {why}", 503))
+        self._choose(text)
+        self._prepare(text)
+
+    def _put_back(self, text: Text) -> None:
+        """The youngest of those that wait for one another begins again when there is room."""
+        self._release(text)
+        self.running.remove(text)
+        self.waiting.insert(0, text)
+
+    def _release(self, text: Text) -> None:
+        for c in list(text.rows):
+            self._drop(text, c)
+        for c in list(text.pinned):
+            self._rest(text, c)
+
+    def _end(self, text: Text, ended: Ended) -> None:
+        for row in text.rows.values() if ended.reason != "error" else ():
+            self._keep(text, row)
+        self._release(text)
+        (self.running if text in self.running else self.waiting).remove(text)
+        self.failed += ended.reason == "error"
+        text.hear(ended)
+
+    # ---- reading
+
+    def _read(self) -> bool:
+        """One pass; whether anything was read."""
+        due: list[tuple[Text, Row]] = []
+        for text in list(self.running):
+            rows = [text.rows[c] for c in text.run if c in text.rows]
+            if any(row.seat is not None and not self.residency.holds(row.seat) for row in rows):
+                self.mismatches += 1
+                self._end(text, Ended("error", "an expert's slot was given to another while it was read: send the request again", 503))
+                continue
+            due += [(text, row) for row in rows if row.read < text.end and (row.seat is not None or row.candidate == self.candidates.base)]
+        left = [text.end - row.read for text, row in due]
+        longer = [n for n, size in enumerate(left) if size > 1]
+        for n, size in zip(longer, divide([left[n] for n in longer], self.sizes.chunk), strict=True):
+            left[n] = size
+        pairs = [(text, row, size) for (text, row), size in zip(due, left, strict=True) if size]
+        if not pairs:
+            return False
+        try:
+            logits_MV, found = self.reader.read([self._item(text, row, size) for text, row, size in pairs])
+            logp_MV = torch.log_softmax(logits_MV.float(), -1)
+        except Exception as error:  # whatever it was, the engine lives on
+            logger.exception("a pass over %d rows", len(pairs))
+            status = 503 if isinstance(error, MemoryError | torch.OutOfMemoryError) else 500
+            for text in dict.fromkeys(text for text, _, _ in pairs):
+                self._end(text, Ended("error", f"{type(error).__name__} while reading: {str(error)[:200]}", status))
+            return True
+        for (text, row, size), part in zip(pairs, found, strict=True):
+            self._absorb(text, row, size, logp_MV[part])
+        return True
+
+    def _item(self, text: Text, row: Row, size: int) -> Item:
+        slot = BASE if row.seat is None else row.seat.slot
+        return Item(row.place, slot, row.read, text.tokens[row.read : row.read + size], size if self.candidates.memory else 1)
+
+    def _absorb(self, text: Text, row: Row, size: int, logp_UV: Tensor) -> None:
+        """Note what a row has read, and what it gave it."""
+        row.used = self.count
+        if self.candidates.memory:
+            said = text.tokens[row.read : row.read + size]
+            first = 0.0 if not row.read else row.known if row.last_V is None else float(row.last_V[said[0]])
+            rest = logp_UV[:-1].gather(1, torch.tensor(said[1:], device=logp_UV.device)[:, None])[:, 0].tolist() if size > 1 else []
+            assert self.candidates.routing
+            for nats in (first, *rest):
+                row.memory = row.memory * self.candidates.routing.fading + nats
+                row.loglik.append(nats)
+        row.read += size
+        row.last_V = logp_UV[-1]
+
+    # ---- saying
+
+    def _say(self, text: Text) -> None:
+        """The next token of a text whose candidates have read all there is."""
+        weight = self.candidates.weigh(text.choice, text.dist2_E, {c: text.rows[c].memory for c in text.active})
+        logp_V = self.mix(text, weight)
+        prompt = text.end < len(text.tokens)
+        if prompt:
+            token = text.tokens[text.end]
+        else:
+            if text.over:
+                return self._end(text, Ended("length"))
+            chance = torch.rand(1, generator=text.generator).to(logp_V.device)
+            token = int(pick(logp_V, Rule(text.request.temperature, text.request.top_p), chance))
+            text.tokens.append(token)
+            text.made += 1
+        top = logp_V.topk(min(text.request.logprobs, len(logp_V))) if text.request.logprobs else None
+        pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
+        shares = {self.candidates.names[c]: share for c, share in weight.items() if share}
+        stop = not prompt and token in (self.stops if text.request.stops is None else text.request.stops)
+        text.hear(Said(token, float(logp_V[token]), pairs, shares, prompt, stop))
+        text.end += 1
+        if stop:
+            self._end(text, Ended("stop"))
+        elif text.over:
+            self._end(text, Ended("length"))
+        else:
+            self._look(text)
+
+    def mix(self, text: Text, weight: dict[int, float]) -> Tensor:
+        """One distribution [V], log-probabilities float32, of those of the active candidates."""
+        said = [text.rows[c].last_V for c in weight]
+        if len(said) == 1 and not self.candidates.bounded:
+            return said[0]  # type: ignore[return-value]  # all have read
+        bounded, nats = self.candidates.bounded, self.mixing.nats
+        logp_AV = torch.stack(said)  # type: ignore[arg-type]
+        if bounded.intersection(weight):
+            seed_V = text.rows[self.candidates.seed].last_V
+            assert seed_V is not None
+            logp_AV = torch.stack(
+                [bound(logp_V, seed_V, nats) if c in bounded else logp_V for c, logp_V in zip(weight, logp_AV, strict=True)]
+            )
+        weight_A = torch.tensor(list(weight.values()), dtype=logp_AV.dtype, device=logp_AV.device)
+        return AGGREGATIONS[self.mixing.aggregation](logp_AV, weight_A)
+
+    def counts(self) -> Counts:
+        """Their state."""
+        rows = sum(len(text.rows) for text in self.running)
+        held = sum(row.read for text in self.running for row in text.rows.values())
+        return Counts(
+            waiting=len(self.waiting), running=len(self.running), rows=rows, cache_share=min(1.0, held / max(1, self.sizes.tokens)),
+            experts=self.candidates.seed, resident=sum(digest is not None for digest in self.residency.digest_S),
+            loading=len(self.residency.loading), mismatches=self.mismatches, failed=self.failed,
+        )  # fmt: skip

@@ -1,0 +1,73 @@
+"""A request at work: its text, and a row for each candidate that reads it.
+
+E experts, V vocabulary
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elmwood.ensemble.batch.candidates import Choice
+from elmwood.ensemble.batch.interface import Event, Request
+from elmwood.ensemble.batch.residency import Seat
+
+
+@dataclass(eq=False)
+class Row:
+    """What one candidate has read of one text."""
+
+    candidate: int
+    place: int  # among keys and values
+    seat: Seat | None = None  # where its adapter is; none while it is idle, and for the seed
+    read: int = 0  # tokens
+    memory: float = 0.0  # of what it gave the tokens it has read, nats
+    loglik: list[float] = field(default_factory=list)  # of the tokens it has read, where anybody asks
+    last_V: Tensor | None = None  # log-probabilities after the last token it has read
+    known: float = 0.0  # where `last_V` is not known: what it gave the next token
+    used: int = 0  # the step in which it was last active
+
+
+@dataclass(eq=False)
+class Text:
+    """A request that waits or runs."""
+
+    number: int
+    request: Request
+    hear: Callable[[Event], None]
+    choice: Choice
+    room: int  # tokens that may be generated
+    tokens: list[int]
+    prefix: Any = None  # what the router remembers
+    end: int = 0  # tokens that candidates may read by now
+    pushed: int = 0  # that the router has read
+    dist2_E: NDArray[np.floating] | None = None
+    active: list[int] = field(default_factory=list)  # candidates that predict the next token
+    run: list[int] = field(default_factory=list)  # those, and the seed where bounds refer to it
+    rows: dict[int, Row] = field(default_factory=dict)
+    pinned: set[int] = field(default_factory=set)
+    made: int = 0
+    overtaken: int = 0
+    cancelled: bool = False
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    @classmethod
+    def of(cls, number: int, request: Request, hear: Callable[[Event], None], choice: Choice, context: int) -> "Text":
+        text = cls(number, request, hear, choice, min(request.max_tokens, context - len(request.tokens)), list(request.tokens))
+        text.end = 1 if request.echo else len(text.tokens)
+        text.generator.manual_seed(request.rng_seed)
+        return text
+
+    @property
+    def ready(self) -> bool:
+        """Whether all of its candidates have read all there is."""
+        return all((row := self.rows.get(c)) is not None and row.read == self.end for c in self.run)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to say."""
+        return self.end >= len(self.tokens) and self.made >= self.room
