@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from elmwood.ensemble.batch.interface import Busy, Ended, Limits, Request, Said
-from elmwood.ensemble.batch.opening import Guide, open_engine
+from elmwood.ensemble.batch.opening import Guide
 from elmwood.ensemble.batch.turns import Turns
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import open_model
@@ -46,7 +46,7 @@ class Heard:
 
 @pytest.fixture
 def opened(request, house):
-    engine = open_engine(KINDS[request.param](house), house.store)
+    engine = Turns(open_model(KINDS[request.param](house), house.store))
     yield engine
     engine.close()
 

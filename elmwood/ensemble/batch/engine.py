@@ -79,7 +79,6 @@ class Batched:
         self._closing = self._stop = False
         self._wanted: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
         self._found: list[tuple[str, str]] = []  # what the loader has done
-        self._counts = self.steps.counts()
         self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=target, name=f"elmwood-{name}", daemon=True)
@@ -94,7 +93,7 @@ class Batched:
         check(request, self.context, self.vocabulary, [*self.candidates.names])
         choice = self.candidates.choose(request.only, request.without)
         with self._changed:
-            waiting = len(self._new) + self._counts.waiting
+            waiting = len(self._new) + len(self.steps.waiting)
             if self._closing or waiting >= self.limits.queue:
                 raise Busy("the server closes" if self._closing else f"{waiting} requests wait already: ask again later")
             text = Text.of(next(self._numbers), request, hear, choice, self.context)
@@ -109,7 +108,7 @@ class Batched:
 
     def counts(self) -> Counts:
         with self._changed:
-            now = self._counts
+            now = self.steps.counts()
             waiting = now.waiting + len(self._new)
             return now._replace(waiting=waiting, loads=self._loads, load_seconds=self._load_s, open=not self._closing)
 
@@ -117,7 +116,7 @@ class Batched:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._new and not self._counts.waiting and not self._counts.running, drain_s)
+            self._changed.wait_for(lambda: not self._new and not self.steps.waiting and not self.steps.running, drain_s)
             self._stop = True
             self._changed.notify_all()
         self._wanted.put(None)
@@ -132,10 +131,10 @@ class Batched:
             with self._changed:
                 if idle:
                     self._changed.wait_for(lambda: self._new or self._found or self._ended or self._stop)
-                new, self._new = self._new, []
+                steps.waiting += self._new
+                self._new = []
                 found, self._found = self._found, []
                 ended, self._ended, stop = self._ended, set(), self._stop
-            steps.waiting += new
             for digest, why in found:
                 steps.residency.loaded(digest, why)
             for text in (*steps.waiting, *steps.running):
@@ -146,7 +145,6 @@ class Batched:
                 logger.exception("a step")
                 steps.fail(error)
             with self._changed:
-                self._counts = steps.counts()
                 self._changed.notify_all()
                 if stop and not steps.waiting and not steps.running and not self._new:
                     return

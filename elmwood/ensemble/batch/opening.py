@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from elmwood.domains.route import Routing, Signals, weights
+from elmwood.ensemble.batch.engine import open_batched
 from elmwood.ensemble.batch.interface import USUAL, Engine, Limits
 from elmwood.ensemble.batch.turns import Turns
 from elmwood.ensemble.mixture import open_model
@@ -16,8 +17,10 @@ from elmwood.store import Store
 
 
 def open_engine(record: Record, store: Store, device: torch.device | str | None = None, limits: Limits = USUAL) -> Engine:
-    """A model, opened to continue many texts. Raises UnknownName, ForeignExpert, Damaged."""
-    return Turns(open_model(record, store, device), limits)
+    """A model, opened to continue many texts: in rows of one pass (`open_batched`), or, where the model is none of those, in turns: full
+    experts in an ensemble, DoRA, adapters summed for a prompt, and what keeps more than keys and values. Raises UnknownName, ForeignExpert,
+    Damaged."""
+    return open_batched(record, store, device, limits) or Turns(open_model(record, store, device), limits)
 
 
 class Place(NamedTuple):

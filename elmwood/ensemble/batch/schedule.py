@@ -28,13 +28,11 @@ class Room(NamedTuple):
 
 def admit(waiting: Sequence[Job], room: Room) -> list[int]:
     """The numbers of those that begin now: first come, first served, but one that fits may overtake one that does not, OVERTAKEN times."""
-    found = []
-    blocked = False
+    found, blocked = [], False
     for job in waiting:
         new = job.experts - room.seated
-        if blocked and not job.experts <= room.seated:
-            continue  # what the first of those that wait needs is not taken from it
-        if room.requests >= 1 and job.rows <= room.rows and job.tokens <= room.tokens and len(new) <= room.slots:
+        fits = room.requests >= 1 and job.rows <= room.rows and job.tokens <= room.tokens and len(new) <= room.slots
+        if fits and not (blocked and new):  # the slots that the first of those that wait needs are not taken from it
             found.append(job.number)
             room = Room(room.requests - 1, room.rows - job.rows, room.tokens - job.tokens, room.slots - len(new), room.seated | new)
         elif job.overtaken >= OVERTAKEN or not room.requests:

@@ -59,6 +59,7 @@ class Steps:
         self.running: list[Text] = []
         self.free = list(range(sizes.rows))  # places among keys and values, as a heap
         self.count = self.failed = self.mismatches = 0
+        self.share = 0.0  # of the keys and values, in use after the last step
 
     # ---- who is at work
 
@@ -77,11 +78,12 @@ class Steps:
             self._say(text)
         if not read and not ready and self.running and not self.residency.loading:
             self._put_back(self.running[-1])
+        self.share = min(1.0, sum(row.read for text in self.running for row in text.rows.values()) / self.sizes.tokens)
         return read or bool(ready)
 
     def fail(self, error: Exception) -> None:
         """End all that is at work; the engine lives on."""
-        for text in list(self.running):
+        for text in (*self.waiting, *self.running):
             self._end(text, Ended("error", f"{type(error).__name__}; it is in the server's log", 500))
 
     def _admit(self) -> None:
@@ -334,11 +336,9 @@ class Steps:
         return AGGREGATIONS[self.mixing.aggregation](logp_AV, weight_A)
 
     def counts(self) -> Counts:
-        """Their state."""
-        rows = sum(len(text.rows) for text in self.running)
-        held = sum(row.read for text in self.running for row in text.rows.values())
+        """Their state, at any time and from any thread."""
         return Counts(
-            waiting=len(self.waiting), running=len(self.running), rows=rows, cache_share=min(1.0, held / max(1, self.sizes.tokens)),
+            waiting=len(self.waiting), running=len(self.running), rows=self.sizes.rows - len(self.free), cache_share=self.share,
             experts=self.candidates.seed, resident=sum(digest is not None for digest in self.residency.digest_S),
             loading=len(self.residency.loading), mismatches=self.mismatches, failed=self.failed,
         )  # fmt: skip

@@ -118,3 +118,24 @@ def test_a_cancelled_request_leaves_nothing_behind(house):
         assert (engine.steps.running, engine.steps.residency.seated, len(engine.steps.free)) == ([], frozenset(), engine.limits.rows)
         assert not engine.steps.residency.pins
     engine.close()
+
+
+def test_a_text_that_begins_as_another_reads_on_from_there(house):
+    """Hits of the prefix cache say what misses say; the same beginning under another expert is another's."""
+    record = ensemble(house, **LIVE)
+    cold, warm = (open_batched(record, house.store) for _ in range(2))
+    texts = [tuple(house.tokens[:30]), tuple(house.tokens[:30]), (*house.tokens[:24], 5, 6, 7), tuple(house.tokens[:40])]
+    for text in texts:
+        said = [Heard(engine, Request(text, 5, 0.0, stops=frozenset())).wait()[0] for engine in (warm, cold)]
+        assert [one.token for one in said[0]] == [one.token for one in said[1]]
+        assert [one.logprob for one in said[0]] == pytest.approx([one.logprob for one in said[1]], abs=1e-5)
+        cold.steps.prefixes.kept.clear()
+    assert cold.steps.prefixes.hits == 0
+    assert warm.steps.prefixes.hits >= 3
+    found = warm.steps.prefixes
+    assert found.size == sum(kept.size for kept in found.kept.values())
+    digests = {digest for digest, _ in found.kept}
+    assert digests <= {*warm.experts, "seed"}
+    assert len(digests) > 1
+    for engine in (cold, warm):
+        engine.close()
