@@ -82,13 +82,15 @@ def report(
 
 def print_names(output: Output) -> None:
     """Every name, with the kind, digest and summary of its record."""
-    lines = page.show(store=output.store).lines
+    found = page.show(store=output.store)
+    for one in found.damaged:
+        talk.print(one, soft_wrap=True)
     if output.as_json:
-        rows = [(line.name, line.record.kind, line.record.digest[:12], page.summary(line.record)) for line in lines]
+        rows = [(line.name, line.record.kind, line.record.digest[:12], page.summary(line.record)) for line in found.lines]
         return emit([dict(zip(("name", "kind", "digest", "summary"), row, strict=True)) for row in rows])
-    if not lines:
+    if not found.lines and not found.damaged:
         talk.print(f"{output.store} names nothing yet: begin with `elmwood demo` or `elmwood cluster`")
-    for line in lines:
+    for line in found.lines:
         print_record(f"{line.record.digest[:12]}  {line.record.kind:<10} {line.name}", page.summary(line.record))
 
 

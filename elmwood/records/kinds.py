@@ -26,13 +26,14 @@ KINDS: dict[str, type[Record]] = {
 }  # fmt: skip
 
 
+INTEGERS = 1 << 64  # numbers of a record are smaller: floats and int64 hold what they count
 LARGEST = 64 << 20  # bytes of a record: a corpus of half a million shards
 
 
 def parse(data: bytes) -> Record:
     """Bytes -> record. Raises BadRecord, NewerRecord."""
     try:
-        fields = parse_json(data, LARGEST)
+        fields = parse_json(data, LARGEST, integers=INTEGERS)
         kind, version = fields["kind"], fields["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadRecord(f"not a record ({error}): expected a JSON object with 'kind' and 'format'") from error
@@ -74,7 +75,7 @@ def _shorten(value: Any) -> str:
     return repr(value if isinstance(value, str | int) else type(value).__name__)[:100]
 
 
-_DIGEST = re.compile(r"^(sha256:)?[0-9a-f]{64}$")
+_DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
 
 
 def references(record: Record) -> Iterator[str]:
@@ -82,7 +83,7 @@ def references(record: Record) -> Iterator[str]:
 
     def walk(value: Any) -> Iterator[str]:
         if isinstance(value, str):
-            if _DIGEST.match(value):
+            if _DIGEST.fullmatch(value):
                 yield value
         elif isinstance(value, dict):
             for item in value.values():

@@ -2,19 +2,21 @@
 
 import json
 import math
+from functools import partial
 from typing import Any
 
 
-def parse_json(raw: bytes, most: int = 1 << 20, infinity: bool = False) -> Any:
+def parse_json(raw: bytes, most: int = 1 << 20, infinity: bool = False, integers: int = 0) -> Any:
     """The value of at most `most` bytes of UTF-8 JSON. Raises ValueError, also for what Python's reader takes beyond the standard: a key
     that stands twice in an object, NaN and Infinity, a number too large for a float, half of a surrogate pair, nesting without end.
-    `infinity`: Infinity is a number, as transformers writes it in some configs.
+    `infinity`: Infinity is a number, as transformers writes it in some configs. `integers`: whole numbers are smaller; 0: of any size.
     """
     if len(raw) > most:
         raise ValueError(f"it has {len(raw)} bytes, and {most} are read at most")
     try:
         constant = _infinity if infinity else _refuse
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=constant, parse_float=_finite)
+        whole = partial(_whole, integers) if integers else int
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=constant, parse_float=_finite, parse_int=whole)
         if b"\\ud" in raw.lower():
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         return value
@@ -37,6 +39,12 @@ def _refuse(constant: str) -> Any:
 
 def _infinity(constant: str) -> Any:
     return _refuse(constant) if constant == "NaN" else float(constant)
+
+
+def _whole(most: int, digits: str) -> int:
+    if abs(value := int(digits)) >= most:
+        raise ValueError(f"{digits[:80]} is too large")
+    return value
 
 
 def _finite(digits: str) -> float:

@@ -187,7 +187,11 @@ class Store:
 
     def read(self, digest: str) -> Record:
         """The record of a digest, by itself, whether or not it agrees with those it names. Raises Damaged, BadRecord."""
-        return parse(self.get(digest).read_bytes())
+        data = self.get(digest).read_bytes()
+        try:
+            return parse(data)
+        except BadRecord as error:
+            raise type(error)(f"records/{digest[:12]}…: {error}") from error
 
     def expand(self, names: Named | Iterable[Named]) -> list[str | Record]:
         """One name or record, or several; a name that ends in '/' is replaced by all names below it. Raises UnknownName."""

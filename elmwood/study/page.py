@@ -12,7 +12,7 @@ import numpy as np
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.engine import cores
-from elmwood.errors import BadInput, ElmwoodError
+from elmwood.errors import BadInput, BadRecord, Damaged, ElmwoodError
 from elmwood.ranges import NewFile, checked
 from elmwood.records import (
     Comparison,
@@ -242,9 +242,10 @@ class Shown(NamedTuple):
     lines: tuple[ShownRecord, ...]
     record: Record | None  # the one that is shown; None for a list of names
     store: Store
+    damaged: tuple[str, ...] = ()  # names whose records cannot be read, and why
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.lines))
+        return "\n".join(map(str, [*self.lines, *self.damaged]))
 
     def _repr_html_(self) -> str:
         rows = [("\xa0" * 4 * line.indent + line.record.kind, line.record.digest[:12], line.name, line.words) for line in self.lines]
@@ -261,13 +262,23 @@ def show(name: Named | None = None, store: AnyStore = None) -> Shown:
     store = Store(store)
     names = {digest: called for called, digest in store.names().items()}
     if name is None:
-        return Shown(tuple(ShownRecord(0, store.read(digest), called) for called, digest in store.names().items()), None, store)
+        return _show_names(store)
     lines: list[ShownRecord] = []
     above: set[str] = set()
     for depth, record in lineage(store, store.resolve(name)):
         lines.append(ShownRecord(depth, record, names.get(record.digest, ""), record.digest in above, trained_on(record, store)))
         above.add(record.digest)
     return Shown(tuple(lines), lines[0].record, store)
+
+
+def _show_names(store: Store) -> Shown:
+    lines, damaged = [], []
+    for called, digest in store.names().items():
+        try:
+            lines.append(ShownRecord(0, store.read(digest), called))
+        except (BadRecord, Damaged) as error:  # of one name; the others are shown
+            damaged.append(f"{called}: {error}")
+    return Shown(tuple(lines), None, store, tuple(damaged))
 
 
 def trained_on(record: Record, store: Store) -> str:

@@ -1,5 +1,6 @@
 """Records that are well-formed, and do not fit those they name: every verb that opens one says so in a line."""
 
+import hashlib
 import json
 import math
 
@@ -12,7 +13,9 @@ from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.errors import BadRecord
 from elmwood.records import Comparison, Contribution, Ensemble, Forest, Gates, Merged, Mixture, Row, Share, State, Statistics
+from elmwood.store import Store
 from elmwood.store.verify import verify
+from elmwood.study import page
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,19 @@ def test_every_verb_refuses_or_takes_every_odd_record(good, store, run, monkeypa
     for name, (record, problem) in odd.items():
         if name not in ("no-files", "four"):  # of these the files do not fit
             assert problem in found[f"records/{record.digest}.json"]
+
+
+def test_one_damaged_record_hides_no_other_name(seed, tmp_path, run):
+    home = Store(tmp_path / "store")
+    raw = json.dumps({**seed.model_dump(mode="json"), "context": 0}).encode()
+    digest = hashlib.sha256(raw).hexdigest()
+    home.name("good", home.add(seed))
+    (home.root / "records" / f"{digest}.json").write_bytes(raw)
+    (home.root / "refs" / "spoilt").write_text(digest)
+    code, err = run("show", "--store", str(home.root))
+    assert code == 0
+    assert f"spoilt: records/{digest[:12]}" in err
+    assert [line.name for line in page.show(store=home).lines] == ["good"]
 
 
 def test_no_record_holds_a_number_that_is_none(store):

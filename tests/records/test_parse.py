@@ -34,6 +34,7 @@ BAD = {
     "NaN": (with_field("recipe", '{"steps": 3, "learning_rate": NaN}'), "NaN"),
     "Infinity": (with_field("recipe", '{"steps": 3, "learning_rate": Infinity}'), "Infinity"),
     "too large a float": (with_field("recipe", '{"steps": 3, "learning_rate": 1e999}'), "too large"),
+    "too large a whole number": (with_field("parameters", "1" + "0" * 400), "too large"),
     "a number as text": (with_field("recipe", '{"steps": 3, "learning_rate": "nan"}'), "learning_rate"),
     "deep": (with_field("files", "[" * 200_000 + "]" * 200_000), "deep"),
     "deep objects": (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, "deep"),

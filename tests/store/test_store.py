@@ -342,6 +342,7 @@ def device(item, progress):
 
 
 def test_side_by_side_each_worker_has_one_device(monkeypatch):
+    monkeypatch.setenv("ELMWOOD_DEVICE", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert engine.gpus() == ["3", "5"]
     assert set(engine.run(device, [1, 2, 3], workers=2, gpu=True)) <= {"3", "5"}
