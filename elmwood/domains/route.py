@@ -221,16 +221,20 @@ def weights(signals: Signals, routing: Routing) -> Floats:
     is known of the text, the seed is alone, if it is a candidate; otherwise the first `top_k` experts begin alike.
     """
     router = router_of(routing)
-    score_NC = router.score(_with_seed(signals, routing), routing)
+    score_NC = np.array(router.score(_with_seed(signals, routing), routing), np.float64)  # ours to change
     joins = routing.seed_distance is not None
     score_NC[:, -1] = score_NC[:, -1] if joins else -np.inf
     kept_NC = candidates(signals, routing) if router.distances and router.memory else best_of(score_NC, routing.top_k)
     kept_NC[:, -1] &= joins
-    score_NC = np.where(kept_NC, score_NC, -np.inf)
+    score_NC[~kept_NC] = -np.inf
     peak_N1 = score_NC.max(1, keepdims=True)
-    score_NC = np.where(np.isinf(peak_N1) & kept_NC, 0, score_NC - np.where(np.isinf(peak_N1), 0, peak_N1))
-    weight_NC = np.exp(score_NC)
-    return weight_NC / weight_NC.sum(1, keepdims=True)
+    if (unknown_N1 := np.isinf(peak_N1)).any():
+        score_NC[unknown_N1 & kept_NC] = 0
+        peak_N1[unknown_N1] = 0
+    score_NC -= peak_N1
+    np.exp(score_NC, out=score_NC)
+    score_NC /= score_NC.sum(1, keepdims=True)
+    return score_NC
 
 
 def candidates(signals: Signals, routing: Routing) -> Bools:
@@ -348,7 +352,7 @@ def _row(found: Any, name: str) -> Router:
 
 def _with_seed(signals: Signals, routing: Routing) -> CandidateSignals:
     rows, count = signals.shape
-    dist2_NC = np.zeros((rows, count))
+    dist2_NC = np.zeros((count, rows)).T  # column by column: sums and maxima over few candidates are then over long columns
     if signals.dist2_NE is not None:
         dist2_NC[:, :-1] = signals.dist2_NE
     dist2_NC[:, -1] = routing.seed_distance or 0

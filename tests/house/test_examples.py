@@ -1,9 +1,6 @@
 """The notebooks in examples/ run from top to bottom, with what comes with elmwood and nothing else."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,13 +43,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(notebook, folder):
+def test_a_notebook_runs(notebook, folder, forked):
     """Warnings are errors, as in every test."""
-    environment = {name: value for name, value in os.environ.items() if name != "ELMWOOD_STORE"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", KERNEL], input=json.dumps(cells(notebook)), cwd=folder, env=environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = forked(KERNEL, cwd=folder, stdin=json.dumps(cells(notebook)))
     assert not done.returncode, done.stderr
     shown = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert shown
