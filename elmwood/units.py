@@ -1,4 +1,4 @@
-"""Counts and durations as people write and read them."""
+"""Counts, durations and names of others as people write and read them."""
 
 import re
 
@@ -28,3 +28,15 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
+
+
+# controls but tab and newline; and what turns the direction of text, breaks lines or has no width (but joiners, which scripts need);
+# the last range spells text that nobody sees
+_UNSEEN = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str) -> str:
+    """Without what could move a cursor, turn the text, change what a terminal shows, or is no XML: each such letter becomes U+FFFD."""
+    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -4,7 +4,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,24 +16,9 @@ from rich.text import Text
 
 from elmwood.engine import Progress as Report
 from elmwood.records import Record
-from elmwood.units import duration, short
+from elmwood.units import duration, printable, short
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False}  # names come from others: "[/x]" in one is text
-# all but tab and newline; and what turns the direction of text, breaks lines or has no width (but joiners, which scripts need)
-_ODD: tuple[Iterable[int], ...] = (
-    range(9),
-    range(11, 32),
-    range(127, 160),
-    (0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0xFEFF),
-    range(0x2028, 0x202F),
-)
-_ODD += (range(0x2060, 0x2070), range(0xFFF9, 0xFFFC), range(0xE0000, 0xE0080))  # the last spell text that nobody sees
-CONTROLS = {letter: "\N{REPLACEMENT CHARACTER}" for letters in _ODD for letter in letters}
-
-
-def printable(text: str) -> str:
-    """Without control characters, which could move the cursor, turn the text or change what a terminal shows."""
-    return text.translate(CONTROLS)
 
 
 class Screen(Console):

@@ -16,6 +16,7 @@ from elmwood.report.contest import headline, lines
 from elmwood.report.domain_map import COLOURS, LIGHT
 from elmwood.report.formats import digits, signed, spell_time, with_prefix
 from elmwood.report.plots import wealth_plot
+from elmwood.units import printable
 
 STYLES = {"control": "", "seed": "", "result": "", "bound": "opacity:.6"}
 LESS = "Bits per byte on documents that no model was trained on: less is better."
@@ -49,7 +50,8 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", 
         for number, row in enumerate(rows)
     )
     above = Markup('<caption style="text-align:left;caption-side:top">{}</caption>').format(caption) if caption else Markup()
-    return Markup("<table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(above, titles, body)
+    table = Markup("<table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(above, titles, body)
+    return Markup(printable(table))
 
 
 def facts(title: str, values: Mapping[str, object]) -> Markup:
@@ -59,14 +61,15 @@ def facts(title: str, values: Mapping[str, object]) -> Markup:
         for name, value in values.items()
         if value not in (None, "")
     )
-    return Markup('<table><caption style="text-align:left;caption-side:top"><b>{}</b></caption><tbody>{}</tbody></table>').format(
+    card = Markup('<table><caption style="text-align:left;caption-side:top"><b>{}</b></caption><tbody>{}</tbody></table>').format(
         title, rows
     )
+    return Markup(printable(card))
 
 
 def image(svg: str, width: int = 760) -> Markup:
     """A drawing that keeps its style to itself."""
-    data = base64.b64encode(svg.encode()).decode()
+    data = base64.b64encode(printable(svg).encode()).decode()
     return Markup('<img style="max-width:100%" width="{}" src="data:image/svg+xml;base64,{}"/>').format(width, data)
 
 
@@ -156,7 +159,7 @@ def show_ranking(title: str, losses: Mapping[str, WithError], behind: Mapping[st
 def show_sample(prompt: str, text: str, experts: Mapping[str, float]) -> Markup:
     """A prompt, what a model made of it, and each expert's share of the prediction."""
     shares = ", ".join(f"{name} {share:.0%}" for name, share in experts.items() if share >= 0.005)
-    shown = Markup('<p style="white-space:pre-wrap"><b>{}</b>{}</p>').format(prompt, text)
+    shown = Markup('<p style="white-space:pre-wrap"><b>{}</b>{}</p>').format(printable(prompt), printable(text))
     return shown + (Markup('<p style="opacity:.6">{}</p>').format(shares) if shares else Markup())
 
 

@@ -15,6 +15,7 @@ from elmwood.report.contest import headline, lines
 from elmwood.report.data import Curve, Report
 from elmwood.report.domain_map import COLOURS, DARK, LIGHT, caption, domain_map, style, swatch
 from elmwood.report.formats import digits, signed, spell_time, with_prefix
+from elmwood.units import printable
 
 PANELS = {"seed": "The seed", "control": "Dense controls", "expert": "Experts"}
 GROUPS = {"seed": "", "control": "Controls", "result": "Ensembles of the experts", "bound": "Bound"}
@@ -65,7 +66,7 @@ def html(report: Report) -> str:
     """The page. All text is escaped; there is no script and no URL in it, and its content policy forbids both."""
     rows = _result_rows(report.rows)
     totals = {"documents": sum(area.documents for area in report.domains), "bytes": sum(area.bytes for area in report.domains)}
-    return _template().render(
+    page = _template().render(
         report=report,
         version=__version__,
         css=Markup(css()) + Markup(_hover(len(report.domains))),
@@ -98,6 +99,7 @@ def html(report: Report) -> str:
         facts=[(name, value) for name, value in report.facts.items() if SETTING not in name],
         settings=_settings(report.facts),
     )
+    return printable(page)
 
 
 @cache

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from elmwood.report.domain_map import LIGHT
 from elmwood.report.formats import MINUS, tick_labels, ticks, with_prefix
+from elmwood.units import printable
 
 DOTS = 32  # a line without error bars and with at most so many points has dots
 WIDTH, HEIGHT = 760, 420
@@ -132,7 +133,7 @@ def _draw(title: str, lines: Sequence[Series], x: Ruler, y: Ruler, marks: Sequen
         LEFT, title, (LEFT + right) / 2, HEIGHT - 12, x.title
     )
     words += Markup('<text transform="translate(18 {}) rotate(-90)" text-anchor="middle">{}</text>').format((TOP + bottom) / 2, y.title)
-    return str(
+    return printable(
         Markup(
             '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{}">'
             '<style>{}</style><rect width="{w}" height="{h}" fill="#fffdf9"/>{}{}{}</svg>'
@@ -188,7 +189,7 @@ def loads_plot(share_LDE: Floats, layers: Sequence[str], domains: Sequence[str],
         drawn.append(_loads_panel(title, names, share_RE, experts, dead / len(experts), top))
         top += TALL * len(names) + GAP
     title = "Load of the experts, per cent of the weight"
-    return str(
+    return printable(
         Markup(
             '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{title}">'
             '<style>{}</style><rect width="{w}" height="{h}" fill="#fffdf9"/><text class="title" x="12" y="24">{title}</text>{}</svg>'

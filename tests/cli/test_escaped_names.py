@@ -11,7 +11,9 @@ from elmwood.cli.store import print_record
 from elmwood.lm.mixture_card import mixture_card, plain
 from elmwood.merge.export.card import card, model_card
 from elmwood.records import Contribution, Expert, Gates, Mixture, Recipe, Seed, Share
+from elmwood.report.data import Ancestor, Report
 from elmwood.report.notebook import draw_records
+from elmwood.report.page import html
 from elmwood.report.plots import Series, experts_plot, wealth_plot
 
 A, B = "a" * 64, "b" * 64
@@ -66,9 +68,14 @@ def test_screens_show_names_as_text(name, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plots_and_notebooks_stay_well_formed(name):
-    clean = "".join(letter for letter in name if letter >= " ")  # what XML allows
-    for svg in (experts_plot([Series(clean, [1, 2], [2.0, 1.9], [0.1, 0.1])], reference=(clean, 2.1)),
-                wealth_plot([1.0, 2.0], [0.5, 0.1], alpha=0.05, beta=0.1, names=(clean, clean))):  # fmt: skip
+    for svg in (experts_plot([Series(name, [1, 2], [2.0, 1.9], [0.1, 0.1])], reference=(name, 2.1)),
+                wealth_plot([1.0, 2.0], [0.5, 0.1], alpha=0.05, beta=0.1, names=(name, name))):  # fmt: skip
+        assert not FORBIDDEN & set(svg)
         assert not [one for one in ET.fromstring(svg).iter() if one.tag.endswith("script")]
     draw_records()
-    assert "<script" not in (seed_of(name)._repr_html_() or "")
+    drawn = seed_of(name)._repr_html_() or ""
+    assert "<script" not in drawn
+    assert not FORBIDDEN & set(drawn)
+    page = html(Report(title=name, lineage=(Ancestor(depth=0, kind=name, digest="a" * 64),), facts={name: name}))
+    assert "<script" not in page
+    assert not FORBIDDEN & set(page)

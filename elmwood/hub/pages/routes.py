@@ -17,6 +17,7 @@ from elmwood.hub.database import Connection
 from elmwood.hub.pages import queries
 from elmwood.hub.pages.assets import HEADERS, asset, environment
 from elmwood.hub.pages.expert import expert_page
+from elmwood.units import printable
 
 Query = Callable[[Connection, queries.Clock], Any]
 Read = Callable[[Query], Any]
@@ -62,7 +63,7 @@ def _render(request: Request, template: str, words: Mapping[str, Any], status: i
     here = "/domains" if path == "/experts" else path
     polls = template in POLLED
     url = str(request.base_url).rstrip("/")
-    html = environment().get_template(template).render(**words, at=lambda path: root + path, here=here, url=url, polls=polls)
+    html = printable(environment().get_template(template).render(**words, at=lambda path: root + path, here=here, url=url, polls=polls))
     return HTMLResponse(html, status, headers=HEADERS | {"cache-control": "no-cache"})
 
 
