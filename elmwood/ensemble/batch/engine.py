@@ -166,9 +166,9 @@ class Batched:
                 branch = self.adapters[digest]
                 files = [branch.files[name] for name in ("adapter_config.json", "adapter_model.safetensors")]
                 self.packed.load(adapter_of(branch, self.store), files, self.host_HP[place])
-            except (ElmwoodError, OSError, KeyError) as error:
-                logger.warning("expert %s is refused: %s", digest, error)
-                why = str(error)
+            except Exception as error:  # whatever it was, the next expert is loaded
+                logger.warning("expert %s is refused: %s", digest, error, exc_info=not isinstance(error, ElmwoodError))
+                why = str(error) if isinstance(error, ElmwoodError) else f"{type(error).__name__}; it is in the server's log"
             with self._changed:
                 self._loads, self._load_s = self._loads + 1, self._load_s + time.perf_counter() - began
                 self._found.append((digest, why))

@@ -18,11 +18,12 @@ from elmwood.ensemble.batch.passes import BASE, Item, Reader
 from elmwood.ensemble.batch.prefixes import Kept, Prefixes
 from elmwood.ensemble.batch.residency import Residency, Seat
 from elmwood.ensemble.batch.schedule import Job, Room, admit, divide
-from elmwood.ensemble.batch.texts import Row, Text
+from elmwood.ensemble.batch.texts import Look, Row, Text
 from elmwood.ensemble.bounded import AGGREGATIONS, bound
 from elmwood.ensemble.decode import Rule, pick
 from elmwood.errors import BadInput
 
+LOOK = 64  # tokens of a prompt that are said at once
 logger = logging.getLogger("elmwood.serve")
 
 
@@ -113,19 +114,34 @@ class Steps:
         return self.candidates.most * min(self.context, len(text.request.tokens) + text.room)
 
     def _look(self, text: Text) -> None:
-        """Let the router read what is new of a text, and find its candidates."""
-        if text.pushed == text.end:
+        """Let the router read what is new of a text, and find the candidates of the next token; of a prompt that is said as well, those of
+        as many tokens as few enough candidates predict."""
+        if text.looks:
             return
         if not text.pushed and text.choice.alone is None:
             text.prefix = self.candidates.start()
-        text.dist2_E = self.candidates.push(text.prefix, text.tokens[text.pushed : text.end])
-        text.pushed = text.end
-        self._choose(text)
+        run: set[int] = set()
+        for place in range(text.base, text.base + max(1, min(LOOK, len(text.tokens) - text.base))):
+            look, text.pending = text.pending or self._push(text, place), None
+            both = run.union(self._needs(look.active))
+            if text.looks and len(both) > self.candidates.most:
+                text.pending = look
+                break
+            run = both
+            text.looks.append(look)
+        text.run = sorted(run)
+        for row in text.rows.values():
+            row.ahead = [row.last_V] if row.read == text.base and row.last_V is not None else []
 
-    def _choose(self, text: Text) -> None:
+    def _push(self, text: Text, place: int) -> Look:
+        dist2_E = self.candidates.push(text.prefix, text.tokens[text.pushed : place])
+        text.pushed = place
+        return Look(dist2_E, self.candidates.active(text.choice, dist2_E))
+
+    def _needs(self, active: list[int]) -> list[int]:
+        """Who must read for these to predict."""
         seed, bounded = self.candidates.seed, self.candidates.bounded
-        text.active = self.candidates.active(text.choice, text.dist2_E)
-        text.run = [*text.active, seed] if seed not in text.active and bounded.intersection(text.active) else list(text.active)
+        return [*active, seed] if seed not in active and bounded.intersection(active) else active
 
     # ---- rows
 
@@ -170,12 +186,12 @@ class Steps:
 
     def _read_before(self, text: Text, row: Row) -> None:
         """Let a new row begin with what its candidate has read of another text that begins alike. One token at least is left to read."""
-        found = self.prefixes.find(self.candidates.names[row.candidate], text.tokens[: text.end]) if text.end > 1 else None
+        found = self.prefixes.find(self.candidates.names[row.candidate], text.tokens[: text.base]) if text.base > 1 else None
         if found is None:
             return
         kept, length = found
         memory = self.candidates.memory
-        row.read = length = min(length - memory, text.end - 1)  # what it gave the next token is known as well
+        row.read = length = min(length - memory, text.base - 1)  # what it gave the next token is known as well
         store = self.reader.store
         store.reserve(row.place + 1, length)
         store.give(row.place, kept.states, length)
@@ -217,7 +233,9 @@ class Steps:
             text.choice = self.candidates.choose(text.request.only, text.request.without, self.residency.refused)
         except BadInput:
             return self._end(text, Ended("error", f"expert {self.candidates.names[c][:8]} cannot be used: {why}", 503))
-        self._choose(text)
+        text.looks = [Look(look.dist2_E, self.candidates.active(text.choice, look.dist2_E)) for look in text.looks]
+        text.pending = text.pending and Look(text.pending.dist2_E, self.candidates.active(text.choice, text.pending.dist2_E))
+        text.run = sorted({c for look in text.looks for c in self._needs(look.active)})
         self._prepare(text)
 
     def _put_back(self, text: Text) -> None:
@@ -274,7 +292,9 @@ class Steps:
 
     def _item(self, text: Text, row: Row, size: int) -> Item:
         slot = BASE if row.seat is None else row.seat.slot
-        return Item(row.place, slot, row.read, text.tokens[row.read : row.read + size], size if self.candidates.memory else 1)
+        end = row.read + size
+        wanted = size if self.candidates.memory else max(1, min(size, end - text.base + 1))
+        return Item(row.place, slot, row.read, text.tokens[row.read : end], wanted)
 
     def _absorb(self, text: Text, row: Row, size: int, logp_UV: Tensor) -> None:
         """Note what a row has read, and what it gave it."""
@@ -289,46 +309,56 @@ class Steps:
                 row.loglik.append(nats)
         row.read += size
         row.last_V = logp_UV[-1]
+        row.ahead += logp_UV[max(0, len(logp_UV) - 1 - (row.read - text.base)) :].unbind() if row.read >= text.base else ()
 
     # ---- saying
 
     def _say(self, text: Text) -> None:
-        """The next token of a text whose candidates have read all there is."""
-        weight = self.candidates.weigh(text.choice, text.dist2_E, {c: text.rows[c].memory for c in text.active})
-        logp_V = self.mix(text, weight)
-        prompt = text.end < len(text.tokens)
-        if prompt:
-            token = text.tokens[text.end]
-        else:
-            if text.over:
+        """The next token, or those of a prompt that are known, of a text whose candidates have read all there is."""
+        memory = {c: self._memories(text, text.rows[c]) for c in text.run}
+        for n, look in enumerate(text.looks):
+            weight = self.candidates.weigh(text.choice, look.dist2_E, {c: memory[c][n] for c in look.active})
+            logp_V = self.mix(text, weight, n)
+            prompt, stop = text.base < len(text.tokens), False
+            if prompt:
+                token = text.tokens[text.base]
+            elif text.over:
                 return self._end(text, Ended("length"))
-            chance = torch.rand(1, generator=text.generator).to(logp_V.device)
-            token = int(pick(logp_V, Rule(text.request.temperature, text.request.top_p), chance))
-            text.tokens.append(token)
-            text.made += 1
-        top = logp_V.topk(min(text.request.logprobs, len(logp_V))) if text.request.logprobs else None
-        pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
-        shares = {self.candidates.names[c]: share for c, share in weight.items() if share}
-        stop = not prompt and token in (self.stops if text.request.stops is None else text.request.stops)
-        text.hear(Said(token, float(logp_V[token]), pairs, shares, prompt, stop))
-        text.end += 1
-        if stop:
-            self._end(text, Ended("stop"))
-        elif text.over:
-            self._end(text, Ended("length"))
-        else:
-            self._look(text)
+            else:
+                chance = torch.rand(1, generator=text.generator).to(logp_V.device)
+                token = int(pick(logp_V, Rule(text.request.temperature, text.request.top_p), chance))
+                stop = token in (self.stops if text.request.stops is None else text.request.stops)
+                text.tokens.append(token)
+                text.made += 1
+            top = logp_V.topk(min(text.request.logprobs, len(logp_V))) if text.request.logprobs else None
+            pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
+            shares = {self.candidates.names[c]: share for c, share in weight.items() if share}
+            text.hear(Said(token, float(logp_V[token]), pairs, shares, prompt, stop))
+            text.base += 1
+            if stop or text.over:
+                return self._end(text, Ended("stop" if stop else "length"))
+        text.looks = []
+        self._look(text)
 
-    def mix(self, text: Text, weight: dict[int, float]) -> Tensor:
-        """One distribution [V], log-probabilities float32, of those of the active candidates."""
-        said = [text.rows[c].last_V for c in weight]
+    def _memories(self, text: Text, row: Row) -> list[float]:
+        """A candidate's memory before each token that is looked at."""
+        if len(text.looks) == 1 or not self.candidates.memory:
+            return [row.memory] * len(text.looks)
+        assert self.candidates.routing
+        fading, found = self.candidates.routing.fading, [0.0]
+        for nats in row.loglik:
+            found.append(found[-1] * fading + nats)
+        return found[text.base : text.base + len(text.looks)]
+
+    def mix(self, text: Text, weight: dict[int, float], n: int) -> Tensor:
+        """One distribution [V], log-probabilities float32, of those of the active candidates for the n-th token that is looked at."""
+        said = [text.rows[c].ahead[n] for c in weight]
         if len(said) == 1 and not self.candidates.bounded:
-            return said[0]  # type: ignore[return-value]  # all have read
+            return said[0]
         bounded, nats = self.candidates.bounded, self.mixing.nats
-        logp_AV = torch.stack(said)  # type: ignore[arg-type]
+        logp_AV = torch.stack(said)
         if bounded.intersection(weight):
-            seed_V = text.rows[self.candidates.seed].last_V
-            assert seed_V is not None
+            seed_V = text.rows[self.candidates.seed].ahead[n]
             logp_AV = torch.stack(
                 [bound(logp_V, seed_V, nats) if c in bounded else logp_V for c, logp_V in zip(weight, logp_AV, strict=True)]
             )

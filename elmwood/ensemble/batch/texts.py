@@ -5,7 +5,7 @@ E experts, V vocabulary
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,13 @@ from torch import Tensor
 from elmwood.ensemble.batch.candidates import Choice
 from elmwood.ensemble.batch.interface import Event, Request
 from elmwood.ensemble.batch.residency import Seat
+
+
+class Look(NamedTuple):
+    """What the router says of the text before a token."""
+
+    dist2_E: NDArray[np.floating] | None
+    active: list[int]  # candidates that predict it
 
 
 @dataclass(eq=False)
@@ -28,6 +35,7 @@ class Row:
     memory: float = 0.0  # of what it gave the tokens it has read, nats
     loglik: list[float] = field(default_factory=list)  # of the tokens it has read, where anybody asks
     last_V: Tensor | None = None  # log-probabilities after the last token it has read
+    ahead: list[Tensor] = field(default_factory=list)  # of the tokens that are looked at, as far as it has read [V] each
     known: float = 0.0  # where `last_V` is not known: what it gave the next token
     used: int = 0  # the step in which it was last active
 
@@ -43,11 +51,11 @@ class Text:
     room: int  # tokens that may be generated
     tokens: list[int]
     prefix: Any = None  # what the router remembers
-    end: int = 0  # tokens that candidates may read by now
-    pushed: int = 0  # that the router has read
-    dist2_E: NDArray[np.floating] | None = None
-    active: list[int] = field(default_factory=list)  # candidates that predict the next token
-    run: list[int] = field(default_factory=list)  # those, and the seed where bounds refer to it
+    base: int = 0  # the place of the next token to be said
+    looks: list[Look] = field(default_factory=list)  # of this token, and of those after it that are known
+    pending: Look | None = None  # of the token after these
+    pushed: int = 0  # tokens that the router has read
+    run: list[int] = field(default_factory=list)  # candidates that must read: those of all looks, and the seed where bounds refer to it
     rows: dict[int, Row] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)
     made: int = 0
@@ -58,9 +66,14 @@ class Text:
     @classmethod
     def of(cls, number: int, request: Request, hear: Callable[[Event], None], choice: Choice, context: int) -> "Text":
         text = cls(number, request, hear, choice, min(request.max_tokens, context - len(request.tokens)), list(request.tokens))
-        text.end = 1 if request.echo else len(text.tokens)
+        text.base = 1 if request.echo else len(text.tokens)
         text.generator.manual_seed(request.rng_seed)
         return text
+
+    @property
+    def end(self) -> int:
+        """How many tokens candidates read before anything is said."""
+        return self.base + max(len(self.looks), 1) - 1
 
     @property
     def ready(self) -> bool:
@@ -70,4 +83,4 @@ class Text:
     @property
     def over(self) -> bool:
         """Whether nothing is left to say."""
-        return self.end >= len(self.tokens) and self.made >= self.room
+        return self.base >= len(self.tokens) and self.made >= self.room

@@ -31,6 +31,7 @@ class Packed:
     def __init__(self, folder: Path, layers: Sequence[Layer]):
         self.folder, self.layers = folder, tuple(layers)
 
+    @torch.inference_mode()  # into memory of either kind
     def load(self, adapter: Adapter, files: Sequence[str], flat_P: Tensor) -> None:
         """Read an adapter, whose files have these digests, into memory on the CPU. Raises BadInput, Damaged."""
         name = fingerprint("packed", *files, str(flat_P.dtype), *(str(tuple(layer)) for layer in self.layers))
