@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -158,6 +159,36 @@ STRANGE = {
 def test_a_key_that_is_not_understood_is_refused(complaint, plain, tmp_path, store):
     keys, without = STRANGE[complaint]
     rewrite(plain / "model.gguf", tmp_path / "x.gguf", keys, without=without)
+    with pytest.raises(BadSeed, match=complaint):
+        import_seed(str(tmp_path / "x.gguf"), store)
+
+
+def header(tensors, keys, rest=b""):
+    return struct.pack("<4sIQQ", b"GGUF", 3, tensors, keys) + rest
+
+
+def key(kind, form, *values):
+    return struct.pack("<Q1sI" + form, 1, b"a", kind, *values)
+
+
+ENDLESS = 1 << 60
+LYING = {
+    "more than 4194304 values": header(0, 1, key(9, "IQ", 0, ENDLESS)),
+    "of type 9": header(0, 1, key(9, "IQ", 9, 5)),
+    "keys and 0 tensors": header(0, ENDLESS),
+    "0 keys and": header(ENDLESS, 0),
+    "a text of it has": header(0, 1, key(8, "Q", ENDLESS)),
+    "is cut short": header(0, 1, key(9, "IQ", 0, 1000)),
+    "of type 99": header(0, 1, key(99, "")),
+    "dimensions": header(1, 0, struct.pack("<Q1sI", 1, b"t", 1 << 30)),
+    "begins like no": b"GGUF" + bytes(20),
+    "zero power of two": header(0, 1, struct.pack("<Q17sII", 17, b"general.alignment", 4, 0)),
+}
+
+
+@pytest.mark.parametrize("complaint", LYING)
+def test_a_header_that_lies_is_refused_before_the_library_reads_it(complaint, tmp_path, store):
+    (tmp_path / "x.gguf").write_bytes(LYING[complaint])
     with pytest.raises(BadSeed, match=complaint):
         import_seed(str(tmp_path / "x.gguf"), store)
 

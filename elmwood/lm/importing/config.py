@@ -21,14 +21,19 @@ UNLIMITED = 2048  # positions of a model that names none (ALiBi, recurrent): wha
 def read_config(folder: Path) -> Any:
     """The folder's config, which must be that of a causal LM of text in transformers. Raises BadSeed."""
     config = open_config(folder)
-    default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "model without a language head")
-    named = config.architectures or [default]
+    default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    named = config.architectures or [default or "model without a language head"]
     name = named[0] if isinstance(named, list) and isinstance(named[0], str) else str(named)[:80]
     if name in _names(MODEL_MAPPING_NAMES.get(config.model_type)):  # saved from the trunk; the weights tell whether the head is tied
-        name = default
+        name = default or name
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)  # BERT as published
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or masked or config.is_encoder_decoder:
         raise BadSeed(f"{folder} holds a {name}: a seed is a causal LM (LlamaForCausalLM, OPTForCausalLM, …) that predicts the next token")
+    if default and name != default:  # transformers goes by the type, other programs by the name, and merges by both
+        raise BadSeed(
+            f"{folder}: its config.json says model_type {config.model_type}, which is a {default}, and architectures {name}: "
+            "they are those of two models; correct the one that is wrong"
+        )
     parts = (part for part in config.sub_configs if part != "text_config")  # those without a type are parts of the language model (MPT)
     if others := sorted(part for part in parts if getattr(getattr(config, part, None), "model_type", "")):
         raise BadSeed(

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from elmwood.errors import BadSeed
 from elmwood.lm.checkpoint import Stored, said
 from elmwood.lm.importing.checkpoint import canonical
+from elmwood.lm.importing.gguf_header import check_header
 from elmwood.lm.importing.gguf_rotary import rotary
 from elmwood.lm.importing.gguf_words import write_words
 from elmwood.lm.pretrained import UNREADABLE, check_size, empty_model, make_config
@@ -122,6 +123,7 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     keys: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for part in parts:
+        check_header(part)
         reader = GGUFReader(part)
         found = {field.name: field.contents() for field in reader.fields.values()}
         keys = keys or found
