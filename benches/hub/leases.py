@@ -6,7 +6,8 @@
 
 A lifecycle is a claim, two beats and a submission (with its commitment and its upload's rows): four durable writes, each guarded as over
 HTTP (nonce, blocked keys, first replies). `rate` asks the database layer: `grouped` as the hub does it, `naive` with one transaction for
-each request on a connection of its own, in the same run; `ratio` is grouped over naive. `fsync_ms` is one 4 kB write and fsync here. `http`
+each request on a connection of its own, in the same run; `ratio` is grouped over naive. `of_it_clients`: what the clients take of the CPU
+time. `fsync_ms` is one 4 kB write and fsync here. `http`
 is the real app in uvicorn, a process of its own, with signed requests. `swarm` is the same app: workers that hold leases beat, and others
 claim; seconds at the 50th and 99th per cent; `lost` counts leases that ended. The machine's load
 average and the CPU time of a lifecycle stand beside the rates: other work on the cores slows them.
@@ -42,7 +43,7 @@ from elmwood.store import Store
 from tests.hub.server.world import open_run
 
 BOOT, SALT = "b007" * 8, "5a" * 16
-FREE = Limits(accounts_per_hour=10**6, requests_per_minute=10**6)
+FREE = Limits(accounts_per_hour=10**6, requests_per_minute=10**6, leases_per_address=10**6)
 _number = itertools.count()
 
 
@@ -93,9 +94,10 @@ def give(c: Connection, who: Caller, grant: Grant, when: Moment) -> Any:
     return submissions.submit(c, who, message, prepared, when)
 
 
-def grouped(hub: Hub, keys: list[str], seconds: float) -> tuple[int, list[float]]:
-    """Each client begins its next write when the last one is durable; lifecycles finished, and seconds of each write."""
-    end, done, taken = time.perf_counter() + seconds, [0], []
+def grouped(hub: Hub, keys: list[str], seconds: float) -> tuple[int, list[float], float]:
+    """Each client begins its next write when the last one is durable; lifecycles finished, seconds of each write, and CPU seconds that the
+    clients took themselves."""
+    end, done, taken, own = time.perf_counter() + seconds, [0], [], [0.0]
     idle = threading.Semaphore(0)
 
     def begin(key: str) -> None:
@@ -107,11 +109,15 @@ def grouped(hub: Hub, keys: list[str], seconds: float) -> tuple[int, list[float]
 
         def durable(future: Future) -> None:
             taken.append(time.perf_counter() - began)
+            thought = time.thread_time()
             try:
-                follow(key, work, work.send(future.result()))
+                following = work.send(future.result())
             except StopIteration:
                 done[0] += 1
                 begin(key) if time.perf_counter() < end else idle.release()
+            else:
+                own[0] += time.thread_time() - thought
+                follow(key, work, following)
 
         hub.database.submit(write).add_done_callback(durable)
 
@@ -119,10 +125,10 @@ def grouped(hub: Hub, keys: list[str], seconds: float) -> tuple[int, list[float]
         begin(key)
     for _ in keys:
         idle.acquire()
-    return done[0], taken
+    return done[0], taken, own[0]
 
 
-def naive(database: Database, when: Callable[[], Moment], keys: list[str], seconds: float) -> tuple[int, list[float]]:
+def naive(database: Database, when: Callable[[], Moment], keys: list[str], seconds: float) -> tuple[int, list[float], float]:
     """The same writes, each in a transaction of its own on its client's connection."""
     end, done, taken, failed = time.perf_counter() + seconds, [0], [], []
 
@@ -151,7 +157,7 @@ def naive(database: Database, when: Callable[[], Moment], keys: list[str], secon
         thread.start()
     for thread in threads:
         thread.join()
-    return done[0], taken + failed
+    return done[0], taken + failed, 0.0
 
 
 def rate(clients: list[int], seconds: float, database: str | None) -> None:
@@ -162,13 +168,13 @@ def rate(clients: list[int], seconds: float, database: str | None) -> None:
                 hub = open_run(Path(folder), int(2500 * seconds) if way == "grouped" else int(400 * seconds) + count, database, limits=FREE)
                 keys = [signing.public(key) for key in enter(hub, count)]
                 began, cpu = time.perf_counter(), time.process_time()
-                done, taken = grouped(hub, keys, seconds) if way == "grouped" else naive(hub.database, hub.moment, keys, seconds)
+                done, taken, own = grouped(hub, keys, seconds) if way == "grouped" else naive(hub.database, hub.moment, keys, seconds)
                 found[way] = done / (time.perf_counter() - began)
                 say(
                     f"hub.leases.{way}", clients=count, lifecycles_per_second=found[way], lifecycles=done,
                     write_p50_ms=1e3 * part(taken, 0.5), write_p99_ms=1e3 * part(taken, 0.99), database=hub.database.dialect,
                     fsync_ms=fsync_ms(Path(folder)), load=os.getloadavg()[0],
-                    cpu_ms_per_lifecycle=1e3 * (time.process_time() - cpu) / max(done, 1),
+                    cpu_ms_per_lifecycle=1e3 * (time.process_time() - cpu) / max(done, 1), of_it_clients=1e3 * own / max(done, 1),
                 )  # fmt: skip
                 hub.close()
         say("hub.leases.ratio", clients=count, ratio=found["grouped"] / found["naive"])
@@ -237,11 +243,12 @@ def http(clients: list[int], seconds: float) -> None:
                     end = time.perf_counter() + seconds
                     return sum(await asyncio.gather(*(claim_and_beat(client, key, end, taken) for key in keys)))
 
-            began = time.perf_counter()
+            began, cpu, server_cpu = time.perf_counter(), time.process_time(), server.cpu()
             done = asyncio.run(run())
             say(
                 "hub.leases.http", clients=count, requests_per_second=len(taken) / (time.perf_counter() - began), lifecycles=done,
                 p50_ms=1e3 * part(taken, 0.5), p99_ms=1e3 * part(taken, 0.99), start_s=server.seconds, load=os.getloadavg()[0],
+                server_cpu_ms=1e3 * (server.cpu() - server_cpu) / len(taken), client_cpu_ms=1e3 * (time.process_time() - cpu) / len(taken),
             )  # fmt: skip
             server.stop()
 
@@ -289,7 +296,10 @@ def swarm(workers: int, seconds: float, every: float, claims: float) -> None:
 
                 await asyncio.gather(*(worker(n) for n in range(workers)), *(newcomer(n) for n in range(int(claims * seconds))))
 
+        cpu = time.process_time(), server.cpu()
         asyncio.run(run())
+        asked = len(beats) + len(claimed)
+        spent = {"client_cpu_ms": 1e3 * (time.process_time() - cpu[0]) / asked, "server_cpu_ms": 1e3 * (server.cpu() - cpu[1]) / asked}
         server.stop()
         found = Hub(Home("test", Store(folder)))
         lost = found.read(lambda c: c.value(select(func.count()).select_from(lease).where(lease.c.state == "expired")))
@@ -298,6 +308,7 @@ def swarm(workers: int, seconds: float, every: float, claims: float) -> None:
             "hub.leases.swarm", workers=workers, seconds=seconds, beat_every_s=every, beats=len(beats), beat_p50_ms=1e3 * part(beats, 0.5),
             beat_p99_ms=1e3 * part(beats, 0.99), claims=len(claimed), claim_p99_ms=1e3 * part(claimed, 0.99), lost=lost,
             statuses={str(code): count for code, count in statuses.items()}, load=os.getloadavg()[0],
+            **spent,
         )  # fmt: skip
 
 

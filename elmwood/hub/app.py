@@ -43,7 +43,7 @@ def create_app(hub: Hub) -> FastAPI:
 
     app = FastAPI(title="elmwood hub", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.hub, app.state.limits = hub, Limiter(hub)
-    for router in (members.router, leases.router, uploads.router, work.router, public.router):
+    for router in (leases.router, uploads.router, work.router, members.router, public.router):  # the most asked first
         app.include_router(router)
     app.router.routes.extend(routes(lambda query: hub.read(lambda c: query(c, Clock(time.time(), hub.clock.now())))))
     _add_errors(app)

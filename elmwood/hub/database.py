@@ -1,8 +1,9 @@
 """The database of a hub, SQLite or PostgreSQL by URL: one writer thread with group commit, and readers beside it.
 
-A write is a function of a connection. The writer takes all that wait, runs each inside a savepoint of one transaction, commits, and only
-then answers: one fsync serves many (`synchronous=FULL` on SQLite). On PostgreSQL the transaction begins by locking the one row of the log's
-end, so the batches of several hub processes follow one another. Either way writes are in one order, and no write sees another's half.
+A write is a function of a connection. The writer takes all that wait, runs them in one transaction, commits, and only then answers: one
+fsync serves many (`synchronous=FULL` on SQLite). Where one of them fails after it changed something, all are undone and run again, each
+inside a savepoint, so that it is undone alone: a write may run twice. On PostgreSQL the transaction begins by locking the one row of the
+log's end, so the batches of several hub processes follow one another. Either way writes are in one order, and no write sees another's half.
 
 Statements are SQLAlchemy Core, compiled once and run by the driver: `Connection.all(select(...))` gives mappings.
 """
@@ -35,20 +36,28 @@ class Unavailable(ElmwoodError):
     """The database does not answer now. Nothing was written."""
 
 
-class Connection:
-    """A connection of a driver that runs statements of SQLAlchemy Core. Rows are mappings."""
+class Again(Exception):
+    """A write must be undone alone, and there is no savepoint."""
 
-    def __init__(self, raw: Any, dialect: str):
+
+class Connection:
+    """A connection of a driver that runs statements of SQLAlchemy Core. Rows are mappings. `kept`: for values parsed from rows that never
+    change, which connections of one database share."""
+
+    def __init__(self, raw: Any, dialect: str, kept: dict[Any, Any] | None = None):
         self.raw, self.dialect = raw, dialect
         self.cursor = raw.cursor()
         self.end: tuple[int, str] | None = None  # number and hash of the log's last event, as this transaction leaves it
-        self.kept: dict[Any, Any] = {}  # for values parsed from rows that never change
+        self.kept = {} if kept is None else kept
+        self.changes = 0  # statements that may have changed a row
+        self.savepoint = True  # whether each write has one, named `one`
 
     def run(self, statement: ClauseElement | str, /, **values: Any) -> Any:
         """Run a statement; the cursor has the rows, and `rowcount`."""
         if isinstance(statement, str):
             return self.cursor.execute(statement)
         text, defaults = _compile(statement, self.dialect)
+        self.changes += statement.is_dml  # type: ignore[attr-defined]
         return self.cursor.execute(text, {**defaults, **values} if defaults else values)
 
     def all(self, statement: ClauseElement, /, **values: Any) -> list[Any]:
@@ -69,7 +78,15 @@ class Connection:
 
     def insert(self, table: Table, /, ignore: bool = False, **values: Any) -> int:
         """Insert a row. `ignore`: not where its key is there. Number of rows inserted."""
+        self.changes += 1
         return self.cursor.execute(_compile_insert(table, tuple(values), ignore, self.dialect), values).rowcount
+
+    def undo(self, end: tuple[int, str] | None) -> None:
+        """Undo what this write did; `end` of the log was before it. Raises Again."""
+        if not self.savepoint:
+            raise Again
+        self.run("ROLLBACK TO SAVEPOINT one")
+        self.end = end
 
 
 @lru_cache(2048)
@@ -102,6 +119,7 @@ class Database:
         self._waiting: queue.SimpleQueue[tuple[Callable[[Connection], Any], Future] | None] = queue.SimpleQueue()
         self._readers, self._lock = threading.local(), threading.Lock()
         self._opened: list[Connection] = []
+        self._kept: dict[Any, Any] = {}
         self._writer: threading.Thread | None = None
         self.closed = False
 
@@ -110,7 +128,8 @@ class Database:
     def connect(self) -> Connection:
         """A new connection, outside of any transaction."""
         try:
-            return Connection(_open_sqlite(self.path) if self.dialect == "sqlite" else _open_postgres(self.url), self.dialect)
+            raw = _open_sqlite(self.path) if self.dialect == "sqlite" else _open_postgres(self.url)
+            return Connection(raw, self.dialect, self._kept)
         except (sqlite3.Error, OSError) as error:
             raise Unavailable(f"the database cannot be opened ({error}): look at its path, its owner and the disk") from error
 
@@ -197,27 +216,40 @@ class Database:
 
 def run_batch(connection: Connection, jobs: list[tuple[Callable[[Connection], Any], Future]]) -> None:
     """Run writes in one transaction. A write that raises is undone alone. Raises what the driver raises where all is undone."""
-    results: list[tuple[Future, Any, BaseException | None]] = []
-    with transaction(connection):
-        for fn, future in jobs:
-            connection.run("SAVEPOINT one")
-            end = connection.end
-            try:
-                result = fn(connection)
-            except Exception as error:
-                if _is_fatal(error):
-                    raise
-                connection.run("ROLLBACK TO SAVEPOINT one")
-                connection.end = end
-                results.append((future, None, error))
-            else:
-                results.append((future, result, None))
-            connection.run("RELEASE SAVEPOINT one")
-    for future, result, raised in results:
+    try:
+        results = _run_all(connection, jobs, savepoints=False)
+    except Again:
+        results = _run_all(connection, jobs, savepoints=True)
+    for (_, future), (result, raised) in zip(jobs, results, strict=True):
         if raised is None:
             future.set_result(result)
         else:
             future.set_exception(raised)
+
+
+def _run_all(
+    connection: Connection, jobs: list[tuple[Callable[[Connection], Any], Future]], savepoints: bool
+) -> list[tuple[Any, Exception | None]]:  # fmt: skip
+    """Results of writes, or what they raised. Raises Again: without savepoints, none of them was done."""
+    results: list[tuple[Any, Exception | None]] = []
+    connection.savepoint = savepoints
+    with transaction(connection):
+        for fn, _ in jobs:
+            if savepoints:
+                connection.run("SAVEPOINT one")
+            end = connection.end
+            try:
+                results.append((fn(connection), None))
+            except Again:
+                raise
+            except Exception as error:
+                if _is_fatal(error):
+                    raise
+                connection.undo(end)
+                results.append((None, error))
+            if savepoints:
+                connection.run("RELEASE SAVEPOINT one")
+    return results
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from elmwood.hub.tables import chain, credit, event
 
 START = "0" * 64  # before the first event
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 _end = select(chain.c.number, chain.c.hash).where(chain.c.id == 1)
 _credits = select(func.coalesce(func.max(credit.c.number), 0))
 
@@ -23,9 +24,7 @@ _credits = select(func.coalesce(func.max(credit.c.number), 0))
 def hash_event(number: int, kind: str, subject: str, facts: Mapping[str, Any], at: int, previous: str) -> str:
     """sha256 (hex) of the canonical JSON of an event's fields."""
     plain = {"number": number, "kind": kind, "subject": subject, "facts": dict(facts), "at": at, "previous": previous}
-    return hashlib.sha256(
-        json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    ).hexdigest()
+    return hashlib.sha256(_encode(plain).encode()).hexdigest()
 
 
 def log(c: Connection, kind: str, subject: str, at: float, **facts: str | int | float | None) -> int:
@@ -36,9 +35,7 @@ def log(c: Connection, kind: str, subject: str, at: float, **facts: str | int | 
     last, previous = c.end
     number, when = last + 1, int(at)
     mark = hash_event(number, kind, subject, facts, when, previous)
-    c.insert(
-        event, number=number, kind=kind, subject=subject, facts=json.dumps(facts, sort_keys=True), at=when, previous=previous, hash=mark
-    )
+    c.insert(event, number=number, kind=kind, subject=subject, facts=_encode(facts), at=when, previous=previous, hash=mark)
     c.end = number, mark
     return number
 

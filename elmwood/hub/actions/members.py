@@ -5,7 +5,7 @@ import secrets
 from sqlalchemy import bindparam, func, select, update
 
 from elmwood.hub.actions import experts
-from elmwood.hub.actions.request import Caller, Moment, current, need, plain
+from elmwood.hub.actions.request import Caller, Moment, current, licences_now, need, plain
 from elmwood.hub.database import Connection
 from elmwood.hub.events import log
 from elmwood.hub.messages import AccountReply, Appeal, Consent, Done, NewAccount, NewDevice
@@ -79,7 +79,7 @@ def agree(c: Connection, caller: Caller, message: Consent, when: Moment, proof: 
 
 
 def has_agreed(c: Connection, account_id: str) -> bool:
-    return c.value(_consent, account=account_id, licences=plain(current(c).licences)) is not None
+    return c.value(_consent, account=account_id, licences=licences_now(c)) is not None
 
 
 def withdraw(c: Connection, caller: Caller, when: Moment, office: Office) -> Done:

@@ -50,6 +50,7 @@ class Reply(NamedTuple):
     body: str
 
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode  # made once: `json.dumps` makes one each time
 _device = select(device.c.account, device.c.role, device.c.blocked).where(device.c.key == bindparam("key"))
 _reply = select(reply.c.request, reply.c.status, reply.c.body).where(reply.c.key == bindparam("key"), reply.c.name == bindparam("name"))
 _version = select(run.c.version)
@@ -68,7 +69,7 @@ def perform(
     c: Connection, request: Request, fn: Callable[[Connection, Caller], Frozen], when: Moment, status: int = 200, new: bool = False
 ) -> Reply | Refusal:
     """Do what a signed request asks, once. `new`: the key may be unknown. A refusal is returned, and only the nonce is kept of it."""
-    end = c.end
+    end, changes = c.end, c.changes + 1
     try:
         if not _fresh(c, request):
             raise Refusal(401, "replayed", "this signed request was sent before", do="sign it again, with a new nonce")
@@ -82,9 +83,9 @@ def perform(
             c.insert(reply, key=request.key, name=request.name, request=request.sha, status=status, body=body, due=when.uptime + KEPT)
         return Reply(status, body)
     except Refusal as refusal:
-        c.run("ROLLBACK TO SAVEPOINT one")
-        c.end = end
-        _fresh(c, request)
+        if c.changes > changes:  # more than the nonce
+            c.undo(end)
+            _fresh(c, request)
         return refusal
 
 
@@ -128,6 +129,14 @@ def manifest_of(c: Connection, version: int) -> RunManifest:
     return c.kept[version]
 
 
+def licences_now(c: Connection) -> str:
+    """Canonical JSON of the licences of the run."""
+    run, key = current(c), "licences"
+    if (run.version, key) not in c.kept:
+        c.kept[run.version, key] = plain(run.licences)
+    return c.kept[run.version, key]
+
+
 def move_domain(c: Connection, number: int, what: str, *, open_at: float | None = None, expert: str | None = None) -> int:
     """The only place that changes a domain's state after a grant; its token. Raises Refusal where the state does not allow it."""
     row = c.one(_state, number=number)
@@ -149,10 +158,10 @@ def dump(value: Frozen) -> str:
 
 def plain(value: Any) -> str:
     """Canonical JSON of a value for a column."""
-    return canonical(value).decode() if isinstance(value, Frozen) else json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return canonical(value).decode() if isinstance(value, Frozen) else _encode(value)
 
 
 __all__ = [
-    "Caller", "Moment", "Refusal", "Reply", "Request", "current", "dump", "find_caller", "forget", "log", "manifest_of", "move_domain",
-    "need", "perform", "plain",
+    "Caller", "Moment", "Refusal", "Reply", "Request", "current", "dump", "find_caller", "forget", "licences_now", "log", "manifest_of",
+    "move_domain", "need", "perform", "plain",
 ]  # fmt: skip

@@ -9,6 +9,12 @@ from elmwood.hub.messages import Beat, BeatReply, Claim, Grant, Held, Id
 router = APIRouter(tags=["leases"])
 
 
+@router.post("/v1/leases/{lease}/beat", response_model=BeatReply)
+async def beat(whose: Whose, lease: Id, message: Beat) -> Response:
+    """A sign of life, with the step."""
+    return await whose.act(lambda c, caller: leases.beat(c, caller, lease, message, whose.hub.moment()), again=True)
+
+
 @router.post(
     "/v1/leases", status_code=201, response_model=Grant, dependencies=[Recent], responses={204: {"description": "no work; Elmwood-Reason"}}
 )
@@ -16,12 +22,6 @@ async def claim(request: Request, whose: Whose, message: Claim) -> Response:
     """Lease a domain."""
     place = whose.hub.office.hide(network(request))
     return await whose.act(lambda c, caller: leases.claim(c, caller, message, whose.hub.moment(), place), 201)
-
-
-@router.post("/v1/leases/{lease}/beat", response_model=BeatReply)
-async def beat(whose: Whose, lease: Id, message: Beat) -> Response:
-    """A sign of life, with the step."""
-    return await whose.act(lambda c, caller: leases.beat(c, caller, lease, message, whose.hub.moment()), again=True)
 
 
 @router.post("/v1/leases/{lease}/pause", response_model=BeatReply)

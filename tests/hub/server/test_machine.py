@@ -295,7 +295,7 @@ class Machine(RuleBasedStateMachine):
             if not running:
                 assert dict(after) == dict(before)
         assert dict(who) == dict(self.c.one(select(account).where(account.c.id == before["account"])))
-        if not running and how not in ("accept", "reject"):
+        if not running and how in ("beat", "trial"):  # a report after a verdict, of whatever, is told the state
             assert isinstance(answer, Refusal)
 
     @rule(data=st.data(), compensate=st.booleans())
@@ -333,7 +333,7 @@ class Machine(RuleBasedStateMachine):
 def run(template, **more):
     case = type("Leases", (Machine,), {"template": template})
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    run_state_machine_as_test(case, settings=settings(deadline=None, suppress_health_check=checks, **more))
+    run_state_machine_as_test(case, settings=settings(deadline=None, derandomize=True, suppress_health_check=checks, **more))
 
 
 def test_any_order_of_what_people_do(template):
