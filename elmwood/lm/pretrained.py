@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import hub_kernels
 
 from elmwood.corpus.foreign_tokenizer import check_tokenizer_file, tokenizer_errors
@@ -74,7 +74,10 @@ def make_config(settings: Mapping[str, Any], where: object = "this config") -> A
     with tempfile.TemporaryDirectory() as scratch, copied_to(scratch, where):
         _write_config(settings, Path(scratch))
         try:
-            return AutoConfig.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
+            if not isinstance(config.get_text_config(), PreTrainedConfig):
+                raise ValueError("its text_config is none")
+            return config
         except UNREADABLE as error:
             raise BadSeed(
                 f"{where}: transformers {transformers.__version__} does not know this architecture ({said(error)}); "

@@ -49,7 +49,8 @@ METHODS: dict[str, MergeMethod] = {
 SHARED = {"normalize": "normalise", "lambda": "scale", "max_iter": "iterations", "tol": "tolerance", "select_topk": "density"}
 EACH = {"density": "density", "gamma": "gamma", "epsilon": "epsilon"}  # of every input but the base; here the same for all
 IGNORED = {"int8_mask"}  # how it is calculated, not what
-LARGEST = 1 << 18  # characters of a file; weights of every tensor of a large model would need fewer
+LARGEST = 1 << 16  # characters of a file
+DEEPEST = 32  # brackets within brackets, whose number PyYAML's time is quadratic in
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
@@ -140,6 +141,9 @@ def _parse(text: str) -> Any:
     """Raises BadInput."""
     if len(text) > LARGEST:
         raise BadInput(f"this has {len(text)} characters, and {LARGEST} of YAML are read at most: name fewer models or weights")
+    steps = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text)
+    if max(steps, default=0) > DEEPEST:
+        raise BadInput(f"this is no mergekit configuration: it has brackets within {DEEPEST} others")
     try:
         return yaml.safe_load(text)
     except Exception as error:  # dates, numbers and tags that are none raise errors of Python's own, and deep nesting does

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from elmwood.errors import BadSeed
+from elmwood.lm.checkpoint import said
 from elmwood.lm.pretrained import open_config
 
 # fields that say how many positions a model was built for, in the order in which they are believed
@@ -28,7 +29,9 @@ def read_config(folder: Path) -> Any:
         name = default or name
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)  # BERT as published
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or masked or config.is_encoder_decoder:
-        raise BadSeed(f"{folder} holds a {name}: a seed is a causal LM (LlamaForCausalLM, OPTForCausalLM, …) that predicts the next token")
+        raise BadSeed(
+            f"{folder} holds a {said(name)}: a seed is a causal LM (LlamaForCausalLM, OPTForCausalLM, …) that predicts the next token"
+        )
     if default and name != default:  # transformers goes by the type, other programs by the name, and merges by both
         raise BadSeed(
             f"{folder}: its config.json says model_type {config.model_type}, which is a {default}, and architectures {name}: "

@@ -147,6 +147,7 @@ REFUSED = {
     "a list": "- model: a\n- model: b\n",
     "not YAML": "models: [",
     "nested without end": "[" * 10_000,
+    "nested in lines": "- " * 10_000,
     "a number of many digits": TWO.replace("weight: 1", "weight: " + "9" * 5000) + "merge_method: linear\n",
     "a number too large for a float": TWO.replace("weight: 1", "weight: 0x" + "f" * 500) + "merge_method: linear\n",
     "a date that is none": TWO.replace("weight: 1", "weight: 2020-99-99") + "merge_method: linear\n",
@@ -181,5 +182,5 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_not_supported_is_refused(what):
-    with pytest.raises(BadInput, match=r"support|needs|has no|named|give one|takes|YAML|no weight"):
+    with pytest.raises(BadInput, match=r"support|needs|no mergekit|has no|named|give one|takes|YAML|no weight"):
         read(REFUSED[what])
