@@ -51,7 +51,7 @@ def serve(
     serving: Serving = Serving(),
     output: Output = Output(),
 ) -> None:
-    """Serve a model to OpenAI clients. It can say which experts answered."""
+    """Serve a model to OpenAI clients and, at /, to people. It can say which experts answered."""
     from elmwood.ensemble.batch.interface import USUAL
     from elmwood.serve.logs import start_log
     from elmwood.serve.model import open_served

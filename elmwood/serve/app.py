@@ -26,6 +26,7 @@ from elmwood.serve.completions import chat, complete
 from elmwood.serve.logs import logger
 from elmwood.serve.metrics import Meter
 from elmwood.serve.model import Served
+from elmwood.serve.pages import routes
 from elmwood.serve.refusals import Refused, refusal_of, reply_of
 
 BODY = 4 << 20  # bytes
@@ -50,6 +51,7 @@ def create_app(served: Served, *, keys: Sequence[str] = (), cors: Sequence[str] 
     _add_health(app, served, meter)
     _add_answers(app, served, meter)
     _add_catalog(app, served)
+    app.router.routes.extend(routes(served))
     if keys:
         app.add_middleware(Keys, keys=keys)
     if cors:

@@ -82,7 +82,13 @@ def route(served: Served, given: Any, now: float) -> dict[str, Any]:
     else:
         only = alone or (next(iter(served.cards)) if served.cards else "seed")
         found = [{"id": only, "name": served.expert_name(only), "distance2": None, "weight": 1.0}]
-    return {"object": "route", "tokens": len(tokens), "candidates": found} | served.facts()
+    drawn = served.guide.draw(tokens) if served.guide and asked.map else None
+    if drawn:
+        spots = [{"id": digest, "name": served.expert_name(digest), "x": x, "y": y} for digest, x, y in drawn.spots]
+        extra: dict[str, Any] = {"map": {"experts": spots, "path": drawn.path}}
+    else:
+        extra = {"map": None} if asked.map else {}
+    return {"object": "route", "tokens": len(tokens), "candidates": found} | extra | served.facts()
 
 
 def tokenize(served: Served, given: Any, now: float) -> dict[str, Any]:

@@ -118,6 +118,7 @@ class Route(Strict):
     prompt: str | list[int] | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=4096)
     most: int = Field(32, ge=1, le=1000)  # candidates
+    map: bool = False  # also where the domains and the text lie
 
 
 def parse(kind: type[M], given: Any) -> M:

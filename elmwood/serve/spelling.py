@@ -40,8 +40,10 @@ class Speller:
     def push(self, said: Said) -> Piece:
         """Let the text grow by a token."""
         spelled = b"" if said.stop or said.token >= len(self._spelled) else self._spelled[said.token]
-        self._waiting.append(Placed(said, self._known))
-        self._hold(self._decoder.decode(spelled))
+        before = self._decoder.getstate()[0]
+        text = self._decoder.decode(spelled)
+        self._waiting.append(Placed(said, self._known + self._broken(before, spelled, text)))
+        self._hold(text)
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -56,6 +58,16 @@ class Speller:
     def _hold(self, text: str) -> None:
         self._held += text
         self._known += len(text)
+
+    def _broken(self, before: bytes, spelled: bytes, text: str) -> int:
+        """Characters that only stand for the unfinished bytes before a token, where it does not finish them."""
+        if not before or not spelled:
+            return 0
+        alone = codecs.getincrementaldecoder("utf-8")("replace")
+        rest = alone.decode(spelled)
+        apart = text.endswith(rest) and alone.getstate() == self._decoder.getstate()
+        lost = before.decode(errors="replace")
+        return len(lost) if apart and text == lost + rest else 0
 
     def _unsure(self) -> int:
         """How much of the end of the text may be the beginning of a stop string."""

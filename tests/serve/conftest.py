@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import uvicorn
 from openai import OpenAI
-from tiny_models import SHAPE, full_expert, lora_expert, louder, tiny_tokenizer
+from tiny_models import SHAPE, lora_expert, louder, tiny_tokenizer
 from topics import TOPICS, build_corpus, some_texts
 
 from elmwood.domains.partition import partition
@@ -40,8 +40,7 @@ class World:
         self.plain = save_seed(louder(new_model(shape)), tiny_tokenizer(), self.store, name="plain", separator=0)
         self.seed = self.with_template(self.plain, TEMPLATE)
         place = {"partition": self.partition.digest}
-        self.experts = [lora_expert(self.seed, self.store, n, domain=n, **place) for n in range(2)]
-        self.experts.append(full_expert(self.seed, self.store, 2, domain=2, **place))
+        self.experts = [lora_expert(self.seed, self.store, n, domain=n, **place) for n in range(3)]
         forest = Forest(seed=self.seed.digest, partition=self.partition.digest, experts=[expert.digest for expert in self.experts])
         self.store.add(forest)
         self.ensemble = Ensemble(forest=forest.digest, top_k=2, temperature=0.5, seed_distance=0.9)

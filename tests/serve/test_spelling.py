@@ -39,6 +39,11 @@ def test_pieces_join_to_the_text_before_its_first_stop_string(made, ends):
     starts = [one.start for one in placed]
     assert starts == sorted(starts)
     assert [one.said.token for one in placed] == made[: len(placed)]
+    sent = 0
+    for piece in pieces:
+        assert all(one.start >= sent or not WORDS[one.said.token] for one in piece.tokens), "a token comes with the text that it begins"
+        assert not piece.text or sent == 0 or piece.tokens or ends, "text comes with its tokens"
+        sent += len(piece.text)
     assert all(start <= len(text) for start in starts)
     assert speller.stopped or len(placed) == len(made)
 

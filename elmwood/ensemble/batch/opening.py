@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from elmwood.domains.route import Routing, Signals, weights
+from elmwood.domains.route import Routing, Signals, token_distances, weights
 from elmwood.ensemble.batch.engine import open_batched
 from elmwood.ensemble.batch.interface import USUAL, Engine, Limits
 from elmwood.ensemble.batch.turns import Turns
@@ -33,6 +33,13 @@ class Place(NamedTuple):
     weight: float
 
 
+class Map(NamedTuple):
+    """The experts' domains and a text among them: the first two principal components of the domains' centres."""
+
+    spots: list[tuple[str, float, float]]  # digest of an expert, x and y of the centre of its domain, from 0 to 1
+    path: list[tuple[float, float]]  # of the text, prefix by prefix
+
+
 class Guide:
     """The router of an ensemble. No model is opened."""
 
@@ -49,6 +56,25 @@ class Guide:
         """Digest, name, domain and contributor of each expert."""
         domains = [served[0] if served else None for served in self.router.places_E]
         return list(zip(self.digests[:-1], self.names[:-1], domains, self.contributors, strict=True))
+
+    def draw(self, tokens: Sequence[int], most: int = 200) -> Map | None:
+        """The map, with at most so many points of the text's path; None where the router looks at no dense centroids of three domains."""
+        if not self.router.reads_text or not isinstance(self.router.centroids_P, np.ndarray) or len(self.router.centroids_P) < 3:
+            return None
+        centre_PD = self.router.centroids_P - self.router.centroids_P.mean(0)
+        left_PX, scale_X, _ = np.linalg.svd(centre_PD, full_matrices=False)
+        if scale_X[1] <= 1e-6 * scale_X[0]:
+            return None
+        spot_P2 = left_PX[:, :2] * scale_X[:2]
+        dist2_TP = token_distances(self.router.embedder, self.router.centroids_P, [*tokens, tokens[0]], self.router.spelled)
+        dist2_TP = dist2_TP[np.isfinite(dist2_TP).all(1)]
+        dist2_TP = dist2_TP[np.unique(np.linspace(0, len(dist2_TP) - 1, most).astype(int))] if len(dist2_TP) else dist2_TP
+        # the point's own components follow from its distances alone (Gower 1968)
+        point_T2 = 0.5 * ((centre_PD**2).sum(1) - dist2_TP) @ spot_P2 / scale_X[:2] ** 2
+        low_2, span_2 = spot_P2.min(0), np.ptp(spot_P2, 0)
+        spot_P2, point_T2 = (spot_P2 - low_2) / span_2, ((point_T2 - low_2) / span_2).clip(0, 1)
+        spots = [(digest, *spot_P2[own[0]].round(4).tolist()) for digest, own in zip(self.digests, self.router.own_E, strict=False)]
+        return Map(spots, [(x, y) for x, y in point_T2.round(4).tolist()])
 
     def look(self, tokens: Sequence[int]) -> list[Place]:
         """All candidates after these tokens (from the separator on), the heaviest first, then the nearest."""
