@@ -15,7 +15,7 @@ from elmwood.engine import DEVICE
 from elmwood.ranges import NewFile
 from elmwood.store import Store
 
-BELOW = "results are named below it: NAME/0, NAME/1, …"  # a mark on an option --name
+BELOW = "what is named depends on the method"  # a mark on an option --name, which the verb checks before its work
 CorpusArgument = Annotated[list[str], Argument(help="JSON, CSV, Parquet, Arrow, text, folders of these, datasets:NAME, or 'sample'.")]
 ExpertsArgument = Annotated[list[str], Argument(help="A forest, or experts; NAME/ means all experts with names below it.")]
 StatesArgument = Annotated[list[str], Argument(help="Names, digests, or folders written by export.")]
@@ -142,8 +142,8 @@ def check_output(option: str, value: Any, hints: Sequence[Any], store: Path | No
     for one in hints:
         if isinstance(one, NewFile):
             one.check(option, value)
-        elif isinstance(one, OptionInfo) and "--name" in flags(one) and value and store:
-            Store(store).check_name(f"{value}/0" if BELOW in hints else value)
+        elif isinstance(one, OptionInfo) and "--name" in flags(one) and value and store and BELOW not in hints:
+            Store(store).check_name(value)
 
 
 def typed_options(context: typer.Context) -> set[str]:

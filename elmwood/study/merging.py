@@ -20,7 +20,7 @@ from elmwood.records import Expert, Forest, Merged, Record, Seed, Share, State, 
 from elmwood.report.notebook import facts, show_ranking
 from elmwood.store import AnyStore, Holder, Named, Store, hash_file, listed
 from elmwood.study.quality.selection import ChosenMerge, choose_best
-from elmwood.study.text import keep_name
+from elmwood.study.text import keep_name, open_store
 from elmwood.study.trial import check_use
 from elmwood.weights.experts import seed_places
 from elmwood.weights.tensors import SIZES, places
@@ -222,7 +222,7 @@ def state_make(
         raise BadInput("a state has one method and one value of each setting: make the others one by one")
     if not 0 <= part[0] < part[1]:
         raise BadInput(f"--part {part[0]}/{part[1]}: parts are numbered from 0; write 0/4 for the first of four")
-    home = Store(store)
+    home = open_store(store, name)
     members = members_of(experts, home, weights, layers, tensors)
     job = StateJob(store=home.root, seed=seed_of(members, home).digest, members=members, method=answers[0].method,
                    settings=dict(answers[0].settings), part=part, typed=tuple(rules.keys() - RULES.keys()))  # fmt: skip
@@ -231,7 +231,7 @@ def state_make(
 
 def state_add(states: Sequence[Named | Path], store: AnyStore = None, *, method: str | None = None, name: str | None = None) -> State:
     """The sum of states: names, records, or folders written by `export`. An expert that is in several counts once. Raises BadInput."""
-    home, rules = Store(store), _own_rules(method)
+    home, rules = open_store(store, name), _own_rules(method)
     total, *others = [open_state(one, home, rules) for one in states]
     for other in others:
         total = add(total, other, home, rules)
@@ -243,7 +243,7 @@ def state_remove(
     progress: Progress = silent,
 ) -> State:  # fmt: skip
     """The state without some experts, exactly as if they had never been in it. Their files are read. Raises BadInput."""
-    home, rules = Store(store), _own_rules(method)
+    home, rules = open_store(store, name), _own_rules(method)
     rest = open_state(state, home, rules)
     for expert in home.expand(experts):
         rest = remove(rest, home.resolve(expert), home, progress, rules)

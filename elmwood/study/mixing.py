@@ -23,7 +23,7 @@ from elmwood.store import AnyStore, Named, Store
 from elmwood.study.merging import Values, answers_of
 from elmwood.study.quality.selection import Tuned
 from elmwood.study.quality.selection import tune as score
-from elmwood.study.text import keep_name
+from elmwood.study.text import keep_name, open_store
 from elmwood.study.training import default_length, make_recipe, shards
 from elmwood.study.trial import check_use
 
@@ -59,7 +59,7 @@ def mix(
     one of your own, or 'seed'.
     For the other options see `elmwood mix --help`. Raises BadInput, BadSeed, ForeignExpert, UnknownName.
     """
-    home = Store(store)
+    home = open_store(store, name)
     gone, scales = [home.resolve(one) for one in home.expand(without)], _scales(scale)
     source = home.load(forest)
     if isinstance(source, Mixture):
@@ -143,7 +143,7 @@ def tune(
     """
     from elmwood.train import router  # torch
 
-    home = Store(store)
+    home = open_store(store, name)
     start = home.load(mixture, Mixture)
     recipe = make_recipe(
         method="router", tokens=tokens, batch=batch,

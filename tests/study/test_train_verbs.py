@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from elmwood.cli import app
 from elmwood.corpus.build import build, documents
 from elmwood.domains.partition import partition
-from elmwood.errors import BadInput, ElmwoodError
+from elmwood.errors import BadInput, ElmwoodError, UnknownName
 from elmwood.lm.experts import Experts
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model
-from elmwood.records import Expert, Partition, Recipe, Seed
+from elmwood.records import Expert, Mixture, Partition, Recipe, Seed
 from elmwood.store import Store
 
 SHORT = ["--tokens", "500", "--length", "32", "--batch", "4", "--rank", "4", "--workers", "1"]
@@ -147,3 +147,15 @@ def test_a_seed_from_a_gguf_file_is_trained_and_speaks(home, tmp_path):
     assert lms.score(0, [tokens_T]).sum() > lms.score(1, [tokens_T]).sum() + 1  # nats, over text that nobody trained on
     first, other = (typed(home, "chat", name, "--prompt", own[0][:8], "--max-tokens", "8", "--json") for name in ("grown/1", "found"))
     assert json.loads(first)["text"] != json.loads(other)["text"]
+
+
+def test_a_mixture_is_tuned_under_its_own_name_and_again(home):
+    trained(home, "--name", "part")
+    typed(home, "forest", "domains", "part/", "--name", "parts")
+    typed(home, "mix", "parts", "--gates", "random", "--name", "mixed")
+    words = ("train", "mixed", "--method", "router", "--tokens", "128", "--batch", "2", "--length", "32", "--name")
+    first = typed(home, *words, "tuned")
+    assert typed(home, *words, "tuned") == first
+    with pytest.raises(UnknownName, match="other names begin with 'part/'"):
+        typed(home, *words, "part", "--rng-seed", "1")
+    assert sum(isinstance(home.read(digest), Mixture) for digest in home.records()) == 2  # it was refused before the work
