@@ -42,9 +42,9 @@ _PASSED = frozenset({
 })  # fmt: skip
 _QUANTISED = ("quantization_config", "compression_config")
 # fields that count parts, which a model makes one by one: not more than a file has tensors, or a tensor has rows
-_PARTS = re.compile(r"layer|block|depth|stage|expert|head|group")
+_PARTS = re.compile(r"layer|block|depth|stage|expert|head|group|num_labels")
 _WIDTHS = re.compile(r"size|dim|width|vocab|rank")  # of such parts
-_ROWS = re.compile(r"expert|head|group")
+_ROWS = re.compile(r"expert|head|group|label")
 MOST_LAYERS, MOST_ROWS = 1 << 12, 1 << 16  # of a config whose files are not here
 SLACK = 1 << 24  # numbers that a model may have beyond twice those of its files: tables of positions are computed
 TOKENIZER = ("tokenizer*", "vocab.*", "special_tokens_map.json", "merges.txt", "added_tokens.json", "*.model", "*.jinja")

@@ -97,6 +97,7 @@ SPOILT = {
     "BertForMaskedLM": lambda folder: BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(folder),
     "BertLMHeadModel": lambda folder: BertConfig().save_pretrained(folder),
     "those of two models": lambda folder: spoil_config(folder, architectures=["GPT2LMHeadModel"]),
+    "num_labels = 10000000": lambda folder: spoil_config(folder, num_labels=10**7),
     "text_config is none": lambda folder: spoil_config(folder, text_config={"vocab_size": 5}),
     "does not know": lambda folder: spoil_config(folder, model_type="nobody", auto_map={"AutoConfig": "evil.Config"}),
     "ids up to": lambda folder: spoil_config(folder, vocab_size=100),
