@@ -8,6 +8,7 @@ N rows, I inputs, O outputs; B texts of T tokens, hidden states of width D, voca
 
 import platform
 from functools import cache
+from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FEWEST = 16  # rows: with fewer the call itself costs more than it saves
+WIDE, FEWEST_OF_WIDE = 1 << 23, 4  # but for a matrix of so many numbers, as a head is (docs/log/serving.md)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -102,10 +104,19 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= FEWEST * x.shape[-1]
+        and x.numel() >= (FEWEST if weight.numel() < WIDE else FEWEST_OF_WIDE) * x.shape[-1]
         and _here()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+@cache
+def is_mkls_own() -> bool:
+    """Whether this processor is one of Intel's, where MKL uses all it has."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:4096]
+    except OSError:
+        return False
 
 
 @cache

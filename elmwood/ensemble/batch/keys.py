@@ -130,7 +130,7 @@ def attend(
     step = elmwood_step
     keys_RKCD, values_RKCD = step.store.layer(module.layer_idx, key_1KND, value_1KND)
     heads, groups = key_1KND.shape[1], query_1HND.shape[1] // key_1KND.shape[1]
-    y_NHD = query_1HND.new_empty(query_1HND.shape[2], query_1HND.shape[1], value_1KND.shape[3])
+    y_NHD = query_1HND.new_zeros(query_1HND.shape[2], query_1HND.shape[1], value_1KND.shape[3])
     if count := len(step.row_n):
         keys_RKCD[step.row_n, :, step.place_n] = key_1KND[0, :, :count].transpose(0, 1)
         values_RKCD[step.row_n, :, step.place_n] = value_1KND[0, :, :count].transpose(0, 1)

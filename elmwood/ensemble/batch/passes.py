@@ -64,8 +64,6 @@ class Reader:
     def read(self, items: Sequence[Item]) -> tuple[Tensor, list[slice]]:
         """Logits [M, V], and which of them are of each item."""
         order, plan = lay_out(items)
-        if self.slots:
-            self.slots.follow(plan)
         tokens = [token for n in order for token in items[n].tokens]
         places = [place for n in order for place in range(items[n].begin, items[n].begin + len(items[n].tokens))]
         singles = [(items[n].row, items[n].begin) for n in order if len(items[n].tokens) == 1]
@@ -76,12 +74,23 @@ class Reader:
             wanted += range(place - items[n].wanted, place)
             found[n] = slice(end, end + items[n].wanted)
             end += items[n].wanted
+        idle = padded(place) - place  # tokens that nothing follows from, so that products have few different sizes
+        if self.slots:
+            self.slots.follow(plan._replace(tokens=place + idle))
+        tokens, places = tokens + [0] * idle, places + [0] * idle
+        wanted += [0] * (padded(end) - end)
         device = self.store.device
         output = self.model(
             input_ids=torch.tensor([tokens], device=device), position_ids=torch.tensor([places], device=device), use_cache=False,
             logits_to_keep=torch.tensor(wanted, device=device), elmwood_step=arrange(self.store, singles, chunks),
         )  # fmt: skip
-        return output.logits[0], found
+        return output.logits[0, :end], found
+
+
+def padded(count: int) -> int:
+    """The next size of a product: each new one costs milliseconds, and memory that is kept (docs/log/serving.md)."""
+    step = max(1, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
 
 
 @torch.inference_mode()

@@ -66,11 +66,13 @@ class Steps:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Take one step; whether there was anything to do."""
+        """Take one step; whether anything came of it."""
         self.count += 1
+        before = len(self.waiting), len(self.running)
         for text in [text for text in (*self.waiting, *self.running) if text.cancelled]:
             self._end(text, Ended("cancelled"))
-        self._admit()
+        if self.waiting:
+            self._admit()
         for text in list(self.running):
             self._prepare(text)
         read = self._read()
@@ -78,9 +80,10 @@ class Steps:
         for text in ready:
             self._say(text)
         if not read and not ready and self.running and not self.residency.loading:
-            self._put_back(self.running[-1])
+            self._put_back(self.running[-1])  # they wait for one another
+            read = True
         self.share = min(1.0, sum(row.read for text in self.running for row in text.rows.values()) / self.sizes.tokens)
-        return read or bool(ready)
+        return read or bool(ready) or before != (len(self.waiting), len(self.running))
 
     def fail(self, error: Exception) -> None:
         """End all that is at work; the engine lives on."""
@@ -239,7 +242,9 @@ class Steps:
         self._prepare(text)
 
     def _put_back(self, text: Text) -> None:
-        """The youngest of those that wait for one another begins again when there is room."""
+        """The youngest begins again when there is room."""
+        if len(self.running) == 1:
+            return self._end(text, Ended("error", "its experts do not fit into memory together: allow more slots or rows", 503))
         self._release(text)
         self.running.remove(text)
         self.waiting.insert(0, text)

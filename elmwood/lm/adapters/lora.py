@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from elmwood.errors import BadInput
 from elmwood.lm.adapters.peft_config import check_floats, read_settings, scale, split_key
+from elmwood.lm.products import is_mkls_own
 from elmwood.records import Expert, Merged, Mixture
 from elmwood.store import Store
 from elmwood.store.headers import read_header
@@ -79,13 +80,14 @@ class Adapted(nn.Module):
 
 
 def product(base: nn.Module, x: Tensor) -> Tensor:
-    """base(x). On a CPU a few rows are computed transposed, as W times xᵀ, which is up to four times faster.
+    """base(x). On a CPU that is not of Intel a few rows are computed transposed, as W times xᵀ, which is up to four times faster.
 
-    Measured on one kind of CPU with torch 2.13: two or three rows were faster at every size, four only in narrow layers.
+    Measured with torch 2.13 on one kind of CPU: two or three rows were faster at every size, four only in narrow layers. On a Xeon it
+    takes up to twice as long (docs/log/serving.md).
     """
     rows = x.numel() // x.shape[-1]
     few = 1 < rows < 4 or (rows == 4 and x.shape[-1] < 1024)
-    if not few or x.device.type != "cpu" or type(base) is not nn.Linear:
+    if not few or x.device.type != "cpu" or type(base) is not nn.Linear or is_mkls_own():
         return base(x)
     y_OB = torch.mm(base.weight, x.reshape(rows, -1).T)
     y_BO = y_OB.T if base.bias is None else y_OB.T + base.bias

@@ -84,8 +84,7 @@ def test_texts_side_by_side_are_as_each_alone(kind, house):
 def test_ten_experts_take_turns_in_three_slots(house):
     """S1: experts come and go while texts grow, each text is as it would be alone, and no slot is ever another's."""
     base = adapters(house)
-    copies = [house.add(one.model_copy(update={"contributor": str(n)})) for one in base for n in range(3)]
-    record = house.ensemble([*base, *copies], top_k=1)
+    record = house.ensemble(twelve(house), top_k=1)
     lm, engine = open_model(record, house.store), open_batched(record, house.store, limits=Limits(slots=3, rows=8, running=6))
     texts = [(0, *house.tokenizer.encode(words).ids) for words in ("the captain", "def path", "le jardin")]
     chosen = [(text, (one.digest,)) for text in texts for one in record_experts(engine, house)[:6]]
@@ -101,6 +100,29 @@ def test_ten_experts_take_turns_in_three_slots(house):
     assert counts.loads == 6
     assert (counts.mismatches, counts.failed, counts.resident) == (0, 0, 3)
     assert lm.stops == engine.stops
+
+
+def twelve(house):
+    """Adapters with digests of their own."""
+    base = adapters(house)
+    return [*base, *(house.add(one.model_copy(update={"contributor": str(n)})) for one in base for n in range(3))]
+
+
+def test_texts_that_want_more_experts_than_there_are_slots_take_turns(house):
+    """Their candidates change on the way, and one may have to make room for another; each is as it would be alone."""
+    record = house.ensemble(twelve(house), router="live", top_k=2, temperature=0.5)
+    lm, engine = open_model(record, house.store), open_batched(record, house.store, limits=Limits(slots=2, rows=7, running=3))
+    texts = [house.tokens[:size] for size in (3, 12, 30)]
+    heard = [Heard(engine, Request(tuple(text), 12, 0.0, stops=frozenset())) for text in texts]
+    for text, one in zip(texts, heard, strict=True):
+        said, ended = one.wait()
+        steps = list(generate(lm, house.tokenizer, text, max_tokens=12, temperature=0, stops=frozenset()))
+        assert [event.token for event in said] == [step.token for step in steps]
+        assert [event.logprob for event in said] == pytest.approx([step.logprob for step in steps], abs=1e-5)
+        assert ended == Ended("length")
+    counts = engine.counts()
+    engine.close()
+    assert (counts.mismatches, counts.failed, counts.resident) == (0, 0, 2)
 
 
 def record_experts(engine, house):
