@@ -1,9 +1,8 @@
 """The hub as an ASGI app: routes, limits of bodies, errors as problem+json, health and metrics."""
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,6 +17,7 @@ from elmwood import __version__
 from elmwood.errors import DoesNotFit, ElmwoodError
 from elmwood.hub.api import leases, members, public, uploads, work
 from elmwood.hub.api.asked import Limiter, read
+from elmwood.hub.api.connections import BoundBodies, problem
 from elmwood.hub.blobs import Unreachable
 from elmwood.hub.database import Connection, Unavailable
 from elmwood.hub.home import Hub
@@ -27,9 +27,14 @@ from elmwood.hub.pages.routes import routes
 from elmwood.hub.rules import LIVE, Refusal
 from elmwood.hub.tables import domain, expert, lease, submission
 
-JSON_BYTES = 1 << 20  # of a body that is no part of an upload
-PART_BYTES = (64 << 20) + 1
-SILENCE = 30.0  # seconds that a body may stand still
+# statuses that Starlette and the bounds of bodies raise -> code, and what helps
+HTTP = {
+    400: ("bad-body", "look at /openapi.json"),
+    404: ("no-route", "look at /openapi.json"),
+    405: ("no-method", "look at /openapi.json"),
+    408: ("too-slow", "send it again"),
+    413: ("too-large", "send less"),
+}
 logger = logging.getLogger("elmwood.hub")
 
 
@@ -55,10 +60,6 @@ def create_app(hub: Hub) -> FastAPI:
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
-def problem(status: int, made: Problem, headers: dict[str, str] | None = None) -> Response:
-    return Response(made.model_dump_json(), status, headers, "application/problem+json")
-
-
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> Response:
@@ -78,8 +79,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
-        code = {404: "no-route", 405: "no-method", 400: "bad-body"}.get(error.status_code, f"http-{error.status_code}")
-        made = Problem(code=code, detail=str(error.detail)[:200], do="look at /openapi.json")
+        code, cure = HTTP.get(error.status_code, (f"http-{error.status_code}", "look at /openapi.json"))
+        made = Problem(code=code, detail=str(error.detail)[:200], do=cure)
         return problem(error.status_code, made, dict(error.headers or {}))
 
     @app.exception_handler(ElmwoodError)
@@ -97,50 +98,6 @@ def _add_errors(app: FastAPI) -> None:
         logger.error("%s %s", request.method, request.url.path, exc_info=error)
         made = Problem(code="error", detail="the hub made a mistake; it is in its log", kept="what was acknowledged", do="ask again later")
         return problem(500, made.model_copy(update={"retryable": True}))
-
-
-class BoundBodies:
-    """Bodies are bounded before they are read, and must not stand still; encoded ones are refused."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        most = PART_BYTES if scope["method"] == "PATCH" else JSON_BYTES
-        if headers.get("content-encoding", "identity") != "identity":
-            return await _refuse(415, "encoded", "bodies are sent as they are", "send it without Content-Encoding")(scope, receive, send)
-        length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > most:
-            return await _refuse(413, "too-large", f"a body has {most} bytes at most", "send less")(scope, receive, send)
-        seen, began = 0, False
-
-        async def bounded() -> Message:
-            nonlocal seen
-            message = await asyncio.wait_for(receive(), SILENCE) if not ended else await receive()
-            seen += len(message.get("body", b""))
-            if seen > most:
-                raise TooMuch
-            if message["type"] == "http.request" and not message.get("more_body"):
-                ended.append(True)
-            return message
-
-        async def watched(message: Message) -> None:
-            nonlocal began
-            began = True
-            await send(message)
-
-        ended: list[bool] = []
-        try:
-            await self.app(scope, bounded, watched)
-        except TooMuch:
-            if not began:
-                await _refuse(413, "too-large", f"a body has {most} bytes at most", "send less")(scope, receive, send)
-        except TimeoutError:
-            if not began:
-                await _refuse(408, "too-slow", f"nothing came for {SILENCE:.0f} s", "send it again")(scope, receive, send)
 
 
 class Counted:
@@ -164,14 +121,6 @@ class Counted:
             await self.app(scope, receive, watched)
         finally:
             self.count(scope, status, time.perf_counter() - began)
-
-
-class TooMuch(Exception):
-    """A body longer than it may be."""
-
-
-def _refuse(status: int, code: str, detail: str, do: str) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
-    return problem(status, Problem(code=code, detail=detail, do=do), {"Connection": "close"})
 
 
 # ---- health and metrics ---------------------------------------------------------------------------------------------

@@ -32,12 +32,16 @@ def serve(hub: Hub, host: str, port: int) -> None:
     """Answer requests until the process is told to stop. One process is enough for thousands of volunteers; more need PostgreSQL."""
     import uvicorn
 
+    from elmwood.hub.api.connections import Prompt
     from elmwood.hub.app import create_app
 
     app = create_app(hub)
     gc.collect()
     gc.freeze()  # modules, routes and the manifest stay: looking at them again and again cost 15 % of a request
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=10, timeout_keep_alive=75, server_header=False)
+    uvicorn.run(
+        app, host=host, port=port, http=Prompt, log_level="warning", timeout_graceful_shutdown=10, timeout_keep_alive=75,
+        server_header=False,
+    )  # fmt: skip
 
 
 def status(hub: Hub) -> dict[str, Any]:

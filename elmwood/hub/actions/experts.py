@@ -57,6 +57,7 @@ def accept(c: Connection, row, verdict: str, gain: float, copies: Sequence[str],
     gate, version = current(c).gate, newest(c)["version"] + 1
     for one in copies:
         _drop(c, one, "copy", version, when)
+        _take_back(c, c.one(_expert, digest=one)["submission"])
     status = "probation" if gate.probation_s > 0 else "full"
     c.insert(
         expert, digest=row["expert"], submission=row["id"], domain=row["domain"], account=row["account"], status=status, since=version,
@@ -78,9 +79,15 @@ def retire(c: Connection, caller: Caller, name: str, message: Retirement, when: 
     if row is None:
         raise Refusal(404, "no-expert", "there is no such expert", do="look its digest up")
     retire_all(c, [name], message.reason, when, office)
-    if message.compensate and (paid := c.one(_paid, submission=row["submission"])):
-        pay(c, paid["account"], -paid["amount"], "compensation", row["submission"], paid["verdict"])
+    if message.compensate:
+        _take_back(c, row["submission"])
     return Done()
+
+
+def _take_back(c: Connection, submission: str) -> None:
+    """The credit of an acceptance, by an entry against it."""
+    if paid := c.one(_paid, submission=submission):
+        pay(c, paid["account"], -paid["amount"], "compensation", submission, paid["verdict"])
 
 
 def retire_all(c: Connection, names: Sequence[str], reason: str, when: Moment, office: Office) -> int | None:

@@ -162,13 +162,13 @@ def report(c: Connection, caller: Caller, name: str, message: Report, when: Mome
     if verdict.accepted and experts.newest(c)["forest"] != c.one(_snapshot, version=held["version"])["forest"]:
         _finish(c, held, "reported")
         _set(c, row, "queued")
-        close_trial(c, row, False, office)
+        close_trial(c, row, False, office, when)
         log(c, "submission.again", row["id"], when.unix, why="the forest changed meanwhile", version=held["version"])
         return ReportReply(state="queued")
     _finish(c, held, "reported")
     c.insert(record, ignore=True, digest=verdict.digest, kind="verdict", body=canonical(verdict).decode(), secret=1)
     kept = message.model_dump(mode="json", include={"gain", "evidence", "noise_floor", "advice", "seconds"})
-    close_trial(c, row, verdict.accepted, office)
+    close_trial(c, row, verdict.accepted, office, when)
     state = "accepted" if verdict.accepted else "rejected"
     _set(c, row, state, code=message.code, verdict=verdict.digest, report=plain(kept))
     log(c, f"submission.{state}", row["id"], when.unix, domain=row["domain"], token=row["token"], verdict=verdict.digest, code=message.code)
@@ -216,8 +216,9 @@ def _set(c: Connection, row, state: str, *, code=None, verdict=None, report=None
         raise Refusal(409, "stale-token", "another verifier has this submission now", do="take another one")
 
 
-def close_trial(c: Connection, row, accepted: bool, office: Office) -> None:
-    """Enter the verdict, and publish the key of its order of blocks."""
+def close_trial(c: Connection, row, accepted: bool, office: Office, when: Moment) -> None:
+    """Enter the verdict, and publish the key of its order of blocks in the log."""
     for one in c.all(_undecided, submission=row["id"]):
-        key = _key(office, one["number"], row["expert"], current(c))
-        c.run(_close, submission_=row["id"], accepted_=int(accepted), key_=key.hex())
+        key = _key(office, one["number"], row["expert"], current(c)).hex()
+        c.run(_close, submission_=row["id"], accepted_=int(accepted), key_=key)
+        log(c, "trial.closed", row["id"], when.unix, number=one["number"], key=key)

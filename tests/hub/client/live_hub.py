@@ -1,18 +1,14 @@
 """A real hub for tests: published from the small run, served by uvicorn on a free port of this machine."""
 
-import socket
-import threading
 from contextlib import contextmanager
 
-import uvicorn
-
-from elmwood.hub.app import create_app
 from elmwood.hub.client.gate import adapter_config, expected_tensors
 from elmwood.hub.home import Home, Hub
 from elmwood.hub.manifest import publish
 from elmwood.hub.messages import Gate, Licences, RunDomain, RunManifest, Terms, Tier
 from elmwood.records import Ensemble, Forest
 from elmwood.store import Store
+from tests.hub.served import serve
 
 TEXTS = {"data": b"The text is public domain.", "contribution": b"Adapters are given under Apache-2.0.", "disk": b"The seed stays."}
 NONE = "0" * 64
@@ -57,23 +53,8 @@ def live_hub(manifest, store, name="tiny"):
     home.make_keys()
     hub = Hub(home)
     signed = publish(manifest.model_copy(update={"run": name}), hub, TEXTS.values())
-    with serve(hub) as url:
-        yield Live(hub, url, signed)
-
-
-@contextmanager
-def serve(hub):
-    """The address of an app of this hub, which ends with the block; the hub is closed."""
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    listening.listen(64)
-    server = uvicorn.Server(uvicorn.Config(create_app(hub), log_level="critical", lifespan="on", ws="none"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with serve(hub) as url:
+            yield Live(hub, url, signed)
     finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
         hub.close()

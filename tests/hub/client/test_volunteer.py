@@ -225,4 +225,4 @@ def test_a_client_that_is_too_old_says_so_and_leaves_nothing_behind(run, tmp_pat
         with closing(Hub(newer.url, load_or_make_key(tmp_path / "key"))) as hub, pytest.raises(Problem, match="pip install") as caught:
             hub.post("/v1/accounts", NewAccount(name="a", recovery="0" * 64), "a")
         assert (caught.value.status, caught.value.code) == (426, "old-client")
-        assert {row["name"] for row in rows(newer, "account")} == {"admin", "verifier"}
+        assert {row["name"] for row in rows(newer, "account")} == {"maintainer"}

@@ -2,16 +2,14 @@
 
 import os
 import shutil
-import threading
 
 import pytest
-import uvicorn
 
-from elmwood.hub.app import create_app
 from elmwood.hub.home import Home, Hub
 from elmwood.hub.manifest import publish
 from elmwood.store import Store
 from tests.hub.pages.community import atlas, populate
+from tests.hub.served import serve
 from tests.hub.server.world import make_run
 
 DOMAINS = 6
@@ -35,21 +33,8 @@ def cast(hub):
 @pytest.fixture(scope="package")
 def address(hub, cast):
     """Where the hub is served, on a free port of this machine."""
-    server = uvicorn.Server(uvicorn.Config(create_app(hub), host="127.0.0.1", port=0, log_level="warning"))
-    listening = threading.Event()
-    started = server.startup
-
-    async def startup(sockets=None):
-        await started(sockets)
-        listening.set()
-
-    server.startup = startup
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    assert listening.wait(60)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with serve(hub) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")  # while it is open, this thread has an event loop, and other tests want their own
