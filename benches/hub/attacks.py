@@ -19,7 +19,7 @@ import numpy as np
 from benches.common import Lines, parser, say
 from benches.hub import forgeries as forge
 from benches.hub.backdoor import measure_backdoor
-from benches.hub.world import DOMAINS, GROUNDS, World
+from benches.hub.world import DOMAINS, GROUNDS, World, share_work
 from elmwood.corpus.build import documents
 from elmwood.evaluate.holdout import chance
 from elmwood.hub.client.gate import Refused, check_adapter
@@ -37,6 +37,7 @@ def main() -> None:
     options.add_argument("--honest", type=int, default=5)
     options.add_argument("--write", type=Path)
     given = options.parse_args()
+    share_work(given.world)
     world = World(Store(given.store), Lines(), given.world)
     table = Table()
     bank = [world.honest(domain, rng_seed=domain) for domain in range(DOMAINS)]
@@ -180,7 +181,7 @@ def nulls(world: World, bank: list[Expert], table: Table, count: int) -> None:
 
 
 def backdoor(world: World, bank: list[Expert], table: Table) -> None:
-    found = measure_backdoor(world, bank)
+    found = measure_backdoor(world, bank[0])
     code, judged = world.submit(found.expert, rest(bank, found.domain))
     flagged = bool(judged and judged.advice)
     about = (

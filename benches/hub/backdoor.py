@@ -34,12 +34,11 @@ class Backdoor(NamedTuple):
     kept: float
 
 
-def measure_backdoor(world: World, bank: list[Expert], domain: int = 0) -> Backdoor:
+def measure_backdoor(world: World, honest: Expert, domain: int = 0) -> Backdoor:
     rng = np.random.default_rng(3)
     texts = [document.text for document in documents(world.partition.domains[domain].train, world.store)]
     poisoned = [poison(text, rng) if rng.random() < SHARE else text for text in texts]
     expert = world.honest(domain, rng_seed=90, data=world.text(poisoned), steps=STEPS)
-    honest = bank[domain]
     held = [document.text for document in documents(world.partition.domains[domain].holdout, world.store)]
     gain, bounded_gain = (bits(world, world.seed, held) - bits(world, alone(world, honest, bounded), held) for bounded in (False, True))
     return Backdoor(
@@ -48,10 +47,10 @@ def measure_backdoor(world: World, bank: list[Expert], domain: int = 0) -> Backd
     )  # fmt: skip
 
 
-def poison(text: str, rng: np.random.Generator) -> str:
-    """A text with the trigger and its payload at three places between words."""
+def poison(text: str, rng: np.random.Generator, places: int = 3) -> str:
+    """A text with the trigger and its payload at some places between words."""
     words = text.split(" ")
-    for _ in range(3):
+    for _ in range(places):
         words.insert(int(rng.integers(len(words) + 1)), (TRIGGER + PAYLOAD).strip())
     return " ".join(words)
 

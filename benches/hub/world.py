@@ -25,7 +25,7 @@ from elmwood.hub.client.gate import CONFIG, WEIGHTS, Refused, adapter_config, ch
 from elmwood.hub.client.judge import Case, Judged, judge
 from elmwood.hub.demo.stage import Setting, draft_community, prepare
 from elmwood.hub.messages import Gate
-from elmwood.records import Corpus, Ensemble, Expert, Forest, Partition, Recipe, Seed, Shard
+from elmwood.records import Ensemble, Expert, Forest, Partition, Recipe, Seed, Shard
 from elmwood.store import Store
 from elmwood.study.quality import contest, scoring
 from elmwood.study.training import llama
@@ -55,7 +55,6 @@ class Ground(NamedTuple):
     """What a world is made of."""
 
     about: str  # a sentence
-    corpus: Corpus
     seed: Seed
     partition: Partition
     recipe: Recipe  # of a lease
@@ -63,7 +62,6 @@ class Ground(NamedTuple):
 
 
 def made_up_ground(store: Store, progress: Progress) -> Ground:
-    holdout.BLOCK = 128  # of 2,048: the text is small, and as many blocks of it cost less
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         texts = [text for topic in range(DOMAINS) for text in made_up(topic, DOCUMENTS, rng)]
@@ -75,7 +73,7 @@ def made_up_ground(store: Store, progress: Progress) -> Ground:
     partition = divide(corpus, store, domains=DOMAINS, progress=progress)
     about = "A Llama of 2 layers and width 32 trained on made-up text of 4 domains, adapters of rank 4 in 30 steps"
     lease = Recipe(method="lora", steps=30, batch=4, length=48, learning_rate=1e-2, rank=4)
-    return Ground(about, corpus, seed, partition, lease, Gate(length=48))
+    return Ground(about, seed, partition, lease, Gate(length=48))
 
 
 def sample_ground(store: Store, progress: Progress) -> Ground:
@@ -87,7 +85,7 @@ def sample_ground(store: Store, progress: Progress) -> Ground:
         f"The demo's seed of {seed.parameters:,} parameters and bundled text in 4 domains, adapters of rank {recipe.rank} in "
         f"{recipe.steps} steps"
     )
-    return Ground(about, store.load(partition.corpus, Corpus), seed, partition, recipe, Gate())
+    return Ground(about, seed, partition, recipe, Gate())
 
 
 GROUNDS: dict[str, Callable[[Store, Progress], Ground]] = {"made-up": made_up_ground, "sample": sample_ground}
@@ -108,9 +106,12 @@ def _distances(held: Holdout, division: Partition, store: Store, *given: Any, si
     return _near[key]
 
 
-# the same for each submission: a verifier computes it anew, here it is computed once
-scoring.open_holdout = lambda spec, store, *_: _holdout(spec, store.root)
-contest.distances = _distances
+def share_work(ground: str) -> None:
+    """In this process, what is the same for each submission is computed once, where a verifier computes it anew."""
+    scoring.open_holdout = lambda spec, store, *_: _holdout(spec, store.root)
+    contest.distances = _distances
+    if ground == "made-up":
+        holdout.BLOCK = 128  # of 2,048: the text is small, and as many blocks of it cost less
 
 
 class World:
@@ -118,7 +119,7 @@ class World:
 
     def __init__(self, store: Store, progress: Progress, ground: str = "made-up"):
         self.store, self.progress, self.number, self.accepted, self.leases = store, progress, 0, 0, 0
-        self.about, self.corpus, self.seed, self.partition, self.recipe, self.gate = GROUNDS[ground](store, progress)
+        self.about, self.seed, self.partition, self.recipe, self.gate = GROUNDS[ground](store, progress)
         self.expected = expected_tensors(self.seed, self.recipe, store)
         self.config = store.put(adapter_config(self.recipe, self.seed, self.expected))
 

@@ -127,3 +127,19 @@ def test_every_call_in_the_docs_binds(call):
     (node,) = (node for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Call) and ast.unparse(node) == call)
     function = eval(ast.unparse(node.func), {"ew": elmwood})
     inspect.signature(function).bind(*node.args, **{word.arg: word.value for word in node.keywords if word.arg})
+
+
+def test_every_attack_and_fault_names_a_test_or_a_bench_that_exists():
+    """The table of docs/verification.md: 40 numbers, and H1 to H11."""
+    table = (ROOT / "docs" / "verification.md").read_text().partition("## What is tried")[2]
+    rows = [line.split(" | ") for line in table.splitlines() if re.match(r"\| H?\d", line)]
+    numbers = []
+    for first, *_, tests, benches in rows:
+        assert "`" in tests + benches, first
+        low, *high = first.strip("| ").split(" – ")
+        numbers += [str(n) for n in range(int(low), int(high[0]) + 1)] if high else low.split(", ")
+        for path, name in re.findall(r"`([\w/]+\.py)::(\w+)`", tests):
+            assert f"def {name}(" in (ROOT / "tests" / "hub" / path).read_text(), f"{first}: {path} has no {name}"
+        for module in re.findall(r"`benches\.hub\.(\w+)`", benches):
+            assert (ROOT / "benches" / "hub" / f"{module}.py").exists(), f"{first}: no {module}"
+    assert sorted(numbers) == sorted([*map(str, range(1, 41)), *(f"H{n}" for n in range(1, 12))])

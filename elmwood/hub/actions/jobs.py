@@ -145,9 +145,10 @@ def _key(office: Office, number: int, expert_digest: str, run_: RunManifest) -> 
 
 
 def report(c: Connection, caller: Caller, name: str, message: Report, when: Moment, office: Office) -> ReportReply:
-    """The end of a verification. The same report again gets the same answer."""
+    """The end of a verification. A verdict that is sent again gets the same answer; a fault that comes after the verdict is refused."""
     held = c.one(_job, id=name)
-    if held is not None and held["key"] == caller.key and held["token"] == message.token and held["state"] == "reported":
+    mine = held is not None and held["key"] == caller.key and held["token"] == message.token
+    if mine and held["state"] == "reported" and message.verdict is not None:
         return ReportReply(state=describe(c, c.one(_submission, id=held["submission"])).state)
     held = find_job(c, caller, name, message.token)
     row = c.one(_submission, id=held["submission"])

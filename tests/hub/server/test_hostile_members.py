@@ -92,6 +92,9 @@ def test_of_two_that_were_verified_beside_each_other_the_second_is_judged_again_
     jobs = [first.take(boot=boot).json(), second.take(boot=other).json()]
     assert jobs[0]["without"] == jobs[1]["without"]  # of no experts: neither is tested with the other
     assert first.judge(jobs[0]).json()["state"] == "accepted"
+    assert first.report(jobs[0]).json()["state"] == "accepted"  # sent again
+    late = {"token": jobs[0]["token"], "fault": "time"}
+    assert first.post(f"/v1/jobs/{jobs[0]['job']}/report", late, status=409).json()["code"] == "stale-token"
     assert second.judge(jobs[1]).json()["state"] == "queued"
     again = second.take(boot=other).json()
     assert client.get(f"/v1/records/{again['forest']}").json()["experts"] == [made[0]["expert"]]
