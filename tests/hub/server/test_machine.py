@@ -355,4 +355,4 @@ def test_without_the_fence_the_machine_finds_the_fault(template, monkeypatch):
         monkeypatch.setattr(module, "mine", mine)
     monkeypatch.setattr(leases, "_revive", update(domain).where(domain.c.number == bindparam("number_")).values(state="leased"))
     with pytest.raises(AssertionError):
-        run(template, max_examples=200, stateful_step_count=40, phases=[Phase.generate], database=None, derandomize=True)
+        run(template, max_examples=200, stateful_step_count=40, phases=[Phase.generate], database=None)
