@@ -264,7 +264,9 @@ const showMap = async (whole) => {
     names.set(expert.id, expert.name)
     const [x, y] = place(expert.x, expert.y)
     found.push(draw("circle", { cx: x, cy: y, r: colours.has(expert.id) ? 7 : 4, class: colours.get(expert.id) || "idle" }))
-    if (labelled.has(expert.id)) found.push(draw("text", { x: Math.min(330, Math.max(70, x)), y: y - 11 }, expert.name))
+    const side = x > 260 ? "right" : x < 140 ? "left" : "middle"
+    const edge = { right: Math.min(394, x + 40), left: Math.max(6, x - 40), middle: x }[side]
+    if (labelled.has(expert.id)) found.push(draw("text", { x: edge, y: y - 11, class: side }, expert.name))
   }
   const path = route.map.path.map(([x, y]) => place(x, y))
   if (path.length) {
