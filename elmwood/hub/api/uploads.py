@@ -6,6 +6,7 @@ import hashlib
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
+from pydantic import TypeAdapter
 from starlette.concurrency import run_in_threadpool
 
 from elmwood.hub.actions import submissions
@@ -16,6 +17,7 @@ from elmwood.hub.rules import Refusal
 
 router = APIRouter(tags=["uploads"])
 VERSION = "1.0.0"
+_id: TypeAdapter[str] = TypeAdapter(Id)
 TUS = {"Tus-Resumable": VERSION, "Cache-Control": "no-store"}
 Resumable = Annotated[str, Header(alias="Tus-Resumable")]
 Length = Annotated[int, Header(alias="Upload-Length", ge=0, lt=1 << 53)]
@@ -38,9 +40,9 @@ async def create(whose: Whose, hub: Here, length: Length, metadata: Metadata, tu
     _check_version(tus)
     about = _read_metadata(metadata)
     try:
-        lease, token = about["lease"], int(about["token"])
+        lease, token = _id.validate_python(about["lease"]), int(about["token"])
     except (KeyError, ValueError):
-        raise Refusal(422, "bad-metadata", "Upload-Metadata needs lease and token", do="send both in base64") from None
+        raise Refusal(422, "bad-metadata", "Upload-Metadata needs the id of a lease and its token", do="send both in base64") from None
     made = await whose.act(lambda c, caller: submissions.open_upload(c, caller, lease, token, length, hub.moment()), 201)
     upload = UploadReply.model_validate_json(bytes(made.body)).upload
     made.headers.update(TUS | {"Location": f"/v1/uploads/{upload}"})

@@ -12,7 +12,7 @@ Sha = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # sha256 of 
 Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 Salt = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32,128}$")]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Words = Annotated[str, StringConstraints(max_length=2000)]
+Words = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00]*$")]  # PostgreSQL keeps no NUL
 MemberName = Annotated[
     str, StringConstraints(min_length=1, max_length=40, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+$")
 ]

@@ -1,5 +1,6 @@
 """What is wrong is refused with problem+json: a code, what is kept, what helps; never a traceback, never a path."""
 
+import base64
 import gzip
 import json
 import os
@@ -15,7 +16,7 @@ from elmwood.hub.messages import Limits, Terms
 from tests.hub.server.people import Person
 from tests.hub.server.world import TENSORS, adapter, keys
 
-# the same code on both kinds of hub; all of it on the second one too costs minutes, so that is asked for
+# the same code on both kinds of hub; all of it on the second one too costs minutes, so that is asked for: `make hubs`
 BOTH = ["embedded", *(["postgres and s3"] if os.environ.get("ELMWOOD_BOTH_HUBS") else [])]
 pytestmark = pytest.mark.parametrize("make_hub", BOTH, indirect=True)
 
@@ -142,8 +143,10 @@ def test_uploads(make_hub, started):
         member.part(target, at, data[at : at + 100], status=204)
     member.promise(grant, data)
     member.post("/v1/submissions", member.submission(grant, data, target.rpartition("/")[2]), status=202)
-    other = member.ask("POST", "/v1/uploads", b"", headers={"Upload-Length": "10", "Upload-Metadata": "lease AAAA,token MQ=="})
-    problem(other, 404, "no-lease")
+    for name, status, code in ((b"\0\0\0", 422, "bad-metadata"), (b"0" * 32, 404, "no-lease")):
+        about = f"lease {base64.b64encode(name).decode()},token MQ=="
+        problem(member.ask("POST", "/v1/uploads", b"", headers={"Upload-Length": "10", "Upload-Metadata": about}), status, code)
+    problem(member.post("/v1/appeals", {"submission": "0" * 32, "text": "a\0b"}), 422, "bad-fields")
 
 
 def archive() -> bytes:
