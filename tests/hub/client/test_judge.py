@@ -93,8 +93,7 @@ def test_the_earliest_commitment_wins(run):
 
 @pytest.mark.parametrize("times", [4.0, 0.1])
 def test_a_length_far_from_the_others_is_refused(run, times):
-    more = [honest(run.store, run.seed, run.partition, 0, rng_seed=9), honest(run.store, run.seed, run.partition, 1, rng_seed=9)]
-    base = joined(run, *run.experts[:2], *more)
+    base = joined(run, *run.experts[:2], honest(run.store, run.seed, run.partition, 0, rng_seed=9))
     scaled = changed(run.experts[2], run.store, lambda name, a, b: (a, times * b))
     found = judge(case(run, scaled, base))
     assert (found.code, found.tokens_forwarded) == ("norm", 0)

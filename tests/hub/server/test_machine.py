@@ -294,7 +294,7 @@ class Machine(RuleBasedStateMachine):
             if not running:
                 assert dict(after) == dict(before)
         assert dict(who) == dict(self.c.one(select(account).where(account.c.id == before["account"])))
-        if not running and how in ("beat", "trial"):  # a report after a verdict, of whatever, is told the state
+        if not running and how not in ("accept", "reject"):  # a verdict that is sent again is told the state
             assert isinstance(answer, Refusal)
 
     @rule(data=st.data(), compensate=st.booleans())
