@@ -46,7 +46,7 @@ class Heard:
 
     def __call__(self, event: object) -> None:
         if isinstance(event, Ended):
-            assert event.reason == "length", event
+            assert event.reason in ("length", "cancelled"), event
             self.ended.set()
         else:
             self.times.append(Spent(perf_counter(), process_time()))

@@ -92,14 +92,23 @@ class Batched:
     def submit(self, request: Request, hear: Callable[[Event], None]) -> int:
         check(request, self.context, self.vocabulary, [*self.candidates.names])
         choice = self.candidates.choose(request.only, request.without)
+        text = Text.of(next(self._numbers), request, hear, choice, self.context)
         with self._changed:
-            waiting = len(self._new) + len(self.steps.waiting)
-            if self._closing or waiting >= self.limits.queue:
-                raise Busy("the server closes" if self._closing else f"{waiting} requests wait already: ask again later")
-            text = Text.of(next(self._numbers), request, hear, choice, self.context)
+            self._check_queue()
+        self.steps.look(text)  # here and not in a step, which others wait for
+        with self._changed:
+            self._check_queue()
+            for c in text.run:
+                if c != self.candidates.base:
+                    self.steps.residency.early(self.candidates.names[c], self._load)
             self._new.append(text)
             self._changed.notify_all()
         return text.number
+
+    def _check_queue(self) -> None:
+        waiting = len(self._new) + len(self.steps.waiting)
+        if self._closing or waiting >= self.limits.queue:
+            raise Busy("the server closes" if self._closing else f"{waiting} requests wait already: ask again later")
 
     def cancel(self, number: int) -> None:
         with self._changed:

@@ -92,6 +92,15 @@ class Step(NamedTuple):
     straight: bool  # they are these, in this order
     seen_R11T: Tensor
     chunks: tuple[Chunk, ...]
+    found: dict[tuple[int, int], Tensor]
+
+    def spots(self, heads: int, capacity: int) -> Tensor:
+        """Where the first n tokens go among the keys of all rows, heads and places, as one axis [n * heads]; the same for most layers."""
+        if (heads, capacity) not in self.found:
+            row_n1, place_n1 = self.row_n[:, None], self.place_n[:, None]
+            head_K = torch.arange(heads, device=row_n1.device)
+            self.found[heads, capacity] = ((row_n1 * heads + head_K) * capacity + place_n1).flatten()
+        return self.found[heads, capacity]
 
 
 def arrange(store: KeyValues, singles: Sequence[tuple[int, int]], chunks: Sequence[tuple[int, int, int]]) -> Step:
@@ -111,7 +120,7 @@ def arrange(store: KeyValues, singles: Sequence[tuple[int, int]], chunks: Sequen
         first += size
     store.reserve(max([high, *(chunk.row + 1 for chunk in made)]), max([longest, *(begin + size for _, begin, size in chunks)]))
     row_n, place_n = torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(places, dtype=torch.long, device=device)
-    return Step(store, row_n, place_n, low, high, rows == list(range(low, high)), seen_RT[:, None, None], tuple(made))
+    return Step(store, row_n, place_n, low, high, rows == list(range(low, high)), seen_RT[:, None, None], tuple(made), {})
 
 
 def attend(
@@ -132,8 +141,10 @@ def attend(
     heads, groups = key_1KND.shape[1], query_1HND.shape[1] // key_1KND.shape[1]
     y_NHD = query_1HND.new_zeros(query_1HND.shape[2], query_1HND.shape[1], value_1KND.shape[3])
     if count := len(step.row_n):
-        keys_RKCD[step.row_n, :, step.place_n] = key_1KND[0, :, :count].transpose(0, 1)
-        values_RKCD[step.row_n, :, step.place_n] = value_1KND[0, :, :count].transpose(0, 1)
+        spot_nK = step.spots(heads, keys_RKCD.shape[2])
+        for kept_RKCD, new_1KND in ((keys_RKCD, key_1KND), (values_RKCD, value_1KND)):
+            new_nKD = new_1KND[0, :, :count].transpose(0, 1).flatten(0, 1)
+            kept_RKCD.view(-1, kept_RKCD.shape[3]).index_copy_(0, spot_nK, new_nKD)
         query_RKGD = query_1HND[0, :, :count].transpose(0, 1).unflatten(1, (heads, groups))
         if not step.straight:
             query_RKGD = query_RKGD.new_zeros(step.high - step.low, *query_RKGD.shape[1:]).index_copy_(0, step.row_n - step.low, query_RKGD)

@@ -5,6 +5,7 @@ one that is loading or pinned is never evicted, and neither is a slot with users
 grows, so that who remembers (digest, slot, generation) can tell whether it is still the same (`holds`).
 """
 
+import threading
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,7 @@ class Residency:
     """Host places and slots, by digest."""
 
     def __init__(self, places: int, slots: int):
+        self._change = threading.Lock()  # of places, for `early`
         self.place: dict[str, int] = {}  # of those loading or ready, the least recently used first
         self.loading: set[str] = set()
         self.refused: dict[str, str] = {}  # why
@@ -35,27 +37,37 @@ class Residency:
 
     def want(self, digest: str, load: Callable[[str, int], None]) -> State:
         """Where an expert stands; `load` is called where it must be read into a host place. "full": no place can be freed now."""
-        if digest in self.refused:
-            return "refused"
-        if digest in self.place:
-            self.place[digest] = self.place.pop(digest)  # the most recently used is the last
-            return "loading" if digest in self.loading else "ready"
-        if not self.free:
-            idle = next((one for one in self.place if one not in self.loading and not self.pins.get(one)), None)
-            if idle is None:
-                return "full"
-            self.free.append(self.place.pop(idle))
-        self.place[digest] = self.free.pop()
-        self.loading.add(digest)
-        load(digest, self.place[digest])
-        return "loading"
+        with self._change:
+            if digest in self.refused:
+                return "refused"
+            if digest in self.place:
+                self.place[digest] = self.place.pop(digest)  # the most recently used is the last
+                return "loading" if digest in self.loading else "ready"
+            if not self.free:
+                idle = next((one for one in self.place if one not in self.loading and not self.pins.get(one)), None)
+                if idle is None:
+                    return "full"
+                self.free.append(self.place.pop(idle))
+            self.place[digest] = self.free.pop()
+            self.loading.add(digest)
+            load(digest, self.place[digest])
+            return "loading"
+
+    def early(self, digest: str, load: Callable[[str, int], None]) -> None:
+        """Begin to load an expert that is wanted soon, where a place is free. Any thread may call this, and no other method."""
+        with self._change:
+            if digest not in self.place and digest not in self.refused and self.free:
+                self.place[digest] = self.free.pop()
+                self.loading.add(digest)
+                load(digest, self.place[digest])
 
     def loaded(self, digest: str, refused: str = "") -> None:
         """An expert has been read, or is refused for good."""
-        self.loading.remove(digest)
-        if refused:
-            self.free.append(self.place.pop(digest))
-            self.refused[digest] = refused
+        with self._change:
+            self.loading.remove(digest)
+            if refused:
+                self.free.append(self.place.pop(digest))
+                self.refused[digest] = refused
 
     def pin(self, digest: str) -> None:
         """Keep an expert in its place until `unpin`."""

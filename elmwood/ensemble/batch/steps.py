@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elmwood.ensemble.batch.candidates import Candidates
-from elmwood.ensemble.batch.interface import Counts, Ended, Said
+from elmwood.ensemble.batch.interface import Counts, Ended, Event, Said
 from elmwood.ensemble.batch.passes import BASE, Item, Reader
 from elmwood.ensemble.batch.prefixes import Kept, Prefixes
 from elmwood.ensemble.batch.residency import Residency, Seat
@@ -93,7 +93,7 @@ class Steps:
     def _admit(self) -> None:
         jobs = []
         for text in self.waiting:
-            self._look(text)
+            self.look(text)
             names = frozenset(self.candidates.names[c] for c in text.run if c != self.candidates.base)
             jobs.append(Job(text.number, names, self.candidates.most, self._most(text), text.overtaken))
         seated = self.residency.seated | {self.candidates.names[c] for text in self.running for c in text.pinned}
@@ -116,9 +116,9 @@ class Steps:
         """Tokens of keys and values that a text's rows hold in the end."""
         return self.candidates.most * min(self.context, len(text.request.tokens) + text.room)
 
-    def _look(self, text: Text) -> None:
+    def look(self, text: Text) -> None:
         """Let the router read what is new of a text, and find the candidates of the next token; of a prompt that is said as well, those of
-        as many tokens as few enough candidates predict."""
+        as many tokens as few enough candidates predict. Of a text that no step knows yet, any thread may ask this."""
         if text.looks:
             return
         if not text.pushed and text.choice.alone is None:
@@ -261,7 +261,14 @@ class Steps:
         self._release(text)
         (self.running if text in self.running else self.waiting).remove(text)
         self.failed += ended.reason == "error"
-        text.hear(ended)
+        self._tell(text, ended)
+
+    def _tell(self, text: Text, event: Event) -> None:
+        try:
+            text.hear(event)
+        except Exception:  # who asked is broken, and nobody else suffers from it
+            logger.exception("request %d cannot be told", text.number)
+            text.cancelled = True
 
     # ---- reading
 
@@ -338,12 +345,12 @@ class Steps:
             top = logp_V.topk(min(text.request.logprobs, len(logp_V))) if text.request.logprobs else None
             pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
             shares = {self.candidates.names[c]: share for c, share in weight.items() if share}
-            text.hear(Said(token, float(logp_V[token]), pairs, shares, prompt, stop))
+            self._tell(text, Said(token, float(logp_V[token]), pairs, shares, prompt, stop))
             text.base += 1
             if stop or text.over:
                 return self._end(text, Ended("stop" if stop else "length"))
         text.looks = []
-        self._look(text)
+        self.look(text)
 
     def _memories(self, text: Text, row: Row) -> list[float]:
         """A candidate's memory before each token that is looked at."""

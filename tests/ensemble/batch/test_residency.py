@@ -28,6 +28,12 @@ class Residents(RuleBasedStateMachine):
         gone = known - set(self.now.place)
         assert not any(one in self.now.pins or one in self.now.loading for one in gone)
 
+    @rule(digest=DIGESTS)
+    def want_soon(self, digest):
+        known = dict(self.now.place)
+        self.now.early(digest, lambda name, place: self.queue.append((name, place)))
+        assert known.items() <= self.now.place.items(), "nobody is evicted for it"
+
     @precondition(lambda self: self.queue)
     @rule(refused=st.booleans())
     def load(self, refused):
