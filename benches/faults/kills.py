@@ -24,6 +24,7 @@ from elmwood.store import Store, hash_file
 from elmwood.store.verify import verify
 
 ANEW = {"accept"}  # commands that do their work again when they are run again
+BEGUN = 1.0  # seconds until a command has looked at what is there
 UNWRITTEN = {"table"}  # commands that are killed and write nothing that is looked at
 
 
@@ -109,16 +110,22 @@ def race(stage: Stage, folder: Path, rng: Random, number: int) -> tuple[dict[str
         stage.copy(folder)
         first = world.start(world.COMMANDS[stage.name], folder)
         time.sleep((share % 1) * stage.took)
-        if stage.name not in ANEW or not os.waitid(os.P_PID, first, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        second = world.start(world.COMMANDS[stage.name], folder)
+        if stage.name not in ANEW or not _ended(first, BEGUN):
             break
         world.finish(first)
-        share *= 0.7  # it had ended, and the second would be no race but another submission: sooner
-    second = world.start(world.COMMANDS[stage.name], folder)
+        world.finish(second)
+        share *= 0.7  # the second may have begun after the first: no race, but another submission
     codes = world.finish(first), world.finish(second)
     found = problems(folder, codes[1], stage.wanted)
     if codes[0] != stage.wanted[0]:
         found.append(f"exit code of the first: {codes[0]}")
     return {"share": share}, found
+
+
+def _ended(pid: int, after: float) -> bool:
+    time.sleep(after)
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def work(found: list[Stage], base: Path, asked: Any, worker: int) -> bool:

@@ -352,6 +352,7 @@ class Store:
     # ---- writing
 
     def _write(self, path: Path, content: bytes | Path) -> None:
+        self._sweep()
         try:
             write_whole(path, content)
         except OSError as error:
@@ -368,14 +369,8 @@ class Store:
     def temporary(self) -> Iterator[Path]:
         """Temporary files and folders, those of live processes too."""
         left = "tmp????????"  # as tempfile names them
-        places = (
-            f"{left}.tmp",
-            f"blobs/sha256/??/{left}.tmp",
-            f"records/{left}.tmp",
-            f"refs/**/{left}.tmp",
-            f"views/{left}",
-            "work/*.lock",
-        )
+        file = f"{left}.tmp"
+        places = (file, f"blobs/sha256/??/{file}", f"records/{file}", f"refs/**/{file}", f"views/{left}", "work/*.lock")
         return (path for place in places for path in self.root.glob(place))
 
 

@@ -376,3 +376,12 @@ def test_a_finished_file_is_taken_without_a_copy(store, tmp_path):
         assert store.get(digest).read_bytes() == content
         assert known or store.get(digest).stat().st_ino == number
     assert not list(verify(store))
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_that_writes(tmp_path):
+    store = Store(tmp_path / "store")
+    left = store.root / "blobs" / "sha256" / "ab" / "tmpabcdefgh.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half a bl")
+    store.put(b"a blob")
+    assert not left.exists()

@@ -107,13 +107,13 @@ def accept(
     does not depend on it. Raises BadInput, ForeignExpert.
     """
     store, policy = Store(store), Policy()
+    before = ledger_of(store)  # first: a verdict that is not in it came while this call was under way
     if name:
         store.check_name(name)
     candidate = open_candidate(store.load(expert, Expert), as_model(store.load(forest), store), store)
     joined = store.load(candidate.joined.forest, Forest)
     evidence, submission = Evidence(expert=candidate.expert.digest, finite=is_finite(candidate.expert, store)), None
     cost, holdout = AdmissionCost({}, 0), ""
-    before = ledger_of(store)
     with store.held(LEDGER, progress):
         if evidence.finite:
             evidence = evidence.model_copy(update=likeness(candidate, store))
