@@ -62,7 +62,7 @@ def keep_merge(hub: Hub, method: str = "average", progress: Progress = silent) -
             store.name(name, made.digest)
             enter_derived(hub, name)
         else:
-            (store.root / "refs" / name).unlink(missing_ok=True)
+            store.unname(name)
             hub.database.write(partial(experts.forget_marked, kind=f"{kind} {name}"))
     return Kept(version, held, merged, tuple(added), tuple(removed))
 

@@ -236,6 +236,11 @@ class Store:
         self.check_name(name)
         self._write(self.root / "refs" / name, f"{digest}\n".encode())
 
+    def unname(self, name: str) -> None:
+        """Take a name back; the record stays. Nothing happens where nothing has the name."""
+        if name in self.names():
+            (self.root / "refs" / name).unlink(missing_ok=True)
+
     def check_name(self, name: str) -> None:
         """Whether a record can get this name; long work asks before it begins. Raises UnknownName."""
         refs = self.root / "refs"

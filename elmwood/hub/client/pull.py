@@ -102,7 +102,7 @@ def _set_names(snapshot: Snapshot, ensemble: Ensemble, manifest: RunManifest, na
     """Name what came, and take back the names of experts that are gone."""
     names = {f"{name}/expert/{one.domain}": one.expert for one in snapshot.experts}
     for old in [one for one in store.names() if one.startswith(f"{name}/expert/") and one not in names]:
-        (store.root / "refs" / old).unlink(missing_ok=True)
+        store.unname(old)
     names |= {f"{name}/ensemble": ensemble.digest, f"{name}/forest": ensemble.forest}
     names |= {f"{name}/seed": manifest.seed, f"{name}/partition": manifest.partition}
     for one, digest in names.items():
