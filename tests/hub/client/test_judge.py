@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from small_run import changed, honest, tensors_of, with_weights
 
+from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, Damaged
 from elmwood.evaluate.sequential.error_budget import slices_key
 from elmwood.hub import messages
@@ -13,6 +14,7 @@ from elmwood.hub.client.judge import FAULTS, Case, fault_of, judge
 from elmwood.hub.client.verify import Fault, Limits, run_case
 from elmwood.hub.messages import Gate
 from elmwood.records import Ensemble, Forest
+from elmwood.study.quality.scoring import Columns, holdout_spec
 
 GATE = Gate(length=48, norm_low=0.4, norm_high=2.5)
 
@@ -117,6 +119,28 @@ def test_finite_weights_that_give_no_finite_score_are_refused(run):
     found = judge(case(run, huge))
     assert found.code == "not-finite-scores"
     assert not found.verdict.accepted
+
+
+def test_scores_that_are_not_finite_in_some_blocks_alone_are_refused(run):
+    """H3: attention of the first layer overflows on some text, and is finite on the rest; those blocks are not left out."""
+    held = Columns(holdout_spec(run.partition, run.seed, 48, None), run.store, stay=True).held
+    rows_WL, low, high = np.asarray(held.windows.rows_WL)[:100], 18.0, 19.0
+
+    def scaled(power):
+        def scale(name, a, b):
+            return a, b * (10.0**power if "layers.0" in name and ("q_proj" in name or "k_proj" in name) else 1)
+
+        return changed(run.experts[2], run.store, scale)
+
+    for _ in range(12):
+        power = (low + high) / 2
+        share = 1 - np.isfinite(np.asarray(open_model(scaled(power), run.store).score(rows_WL))).all(1).mean()
+        low, high = (power, high) if share < 0.2 else (low, power)
+        if 0.2 <= share <= 0.8:
+            break
+    assert 0.2 <= share <= 0.8
+    found = judge(case(run, scaled(power)))
+    assert (found.code, found.verdict.accepted) == ("not-finite-scores", False)
 
 
 def test_the_first_expert_joins_a_forest_of_itself(run):
