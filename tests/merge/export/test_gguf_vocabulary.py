@@ -107,7 +107,7 @@ def test_llama_cpp_cuts_odd_text_as_the_tokenizer_does(name, tmp_path):
 
 
 LOST = {
-    "Unigram": lambda: Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)])),
+    "Unigram": lambda: Tokenizer(models.Unigram([("<unk>", -9.0), ("a", 0.0), ("b", -1.0)], 0)),
     "WordPiece": lambda: Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1})),
     "WordLevel": lambda: Tokenizer(models.WordLevel({"a": 0})),
     "dropout": lambda: edited(tiny_tokenizer(), model_dropout=0.5),
