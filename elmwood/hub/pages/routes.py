@@ -15,14 +15,14 @@ from starlette.routing import Route
 
 from elmwood.hub.database import Connection
 from elmwood.hub.pages import queries
-from elmwood.hub.pages.assets import HEADERS, asset, environment
+from elmwood.hub.pages.assets import asset, templates
 from elmwood.hub.pages.expert import expert_page
+from elmwood.report.web import HEADERS
 from elmwood.units import printable
 
 Query = Callable[[Connection, queries.Clock], Any]
 Read = Callable[[Query], Any]
 POLLED = {"overview.jinja", "queue.jinja"}
-HOUR = 3600  # seconds that a browser keeps a static file without asking
 
 
 def routes(read: Read) -> list[Route]:
@@ -63,7 +63,7 @@ def _render(request: Request, template: str, words: Mapping[str, Any], status: i
     here = "/domains" if path == "/experts" else path
     polls = template in POLLED
     url = str(request.base_url).rstrip("/")
-    html = printable(environment().get_template(template).render(**words, at=lambda path: root + path, here=here, url=url, polls=polls))
+    html = printable(templates().get_template(template).render(**words, at=lambda path: root + path, here=here, url=url, polls=polls))
     return HTMLResponse(html, status, headers=HEADERS | {"cache-control": "no-cache"})
 
 
@@ -71,10 +71,9 @@ def _static(request: Request) -> Response:
     found = asset(request.path_params["name"])
     if found is None:
         return Response(status_code=404)
-    headers = HEADERS | {"etag": found.etag, "cache-control": f"public, max-age={HOUR}"}
     if request.headers.get("if-none-match") == found.etag:
-        return Response(status_code=304, headers=headers)
-    return Response(found.body, media_type=found.kind, headers=headers)
+        return Response(status_code=304, headers=found.headers)
+    return Response(found.body, media_type=found.kind, headers=found.headers)
 
 
 @cache

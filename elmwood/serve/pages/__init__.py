@@ -1,37 +1,20 @@
 """The page at /: text from the model in a browser, each word marked by the expert that spoke. It is one client of the same endpoints as
 others; nothing is fetched from elsewhere, and no script or style is inline."""
 
-import hashlib
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import PackageLoader
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from elmwood import __version__
 from elmwood.report.page import css
+from elmwood.report.web import HEADERS, Asset, environment, make_asset
 from elmwood.serve.model import Served
 
 KINDS = {"page.css": "text/css", "page.js": "text/javascript", "leaf.svg": "image/svg+xml"}
-HOUR = 3600  # seconds that a browser keeps a static file without asking
-HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-}
-
-
-class Asset(NamedTuple):
-    """A static file."""
-
-    body: bytes
-    kind: str
-    etag: str
 
 
 @cache
@@ -41,15 +24,12 @@ def asset(name: str) -> Asset | None:
         return None
     body = (files(__name__) / "static" / name).read_bytes()
     body = css().encode() + body if name == "page.css" else body
-    return Asset(body, KINDS[name], f'"{hashlib.sha256(body).hexdigest()[:20]}"')
+    return make_asset(body, KINDS[name])
 
 
 def routes(served: Served) -> list[Route]:
     """The page and its static files."""
-    jinja = Environment(
-        loader=PackageLoader(__name__, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = jinja.get_template("page.jinja")
+    template = environment(PackageLoader(__name__, "")).get_template("page.jinja")
 
     def page(request: Request) -> Response:
         root = request.scope.get("root_path", "").rstrip("/")
@@ -63,9 +43,8 @@ def routes(served: Served) -> list[Route]:
         found = asset(request.path_params["name"])
         if found is None:
             return Response(status_code=404, headers=HEADERS)
-        headers = HEADERS | {"etag": found.etag, "cache-control": f"public, max-age={HOUR}"}
         if request.headers.get("if-none-match") == found.etag:
-            return Response(status_code=304, headers=headers)
-        return Response(found.body, media_type=found.kind, headers=headers)
+            return Response(status_code=304, headers=found.headers)
+        return Response(found.body, media_type=found.kind, headers=found.headers)
 
     return [Route("/", page, methods=["GET"]), Route("/static/{name}", static, methods=["GET"])]
