@@ -5,6 +5,7 @@ import tempfile
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import numpy as np
@@ -64,10 +65,20 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("serve"))
 
 
-@contextmanager
-def serving(app):
-    """The address of an app while it is served."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=5))
+class Running(NamedTuple):
+    """A server in a thread."""
+
+    server: uvicorn.Server
+    thread: threading.Thread
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+
+
+def start(app, drain_s: int) -> Running:
+    """Serve an app; it listens when this returns."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=drain_s))
     listening, started = threading.Event(), server.startup
 
     async def startup(sockets=None):
@@ -77,12 +88,19 @@ def serving(app):
     server.startup = startup
     thread = threading.Thread(target=server.run)
     thread.start()
+    assert listening.wait(60)
+    return Running(server, thread)
+
+
+@contextmanager
+def serving(app):
+    """The address of an app while it is served."""
+    running = start(app, 5)
     try:
-        assert listening.wait(60)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield running.address
     finally:
-        server.should_exit = True
-        thread.join()
+        running.server.should_exit = True
+        running.thread.join()
 
 
 @pytest.fixture(scope="session")

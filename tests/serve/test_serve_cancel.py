@@ -8,12 +8,11 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import uvicorn
 
 from elmwood.ensemble.batch.interface import Ended, Limits, Said
 from elmwood.serve.app import create_app
 from elmwood.serve.model import open_served
-from tests.serve.conftest import serving
+from tests.serve.conftest import serving, start
 
 
 class Paced:
@@ -109,33 +108,22 @@ def test_a_full_queue_is_429_and_those_who_wait_may_leave(paced, place):
 def test_a_server_that_stops_lets_requests_end(world):
     opened = open_served(world.seed, world.store)
     opened.engine = engine = Paced(opened.engine)
-    server = uvicorn.Server(uvicorn.Config(create_app(opened), host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=60))
-    listening, started = threading.Event(), server.startup
-
-    async def startup(sockets=None):
-        await started(sockets)
-        listening.set()
-
-    server.startup = startup
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    assert listening.wait(60)
-    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    running = start(create_app(opened), 60)
     engine.at(2)
     parts = []
 
     def read():
         wish = {"prompt": "the sea", "max_tokens": 9, "stream": True}
-        with httpx.stream("POST", f"{address}/v1/completions", json=wish, trust_env=False, timeout=60) as reply:
+        with httpx.stream("POST", f"{running.address}/v1/completions", json=wish, trust_env=False, timeout=60) as reply:
             parts.extend(line for line in reply.iter_lines() if line)
 
     reader = threading.Thread(target=read)
     reader.start()
     assert engine.reached.wait(60)
-    server.should_exit = True
+    running.server.should_exit = True
     engine.go.set()
     reader.join(60)
-    thread.join(60)
+    running.thread.join(60)
     assert parts[-1] == "data: [DONE]"
     assert json.loads(parts[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
     assert not engine.counts().open
