@@ -54,28 +54,29 @@ class Meter:
 
     def collect(self) -> Iterator[Metric]:
         """The engine's own counts, as they are now."""
-        counts = self._engine.counts()
-        for name, what, value in (
-            ("vllm:num_requests_waiting", "requests that wait", counts.waiting),
-            ("vllm:num_requests_running", "requests at work", counts.running),
-            ("vllm:kv_cache_usage_perc", "share of the key-value cache in use, 0 to 1", counts.cache_share),
-            ("elmwood_rows", "pairs of request and expert at work", counts.rows),
-            ("elmwood_experts", "experts that the router may choose", counts.experts),
-            ("elmwood_experts_resident", "experts on the device", counts.resident),
-            ("elmwood_experts_loading", "experts on their way to it", counts.loading),
+        now = self._engine.counts()
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        for family, name, what, value in (
+            (gauge, "vllm:num_requests_waiting", "requests that wait", now.waiting),
+            (gauge, "vllm:num_requests_running", "requests at work", now.running),
+            (gauge, "vllm:kv_cache_usage_perc", "share of the key-value cache in use, 0 to 1", now.cache_share),
+            (gauge, "elmwood_rows", "pairs of request and expert at work", now.rows),
+            (gauge, "elmwood_experts", "experts that the router may choose", now.experts),
+            (gauge, "elmwood_experts_resident", "experts on the device", now.resident),
+            (gauge, "elmwood_experts_loading", "experts on their way to it", now.loading),
+            (counter, "elmwood_expert_loads", "experts loaded", now.loads),
+            (counter, "elmwood_expert_load_seconds", "seconds of loading experts", now.load_seconds),
+            (
+                counter,
+                "elmwood_generation_mismatches",
+                "requests ended since a slot held another generation: must stay 0",
+                now.mismatches,
+            ),
+            (counter, "elmwood_requests_failed", "requests ended by an error", now.failed),
         ):
-            gauge = GaugeMetricFamily(name, what, labels=["model_name"])
-            gauge.add_metric(self._label, value)
-            yield gauge
-        for name, what, value in (
-            ("elmwood_expert_loads", "experts loaded", counts.loads),
-            ("elmwood_expert_load_seconds", "seconds of loading experts", counts.load_seconds),
-            ("elmwood_generation_mismatches", "requests ended since a slot held another generation: must stay 0", counts.mismatches),
-            ("elmwood_requests_failed", "requests ended by an error", counts.failed),
-        ):
-            counter = CounterMetricFamily(name, what, labels=["model_name"])
-            counter.add_metric(self._label, value)
-            yield counter
+            metric = family(name, what, labels=["model_name"])
+            metric.add_metric(self._label, value)
+            yield metric
         info = GaugeMetricFamily("elmwood_snapshot_info", "digest of the model that is served", labels=list(self._info))
         info.add_metric(list(self._info.values()), 1)
         yield info
