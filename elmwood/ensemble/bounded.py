@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elmwood.corpus.tokens import Windows
 from elmwood.engine import Progress, silent
-from elmwood.ensemble.text_router import score_rows
+from elmwood.ensemble.forest import score_rows
 from elmwood.records import Ensemble
 
 if TYPE_CHECKING:

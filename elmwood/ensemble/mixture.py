@@ -19,9 +19,9 @@ from elmwood.corpus.tokens import Windows
 from elmwood.domains.route import PrefixDistances, Signals, candidates, remember, router_of, weights
 from elmwood.engine import Progress, silent
 from elmwood.ensemble.bounded import BoundedLM
+from elmwood.ensemble.forest import open_forest, score_rows
 from elmwood.ensemble.one import OneLM
 from elmwood.ensemble.prompt_weights import WeightsLM
-from elmwood.ensemble.text_router import open_forest, score_rows
 from elmwood.errors import UnknownName
 from elmwood.lm.experts import Expected, Experts, Text
 from elmwood.lm.interface import LM

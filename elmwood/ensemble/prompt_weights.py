@@ -14,7 +14,7 @@ from torch import Tensor
 from elmwood.corpus.tokens import Windows
 from elmwood.domains.route import Signals, router_of, weights
 from elmwood.engine import Progress, silent
-from elmwood.ensemble.text_router import open_forest, score_rows
+from elmwood.ensemble.forest import open_forest, score_rows
 from elmwood.errors import BadInput
 from elmwood.lm.experts import Text
 from elmwood.records import Ensemble

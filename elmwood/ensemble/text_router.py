@@ -1,48 +1,25 @@
-"""The forest of an ensemble, opened: its experts, and where a text lies among them.
+"""Where a text lies among the experts of a forest. Free of torch: no model is opened, unless it is what embeds the text.
 
 Shapes: E experts by digest, T tokens, N scored tokens of several documents, P domains that the experts serve
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from elmwood.corpus.tokens import Windows, token_bytes
 from elmwood.domains import embed
 from elmwood.domains.partition import centroids, serving
 from elmwood.domains.route import PrefixDistances, Routing, nearest_place, router_of, token_distances
 from elmwood.errors import ForeignExpert
-from elmwood.lm.experts import Experts
 from elmwood.lm.files import tokenizer
-from elmwood.lm.hidden_states import open_hidden_states
-from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
+from elmwood.records import Expert, Partition, Seed
 from elmwood.store import Store
 
 Floats = NDArray[np.floating]
-Ints = NDArray[np.integer]
-
-
-class OpenForest(NamedTuple):
-    """The parts of an ensemble."""
-
-    routing: Routing
-    experts: Experts
-    router: "TextRouter"
-    names: list[str]  # of the candidates, in a text's shares
-
-
-def open_forest(ensemble: Ensemble, store: Store, device: torch.device | str | None = None) -> OpenForest:
-    """Open the experts of an ensemble's forest and its router. Raises ForeignExpert, UnknownName."""
-    forest, routing = store.load(ensemble.forest, Forest), Routing.of(ensemble)
-    seed, partition = store.load(forest.seed, Seed), store.load(forest.partition, Partition)
-    members = [store.load(digest, Expert) for digest in forest.experts]
-    router = TextRouter(routing, partition, members, seed, store)
-    return OpenForest(routing, Experts(seed, members, store, device), router, [*names_of(members, store), "seed"])
 
 
 class TextRouter:
@@ -55,7 +32,7 @@ class TextRouter:
         self.reads_text = kind is not None
         if kind is None:
             return
-        self.embedder = embed.load(partition.embedder, store, open_hidden_states)
+        self.embedder = embed.load(partition.embedder, store, _open_hidden_states)
         self.centroids_P = centroids(partition, store, kind)[list(chain.from_iterable(self.places_E))]
         starts_E = np.cumsum([0, *map(len, self.places_E)])
         self.own_E = [range(first, last) for first, last in pairwise(starts_E.tolist())]  # rows of these centroids
@@ -82,6 +59,12 @@ class TextRouter:
         return nearest_place(prefix.push(b"".join(self.spelled[token] for token in tokens_T))[None], self.own_E)
 
 
+def _open_hidden_states(name: str, store: Store) -> Any:
+    from elmwood.lm.hidden_states import open_hidden_states  # torch, for partitions that embed with a model
+
+    return open_hidden_states(name, store)
+
+
 def places(experts: Sequence[Expert], partition: Partition, store: Store) -> list[tuple[int, ...]]:
     """The domains of a partition that each expert serves. Raises ForeignExpert, also where an expert serves none."""
     found = serving(partition, [(expert.partition, expert.domain) for expert in experts], store)
@@ -89,16 +72,6 @@ def places(experts: Sequence[Expert], partition: Partition, store: Store) -> lis
         if not served:
             raise ForeignExpert(f"every part of the domain of expert {expert.digest[:8]} has experts of its own by now: leave it out")
     return found
-
-
-def score_rows(score_windows: Callable[[Windows, Ints], Tensor], tokens_BT: Any) -> Tensor:
-    """log p(x_t | x_<t) [B, T] of rows that are documents of their own; column 0 is 0."""
-    rows_BT = torch.as_tensor(tokens_BT, dtype=torch.long).numpy()
-    rows, length = rows_BT.shape
-    windows = Windows(rows_BT, np.full(rows, length), np.ones(rows, np.int64), np.arange(rows))
-    loglik_BT = torch.zeros(rows, length)
-    loglik_BT[:, 1:] = score_windows(windows, np.arange(rows)).view(rows, length - 1)
-    return loglik_BT
 
 
 def names_of(experts: Sequence[Expert], store: Store) -> list[str]:

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from elmwood.corpus.tokens import token_bytes
 from elmwood.ensemble.batch.interface import USUAL, Engine, Limits
+from elmwood.ensemble.guide import Guide
 from elmwood.errors import BadInput
 from elmwood.lm.files import seed_folder, tokenizer
 from elmwood.records import Ensemble, Record, Seed
@@ -20,9 +21,6 @@ from elmwood.store import Named, Store
 from elmwood.study.ancestry import as_model, seed_of, with_mixing
 from elmwood.study.ancestry import name_of as called
 from elmwood.study.trial import check_use
-
-if TYPE_CHECKING:
-    from elmwood.ensemble.batch.opening import Guide
 
 SHORTEST = 8  # digits of a digest that name an expert
 
@@ -39,7 +37,7 @@ class Card(NamedTuple):
 class Served:
     """A model, its engine and its router."""
 
-    def __init__(self, name: str, record: Record, seed: Seed, store: Store, engine: Engine, guide: "Guide | None" = None):
+    def __init__(self, name: str, record: Record, seed: Seed, store: Store, engine: Engine, guide: Guide | None = None):
         self.name, self.record, self.seed, self.engine, self.guide = name, record, seed, engine, guide
         self.tokenizer: Tokenizer = tokenizer(seed, store)
         known = token_bytes(self.tokenizer)
@@ -151,7 +149,7 @@ def too_long(size: str, most: int, param: str) -> Refused:
 
 def open_served(model: Named, store: Store, *, mixing: str | None = None, device: str | None = None, limits: Limits = USUAL) -> Served:
     """Open a model by name or record; a forest stands for its default ensemble. Raises UnknownName, BadInput, BadSeed, ForeignExpert."""
-    from elmwood.ensemble.batch.opening import Guide, open_engine  # torch
+    from elmwood.ensemble.batch.opening import open_engine  # torch
 
     record = as_model(store.load(model), store)
     record = with_mixing(record, mixing, store) if mixing else record

@@ -5,9 +5,9 @@ import threading
 import pytest
 
 from elmwood.ensemble.batch.interface import Busy, Ended, Limits, Request, Said
-from elmwood.ensemble.batch.opening import Guide
 from elmwood.ensemble.batch.turns import Turns
 from elmwood.ensemble.generate import generate
+from elmwood.ensemble.guide import Guide
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput
 

@@ -36,6 +36,7 @@ LIGHT = (
     "lm/mixture_card.py",
     "train/task_names.py",
     "ensemble/batch/interface.py",
+    "ensemble/guide.py",
 )  # of the other rooms
 SLOW = ("torch", "transformers", "peft", "accelerate", "sklearn", "pandas", "datasets", "datasketch", "matplotlib", "numba")
 

@@ -21,7 +21,7 @@ from elmwood.ensemble.batch.residency import Residency
 from elmwood.ensemble.batch.steps import SUM, Mixing, Sizes, Steps
 from elmwood.ensemble.batch.texts import Text
 from elmwood.ensemble.batch.turns import check
-from elmwood.ensemble.text_router import open_forest
+from elmwood.ensemble.forest import open_forest
 from elmwood.errors import BadInput, ElmwoodError
 from elmwood.lm.adapters.lora import Layer, adapter_of, layout
 from elmwood.lm.adapters.packed import Packed
