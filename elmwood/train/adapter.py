@@ -18,6 +18,7 @@ from elmwood.errors import BadInput
 from elmwood.lm.adapters.peft_config import ALPHA
 from elmwood.lm.adapters.peft_import import LoraConfig, LoraLayer, get_peft_model
 from elmwood.lm.adapters.places import adapts_experts, first_unfit, head_of, linear_layers, unfit
+from elmwood.lm.adapters.trunk import stack_of
 from elmwood.lm.products import linear
 from elmwood.records import Recipe
 
@@ -88,11 +89,10 @@ def adapter_places(model: Any, recipe: Recipe, refused: Mapping[str, str], progr
             targets = sorted(leaves if {name for name, _ in model.named_modules() if _leaf(name) in leaves} == kept else kept)
     if recipe.late == 1:
         return {"target_modules": targets}
-    count = model.config.get_text_config().num_hidden_layers
-    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count}
-    if not stacks:
+    stack, count = stack_of(model), model.config.get_text_config().num_hidden_layers
+    if stack is None:
         raise BadInput(f"{type(model).__name__} has no list of its {count} layers, so no adapters in the last ones: choose --late 1")
-    name = next(iter(stacks))
+    name, _ = stack
     mine = {_leaf(one) for one in kept if one.startswith(f"{name}.")} - {_leaf(one) for one in left_out}
     return {
         "target_modules": sorted(mine) if recipe.targets == "all-linear" else targets,

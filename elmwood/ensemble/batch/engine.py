@@ -15,7 +15,7 @@ import torch
 
 from elmwood.ensemble.batch.candidates import Candidates
 from elmwood.ensemble.batch.interface import USUAL, Busy, Counts, Event, Limits, Request
-from elmwood.ensemble.batch.passes import Reader, reads_by_rows
+from elmwood.ensemble.batch.passes import open_reader, reads_by_rows
 from elmwood.ensemble.batch.prefixes import Prefixes
 from elmwood.ensemble.batch.residency import Residency
 from elmwood.ensemble.batch.steps import SUM, Mixing, Sizes, Steps
@@ -55,7 +55,8 @@ class Batched:
         places = min(max(2 * slots, HOST_BYTES // max(1, number_bytes)), max(1, len(adapters)))
         self.slots = Slots(model, layers, slots) if adapters else None
         self.packed = Packed(store.root / "work" / "packed", layers)
-        reader = Reader(model, self.slots)
+        reader = open_reader(model, self.slots)
+        token_bytes = reader.token_bytes(candidates.most) or token_bytes
         self.host_HP = torch.empty(places, self.slots.numbers, dtype=self.slots.flat_SP.dtype) if self.slots else torch.empty(0, 0)
         if reader.store.device.type == "cuda":
             self.host_HP = self.host_HP.pin_memory()

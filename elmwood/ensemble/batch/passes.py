@@ -1,9 +1,14 @@
 """One pass of a model over new tokens of many rows, each under the adapter of its slot.
 
-N tokens of a pass, M of them with logits, V vocabulary
+Where adapters begin above the first layer, the layers below, the trunk, read each token of a text once for all its rows: keys, values and
+what comes out of the trunk are kept by text, and rows fan out at the first layer with adapters.
+
+N tokens of a pass, n of them of the trunk, M with logits, R texts of C tokens, H width, V vocabulary
 """
 
+import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -12,6 +17,7 @@ from torch import Tensor
 
 from elmwood.ensemble.batch.keys import NAME, KeyValues, arrange
 from elmwood.lm.adapters.slots import Plan, Run, Slots, Span
+from elmwood.lm.adapters.trunk import Gate, trunk_depth
 
 BASE = -1  # the slot of a row that uses no adapter
 TRIED = 12  # tokens of the text on which a model shows that it reads by rows as it does otherwise
@@ -25,6 +31,7 @@ class Item(NamedTuple):
     begin: int  # tokens that the row has read
     tokens: Sequence[int]
     wanted: int  # of how many of the last tokens logits are asked for
+    text: int = 0  # whose row it is
 
 
 def lay_out(items: Sequence[Item]) -> tuple[list[int], Plan]:
@@ -56,13 +63,16 @@ def lay_out(items: Sequence[Item]) -> tuple[list[int], Plan]:
 class Reader:
     """A model that reads many rows at once."""
 
-    def __init__(self, model: Any, slots: Slots | None):
+    def __init__(self, model: Any, slots: Slots | None, depth: int = 0):
+        """`depth`: layers of the trunk."""
         self.model, self.slots = model, slots
         self.store = KeyValues(model.device)
+        self.trunk = Trunk(model, depth) if depth else None
 
     @torch.inference_mode()
     def read(self, items: Sequence[Item]) -> tuple[Tensor, list[slice]]:
-        """Logits [M, V], and which of them are of each item."""
+        """Logits [M, V], and which of them are of each item. All rows of a text are told of all its tokens, or begin with what was kept of
+        them and of the trunk."""
         order, plan = lay_out(items)
         tokens = [token for n in order for token in items[n].tokens]
         places = [place for n in order for place in range(items[n].begin, items[n].begin + len(items[n].tokens))]
@@ -79,12 +89,109 @@ class Reader:
             self.slots.follow(plan._replace(tokens=place + idle))
         tokens, places = tokens + [0] * idle, places + [0] * idle
         wanted += [0] * (padded(end) - end)
-        device = self.store.device
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=device), position_ids=torch.tensor([places], device=device), use_cache=False,
-            logits_to_keep=torch.tensor(wanted, device=device), elmwood_step=arrange(self.store, singles, chunks),
-        )  # fmt: skip
+        device, step = self.store.device, arrange(self.store, singles, chunks)
+        if self.trunk:
+            tokens, places = self.trunk.go_before([items[n] for n in order], tokens, places)
+        try:
+            output = self.model(
+                input_ids=torch.tensor([tokens], device=device), position_ids=torch.tensor([places], device=device), use_cache=False,
+                logits_to_keep=torch.tensor(wanted, device=device), elmwood_step=step,
+            )  # fmt: skip
+        finally:
+            if self.trunk:
+                self.trunk.gate.enter = None
+        if self.trunk:
+            self.trunk.went()
         return output.logits[0, :end], found
+
+    def token_bytes(self, most: int) -> int:
+        """Bytes of a token in one of `most` rows of a text, a part of the trunk's included; 0 before the first pass."""
+        shared = self.trunk.store.token_bytes() if self.trunk else 0
+        return self.store.token_bytes() + -(-shared // most)
+
+
+@dataclass
+class Place:
+    """What the trunk has of one text."""
+
+    row: int
+    read: int = 0  # tokens
+
+
+class Trunk:
+    """The layers below the first one with adapters: they read each text once.
+
+    In a pass, tokens of the trunk come before those of the rows. Layers of the trunk see the first alone, later layers the others, which
+    begin with what the trunk has kept of their tokens. So a row that joins late reads the later layers only.
+    """
+
+    def __init__(self, model: Any, depth: int):
+        self.depth, self.store, self.gate = depth, KeyValues(model.device), Gate(model)
+        self.texts: dict[int, Place] = {}
+        self.free: list[int] = []  # a heap
+        self.news: dict[int, int] = {}  # text -> tokens read after this pass
+
+    def place(self, text: int) -> Place:
+        if text not in self.texts:
+            self.texts[text] = Place(heapq.heappop(self.free) if self.free else len(self.texts))
+        return self.texts[text]
+
+    def leave(self, text: int) -> None:
+        """A text has ended."""
+        if text in self.texts:
+            heapq.heappush(self.free, self.texts.pop(text).row)
+
+    def go_before(self, items: Sequence[Item], tokens: list[int], places: list[int]) -> tuple[list[int], list[int]]:
+        """Put the tokens that the trunk has not read before those of a pass, whose items come in this order."""
+        furthest: dict[int, Item] = {}
+        for item in items:
+            if item.text not in furthest or item.begin + len(item.tokens) > furthest[item.text].begin + len(furthest[item.text].tokens):
+                furthest[item.text] = item
+        new = [(self.place(item.text), item.tokens[self.place(item.text).read - item.begin :]) for item in furthest.values()]
+        new = sorted(((place, said) for place, said in new if said), key=lambda one: (len(one[1]) > 1, one[0].row))
+        self.news = {item.text: max(self.place(item.text).read, item.begin + len(item.tokens)) for item in furthest.values()}
+        singles = [(place.row, place.read) for place, said in new if len(said) == 1]
+        step = arrange(self.store, singles, [(place.row, place.read, len(said)) for place, said in new if len(said) > 1])
+        room = self.store.capacity
+        spots = [place.row * room + n for place, said in new for n in range(place.read, place.read + len(said))]
+        count = max(1, padded(len(spots)))
+        idle = [0] * (count - len(spots))
+        device = self.store.device
+        spot_n = torch.tensor(spots, dtype=torch.long, device=device)
+        starts = [self.texts[item.text].row * room + item.begin for item in items]
+        spots_N = [spot for item, start in zip(items, starts, strict=True) for spot in range(start, start + len(item.tokens))]
+        spot_N = torch.tensor(spots_N + [0] * (len(tokens) - len(spots_N)), device=device)
+        whole = count + len(tokens)
+
+        def enter(number: int, hidden_1NH: Tensor, named: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+            part = slice(0, count) if number < self.depth else slice(count, whole)
+            named = {name: cut(value, part, whole) for name, value in named.items()}
+            if number < self.depth:
+                named["elmwood_step"] = step
+            if number == 0:
+                hidden_1NH = hidden_1NH[:, part]
+            elif number == self.depth:
+                kept_R1CH, _ = self.store.layer(self.depth, hidden_1NH[:, None], hidden_1NH[:, None, :, :0])
+                kept_SH = kept_R1CH.view(-1, kept_R1CH.shape[3])
+                kept_SH.index_copy_(0, spot_n, hidden_1NH[0, : len(spot_n)])
+                hidden_1NH = kept_SH.index_select(0, spot_N)[None]
+            return hidden_1NH, named
+
+        self.gate.enter = enter
+        before = [token for _, said in new for token in said]
+        return before + idle + tokens, [n for place, said in new for n in range(place.read, place.read + len(said))] + idle + places
+
+    def went(self) -> None:
+        """The pass was read."""
+        for text, read in self.news.items():
+            self.texts[text].read = read
+
+
+def cut(value: Any, part: slice, whole: int) -> Any:
+    """These tokens of what a layer is told of all of them."""
+    if type(value) is tuple:
+        return tuple(cut(one, part, whole) for one in value)
+    return value[:, part] if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == whole else value
 
 
 def padded(count: int) -> int:
@@ -114,4 +221,36 @@ def reads_by_rows(model: Any) -> int:
     rounding = (64 if model.dtype == torch.float32 else 4) * torch.finfo(model.dtype).eps
     pairs = ((logits_MV[found[1]][0].float(), alone_2V[0]), (logits_MV[found[0]][0].float(), alone_2V[1]))
     same = all(float((one - other).abs().max()) <= max(1e-4, rounding * float(other.abs().max())) for one, other in pairs)
-    return reader.store.token_bytes() if same else 0
+    return reader.token_bytes(1) if same else 0
+
+
+@torch.inference_mode()
+def open_reader(model: Any, slots: Slots | None) -> Reader:
+    """A reader of a model that reads by rows. Rows of one text share the layers below the first one with adapters, if the model reads so as
+    it does otherwise. It is tried."""
+    apart = Reader(model, slots)
+    depth = trunk_depth(model, [layer.name for layer in slots.layers]) if slots else 0
+    if not depth:
+        return apart
+    tokens = (31 * torch.arange(1, TRIED + 1) % model.config.get_text_config().vocab_size).tolist()
+    passes = [
+        [Item(0, BASE, 0, tokens[:5], 1, 0), Item(1, BASE, 0, tokens[3:6], 1, 1), Item(2, BASE, 0, tokens[:1], 1, 0)],
+        [Item(0, BASE, 5, tokens[5:6], 1, 0), Item(2, BASE, 1, tokens[1:4], 1, 0)],
+        [Item(0, BASE, 6, tokens[6:7], 1, 0), Item(2, BASE, 4, tokens[4:7], 1, 0), Item(1, BASE, 3, tokens[6:7], 1, 1)],
+    ]
+    shared = Reader(model, slots, depth)
+    assert shared.trunk
+    rounding = (64 if model.dtype == torch.float32 else 4) * torch.finfo(model.dtype).eps
+    try:
+        for items in passes:
+            (one_MV, found), (other_MV, other_found) = apart.read(items), shared.read(items)
+            for mine, other in zip(found, other_found, strict=True):
+                one, two = one_MV[mine].float(), other_MV[other].float()
+                if not float((one - two).abs().max()) <= max(1e-4, rounding * float(one.abs().max())):
+                    raise ValueError("it reads otherwise")
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError, NotImplementedError):  # its layers are given something else
+        shared.trunk.gate.remove()
+        return apart
+    for text in (0, 1):
+        shared.trunk.leave(text)
+    return shared

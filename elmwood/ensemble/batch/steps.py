@@ -24,6 +24,7 @@ from elmwood.ensemble.decode import Rule, pick
 from elmwood.errors import BadInput
 
 LOOK = 64  # tokens of a prompt that are said at once
+TRUNK = "trunk"  # who reads what all candidates share, among the prefixes
 logger = logging.getLogger("elmwood.serve")
 
 
@@ -189,12 +190,13 @@ class Steps:
 
     def _read_before(self, text: Text, row: Row) -> None:
         """Let a new row begin with what its candidate has read of another text that begins alike. One token at least is left to read."""
+        most = self._trunk_read(text) if self.reader.trunk else text.base
         found = self.prefixes.find(self.candidates.names[row.candidate], text.tokens[: text.base]) if text.base > 1 else None
         if found is None:
             return
         kept, length = found
         memory = self.candidates.memory
-        row.read = length = min(length - memory, text.base - 1)  # what it gave the next token is known as well
+        row.read = length = min(length - memory, text.base - 1, most)  # what it gave the next token is known as well
         store = self.reader.store
         store.reserve(row.place + 1, length)
         store.give(row.place, kept.states, length)
@@ -203,6 +205,25 @@ class Steps:
             row.loglik = kept.loglik_T[:length].tolist()
             row.memory = float(self.candidates.routing.fading ** np.arange(length - 1, -1, -1) @ kept.loglik_T[:length])
             row.known = float(kept.loglik_T[length])
+
+    def _trunk_read(self, text: Text) -> int:
+        """How far the trunk has read a text, or another that begins alike."""
+        trunk = self.reader.trunk
+        assert trunk
+        place = trunk.place(text.number)
+        if not place.read and (found := self.prefixes.find(TRUNK, text.tokens[: text.base])):
+            trunk.store.reserve(place.row + 1, found.length)
+            trunk.store.give(place.row, found.kept.states, found.length)
+            place.read = found.length
+        return place.read
+
+    def _keep_trunk(self, text: Text) -> None:
+        trunk = self.reader.trunk
+        if trunk is None or text.number not in trunk.texts:
+            return
+        place = trunk.place(text.number)
+        if self.prefixes.wants(TRUNK, read := text.tokens[: place.read]):
+            self.prefixes.keep(TRUNK, Kept(np.array(read, np.int64), np.zeros(0), trunk.store.take(place.row, place.read)))
 
     def _keep(self, text: Text, row: Row) -> None:
         digest, read = self.candidates.names[row.candidate], text.tokens[: row.read]
@@ -254,10 +275,14 @@ class Steps:
             self._drop(text, c)
         for c in list(text.pinned):
             self._rest(text, c)
+        if self.reader.trunk:
+            self.reader.trunk.leave(text.number)
 
     def _end(self, text: Text, ended: Ended) -> None:
-        for row in text.rows.values() if ended.reason != "error" else ():
-            self._keep(text, row)
+        if ended.reason != "error":
+            for row in text.rows.values():
+                self._keep(text, row)
+            self._keep_trunk(text)
         self._release(text)
         (self.running if text in self.running else self.waiting).remove(text)
         self.failed += ended.reason == "error"
@@ -306,7 +331,7 @@ class Steps:
         slot = BASE if row.seat is None else row.seat.slot
         end = row.read + size
         wanted = size if self.candidates.memory else max(1, min(size, end - text.base + 1))
-        return Item(row.place, slot, row.read, text.tokens[row.read : end], wanted)
+        return Item(row.place, slot, row.read, text.tokens[row.read : end], wanted, text.number)
 
     def _absorb(self, text: Text, row: Row, size: int, logp_UV: Tensor) -> None:
         """Note what a row has read, and what it gave it."""
