@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -10,6 +11,7 @@ from typer import Argument, Option
 from elmwood.cli.merge import settings_of, values_of
 from elmwood.cli.options import MixingOption, NameOption, Output, RngSeedOption, SettingOption
 from elmwood.cli.screen import bars, emit, made, out, printable, table, talk
+from elmwood.errors import BadInput
 from elmwood.ranges import NewFile
 from elmwood.report.plots import loads_plot
 from elmwood.store import Store
@@ -45,29 +47,55 @@ class Serving(NamedTuple):
     log: Annotated[str, Option(help="A line for each request on stderr: json, text or none.")] = "text"
 
 
+class Newer(NamedTuple):
+    """Where newer models come from while one is served."""
+
+    hub: Annotated[str | None, Option(metavar="URL", help="Serve this hub's newest snapshot, and each newer one, not MODEL.")] = None
+    name: Annotated[str | None, Option(help="What a hub's names in the store begin with; default: the name of its run.")] = None
+    root_key: Annotated[str | None, Option(help="Public key that must have signed the hub's run; default: the first one seen.")] = None
+    watch: Annotated[bool, Option("--watch", help="Serve what MODEL names whenever that changes.")] = False
+    every: Annotated[float, Option(min=0.1, help="Seconds between two looks for something newer.")] = 30.0
+
+
 def serve(
-    model: Annotated[str, Argument(help="A seed, expert, merge, mixture, ensemble or forest: name or digest.")],
+    model: Annotated[str | None, Argument(help="A seed, expert, merge, mixture, ensemble or forest: name or digest.")] = None,
     mixing: MixingOption = None,
     serving: Serving = Serving(),
+    newer: Newer = Newer(),
     output: Output = Output(),
 ) -> None:
     """Serve a model to OpenAI clients and, at /, to people. It can say which experts answered."""
     from elmwood.ensemble.batch.interface import USUAL
+    from elmwood.serve.live import Source
     from elmwood.serve.logs import start_log
     from elmwood.serve.model import open_served
     from elmwood.serve.run import read_keys, serve
 
+    if (model is None) == (newer.hub is None):
+        raise BadInput("name a model of the store, or a hub with --hub: one of the two")
     start_log(serving.log)
-    keys = read_keys(serving.api_key_file) if serving.api_key_file else []
-    limits = USUAL._replace(queue=serving.queue, running=serving.running)
-    opened = open_served(model, Store(output.store), mixing=mixing, limits=limits)
+    keys, store = read_keys(serving.api_key_file) if serving.api_key_file else [], Store(output.store)
+    limits, name = USUAL._replace(queue=serving.queue, running=serving.running), None
+    if newer.hub:
+        from elmwood.hub.client.pull import Following
+
+        following = Following(newer.hub, store, name=newer.name, root_key=newer.root_key)
+        with bars() as progress:
+            first = following.begin(progress, lambda said: talk.print(said, style="yellow", soft_wrap=True))
+        newest, name = following.newest, following.model
+    else:
+        assert model
+        first, newest = store.resolve(model), partial(store.resolve, model)
+    opened = open_served(model or first, store, mixing=mixing, limits=limits, name=name)
+    opening = partial(open_served, store=store, mixing=mixing, limits=limits, name=opened.name)
+    source = Source(newest, lambda found, like: opening(found, like=like), newer.every, first) if newer.hub or newer.watch else None
 
     def ready(address: str) -> None:
         emit({"model": opened.record.digest, "url": address}) if output.as_json else out.print(
             f"{opened.name} at {address}, for OpenAI clients at {address}/v1; ctrl-c stops it", soft_wrap=True, markup=False
         )
 
-    serve(opened, serving.host, serving.port, keys=keys, cors=serving.cors or [], drain_s=serving.drain, ready=ready)
+    serve(opened, serving.host, serving.port, keys=keys, cors=serving.cors or [], source=source, drain_s=serving.drain, ready=ready)
 
 
 class Sampling(NamedTuple):

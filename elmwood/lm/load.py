@@ -1,5 +1,6 @@
 """Seeds and experts as transformers models: new ones, imports, loading. No remote code is run and no pickle is opened."""
 
+import copy
 import json
 import logging
 import tempfile
@@ -168,6 +169,12 @@ def load_quantised(seed: Seed, store: Store, device: torch.device | str | None =
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same weights, in the same memory, whose modules others may wrap."""
+    others = (one for module in model.modules() for one in vars(module).values() if isinstance(one, torch.Tensor))
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *others)})
 
 
 def check_seed(seed: Seed, branch: Branch) -> None:

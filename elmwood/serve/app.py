@@ -7,7 +7,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from elmwood.errors import ElmwoodError
 from elmwood.serve import catalog
 from elmwood.serve.answers import Gone
 from elmwood.serve.completions import chat, complete
+from elmwood.serve.live import Follower, Live, Source
 from elmwood.serve.logs import logger
 from elmwood.serve.metrics import Meter
 from elmwood.serve.model import Served
@@ -35,23 +36,35 @@ OPEN = ("/healthz", "/readyz", "/metrics", "/", "/static/")  # without a key
 CLOSED = 499  # what logs call a request whose client has left
 
 
-def create_app(served: Served, *, keys: Sequence[str] = (), cors: Sequence[str] = ()) -> FastAPI:
-    """The app of an opened model. `keys`: one of them must come with each request; `cors`: origins whose pages may read answers. The
+Answers = Callable[[FastAPI, Live, Meter], None]  # adds the routes that answer
+
+
+def create_app(
+    served: Served, *, keys: Sequence[str] = (), cors: Sequence[str] = (), source: Source | None = None, answers: Answers | None = None,
+) -> FastAPI:  # fmt: skip
+    """The app of an opened model. `keys`: one of them must come with each request; `cors`: origins whose pages may read answers; `source`:
+    where newer models come from, each of which takes the place of the one before; `answers`: who answers, by default the engine. The
     engine is closed with the app."""
+    live = Live(served)
+    follower = Follower(live, source) if source else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if follower:
+            follower.start()
         yield
-        await run_in_threadpool(served.engine.close)
+        if follower:
+            await run_in_threadpool(follower.stop)
+        await run_in_threadpool(live.close)
 
     app = FastAPI(title="elmwood serve", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    meter = Meter(served.engine, served.name, served.record.digest)
-    app.state.served = served
+    meter = Meter(live)
+    app.state.live, app.state.follower = live, follower
     _add_errors(app)
-    _add_health(app, served, meter)
-    _add_answers(app, served, meter)
-    _add_catalog(app, served)
-    app.router.routes.extend(routes(served))
+    _add_health(app, live, meter)
+    (answers or _add_answers)(app, live, meter)
+    _add_catalog(app, live)
+    app.router.routes.extend(routes(live))
     if keys:
         app.add_middleware(Keys, keys=keys)
     if cors:
@@ -93,51 +106,59 @@ def _no_number(name: str) -> None:
 # ---- routes ---------------------------------------------------------------------------------------------------------
 
 
-def _add_answers(app: FastAPI, served: Served, meter: Meter) -> None:
+def _add_answers(app: FastAPI, live: Live, meter: Meter) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await complete(request, await read_json(request), served, meter)
+        given = await read_json(request)
+        with live.used() as served:
+            return await complete(request, given, served, meter)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await chat(request, await read_json(request), served, meter)
+        given = await read_json(request)
+        with live.used() as served:
+            return await chat(request, given, served, meter)
 
+    add_embeddings(app)
+
+
+def add_embeddings(app: FastAPI) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         raise Refused(400, "there are no embeddings here: experts are trained to continue text, and none to embed it", code="unsupported")
 
 
-def _add_catalog(app: FastAPI, served: Served) -> None:
+def _add_catalog(app: FastAPI, live: Live) -> None:
     @app.get("/v1/models")
     async def models() -> Any:
-        return catalog.models(served)
+        return catalog.models(live.now)
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
-        return catalog.model(served, name)
+        return catalog.model(live.now, name)
 
     @app.get("/v1/experts")
     async def experts(request: Request) -> Any:
-        return catalog.experts(served, request.query_params)
+        return catalog.experts(live.now, request.query_params)
 
     @app.post("/v1/route")
     async def route(request: Request) -> Any:
-        return await run_in_threadpool(catalog.route, served, await read_json(request), time.time())
+        return await run_in_threadpool(catalog.route, live.now, await read_json(request), time.time())
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Any:
-        return await run_in_threadpool(catalog.tokenize, served, await read_json(request), time.time())
+        return await run_in_threadpool(catalog.tokenize, live.now, await read_json(request), time.time())
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Any:
-        return await run_in_threadpool(catalog.detokenize, served, await read_json(request))
+        return await run_in_threadpool(catalog.detokenize, live.now, await read_json(request))
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> Any:
-        return catalog.tokenizer_info(served)
+        return catalog.tokenizer_info(live.now)
 
 
-def _add_health(app: FastAPI, served: Served, meter: Meter) -> None:
+def _add_health(app: FastAPI, live: Live, meter: Meter) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The process runs."""
@@ -146,10 +167,10 @@ def _add_health(app: FastAPI, served: Served, meter: Meter) -> None:
     @app.get("/readyz")
     async def readyz() -> Response:
         """The engine takes requests."""
-        counts = served.engine.counts()
+        counts = live.counts()
         if not counts.open:
             return reply_of(Refused(503, "the server closes", code="closing"))
-        return Response(json.dumps({"state": "ready", "model": served.record.digest}), media_type="application/json")
+        return Response(json.dumps({"state": "ready", "model": live.now.record.digest}), media_type="application/json")
 
     @app.get("/metrics")
     async def metrics() -> Response:

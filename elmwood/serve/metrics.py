@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from elmwood.ensemble.batch.interface import Engine
+from elmwood.serve.live import Live
 
 if TYPE_CHECKING:
     from elmwood.serve.answers import Choice
@@ -20,10 +20,9 @@ ENTROPY = (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6931, 1.0, 1.3863, 2.0)  # nats
 class Meter:
     """The metrics of one server."""
 
-    def __init__(self, engine: Engine, model: str, digest: str):
-        self.registry = CollectorRegistry()
-        self._engine, self._label = engine, [model]
-        self._info = {"model_name": model, "digest": digest}
+    def __init__(self, live: Live):
+        self.registry, model = CollectorRegistry(), live.now.name
+        self._live, self._label = live, [model]
 
         def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, what, ["model_name"], buckets=buckets, registry=self.registry).labels(model)
@@ -54,7 +53,7 @@ class Meter:
 
     def collect(self) -> Iterator[Metric]:
         """The engine's own counts, as they are now."""
-        now = self._engine.counts()
+        now, adopted = self._live.counts(), self._live.adopted
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         for family, name, what, value in (
             (gauge, "vllm:num_requests_waiting", "requests that wait", now.waiting),
@@ -73,12 +72,27 @@ class Meter:
                 now.mismatches,
             ),
             (counter, "elmwood_requests_failed", "requests ended by an error", now.failed),
+            (
+                gauge,
+                "elmwood_engines",
+                "models in memory: the one that is served, and those whose requests have not ended",
+                self._live.engines,
+            ),
+            (counter, "elmwood_adoptions", "newer models that took the place of the one before", adopted.models),
+            (counter, "elmwood_adoption_failures", "looks for a newer model that failed, or found one that was refused", adopted.failed),
+            (
+                gauge,
+                "elmwood_adoption_seconds",
+                "seconds from the look at the source of the newest model to its first request",
+                adopted.seconds,
+            ),
+            (gauge, "elmwood_adopted_timestamp_seconds", "when the newest model took its place; 0 for the first", adopted.at),
         ):
             metric = family(name, what, labels=["model_name"])
             metric.add_metric(self._label, value)
             yield metric
-        info = GaugeMetricFamily("elmwood_snapshot_info", "digest of the model that is served", labels=list(self._info))
-        info.add_metric(list(self._info.values()), 1)
+        info = GaugeMetricFamily("elmwood_snapshot_info", "digest of the model that is served", labels=["model_name", "digest"])
+        info.add_metric([*self._label, self._live.now.record.digest], 1)
         yield info
 
     def text(self) -> bytes:

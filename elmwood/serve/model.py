@@ -147,18 +147,22 @@ def too_long(size: str, most: int, param: str) -> Refused:
     return Refused(400, message, param, "context_length_exceeded")
 
 
-def open_served(model: Named, store: Store, *, mixing: str | None = None, device: str | None = None, limits: Limits = USUAL) -> Served:
-    """Open a model by name or record; a forest stands for its default ensemble. Raises UnknownName, BadInput, BadSeed, ForeignExpert."""
+def open_served(
+    model: Named, store: Store, *, mixing: str | None = None, device: str | None = None, limits: Limits = USUAL,
+    like: Served | None = None, name: str | None = None,
+) -> Served:  # fmt: skip
+    """Open a model by name or record; a forest stands for its default ensemble. `like`: one that is open, to share the weights of the seed
+    with; `name`: what clients call it, by default as in the store. Raises UnknownName, BadInput, BadSeed, ForeignExpert."""
     from elmwood.ensemble.batch.opening import open_engine  # torch
 
     record = as_model(store.load(model), store)
     record = with_mixing(record, mixing, store) if mixing else record
     seed = seed_of(record, store)
     check_use(seed, "generate")
-    engine = open_engine(record, store, device, limits)
+    engine = open_engine(record, store, device, limits, like.engine if like else None)
     try:
         guide = Guide(record, store) if isinstance(record, Ensemble) else None
-        return Served(called(model, store), record, seed, store, engine, guide)
+        return Served(name or called(model, store), record, seed, store, engine, guide)
     except BaseException:
         engine.close()
         raise

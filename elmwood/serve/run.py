@@ -6,6 +6,7 @@ from typing import Any
 
 from elmwood.errors import BadInput
 from elmwood.serve.app import create_app
+from elmwood.serve.live import Source
 from elmwood.serve.model import Served
 
 
@@ -21,10 +22,11 @@ def read_keys(path: Path) -> list[str]:
 
 
 def serve(
-    served: Served, host: str, port: int, *, keys: Sequence[str] = (), cors: Sequence[str] = (), drain_s: float = 30.0,
-    ready: Callable[[str], None] = lambda address: None,
+    served: Served, host: str, port: int, *, keys: Sequence[str] = (), cors: Sequence[str] = (), source: Source | None = None,
+    drain_s: float = 30.0, ready: Callable[[str], None] = lambda address: None,
 ) -> None:  # fmt: skip
-    """`ready` is told the address. SIGTERM and SIGINT let requests at work end for `drain_s` seconds; no new ones are taken meanwhile."""
+    """`ready` is told the address; `source` is where newer models come from. SIGTERM and SIGINT let requests at work end for `drain_s`
+    seconds; no new ones are taken meanwhile."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -34,7 +36,7 @@ def serve(
                 ready(f"http://{host}:{listening.getsockname()[1]}")
 
     config = uvicorn.Config(
-        create_app(served, keys=keys, cors=cors), host=host, port=port, log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=max(1, round(drain_s)), timeout_keep_alive=75,
+        create_app(served, keys=keys, cors=cors, source=source), host=host, port=port, log_level="warning", access_log=False,
+        server_header=False, timeout_graceful_shutdown=max(1, round(drain_s)), timeout_keep_alive=75,
     )  # fmt: skip
     Server(config).run()

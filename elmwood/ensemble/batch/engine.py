@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from elmwood.ensemble.batch.candidates import Candidates
-from elmwood.ensemble.batch.interface import USUAL, Busy, Counts, Event, Limits, Request
+from elmwood.ensemble.batch.interface import USUAL, Busy, Counts, Engine, Event, Limits, Request
 from elmwood.ensemble.batch.passes import open_reader, reads_by_rows
 from elmwood.ensemble.batch.prefixes import Prefixes
 from elmwood.ensemble.batch.residency import Residency
@@ -28,7 +28,7 @@ from elmwood.lm.adapters.packed import Packed
 from elmwood.lm.adapters.slots import Slots
 from elmwood.lm.devices import choose_device
 from elmwood.lm.experts import BANKED
-from elmwood.lm.load import check_seed, end_tokens, load_model, method_of
+from elmwood.lm.load import check_seed, end_tokens, load_model, method_of, twin
 from elmwood.records import Ensemble, Expert, Merged, Mixture, Record, Seed
 from elmwood.store import Store
 
@@ -37,8 +37,18 @@ CHUNK = {"cpu": 256, "gpu": 2048}  # tokens of longer prompts that one step read
 logger = logging.getLogger("elmwood.serve")
 
 
+class Weights(NamedTuple):
+    """A seed that is open, for engines that share it."""
+
+    seed: str
+    model: Any  # whose layers nothing wraps
+    token_bytes: int
+
+
 class Batched:
     """See interface.py."""
+
+    weights: Weights | None = None  # of the seed, where that is the base
 
     def __init__(
         self, seed: Seed, store: Store, model: Any, token_bytes: int, candidates: Candidates, adapters: Sequence[Expert | Merged | Mixture],
@@ -192,9 +202,12 @@ def layers_of(model: Any, branches: Sequence[Expert | Merged | Mixture], store: 
     return layout(model, [adapter_of(branch, store) for branch in one_of_each.values()])
 
 
-def open_batched(record: Record, store: Store, device: torch.device | str | None = None, limits: Limits = USUAL) -> Batched | None:
+def open_batched(
+    record: Record, store: Store, device: torch.device | str | None = None, limits: Limits = USUAL, like: Engine | None = None
+) -> Batched | None:
     """The engine of a model, if it is one of these: a seed, an expert or a merge whose keys and values stand for all it has read, or an
-    ensemble, mixed by outputs, of LoRA adapters over such a seed. None for others. Raises ForeignExpert, UnknownName, Damaged."""
+    ensemble, mixed by outputs, of LoRA adapters over such a seed. None for others. `like`: an engine whose weights of the seed are used
+    where they are the same. Raises ForeignExpert, UnknownName, Damaged."""
     place, mixing, routing, router = choose_device(device), SUM, None, None
     adapters: list[Expert | Merged | Mixture] = []
     bounded: set[int] = set()
@@ -219,8 +232,13 @@ def open_batched(record: Record, store: Store, device: torch.device | str | None
             return None
     names = [expert.digest for expert in adapters] if base is None else [base.digest]
     candidates = Candidates(names, router, routing, bounded, None if base is None else 0)
-    model = load_model(seed, store, base, place)
-    token_bytes = reads_by_rows(model) if model.config.get_text_config().vocab_size == seed.vocabulary else 0
-    if not token_bytes:
+    weights: Weights | None = getattr(like, "weights", None)
+    if weights is None or base is not None or (weights.seed, weights.model.device.type) != (seed.digest, place.type):
+        model = load_model(seed, store, base, place)
+        token_bytes = reads_by_rows(model) if model.config.get_text_config().vocab_size == seed.vocabulary else 0
+        weights = Weights(seed.digest, model, token_bytes)
+    if not weights.token_bytes:
         return None
-    return Batched(seed, store, model, token_bytes, candidates, adapters, limits, mixing)
+    engine = Batched(seed, store, twin(weights.model), weights.token_bytes, candidates, adapters, limits, mixing)
+    engine.weights = weights if base is None else None
+    return engine

@@ -10,8 +10,10 @@ from elmwood.records import Record
 from elmwood.store import Store
 
 
-def open_engine(record: Record, store: Store, device: torch.device | str | None = None, limits: Limits = USUAL) -> Engine:
+def open_engine(
+    record: Record, store: Store, device: torch.device | str | None = None, limits: Limits = USUAL, like: Engine | None = None
+) -> Engine:
     """A model, opened to continue many texts: in rows of one pass (`open_batched`), or, where the model is none of those, in turns: full
-    experts in an ensemble, DoRA, adapters summed for a prompt, and what keeps more than keys and values. Raises UnknownName, ForeignExpert,
-    Damaged."""
-    return open_batched(record, store, device, limits) or Turns(open_model(record, store, device), limits)
+    experts in an ensemble, DoRA, adapters summed for a prompt, and what keeps more than keys and values. `like`: an engine to share the
+    weights of the seed with, where it is the same. Raises UnknownName, ForeignExpert, Damaged."""
+    return open_batched(record, store, device, limits, like) or Turns(open_model(record, store, device), limits)

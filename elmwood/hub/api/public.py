@@ -1,5 +1,6 @@
 """What everybody may read: the run, blobs, records, domains, experts, members, ledger, snapshots, events."""
 
+import hashlib
 import json
 from typing import Annotated, Any
 
@@ -139,7 +140,9 @@ async def events(hub: Here, after: After = 0, many: Many = 100) -> list[dict[str
 
 
 @router.get("/v1/snapshot", response_model=Signed)
-async def newest_snapshot(hub: Here, version: Annotated[int | None, Query(ge=0, lt=1 << 53)] = None) -> Response:
+async def newest_snapshot(
+    request: Request, hub: Here, version: Annotated[int | None, Query(ge=0, lt=1 << 53)] = None
+) -> Response:  # fmt: skip
     """The newest snapshot, or one by version."""
 
     def find(c: Connection) -> Any:
@@ -148,7 +151,10 @@ async def newest_snapshot(hub: Here, version: Annotated[int | None, Query(ge=0, 
     row = await read(hub, find)
     if row is None:
         raise Refusal(404, "no-snapshot", "there is no such snapshot", do="leave the version out")
-    return Response(row["signed"], media_type="application/json")
+    tag = f'"{hashlib.sha256(row["signed"].encode()).hexdigest()[:32]}"'
+    if request.headers.get("If-None-Match") == tag:
+        return Response(status_code=304, headers={"ETag": tag})
+    return Response(row["signed"], media_type="application/json", headers={"ETag": tag})
 
 
 @router.post("/v1/experts/{digest}/retire", response_model=Done)

@@ -8,12 +8,12 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput, Damaged
 from elmwood.hub.client.enter import fetch_manifest
 from elmwood.hub.client.gate import CONFIG, WEIGHTS, check_adapter
-from elmwood.hub.client.http import Hub
+from elmwood.hub.client.http import PATIENCE, Hub, Problem, Unreachable
 from elmwood.hub.client.join import fetch_partition, fetch_seed
-from elmwood.hub.client.state import Folder, open_folder
+from elmwood.hub.client.state import Folder, State, open_folder
 from elmwood.hub.client.transfer import fetch_blobs, fetch_record
 from elmwood.hub.messages import RunManifest, Signed, Snapshot
-from elmwood.hub.signing import open_signed
+from elmwood.hub.signing import Forged, digest, open_signed
 from elmwood.records import Ensemble, Expert, Forest, Merged, Mixture, Record
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.exporting import export
@@ -26,6 +26,7 @@ class Pulled(NamedTuple):
     ensemble: Ensemble
     name: str  # of the names set: NAME/ensemble, NAME/forest, NAME/seed, NAME/partition, NAME/expert/<domain>
     fetched: int  # files that were missing
+    until: float  # unix seconds: the manifest is not valid after
 
     @property
     def record(self) -> Ensemble:
@@ -34,14 +35,15 @@ class Pulled(NamedTuple):
 
 def pull(
     url: str, store: AnyStore = None, *, name: str | None = None, version: int | None = None, folder: Path | None = None,
-    progress: Progress = silent,
+    patience: float = PATIENCE, progress: Progress = silent,
 ) -> Pulled:  # fmt: skip
     """Bring a hub's newest snapshot, or an older version of it, into the store. Names of experts that it no longer has are removed.
+    `patience`: seconds that a hub which does not answer is asked again.
 
     Raises BadInput, Forged, Damaged, Unreachable, Problem.
     """
     store = Store(store)
-    place, hub = open_folder(url, store, folder), Hub(url)
+    place, hub = open_folder(url, store, folder), Hub(url, patience=patience)
     try:
         with place.alone():
             manifest = fetch_manifest(hub, place)
@@ -52,24 +54,51 @@ def pull(
                 raise BadInput(f"run {manifest.run!r} has no expert yet: there is nothing to pull; the first one makes the first ensemble")
             count = _fetch(snapshot, manifest, hub, store, progress)
             if version is None:
-                place.change(snapshot=snapshot.version)
+                place.change(snapshot=snapshot.version, snapshot_digest=digest(snapshot))
     finally:
         hub.close()
     ensemble = store.load(snapshot.ensemble, Ensemble)
     _set_names(snapshot, ensemble, manifest, called, store)
-    return Pulled(snapshot, ensemble, called, count)
+    return Pulled(snapshot, ensemble, called, count, manifest.issued + manifest.expires_s)
 
 
 def fetch_snapshot(hub: Hub, manifest: RunManifest, place: Folder, version: int | None = None) -> Snapshot:
-    """A snapshot, signed by the key that the manifest names, and not older than the last one seen. Raises BadInput, Forged."""
+    """A snapshot, signed by the key that the manifest names, and, where it is the newest, one that follows from the last one seen. Raises
+    BadInput, Forged."""
     signed = Signed.model_validate_json(hub.get("/v1/snapshot" + ("" if version is None else f"?version={version}")).body)
     snapshot = open_signed(signed, Snapshot, manifest.hub_key)
-    seen = place.read().snapshot
+    state = place.read()
     if snapshot.run != manifest.run or (version is not None and snapshot.version != version):
         raise BadInput(f"the hub shows version {snapshot.version} of run {snapshot.run!r}, which was not asked for: nothing was changed")
-    if version is None and snapshot.version < seen:
-        raise BadInput(f"the hub shows snapshot {snapshot.version}, and {seen} was here before: it was rolled back; nothing was changed")
+    if version is None and snapshot.version < state.snapshot:
+        raise BadInput(
+            f"the hub shows snapshot {snapshot.version}, and {state.snapshot} was here before: it was rolled back; nothing was changed"
+        )
+    if version is None and state.snapshot_digest:
+        _check_chain(snapshot, state, hub)
     return snapshot
+
+
+def _check_chain(snapshot: Snapshot, state: State, hub: Hub) -> None:
+    """Each snapshot names the digest of the one before it, back to the last one seen. Raises Forged."""
+    named: str | None = digest(snapshot)
+    while True:
+        if snapshot.version <= state.snapshot:
+            if (snapshot.version, named) == (state.snapshot, state.snapshot_digest):
+                return
+            break
+        named, before = snapshot.parent, snapshot.version - 1
+        if before == state.snapshot:
+            if named == state.snapshot_digest:
+                return
+            break
+        snapshot = Snapshot.model_validate(Signed.model_validate_json(hub.get(f"/v1/snapshot?version={before}").body).body)
+        if digest(snapshot) != named:
+            break
+    raise Forged(
+        f"the hub's snapshots do not go back to snapshot {state.snapshot} that was here before: its history was rewritten; "
+        "nothing was changed; ask who runs the hub"
+    )
 
 
 def _fetch(snapshot: Snapshot, manifest: RunManifest, hub: Hub, store: Store, progress: Progress) -> int:
@@ -105,8 +134,59 @@ def _set_names(snapshot: Snapshot, ensemble: Ensemble, manifest: RunManifest, na
         store.unname(old)
     names |= {f"{name}/ensemble": ensemble.digest, f"{name}/forest": ensemble.forest}
     names |= {f"{name}/seed": manifest.seed, f"{name}/partition": manifest.partition}
-    for one, digest in names.items():
-        store.name(one, digest)
+    for one, record in names.items():
+        store.name(one, record)
+
+
+# ---- again and again --------------------------------------------------------------------------------------------------
+
+
+class Following:
+    """The newest snapshot of a hub, in the store, for who asks again and again: no more than a question where nothing is new.
+
+    Its folder is its own, so that a volunteer may work for the same hub in the same store.
+    """
+
+    def __init__(self, url: str, store: AnyStore = None, *, name: str | None = None, root_key: str | None = None):
+        """`root_key`: the public key that must have signed the manifest; by default that of the first one seen. Raises BadInput."""
+        self.url, self.store, self.name = url, Store(store), name
+        self.folder = Folder(self.store.root / "serve" / open_folder(url, self.store).path.name)
+        self.model = self.tag = ""  # the ensemble's name, once it is known
+        self.pulled: Pulled | None = None
+        if root_key:
+            if self.folder.read().root_key not in ("", root_key):
+                raise BadInput(
+                    f"{self.folder.file} knows another root key of this hub: delete it if the hub was made anew, or ask who runs it"
+                )
+            self.folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folder.change(root_key=root_key)
+
+    def newest(self, progress: Progress = silent, patience: float = 0.0) -> str:
+        """The digest of the newest snapshot's ensemble, which is in the store. Raises BadInput, Forged, Damaged, Unreachable, Problem."""
+        hub = Hub(self.url, patience=patience)
+        try:
+            reply = hub.get("/v1/snapshot", **{"If-None-Match": self.tag} if self.tag else {})
+            now = hub.clock() + hub.skew
+        finally:
+            hub.close()
+        if reply.status != 304 or self.pulled is None or now > self.pulled.until:
+            self.pulled = pull(self.url, self.store, name=self.name, folder=self.folder.path, patience=patience, progress=progress)
+            self.model = f"{self.pulled.name}/ensemble"
+            (self.folder.path / "model").write_text(f"{self.model}\n", encoding="utf-8")
+            self.tag = reply.headers.get("etag", "")
+        return self.pulled.ensemble.digest
+
+    def begin(self, progress: Progress = silent, tell: Callable[[str], None] = lambda said: None) -> str:
+        """The newest ensemble; where the hub does not answer, which is told, the last one that was here. Raises as `newest` does."""
+        try:
+            return self.newest(progress)
+        except (Unreachable, Problem) as error:
+            last = self.folder.path / "model"
+            if not last.exists() or (isinstance(error, Problem) and not error.retryable):
+                raise
+            tell(f"{error}; the last snapshot that came is served meanwhile")
+            self.model = last.read_text(encoding="utf-8").strip()
+            return self.store.resolve(self.model)
 
 
 # ---- to a model hub ---------------------------------------------------------------------------------------------------
@@ -133,9 +213,9 @@ def mirror(
     if not isinstance(found, Forest):
         raise BadInput(f"{found.digest[:8]} is a {found.kind}: a mirror is of a forest or an ensemble")
     records: list[tuple[str, Record]] = []
-    for digest in found.experts:
-        expert = store.load(digest, Expert)
-        records.append((f"{prefix}-expert-{expert.domain}-{digest[:8]}", expert))
+    for member in found.experts:
+        expert = store.load(member, Expert)
+        records.append((f"{prefix}-expert-{expert.domain}-{member[:8]}", expert))
     if merged is not None:
         model = store.load(merged)
         if not isinstance(model, Merged | Mixture):

@@ -40,6 +40,7 @@ class State(Frozen):
     root_key: str = ""  # that signed the first manifest, and must sign all others
     manifest: int = 0  # the highest version seen
     snapshot: int = 0  # the highest version pulled
+    snapshot_digest: str = ""  # of that one; each names the one before
     consent: Licences | None = None  # agreed to
     claim: str = ""  # the idempotency key of a claim without an answer
     work: Work | None = None

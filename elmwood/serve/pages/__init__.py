@@ -12,7 +12,7 @@ from starlette.routing import Route
 from elmwood import __version__
 from elmwood.report.page import css
 from elmwood.report.web import HEADERS, Asset, environment, make_asset
-from elmwood.serve.model import Served
+from elmwood.serve.live import Live
 
 KINDS = {"page.css": "text/css", "page.js": "text/javascript", "leaf.svg": "image/svg+xml"}
 
@@ -27,12 +27,12 @@ def asset(name: str) -> Asset | None:
     return make_asset(body, KINDS[name])
 
 
-def routes(served: Served) -> list[Route]:
+def routes(live: Live) -> list[Route]:
     """The page and its static files."""
     template = environment(PackageLoader(__name__, "")).get_template("page.jinja")
 
     def page(request: Request) -> Response:
-        root = request.scope.get("root_path", "").rstrip("/")
+        served, root = live.now, request.scope.get("root_path", "").rstrip("/")
         html = template.render(
             name=served.name, kind=served.record.kind, experts=len(served.cards), seed=served.seed.name, chats=served.template is not None,
             routed=served.guide is not None, root=root, version=__version__, context=served.engine.context,
