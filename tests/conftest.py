@@ -4,10 +4,10 @@ import os
 
 import pytest
 from forked import Forked
-from tiny_models import tiny_seed
 
 from elmwood.store import Store
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads for such small products only wait for one another
 os.environ.setdefault("ELMWOOD_DEVICE", "cpu")  # the same tests on a machine with a GPU: many compare bytes, which a CPU repeats
 
 
@@ -40,4 +40,6 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seed(store):
+    from tiny_models import tiny_seed  # torch, which the process that only hands tests to others never needs
+
     return tiny_seed(store)

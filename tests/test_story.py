@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from sources import write_sample
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elmwood import cli
+from elmwood.study.demo_seed import PACKAGED
 
 WITHOUT_TORCH = """
 import sys
@@ -51,13 +53,15 @@ def run_here(words: tuple[str, ...], cwd: Path) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-QUICK = ("demo", "--quick", "--tokens", "20k", "--workers", "1")
+QUICK = ("demo", "--quick", "--corpus", "small.jsonl", "--seed", "packaged", "--tokens", "20k", "--workers", "1")
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
-    """A folder in which the demo has run."""
+    """A folder in which the demo has run, on a tenth of its text (how it takes its own seed: tests/study/test_demo.py)."""
     folder = tmp_path_factory.mktemp("story")
+    write_sample(folder / "small.jsonl")
+    elmwood("seed", "import", str(PACKAGED), "--name", "packaged", cwd=folder)
     elmwood(*QUICK, cwd=folder)
     return folder
 
@@ -170,7 +174,7 @@ def test_errors_are_one_line_with_the_cure(here):
     for words, part in (
         (["show", "absent"], "elmwood show"),
         (["cluster", "no-such-file.jsonl"], "no-such-file.jsonl"),
-        (["cluster", "sample", "--domains", "5000"], "fewer"),
+        (["cluster", "small.jsonl", "--domains", "5000"], "fewer"),
         (["export", "demo/seed", ".elmwood"], "never overwrites"),
         (["train", "demo/partition", "--seed", "demo/seed", "--domains", "9"], "numbered from 0"),
         (["seed", "import", ".elmwood"], "config.json"),

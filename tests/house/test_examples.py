@@ -1,9 +1,11 @@
-"""The notebooks in examples/ run from top to bottom, with what comes with elmwood and nothing else."""
+"""The notebooks in examples/ run from top to bottom, with what comes with elmwood and nothing else. Their text is a tenth of the
+bundled one."""
 
 import json
 from pathlib import Path
 
 import pytest
+from sources import write_sample
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
@@ -38,14 +40,18 @@ def test_a_notebook_is_small_and_has_no_output(notebook):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Empty at first. All three begin alike, so those that follow find their seed and experts."""
-    return tmp_path_factory.mktemp("notebooks")
+    """With a tenth of the bundled text at first. All three begin alike, so those that follow find their seed and experts."""
+    made = tmp_path_factory.mktemp("notebooks")
+    write_sample(made / "small.jsonl")
+    return made
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook, folder, forked):
-    """Warnings are errors, as in every test."""
-    done = forked(KERNEL, cwd=folder, stdin=json.dumps(cells(notebook)))
+    """On a text of the reader's own, which a cell names in place of the bundled one. Warnings are errors, as in every test."""
+    code = cells(notebook)
+    assert code[0].count('text = "sample"') == 1
+    done = forked(KERNEL, cwd=folder, stdin=json.dumps([code[0].replace('"sample"', '"small.jsonl"'), *code[1:]]))
     assert not done.returncode, done.stderr
     shown = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert shown

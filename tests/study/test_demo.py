@@ -11,7 +11,7 @@ from topics import TOPICS, build_corpus, some_texts
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition
 from elmwood.errors import BadInput, Damaged
-from elmwood.records import Comparison, Corpus, Row
+from elmwood.records import Comparison, Corpus, Row, Seed
 from elmwood.store import Store
 from elmwood.study import demo_seed
 from elmwood.study.demo import CONTROLS, SAMPLE, Study, demo, grow, plan, settings, sum_progress
@@ -127,6 +127,21 @@ def test_the_packaged_seed_is_of_the_bundled_training_split_and_of_the_documente
     assert store.load(seed.digest) == seed
     assert {shard.blob for shard in corpus.train}.isdisjoint(shard.blob for shard in corpus.holdout)
     assert compare_packaged(seed, store) == (True, 0.0)
+
+
+def test_the_demo_of_the_bundled_text_takes_the_packaged_seed_and_trains_none(sample):
+    corpus, store = sample
+
+    def cut(phase):
+        if phase.number > 1:
+            raise KeyboardInterrupt
+        told.append(phase.text)
+
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        demo(quick=True, store=store, on_phase=cut)
+    assert len(told) == 1  # no phase that trains a seed
+    assert {digest for digest in store.records() if isinstance(store.load(digest), Seed)} == {install_seed(corpus, store).digest}
 
 
 def test_a_seed_that_saw_another_split_or_lost_a_byte_is_not_installed(text, sample, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 from urllib.parse import urlencode
 
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,8 @@ from tests.hub.server.world import adapter, keys
 
 
 def test_no_request_makes_the_hub_fail(make_hub, started):
+    import schemathesis  # takes seconds, in the one process that needs it
+
     hub = make_hub(3, limits=Limits(requests_per_minute=10**6, accounts_per_hour=10**6))
     client = started(hub)
     schema = schemathesis.openapi.from_dict(create_app(hub).openapi())
