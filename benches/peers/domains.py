@@ -25,7 +25,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 
 from benches.common import parser, say
-from elmwood.domains import cluster, embed, route
+from elmwood.domains import cluster, distances, embed
 from elmwood.domains.words import complete_words
 
 # ---- the published balanced k-means: an auction, after its constants (cost squared Euclidean, increment (max - min) / 50
@@ -115,10 +115,10 @@ def bench_prefix() -> None:
     centroid_KD = cluster.kmeans(fitted.embed(texts), 16).centroid_KD
     text = "\n".join(texts[:8])[: 4 * 2048]
     pieces = [text[at : at + 4].encode() for at in range(0, len(text), 4)]  # 2,048 tokens of four characters
-    ours = median_seconds(lambda: route.token_distances(fitted, centroid_KD, range(len(pieces)), pieces), 15)
+    ours = median_seconds(lambda: distances.token_distances(fitted, centroid_KD, range(len(pieces)), pieces), 15)
     cuts = range(0, len(text), 4)
-    every = median_seconds(lambda: [route.distances(fitted, centroid_KD, [complete_words(text[:cut])]) for cut in cuts])
-    batch = median_seconds(lambda: route.distances(fitted, centroid_KD, [complete_words(text[:cut]) for cut in cuts]))
+    every = median_seconds(lambda: [distances.distances(fitted, centroid_KD, [complete_words(text[:cut])]) for cut in cuts])
+    batch = median_seconds(lambda: distances.distances(fitted, centroid_KD, [complete_words(text[:cut]) for cut in cuts]))
     pipeline = make_pipeline(TfidfVectorizer(stop_words="english"), TruncatedSVD(100, random_state=0), Normalizer()).fit(texts)
     some = list(cuts)[::32]
     scikit = median_seconds(lambda: [pipeline.transform([text[:cut]]) for cut in some], 1) * len(cuts) / len(some)
@@ -140,7 +140,7 @@ def bench_prefix() -> None:
         wanted="faster >= 500",
     )
     say("prefix", tokens=len(pieces), seconds=ours, peer="our embed, all prefixes at once", peer_seconds=batch, faster=batch / ours)
-    walk = route.Walk(fitted, centroid_KD)
+    walk = distances.PrefixDistances(fitted, centroid_KD)
     say(
         "prefix",
         way="growing text",
@@ -156,7 +156,7 @@ def bench_embed(*sources: str) -> None:
     say("embed", way="fit", seconds=perf_counter() - started, mb=size, documents=len(texts))
     centroid_KD = cluster.kmeans(fitted.embed(texts), 16).centroid_KD
     vectorizer = HashingVectorizer()
-    ways = (lambda: route.distances(fitted, centroid_KD, texts).argmin(1), lambda: vectorizer.transform(texts))
+    ways = (lambda: distances.distances(fitted, centroid_KD, texts).argmin(1), lambda: vectorizer.transform(texts))
     pairs = [tuple(median_seconds(way, 1) for way in ways) for _ in range(5)]
     ours, theirs = np.median(np.array(pairs), 0)
     share = float(np.median([peer / own for own, peer in pairs]))

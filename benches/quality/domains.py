@@ -28,7 +28,7 @@ from sklearn.preprocessing import Normalizer
 
 from benches.common import parser, say, timed
 from elmwood.corpus.read import read
-from elmwood.domains import cluster, dense, embed, route
+from elmwood.domains import cluster, dense, distances, embed
 from elmwood.lm.hidden_states import open_hidden_states
 from elmwood.records import Seed
 from elmwood.store import Store
@@ -124,14 +124,14 @@ def bench_routing(source: str = sysconfig.get_paths()["purelib"]) -> None:
         fitted = embed.fit("tfidf", parts)
         own = np.repeat(np.arange(k), chunks)
         means = (cluster.members(own, k) @ fitted.embed(parts)) / chunks
-        sparse = route.Sparse.of((cluster.members(own, k) @ fitted.tfidf(parts)).tocsr())
+        sparse = distances.Sparse.of((cluster.members(own, k) @ fitted.tfidf(parts)).tocsr())
         for length in (200, chunk):
             queries = [text[chunk * chunks :][:length] for text in mine[:1000]]
             for router, places in (("centroid", means), ("sparse", sparse)):
-                dist2_NK = route.distances(fitted, places, queries)
+                dist2_NK = distances.distances(fitted, places, queries)
                 own_N = dist2_NK[np.arange(len(queries)), np.arange(len(queries))]
                 rank_N = (dist2_NK < own_N[:, None]).sum(1)
-                one = median_seconds(lambda fitted=fitted, places=places, q=queries[0]: route.distances(fitted, places, [q]), 51)
+                one = median_seconds(lambda fitted=fitted, places=places, q=queries[0]: distances.distances(fitted, places, [q]), 51)
                 x_1D = fitted.embed(queries[:1])
                 search = (
                     median_seconds(lambda places=places, x=x_1D: cluster.squared_distances(x, places).argmin(1), 51)

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from benches.common import Opened, open_forest, parser, say, words
+from elmwood.domains.distances import nearest_place
 from elmwood.domains.partition import serving
-from elmwood.domains.route import nearest_place, router_of, weights
+from elmwood.domains.route import router_of, weights
 from elmwood.engine import silent
 from elmwood.ensemble.mixture import EnsembleLM
 from elmwood.evaluate import calibration

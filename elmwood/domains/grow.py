@@ -21,8 +21,8 @@ from elmwood.corpus.build import documents
 from elmwood.domains import embed, names
 from elmwood.domains.cluster import Clusters, fill_empty, kmeans, members, squared_distances
 from elmwood.domains.dense import Open
+from elmwood.domains.distances import distances
 from elmwood.domains.embed import Fitted, Terms
-from elmwood.domains.route import distances
 from elmwood.engine import Progress, run, silent
 from elmwood.records import Domain, Embedder, Shard, fingerprint
 from elmwood.store import Store

@@ -14,8 +14,8 @@ from scipy import sparse
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.domains.dense import Model, Open
+from elmwood.domains.distances import Centroids, Sparse, distances
 from elmwood.domains.grow import Means, NewDomains, Setup, grow, write
-from elmwood.domains.route import Centroids, Sparse, distances
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord, ForeignExpert
 from elmwood.records import Corpus, Domain, Embedder, Partition, fingerprint

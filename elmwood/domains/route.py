@@ -1,25 +1,16 @@
-"""Text -> squared distances to the domains, at its end or after every prefix; distances -> weights of an ensemble.
+"""Distances and memory -> weights of an ensemble.
 
-Shapes: N texts or tokens, P prefixes, T tokens (N of several documents), W known words, K domains, E experts, C = E + 1 candidates
-(the seed last), D dimensions, V terms.
-
-A word counts once it is complete: a character that cannot belong to it follows in the prefix (words.py). A prefix without a known
-word is infinitely far from every domain: where the seed is a candidate, it predicts alone. Centroids are dense [K, D], or sparse
-over terms: without the SVD, they separate many small domains better.
+Shapes: N tokens of several documents, E experts, C = E + 1 candidates (the seed last). Where nothing is known of a text, it is infinitely
+far from every domain (distances.py): where the seed is a candidate, it predicts alone.
 """
 
-import codecs
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
-from elmwood.domains.cluster import squared_distances
-from elmwood.domains.embed import Terms, unit
-from elmwood.domains.words import complete_words
 from elmwood.errors import BadInput, UnknownName
 from elmwood.records import Ensemble
 from elmwood.registry import lookup, trust, trusted
@@ -27,124 +18,6 @@ from elmwood.registry import lookup, trust, trusted
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
-
-
-class Embeds(Protocol):
-    """A fitted embedder, as far as routing needs it."""
-
-    @property
-    def dimension(self) -> int: ...
-    def embed(self, texts: Sequence[str]) -> Floats: ...
-    def steps(self, text: str) -> tuple[Floats, Ints]: ...
-    def counted(self, text: str) -> int: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Sparse:
-    """Centroids over terms: unit rows, kept term by term."""
-
-    term_VK: sparse.csr_matrix
-
-    @classmethod
-    def of(cls, centroid_KV: sparse.csr_matrix) -> "Sparse":
-        """From centroids as rows, which are scaled to length one."""
-        norm_K = sparse.linalg.norm(centroid_KV, axis=1)
-        scaled = sparse.diags(1 / np.where(norm_K > 0, norm_K, 1)) @ centroid_KV
-        return cls(sparse.csr_matrix(scaled.T))
-
-    def __len__(self) -> int:
-        return self.term_VK.shape[1]
-
-    def __getitem__(self, places: Sequence[int]) -> "Sparse":
-        return Sparse(sparse.csr_matrix(self.term_VK[:, places]))
-
-
-Centroids = Floats | Sparse
-
-
-def distances(fitted: Embeds, centroids: Centroids, texts: Sequence[str]) -> Floats:
-    """Squared distance of each text's embedding to each centroid [N, K] float32."""
-    if isinstance(centroids, Sparse):
-        x_NV = _terms(fitted).tfidf(texts)
-        return _sparse_distances((x_NV @ centroids.term_VK).toarray(), np.diff(x_NV.indptr) > 0)
-    return squared_distances(fitted.embed(texts), centroids)
-
-
-def prefix_distances(fitted: Embeds, centroids: Centroids, text: str, cut_P: Sequence[int] | Ints) -> Floats:
-    """Squared distances of text[:cut], for every cut (characters), to each centroid [P, K] float32; infinite where nothing is known.
-
-    One addition per word: the embedding of a prefix is the normalised sum of what its words add.
-    """
-    cut_P = np.minimum(cut_P, len(text))
-    if isinstance(centroids, Sparse):
-        terms = _terms(fitted)
-        row_W, before_W, count_W = terms.known(text)
-        words_P = np.searchsorted(count_W, cut_P, side="right")
-        dot_WK, norm2_W = _sparse_steps(terms, centroids, row_W, before_W)
-        norm_P = np.sqrt(_running(norm2_W[:, None])[words_P])
-        return _known(_sparse_distances(_running(dot_WK)[words_P] / np.where(norm_P > 0, norm_P, 1), words_P > 0), words_P > 0)
-    step_WD, count_W = fitted.steps(text)
-    sum_WD = _running(step_WD)
-    # after each word; prefixes between two words are alike
-    dist2_WK = _known(squared_distances(unit(sum_WD), centroids), np.any(sum_WD, axis=1))
-    return dist2_WK[np.searchsorted(count_W, cut_P, side="right")]
-
-
-def token_distances(fitted: Embeds, centroids: Centroids, tokens_T: Sequence[int] | Ints, token_bytes: Sequence[bytes]) -> Floats:
-    """Row t: squared distances for predicting token t, so from the bytes of tokens[:t] [T, K]."""
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    pieces = [decode(token_bytes[token]) for token in tokens_T]
-    cut_T = np.cumsum([0, *map(len, pieces)])[:-1]
-    return prefix_distances(fitted, centroids, "".join(pieces), cut_T)
-
-
-class PrefixDistances:
-    """Squared distances of a text that grows, after every piece, at the cost of that piece."""
-
-    def __init__(self, fitted: Embeds, centroids: Centroids):
-        self.fitted = fitted
-        self.centroids = centroids
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._open = ""  # what may still become part of a word; all of the text, for embedders that do not add up words
-        self._count: dict[int, int] = {}
-        self._counted, self._dist2_K = 0, np.full(len(centroids), np.inf, np.float32)  # for the same embedders: the prefix last looked at
-        self._sum_X = np.zeros(len(centroids) if isinstance(centroids, Sparse) else fitted.dimension)
-        self._norm2 = 0.0
-
-    def push(self, piece: bytes) -> Floats:
-        """Let the text grow; squared distances of all of it so far [K]."""
-        self._open += self._decode(piece)
-        if not isinstance(self.fitted, Terms) and not isinstance(self.centroids, Sparse):
-            if (counted := self.fitted.counted(self._open)) != self._counted:
-                x_1D = self.fitted.embed([self._open[:counted]])
-                self._counted, self._dist2_K = counted, _known(squared_distances(x_1D, self.centroids), np.any(x_1D, axis=1))[0]
-            return self._dist2_K
-        terms = _terms(self.fitted)
-        row_W, count_W = terms.lexicon.steps(self._open)
-        for row in row_W[(row_W >= 0) & (count_W <= len(self._open))]:
-            self._add(terms, int(row))
-        self._open = self._open[max(len(complete_words(self._open)) - 1, 0) :]
-        if isinstance(self.centroids, Sparse):
-            known_1 = np.array([self._norm2 > 0])
-            return _known(_sparse_distances(self._sum_X[None] / max(self._norm2, 1e-300) ** 0.5, known_1), known_1)[0]
-        return _known(squared_distances(unit(self._sum_X[None]), self.centroids), np.any(self._sum_X[None], axis=1))[0]
-
-    def _add(self, terms: Terms, row: int) -> None:
-        before_1 = np.array([self._count.get(row, 0)], np.float64)
-        self._count[row] = self._count.get(row, 0) + 1
-        if isinstance(self.centroids, Sparse):
-            dot_1K, norm2_1 = _sparse_steps(terms, self.centroids, np.array([row]), before_1)
-            self._sum_X += dot_1K[0]
-            self._norm2 += float(norm2_1[0])
-        else:
-            self._sum_X += terms.table_VD[row] * terms.rise(before_1)
-
-
-def nearest_place(dist2_NK: Floats, places_E: Sequence[Sequence[int]]) -> Floats:
-    """Squared distances to experts that serve several domains: to the nearest of these [N, E]. Each serves one at least."""
-    starts_E = np.cumsum([0, *map(len, places_E)])[:-1]
-    return np.minimum.reduceat(dist2_NK[:, np.concatenate([np.asarray(places, np.int64) for places in places_E])], starts_E, axis=1)
-
 
 FORGOTTEN, MOST_NATS = 1e-6, 30.0
 FEW = 8  # that are found one after another
@@ -162,12 +35,38 @@ class Routing:
     seed_distance: float | None = None  # the seed as a candidate at this squared distance (`posterior`: this many nats behind)
     memory: float = 0.1  # `live`: what a nat of the memory adds to a score
     decay: float = 0.98  # `live`: what is left of the memory after each token
+    every: int = 1  # tokens between two searches for the nearest experts; a short text is searched for more often (`searches`)
+    shortlist: int | None = None  # experts that a search finds, among which the nearest are chosen until the next; None: top_k
+    margin: float = 0.0  # squared distance by which a newcomer must be nearer than the live expert whose place it takes
+    sure: float | None = None  # a candidate with this weight at a search is alone until the next; None: none is
+    far: float | None = None  # squared distance beyond which an expert is not run, if the seed is a candidate
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or self.top_k < 1:
             raise BadInput(f"temperature is {self.temperature} and top_k {self.top_k}: both must be above zero")
         if not (self.memory >= 0 and 0 < self.decay <= 1):
             raise BadInput(f"memory is {self.memory} and decay {self.decay}: memory is at least 0, decay above 0 and at most 1")
+        if self.every < 1 or self.margin < 0 or (self.shortlist is not None and self.shortlist < 1):
+            raise BadInput(f"every is {self.every}, margin {self.margin}, shortlist {self.shortlist}: at least 1, 0 and 1")
+        if self.sure is not None and not 0.5 < self.sure <= 1:
+            raise BadInput(f"sure is {self.sure}: it is a weight above 0.5, which one candidate alone can have, and at most 1")
+        if self.sure is not None and self.shortlist is not None:
+            raise BadInput("sure is decided at a search, and with a shortlist experts change between searches: leave out one of the two")
+
+    @property
+    def chooses_anew(self) -> bool:
+        """Whether the experts of a token follow from its distances alone: the nearest of all."""
+        return self.every == 1 and not self.margin and self.sure is None and self.far is None
+
+    @property
+    def chooses_between(self) -> bool:
+        """Whether experts change between two searches."""
+        return self.shortlist is not None and self.shortlist > self.top_k
+
+    @property
+    def alone(self) -> "Routing":
+        """How experts that were chosen already are weighted."""
+        return replace(self, every=1, shortlist=None, margin=0.0, sure=None, far=None)
 
     @classmethod
     def of(cls, ensemble: Ensemble) -> Self:
@@ -188,10 +87,11 @@ class Routing:
 
 
 class Signals(NamedTuple):
-    """What routers look at. A router needs one of them, or both."""
+    """What routers look at. A router needs one of the first two, or both."""
 
     dist2_NE: Floats | None  # squared distances of the text so far to each expert; infinite where nothing is known of it
     memory_NC: Floats | None = None  # what each candidate said of the text so far (`remember`), nats
+    place_N: Ints | None = None  # tokens before each in its document (`places`); all rows of a document, unless every text is searched anew
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -207,10 +107,11 @@ class Signals(NamedTuple):
 
     def among(self, members: Sequence[int]) -> "Signals":
         """Of some experts, and the seed."""
-        dist2_NE, memory_NC = self
+        dist2_NE, memory_NC, place_N = self
         return Signals(
-            None if dist2_NE is None else dist2_NE[:, list(members)], None if memory_NC is None else memory_NC[:, [*members, -1]]
-        )
+            None if dist2_NE is None else dist2_NE[:, list(members)],
+            None if memory_NC is None else memory_NC[:, [*members, -1]], place_N,
+        )  # fmt: skip
 
 
 def weights(signals: Signals, routing: Routing) -> Floats:
@@ -218,13 +119,19 @@ def weights(signals: Signals, routing: Routing) -> Floats:
 
     A softmax of the router's scores over the candidates it keeps: `top_k` of all (experts by their digests, then the seed; of equal
     scores the first), or, for a router that looks at distances and memory, the `top_k` nearest experts and the seed. Where nothing
-    is known of the text, the seed is alone, if it is a candidate; otherwise the first `top_k` experts begin alike.
+    is known of the text, the seed is alone, if it is a candidate; otherwise the first `top_k` experts begin alike. Only experts that are
+    live have weight (`live_experts`), and a candidate that was sure enough at a search has all of it.
     """
     router = router_of(routing)
     score_NC = np.array(router.score(_with_seed(signals, routing), routing), np.float64)  # ours to change
     joins = routing.seed_distance is not None
     score_NC[:, -1] = score_NC[:, -1] if joins else -np.inf
-    kept_NC = candidates(signals, routing) if router.distances and router.memory else best_of(score_NC, routing.top_k)
+    if router.distances and router.memory:
+        kept_NC = candidates(signals, routing)
+    else:
+        live_NC = None if routing.chooses_anew else _live(signals, routing)
+        kept_NC = best_of(score_NC if live_NC is None else np.where(live_NC, score_NC, -np.inf), routing.top_k)
+        kept_NC &= live_NC if live_NC is not None else True
     kept_NC[:, -1] &= joins
     score_NC[~kept_NC] = -np.inf
     peak_N1 = score_NC.max(1, keepdims=True)
@@ -234,7 +141,7 @@ def weights(signals: Signals, routing: Routing) -> Floats:
     score_NC -= peak_N1
     np.exp(score_NC, out=score_NC)
     score_NC /= score_NC.sum(1, keepdims=True)
-    return score_NC
+    return score_NC if routing.sure is None else _leave_alone(score_NC, routing, signals.place_N)
 
 
 def candidates(signals: Signals, routing: Routing) -> Bools:
@@ -245,6 +152,8 @@ def candidates(signals: Signals, routing: Routing) -> Bools:
     joins = routing.seed_distance is not None
     if router.distances is None:
         return np.broadcast_to(np.arange(count) < count - (not joins), (rows, count)).copy()
+    if not routing.chooses_anew:
+        return _live(signals, routing)
     assert signals.dist2_NE is not None
     near_NE = best_of(-np.asarray(signals.dist2_NE, np.float64), routing.top_k)
     if joins:
@@ -269,6 +178,78 @@ def remember(loglik_NC: Floats, decay: float = 1.0, document_N: Ints | None = No
         memory_NC[end : end + left] += given_NC[last]
     before_NC[place_N] = memory_NC
     return before_NC
+
+
+# ---- which experts are live ----------------------------------------------------------------------------------------
+# A text is searched for its nearest experts at some places. Between two searches it keeps the experts it found, or chooses among a few.
+
+
+class Live(NamedTuple):
+    """The experts that predict a text, and those that may do so before the next search: their numbers, ascending."""
+
+    experts: Ints
+    listed: Ints
+
+
+NOBODY = Live(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def places(document_N: Ints) -> Ints:
+    """Tokens before each in its document, the separator included [N]. The tokens of a document are consecutive, all but the separator."""
+    first_N = np.flatnonzero(np.diff(document_N, prepend=-1))
+    return np.arange(len(document_N)) - np.repeat(first_N, np.diff(first_N, append=len(document_N))) + 1
+
+
+def searches(place_N: Ints, every: int) -> Bools:
+    """Whether experts are searched for before these tokens: at every multiple of `every`, and at the powers of two before the first [N]."""
+    place_N = np.asarray(place_N)
+    return (place_N % every == 0) | ((place_N < every) & (place_N & (place_N - 1) == 0))
+
+
+def search(live: Live, dist2_E: Floats, routing: Routing) -> Live:
+    """The nearest of all experts. One that is live already counts as nearer by the margin. Only experts that are as near as the farthest
+    of those listed before are ordered, since as many as are wanted are."""
+    score_E = np.array(dist2_E)
+    score_E[live.experts] -= np.float32(routing.margin)
+    if (joins := routing.seed_distance is not None) and routing.far is not None:
+        score_E[dist2_E > routing.far] = np.inf
+    count = max(routing.top_k, routing.shortlist or 0)
+    listed = np.flatnonzero(score_E <= score_E[live.listed].max()) if len(live.listed) == count else np.arange(len(score_E))
+    listed = listed[closest(score_E[listed], count)]
+    listed = listed[np.isfinite(score_E[listed])] if joins else listed
+    return Live(listed[closest(score_E[listed], routing.top_k)], listed)
+
+
+def choose(live: Live, dist2_L: Floats, routing: Routing) -> Live:
+    """The nearest of those that the last search listed, whose distances these are; the live ones count as nearer by the margin."""
+    score_L = np.array(dist2_L)
+    score_L[np.searchsorted(live.listed, live.experts)] -= np.float32(routing.margin)
+    return live._replace(experts=live.listed[closest(score_L, routing.top_k)])
+
+
+def live_experts(dist2_NE: Floats, place_N: Ints, routing: Routing) -> Bools:
+    """Which experts predict each token [N, E]: what `search` and `choose` find as each document grows."""
+    live_NE, live = np.zeros(dist2_NE.shape, bool), NOBODY
+    search_N = searches(place_N, routing.every)
+    first_N = np.diff(place_N, prepend=0) != 1
+    stops_N = search_N | first_N
+    stops_N |= routing.chooses_between
+    stop_S = np.flatnonzero(stops_N)
+    for n, end in zip(stop_S.tolist(), np.append(stop_S, len(place_N))[1:].tolist(), strict=True):
+        live = NOBODY if first_N[n] else live
+        anew = search_N[n] or first_N[n]
+        live = search(live, dist2_NE[n], routing) if anew else choose(live, dist2_NE[n, live.listed], routing)
+        live_NE[n:end, live.experts] = True
+    return live_NE
+
+
+def closest(dist2_X: Floats, count: int) -> Ints:
+    """The places of the smallest, ascending; of equal ones the first. Exact, in time that grows with their number alone."""
+    if count >= len(dist2_X):
+        return np.arange(len(dist2_X))
+    last = np.partition(dist2_X, count - 1)[count - 1]
+    below = np.flatnonzero(dist2_X < last)
+    return np.sort(np.concatenate([below, np.flatnonzero(dist2_X == last)[: count - len(below)]]))
 
 
 # ---- routers: signals -> scores, which `weights` turns into weights ------------------------------------------------
@@ -350,6 +331,31 @@ def _row(found: Any, name: str) -> Router:
 # ---- inside ---------------------------------------------------------------------------------------------------------
 
 
+def _live(signals: Signals, routing: Routing) -> Bools:
+    """The experts that are live, and the seed if it is a candidate [N, C]. Raises BadInput."""
+    if signals.dist2_NE is None or signals.place_N is None:
+        raise BadInput(f"router {routing.router!r} looks at no distances: leave out every, shortlist, margin, sure and far")
+    live_NE, joins = live_experts(signals.dist2_NE, signals.place_N, routing), routing.seed_distance is not None
+    if joins:
+        live_NE &= np.isfinite(signals.dist2_NE)
+    return np.column_stack([live_NE, np.full(len(live_NE), joins)])
+
+
+def _leave_alone(weight_NC: Floats, routing: Routing, place_N: Ints | None) -> Floats:
+    """From each search to the next, all the weight on the candidate that was sure. A router with a memory asks all at the search itself."""
+    assert place_N is not None
+    search_N = searches(place_N, routing.every)
+    block_N = np.cumsum(search_N) - 1
+    at_SC = weight_NC[search_N]
+    best_S = at_SC.argmax(1)
+    alone_N = np.isin(block_N, np.flatnonzero(at_SC.max(1, initial=0) >= routing.sure))
+    if router_of(routing).memory:
+        alone_N &= ~search_N
+    weight_NC[alone_N] = 0
+    weight_NC[alone_N, best_S[block_N[alone_N]]] = 1
+    return weight_NC
+
+
 def _with_seed(signals: Signals, routing: Routing) -> CandidateSignals:
     rows, count = signals.shape
     dist2_NC = np.zeros((count, rows)).T  # column by column: sums and maxima over few candidates are then over long columns
@@ -374,34 +380,3 @@ def best_of(score_NE: Floats, top_k: int) -> Bools:
         np.put_along_axis(kept_NE, best_N1, True, axis=1)
         np.put_along_axis(left_NE, best_N1, -np.inf, axis=1)
     return kept_NE
-
-
-def _known(dist2_NK: Floats, known_N: Bools) -> Floats:
-    """Infinite where nothing is known."""
-    return np.where(known_N[:, None], dist2_NK, np.float32(np.inf))
-
-
-def _terms(fitted: Embeds) -> Terms:
-    if not isinstance(fitted, Terms):
-        raise BadInput(f"sparse routing needs terms, and {type(fitted).__name__} embeds without them: choose another router, or 'tfidf'")
-    return fitted
-
-
-def _running(step_WX: Floats) -> Floats:
-    """Sums of the first 0, 1, ... W rows [W + 1, X] float64."""
-    sum_WX = np.zeros((len(step_WX) + 1, step_WX.shape[1]))
-    np.cumsum(step_WX, axis=0, out=sum_WX[1:])
-    return sum_WX
-
-
-def _sparse_steps(terms: Terms, centroids: Sparse, row_W: Ints, before_W: Floats) -> tuple[Floats, Floats]:
-    """What each word adds to the product with every centroid [W, K], and to the squared norm [W]."""
-    weight_W = terms.weight_V[row_W].astype(np.float64)
-    dot_WK = centroids.term_VK[row_W].toarray() * (weight_W * terms.rise(before_W))[:, None]
-    power2 = 2 * terms.power
-    return dot_WK, weight_W**2 * ((before_W + 1) ** power2 - before_W**power2)
-
-
-def _sparse_distances(cosine_NK: Floats, some_N: Bools) -> Floats:
-    """Squared distances from products with unit centroids; a text without words is the zero vector."""
-    return np.maximum(some_N[:, None] + 1.0 - 2 * cosine_NK, 0).astype(np.float32)

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elmwood.domains.route import Routing, Signals, token_distances, weights
-from elmwood.ensemble.text_router import TextRouter, names_of
+from elmwood.domains.distances import token_distances
+from elmwood.domains.route import Routing
+from elmwood.ensemble.text_router import TextRouter, names_of, weigh
 from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
 from elmwood.store import Store
 
@@ -66,10 +67,8 @@ class Guide:
 
     def look(self, tokens: Sequence[int]) -> list[Place]:
         """All candidates after these tokens (from the separator on), the heaviest first, then the nearest."""
-        dist2_1E = self.router.push(self.router.start(), tokens)
-        count = len(self.names)
-        signals = Signals(dist2_1E, np.zeros((1, count)))
-        weight_C = weights(signals, self.routing)[0].tolist()
+        dist2_1E, count = self.router.push(tokens), len(self.names)
+        weight_C = self._weigh(tokens, count)
         dist2_C = [None] * count if dist2_1E is None else [*map(float, dist2_1E[0]), self.routing.seed_distance]
         places = [(served[0] if served else None) for served in self.router.places_E] + [None]
         found = [
@@ -77,3 +76,11 @@ class Guide:
             for name, digest, domain, dist2, weight in zip(self.names, self.digests, places, dist2_C, weight_C, strict=True)
         ]
         return sorted(found, key=lambda place: (-place.weight, place.dist2 if place.dist2 is not None else np.inf))
+
+    def _weigh(self, tokens: Sequence[int], count: int) -> list[float]:
+        """Of those that are live."""
+        walk, weight_C = self.router.start(), np.zeros(count)
+        near = None if walk is None else self.router.follow(walk, tokens)
+        active, weight_A = weigh(near, np.zeros(count), self.routing)
+        weight_C[active] = weight_A
+        return weight_C.tolist()

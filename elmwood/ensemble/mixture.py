@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elmwood.corpus.tokens import Windows
-from elmwood.domains.route import PrefixDistances, Signals, candidates, remember, router_of, weights
+from elmwood.domains.route import Signals, candidates, places, remember, router_of, searches, weights
 from elmwood.engine import Progress, silent
 from elmwood.ensemble.bounded import BoundedLM
 from elmwood.ensemble.forest import open_forest, score_rows
 from elmwood.ensemble.one import OneLM
 from elmwood.ensemble.prompt_weights import WeightsLM
+from elmwood.ensemble.text_router import Walk, sure_of, weigh
 from elmwood.errors import UnknownName
 from elmwood.lm.experts import Expected, Experts, Text
 from elmwood.lm.interface import LM
@@ -36,10 +37,11 @@ Bools = NDArray[np.bool_]
 class MixedText(Text):
     """A text that an ensemble reads."""
 
-    def __init__(self, prefix: PrefixDistances | None, count: int) -> None:
+    def __init__(self, walk: Walk | None, count: int) -> None:
         super().__init__()
         self.shares: dict[str, float] = {}
-        self.prefix = prefix  # none where the router looks at no distances
+        self.walk = walk  # none where the router looks at no distances
+        self.alone: int | None = None  # the candidate that is so until the next search
         self.memory_C = np.zeros(count)  # up to the last token that each candidate has read, nats
 
 
@@ -83,16 +85,17 @@ class EnsembleLM:
         window_N = np.repeat(np.arange(len(asked_W)), windows.count_W)
         wanted_N = np.repeat(asked_W, windows.count_W)
         dist2_NE, shape = self.router.distances(windows), (len(window_N), len(self.experts))
-        live_NC = candidates(Signals(dist2_NE, np.broadcast_to(0.0, shape)), self.routing) & wanted_N[:, None]
+        document_N = windows.document_W[window_N]
+        place_N = places(document_N)
+        live_NC = candidates(Signals(dist2_NE, np.broadcast_to(0.0, shape), place_N), self.routing) & wanted_N[:, None]
         read_WC = np.column_stack([np.bincount(window_N, live_N, len(asked_W)) > 0 for live_N in live_NC.T])
         if self.memory:
-            read_WC = _leading_to(read_WC, windows, self.routing.reach)
+            read_WC = _leading_to(read_WC, windows, self.routing.reach + (self.routing.every if self.routing.sure else 0))
         size = float(windows.length_W[asked_W].sum())  # passes of several candidates over a token count as one
         passes = max(float((windows.length_W @ read_WC).sum()), 1.0)
         loglik_NC = self._read(windows, read_WC, lambda done: progress("score", size * done / passes, size, "tokens"))
-        document_N = windows.document_W[window_N]
         memory_NC = remember(loglik_NC, self.routing.fading, document_N) if self.memory else None
-        weight_nC = weights(Signals(dist2_NE, memory_NC), self.routing)[wanted_N]
+        weight_nC = weights(Signals(dist2_NE, memory_NC, place_N), self.routing)[wanted_N]
         return Weighed(Windows(*(part[asked_W] for part in windows)), weight_nC, loglik_NC[wanted_N])
 
     def _read(self, windows: Windows, read_WC: Bools, report: Callable[[int], None]) -> Floats:
@@ -120,7 +123,14 @@ class EnsembleLM:
 
     def read(self, tokens_T: Sequence[int], text: MixedText) -> Expected:
         """As `extend`, candidate by candidate."""
-        self.experts.check(tokens_T, len(text.tokens) + len(tokens_T))
+        begin = len(text.tokens)
+        self.experts.check(tokens_T, begin + len(tokens_T))
+        if self.routing.sure:  # the candidates of the last search, and what they have said by then, decide who is alone
+            asked_T = np.flatnonzero(searches(np.arange(begin, begin + len(tokens_T)), self.routing.every))
+            first = int(asked_T[-1]) if len(asked_T) else 0
+            if first:
+                self._expect(tokens_T[:first], [], tokens_T[:first], text)
+                tokens_T = tokens_T[first:]
         return self._expect(tokens_T, [], tokens_T, text)
 
     def hear(self, token: int, loglik: Mapping[int, float], text: MixedText) -> Expected:
@@ -133,13 +143,18 @@ class EnsembleLM:
 
     def _expect(self, said_T: Sequence[int], ready: Sequence[int], unread_T: Sequence[int] | None, text: MixedText) -> Expected:
         """The text has grown by some tokens: let its candidates read those, but for the ones that are ready, and weigh them all."""
-        signals = Signals(self.router.push(text.prefix, said_T), text.memory_C[None])
-        active = np.flatnonzero(candidates(signals, self.routing)[0]).tolist()
+        near = self.router.follow(text.walk, said_T, self.routing) if text.walk else None
+        decides = self.routing.sure is not None and near is not None and near.place == text.walk.searched.place  # type: ignore[union-attr]
+        if decides:
+            text.alone = None if self.memory else sure_of(*weigh(near, text.memory_C, self.routing), self.routing)
+        active = weigh(near, text.memory_C, self.routing)[0] if text.alone is None else [text.alone]
         joined = [c for c in active if c not in ready]
         logp_AV = torch.empty(0)
         if joined:
             logp_AV = self._follow(joined, unread_T, text) if self.memory else self.experts.extend(joined, unread_T, text)[0]
-        weight_A = weights(signals, self.routing)[0, active].tolist()
+        weight_A = weigh(near, text.memory_C, self.routing)[1] if text.alone is None else [1.0]
+        if decides and self.memory:
+            text.alone = sure_of(active, weight_A, self.routing)
         text.shares = {self.names[c]: weight for c, weight in zip(active, weight_A, strict=True) if weight}
         return Expected(dict(zip(active, weight_A, strict=True)), dict(zip(joined, logp_AV, strict=True)))
 

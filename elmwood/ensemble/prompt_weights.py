@@ -49,6 +49,8 @@ class WeightsLM:
         self.routing, self.experts, self.router, self.names = open_forest(ensemble, store, device)
         if router_of(self.routing).memory:
             raise BadInput(f"router {ensemble.router!r} runs experts to weigh them, and mixing weights runs none: choose 'centroid'")
+        if not self.routing.chooses_anew:
+            raise BadInput("mixing weights chooses experts once for a prompt: leave out every, shortlist, margin, sure and far")
         self.experts.adapters_only()
         seed, self.stops, self.block = self.experts.seed, self.experts.stops, ensemble.block
         self.context, self.vocabulary, self.separator = seed.context, seed.vocabulary, seed.separator
@@ -90,6 +92,6 @@ class WeightsLM:
     def extend(self, tokens_T: Sequence[int], cache: PromptText) -> tuple[Tensor, PromptText]:
         self.experts.check(tokens_T, len(cache.tokens) + len(tokens_T))
         if cache.weight_C is None:
-            cache.weight_C = weights(Signals(self.router.push(self.router.start(), tokens_T)), self.routing)[0]
+            cache.weight_C = weights(Signals(self.router.push(tokens_T)), self.routing)[0]
             cache.shares = {self.names[c]: float(cache.weight_C[c]) for c in np.flatnonzero(cache.weight_C)}
         return self.experts.extend_mixed(cache.weight_C, tokens_T, cache).cpu(), cache

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.domains.route import Routing, Signals, open_router, remember, router_of, weights
+from elmwood.domains.route import Routing, Signals, open_router, places, remember, router_of, weights
 from elmwood.errors import BadInput
 from elmwood.evaluate.calibration import Calibration, calibrate
 from elmwood.evaluate.holdout import Holdout
@@ -98,7 +98,7 @@ class ExpertColumns(NamedTuple):
         """Of every token; the memory begins with its document."""
         looks = router_of(routing).memory
         memory_NC = remember(self.loglik_NC, routing.fading, self.holdout.document_N) if looks else None
-        return Signals(self.side.distances(routing.router), memory_NC)
+        return Signals(self.side.distances(routing.router), memory_NC, places(self.holdout.document_N))
 
     def column(self, routing: Routing) -> Floats:
         """The log-likelihoods of the ensemble [N]."""

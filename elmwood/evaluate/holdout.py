@@ -15,8 +15,8 @@ from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import Packed, Windows, pack, token_bytes, windows
 from elmwood.domains import embed
 from elmwood.domains.dense import Open
+from elmwood.domains.distances import token_distances
 from elmwood.domains.partition import centroids
-from elmwood.domains.route import token_distances
 from elmwood.engine import Progress, each, silent
 from elmwood.errors import BadInput
 from elmwood.lm.files import tokenizer as load_tokenizer

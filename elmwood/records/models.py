@@ -140,6 +140,11 @@ class Ensemble(Record):
     block: int = Field(64, gt=0)  # mixing `weights`: tokens scored before the adapters are summed again
     memory: float = Field(0.1, ge=0)  # router `live`: weight of the log-likelihood of the text so far in a candidate's score
     decay: float = Field(0.98, gt=0, le=1)  # router `live`: factor of that log-likelihood after each token
+    every: int = Field(1, gt=0)  # tokens between two searches for the nearest experts
+    shortlist: int | None = Field(None, gt=0)  # nearest experts among which a token's are chosen between searches; None: top_k
+    margin: float = Field(0.0, ge=0)  # squared distance by which a newcomer must be nearer than the expert whose place it takes
+    sure: float | None = Field(None, gt=0.5, le=1)  # the weight at a search with which a candidate is alone until the next
+    far: float | None = Field(None, gt=0)  # squared distance beyond which no expert is run, where the seed is a candidate
     aggregation: Literal["arithmetic", "geometric", "median"] = "arithmetic"  # mixing `outputs`: how probabilities become one
     bounded: tuple[Digest, ...] = ()  # mixing `outputs`: experts on probation, which move odds from the seed's by a bound at most
     bound: float = Field(2.0, gt=0)  # nats

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from elmwood.corpus.tokens import token_bytes
+from elmwood.domains.route import Routing
 from elmwood.ensemble.batch.interface import USUAL, Engine, Limits
 from elmwood.ensemble.guide import Guide
 from elmwood.errors import BadInput
@@ -135,10 +136,7 @@ class Served:
         """What a model is made of, for provenance."""
         facts: dict[str, Any] = {"model": self.record.digest, "kind": self.record.kind, "seed": self.seed.digest}
         if isinstance(self.record, Ensemble):
-            facts["router"] = {
-                name: getattr(self.record, name)
-                for name in ("router", "top_k", "temperature", "seed_distance", "mixing", "memory", "decay", "aggregation")
-            }
+            facts["router"] = {name: getattr(self.record, name) for name in (*Routing.__dataclass_fields__, "mixing", "aggregation")}
         return facts | {"fingerprint": self.fingerprint}
 
 

@@ -9,7 +9,7 @@ import pytest
 from topics import PIECES, TOPICS, export_partition, some_texts, topic_of
 
 from elmwood.corpus.build import documents
-from elmwood.domains import cluster, dense, embed, route
+from elmwood.domains import cluster, dense, distances, embed
 from elmwood.domains.grow import Means
 from elmwood.domains.partition import assign, centroids, fit_embedder, partition
 from elmwood.domains.publish import receive
@@ -131,11 +131,11 @@ def test_neural_embedders(name, tmp_path):
     assert len({(topic_of(text), int(label)) for text, label in zip(found, label_N, strict=True)}) == len(TOPICS)
     text = found[0]
     cut = len(text) if name == "seed" else spans(text)[dense.STRIDE - 1][1]
-    near = route.prefix_distances(fitted, x_ND[:3], text, [cut])
-    np.testing.assert_allclose(near, route.distances(fitted, x_ND[:3], [text[:cut]]), atol=1e-6)
-    walk = route.PrefixDistances(fitted, x_ND[:3])
+    near = distances.prefix_distances(fitted, x_ND[:3], text, [cut])
+    np.testing.assert_allclose(near, distances.distances(fitted, x_ND[:3], [text[:cut]]), atol=1e-6)
+    walk = distances.PrefixDistances(fitted, x_ND[:3])
     walked = np.stack([walk.push(letter.encode()) for letter in text])
-    np.testing.assert_allclose(walked, route.prefix_distances(fitted, x_ND[:3], text, range(1, len(text) + 1)), atol=1e-5)
+    np.testing.assert_allclose(walked, distances.prefix_distances(fitted, x_ND[:3], text, range(1, len(text) + 1)), atol=1e-5)
     with pytest.raises((BadInput, Damaged), match="letters"):
         embed.load(record, store)
     with pytest.raises(BadInput, match="needs a model"):

@@ -12,7 +12,7 @@ import pytest
 from topics import TOPICS, build_corpus, topic_of
 
 from elmwood.corpus.build import documents
-from elmwood.domains import embed, grow, route
+from elmwood.domains import distances, embed, grow
 from elmwood.domains.grow import Means
 from elmwood.domains.partition import assign, centroids, partition
 from elmwood.domains.words import words
@@ -125,7 +125,7 @@ def test_documents_outside_the_fit_go_to_the_nearest(made, monkeypatch):
 def test_sparse_centroids_route_too(made):
     store, _, first = made
     fitted = embed.load(first.embedder, store)
-    dist2_NK = route.distances(fitted, centroids(first, store, "sparse"), list(TOPICS[:3]))
+    dist2_NK = distances.distances(fitted, centroids(first, store, "sparse"), list(TOPICS[:3]))
     np.testing.assert_array_equal(dist2_NK.argmin(1), assign(first, store, TOPICS[:3])[0])
     assert centroids(first, store, "sparse")[[2, 0]].term_VK.shape[1] == 2
 

@@ -5,7 +5,7 @@ import pytest
 from topics import TOPICS, build_corpus, some_texts
 
 from elmwood.corpus.build import documents
-from elmwood.domains import route
+from elmwood.domains import distances
 from elmwood.domains.partition import add, assign, centroids, heirs, partition, serving, split
 from elmwood.errors import BadInput, ForeignExpert
 
@@ -19,7 +19,7 @@ def test_splitting_leaves_the_others_as_they_were(made):
         assert parted.domains[place].model_copy(update={"origin": None}) == first.domains[place]
     for kind in ("dense", "sparse"):
         old, new = centroids(first, store, kind), centroids(parted, store, kind)
-        old, new = ((x.term_VK.toarray().T if isinstance(x, route.Sparse) else x)[[0, 2]] for x in (old, new))
+        old, new = ((x.term_VK.toarray().T if isinstance(x, distances.Sparse) else x)[[0, 2]] for x in (old, new))
         np.testing.assert_array_equal(old, new)
     for role in ("train", "holdout"):
         parts = [document.id for place in (1, 3) for document in documents(getattr(parted.domains[place], role), store)]

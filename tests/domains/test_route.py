@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from topics import PIECES, TOPICS, some_texts, texts
 
-from elmwood.domains import embed, route
+from elmwood.domains import distances, embed, route
 from elmwood.domains.route import Routing, Signals
 from elmwood.domains.words import complete_words
 from elmwood.errors import BadInput, UnknownName
@@ -24,7 +24,7 @@ def fitted():
 def rows(fitted, k):
     """Centroids, dense and sparse."""
     found = some_texts(TOPICS, 4, np.random.default_rng(5))[:k]
-    return fitted.embed(found), route.Sparse.of(fitted.tfidf(found))
+    return fitted.embed(found), distances.Sparse.of(fitted.tfidf(found))
 
 
 @settings(deadline=None)
@@ -33,9 +33,9 @@ def test_prefix_routing_equals_embedding_every_prefix(fitted, text):
     cut_P = np.arange(len(text) + 1)
     for places in rows(fitted, 4):
         known_P = fitted.embed([complete_words(text[:cut]) for cut in cut_P]).any(1)
-        expected = route.distances(fitted, places, [complete_words(text[:cut]) for cut in cut_P])
+        expected = distances.distances(fitted, places, [complete_words(text[:cut]) for cut in cut_P])
         expected = np.where(known_P[:, None], expected, np.inf)
-        np.testing.assert_allclose(route.prefix_distances(fitted, places, text, cut_P), expected, atol=1e-6)
+        np.testing.assert_allclose(distances.prefix_distances(fitted, places, text, cut_P), expected, atol=1e-6)
 
 
 @settings(deadline=None)
@@ -45,16 +45,16 @@ def test_tokens_and_a_growing_text_route_alike(fitted, text, sizes):
     edges = np.minimum(np.cumsum([0, *sizes]), len(data))
     pieces = [data[a:b] for a, b in pairwise(edges)]  # tokens that cut characters in two
     for places in rows(fitted, 3):
-        at_tokens = route.token_distances(fitted, places, range(len(pieces)), pieces)
-        walk = route.PrefixDistances(fitted, places)
+        at_tokens = distances.token_distances(fitted, places, range(len(pieces)), pieces)
+        walk = distances.PrefixDistances(fitted, places)
         walked = [walk.push(b""), *(walk.push(piece) for piece in pieces)][:-1]
         np.testing.assert_allclose(at_tokens, walked, atol=1e-6)
 
 
 def test_a_prefix_without_a_known_word_is_infinitely_far(fitted):
     for places in rows(fitted, 3):
-        assert np.isinf(route.prefix_distances(fitted, places, "12", [0, 2])).all()
-        assert np.isinf(route.PrefixDistances(fitted, places).push(b"12 ")).all()
+        assert np.isinf(distances.prefix_distances(fitted, places, "12", [0, 2])).all()
+        assert np.isinf(distances.PrefixDistances(fitted, places).push(b"12 ")).all()
 
 
 def weigh(dist2_NE=None, memory_NC=None, **settings):
@@ -168,3 +168,93 @@ def test_a_router_from_outside_must_have_been_typed_here(monkeypatch, tmp_path):
         weigh([[0.1, 0.2]], router="my_routers:farthest", top_k=1)
     assert route.open_router("my_routers:farthest").source == "a joke"
     np.testing.assert_array_equal(weigh([[0.1, 0.2]], router="my_routers:farthest", top_k=1), [[0, 1, 0]])
+
+
+# ---- which experts are live
+
+
+def brute_live(dist2_NE, place_N, routing):
+    """The rule of live experts a second time: whole sorts, token by token."""
+    found, live, listed = [], [], []
+    for dist2_E, place in zip(dist2_NE.astype(np.float32), place_N, strict=True):
+        score_E = dist2_E.copy()
+        live = [] if place == 1 else live
+        score_E[live] -= np.float32(routing.margin)
+        far_E = dist2_E > routing.far if routing.far is not None and routing.seed_distance is not None else np.zeros(len(dist2_E), bool)
+        if place % routing.every == 0 or (place < routing.every and place in (1, 2, 4, 8, 16, 32)):
+            order = [e for e in np.argsort(np.where(far_E, np.inf, score_E), kind="stable").tolist() if not far_E[e]]
+            listed = sorted(order[: max(routing.top_k, routing.shortlist or 0)])
+            live = order[: routing.top_k]
+        elif (routing.shortlist or 0) > routing.top_k:
+            live = [listed[n] for n in np.argsort(score_E[listed], kind="stable")[: routing.top_k]]
+        found.append(np.isin(np.arange(len(dist2_E)), live))
+    return np.array(found)
+
+
+RULES = st.builds(
+    lambda **fields: Routing("live", temperature=0.5, seed_distance=1.0, **fields),
+    top_k=st.integers(1, 4), every=st.sampled_from([1, 4, 7, 64]), shortlist=st.sampled_from([None, 3, 6]),
+    margin=st.sampled_from([0.0, 0.05, 0.5]), far=st.sampled_from([None, 0.7, 1.3]),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(RULES, st.integers(0, 2**32 - 1), st.lists(st.integers(1, 90), min_size=1, max_size=4))
+def test_live_experts_are_those_of_full_sorts(routing, rng_seed, sizes):
+    rng = np.random.default_rng(rng_seed)
+    dist2_NE = np.round(1 + 0.3 * np.cumsum(rng.normal(size=(sum(sizes), 9)), 0) / 3, 2).clip(0, 4).astype(np.float32)  # ties, slow drift
+    place_N = route.places(np.repeat(np.arange(len(sizes)), sizes))
+    assert place_N.tolist() == [place for size in sizes for place in range(1, size + 1)]
+    live_NE = route.live_experts(dist2_NE, place_N, routing)
+    np.testing.assert_array_equal(live_NE, brute_live(dist2_NE, place_N, routing))
+    weight_NC = route.weights(Signals(dist2_NE, np.zeros((len(dist2_NE), 10)), place_N), routing)
+    np.testing.assert_array_equal(weight_NC[:, :-1] > 0, live_NE)
+    np.testing.assert_allclose(weight_NC.sum(1), 1)
+    anew = Routing("live", routing.top_k, 0.5, 1.0)
+    if routing.every == 1 and not routing.margin and routing.far is None:
+        np.testing.assert_array_equal(weight_NC, route.weights(Signals(dist2_NE, np.zeros((len(dist2_NE), 10))), anew))
+
+
+@settings(deadline=None, max_examples=80)
+@given(arrays(np.float32, st.integers(1, 60), elements=st.sampled_from([0.25, 0.5, 0.75, 1.0, np.inf])), st.integers(1, 40))
+def test_a_shortlist_holds_what_a_full_search_finds(dist2_E, count):
+    """The 32 nearest, exactly, and of equal ones the first; the nearest of a list are the nearest of all."""
+    order = np.argsort(dist2_E, kind="stable")
+    np.testing.assert_array_equal(route.closest(dist2_E, count), np.sort(order[:count]))
+    for seed_distance in (None, 0.9):
+        routing = Routing("live", 4, seed_distance=seed_distance, every=64, shortlist=32)
+        live = route.search(route.NOBODY, dist2_E, routing)
+        keep = order if seed_distance is None else order[np.isfinite(dist2_E[order])]
+        np.testing.assert_array_equal(live.experts, np.sort(keep[:4]))
+        np.testing.assert_array_equal(live.listed, np.sort(keep[:32]))
+        np.testing.assert_array_equal(route.choose(live, dist2_E[live.listed], routing).experts, live.experts)
+        for before in (live, route.search(live, dist2_E[::-1].copy(), routing)):  # whatever was listed before
+            np.testing.assert_array_equal(route.search(before, dist2_E, routing).listed, live.listed)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["live", "centroid"]), st.sampled_from([0.6, 0.9]))
+def test_a_candidate_that_is_sure_at_a_search_is_alone_until_the_next(rng_seed, router, sure):
+    rng = np.random.default_rng(rng_seed)
+    dist2_NE = np.cumsum(rng.normal(size=(200, 4)), 0).clip(0.2, 3).astype(np.float32)
+    memory_NC = route.remember(-3 * rng.random((200, 5)), 0.98)
+    signals = Signals(dist2_NE, memory_NC, np.arange(1, 201))
+    routing = Routing(router, 2, 0.4, 1.0, every=16, sure=sure)
+    got_NC = route.weights(signals, routing)
+    all_NC = route.weights(signals, Routing(router, 2, 0.4, 1.0, every=16))
+    at = 0
+    for n, place in enumerate(signals.place_N):
+        if place % 16 == 0 or place in (1, 2, 4, 8):
+            at = n
+        expected_C = all_NC[n]
+        if all_NC[at].max() >= sure and (n != at or router == "centroid"):
+            expected_C = np.eye(5)[all_NC[at].argmax()]
+        np.testing.assert_allclose(got_NC[n], expected_C)
+
+
+def test_rules_that_do_not_fit_each_other_are_refused():
+    for wrong in ({"every": 0}, {"margin": -1.0}, {"sure": 0.4}, {"sure": 0.9, "shortlist": 32}, {"shortlist": 0}):
+        with pytest.raises(BadInput):
+            Routing(**wrong)
+    with pytest.raises(BadInput, match="looks at no distances"):
+        weigh(memory_NC=[[-1.0, -2.0]], router="posterior", every=64)

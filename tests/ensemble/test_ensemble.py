@@ -10,9 +10,9 @@ from tiny_models import SHAPE, lora_expert
 from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import Windows
 from elmwood.domains.dense import Model
+from elmwood.domains.distances import nearest_place, token_distances
 from elmwood.domains.grow import Means
 from elmwood.domains.partition import assign, centroids, fit_embedder, partition, split
-from elmwood.domains.route import nearest_place, token_distances
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import EnsembleLM, open_model
 from elmwood.errors import ForeignExpert, UnknownName

@@ -1,20 +1,35 @@
 """Which candidates of a model predict a text, and with what weight: an engine's requests beside one another.
 
-E experts by digest, C candidates (the seed last), N requests
+E experts by digest, C candidates (the seed last), A of them active, N requests
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.domains.route import Routing, Signals, candidates, router_of, weights
+from elmwood.domains.route import Routing, router_of
 from elmwood.ensemble.batch.choice import SEED, allowed
+from elmwood.ensemble.text_router import Near, Walk, sure_of, weigh
 from elmwood.errors import BadInput
 
 Floats = NDArray[np.floating]
+
+
+class Look(NamedTuple):
+    """What the router says of the text before a token."""
+
+    place: int  # tokens of this text
+    near: Near | None  # the live experts; none where the router looks at no distances
+    searched: Near | None  # those of the last search
+    active: list[int]  # candidates that must have read the text
+
+    @property
+    def since(self) -> int:
+        """The place of the last search."""
+        return self.searched.place if self.searched else self.place
 
 
 @dataclass(frozen=True)
@@ -75,38 +90,55 @@ class Candidates:
         most = min(self.routing.top_k, self.seed) + 1
         return most if router.memory or self.bounded or self.routing.seed_distance is not None else most - 1
 
-    def start(self) -> Any:
-        """An empty text, for `push`."""
-        return self.router.start() if self.routing else None
+    def start(self, choice: Choice) -> Walk | None:
+        """An empty text, for `look`."""
+        members = None if len(choice.members) == self.seed else choice.members
+        return self.router.start(members) if choice.alone is None else None
 
-    def push(self, prefix: Any, tokens: Sequence[int]) -> Floats | None:
-        """Let a text grow: its distances [E], none where the router looks at none."""
-        found = self.router.push(prefix, tokens) if prefix is not None else None
-        return None if found is None else found[0]
-
-    def active(self, choice: Choice, dist2_E: Floats | None) -> list[int]:
-        """The candidates that predict the next token; others have no weight, whatever the memory is."""
+    def look(self, choice: Choice, walk: Walk | None, tokens: Sequence[int], place: int) -> Look:
+        """Let a text grow by some tokens to so many, and see who predicts the next one. Where the memory decides who is alone, all that
+        may be are asked until `decide` knows."""
         if choice.alone is not None:
-            return [choice.alone]
+            return Look(place, None, None, [choice.alone])
         assert choice.routing
-        among = self._among(choice, None if dist2_E is None else dist2_E[None], np.zeros((1, self.seed + 1)))
-        return [self._whole(choice, c) for c in np.flatnonzero(candidates(among, choice.routing)[0])]
+        if walk is None:
+            return Look(place, None, None, self._weigh(choice, None, {})[0])
+        near, searched = self.router.follow(walk, tokens, choice.routing), walk.searched
+        if choice.routing.sure is not None and not self.memory and walk.alone[0] != searched.place:
+            walk.alone = searched.place, sure_of(*self._weigh(choice, searched, {}), choice.routing)
+        alone = self._alone(walk, searched, place)
+        return Look(place, near, searched, self._weigh(choice, near, {})[0] if alone is None else [alone])
 
-    def weigh(self, choice: Choice, dist2_E: Floats | None, memory: Mapping[int, float]) -> dict[int, float]:
-        """The weight of each active candidate, by what each said of the text so far [nats]."""
-        if choice.alone is not None:
-            return {choice.alone: 1.0}
+    def undecided(self, choice: Choice, walk: Walk | None, look: Look) -> list[int]:
+        """The candidates whose memory at the last search must be known to know who is alone since then; none where it is known."""
+        if walk is None or look.searched is None or not self.memory or choice.routing is None or choice.routing.sure is None:
+            return []
+        return [] if walk.alone[0] == look.searched.place else self._weigh(choice, look.searched, {})[0]
+
+    def decide(self, choice: Choice, walk: Walk | None, look: Look, memory: Mapping[int, float]) -> None:
+        """Note who is alone after the last search, by what each had said of the text by then [nats]."""
         assert choice.routing
-        memory_1C = np.zeros((1, self.seed + 1))
-        memory_1C[0, list(memory)] = list(memory.values())
-        signals = self._among(choice, None if dist2_E is None else dist2_E[None], memory_1C)
-        weight_C, active_C = weights(signals, choice.routing)[0], candidates(signals, choice.routing)[0]
-        return {self._whole(choice, c): float(weight_C[c]) for c in np.flatnonzero(active_C)}
+        assert walk
+        walk.alone = look.since, sure_of(*self._weigh(choice, look.searched, memory), choice.routing)
 
-    def _among(self, choice: Choice, dist2_1E: Floats | None, memory_1C: Floats) -> Signals:
-        signals = Signals(dist2_1E, memory_1C)
-        return signals if len(choice.members) == self.seed else signals.among(choice.members)
+    def weigh(self, choice: Choice, walk: Walk | None, look: Look, memory: Mapping[int, float]) -> dict[int, float]:
+        """The weight of each candidate, by what each said of the text so far [nats]."""
+        alone = look.active[0] if len(look.active) == 1 else None
+        if alone is None and walk is not None and look.searched is not None:
+            alone = self._alone(walk, look.searched, look.place)
+        return {alone: 1.0} if alone is not None else dict(zip(*self._weigh(choice, look.near, memory), strict=True))
 
-    def _whole(self, choice: Choice, c: Any) -> int:
-        """A candidate's number among all."""
-        return choice.members[c] if c < len(choice.members) else self.seed
+    def _alone(self, walk: Walk, searched: Near, place: int) -> int | None:
+        """Who is alone at a place, as far as it is known. At a search a router with a memory asks all."""
+        decided, alone = walk.alone
+        return alone if decided == searched.place and not (self.memory and place == searched.place) else None
+
+    def _weigh(self, choice: Choice, near: Near | None, memory: Mapping[int, float]) -> tuple[list[int], list[float]]:
+        assert choice.routing
+        memory_C = np.zeros(self.seed + 1)
+        memory_C[list(memory)] = list(memory.values())
+        if near is not None or len(choice.members) == self.seed:
+            return weigh(near, memory_C, choice.routing)
+        member_C = [*choice.members, self.seed]
+        active, weight_A = weigh(None, memory_C[member_C], choice.routing)
+        return [member_C[c] for c in active], weight_A

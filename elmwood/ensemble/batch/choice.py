@@ -102,12 +102,19 @@ class SomePlaces:
     """A text's place among some of the experts."""
 
     def __init__(self, router: TextRouter, members: Sequence[int]):
-        self.whole, self.members, self.start = router, list(members), router.start
+        self.whole, self.members = router, list(members)
 
     def distances(self, windows: Windows) -> Any:
         found = self.whole.distances(windows)
         return None if found is None else found[:, self.members]
 
-    def push(self, prefix: Any, tokens_T: Sequence[int]) -> Any:
-        found = self.whole.push(prefix, tokens_T)
+    def start(self) -> Any:
+        return self.whole.start(self.members)
+
+    def push(self, tokens_T: Sequence[int]) -> Any:
+        found = self.whole.push(tokens_T)
         return None if found is None else found[:, self.members]
+
+    def follow(self, walk: Any, tokens_T: Sequence[int], routing: Any) -> Any:
+        near = self.whole.follow(walk, tokens_T, routing)
+        return near._replace(expert_A=np.searchsorted(self.members, near.expert_A))

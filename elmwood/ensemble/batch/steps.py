@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elmwood.ensemble.batch.candidates import Candidates
+from elmwood.ensemble.batch.candidates import Candidates, Look
 from elmwood.ensemble.batch.interface import Counts, Ended, Event, Said
 from elmwood.ensemble.batch.passes import BASE, Item, Reader
 from elmwood.ensemble.batch.prefixes import Kept, Prefixes
 from elmwood.ensemble.batch.residency import Residency, Seat
 from elmwood.ensemble.batch.schedule import Job, Room, admit, divide
-from elmwood.ensemble.batch.texts import Look, Row, Text
+from elmwood.ensemble.batch.texts import Row, Text
 from elmwood.ensemble.bounded import AGGREGATIONS, bound
 from elmwood.ensemble.decode import Rule, pick
 from elmwood.errors import BadInput
@@ -122,8 +122,8 @@ class Steps:
         as many tokens as few enough candidates predict. Of a text that no step knows yet, any thread may ask this."""
         if text.looks:
             return
-        if not text.pushed and text.choice.alone is None:
-            text.prefix = self.candidates.start()
+        if not text.pushed:
+            text.walk = self.candidates.start(text.choice)
         run: set[int] = set()
         for place in range(text.base, text.base + max(1, min(LOOK, len(text.tokens) - text.base))):
             look, text.pending = text.pending or self._push(text, place), None
@@ -138,9 +138,9 @@ class Steps:
             row.ahead = [row.last_V] if row.read == text.base and row.last_V is not None else []
 
     def _push(self, text: Text, place: int) -> Look:
-        dist2_E = self.candidates.push(text.prefix, text.tokens[text.pushed : place])
+        look = self.candidates.look(text.choice, text.walk, text.tokens[text.pushed : place], place)
         text.pushed = place
-        return Look(dist2_E, self.candidates.active(text.choice, dist2_E))
+        return look
 
     def _needs(self, active: list[int]) -> list[int]:
         """Who must read for these to predict."""
@@ -257,8 +257,9 @@ class Steps:
             text.choice = self.candidates.choose(text.request.only, text.request.without, self.residency.refused)
         except BadInput:
             return self._end(text, Ended("error", f"expert {self.candidates.names[c][:8]} cannot be used: {why}", 503))
-        text.looks = [Look(look.dist2_E, self.candidates.active(text.choice, look.dist2_E)) for look in text.looks]
-        text.pending = text.pending and Look(text.pending.dist2_E, self.candidates.active(text.choice, text.pending.dist2_E))
+        text.walk, text.pushed = self.candidates.start(text.choice), 0  # the router reads the text again, for those that are left
+        text.looks = [self._push(text, look.place) for look in text.looks]
+        text.pending = text.pending and self._push(text, text.pending.place)
         text.run = sorted({c for look in text.looks for c in self._needs(look.active)})
         self._prepare(text)
 
@@ -354,7 +355,10 @@ class Steps:
         """The next token, or those of a prompt that are known, of a text whose candidates have read all there is."""
         memory = {c: self._memories(text, text.rows[c]) for c in text.run}
         for n, look in enumerate(text.looks):
-            weight = self.candidates.weigh(text.choice, look.dist2_E, {c: memory[c][n] for c in look.active})
+            if asked := self.candidates.undecided(text.choice, text.walk, look):
+                then = {c: self._memory_at(text.rows[c], look.since) for c in asked}
+                self.candidates.decide(text.choice, text.walk, look, then)
+            weight = self.candidates.weigh(text.choice, text.walk, look, {c: memory[c][n] for c in look.active})
             logp_V = self.mix(text, weight, n)
             prompt, stop = text.base < len(text.tokens), False
             if prompt:
@@ -386,6 +390,11 @@ class Steps:
         for nats in row.loglik:
             found.append(found[-1] * fading + nats)
         return found[text.base : text.base + len(text.looks)]
+
+    def _memory_at(self, row: Row, place: int) -> float:
+        """A candidate's memory before a token that it has read."""
+        assert self.candidates.routing
+        return float(self.candidates.routing.fading ** np.arange(place - 1, -1, -1) @ np.array(row.loglik[:place]))
 
     def mix(self, text: Text, weight: dict[int, float], n: int) -> Tensor:
         """One distribution [V], log-probabilities float32, of those of the active candidates for the n-th token that is looked at."""

@@ -5,23 +5,14 @@ E experts, V vocabulary
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from elmwood.ensemble.batch.candidates import Choice
+from elmwood.ensemble.batch.candidates import Choice, Look
 from elmwood.ensemble.batch.interface import Event, Request
 from elmwood.ensemble.batch.residency import Seat
-
-
-class Look(NamedTuple):
-    """What the router says of the text before a token."""
-
-    dist2_E: NDArray[np.floating] | None
-    active: list[int]  # candidates that predict it
+from elmwood.ensemble.text_router import Walk
 
 
 @dataclass(eq=False)
@@ -50,7 +41,7 @@ class Text:
     choice: Choice
     room: int  # tokens that may be generated
     tokens: list[int]
-    prefix: Any = None  # what the router remembers
+    walk: Walk | None = None  # what the router remembers
     base: int = 0  # the place of the next token to be said
     looks: list[Look] = field(default_factory=list)  # of this token, and of those after it that are known
     pending: Look | None = None  # of the token after these

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.domains import route
+from elmwood.domains.distances import nearest_place
 from elmwood.domains.partition import serving
-from elmwood.domains.route import Routing, Signals, nearest_place, router_of
+from elmwood.domains.route import Routing, Signals, places, router_of
 from elmwood.engine import Progress, silent
 from elmwood.evaluate.holdout import GATE, Holdout, distances
 from elmwood.evaluate.sequential.decision import (
@@ -164,6 +165,7 @@ class Nearness:
         self.store = store
         window_W = np.unique(held.window_N[held.split_B[held.block_N] == split])
         here = held._replace(windows=type(held.windows)(*(part[window_W] for part in held.windows)))
+        self.place_N = places(np.repeat(here.windows.document_W, here.windows.count_W))
 
         @cache
         def to_domains(partition: Digest, signal: str) -> Floats:
@@ -201,7 +203,7 @@ def weights(model: Record, models: Sequence[str], near: Nearness, tokens: int, s
         weight_NM[:, models.index(model.digest)] = 1
         return weight_NM
     assert isinstance(model, Ensemble)
-    weight_NC = route.weights(Signals(near.to_experts(model)), Routing.of(model))
+    weight_NC = route.weights(Signals(near.to_experts(model), place_N=near.place_N), Routing.of(model))
     weight_NM[:, [models.index(digest) for digest in parts(model, store)]] = weight_NC
     return weight_NM
 
@@ -219,7 +221,7 @@ def same_candidates(a: Record, b: Record, near: Nearness, store: Store) -> Bools
     experts = sorted({digest for forest in forests for digest in forest.experts})
     found = []
     for model, forest in zip((a, b), forests, strict=True):
-        live_NC = route.candidates(Signals(near.to_experts(model)), Routing.of(model))
+        live_NC = route.candidates(Signals(near.to_experts(model), place_N=near.place_N), Routing.of(model))
         live_NM = np.zeros((len(live_NC), len(experts) + 1), bool)
         live_NM[:, [*(experts.index(digest) for digest in forest.experts), -1]] = live_NC
         found.append(live_NM)

@@ -12,9 +12,9 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from elmwood.domains.distances import nearest_place
 from elmwood.domains.embed import has_terms
 from elmwood.domains.partition import serving
-from elmwood.domains.route import nearest_place
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.evaluate import harness

@@ -10,8 +10,9 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from elmwood.domains.distances import nearest_place
 from elmwood.domains.partition import serving
-from elmwood.domains.route import Routing, Signals, nearest_place, remember, router_of
+from elmwood.domains.route import Routing, Signals, places, remember, router_of
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.evaluate.calibration import calibrate
@@ -234,7 +235,7 @@ def open_pool(
         tune_N = held.tune_N
         routing = calibrate(loglik_NC[tune_N], dist2_NE[tune_N], held.document_N[tune_N], top_k).routing
     memory_NC = remember(loglik_NC, routing.fading, held.document_N) if router_of(routing).memory else None
-    return Pool(held, known_NC, loglik_NC, Signals(dist2_NE, memory_NC), routing)
+    return Pool(held, known_NC, loglik_NC, Signals(dist2_NE, memory_NC, places(held.document_N)), routing)
 
 
 def _tabulate(

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from elmwood.domains.distances import nearest_place
 from elmwood.domains.partition import serving
-from elmwood.domains.route import Routing, Signals, nearest_place, remember, router_of, weights
+from elmwood.domains.route import Routing, Signals, places, remember, router_of, weights
 from elmwood.engine import Progress, silent
 from elmwood.evaluate.holdout import distances
 from elmwood.evaluate.losses import Estimate, bits_per_byte, difference, mix
@@ -82,4 +83,4 @@ def _column(one: Ensemble, forest: Forest, division: Partition, found: Ensured, 
     routing = Routing.of(one)
     memory_NC = remember(loglik_NC, routing.fading, found.holdout.document_N) if router_of(routing).memory else None
     dist2_NE = nearest_place(dist2_NK, serving(division, [(expert.partition, expert.domain) for expert in experts], store))
-    return mix(loglik_NC, weights(Signals(dist2_NE, memory_NC), routing))
+    return mix(loglik_NC, weights(Signals(dist2_NE, memory_NC, places(found.holdout.document_N)), routing))

@@ -18,6 +18,10 @@ KINDS = {
     "centroid": lambda house: ensemble(house, top_k=2),
     "sparse": lambda house: ensemble(house, top_k=2, router="sparse", seed_distance=1.9),
     "live": lambda house: ensemble(house, **LIVE),
+    "listed": lambda house: ensemble(house, **LIVE | {"top_k": 1}, every=8, shortlist=2, margin=0.02),
+    "sticky": lambda house: ensemble(house, **LIVE | {"top_k": 1}, every=8, margin=0.1, far=1.4),
+    "sure": lambda house: ensemble(house, **LIVE, memory=2.0, every=4, sure=0.6),
+    "sure, by distance": lambda house: ensemble(house, top_k=2, temperature=0.05, seed_distance=0.9, every=4, sure=0.8),
     "posterior": lambda house: ensemble(house, top_k=4, router="posterior", temperature=4.0, seed_distance=0.5),
     "bounded": lambda house: ensemble(house, bounded=(house.experts[0].digest,), aggregation="median", top_k=2),
 }
