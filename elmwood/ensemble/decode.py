@@ -8,7 +8,7 @@ S candidates in the order of their rows: one body after another, as its cache ha
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple, Protocol, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -107,7 +107,9 @@ class Board:
         self._run((first, len(numbers), *map(id, held)), lambda: self._read(body, cache, first, len(numbers)), held)
 
     def _read(self, body: Body, cache: KeyValueCache, first: int, rows: int) -> None:
-        logits_SV = read_in_place(body.model, cache, self.token_1, self.given[self.rows + 1 :].long(), rows)
+        with body.fork.fan(rows) if body.fork else nullcontext():
+            place_1 = self.given[self.rows + 1 :].long()
+            logits_SV = read_in_place(body.model, cache, self.token_1, place_1, rows, fed=1 if body.fork else rows)
         self.logp_SV[first : first + rows].copy_(torch.log_softmax(logits_SV.float(), -1))
 
     def hear(self) -> tuple[int, float, list[float]]:
@@ -143,12 +145,13 @@ class Captured:
             self.replay = graph.replay
 
 
-def read_in_place(model: Any, cache: KeyValueCache, token_1: Tensor, place_1: Tensor, rows: int) -> Tensor:
-    """The logits [S, V] of the first rows of a cache after one more token, with shapes that do not depend on how much was read."""
+def read_in_place(model: Any, cache: KeyValueCache, token_1: Tensor, place_1: Tensor, rows: int, fed: int) -> Tensor:
+    """The logits [S, V] of the first rows of a cache after one more token, with shapes that do not depend on how much was read. `fed`: the
+    rows that the first layer is given, one where layers are shared."""
     after_C = torch.arange(cache.window.capacity, device=token_1.device) > place_1
     mask_C = torch.zeros(after_C.shape, dtype=model.dtype, device=token_1.device).masked_fill(after_C, torch.finfo(model.dtype).min)
     return model(
-        input_ids=token_1.expand(rows, 1), position_ids=place_1.expand(rows, 1), attention_mask=mask_C.expand(rows, 1, 1, -1),
+        input_ids=token_1.expand(fed, 1), position_ids=place_1.expand(fed, 1), attention_mask=mask_C.expand(fed, 1, 1, -1),
         cache=cache.open_in_place(rows, place_1), use_cache=True, logits_to_keep=1,
     ).logits[:, -1]  # fmt: skip
 
@@ -167,7 +170,7 @@ def reads_in_place(body: Body, layers: int) -> bool:
     model(input_ids=tokens_1T[:, :-1], cache=cache.open(0, 1), use_cache=True)
     try:
         place_1 = torch.full((1,), TRIED - 1, device=model.device)
-        grown_V = read_in_place(model, cache, tokens_1T[0, -1:], place_1, 1)[0].float()
+        grown_V = read_in_place(model, cache, tokens_1T[0, -1:], place_1, 1, 1)[0].float()
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError, NotImplementedError):  # it wants another mask or cache
         return False
     rounding = (64 if model.dtype == torch.float32 else 4) * torch.finfo(model.dtype).eps

@@ -7,7 +7,7 @@ p(x_t | x_<t) = sum over c of w_c(x_<t) p_c(x_t | x_<t). Only candidates that ma
 candidate by what it said of the text so far, all of it: one that joins late reads what it missed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,24 +93,10 @@ class EnsembleLM:
             read_WC = _leading_to(read_WC, windows, self.routing.reach + (self.routing.every if self.routing.sure else 0))
         size = float(windows.length_W[asked_W].sum())  # passes of several candidates over a token count as one
         passes = max(float((windows.length_W @ read_WC).sum()), 1.0)
-        loglik_NC = self._read(windows, read_WC, lambda done: progress("score", size * done / passes, size, "tokens"))
+        loglik_NC = self.experts.score_each(windows, read_WC, lambda done: progress("score", size * done / passes, size, "tokens"))
         memory_NC = remember(loglik_NC, self.routing.fading, document_N) if self.memory else None
         weight_nC = weights(Signals(dist2_NE, memory_NC, place_N), self.routing)[wanted_N]
         return Weighed(Windows(*(part[asked_W] for part in windows)), weight_nC, loglik_NC[wanted_N])
-
-    def _read(self, windows: Windows, read_WC: Bools, report: Callable[[int], None]) -> Floats:
-        """Log-likelihoods of the scored tokens of the windows that each candidate reads [N, C]; 0 elsewhere."""
-        loglik_NC = np.zeros((int(windows.count_W.sum()), read_WC.shape[1]), np.float32)
-        done = 0
-        for c in np.flatnonzero(read_WC.any(0)):
-            wanted_W, read_N, before = np.flatnonzero(read_WC[:, c]), np.repeat(read_WC[:, c], windows.count_W), done
-
-            def onward(now: int, before: int = before) -> None:
-                report(before + now)
-
-            loglik_NC[read_N, c] = self.experts.score_windows(int(c), windows, wanted_W, onward)
-            done += int(windows.length_W[wanted_W].sum())
-        return loglik_NC
 
     def start(self) -> MixedText:
         return MixedText(self.router.start(), len(self.experts))

@@ -7,14 +7,16 @@ needed again it reads only what it has missed.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 ROWS = 16  # kept per model, unless more experts than that are active at once
 CAPACITY = 128  # tokens at first; doubled when full
+PARTS = (0, 7, 8, 12)  # of a text on which a model shows whether it keeps what it has read
 
 
 class CacheWindow:
@@ -75,9 +77,11 @@ def _room(like: Tensor, window: CacheWindow) -> Tensor:
 class KeyValueCache:
     """The keys and values of the experts of one model. `owner[s]` is the expert of row s, which has read `length[s]` tokens."""
 
-    def __init__(self, layers: int):
-        self.window = CacheWindow()
-        self.layers = [LayerCache(self.window) for _ in range(layers)]
+    def __init__(self, layers: int, shared: int = 0):
+        """`shared`: the first layers, which read one row for all experts."""
+        self.window, self.trunk = CacheWindow(), CacheWindow()
+        self.layers = [LayerCache(self.trunk if number < shared else self.window) for number in range(layers)]
+        self.own = self.layers[shared:]
         self.cache = Cache(layers=list(self.layers))
         self.owner: list[int] = []
         self.length: list[int] = []
@@ -116,6 +120,7 @@ class KeyValueCache:
         self.window.rows = len(self.owner)
         while self.window.capacity < total:
             self.window.capacity = max(CAPACITY, 2 * self.window.capacity)
+        self.trunk.rows, self.trunk.capacity = 1, self.window.capacity
         for layer in self.layers:
             layer.grow()
 
@@ -123,7 +128,7 @@ class KeyValueCache:
         if a == b:
             return
         if longest := max(self.length[a], self.length[b]):
-            for layer in self.layers:
+            for layer in self.own:
                 layer.swap(a, b, longest)
         self.owner[a], self.owner[b] = self.owner[b], self.owner[a]
         self.length[a], self.length[b] = self.length[b], self.length[a]
@@ -131,12 +136,14 @@ class KeyValueCache:
     def open(self, first: int, last: int) -> Cache:
         """The cache for a pass over a run of rows."""
         self.window.first, self.window.last, self.window.past, self.window.place_1 = first, last, self.length[first], None
+        self.trunk.first, self.trunk.last, self.trunk.past, self.trunk.place_1 = 0, 1, self.length[first], None
         return self.cache
 
     def open_in_place(self, rows: int, place_1: Tensor) -> Cache:
         """The cache for a pass of the first rows over one token, which goes to `place_1` on the device: keys and values are those of all
         the capacity, for a mask to choose among."""
         self.window.first, self.window.last, self.window.place_1 = 0, rows, place_1
+        self.trunk.first, self.trunk.last, self.trunk.place_1 = 0, 1, place_1
         return self.cache
 
     def clear(self) -> None:
@@ -146,3 +153,23 @@ class KeyValueCache:
     def close(self, first: int, last: int, total: int) -> None:
         """Note that the run has read all `total` tokens."""
         self.length[first:last] = [total] * (last - first)
+
+
+def kept_layers(model: Any) -> int:
+    """How many layers of keys and values a cache of this model holds; 0 for one that keeps none, or another state besides.
+
+    Found by trying, whatever the architecture is called: a text that grows has the logits of the whole text, or it must be read anew.
+    """
+    count = len(DynamicCache(config=model.config).layers) or model.config.get_text_config().num_hidden_layers
+    tokens_1T = (31 * torch.arange(1, PARTS[-1] + 1, device=model.device) % model.config.get_text_config().vocab_size)[None]
+    whole_V = model(input_ids=tokens_1T, use_cache=False).logits[0, -1].float()
+    cache = KeyValueCache(count)
+    cache.arrange([0], PARTS[-1])
+    try:
+        for first, last in pairwise(PARTS):
+            grown_V = model(input_ids=tokens_1T[:, first:last], cache=cache.open(0, 1), use_cache=True).logits[0, -1].float()
+            cache.close(0, 1, last)
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError, NotImplementedError):  # it asks a cache for something else
+        return 0
+    rounding = (64 if model.dtype == torch.float32 else 4) * torch.finfo(model.dtype).eps
+    return count if (grown_V - whole_V).abs().max() <= max(1e-4, rounding * float(whole_V.abs().max())) else 0

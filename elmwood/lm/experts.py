@@ -4,21 +4,23 @@ Shapes: E experts (the seed is the last), A of them active, B rows, T tokens, V 
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from elmwood.corpus.tokens import Windows
 from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.adapters.lora import Bank, adapter_of
-from elmwood.lm.cache import KeyValueCache
+from elmwood.lm.adapters.trunk import Fork, open_fork
+from elmwood.lm.cache import KeyValueCache, kept_layers
 from elmwood.lm.devices import choose_device, kind_of
 from elmwood.lm.load import Branch, check_seed, end_tokens, load_model, method_of
 from elmwood.lm.products import linear, plain_head
@@ -33,7 +35,6 @@ LOGITS_OF_HEAD = {"cpu": 1 << 19, "gpu": 1 << 26}  # in memory at once, C rows o
 ROWS = 64  # at least, so that the head's weights are not read for nothing
 MIXED = 1 << 26  # numbers of summed adapters in memory at once while scoring
 BANKED = ("lora", "qlora")  # what these change is W + B A; DoRA (arXiv:2402.09353) rescales the base's rows besides
-PARTS = (0, 7, 8, 12)  # of a text on which a model shows whether it keeps what it has read
 BASE = -1  # the key of the shared base among the bodies
 
 
@@ -43,6 +44,7 @@ class Body(NamedTuple):
     model: PreTrainedModel
     bank: Bank | None
     head_VD: Tensor | None  # of a model whose logits are these weights times its last hidden cache
+    fork: Fork | None = None  # of a model whose first layers no adapter changes
 
 
 class Text:
@@ -121,7 +123,8 @@ class Experts:
                     f"expert {self.experts[key].digest[:8]} has {rows} rows of vocabulary, {self.seed.name} {self.seed.vocabulary}: "
                     "merge it with others of the seed, with --resize"
                 )
-            self._bodies[key] = Body(model, bank, head_VD)
+            fork = open_fork(model, [layer.name for layer in bank.layers]) if bank else None
+            self._bodies[key] = Body(model, bank, head_VD, fork)
         return self._bodies[key]
 
     @torch.inference_mode()
@@ -149,6 +152,37 @@ class Experts:
             done += int(windows.length_W[batch].sum())
             report(done)
         return loglik_WL[wanted_W][torch.from_numpy(windows.scored_WL[wanted_W])]
+
+    @torch.inference_mode()
+    def score_each(self, windows: Windows, read_WE: Any, report: Callable[[int], None]) -> NDArray[np.float32]:
+        """As `score_windows`, of the windows that each candidate reads [N, E]; 0 elsewhere. A shared trunk reads each window once."""
+        loglik_NE = np.zeros((int(windows.count_W.sum()), len(self)), np.float32)
+        end_W, shared, done = np.cumsum(windows.count_W), np.zeros(len(self), bool), 0
+        fork = self.body(BASE).fork if self.adapters and read_WE[:, self.adapters].any() else None
+        shared[[e for e, (key, _) in self.places.items() if key == BASE and fork]] = True
+        for e in np.flatnonzero(read_WE.any(0) & ~shared).tolist():
+            wanted_W, before = np.flatnonzero(read_WE[:, e]), done
+            loglik_n = self.score_windows(e, windows, wanted_W, lambda now, before=before: report(before + now))  # type: ignore[misc]
+            loglik_NE[np.repeat(read_WE[:, e], windows.count_W), e] = loglik_n
+            done += int(windows.length_W[wanted_W].sum())
+        for batch in windows.batches(np.flatnonzero(read_WE[:, shared].any(1)), BATCH[kind_of(self.device)]) if fork else ():
+            longest, since = int(windows.length_W[batch].max()), int(windows.score_from_W[batch[0]])
+            at_once = self._at_once(self.body(BASE), longest, longest)
+            for part_B in np.split(batch, range(at_once, len(batch), at_once)):
+                tokens_BT = torch.as_tensor(windows.rows_WL[part_B, :longest], dtype=torch.long)
+                self.check(tokens_BT.flatten(), longest - 1)
+                tokens_BT = tokens_BT.to(self.device)
+                assert fork
+                hidden_BTH = fork.read(tokens_BT[:, :-1])
+                for e in np.flatnonzero(read_WE[part_B].any(0) & shared).tolist():
+                    mine_b = np.flatnonzero(read_WE[part_B, e])
+                    with fork.after(hidden_BTH[mine_b]):
+                        loglik_bT = _loglik(self._select(e), tokens_BT[mine_b], longest - since).numpy()
+                    for w, loglik_T in zip(part_B[mine_b].tolist(), loglik_bT, strict=True):
+                        loglik_NE[end_W[w] - windows.count_W[w] : end_W[w], e] = loglik_T[: windows.count_W[w]]
+                    done += int(windows.length_W[part_B[mine_b]].sum())
+                report(done)
+        return loglik_NE
 
     def _select(self, e: int) -> Body:
         """The body of a candidate, its bank ready for it alone."""
@@ -256,14 +290,14 @@ class Experts:
     def cache(self, key: int, text: Text) -> KeyValueCache:
         """What the experts of a body remember of a text. Models of one class remember alike."""
         if key not in text.caches:
-            model, bank, _ = self.body(key)
+            model, bank, _, fork = self.body(key)
             kind = f"{type(model).__name__} {model.config.model_type}"
             if kind not in self._kept:
                 if bank:
                     bank.select([len(bank)])
-                self._kept[kind] = _kept_layers(model)
+                self._kept[kind] = kept_layers(model)
             spare = self._spare.get(key)
-            text.caches[key] = spare.pop() if spare else KeyValueCache(self._kept[kind])
+            text.caches[key] = spare.pop() if spare else KeyValueCache(self._kept[kind], fork.depth if fork else 0)
         return text.caches[key]
 
     def end(self, text: Text) -> None:
@@ -312,9 +346,11 @@ class Experts:
             while place < len(tokens):
                 end = min(place + room, len(tokens))
                 known: dict[str, Any] = {"cache": cache.open(first, last)} if cache.layers else {}  # without one it reads all again
-                unread = torch.tensor(tokens[place if known else 0 : end], device=self.device).expand(last - first, -1)
+                unread_1U = torch.tensor([tokens[place if known else 0 : end]], device=self.device)
                 keep = end - place if every else 1
-                output = body.model(input_ids=unread, use_cache=bool(known), logits_to_keep=keep, **known)
+                with body.fork.fan(last - first) if body.fork else nullcontext():
+                    unread = unread_1U if body.fork else unread_1U.expand(last - first, -1)
+                    output = body.model(input_ids=unread, use_cache=bool(known), logits_to_keep=keep, **known)
                 logits_SUV = output.logits[:, -keep:]
                 cache.close(first, last, end)
                 if every:
@@ -361,23 +397,3 @@ def _loglik(body: Body, tokens_BT: Tensor, last: int) -> Tensor:
     parts = zip(hidden_ND.split(rows), target_N.split(rows), strict=True)
     nll_N = torch.cat([cross_entropy(linear(part_CD, body.head_VD).float(), part_C, reduction="none") for part_CD, part_C in parts])
     return -nll_N.view(len(tokens_BT), -1).cpu()
-
-
-def _kept_layers(model: Any) -> int:
-    """How many layers of keys and values a cache of this model holds; 0 for one that keeps none, or another state besides.
-
-    Found by trying, whatever the architecture is called: a text that grows has the logits of the whole text, or it must be read anew.
-    """
-    count = len(DynamicCache(config=model.config).layers) or model.config.get_text_config().num_hidden_layers
-    tokens_1T = (31 * torch.arange(1, PARTS[-1] + 1, device=model.device) % model.config.get_text_config().vocab_size)[None]
-    whole_V = model(input_ids=tokens_1T, use_cache=False).logits[0, -1].float()
-    cache = KeyValueCache(count)
-    cache.arrange([0], PARTS[-1])
-    try:
-        for first, last in pairwise(PARTS):
-            grown_V = model(input_ids=tokens_1T[:, first:last], cache=cache.open(0, 1), use_cache=True).logits[0, -1].float()
-            cache.close(0, 1, last)
-    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError, NotImplementedError):  # it asks a cache for something else
-        return 0
-    rounding = (64 if model.dtype == torch.float32 else 4) * torch.finfo(model.dtype).eps
-    return count if (grown_V - whole_V).abs().max() <= max(1e-4, rounding * float(whole_V.abs().max())) else 0

@@ -80,6 +80,11 @@ class SomeExperts:
     def score_windows(self, c: int, windows: Windows, wanted_W: Any, report: Any) -> Tensor:
         return self.whole.score_windows(self.members[c], windows, wanted_W, report)
 
+    def score_each(self, windows: Windows, read_WC: Any, report: Any) -> Any:
+        read_WE = np.zeros((len(read_WC), len(self.whole)), bool)
+        read_WE[:, self.members] = read_WC
+        return self.whole.score_each(windows, read_WE, report)[:, self.members]
+
     def extend(self, active: Sequence[int], tokens_T: Sequence[int] | None, text: Any) -> Any:
         return self.whole.extend([self.members[c] for c in active], tokens_T, text)
 
