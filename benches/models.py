@@ -1,5 +1,6 @@
 """Models and adapters of known shapes with random weights, for the benches."""
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,9 +52,18 @@ def seed(shape: str, store: Store) -> Seed:
     return save_seed(model(shape), words, store, name=shape, separator=0)
 
 
-def adapter_folders(base: PreTrainedModel, count: int, rank: int, folder: Path) -> list[Path]:
-    """PEFT adapter folders for all linear layers, with random numbers. Unloads what PEFT added to the base."""
-    wrapped = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=16, target_modules="all-linear"))
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapter_folders(base: PreTrainedModel, count: int, rank: int, folder: Path, late: float = 1.0) -> list[Path]:
+    """PEFT adapter folders for all linear layers, or those of the last share of the layers, with random numbers. Unloads what PEFT added to
+    the base."""
+    layers = base.config.num_hidden_layers
+    last = list(range(layers - math.ceil(late * layers), layers))
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=16, target_modules=LINEAR, layers_to_transform=last, layers_pattern="layers",
+    )  # fmt: skip
+    wrapped = get_peft_model(base, config)
     wrapped.save_pretrained(folder / "0")
     wrapped.unload()
     (weights,) = (folder / "0").glob("*.safetensors")
@@ -74,13 +84,13 @@ def _shapes(weights: Path) -> dict[str, list[int]]:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (not a dict)
 
 
-def experts(seed: Seed, base: PreTrainedModel, count: int, rank: int, store: Store, **fields) -> list[Expert]:
-    """LoRA experts; expert n is of domain n where a partition is given."""
+def experts(seed: Seed, base: PreTrainedModel, count: int, rank: int, store: Store, late: float = 1.0, **fields) -> list[Expert]:
+    """LoRA experts, with adapters in the last share of the layers; expert n is of domain n where a partition is given."""
     with tempfile.TemporaryDirectory() as folder:
         made = []
-        for number, path in enumerate(adapter_folders(base, count, rank, Path(folder))):
+        for number, path in enumerate(adapter_folders(base, count, rank, Path(folder), late)):
             place = {"domain": number} if fields else {}
-            recipe = Recipe(method="lora", steps=1, rank=rank)
+            recipe = Recipe(method="lora", steps=1, rank=rank, late=late)
             made.append(Expert(seed=seed.digest, data=(), recipe=recipe, files=store.put_folder(path), **fields, **place))
             store.add(made[-1])
         return made

@@ -1,6 +1,6 @@
 """The engine of rows (elmwood/ensemble/batch) against plain models and PEFT's mixed batches.
 
-    python -m benches.serve.rows one [--shape 135M] [--rank 16] [--experts 4]    one user: decoding and reading a prompt
+    python -m benches.serve.rows one [--shape 135M] [--rank 16] [--experts 4] [--late 0.25]    one user: decoding and reading a prompt
     python -m benches.serve.rows many [--shape 17M] [--rank 8] [--registered 1000] [--users 64]    users of experts by Zipf's law
     python -m benches.serve.rows churn [--registered 10000]    registration, and memory while each expert is loaded once
     python -m benches.serve.rows cold [--shape 17M] [--users 16]    time to the first token of experts on the disk and in a slot
@@ -72,7 +72,11 @@ def one(options: argparse.Namespace, folder: Path) -> None:
     members = experts(seed, base, options.experts, options.rank, store, partition=parted.digest)
     ensemble = forest_of(seed, parted, members, store, top_k=options.experts)
     plain = model_of(open_model(seed, store, "cpu"))
-    opened: dict[str, Record] = {"seed, engine": seed, "one adapter, engine": members[0], "ensemble, engine": ensemble}
+    last = experts(seed, base, options.experts, options.rank, store, options.late, partition=parted.digest)
+    late = forest_of(seed, parted, last, store, top_k=options.experts)
+    opened: dict[str, Record] = {
+        "seed, engine": seed, "one adapter, engine": members[0], "ensemble, engine": ensemble, "late, engine": late,
+    }  # fmt: skip
     engines = {name: open_batched(record, store, "cpu") for name, record in opened.items()}
     shifts = iter(range(10**6))
 
@@ -92,7 +96,7 @@ def one(options: argparse.Namespace, folder: Path) -> None:
     for name, engine in engines.items():
         assert engine
         decoders[name], readers[name] = (lambda engine=engine: decode(engine)), (lambda engine=engine: read(engine))
-    about = {key: getattr(options, key) for key in ("shape", "rank", "experts", "prompt", "tokens", "threads")}
+    about = {key: getattr(options, key) for key in ("shape", "rank", "experts", "late", "prompt", "tokens", "threads")}
     say_rounds("serve one, a token", rounds(decoders, options.rounds), ("plain",), **about)
     say_rounds("serve one, a prompt", rounds(readers, options.rounds), ("plain",), **about)
     for engine in engines.values():
@@ -245,6 +249,7 @@ def main() -> None:
     for name, value in (("rank", 0), ("experts", 4), ("registered", 0), ("users", 0), ("asked", 100), ("prompt", 64), ("tokens", 24),
                         ("rounds", 5), ("threads", 2)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--late", type=float, default=0.25, help="share of the layers with adapters, in the row `late`")
     options = parser.parse_args()
     shape, rank = SHAPE[options.way]
     options.shape, options.rank = options.shape or shape, options.rank or rank
