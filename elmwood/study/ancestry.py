@@ -2,7 +2,7 @@
 text from any model."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -18,7 +18,10 @@ from elmwood.study.trial import check_use
 if TYPE_CHECKING:
     from elmwood.lm.interface import LM
 
-MIXING = ("outputs", "weights")
+MIXING = {"outputs": {"mixing": "outputs"}, "weights": {"mixing": "weights"}} | {
+    word: {"mixing": "outputs", "aggregation": word} for word in ("arithmetic", "geometric", "median")
+}
+BOUNDED = "bounded"  # every expert on probation
 
 
 def name_of(model: Named, store: Store) -> str:
@@ -35,13 +38,20 @@ def as_model(record: Record, store: Store) -> Record:
 
 
 def with_mixing(record: Record, mixing: str, store: Store) -> Ensemble:
-    """An ensemble (or a forest, for its default one) that mixes outputs or weights. Raises BadInput."""
+    """An ensemble (or a forest, for its default one) that mixes so: words of MIXING, by comma. Raises BadInput."""
     record = as_model(record, store)
     if not isinstance(record, Ensemble):
         raise BadInput(f"mixing is a setting of ensembles and forests, and {record.digest[:8]} is a {record.kind}: leave --mixing out")
-    if mixing not in MIXING:
-        raise BadInput(f"mixing {mixing!r} is unknown: choose outputs (probabilities, one pass per expert) or weights (adapters, one pass)")
-    made = record.model_copy(update={"mixing": mixing})
+    changed: dict[str, Any] = {}
+    words = [one.strip() for one in mixing.split(",")]
+    for word in words:
+        if word not in MIXING and word != BOUNDED:
+            raise BadInput(f"mixing {word!r} is unknown: choose {', '.join(MIXING)} or {BOUNDED}")
+        changed |= MIXING.get(word, {})
+        changed |= {"bounded": store.load(record.forest, Forest).experts} if word == BOUNDED else {}
+    if "weights" in words and len(words) > 1:
+        raise BadInput(f"mixing {mixing!r}: adapters that are summed have no distributions of their own: write weights alone")
+    made = record.model_copy(update=changed)
     store.add(made)
     return made
 

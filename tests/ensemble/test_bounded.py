@@ -11,8 +11,10 @@ from topics import SENTENCES, build_corpus, some_sentences
 from elmwood.domains.partition import partition as divide
 from elmwood.ensemble.bounded import AGGREGATIONS, BoundedLM, bound, median
 from elmwood.ensemble.mixture import open_model
+from elmwood.errors import BadInput
 from elmwood.records import Ensemble, Forest
 from elmwood.store import Store
+from elmwood.study.ancestry import with_mixing
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +85,16 @@ def test_the_median_is_that_of_most_of_the_weight():
     outvoted = median(logp_AV, torch.tensor([0.3, 0.3, 0.4]))
     assert float((outvoted - logp_AV[0]).abs().max()) < 0.2
     assert torch.allclose(median(logp_AV, torch.tensor([0.2, 0.2, 0.6])), logp_AV[2])
+
+
+def test_a_forest_is_opened_with_any_mixing(forest):
+    """What `--mixing` of serve, chat and eval says."""
+    store, made = forest
+    found = with_mixing(made, "median, bounded", store)
+    assert (found.mixing, found.aggregation, found.bounded, found.bound) == ("outputs", "median", made.experts, 2.0)
+    assert isinstance(open_model(found, store, "cpu"), BoundedLM)
+    assert with_mixing(found, "arithmetic", store).aggregation == "arithmetic"
+    assert with_mixing(made, "weights", store).mixing == "weights"
+    for wrong in ("mean", "weights,bounded", "weights,median", ""):
+        with pytest.raises(BadInput, match="mixing"):
+            with_mixing(made, wrong, store)
