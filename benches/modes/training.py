@@ -1,6 +1,6 @@
 """What a step of training costs with adapters in the last layers only: nothing is kept, and no gradient computed, below the first of them.
 
-    python -m benches.speed.late [--shape 17M] [--rank 16] [--rows 4] [--length 256] [--late 1,0.5,0.25] [--rounds 5] [--threads 1]
+    python -m benches.modes.training [--shape 17M] [--rank 16] [--rows 4] [--length 256] [--late 1,0.5,0.25] [--rounds 5] [--threads 1]
 
 A step of AdamW over the same rows, and its forward pass alone, for each share of the layers. One JSON line each, with ratios to the step of
 the first share; then the bytes that the forward pass keeps for the backward pass.

@@ -1,6 +1,6 @@
 """Adapters in the last layers only, and adapters that act only from a point on, against adapters that act everywhere, at equal tokens.
 
-    python -m benches.quality.modes FOLDER [--rng-seeds 0,1,2] [--tokens 0.45M] [--layers 8 --seed-tokens 3M] [--arms ...]
+    python -m benches.modes.quality FOLDER [--rng-seeds 0,1,2] [--tokens 0.45M] [--layers 8 --seed-tokens 3M] [--arms ...]
 
 The seed is the demo's, or with --layers a deeper one, trained here. All arms share seed, domains, batch, steps and the router `live`, and
 are mixed with settings of the tune half:
