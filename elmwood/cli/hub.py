@@ -71,6 +71,7 @@ def up(
     run: RunArgument = None,
     host: Annotated[str, Option(help="Address to listen on; a proxy with TLS stands before it.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0 to 65535.")] = 8700,
+    host_name: Annotated[list[str] | None, Option(help="Refuse requests to other names than these (repeatable).")] = None,
     place: Place = Place(),
     output: Output = Output(),
 ) -> None:
@@ -79,7 +80,7 @@ def up(
 
     with opened(run, output, place) as hub:
         talk.print(f"{hub.home.run} at http://{host}:{port}, {hub.blobs.probe()}; ctrl-c stops it", soft_wrap=True)
-        serve(hub, host, port)
+        serve(hub, host, port, host_name or [])
 
 
 def status(run: RunArgument = None, place: Place = Place(), output: Output = Output()) -> None:

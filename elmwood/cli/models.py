@@ -39,6 +39,7 @@ class Serving(NamedTuple):
 
     host: Annotated[str, Option(help="Address to listen on; a proxy with TLS stands before it.")] = "127.0.0.1"
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 8000
+    host_name: Annotated[list[str] | None, Option(help="A name that requests may use, as a proxy's (repeatable).")] = None
     api_key_file: Annotated[Path | None, Option("--api-key-file", help="Keys, one a line: requests need one of them.")] = None
     cors: Annotated[list[str] | None, Option(help="An origin whose pages may use the server (repeatable).")] = None
     queue: Annotated[int, Option(min=1, help="Requests that wait; those beyond get status 429.")] = 256
@@ -95,7 +96,10 @@ def serve(
             f"{opened.name} at {address}, for OpenAI clients at {address}/v1; ctrl-c stops it", soft_wrap=True, markup=False
         )
 
-    serve(opened, serving.host, serving.port, keys=keys, cors=serving.cors or [], source=source, drain_s=serving.drain, ready=ready)
+    serve(
+        opened, serving.host, serving.port, keys=keys, cors=serving.cors or [], names=serving.host_name or [], source=source,
+        drain_s=serving.drain, ready=ready,
+    )  # fmt: skip
 
 
 class Sampling(NamedTuple):

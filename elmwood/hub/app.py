@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ from elmwood import __version__
 from elmwood.errors import DoesNotFit, ElmwoodError
 from elmwood.hub.api import leases, members, public, uploads, work
 from elmwood.hub.api.asked import Limiter, read
-from elmwood.hub.api.connections import BoundBodies, problem
 from elmwood.hub.blobs import Unreachable
 from elmwood.hub.database import Connection, Unavailable
 from elmwood.hub.home import Hub
@@ -26,20 +25,22 @@ from elmwood.hub.pages.queries import Clock
 from elmwood.hub.pages.routes import routes
 from elmwood.hub.rules import LIVE, Refusal
 from elmwood.hub.tables import domain, expert, lease, submission
+from elmwood.report.connections import BoundBodies, Hosts, Unwelcome
 
-# statuses that Starlette and the bounds of bodies raise -> code, and what helps
+# statuses that Starlette raises -> code, and what helps
 HTTP = {
     400: ("bad-body", "look at /openapi.json"),
     404: ("no-route", "look at /openapi.json"),
     405: ("no-method", "look at /openapi.json"),
-    408: ("too-slow", "send it again"),
-    413: ("too-large", "send less"),
 }
+JSON_BYTES = 1 << 20  # of a body that is no part of an upload
+PART_BYTES = (64 << 20) + 1
 logger = logging.getLogger("elmwood.hub")
 
 
-def create_app(hub: Hub) -> FastAPI:
-    """The app of an opened hub. It ticks while it runs; the caller closes the hub."""
+def create_app(hub: Hub, names: Sequence[str] = ()) -> FastAPI:
+    """The app of an opened hub. It ticks while it runs; the caller closes the hub. `names`: of its hosts, one of which each request must
+    use; none: any will do."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -53,8 +54,18 @@ def create_app(hub: Hub) -> FastAPI:
     app.router.routes.extend(routes(lambda query: hub.read(lambda c: query(c, Clock(time.time(), hub.clock.now())))))
     _add_errors(app)
     _add_health(app, hub)
-    app.add_middleware(BoundBodies)
+    app.add_middleware(BoundBodies, most=lambda scope: PART_BYTES if scope["method"] == "PATCH" else JSON_BYTES, refuse=refuse)
+    if names:
+        app.add_middleware(Hosts, names=names, refuse=refuse)
     return app
+
+
+def problem(status: int, made: Problem, headers: dict[str, str] | None = None) -> Response:
+    return Response(made.model_dump_json(), status, headers, "application/problem+json")
+
+
+def refuse(error: Unwelcome) -> Response:
+    return problem(error.status_code, Problem(code=error.code, detail=error.detail, do=error.do), dict(error.headers or {}))
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -79,6 +90,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
+        if isinstance(error, Unwelcome):
+            return refuse(error)
         code, cure = HTTP.get(error.status_code, (f"http-{error.status_code}", "look at /openapi.json"))
         made = Problem(code=code, detail=str(error.detail)[:200], do=cure)
         return problem(error.status_code, made, dict(error.headers or {}))

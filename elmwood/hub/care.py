@@ -5,7 +5,7 @@ import re
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +28,15 @@ _made = select(derived.c.tainted, func.count().label("n")).group_by(derived.c.ta
 SLACK = 1e-9  # of sums of credit
 
 
-def serve(hub: Hub, host: str, port: int) -> None:
-    """Answer requests until the process is told to stop. One process is enough for thousands of volunteers; more need PostgreSQL."""
+def serve(hub: Hub, host: str, port: int, names: Sequence[str] = ()) -> None:
+    """Answer requests until the process is told to stop. One process is enough for thousands of volunteers; more need PostgreSQL. `names`:
+    of its hosts, one of which each request must use; none: any will do."""
     import uvicorn
 
-    from elmwood.hub.api.connections import Prompt
     from elmwood.hub.app import create_app
+    from elmwood.report.connections import Prompt
 
-    app = create_app(hub)
+    app = create_app(hub, [host, *names] if names else [])
     gc.collect()
     gc.freeze()  # modules, routes and the manifest stay: looking at them again and again cost 15 % of a request
     uvicorn.run(

@@ -1,6 +1,5 @@
 """The server as an ASGI app: routes, keys, limits of bodies, errors in OpenAI's shape, health, metrics, one line of log per request."""
 
-import asyncio
 import hashlib
 import hmac
 import json
@@ -16,10 +15,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from elmwood import __version__
 from elmwood.errors import ElmwoodError
+from elmwood.report.connections import BoundBodies, Hosts, Unwelcome
 from elmwood.serve import catalog
 from elmwood.serve.answers import Gone
 from elmwood.serve.completions import chat, complete
@@ -31,7 +32,6 @@ from elmwood.serve.pages import routes
 from elmwood.serve.refusals import Refused, refusal_of, reply_of
 
 BODY = 4 << 20  # bytes
-SILENCE = 30.0  # seconds that a body may stand still
 OPEN = ("/healthz", "/readyz", "/metrics", "/", "/static/")  # without a key
 CLOSED = 499  # what logs call a request whose client has left
 
@@ -40,11 +40,12 @@ Answers = Callable[[FastAPI, Live, Meter], None]  # adds the routes that answer
 
 
 def create_app(
-    served: Served, *, keys: Sequence[str] = (), cors: Sequence[str] = (), source: Source | None = None, answers: Answers | None = None,
+    served: Served, *, keys: Sequence[str] = (), cors: Sequence[str] = (), names: Sequence[str] = (), source: Source | None = None,
+    answers: Answers | None = None,
 ) -> FastAPI:  # fmt: skip
-    """The app of an opened model. `keys`: one of them must come with each request; `cors`: origins whose pages may read answers; `source`:
-    where newer models come from, each of which takes the place of the one before; `answers`: who answers, by default the engine. The
-    engine is closed with the app."""
+    """The app of an opened model. `keys`: one of them must come with each request; `cors`: origins whose pages may read answers; `names`:
+    of its hosts, one of which each request must use, by default any; `source`: where newer models come from, each of which takes the place
+    of the one before; `answers`: who answers, by default the engine. The engine is closed with the app."""
     live = Live(served)
     follower = Follower(live, source) if source else None
 
@@ -65,36 +66,31 @@ def create_app(
     (answers or _add_answers)(app, live, meter)
     _add_catalog(app, live)
     app.router.routes.extend(routes(live))
+    app.add_middleware(BoundBodies, most=lambda scope: BODY, refuse=refuse)
     if keys:
         app.add_middleware(Keys, keys=keys)
     if cors:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"])
+    if names:
+        app.add_middleware(Hosts, names=names, refuse=refuse)
     app.add_middleware(Logged, meter=meter)
     return app
+
+
+def refuse(error: Unwelcome) -> Response:
+    return reply_of(Refused(error.status_code, f"{error.detail}: {error.do}", code=error.code.replace("-", "_"), headers=error.headers))
 
 
 async def read_json(request: Request) -> Any:
     """The body of a request. Raises Refused, Gone."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "the body is JSON: send Content-Type: application/json")
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise Refused(415, "bodies are sent as they are: leave Content-Encoding out")
-    parts, size = [], 0
-    while True:
-        try:
-            message = await asyncio.wait_for(request.receive(), SILENCE)
-        except TimeoutError as error:
-            raise Refused(408, f"nothing came for {SILENCE:.0f} s: send it again") from error
-        if message["type"] == "http.disconnect":
-            raise Gone
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > BODY:
-            raise Refused(413, f"a body has {BODY >> 20} MB at most: send less", code="body_too_large")
-        if not message.get("more_body"):
-            break
     try:
-        return json.loads(b"".join(parts), parse_constant=_no_number)
+        body = await request.body()
+    except ClientDisconnect as error:
+        raise Gone from error
+    try:
+        return json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from error
 
@@ -187,6 +183,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
+        if isinstance(error, Unwelcome):
+            return refuse(error)
         return reply_of(Refused(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}", headers=error.headers))
 
     @app.exception_handler(Gone)

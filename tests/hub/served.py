@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from elmwood.hub.api.connections import Prompt
 from elmwood.hub.app import create_app
+from elmwood.report.connections import Prompt
 
 
 @contextmanager

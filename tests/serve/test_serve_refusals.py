@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elmwood.errors import BadInput, UnknownName
+from elmwood.report.connections import names_of
 from elmwood.serve.app import BODY, create_app
 from elmwood.serve.logs import Lines, start_log
 from elmwood.serve.model import open_served
@@ -129,12 +130,20 @@ def test_no_body_breaks_the_server(http, body, path):
 
 @pytest.fixture(scope="module")
 def guarded(world):
-    """A server of a seed without a chat template, with keys, for pages of one origin."""
-    opened = open_served(world.plain, world.store)
-    with serving(create_app(opened, keys=["k" * 20, "other-key-of-20-char"], cors=["https://page.example"])) as address, httpx.Client(
-        base_url=address, trust_env=False
-    ) as client:  # fmt: skip
+    """A server of a seed without a chat template, with keys, for pages of one origin, behind one name."""
+    app = create_app(
+        open_served(world.plain, world.store), keys=["k" * 20, "other-key-of-20-char"], cors=["https://page.example"],
+        names=names_of("127.0.0.1", ["proxy.example"]),
+    )  # fmt: skip
+    with serving(app) as address, httpx.Client(base_url=address, trust_env=False) as client:
         yield client
+
+
+def test_a_page_of_the_web_whose_name_was_rebound_gets_nothing(guarded):
+    for host, status in (("evil.example", 421), ("proxy.example", 200), ("localhost:1", 200), ("127.0.0.1", 200)):
+        reply = guarded.get("/healthz", headers={"host": host})
+        assert reply.status_code == status
+        assert status == 200 or reply.json()["error"]["code"] == "host"
 
 
 def test_keys_and_origins(guarded):

@@ -18,11 +18,12 @@ from sqlalchemy import select
 
 from elmwood.errors import DoesNotFit
 from elmwood.hub import care
-from elmwood.hub.api import connections
+from elmwood.hub.app import JSON_BYTES
 from elmwood.hub.blobs import Unreachable
 from elmwood.hub.database import Database
 from elmwood.hub.messages import Limits
 from elmwood.hub.tables import nonce, submission, upload
+from elmwood.report import connections
 from tests.hub.served import serve
 from tests.hub.server.people import Person
 from tests.hub.server.world import adapter, keys, open_run
@@ -273,7 +274,7 @@ def test_a_body_of_many_keys_is_answered_in_little_time_and_space(closing_hub, t
     client = started(closing_hub(tmp_path / "store"))
     member = Person(client).enter()
     body = json.dumps({"tier": "cpu", "boot_id": "b007b007"} | {f"k{n}": n for n in range(60_000)}).encode()
-    assert len(body) < connections.JSON_BYTES
+    assert len(body) < JSON_BYTES
     began = time.process_time()
     reply = member.ask("POST", "/v1/leases", body, headers={"Content-Type": "application/json"})
     assert (reply.status_code, len(reply.content) < 5000) == (422, True)
