@@ -300,13 +300,16 @@ def summary(record: Record) -> str:
             return "; ".join([about, *say_limits(record)])
         case Expert():
             where = "all domains" if record.domain is None else f"domain {record.domain}"
-            return f"{record.recipe.method}, {where}, {short(record.recipe.tokens)} tokens"
+            late = "" if record.recipe.late == 1 else f" in the last {record.recipe.late:.0%} of the layers"
+            return f"{record.recipe.method}{late}, {where}, {short(record.recipe.tokens)} tokens"
         case Statistics():
             return f"over {short(record.tokens)} tokens"
         case Forest():
             return f"{len(record.experts)} experts"
         case Ensemble():
             mixed = ", weights mixed for each prompt" if record.mixing == "weights" else ""
+            mixed += f", {record.aggregation}" if record.aggregation != "arithmetic" else ""
+            mixed += f", {len(record.bounded)} experts within {record.bound:g} nats of the seed" if record.bounded else ""
             return f"{record.router}, top-{record.top_k}, temperature {record.temperature:.3g}{mixed}"
         case Merged():
             off = "" if record.error is None else f", {record.error:.2g} from the exact sum"

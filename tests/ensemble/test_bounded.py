@@ -15,6 +15,7 @@ from elmwood.errors import BadInput
 from elmwood.records import Ensemble, Forest
 from elmwood.store import Store
 from elmwood.study.ancestry import with_mixing
+from elmwood.study.page import summary
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,7 @@ def test_a_forest_is_opened_with_any_mixing(forest):
     store, made = forest
     found = with_mixing(made, "median, bounded", store)
     assert (found.mixing, found.aggregation, found.bounded, found.bound) == ("outputs", "median", made.experts, 2.0)
+    assert summary(found).endswith(", median, 3 experts within 2 nats of the seed")
     assert isinstance(open_model(found, store, "cpu"), BoundedLM)
     assert with_mixing(found, "arithmetic", store).aggregation == "arithmetic"
     assert with_mixing(made, "weights", store).mixing == "weights"

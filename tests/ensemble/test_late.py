@@ -14,6 +14,7 @@ from elmwood.ensemble.mixture import open_model
 from elmwood.lm.adapters.trunk import stack_of
 from elmwood.lm.experts import BASE, Experts
 from elmwood.lm.load import load_model
+from elmwood.study.page import summary
 
 LAST = {"layers_to_transform": [1], "layers_pattern": "layers", "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
 
@@ -21,7 +22,8 @@ LAST = {"layers_to_transform": [1], "layers_pattern": "layers", "target_modules"
 @pytest.fixture(scope="module")
 def late(house):
     place = {"partition": house.partition.digest, "settings": LAST}
-    return [lora_expert(house.seed, house.store, n, domain=n, **place) for n in range(3)]
+    made = [lora_expert(house.seed, house.store, n, domain=n, **place) for n in range(3)]
+    return [house.add(one.model_copy(update={"recipe": one.recipe.model_copy(update={"late": 0.5})})) for one in made]
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +94,7 @@ def test_decoding_in_place_says_what_the_table_says(house, late, router):
     drawn = list(decode(lm, tokens, 12, Rule(0.8, 1.0), chance))
     whole = [*tokens, *(one.token for one in drawn)]
     assert [one.logprob for one in drawn] == pytest.approx(lm.score([whole])[0, 11:].tolist(), abs=1e-5)
+
+
+def test_show_says_where_the_adapters_are(late):
+    assert summary(late[0]).startswith("lora in the last 50% of the layers, domain 0")
