@@ -113,6 +113,9 @@ def passages(source: str, length: int) -> Iterator[str]:
                 yield text
 
 
+LISTED = 32  # of a shortlist
+
+
 def bench_routing(source: str = sysconfig.get_paths()["purelib"]) -> None:
     """A domain is one file, or one document: its centroid is of its first six passages, the query is the seventh, or how that begins."""
     chunk, chunks = 600, 6
@@ -127,10 +130,10 @@ def bench_routing(source: str = sysconfig.get_paths()["purelib"]) -> None:
         sparse = distances.Sparse.of((cluster.members(own, k) @ fitted.tfidf(parts)).tocsr())
         for length in (200, chunk):
             queries = [text[chunk * chunks :][:length] for text in mine[:1000]]
+            found = {}
             for router, places in (("centroid", means), ("sparse", sparse)):
-                dist2_NK = distances.distances(fitted, places, queries)
-                own_N = dist2_NK[np.arange(len(queries)), np.arange(len(queries))]
-                rank_N = (dist2_NK < own_N[:, None]).sum(1)
+                found[router] = dist2_NK = distances.distances(fitted, places, queries)
+                rank_N = _ranks(dist2_NK)
                 one = median_seconds(lambda fitted=fitted, places=places, q=queries[0]: distances.distances(fitted, places, [q]), 51)
                 x_1D = fitted.embed(queries[:1])
                 search = (
@@ -139,9 +142,26 @@ def bench_routing(source: str = sysconfig.get_paths()["purelib"]) -> None:
                     else None
                 )
                 say(
-                    "routing", domains=k, router=router, characters=length, top1=float((rank_N < 1).mean()),
-                    top4=float((rank_N < 4).mean()), microseconds=one * 1e6, search_microseconds=search and search * 1e6,
+                    "routing", domains=k, router=router, characters=length, **_shares(rank_N), microseconds=one * 1e6,
+                    search_microseconds=search and search * 1e6,
                 )  # fmt: skip
+            rank_N = _ranks(found["sparse"])
+            listed_NK = found["sparse"] <= np.partition(found["sparse"], min(LISTED, k) - 1)[:, min(LISTED, k) - 1, None]
+            for router, dist2_NK in (("centroid", found["centroid"]), ("both", found["centroid"] + found["sparse"])):
+                again_N = np.where(rank_N < LISTED, _ranks(np.where(listed_NK, dist2_NK, np.inf)), LISTED)
+                say("routing", domains=k, router=f"sparse, {LISTED} of them by {router}", characters=length, **_shares(again_N))
+
+
+def _ranks(dist2_NK: np.ndarray) -> np.ndarray:
+    """How many domains are nearer than the own one, which has the query's number."""
+    own_N = dist2_NK[np.arange(len(dist2_NK)), np.arange(len(dist2_NK))]
+    return (dist2_NK < own_N[:, None]).sum(1)
+
+
+def _shares(rank_N: np.ndarray) -> dict[str, float]:
+    """Queries whose domain is among the first, and standard errors."""
+    shares = {f"top{most}": float((rank_N < most).mean()) for most in (1, 4, LISTED)}
+    return shares | {f"{name}_error": (share * (1 - share) / len(rank_N)) ** 0.5 for name, share in shares.items()}
 
 
 WAYS = {"quality": bench_quality, "embedders": bench_embedders, "routing": bench_routing}

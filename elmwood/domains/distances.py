@@ -220,7 +220,7 @@ def nearest_place(dist2_NK: Floats, places_E: Sequence[Sequence[int]]) -> Floats
 
 def _known(dist2_NK: Floats, known_N: Bools) -> Floats:
     """Infinite where nothing is known."""
-    return np.where(known_N[:, None], dist2_NK, np.float32(np.inf))
+    return dist2_NK if known_N.all() else np.where(known_N[:, None], dist2_NK, np.float32(np.inf))
 
 
 def _terms(fitted: Embeds) -> Terms:
@@ -258,4 +258,6 @@ def _sparse_sums(term_VK: sparse.csr_matrix, row_W: Ints, step_W: Floats, begin_
 
 def _sparse_distances(cosine_NK: Floats, some_N: Bools) -> Floats:
     """Squared distances from products with unit centroids; a text without words is the zero vector."""
-    return np.maximum(some_N[:, None] + 1.0 - 2 * cosine_NK, 0).astype(np.float32)
+    dist2_NK = np.multiply(cosine_NK, -2.0, dtype=np.float64)
+    dist2_NK += some_N[:, None] + 1.0
+    return np.maximum(dist2_NK, 0, out=dist2_NK).astype(np.float32)

@@ -201,15 +201,17 @@ def serving(partition: Partition, trained: Sequence[tuple[str | None, int | None
     or of a partition that this one does not revise.
     """
     served: list[list[int]] = [[] for _ in trained]
+    of_domain: dict[tuple[str | None, int | None], list[int]] = {}
+    for e, one in enumerate(trained):
+        of_domain.setdefault(one, []).append(e)
     vacant = {place: place for place in range(len(partition.domains))}  # here -> in the ancestor
     strangers = {digest for digest, _ in trained}
     step = partition
     while True:
         strangers.discard(step.digest)
         for place, there in vacant.items():
-            for e, one in enumerate(trained):
-                if one == (step.digest, there):
-                    served[e].append(place)
+            for e in of_domain.get((step.digest, there), ()):
+                served[e].append(place)
         taken = {place for places in served for place in places}
         if step.parent is None or not strangers:
             break

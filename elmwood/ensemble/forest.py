@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elmwood.corpus.tokens import Windows
 from elmwood.domains.route import Routing
-from elmwood.ensemble.text_router import TextRouter, names_of
+from elmwood.ensemble.text_router import TextRouter, names_of, open_text_router
 from elmwood.lm.experts import Experts
 from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
 from elmwood.store import Store
@@ -35,7 +35,7 @@ def open_forest(ensemble: Ensemble, store: Store, device: torch.device | str | N
     forest, routing = store.load(ensemble.forest, Forest), Routing.of(ensemble)
     seed, partition = store.load(forest.seed, Seed), store.load(forest.partition, Partition)
     members = [store.load(digest, Expert) for digest in forest.experts]
-    router = TextRouter(routing, partition, members, seed, store)
+    router = open_text_router(routing, partition, members, seed, store)
     return OpenForest(routing, Experts(seed, members, store, device), router, [*names_of(members, store), "seed"])
 
 

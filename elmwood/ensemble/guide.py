@@ -7,7 +7,7 @@ import numpy as np
 
 from elmwood.domains.distances import token_distances
 from elmwood.domains.route import Routing
-from elmwood.ensemble.text_router import TextRouter, names_of, weigh
+from elmwood.ensemble.text_router import names_of, open_text_router, weigh
 from elmwood.records import Ensemble, Expert, Forest, Partition, Seed
 from elmwood.store import Store
 
@@ -39,7 +39,7 @@ class Guide:
         members = sorted((store.load(digest, Expert) for digest in forest.experts), key=lambda expert: expert.digest)
         self.names, self.digests = [*names_of(members, store), "seed"], [*(expert.digest for expert in members), "seed"]
         self.contributors = [expert.contributor for expert in members]
-        self.router = TextRouter(self.routing, self.partition, members, store.load(forest.seed, Seed), store)
+        self.router = open_text_router(self.routing, self.partition, members, store.load(forest.seed, Seed), store)
 
     def cards(self) -> list[tuple[str, str, int | None, str | None]]:
         """Digest, name, domain and contributor of each expert."""

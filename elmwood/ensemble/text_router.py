@@ -3,6 +3,7 @@
 Shapes: E experts by digest, A of them live, T tokens, N scored tokens of several documents, P domains that the experts serve
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from elmwood.corpus.tokens import Windows, token_bytes
 from elmwood.domains import embed
-from elmwood.domains.distances import Flat, PrefixDistances, Prefixes, nearest_place, token_distances
+from elmwood.domains.distances import Centroids, Flat, PrefixDistances, Prefixes, nearest_place, token_distances
 from elmwood.domains.partition import centroids, serving
 from elmwood.domains.route import NOBODY, Live, Routing, Signals, candidates, choose, router_of, search, searches, weights
 from elmwood.errors import ForeignExpert
@@ -70,21 +71,20 @@ def sure_of(active: Sequence[int], weight_A: Sequence[float], routing: Routing) 
 class TextRouter:
     """Where a text lies among the experts of a forest; nothing for a router that looks at no distances (`reads_text`)."""
 
-    def __init__(self, routing: Routing, partition: Partition, experts: Sequence[Expert], seed: Seed, store: Store):
-        """Raises UnknownName, ForeignExpert."""
-        kind = router_of(routing).distances
-        self.routing, self.places_E = routing, places(experts, partition, store)
-        self.reads_text = kind is not None
-        if kind is None:
+    def __init__(
+        self, routing: Routing, embedder: Any, centroids_K: Centroids, places_E: Sequence[tuple[int, ...]], spelled: Sequence[bytes]
+    ):  # fmt: skip
+        """`embedder`: none for a router that looks at no distances; `places_E`: the domains of each expert; `spelled`: the bytes of each
+        token."""
+        self.routing, self.places_E, self.embedder, self.spelled = routing, places_E, embedder, spelled
+        self.reads_text = embedder is not None
+        if not self.reads_text:
             return
-        self.embedder = embed.load(partition.embedder, store, _open_hidden_states)
-        self.centroids_P = centroids(partition, store, kind)[list(chain.from_iterable(self.places_E))]
+        self.centroids_P = centroids_K[list(chain.from_iterable(places_E))]
         starts_E = np.cumsum([0, *map(len, self.places_E)])
         self.own_E = [range(first, last) for first, last in pairwise(starts_E.tolist())]  # rows of these centroids
         self.single = len(self.own_E) == starts_E[-1]  # each expert serves one domain
         self.ready_P = Flat.of(self.centroids_P) if isinstance(self.centroids_P, np.ndarray) else self.centroids_P
-        spelled = token_bytes(tokenizer(seed, store))
-        self.spelled = spelled + [b""] * (seed.vocabulary - len(spelled))  # some embeddings are padded with unused rows
 
     def distances(self, windows: Windows) -> Floats | None:
         """Of the document before each scored token [N, E]."""
@@ -163,6 +163,17 @@ def _open_hidden_states(name: str, store: Store) -> Any:
     return open_hidden_states(name, store)
 
 
+def open_text_router(routing: Routing, partition: Partition, experts: Sequence[Expert], seed: Seed, store: Store) -> TextRouter:
+    """The router of the experts of a partition. Raises UnknownName, ForeignExpert."""
+    kind, places_E = router_of(routing).distances, places(experts, partition, store)
+    if kind is None:
+        return TextRouter(routing, None, np.zeros((0, 0)), places_E, [])
+    spelled = token_bytes(tokenizer(seed, store))
+    spelled += [b""] * (seed.vocabulary - len(spelled))  # some embeddings are padded with unused rows
+    embedder = embed.load(partition.embedder, store, _open_hidden_states)
+    return TextRouter(routing, embedder, centroids(partition, store, kind), places_E, spelled)
+
+
 def places(experts: Sequence[Expert], partition: Partition, store: Store) -> list[tuple[int, ...]]:
     """The domains of a partition that each expert serves. Raises ForeignExpert, also where an expert serves none."""
     found = serving(partition, [(expert.partition, expert.domain) for expert in experts], store)
@@ -175,4 +186,5 @@ def places(experts: Sequence[Expert], partition: Partition, store: Store) -> lis
 def names_of(experts: Sequence[Expert], store: Store) -> list[str]:
     """The name of each expert: its domain, with its digest where several have the same."""
     domains = [store.load(expert.partition or "", Partition).domains[expert.domain or 0].name for expert in experts]
-    return [f"{name}:{expert.digest[:8]}" if domains.count(name) > 1 else name for name, expert in zip(domains, experts, strict=True)]
+    count = Counter(domains)
+    return [f"{name}:{expert.digest[:8]}" if count[name] > 1 else name for name, expert in zip(domains, experts, strict=True)]
