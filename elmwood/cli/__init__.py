@@ -40,6 +40,10 @@ VERBS = {
     "accept": ("evaluate:accept", "May an expert join a forest? Prints every check with its value and threshold; keeps the verdict."),
     "chat": ("models:chat", "Continue text, and show which experts were used."),
     "serve": ("models:serve", "Serve a model to OpenAI clients and, at /, to people. It can say which experts answered."),
+    "gateway": (
+        "models:gateway",
+        "Route each request to an expert that a vLLM, SGLang or elmwood server behind it runs. No model is opened here.",
+    ),
     "merge": ("merge:merge", "Merge experts into one checkpoint, or adapters into one adapter. Several settings give several merges."),
     "statistics": ("train:statistics", "Compute Gram and Fisher matrices of experts on their own text, for merge rules that need them."),
     "mix": ("models:mix", "Combine experts into one mixture-of-experts model of a standard architecture."),

@@ -102,6 +102,46 @@ def serve(
     )  # fmt: skip
 
 
+class Engines(NamedTuple):
+    """The engines behind a gateway."""
+
+    upstream: Annotated[list[str], Option("--upstream", help="Address of a vLLM, SGLang or elmwood server (repeatable).")]
+    adapters: Annotated[Path, Option(help="Folder of adapters that the engines read; missing ones are written.")] = Path("adapters")
+    upstream_path: Annotated[str | None, Option(help="Where the engines see that folder, if elsewhere.")] = None
+    max_adapters: Annotated[int, Option(min=1, help="Adapters that each engine holds; vLLM: its --max-cpu-loras.")] = 32
+    upstream_key_file: Annotated[Path | None, Option(help="A file with the engines' API key.")] = None
+
+
+def gateway(
+    ensemble: Annotated[str, Argument(help="An ensemble or forest of LoRA experts: name or digest.")],
+    engines: Engines,
+    serving: Serving = Serving(),
+    output: Output = Output(),
+) -> None:
+    """Route each request to an expert that a vLLM, SGLang or elmwood server behind it runs. No model is opened here."""
+    from elmwood.serve.gateway.opening import Behind, add_answers, open_gateway
+    from elmwood.serve.logs import start_log
+    from elmwood.serve.run import read_keys, serve
+
+    start_log(serving.log)
+    keys = read_keys(serving.api_key_file) if serving.api_key_file else []
+    key = read_keys(engines.upstream_key_file)[0] if engines.upstream_key_file else None
+    behind = Behind(
+        engines.upstream, engines.adapters, engines.upstream_path, engines.max_adapters, key, serving.queue + serving.running
+    )  # fmt: skip
+    opened = open_gateway(ensemble, Store(output.store), behind)
+
+    def ready(address: str) -> None:
+        emit({"model": opened.record.digest, "url": address}) if output.as_json else out.print(
+            f"{opened.name} at {address}, answered by {', '.join(engines.upstream)}; ctrl-c stops it", soft_wrap=True, markup=False
+        )
+
+    serve(
+        opened, serving.host, serving.port, keys=keys, cors=serving.cors or [], names=serving.host_name or [], answers=add_answers,
+        drain_s=serving.drain, ready=ready,
+    )  # fmt: skip
+
+
 class Sampling(NamedTuple):
     """How tokens are chosen."""
 

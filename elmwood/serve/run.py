@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elmwood.errors import BadInput
-from elmwood.serve.app import create_app
+from elmwood.serve.app import Answers, create_app
 from elmwood.serve.live import Source
 from elmwood.serve.model import Served
 
@@ -23,10 +23,11 @@ def read_keys(path: Path) -> list[str]:
 
 def serve(
     served: Served, host: str, port: int, *, keys: Sequence[str] = (), cors: Sequence[str] = (), names: Sequence[str] = (),
-    source: Source | None = None, drain_s: float = 30.0, ready: Callable[[str], None] = lambda address: None,
+    source: Source | None = None, answers: Answers | None = None, drain_s: float = 30.0,
+    ready: Callable[[str], None] = lambda address: None,
 ) -> None:  # fmt: skip
-    """`ready` is told the address; `names`: that requests may use for the host; `source`: where newer models come from. SIGTERM and SIGINT
-    let requests at work end for `drain_s` seconds; no new ones are taken meanwhile."""
+    """`ready` is told the address; `names`: that requests may use for the host; `source`: where newer models come from; `answers`: who
+    answers. SIGTERM and SIGINT let requests at work end for `drain_s` seconds; no new ones are taken meanwhile."""
     import uvicorn
 
     from elmwood.report.connections import Prompt, names_of
@@ -38,7 +39,8 @@ def serve(
                 ready(f"http://{host}:{listening.getsockname()[1]}")
 
     config = uvicorn.Config(
-        create_app(served, keys=keys, cors=cors, names=names_of(host, names), source=source), host=host, port=port, http=Prompt,
-        log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=max(1, round(drain_s)), timeout_keep_alive=75,
+        create_app(served, keys=keys, cors=cors, names=names_of(host, names), source=source, answers=answers), host=host, port=port,
+        http=Prompt, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=max(1, round(drain_s)),
+        timeout_keep_alive=75,
     )  # fmt: skip
     Server(config).run()

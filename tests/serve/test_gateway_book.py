@@ -1,0 +1,117 @@
+"""Which experts an engine holds: whatever happens in whatever order, none in use is taken out, and none is loaded twice."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from elmwood.serve.gateway.book import Book
+
+NAMES = st.sampled_from("abcdef")
+
+
+class Requests(RuleBasedStateMachine):
+    """Requests, loads that end or fail, and an engine that follows what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.book, self.engine = Book(3), set()
+        self.users = []  # (name, entry) of requests at work, or that wait for their expert
+        self.loading, self.leaving = {}, set()
+
+    @rule(name=NAMES)
+    def ask(self, name):
+        step = self.book.want(name)
+        if step.do == "go":
+            assert name in self.engine
+        elif step.do == "load":
+            assert name not in self.loading
+            assert name not in self.engine
+            self.loading[name] = step.entry
+        elif step.do == "await":
+            assert name in self.loading
+        elif step.do == "unload":
+            assert not any(other == step.name for other, _ in self.users)
+            self.leaving.add(step.name)
+        else:
+            assert len(self.book.entries) >= 3
+        if step.entry:
+            self.users.append((name, step.entry))
+
+    @precondition(lambda self: self.loading)
+    @rule(data=st.data(), works=st.booleans())
+    def load_ends(self, data, works):
+        name = data.draw(st.sampled_from(sorted(self.loading)))
+        entry = self.loading.pop(name)
+        if works:
+            self.book.loaded(name)
+            self.engine.add(name)
+        else:
+            self.book.gone(name)
+            for one in [one for one in self.users if one[1] is entry]:
+                self.end(one)
+
+    @precondition(lambda self: self.leaving)
+    @rule(data=st.data())
+    def unload_ends(self, data):
+        name = data.draw(st.sampled_from(sorted(self.leaving)))
+        self.leaving.discard(name)
+        self.engine.discard(name)
+        self.book.gone(name)
+
+    @precondition(lambda self: self.users)
+    @rule(data=st.data())
+    def request_ends(self, data):
+        self.end(data.draw(st.sampled_from(self.users)))
+
+    def end(self, one):
+        self.users.remove(one)
+        one[1].users -= 1
+
+    @precondition(lambda self: self.engine - self.leaving)
+    @rule(data=st.data())
+    def engine_loses_one(self, data):
+        name = data.draw(st.sampled_from(sorted(self.engine - self.leaving)))
+        entry = self.book.entries[name]
+        number = entry.number
+        self.engine.discard(name)
+        assert self.book.lost(name, number)
+        assert not self.book.lost(name, number), "once for all who find out"
+        self.loading[name] = entry
+
+    @invariant()
+    def the_book_is_right(self):
+        assert len(self.book.entries) <= 3
+        assert {name for name, entry in self.book.entries.items() if entry.state == "ready"} == self.engine - self.leaving
+        for name, entry in self.users:
+            assert self.book.entries[name] is entry
+            assert entry.users == sum(other is entry for _, other in self.users)
+
+
+TestRequests = Requests.TestCase
+TestRequests.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_an_engine_that_is_met_says_what_it_holds():
+    book = Book(2)
+    book.found(["a", "b", "c"])
+    assert book.resident == 3
+    assert book.want("a").do == "go"
+    step = book.want("d")
+    assert (step.do, step.name) == ("unload", "c"), "nobody has asked for it, and it came last"
+    book.gone("c")
+    assert book.want("d").name == "b"
+    book.gone("b")
+    assert book.want("d").do == "load"
+    book.loaded("d")
+    book.found(["d"])
+    assert book.has("a"), "a request uses it: it finds out by itself"
+    book.entries["a"].users = 0
+    book.found(["d"])
+    assert not book.has("a")
+
+
+def test_what_a_server_that_loads_by_itself_holds_is_what_it_was_asked_for_last():
+    book = Book(2)
+    book.touch(["a", "b"])
+    book.touch(["c", "b"])
+    assert [book.has(name) for name in "abc"] == [False, True, True]
