@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from elmwood.study.quality.contest import compare
     from elmwood.study.quality.evaluation import benchmark, evaluate
     from elmwood.study.quality.forest_table import table
+    from elmwood.study.seeds import import_seed, train_seed
     from elmwood.study.text import add, build, cluster, split, survey
-    from elmwood.study.training import adopt, import_seed, train, train_seed
+    from elmwood.study.training import adopt, train
     from elmwood.study.training import compute_statistics as statistics
 
 # module -> the names it gives; `function as verb` where they differ
@@ -43,8 +44,9 @@ FACE = {
     "elmwood.study.merging": "merge, state_add, state_finalize, state_make, state_remove",
     "elmwood.study.mixing": "loads, mix, tune",
     "elmwood.study.page": "report, show",
+    "elmwood.study.seeds": "import_seed, train_seed",
     "elmwood.study.text": "add, build, cluster, split, survey",
-    "elmwood.study.training": "adopt, import_seed, train, train_seed, compute_statistics as statistics",
+    "elmwood.study.training": "adopt, train, compute_statistics as statistics",
 }
 PLACES = {
     one.rpartition(" ")[2]: (module, one.partition(" ")[0]) for module, names in FACE.items() for one in names.split(", ")

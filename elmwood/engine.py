@@ -29,6 +29,8 @@ Task = Callable[[In, Progress], Out]
 # (task, inputs, workers, gpu, progress) -> (index of the input, result), in the order of completion
 Engine = Callable[[Task, Sequence[Any], int, bool, Progress], Iterator[tuple[int, Any]]]
 
+LEVEL = "%"  # the unit of an event that is a level, such as the use of a device; its `what` names what is measured
+NOTE = "note"  # the unit of an event that is said once
 DEVICE = "ELMWOOD_DEVICE"  # the variable that names where to compute, for this process and its workers
 RETRIES = 3  # of a Ray task whose worker died
 TICK = 0.2  # seconds between polls of the progress of Ray tasks
@@ -51,6 +53,11 @@ def gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
     return found if named is None else [one.strip() for one in named.split(",") if one.strip() not in ("", "-1")]
+
+
+def processes() -> tuple[int, int]:
+    """The rank of this process among those of one run, and their number, where torchrun or Ray Train started them; else 0 of 1."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def run(

@@ -28,7 +28,7 @@ from elmwood.hub.messages import Gate
 from elmwood.records import Ensemble, Expert, Forest, Partition, Recipe, Seed, Shard
 from elmwood.store import Store
 from elmwood.study.quality import contest, scoring
-from elmwood.study.training import llama
+from elmwood.study.seeds import llama
 from elmwood.train.tasks import train, train_seed
 
 DOMAINS = 4

@@ -32,7 +32,7 @@ from elmwood.merge.export.folder import export
 from elmwood.merge.layer_weights import everywhere
 from elmwood.records import Corpus, Expert, Recipe, Seed
 from elmwood.store import Store
-from elmwood.study.training import import_seed
+from elmwood.study.seeds import import_seed
 from elmwood.study.trial import check_use
 from elmwood.train.tasks import train
 

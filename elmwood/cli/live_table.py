@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elmwood.cli.screen import EVERY, beating, talk, write_line
-from elmwood.engine import Progress
+from elmwood.engine import LEVEL, NOTE, Progress
 from elmwood.store import Store
 from elmwood.study.training import Planned
 from elmwood.units import duration, short
@@ -62,6 +62,8 @@ class LiveTable:
 
     def progress(self, job: str, done: float, total: float, unit: str) -> None:
         """An event of a job."""
+        if unit in (LEVEL, NOTE):
+            return
         now, before = self.clock(), self.jobs.get(job)
         first, since = (before.first, before.since) if before and before.unit == unit else (done, now)
         self.jobs[job] = JobProgress(done, unit, first, since, now)

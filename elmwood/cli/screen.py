@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column, Table
 from rich.text import Text
 
+from elmwood.engine import LEVEL, NOTE
 from elmwood.engine import Progress as Report
 from elmwood.records import Record
 from elmwood.units import duration, printable, short
@@ -41,7 +42,7 @@ class _Rate(ProgressColumn):
         speed = task.finished_speed or task.speed
         rate = f" {short(speed)} {unit}/s" if speed else ""
         of = f"/{short(task.total)}" if task.total else ""
-        return Text(f"{short(task.completed)}{of}{rate or ' ' + unit}", style="dim", no_wrap=True)
+        return Text(f"{short(task.completed)}{of}{rate or ' ' + unit}{task.fields.get('level', '')}", style="dim", no_wrap=True)
 
 
 @contextmanager
@@ -59,6 +60,13 @@ def bars() -> Iterator[Report]:
         tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: float, total: float, unit: str) -> None:
+            if unit == NOTE:
+                display.console.print(what)
+                return
+            if unit == LEVEL:
+                for task in list(tasks.values())[-1:]:
+                    display.update(task, level=_level(what, done))
+                return
             if what not in tasks:
                 tasks[what] = display.add_task(printable(what), total=None, unit=unit)
             display.update(tasks[what], completed=done, total=total or None, unit=unit)  # 0: not known
@@ -106,11 +114,18 @@ class Lines:
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic, every: float = EVERY):
         self.write, self.clock, self.every = write, clock, every
         self.running: dict[str, Running] = {}
+        self.level = ""  # of the device's use, where a task measures it
         self.ended: set[tuple[str, str]] = set()  # what and unit of finished tasks: they may report their end again
         self.lock = threading.RLock()  # the beat comes from another thread
 
     def progress(self, what: str, done: float, total: float, unit: str) -> None:
         """An event of a task. One whose unit changes (reading bytes, then training tokens) begins anew."""
+        if unit == NOTE:
+            self.write(what)
+            return
+        if unit == LEVEL:
+            self.level = "," + _level(what, done)
+            return
         with self.lock:
             now, task = self.clock(), self.running.get(what)
             complete = 0 < total <= done
@@ -132,7 +147,7 @@ class Lines:
             now = self.clock()
             for what, task in self.running.items():
                 if now - task.written >= self.every:
-                    self.write(f"{what}: {_amount(task)}{_speed(task, now)}")
+                    self.write(f"{what}: {_amount(task)}{_speed(task, now)}{self.level if task.unit == 'tokens' else ''}")
                     self.running[what] = task._replace(written=now)
 
     def close(self) -> None:
@@ -146,6 +161,11 @@ class Lines:
         self.ended.add((what, task.unit))
         amount = f"{short(task.done)} {task.unit} " if task.unit else ""
         self.write(f"{what}: done, {amount}in {_time(self.clock() - task.began)}")
+
+
+def _level(what: str, percent: float) -> str:
+    """' 34 % MFU'."""
+    return f" {percent:.2g} % {what}"
 
 
 def _time(seconds: float) -> str:

@@ -1,6 +1,8 @@
 """Verbs of training: seeds, experts, adapters made elsewhere, and what a run will take."""
 
 import shlex
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,11 +25,13 @@ from elmwood.cli.options import (
 from elmwood.cli.screen import bars, emit, made, out, talk
 from elmwood.cli.screen import table as draw
 from elmwood.cli.text import print_corpus
+from elmwood.engine import processes, silent
 from elmwood.errors import BadInput
 from elmwood.records import Corpus
 from elmwood.store import Store
-from elmwood.study import fitting, mixing, training
+from elmwood.study import fitting, mixing, seeds, training
 from elmwood.study.trial import say_limits, why_no_gguf
+from elmwood.train.seeds.shapes import SHAPES
 from elmwood.units import duration, short
 
 if TYPE_CHECKING:
@@ -46,7 +50,7 @@ def seed_import(
 ) -> None:
     """Import a causal language model of transformers as a seed. It is tried: what it cannot be used for is said, with the reason."""
     with bars() as progress:
-        seed = training.import_seed(model, separator=separator, name=name, store=output.store, progress=progress)
+        seed = seeds.import_seed(model, separator=separator, name=name, store=output.store, progress=progress)
     for change in seed.changes:
         talk.print(change, soft_wrap=True)
     for line in say_limits(seed):
@@ -58,28 +62,40 @@ def seed_import(
 
 def seed_train(
     corpus: CorpusArgument,
+    like: Annotated[str | None, Option(help=f"The shape of a published model: {', '.join(SHAPES)}.")] = None,
+    config: Annotated[Path | None, Option(help="A config.json of transformers, of any causal LM.")] = None,
+    mix: Annotated[list[str] | None, Option(help="A further corpus and its share of the text, e.g. code.jsonl=0.3 (repeatable).")] = None,
     tokens: Annotated[str, Option(help="Training tokens, e.g. 10M.")] = "3M",
-    layers: Annotated[int, Option(help="Transformer layers.")] = 3,
-    width: Annotated[int, Option(help="Model width; heads and feed-forward follow from it.")] = 128,
-    vocabulary: Annotated[int, Option(help="Size of the byte-level BPE vocabulary trained on the corpus.")] = 2048,
-    length: Annotated[int, Option(help="Tokens per sequence.")] = 256,
-    batch: Annotated[int, Option(help="Sequences per step.")] = 8,
-    learning_rate: Annotated[float, Option(help="Peak learning rate.")] = 3e-3,
+    layers: Annotated[int, Option(help="Transformer layers of a small Llama.")] = 3,
+    width: Annotated[int, Option(help="Its width; heads and feed-forward follow from it.")] = 128,
+    vocabulary: Annotated[
+        int | None, Option(help="Of the byte-level BPE trained on the corpus. Default: 2048; with --like or --config, the config's.")
+    ] = None,
+    length: Annotated[int | None, Option(help="Tokens per sequence. Default: 256; with --like or --config, at most 1024.")] = None,
+    batch: Annotated[int, Option(help="Sequences per step, of all processes together.")] = 8,
+    learning_rate: Annotated[float | None, Option(help="Peak; default: 3e-3, less for larger shapes.")] = None,
+    schedule: Annotated[str, Option(help="cosine, linear, constant or wsd.")] = "cosine",
+    accumulate: Annotated[int, Option(help="Passes per step, whose gradients are added.")] = 1,
+    checkpointing: Annotated[bool, Option("--checkpointing", help="Recompute activations: less memory, more time.")] = False,
+    keep_every: Annotated[int | None, Option(help="Store a seed after every so many steps: NAME-step-500, ...")] = None,
+    sharded: Annotated[bool, Option("--sharded", help="Under torchrun: divide the model among the processes (FSDP2).")] = False,
     rng_seed: RngSeedOption = 0,
-    threads: Annotated[int, Option(help="CPU threads; float sums, and so the seed's digest, depend on their number.")] = 1,
+    threads: Annotated[int | None, Option(help="CPU threads of a process: float sums, and so the digest, depend on them.")] = None,
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:
-    """Train a small Llama from scratch, with its own tokenizer."""
-    store = Store(output.store)
-    with bars() as progress:
-        seed = training.train_seed(
-            corpus, tokens=tokens, layers=layers, width=width, vocabulary=vocabulary, length=length, batch=batch,
-            learning_rate=learning_rate, rng_seed=rng_seed, threads=threads, name=name, store=store,
-            progress=progress,
+    """Train a seed from scratch, with its own tokenizer: a small Llama, or any architecture. Under torchrun, on several processes."""
+    store, first = Store(output.store), processes()[0] == 0
+    with bars() if first else nullcontext(silent) as progress:
+        seed = seeds.train_seed(
+            corpus, like=like, config=config, mix=mix or (), tokens=tokens, layers=layers, width=width, vocabulary=vocabulary,
+            length=length, batch=batch, learning_rate=learning_rate, schedule=schedule, accumulate=accumulate,
+            checkpointing=checkpointing, keep_every=keep_every, sharded=sharded, rng_seed=rng_seed, threads=threads, name=name,
+            store=store, progress=progress,
         )  # fmt: skip
-    print_corpus(store.load(str(seed.corpus), Corpus))
-    made(seed, name, output.as_json)
+    if first:
+        print_corpus(store.load(str(seed.corpus), Corpus))
+        made(seed, name, output.as_json)
 
 
 def train(

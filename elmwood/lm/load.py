@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from elmwood.lm import pretrained
 from elmwood.lm.adapters import lowrank
 from elmwood.lm.devices import choose_device
 from elmwood.lm.files import seed_folder
-from elmwood.lm.importing.config import read_config
+from elmwood.lm.importing.config import check_causal, read_config
 from elmwood.lm.importing.seed import add_seed
 from elmwood.lm.importing.seed import import_seed as import_seed
 from elmwood.lm.importing.words import check_tokenizer, read_tokenizer
 from elmwood.lm.pretrained import end_ids, open_adapter, open_weights
 from elmwood.lm.products import hasten
-from elmwood.records import Expert, Merged, Mixture, Point, Recipe, Seed, Shape
+from elmwood.records import Expert, Merged, Mixture, Point, Seed, Shape
 from elmwood.registry import require
 from elmwood.store import Store
 
@@ -59,6 +59,15 @@ def new_model(shape: Shape, rng_seed: int = 0) -> PreTrainedModel:
         return hasten(LlamaForCausalLM(config).eval())
 
 
+def new_model_like(settings: Mapping[str, Any], rng_seed: int = 0, where: object = "this config") -> PreTrainedModel:
+    """A causal LM of any architecture of transformers with random weights, float32 on the CPU. The same rng_seed gives the same bytes.
+    Raises BadSeed."""
+    config = check_causal(pretrained.make_config({**settings, "dtype": "float32"}, where), where)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng_seed)
+        return hasten(pretrained.new_model_of(config, torch.float32).eval())
+
+
 def save_seed(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -66,12 +75,10 @@ def save_seed(
     *,
     name: str,
     separator: int,
-    corpus: str | None = None,
-    recipe: Recipe | None = None,
     curve: Sequence[Point] = (),
-    licence: str | None = None,
+    **facts: Any,
 ) -> Seed:
-    """Store a model with its tokenizer as a transformers folder, and the record of both. Raises BadSeed."""
+    """Store a model with its tokenizer as a transformers folder, and the record of both, with these facts. Raises BadSeed."""
     check_tokenizer(tokenizer, model.config, separator, name)
     if model.config.eos_token_id is None:
         model.config.bos_token_id = model.config.eos_token_id = separator
@@ -80,8 +87,7 @@ def save_seed(
     with tempfile.TemporaryDirectory() as scratch:
         save_folder(model, tokenizer, Path(scratch))
         files = store.put_folder(Path(scratch))
-    fields: dict[str, Any] = {"corpus": corpus, "recipe": recipe, "curve": tuple(curve), "licence": licence}
-    return add_seed(store, files, model.config, model.num_parameters(), name=name, separator=separator, **fields)
+    return add_seed(store, files, model.config, model.num_parameters(), name=name, separator=separator, curve=tuple(curve), **facts)
 
 
 def save_folder(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:

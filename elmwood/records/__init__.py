@@ -7,7 +7,7 @@ a Merkle DAG, and can be followed without knowledge of the kinds.
 from elmwood.records.base import FORMAT, Blob, Digest, Files, Frozen, Record, canonical, fingerprint
 from elmwood.records.kinds import KINDS, parse, read_record, references
 from elmwood.records.merges import Contribution, Gates, Merged, Mixture, Share, State
-from elmwood.records.models import Ensemble, Expert, Forest, Point, Recipe, Seed, Shape, Statistics
+from elmwood.records.models import Ensemble, Expert, Forest, Point, Portion, Recipe, Seed, Shape, Statistics
 from elmwood.records.results import Check, Comparison, Contest, Entry, Ledger, Row, Score, Verdict
 from elmwood.records.text import Corpus, Domain, Embedder, Packing, Partition, Shard
 
@@ -36,6 +36,7 @@ __all__ = [
     "Packing",
     "Partition",
     "Point",
+    "Portion",
     "Recipe",
     "Record",
     "Row",

@@ -1,10 +1,14 @@
 """Records of models: recipes, seeds, experts, forests and ensembles."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from elmwood.records.base import Blob, Digest, Files, Frozen, Record
+
+
+DECAY = 0.2  # share of the steps after the warm-up in which a WSD schedule comes down (arXiv:2404.06395 finds 10-20 % enough)
 
 
 class Recipe(Frozen):
@@ -43,6 +47,12 @@ class Recipe(Frozen):
     def tokens(self) -> int:
         return self.steps * self.batch * self.length
 
+    @property
+    def stable(self) -> int:
+        """Steps before the learning rate comes down, for the schedule `wsd`."""
+        warm = math.ceil(self.warmup * self.steps)
+        return warm + math.floor((1 - DECAY) * (self.steps - warm))
+
 
 class Point(Frozen):
     """One point of a training curve."""
@@ -67,6 +77,13 @@ class Shape(Frozen):
 Use = Literal["generate", "lora", "full", "merge"]
 
 
+class Portion(Frozen):
+    """One of several corpora, and the share of the training rows that are cut from it."""
+
+    corpus: Digest
+    weight: float = Field(gt=0, lt=1)
+
+
 class Seed(Record):
     """The shared starting LM: a transformers checkpoint folder with a tokenizer.json."""
 
@@ -82,8 +99,11 @@ class Seed(Record):
     source: str | None = None  # "id@revision" on a hub that the files were copied from
     changes: tuple[str, ...] = ()  # what import changed, in sentences; none: the files are as they were given
     licence: str | None = None
-    corpus: Digest | None = None  # that it was trained on from scratch
+    corpus: Digest | None = None  # that it was trained on from scratch; of several the first
+    mix: tuple[Portion, ...] = ()  # all corpora it was trained on, where they are several
     recipe: Recipe | None = None
+    run: str | None = None  # the beginning of the task's name, for a run that keeps checkpoints as seeds
+    step: int | None = Field(None, gt=0)  # of the recipe's steps, for a seed that was kept before the last one
     curve: tuple[Point, ...] = ()
     limits: dict[Use, str] = {}  # what it cannot be used for, and why, as found at its import; a claim, which only ever refuses
 

@@ -69,7 +69,7 @@ def texts(record: Record) -> set[str]:
         case Expert():
             return set(record.data)
         case Seed():
-            return {record.corpus} if record.corpus else set()
+            return {*([record.corpus] if record.corpus else ()), *(portion.corpus for portion in record.mix)}
     return set()
 
 
@@ -93,6 +93,10 @@ def check_relations(record: Record, find: Find) -> None:
 
 def _seed(seed: Seed, find: Find) -> None:
     _need(seed.separator < seed.vocabulary, seed, f"its separator is token {seed.separator} of a vocabulary of {seed.vocabulary}")
+    if seed.mix:
+        whole = sum(portion.weight for portion in seed.mix)
+        _need(abs(whole - 1) < 1e-6 and seed.corpus == seed.mix[0].corpus, seed, f"the weights of its corpora sum to {whole:g}")
+    _need(seed.step is None or (seed.recipe is not None and seed.step < seed.recipe.steps), seed, f"its step {seed.step} is none of its recipe")
 
 
 def _partition(partition: Partition, find: Find) -> None:

@@ -287,6 +287,15 @@ def trained_on(record: Record, store: Store) -> str:
     return str(said[-1])[:40] if said else ""  # a store copied from elsewhere may have any text in its logs
 
 
+def say_run(seed: Seed) -> list[str]:
+    """Which step of which run a seed was kept at, for runs that keep several."""
+    if not seed.run or not seed.recipe:
+        return []
+    step = seed.step or seed.recipe.steps
+    before = ", before the decay" if seed.recipe.schedule == "wsd" and step <= seed.recipe.stable else ""
+    return [f"step {step} of {seed.recipe.steps} of run {seed.run[:8]}{before}"]
+
+
 def summary(record: Record) -> str:
     """One line on what a record holds."""
     match record:
@@ -297,7 +306,7 @@ def summary(record: Record) -> str:
             return f"{len(record.domains)} domains, {record.embedder.name}, {record.method}"
         case Seed():
             about = f"{record.name}: {record.architecture}, {short(record.parameters)} parameters, vocabulary {record.vocabulary}"
-            return "; ".join([about, *say_limits(record)])
+            return "; ".join([about, *say_run(record), *say_limits(record)])
         case Expert():
             where = "all domains" if record.domain is None else f"domain {record.domain}"
             late = "" if record.recipe.late == 1 else f" in the last {record.recipe.late:.0%} of the layers"

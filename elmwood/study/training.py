@@ -1,4 +1,4 @@
-"""Training: recipes with their defaults, the tasks that make experts, seeds, and adapters made elsewhere."""
+"""Training: recipes with their defaults, the tasks that make experts, and adapters made elsewhere."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +22,8 @@ from elmwood.study.tasks import (
     label,
     statistics_job,
 )
-from elmwood.study.text import build, keep_name, open_store
-from elmwood.study.trial import check_use, try_adapter, try_seed
+from elmwood.study.text import keep_name, open_store
+from elmwood.study.trial import check_use, try_adapter
 from elmwood.units import parse_count
 
 R = TypeVar("R", Recipe, Shape)
@@ -40,50 +40,6 @@ RANGES = {
     "batch": Between(1, 1 << 20), "accumulate": Between(1, 1 << 20), "length": Between(2, 1 << 24), "rank": Between(1, 65536),
     "rng_seed": Between(0, 2**32 - 1), "threads": Between(1),
 }  # fmt: skip
-
-
-# ---- seeds -------------------------------------------------------------------------------------------------------
-
-
-def import_seed(
-    model: str, store: AnyStore = None, *, separator: str | None = None, name: str | None = None, progress: Progress = silent
-) -> Seed:  # fmt: skip
-    """Import a causal language model: a transformers folder, a GGUF file, or a hub id. Raises BadSeed, BadInput."""
-    store = open_store(store, name)
-    from elmwood.lm import load  # torch
-
-    progress(f"import {Path(model).name}", 0, 0, "")
-    seed = load.import_seed(model, store, name=name, separator=separator)
-    progress(f"try {seed.name}", 0, 0, "")
-    if limits := try_seed(seed, store):
-        seed = seed.model_copy(update={"limits": limits})
-        store.add(seed)
-    return keep_name(seed, name, store)
-
-
-def train_seed(
-    corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, tokens: int | str = "3M", layers: int = 3, width: int = 128,
-    vocabulary: int = 2048, length: int = 256, batch: int = 8, learning_rate: float = 3e-3, rng_seed: int = 0, threads: int = 1,
-    name: str | None = None, progress: Progress = silent,
-) -> Seed:  # fmt: skip
-    """Train a small Llama from scratch, with its own tokenizer. Raises BadInput, BadCorpus, DoesNotFit."""
-    store = open_store(store, name)
-    recipe = make_recipe(
-        tokens=tokens, method="full", batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed, threads=threads
-    )
-    shape = llama(layers, width, vocabulary, length)
-    built = corpus if isinstance(corpus, Corpus) else build(corpus, store=store, progress=progress)
-    from elmwood.train import tasks  # torch
-
-    return keep_name(tasks.train_seed(built, shape, recipe, store, name=name or "seed", progress=progress), name, store)
-
-
-def llama(layers: int, width: int, vocabulary: int, context: int) -> Shape:
-    """The proportions of a Llama: heads of 32 (64 from width 512), feed-forward 8/3 of the width in steps of 32. Raises BadInput."""
-    heads, feed_forward = max(1, width // (64 if width >= 512 else 32)), -(-width * 8 // 3 // 32) * 32
-    return make_record(
-        Shape, "seed train", layers=layers, width=width, heads=heads, feed_forward=feed_forward, vocabulary=vocabulary, context=context
-    )
 
 
 # ---- recipes -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 from elmwood.errors import Damaged, DoesNotFit
 from elmwood.records import Point
 from elmwood.store import sync_folder
+from elmwood.train.card.processes import full, part_of
 
 FILE = "state.safetensors"
 S = TypeVar("S")
@@ -32,10 +33,12 @@ class Position(NamedTuple):
     waited: int = 0  # validations since
 
 
-def save(folder: Path, position: Position, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Replace the checkpoint in `folder`. Raises DoesNotFit."""
-    write(folder / FILE, position._asdict() | {"curve": [point.model_dump() for point in position.curve]}, weights, optimizer)
-    for path in folder.glob(_best("*")):
+def save(
+    folder: Path, position: Position, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, first: bool = True
+) -> None:  # fmt: skip
+    """Replace the checkpoint in `folder`: the `first` process of a run does, and all take part. Raises DoesNotFit."""
+    write(folder / FILE, position._asdict() | {"curve": [point.model_dump() for point in position.curve]}, weights, optimizer, first)
+    for path in folder.glob(_best("*")) if first else ():
         if path.name != _best(position.best):
             path.unlink()  # no checkpoint refers to it any more
 
@@ -70,12 +73,22 @@ def _best(step: int | str) -> str:
     return f"best-{step}.safetensors"
 
 
-def write(path: Path, plain: dict[str, Any], weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Write the weights, the optimiser's tensors for each, and `plain`, which is JSON and has `step`. Raises DoesNotFit."""
-    tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
+def write(
+    path: Path, plain: dict[str, Any], weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, first: bool = True
+) -> None:  # fmt: skip
+    """Write the weights, the optimiser's tensors for each, and `plain`, which is JSON and has `step`. Raises DoesNotFit.
+
+    Tensors that are divided among processes are gathered, which all of them take part in; the `first` one writes.
+    """
+    tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        tensors |= {f"{part}.{name}": tensor for part, tensor in optimizer.state[weight].items() if part != "step"}
-    _write(path, tensors, {"stand": json.dumps(plain)})
+        own = {"weight": weight.detach()} | {part: tensor for part, tensor in optimizer.state[weight].items() if part != "step"}
+        for part, tensor in own.items():
+            whole = full(tensor)
+            if first:
+                tensors[f"{part}.{name}"] = whole if whole is tensor else whole.cpu()
+    if first:
+        _write(path, tensors, {"stand": json.dumps(plain)})
 
 
 def read(
@@ -93,9 +106,9 @@ def read(
                 kept.setdefault(name, {})[part] = file.get_tensor(key)
             counted = isinstance(optimizer, torch.optim.AdamW)  # other optimisers count in integers
             for name, weight in weights.items():
-                weight.copy_(kept[name].pop("weight"))
+                weight.copy_(part_of(kept[name].pop("weight"), weight))
                 step = torch.tensor(float(plain["step"])) if counted else plain["step"]
-                optimizer.state[weight] = {"step": step, **{part: tensor.to(weight.device) for part, tensor in kept[name].items()}}
+                optimizer.state[weight] = {"step": step, **{part: part_of(tensor, weight) for part, tensor in kept[name].items()}}
             return parse(plain)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise Damaged(f"{path} cannot be read ({error}): delete it, and the run starts again") from error

@@ -4,7 +4,7 @@ D documents, N of them chosen, B rows of a batch, L tokens of a row
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, islice, pairwise
 from typing import NamedTuple
 
@@ -17,6 +17,9 @@ from elmwood.records import Recipe
 
 UNSCORED = -100
 VALIDATION = 0.05  # share of the training documents that are kept for validation, if the recipe has patience
+
+
+Row = tuple[np.ndarray, np.ndarray]  # length + 1 tokens int64, and where documents begin in them
 
 
 class Batch(NamedTuple):
@@ -38,7 +41,7 @@ def batches(packed: Packed, recipe: Recipe, start: int = 0, chosen_N: np.ndarray
     chosen_N = np.arange(len(packed.starts)) if chosen_N is None else chosen_N
     rows = _rows(packed, chosen_N, recipe.length, recipe.rng_seed, start * recipe.batch)
     while chosen := list(islice(rows, recipe.batch)):
-        yield _batch(chosen)
+        yield join_rows(chosen)
 
 
 def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
@@ -62,22 +65,30 @@ def split_validation(packed: Packed) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~held_D), np.flatnonzero(held_D)
 
 
-def _rows(packed: Packed, chosen_N: np.ndarray, length: int, rng_seed: int, skip: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of length + 1 tokens from row `skip` on, and where documents begin in each."""
-    size_N = np.diff(packed.starts, append=len(packed.tokens))[chosen_N]
-    total = int(size_N.sum())
-    repeats = -(-(length + 1) // total)  # a domain smaller than a row is repeated
-    per_epoch = (repeats * total - 1) // length
+def _rows(packed: Packed, chosen_N: np.ndarray, length: int, rng_seed: int, skip: int) -> Iterator[Row]:
+    """Rows of length + 1 tokens from row `skip` on, epoch after epoch."""
+    per_epoch = rows_of_epoch(int(np.diff(packed.starts, append=len(packed.tokens))[chosen_N].sum()), length)
     for epoch in count(skip // per_epoch):
         rng = np.random.default_rng((rng_seed, epoch))
-        order_N = np.tile(rng.permutation(len(size_N)), repeats)
-        end_N = np.cumsum(size_N[order_N])
-        shuffled = rng.permutation(per_epoch)
-        for row in shuffled[skip % per_epoch :] if epoch == skip // per_epoch else shuffled:
-            yield _cut(packed, chosen_N[order_N], end_N, int(row) * length, length + 1)
+        yield from cut_epoch(packed, chosen_N, length, rng, skip % per_epoch if epoch == skip // per_epoch else 0)
 
 
-def _cut(packed: Packed, order_N: np.ndarray, end_N: np.ndarray, at: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def rows_of_epoch(tokens: int, length: int) -> int:
+    """How many rows of length + 1 tokens so many give; fewer tokens than a row are repeated."""
+    return (-(-(length + 1) // tokens) * tokens - 1) // length
+
+
+def cut_epoch(packed: Packed, chosen_N: np.ndarray, length: int, rng: np.random.Generator, skip: int = 0) -> Iterator[Row]:
+    """The rows of one epoch from row `skip` on: the documents shuffled and joined, the rows cut and shuffled."""
+    size_N = np.diff(packed.starts, append=len(packed.tokens))[chosen_N]
+    total = int(size_N.sum())
+    order_N = np.tile(rng.permutation(len(size_N)), -(-(length + 1) // total))
+    end_N, order_N = np.cumsum(size_N[order_N]), chosen_N[order_N]
+    for row in rng.permutation(rows_of_epoch(total, length))[skip:]:
+        yield _cut(packed, order_N, end_N, int(row) * length, length + 1)
+
+
+def _cut(packed: Packed, order_N: np.ndarray, end_N: np.ndarray, at: int, size: int) -> Row:
     """`size` tokens from place `at` of the documents joined in this order."""
     tokens, begins = np.empty(size, np.int64), np.zeros(size, bool)
     place, filled = int(np.searchsorted(end_N, at, "right")), 0
@@ -95,7 +106,8 @@ def _cut(packed: Packed, order_N: np.ndarray, end_N: np.ndarray, at: int, size: 
     return tokens, begins
 
 
-def _batch(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+def join_rows(rows: Sequence[Row]) -> Batch:
+    """A batch of rows."""
     tokens, begins = np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
     place = np.arange(tokens.shape[1] - 1)
     begun = np.maximum.accumulate(np.where(begins[:, :-1], place, 0), axis=1)

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +21,16 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from elmwood.corpus.tokens import Packed
-from elmwood.engine import Progress, silent
+from elmwood.engine import LEVEL, Progress, silent
 from elmwood.errors import BadInput
 from elmwood.records import Point, Recipe
+from elmwood.records.models import DECAY
 from elmwood.registry import require
 from elmwood.train.card.attention import find_cuts
 from elmwood.train.card.compiled import layers_of
 from elmwood.train.card.path import fast_path
 from elmwood.train.card.peak import find_share
+from elmwood.train.card.processes import ALONE, CHECK, Group, Spread, spread_over
 from elmwood.train.checkpoint import Position, keep_best, load, load_best, save
 from elmwood.train.data import Batch, batches, count_scored, split_batch, split_validation
 from elmwood.train.loss import Abilities, base_model, loss
@@ -35,7 +38,9 @@ from elmwood.train.loss import Abilities, base_model, loss
 POINTS = 50  # of a training curve; the validation loss is computed as often
 EVERY = 5.0  # seconds between two checkpoints; more if saving is slow:
 SHARE = 0.01  # at most this share of the time is spent saving
-DECAY = 0.2  # share of the steps in which a WSD schedule comes down (arXiv:2404.06395 finds 10-20 % enough)
+
+
+Stream = Callable[[int], Iterator[Batch]]  # a step -> the batches from there on
 
 
 class Trained(NamedTuple):
@@ -47,6 +52,7 @@ class Trained(NamedTuple):
     steps: int  # done; fewer than in the recipe if it stopped early
     place: str  # the device
     saving: float = 0.0  # seconds that this process spent writing checkpoints
+    model: Any = None  # the trained one; None on all processes but the first, where the weights were divided among them
 
 
 class Run(NamedTuple):
@@ -58,66 +64,95 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     recipe: Recipe
     validation: tuple[Batch, ...]  # empty if the recipe has no patience
-    share: float | None  # of a second of the card's peak that a token takes
+    share: float | None  # of a second of the device's peak that a token takes
+    spread: Spread
 
 
 def run(
-    model: Any, packed: Packed, recipe: Recipe, work: Path, log: Callable[..., None], progress: Progress = silent,
-    more: Callable[[], Tensor | None] = lambda: None,
+    model: Any, packed: Packed | Stream, recipe: Recipe, work: Path, log: Callable[..., None], progress: Progress = silent,
+    more: Callable[[], Tensor | None] = lambda: None, *, group: Group = ALONE, keep: Callable[[Any, Position], None] | None = None,
+    keep_every: int | None = None,
 ) -> Trained:  # fmt: skip
     """Train the weights that require a gradient, in place. Raises BadInput, BadCorpus, Damaged.
 
-    An interrupted run resumes from the checkpoint in folder `work`; on a CPU the result is bit-identical.
+    An interrupted run resumes from the checkpoint in folder `work`; on a CPU the result is bit-identical. `packed` may be a function from
+    a step to the batches from there on. `group`: the processes that call this together, each with its own copy of the model. `keep` is
+    called with the model after every `keep_every` steps but the last, in the first process.
     """
     with use_threads(recipe.threads), torch.random.fork_rng(), recompute_activations(model, recipe), fast_path(model, recipe) as able:
+        stream, validation = _open_text(packed, recipe, group)
+        device = next(model.parameters()).device
+        share = find_share(base_model(model), recipe.length, torch.bfloat16 if uses_bf16(device) else torch.float32)
+        share = share and share / group.size
+        spread = spread_over(group, model, lambda model, *rows: loss(model, able, *rows))
         weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        chosen_N, validation = _validation(packed, recipe)
-        job = Run(model, able, weights, adamw(weights, recipe), recipe, validation, find_share(base_model(model), recipe.length))
+        job = Run(model, able, weights, adamw(weights, recipe), recipe, validation, share, spread)
         position = load(work, weights, job.optimizer)
+        group.wait()  # nobody writes before all have read
         model.train()
         began, saved, pause, saving = time.monotonic() - position.seconds, time.monotonic(), EVERY, 0.0
         place = next(iter(weights.values())).device
-        running = torch.tensor(position.loss, dtype=torch.float64, device=place)
-        for step, batch in zip(range(position.step, recipe.steps), batches(packed, recipe, position.step, chosen_N)):  # noqa: B905  # one has no end
+        running = torch.tensor(position.loss if group.first else 0.0, dtype=torch.float64, device=place)
+        for step, batch in zip(range(position.step, recipe.steps), stream(position.step)):  # noqa: B905  # one has no end
             if out_of_patience(position, recipe):
                 break
-            torch.manual_seed((recipe.rng_seed << 32) + step)  # dropout, where a model has it, is a function of the step
-            running += add_gradients(model, job.able, batch, recipe, more)
+            # dropout, where a model has it, is a function of the step and the process
+            torch.manual_seed((recipe.rng_seed << 32) + step * group.size + group.rank)
+            running += add_gradients(model, job.able, batch, recipe, more, spread)
             update_weights(job.optimizer, recipe, step)
             position = _record(job, position._replace(step=step + 1), running, work, time.monotonic() - began, log, progress)
             progress(f"train on {place}", (step + 1) * recipe.batch * recipe.length, recipe.tokens, "tokens")
-            if (now := time.monotonic()) - saved >= pause and step + 1 < recipe.steps:
-                save(work, position._replace(loss=running.item(), seconds=now - began), weights, job.optimizer)
+            if keep and keep_every and (step + 1) % keep_every == 0 and step + 1 < recipe.steps:
+                whole = spread.gather(weights)
+                if group.first:
+                    keep(whole, position)
+            if step + 1 < recipe.steps and _is_due(time.monotonic() - saved >= pause, step, group):
+                now = time.monotonic()
+                save(work, position._replace(loss=group.sum(running).item(), seconds=now - began), weights, job.optimizer, group.first)
                 saved = time.monotonic()
                 saving, pause = saving + saved - now, max(EVERY, (saved - now) / SHARE)
         model.eval()
         if recipe.patience is not None:
             load_best(work, position, weights)
-        return Trained(position.curve, time.monotonic() - began, job.able, position.step, str(place), saving)
+        whole = spread.gather(weights)
+        return Trained(position.curve, time.monotonic() - began, job.able, position.step, str(place), saving, whole)
 
 
-def add_gradients(model: Any, able: Abilities, batch: Batch, recipe: Recipe, more: Callable[[], Tensor | None] = lambda: None) -> Tensor:
+def _is_due(due: bool, step: int, group: Group) -> bool:
+    """Whether to write a checkpoint: by the first process's clock, which several processes ask every few steps."""
+    return due if group.size == 1 else (step + 1) % CHECK == 0 and bool(group.tell(due))
+
+
+def add_gradients(
+    model: Any, able: Abilities, batch: Batch, recipe: Recipe, more: Callable[[], Tensor | None] = lambda: None,
+    spread: Spread | None = None,
+) -> Tensor:  # fmt: skip
     """Add the gradients of one step's rows, in `recipe.accumulate` passes; return the mean loss of its scored tokens, still on the device.
 
-    `more` is called after each pass for a further loss, which is not part of the mean.
+    `more` is called after each pass for a further loss, which is not part of the mean. Of a group each process takes its share of the
+    rows, and returns what these add to the mean; the gradients become those of all.
     """
-    total, parts = count_scored(batch), []
-    for part in split_batch(batch, recipe.accumulate):
-        value = batch_loss(model, able, part) * (count_scored(part) / max(1, total))
+    total, parts, group = max(1, count_scored(batch)), [], spread.group if spread else ALONE
+    own = batch if group.size == 1 else next(islice(split_batch(batch, group.size), group.rank, None))
+    for part in split_batch(own, recipe.accumulate):
+        share = count_scored(part) / total
+        value = batch_loss(model, able, part, spread and spread.score) * share
         extra = more()
-        (value if extra is None else value + extra * (count_scored(part) / max(1, total))).backward()
+        loss_of_all = value if extra is None else value + extra * share
+        (loss_of_all if group.size == 1 else loss_of_all * group.size).backward()  # DDP and FSDP2 take the mean of their processes
         parts.append(value.detach())
     return sum(parts[1:], start=parts[0])
 
 
-def batch_loss(model: Any, able: Abilities, batch: Batch) -> Tensor:
-    """The mean loss of a batch, in the precision that suits the device."""
+def batch_loss(model: Any, able: Abilities, batch: Batch, score: Callable[..., Tensor] | None = None) -> Tensor:
+    """The mean loss of a batch, in the precision that suits the device. `score` computes it instead of the model's own pass."""
     device = next(model.parameters()).device
     tokens_BL, targets_BL, positions_BL = (send(part, device) for part in batch)
     several = bool((batch.positions_BL[:, -1] != batch.positions_BL.shape[1] - 1).any())  # some row holds more than one document
     cut_S = send(find_cuts(batch.positions_BL), device) if several and able.packed == "documents" else None
+    rows = tokens_BL, targets_BL, positions_BL if several else None, cut_S
     with autocast(model, device):
-        return loss(model, able, tokens_BL, targets_BL, positions_BL if several else None, cut_S)
+        return score(*rows) if score else loss(model, able, *rows)
 
 
 def send(array: np.ndarray, device: torch.device) -> Tensor:
@@ -164,16 +199,20 @@ def out_of_patience(position: Position, recipe: Recipe) -> bool:
     return recipe.patience is not None and position.waited >= recipe.patience
 
 
-def _validation(packed: Packed, recipe: Recipe) -> tuple[Any, tuple[Batch, ...]]:
-    """The documents to train on (None: all), and a few batches of the others: validation is cheap."""
+def _open_text(packed: "Packed | Stream", recipe: Recipe, group: Group) -> tuple[Stream, tuple[Batch, ...]]:
+    """The batches from a step on; and a few of documents that are set aside, if the recipe has patience. Raises BadInput, BadCorpus."""
+    if group.size > recipe.batch:
+        raise BadInput(f"--batch {recipe.batch}: each of {group.size} processes takes rows of every batch; choose --batch {group.size}")
     if recipe.patience is None:
-        return None, ()
+        return partial(batches, packed, recipe) if isinstance(packed, Packed) else packed, ()
+    if group.size > 1 or not isinstance(packed, Packed):
+        raise BadInput("--patience is of one process: leave it out, or do not start several")
     chosen_N, apart_N = split_validation(packed)
     whole = max(1, int(np.diff(packed.starts, append=len(packed.tokens))[apart_N].sum()) // recipe.length)  # number of rows
     size = min(recipe.batch, whole)
     count = min(whole // size, max(4, recipe.steps // POINTS // 4))
     few = recipe.model_copy(update={"batch": size, "rng_seed": 0})
-    return chosen_N, tuple(islice(batches(packed, few, 0, apart_N), count))
+    return partial(batches, packed, recipe, chosen_N=chosen_N), tuple(islice(batches(packed, few, 0, apart_N), count))
 
 
 @torch.no_grad()
@@ -192,7 +231,7 @@ def _record(
     recipe, done = job.recipe, position.step
     if done % max(1, recipe.steps // POINTS) and done < recipe.steps:
         return position
-    mean = running.item() / (done - (position.curve[-1].step if position.curve else 0))
+    mean = job.spread.group.sum(running).item() / (done - (position.curve[-1].step if position.curve else 0))
     if not math.isfinite(mean):
         raise BadInput(
             f"the loss became {mean} before step {done}: the learning rate {recipe.learning_rate:g} is too high here, try a third of it"
@@ -202,8 +241,8 @@ def _record(
     point = Point(step=done, tokens=done * recipe.batch * recipe.length, loss=mean, validation=seen)
     used = {} if job.share is None else {"mfu": round(point.tokens / seconds * job.share, 3)}
     log(event="point", **point.model_dump(exclude_none=True), rate=rate(recipe, done - 1), elapsed=round(seconds, 3), **used)
-    if used and len(position.curve) == POINTS // 5:  # with the compiler's seconds behind it
-        progress(f"trains at {used['mfu']:.0%} of this card's peak (MFU)", 0, 0, "")
+    if used:
+        progress("MFU", 100 * used["mfu"], 100, LEVEL)
     position = position._replace(loss=0.0, curve=(*position.curve, point))
     if seen is None:
         return position

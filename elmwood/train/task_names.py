@@ -1,13 +1,22 @@
 """The names of this room's tasks, from their inputs. Free of torch, since the process that hands out tasks runs none."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from elmwood.records import Corpus, Digest, Recipe, Seed, Shape, Shard, fingerprint
 
 
-def seed_key(corpus: Corpus, shape: Shape, recipe: Recipe, name: str = "seed") -> str:
-    """The name of the task that trains a seed from scratch."""
-    return fingerprint("train-seed", corpus.digest, shape, recipe, name)
+def seed_key(
+    corpora: Corpus | Sequence[tuple[Corpus, float]], shape: Shape | Mapping[str, Any], recipe: Recipe, name: str = "seed",
+    keep_every: int | None = None,
+) -> str:  # fmt: skip
+    """The name of the task that trains a seed from scratch on a corpus, or on several with their weights."""
+    parts = [(corpora, 1.0)] if isinstance(corpora, Corpus) else corpora
+    if isinstance(shape, Shape) and keep_every is None and len(parts) == len(parts[0][0].train) == 1:  # as before there was more
+        return fingerprint("train-seed", parts[0][0].digest, shape, recipe, name)
+    whole = sum(weight for _, weight in parts)
+    shares = [(corpus.digest, weight / whole) for corpus, weight in parts]
+    return fingerprint("train-seed-2", shares, shape if isinstance(shape, Shape) else dict(shape), recipe, name, keep_every)
 
 
 def train_key(seed: Seed, data: Sequence[Shard], recipe: Recipe, partition: Digest | None = None, domain: int | None = None) -> str:

@@ -2,9 +2,10 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +16,91 @@ from tokenizers import Tokenizer
 
 from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import pack, train_tokenizer
-from elmwood.engine import Progress, silent
+from elmwood.engine import NOTE, Progress, silent
 from elmwood.errors import BadInput, MissingExtra
 from elmwood.lm.devices import choose_device
 from elmwood.lm.files import tokenizer
-from elmwood.lm.load import load_model, load_quantised, new_model, save_folder, save_seed
-from elmwood.records import Corpus, Digest, Expert, Files, Recipe, Record, Seed, Shape, Shard
+from elmwood.lm.importing.config import context_of
+from elmwood.lm.load import load_model, load_quantised, new_model, new_model_like, save_folder, save_seed
+from elmwood.records import Corpus, Digest, Expert, Files, Portion, Recipe, Record, Seed, Shape, Shard
 from elmwood.registry import require
 from elmwood.store import Store
 from elmwood.train.adapter import add_adapter
+from elmwood.train.card.processes import ALONE, Group
+from elmwood.train.checkpoint import Position
 from elmwood.train.loop import Trained, run
+from elmwood.train.seeds.shapes import with_vocabulary
+from elmwood.train.seeds.stream import Source, Stream
 from elmwood.train.task_names import seed_key, train_key
 from elmwood.weights.experts import seed_places
 
 END = 0  # token id of a trained tokenizer's <|endoftext|>
 TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}  # and the module that each needs
+DEFAULT_VOCABULARY = 32_768  # of a config that names none
 SAMPLE = 50_000_000  # bytes of text that a tokenizer is trained on
 
 
 def train_seed(
-    corpus: Corpus, shape: Shape, recipe: Recipe, store: Store, *, name: str = "seed", device: torch.device | str | None = None,
-    progress: Progress = silent,
+    corpora: Corpus | Sequence[Source], shape: Shape | Mapping[str, Any], recipe: Recipe, store: Store, *, name: str = "seed",
+    device: torch.device | str | None = None, keep_every: int | None = None, kept: Callable[[Seed], object] = lambda seed: None,
+    group: Group = ALONE, progress: Progress = silent,
 ) -> Seed:  # fmt: skip
-    """Train a Llama and its tokenizer from scratch. Done once per inputs; interrupted runs resume. Raises BadInput, BadCorpus."""
+    """Train a causal LM and its tokenizer from scratch. Done once per inputs; interrupted runs resume. Raises BadInput, BadCorpus, BadSeed.
+
+    `corpora`: one, or several with the shares of the rows that are cut from each. `shape`: a Llama, or a config of transformers, whose
+    `vocab_size` is the most that the tokenizer gets. After every `keep_every` steps the model is stored as a seed of its own, and
+    `kept` is called with it. `group`: the processes that call this together.
+    """
     if recipe.method != "full":
         raise BadInput(f"a seed is trained with method 'full', not {recipe.method!r}: adapters need a seed")
-    check_length(recipe, shape.context)
-    key = seed_key(corpus, shape, recipe, name)
-    with store.held(key, progress) as work:
-        if done := store.done(key):
+    sources = [Source(corpora)] if isinstance(corpora, Corpus) else list(corpora)
+    key = seed_key(sources, shape, recipe, name, keep_every)
+    progress = progress if group.first else silent
+    with group.held(store, key, progress) as work:
+        if done := group.tell(store.done(key)):
             return store.load(done, Seed)
-        words = _tokenizer(corpus, shape.vocabulary, store, work / "tokenizer.json", progress)
-        packed = pack(corpus.train, words, END, store, progress)
-        model: Any = new_model(shape, recipe.rng_seed)
-        model.to(choose_device(device))
-        trained = run(model, packed, recipe, work, partial(store.log, key), progress)
-        facts: dict[str, Any] = {"corpus": corpus.digest, "recipe": recipe, "curve": trained.curve}
-        seed = save_seed(model, words, store, name=name, separator=END, **facts)
-        finish(store, key, seed, recipe, trained)
-        return seed
+        if group.first:
+            most = shape.vocabulary if isinstance(shape, Shape) else int(shape.get("vocab_size") or DEFAULT_VOCABULARY)
+            _tokenizer(sources, most, store, work / "tokenizer.json", progress)
+        group.wait()
+        words = Tokenizer.from_file(str(work / "tokenizer.json"))
+        model: Any = make_model(shape, words, recipe.rng_seed)
+        check_length(recipe, context_of(model.config) or recipe.length)
+        model.to(group.device or choose_device(device))
+        stream = Stream(sources, words, END, recipe, store, progress)
+        facts: dict[str, Any] = {"corpus": sources[0].corpus.digest, "recipe": recipe, "name": name, "separator": END}
+        if len(sources) > 1:
+            whole = sum(source.weight for source in sources)
+            facts["mix"] = tuple(Portion(corpus=source.corpus.digest, weight=source.weight / whole) for source in sources)
+        if keep_every:
+            facts["run"] = key[:16]
+
+        def keep(whole: Any, position: Position) -> None:
+            kept(save_seed(whole, words, store, curve=position.curve, step=position.step, **facts))
+
+        log = partial(store.log, key) if group.first else ignore
+        if group.first:
+            for read in stream.reads():
+                progress(f"reads {'' if read.exact else 'about '}{read.epochs:.2g} epochs of corpus {read.corpus[:8]}", 0, 0, NOTE)
+        trained = run(model, stream, recipe, work, log, progress, group=group, keep=keep, keep_every=keep_every)
+        if group.first:
+            seed = save_seed(trained.model, words, store, curve=trained.curve, **facts)
+            for read in stream.reads():
+                store.log(key, event="read", **read._asdict())
+            finish(store, key, seed, recipe, trained)
+        group.wait()
+        return store.load(str(store.done(key)), Seed)
+
+
+def make_model(shape: Shape | Mapping[str, Any], words: Tokenizer, rng_seed: int) -> Any:
+    """A model with random weights. A config's vocabulary becomes that of the tokenizer. Raises BadSeed."""
+    if isinstance(shape, Shape):
+        return new_model(shape, rng_seed)
+    return new_model_like(with_vocabulary(dict(shape), words.get_vocab_size(with_added_tokens=True)), rng_seed)
+
+
+def ignore(**_: Any) -> None:
+    """Events of a process whose run another one logs."""
 
 
 def train(
@@ -148,13 +195,17 @@ def check_length(recipe: Recipe, context: int) -> None:
         raise BadInput(f"--length {recipe.length}: the model has {context} positions; choose --length {context}")
 
 
-def _tokenizer(corpus: Corpus, vocabulary: int, store: Store, path: Path, progress: Progress) -> Tokenizer:
-    """Trained once, and kept while the seed is unfinished."""
-    if not path.exists():
-        texts = _sample((document.text for document in documents(corpus.train, store)), min(SAMPLE, corpus.bytes), progress)
-        train_tokenizer(texts, vocabulary).save(f"{path}.tmp")
-        path.with_name(f"{path.name}.tmp").replace(path)
-    return Tokenizer.from_file(str(path))
+def _tokenizer(sources: Sequence[Source], vocabulary: int, store: Store, path: Path, progress: Progress) -> None:
+    """Trained once, and kept while the seed is unfinished. Corpora have the parts in it that they have in the training."""
+    if path.exists():
+        return
+    whole = sum(source.weight for source in sources)
+    texts = chain.from_iterable(
+        _sample((document.text for document in documents(corpus.train, store)), min(int(SAMPLE * weight / whole), sum(shard.bytes for shard in corpus.train)), progress)
+        for corpus, weight in sources
+    )
+    train_tokenizer(texts, vocabulary).save(f"{path}.tmp")
+    path.with_name(f"{path.name}.tmp").replace(path)
 
 
 def _sample(texts: Iterable[str], size: int, progress: Progress) -> Iterator[str]:

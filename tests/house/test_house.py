@@ -34,6 +34,7 @@ LIGHT = (
     "lm/checkpoint.py",
     "lm/adapters/peft_config.py",
     "lm/mixture_card.py",
+    "train/seeds/shapes.py",
     "train/task_names.py",
     "ensemble/batch/interface.py",
     "ensemble/guide.py",

@@ -8,7 +8,7 @@ from tiny_models import tiny_seed
 
 from elmwood.errors import BadCorpus, BadInput, UnknownName
 from elmwood.store import Store
-from elmwood.study import fitting, text, training
+from elmwood.study import fitting, seeds, text, training
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_fit(store, option):
 
 @pytest.mark.parametrize("option", [{"layers": 0}, {"width": 0}, {"length": 1}, {"tokens": 0}, {"learning_rate": math.nan}], ids=str)
 def test_seeds(store, option):
-    refuse(next(iter(option)).replace("_", "-"), training.train_seed, str(store.root.parent / "text.jsonl"), store, **option)
+    refuse(next(iter(option)).replace("_", "-"), seeds.train_seed, str(store.root.parent / "text.jsonl"), store, **option)
 
 
 def test_statistics(store):
@@ -80,7 +80,7 @@ def test_a_name_that_cannot_be_is_refused_before_any_work(store, tmp_path):
     own.name("seed", own.add(store.load("seed")))
     for call in (
         lambda: text.cluster("sample", own, domains=3, name="seed/domains"),
-        lambda: training.train_seed("sample", own, name="n" * 300),
+        lambda: seeds.train_seed("sample", own, name="n" * 300),
         lambda: training.train("domains", "seed", store, name="seed", tokens="100", length=16, workers=1, batch=2),
     ):
         with pytest.raises(UnknownName, match=r"cannot be a name|too long"):

@@ -16,7 +16,7 @@ from elmwood.study.ancestry import generate
 from elmwood.study.exporting import export
 from elmwood.study.merging import merge
 from elmwood.study.page import show
-from elmwood.study.training import import_seed
+from elmwood.study.seeds import import_seed
 from elmwood.study.trial import check_use, shrunk, try_seed
 
 KINDS = (

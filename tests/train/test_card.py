@@ -171,7 +171,7 @@ def test_the_peak_is_of_known_cards(monkeypatch):
     assert find_peak(torch.device("cuda")) == PEAKS["H100"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "another")
     assert find_peak(torch.device("cuda")) is None
-    assert find_peak(torch.device("cpu")) is None
+    assert find_peak(torch.device("cpu")) > 0
 
 
 def test_operations_of_a_token_are_counted():

@@ -202,7 +202,7 @@ def test_patience_ends_a_run_and_keeps_the_best(case, tmp_path):
     assert len(losses) < 40
     assert losses.index(min(losses)) == len(losses) - 4
     packed = pack(corpus.train, tokenizer(seed, store), seed.separator, store)
-    _, validation = loop._validation(packed, recipe)
+    _, validation = loop._open_text(packed, recipe, loop.ALONE)
     model = load_model(seed, store, expert, device="cpu")
     assert loop.validate(model, Abilities("mask", True), validation) == pytest.approx(min(losses), abs=1e-5)
     end = [line for line in store.logged(train_key(seed, corpus.train, recipe)) if line["event"] == "done"]

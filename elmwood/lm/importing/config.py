@@ -21,7 +21,11 @@ UNLIMITED = 2048  # positions of a model that names none (ALiBi, recurrent): wha
 
 def read_config(folder: Path) -> Any:
     """The folder's config, which must be that of a causal LM of text in transformers. Raises BadSeed."""
-    config = open_config(folder)
+    return check_causal(open_config(folder), folder)
+
+
+def check_causal(config: Any, folder: object) -> Any:
+    """The config found in `folder`, with the name of its class, if it is that of a causal LM of text. Raises BadSeed."""
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     named = config.architectures or [default or "model without a language head"]
     name = named[0] if isinstance(named, list) and isinstance(named[0], str) else str(named)[:80]

@@ -1,5 +1,7 @@
-"""How much of a card a run uses: model FLOPs utilisation (MFU, arXiv:2204.02311, appendix B)."""
+"""How much of a device a run uses: model FLOPs utilisation (MFU, arXiv:2204.02311, appendix B)."""
 
+import time
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,12 +14,28 @@ PEAKS = {
 }  # fmt: skip
 
 
-def find_peak(device: torch.device) -> float | None:
-    """Operations per second; None for a CPU, and for a card that is not listed."""
+SQUARE = 512  # of the matrices whose product is timed on a CPU
+
+
+def find_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float | None:
+    """Operations per second; on a CPU of a product of matrices, in `dtype` with this process's threads. None for a card not listed."""
+    if device.type == "cpu":
+        return measure_peak(torch.get_num_threads(), dtype)
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for known, peak in PEAKS.items() if known in name), None)
+
+
+@cache
+def measure_peak(threads: int, dtype: torch.dtype) -> float:
+    """Operations per second of the best of five products, with so many threads as there are now: some milliseconds, once a process."""
+    one, times = torch.ones(SQUARE, SQUARE, dtype=dtype), []
+    for _ in range(5):
+        began = time.perf_counter()
+        one @ one
+        times.append(time.perf_counter() - began)
+    return 2 * SQUARE**3 / min(times)
 
 
 def flops_per_token(model: Any, length: int) -> float:
@@ -33,7 +51,9 @@ def flops_per_token(model: Any, length: int) -> float:
     return 6 * sum(sizes.values()) + 12 * text.num_hidden_layers * width * length
 
 
-def find_share(model: Any, length: int) -> float | None:
-    """Seconds of the card's peak that a token takes; times tokens per second it is the MFU. None where no peak is known."""
-    peak = find_peak(next(model.parameters()).device)
+def find_share(model: Any, length: int, dtype: torch.dtype = torch.float32) -> float | None:
+    """Seconds of the device's peak that a token takes; times tokens per second it is the MFU. None where no peak is known."""
+    if not hasattr(model.config.get_text_config(), "num_attention_heads"):
+        return None
+    peak = find_peak(next(model.parameters()).device, dtype)
     return None if peak is None else flops_per_token(model, length) / peak
