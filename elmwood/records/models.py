@@ -7,7 +7,6 @@ from pydantic import Field, field_validator
 
 from elmwood.records.base import Blob, Digest, Files, Frozen, Record
 
-
 DECAY = 0.2  # share of the steps after the warm-up in which a WSD schedule comes down (arXiv:2404.06395 finds 10-20 % enough)
 
 

@@ -96,7 +96,11 @@ def _seed(seed: Seed, find: Find) -> None:
     if seed.mix:
         whole = sum(portion.weight for portion in seed.mix)
         _need(abs(whole - 1) < 1e-6 and seed.corpus == seed.mix[0].corpus, seed, f"the weights of its corpora sum to {whole:g}")
-    _need(seed.step is None or (seed.recipe is not None and seed.step < seed.recipe.steps), seed, f"its step {seed.step} is none of its recipe")
+    _need(
+        seed.step is None or (seed.recipe is not None and seed.step < seed.recipe.steps),
+        seed,
+        f"its step {seed.step} is none of its recipe",
+    )
 
 
 def _partition(partition: Partition, find: Find) -> None:

@@ -22,8 +22,8 @@ from elmwood.store import AnyStore, Store
 from elmwood.study.demo_seed import Remade, compare_packaged, install_seed
 from elmwood.study.quality.evaluation import keep_comparison, measure_distances
 from elmwood.study.quality.scoring import Columns, ensure
-from elmwood.study.tasks import TrainJob, default_threads, default_workers, found, label, train_job
 from elmwood.study.seeds import llama
+from elmwood.study.tasks import TrainJob, default_threads, default_workers, found, label, train_job
 from elmwood.study.training import default_rate, shards
 from elmwood.train.task_names import seed_key, train_key
 from elmwood.units import parse_count

@@ -15,6 +15,7 @@ from elmwood.study.training import default_length, make_recipe, make_record
 from elmwood.study.trial import try_seed
 from elmwood.train.seeds.shapes import find_shape, read_shape, with_vocabulary
 
+
 def import_seed(
     model: str, store: AnyStore = None, *, separator: str | None = None, name: str | None = None, progress: Progress = silent
 ) -> Seed:  # fmt: skip
@@ -121,7 +122,9 @@ def read_mix(mix: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
         try:
             found[str(corpus)] = float(share)
         except ValueError as error:
-            raise BadInput(f"--mix {corpus}={share}: write a corpus and the share of the text that it gets, as in code.jsonl=0.3") from error
+            raise BadInput(
+                f"--mix {corpus}={share}: write a corpus and the share of the text that it gets, as in code.jsonl=0.3"
+            ) from error
     if any(not share > 0 for share in found.values()) or not sum(found.values()) < 1 or "" in found:
         raise BadInput(f"--mix {mix}: shares are above 0 and sum to less than 1; what they leave is the main corpus': reduce them")
     return found

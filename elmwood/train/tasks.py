@@ -201,7 +201,11 @@ def _tokenizer(sources: Sequence[Source], vocabulary: int, store: Store, path: P
         return
     whole = sum(source.weight for source in sources)
     texts = chain.from_iterable(
-        _sample((document.text for document in documents(corpus.train, store)), min(int(SAMPLE * weight / whole), sum(shard.bytes for shard in corpus.train)), progress)
+        _sample(
+            (document.text for document in documents(corpus.train, store)),
+            min(int(SAMPLE * weight / whole), sum(shard.bytes for shard in corpus.train)),
+            progress,
+        )
         for corpus, weight in sources
     )
     train_tokenizer(texts, vocabulary).save(f"{path}.tmp")

@@ -44,7 +44,7 @@ class Group(NamedTuple):
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
-            dist.barrier(**({"device_ids": [self.device.index]} if self.device and self.device.index is not None else {}))
+            dist.barrier(device_ids=None if self.device is None or self.device.index is None else [self.device.index])
 
     def tell(self, value: Any) -> Any:
         """What the first process says, a JSON value, to all."""

@@ -62,7 +62,7 @@ def read_shape(path: str | Path) -> dict[str, Any]:
 
 def with_vocabulary(settings: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     """The config with a vocabulary of this size, whose token 0 is the separator; no other token is special."""
-    ids = {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     inner = settings.get("text_config")
     if isinstance(inner, dict):
         return settings | ids | {"text_config": inner | ids | {"vocab_size": vocabulary}}

@@ -44,7 +44,9 @@ class Stream:
     rows are shuffled as `data.batches` does it. One corpus of one shard gives the batches of `data.batches`.
     """
 
-    def __init__(self, sources: Sequence[Source], words: Tokenizer, separator: int, recipe: Recipe, store: Store, progress: Progress = silent):
+    def __init__(
+        self, sources: Sequence[Source], words: Tokenizer, separator: int, recipe: Recipe, store: Store, progress: Progress = silent
+    ):
         self.sources, self.words, self.separator = sources, words, separator
         self.recipe, self.store, self.progress = recipe, store, progress
         self.counts: dict[str, int] = {}  # blob of a shard -> its tokens
