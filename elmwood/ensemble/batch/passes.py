@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from elmwood.ensemble.batch import layers
 from elmwood.ensemble.batch.keys import NAME, KeyValues, arrange
 from elmwood.lm.adapters.slots import Plan, Run, Slots, Span
 from elmwood.lm.adapters.trunk import Gate, trunk_depth
@@ -66,6 +67,7 @@ class Reader:
     def __init__(self, model: Any, slots: Slots | None, depth: int = 0):
         """`depth`: layers of the trunk."""
         self.model, self.slots = model, slots
+        layers.attach(model)
         self.store = KeyValues(model.device)
         self.trunk = Trunk(model, depth) if depth else None
 
@@ -210,6 +212,15 @@ def reads_by_rows(model: Any) -> int:
     texts = tokens[:TRIED], tokens[TRIED:]
     alone_2V = [model(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits[0, -1].float() for text in texts]
     model.set_attn_implementation(NAME)
+    if layers.fuse(model):
+        if token_bytes := _reads_as(model, texts, alone_2V):
+            return token_bytes
+        layers.unfuse(model)
+    return _reads_as(model, texts, alone_2V)
+
+
+def _reads_as(model: Any, texts: tuple[list[int], list[int]], alone_2V: list[Tensor]) -> int:
+    """Bytes of a token if a model, asked for two texts by rows, expects after them what it expects of each alone; else 0."""
     reader = Reader(model, None)
     try:
         reader.read([Item(0, BASE, 0, texts[0][:4], 1), Item(1, BASE, 0, texts[1][:-1], 1)])

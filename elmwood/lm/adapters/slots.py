@@ -67,12 +67,16 @@ class Slotted(nn.Module):
         x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.contiguous().view(-1, y.shape[-1])
         if len(x_NI) != self.plan.tokens:
             raise ValueError(f"a layer with adapters sees {len(x_NI)} of {self.plan.tokens} tokens: this model is not read row by row")
+        self.add(x_NI, y_NO)
+        return y_NO.view(y.shape)
+
+    def add(self, x_NI: Tensor, y_NO: Tensor) -> None:
+        """Add to the outputs of the base what the adapters make of its inputs."""
         for single, tokens, a, b in self.views:
             if single:
                 y_NO[tokens, None].baddbmm_(torch.bmm(x_NI[tokens, None], a), b)
             else:
                 y_NO[tokens].addmm_(torch.mm(x_NI[tokens], a), b)
-        return y_NO.view(y.shape)
 
 
 class Slots:
