@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -16,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "elmwood_rows"
 ROWS, CAPACITY = 4, 128  # at first; doubled when full
+FEW, SHORT = 8, 1024  # tokens of a pass, and of the longest row, that compiled loops are faster for on a CPU
 
 
 class KeyValues:
@@ -93,6 +95,7 @@ class Step(NamedTuple):
     seen_R11T: Tensor
     chunks: tuple[Chunk, ...]
     found: dict[tuple[int, int], Tensor]
+    few: tuple[NDArray[np.int64], NDArray[np.int64]] | None  # rows and places again, of a few tokens and no chunks
 
     def spots(self, heads: int, capacity: int) -> Tensor:
         """Where the first n tokens go among the keys of all rows, heads and places, as one axis [n * heads]; the same for most layers."""
@@ -120,7 +123,8 @@ def arrange(store: KeyValues, singles: Sequence[tuple[int, int]], chunks: Sequen
         first += size
     store.reserve(max([high, *(chunk.row + 1 for chunk in made)]), max([longest, *(begin + size for _, begin, size in chunks)]))
     row_n, place_n = torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(places, dtype=torch.long, device=device)
-    return Step(store, row_n, place_n, low, high, rows == list(range(low, high)), seen_RT[:, None, None], tuple(made), {})
+    few = (np.array(rows, np.int64), np.array(places, np.int64)) if not chunks and len(rows) <= FEW and longest <= SHORT else None
+    return Step(store, row_n, place_n, low, high, rows == list(range(low, high)), seen_RT[:, None, None], tuple(made), {}, few)
 
 
 def attend(

@@ -8,6 +8,7 @@ N tokens of a pass, W width of the model, H heads of queries, K of keys and valu
 """
 
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from functools import cache, partial
 from pathlib import Path
 from types import MethodType
@@ -20,11 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from elmwood.compiled import compiled
-from elmwood.ensemble.batch.keys import attend
+from elmwood.ensemble.batch.keys import FEW, Step, attend
 from elmwood.lm.adapters.slots import Slotted
 from elmwood.lm.products import hasten, linear
 
-FEW = 8  # rows that the loop multiplies; with more the BLAS is faster
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FEED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -42,6 +42,12 @@ class Joined:
         ends = np.cumsum([layer.out_features for layer in layers]).tolist()
         self.parts = [slice(end - layer.out_features, end) for end, layer in zip(ends, layers, strict=True)]
         self.adapted: list[tuple[slice, Slotted]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Joined":
+        """Of copied layers with the same weights (`lm.load.twin`)."""
+        made = copy(self)
+        made.layers, made.adapted = deepcopy(self.layers, memo), []
+        return made
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         y_NO = product(x_NI, self.weight_OI, self.bias_O, self.rows_OI)
@@ -61,7 +67,7 @@ class Fused(NamedTuple):
     width: int  # of a head
 
 
-def join(weights: Sequence[nn.Parameter]) -> Tensor:
+def join(weights: Sequence[Tensor]) -> Tensor:
     """Matrices under one another, of which each becomes a view. Those that are that already are not copied."""
     first, rows = weights[0], sum(len(weight) for weight in weights)
     at, whole = first.data_ptr(), first.untyped_storage()
@@ -80,9 +86,10 @@ def join(weights: Sequence[nn.Parameter]) -> Tensor:
 
 def fuse(model: Any) -> bool:
     """Let the layers of a model read in few calls, where their parts have the known names; whether they do."""
-    layers = getattr(model.base_model, "layers", None)
+    layers: Any = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(map(_known, layers)):
         return False
+    layer: Any
     for layer in layers:
         attention, feed = layer.self_attn, layer.mlp
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
@@ -91,9 +98,9 @@ def fuse(model: Any) -> bool:
             attention.head_dim,
         )  # fmt: skip
         layer.forward = MethodType(_forward, layer)
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        head.elmwood_rows = few_rows(head.weight)
+        head.elmwood_joined = Joined([head])  # type: ignore[assignment]  # torch's stubs know tensors and modules
         head.forward = MethodType(_say, head)  # type: ignore[method-assign]
     return True
 
@@ -138,28 +145,51 @@ def _forward(layer: Any, hidden_states: Tensor, *arguments: Any, position_embedd
         return type(layer).forward(layer, hidden_states, *arguments, **named)
     fused: Fused = layer.elmwood_fused
     h_NW = hidden_states[0]
-    count, width = h_NW.shape[0], fused.width
-    y_NO = fused.qkv(_normal(layer.input_layernorm, h_NW))
-    q, k, v = fused.qkv.parts
-    turned_NHD = _turn(y_NO[:, : k.stop].view(count, -1, width), *position_embeddings)
-    query_1HND, key_1KND = turned_NHD[None, :, : q.stop // width].transpose(1, 2), turned_NHD[None, :, q.stop // width :].transpose(1, 2)
-    value_1KND = y_NO[None, :, v].view(1, count, -1, width).transpose(1, 2)
-    read_1NHD, _ = attend(fused.attention, query_1HND, key_1KND, value_1KND, None, scaling=fused.attention.scaling, elmwood_step=step)
-    h_NW = h_NW + fused.out(read_1NHD[0].flatten(1))
-    both_NO = fused.gate_up(_normal(layer.post_attention_layernorm, h_NW))
+    few = step.few is not None and h_NW.shape[0] == len(step.row_n) and uses_loops(h_NW)
+    y_NO = fused.qkv(_normal(layer.input_layernorm, h_NW, few))
+    read_NO = _listen(fused, y_NO, position_embeddings, step) if few else _attend(fused, y_NO, position_embeddings, step)
+    h_NW = h_NW + fused.out(read_NO)
+    both_NO = fused.gate_up(_normal(layer.post_attention_layernorm, h_NW, few))
     gate, up = fused.gate_up.parts
     gate_NO = layer.mlp.act_fn(both_NO[:, gate]).mul_(both_NO[:, up])
     h_NW += fused.down(gate_NO)
     return h_NW[None]
 
 
+def _attend(fused: Fused, y_NO: Tensor, positions: tuple[Tensor, Tensor], step: Step) -> Tensor:
+    count, width, (q, k, v) = y_NO.shape[0], fused.width, fused.qkv.parts
+    turned_NHD = _turn(y_NO[:, : k.stop].view(count, -1, width), *positions)
+    query_1HND, key_1KND = turned_NHD[None, :, : q.stop // width].transpose(1, 2), turned_NHD[None, :, q.stop // width :].transpose(1, 2)
+    value_1KND = y_NO[None, :, v].view(1, count, -1, width).transpose(1, 2)
+    read_1NHD, _ = attend(fused.attention, query_1HND, key_1KND, value_1KND, None, scaling=fused.attention.scaling, elmwood_step=step)
+    return read_1NHD[0].flatten(1)
+
+
+def _listen(fused: Fused, y_NO: Tensor, positions: tuple[Tensor, Tensor], step: Step) -> Tensor:
+    """The same by a loop over single tokens."""
+    assert step.few
+    width, (q, _, v) = fused.width, fused.qkv.parts
+    like_1KND = y_NO[None, :, v].view(1, y_NO.shape[0], -1, width).transpose(1, 2)
+    keys_RKCD, values_RKCD = step.store.layer(fused.attention.layer_idx, like_1KND, like_1KND)
+    read_NO = torch.empty_like(y_NO[:, q])
+    cos_1ND, sin_1ND = positions
+    listen(
+        y_NO.numpy(), cos_1ND[0].numpy(), sin_1ND[0].numpy(), keys_RKCD.numpy(), values_RKCD.numpy(), *step.few,
+        np.float32(fused.attention.scaling), read_NO.numpy(),
+    )  # fmt: skip
+    return read_NO
+
+
 def _say(head: Any, hidden_states: Tensor) -> Tensor:
-    x_NW = hidden_states.flatten(0, -2)
-    return product(x_NW, head.weight, head.bias, head.elmwood_rows).unflatten(0, hidden_states.shape[:-1])
+    return head.elmwood_joined(hidden_states.flatten(0, -2)).unflatten(0, hidden_states.shape[:-1])
 
 
-def _normal(norm: Any, h_NW: Tensor) -> Tensor:
-    return functional.rms_norm(h_NW, (h_NW.shape[-1],), norm.weight, norm.variance_epsilon)
+def _normal(norm: Any, h_NW: Tensor, few: bool) -> Tensor:
+    if not few:
+        return functional.rms_norm(h_NW, (h_NW.shape[-1],), norm.weight, norm.variance_epsilon)
+    y_NW = torch.empty_like(h_NW)
+    normal(h_NW.numpy(), norm.weight.detach().numpy(), np.float32(norm.variance_epsilon), y_NW.numpy())
+    return y_NW
 
 
 def _turn(x_NHD: Tensor, cos_1ND: Tensor, sin_1ND: Tensor) -> Tensor:
@@ -175,16 +205,16 @@ def _turn(x_NHD: Tensor, cos_1ND: Tensor, sin_1ND: Tensor) -> Tensor:
 # ---- products of few rows -----------------------------------------------------------------------------------------
 
 
-def few_rows(weight_OI: Tensor) -> NDArray[np.float32] | None:
+def few_rows(weight_OI: Tensor) -> NDArray[Any] | None:
     """The weights as `multiply` takes them; none where it is of no use: it needs the sixteen registers more that AVX-512 has."""
     fits = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and weight_OI.shape[0] % 4 == 0
     return weight_OI.detach().numpy() if fits and _wide_registers() else None
 
 
-def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, rows_OI: NDArray[np.float32] | None) -> Tensor:
+def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, rows_OI: NDArray[Any] | None) -> Tensor:
     """x W^T + b. With one thread, from two to FEW rows read each weight once, which takes 0.6 to 0.8 of the time of MKL."""
     rows = x_NI.shape[0]
-    if rows_OI is None or not 1 < rows <= FEW or torch.get_num_threads() > 1:
+    if rows_OI is None or not 1 < rows <= FEW or not uses_loops(x_NI):
         return linear(x_NI, weight_OI, bias_O)
     missing = -rows % 4
     x_NI = functional.pad(x_NI, (0, 0, 0, missing)) if missing else x_NI.contiguous()
@@ -192,6 +222,12 @@ def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, rows_OI: NDA
     multiply(x_NI.numpy(), rows_OI, y_NO.numpy())
     y_NO = y_NO[:rows] if missing else y_NO
     return y_NO if bias_O is None else y_NO.add_(bias_O)
+
+
+def uses_loops(x: Tensor) -> bool:
+    """Whether few rows are computed by compiled loops: each small call of torch takes ten times as long in a step, where the weights
+    push its code out of the caches, as it does alone. The loops use one thread."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.get_num_threads() == 1
 
 
 @cache
@@ -203,7 +239,62 @@ def _wide_registers() -> bool:
         return False
 
 
-@partial(compiled, fastmath=True)
+# no flag but these: what is not finite must stay so
+loop = partial(compiled, fastmath=frozenset({"reassoc", "contract", "nsz", "arcp"}))
+
+
+@loop
+def normal(h_NW, weight_W, eps, y_NW):
+    """y = h / sqrt(mean(h^2) + eps) * weight."""
+    width = h_NW.shape[1]
+    for n in range(h_NW.shape[0]):
+        total = np.float32(0)
+        for i in range(width):
+            total += h_NW[n, i] * h_NW[n, i]
+        scale = np.float32(1) / np.sqrt(total / np.float32(width) + eps)
+        for i in range(width):
+            y_NW[n, i] = h_NW[n, i] * scale * weight_W[i]
+
+
+@loop
+def listen(y_NO, cos_ND, sin_ND, keys_RKCD, values_RKCD, row_N, place_N, scale, read_NO):
+    """Turn queries and keys by their positions, keep keys and values, and attend: each token by itself, over the tokens of its own row."""
+    groups, width = keys_RKCD.shape[1], keys_RKCD.shape[3]
+    heads, half = read_NO.shape[1] // width, width // 2
+    for n in range(y_NO.shape[0]):
+        row, last = row_N[n], place_N[n]
+        for h in range(heads + groups):
+            x = y_NO[n, h * width : (h + 1) * width]
+            for i in range(half):
+                a, b = x[i], x[i + half]
+                x[i] = a * cos_ND[n, i] - b * sin_ND[n, i]
+                x[i + half] = b * cos_ND[n, i + half] + a * sin_ND[n, i + half]
+        for k in range(groups):
+            for i in range(width):
+                keys_RKCD[row, k, last, i] = y_NO[n, (heads + k) * width + i]
+                values_RKCD[row, k, last, i] = y_NO[n, (heads + groups + k) * width + i]
+        share_T = np.empty(last + 1, np.float32)
+        for h in range(heads):
+            k, most, total = h // (heads // groups), np.float32(-3e38), np.float32(0)
+            q = y_NO[n, h * width : (h + 1) * width]
+            for t in range(last + 1):
+                key, score = keys_RKCD[row, k, t], np.float32(0)
+                for i in range(width):
+                    score += q[i] * key[i]
+                share_T[t] = score * scale
+                most = max(most, share_T[t])
+            for t in range(last + 1):
+                share_T[t] = np.exp(share_T[t] - most)
+                total += share_T[t]
+            read = read_NO[n, h * width : (h + 1) * width]
+            read[:] = 0
+            for t in range(last + 1):
+                value, share = values_RKCD[row, k, t], share_T[t] / total
+                for i in range(width):
+                    read[i] += share * value[i]
+
+
+@loop
 def multiply(x_NI, w_OI, y_NO):
     """y = x W^T, four rows and four outputs at a time: N and O are multiples of four. The bits of a row do not depend on the others."""
     outputs, inputs = w_OI.shape
