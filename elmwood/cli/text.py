@@ -24,11 +24,13 @@ def cluster(
         str | None, Option("--with", help="Only count which domains of this partition they belong to: a name, digest or folder.")
     ] = None,
     domains: Annotated[int, Option(help="How many.")] = 8,
-    embedder: Annotated[str, Option(help="tfidf, hashing, cbtm, seed, sentence or module:function.")] = "tfidf",
+    embedder: Annotated[str, Option(help="tfidf, hashing, cbtm, seed, sentence, routers or module:function.")] = "tfidf",
     embedder_model: Annotated[
-        str | None, Option(help="For 'seed': its name or digest; for 'sentence': a folder, or a hub id (downloads it).")
+        str | None, Option(help="'seed': its name; 'sentence': a folder or hub id (downloads it); 'routers': a seed of their shape.")
     ] = None,
     method: Annotated[str, Option(help="balanced, plain or random.")] = "balanced",
+    rounds: Annotated[int, Option(help="Embedder 'routers': rounds of training and dividing the text anew.")] = 4,
+    router_tokens: Annotated[str, Option(help="Embedder 'routers': training tokens of each in a round.")] = "200k",
     reading: ReadingOptions = ReadingOptions(),
     name: NameOption = None,
     output: Output = Output(),
@@ -48,8 +50,8 @@ def cluster(
         return
     with bars() as progress:
         division = text.cluster(
-            corpus, domains=domains, embedder=embedder, embedder_model=embedder_model, method=method, name=name, store=store,
-            progress=progress, **reading._asdict(),
+            corpus, domains=domains, embedder=embedder, embedder_model=embedder_model, method=method, rounds=rounds,
+            router_tokens=router_tokens, name=name, store=store, progress=progress, **reading._asdict(),
         )  # fmt: skip
     print_corpus(store.load(division.corpus, Corpus))
     if not output.as_json:

@@ -71,6 +71,14 @@ def kmeans(
     return _passes(x_ND, blocks, soft.centroid_KD, True, TOLERANCE, progress, exact=True) if balanced else soft
 
 
+@one_thread
+def assign(x_ND: Floats, centroid_KD: Floats, *, balanced: bool = True) -> Clusters:
+    """The clusters of centroids that stay where they are: each row to the nearest, or in sizes that differ by at most one if balanced."""
+    dist2_KN = np.ascontiguousarray(squared_distances(x_ND, centroid_KD).T)
+    label_N = assign_balanced(dist2_KN)[0] if balanced else fill_empty(dist2_KN)
+    return Clusters(np.asarray(centroid_KD, np.float32), label_N, float(dist2_KN[label_N, np.arange(len(x_ND))].mean()))
+
+
 def _passes(
     x_ND: Floats, blocks: Sequence[Ints], start_KD: Floats, balanced: bool, tolerance: float, progress: Progress, exact: bool = False
 ) -> Clusters:

@@ -1,10 +1,10 @@
-"""Text -> unit vectors by a model: the hidden states of the seed, a sentence embedder, or any function of texts.
+"""Text -> unit vectors by a model: the hidden states of the seed, a sentence embedder, router LMs, or any function of texts.
 
 Shapes: N documents, H components of the model's vectors, D dimensions, W steps of one text (tokens, or runs of words).
 
 Hidden states of a language model point mostly one way, so vectors are mean-centred and projected onto D principal components,
-both fitted on a sample. The model is a function here, so this file needs no torch. The files of a sentence embedder are in the
-store and travel with the embedder; a seed is opened again by its digest.
+both fitted on a sample. The model is a function here, so this file needs no torch. The files of a sentence embedder and of router
+LMs are in the store and travel with the embedder; a seed is opened again by its digest.
 """
 
 import json
@@ -42,16 +42,16 @@ Open = Callable[[str, Store], Encode]
 class Model(NamedTuple):
     """The model of an embedder."""
 
-    name: str  # what it is opened again by: a seed's digest, the blob that lists a sentence embedder's files, or module:function
+    name: str  # what it is opened again by: a seed's digest, the blob that lists the model's files, or module:function
     encode: Encode
 
 
 SAMPLE = 4096  # documents the components are fitted on: the first of a corpus, whose order is that of their hashes
 BATCH = 64  # texts given to the model at once
 LARGEST = 64 << 20  # bytes of embedder.json: the words of a vocabulary
-MODEL, LISTED = "model/", "model.json"  # folder of a sentence embedder's files among an embedder's, and the list of them
+MODEL, LISTED = "model/", "model.json"  # folder of the model's files among an embedder's, and the list of them
 STRIDE = 32  # words after which a model by text reads a growing text again
-PLAIN = {".safetensors", ".json", ".txt"}  # files of a sentence embedder that are stored and opened: data, no code, no pickles
+PLAIN = {".safetensors", ".json", ".txt"}  # files of a model that are stored and opened: data, no code, no pickles
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,19 +95,29 @@ class Dense:
         return max([end for _, end in spans(text) if end <= len(text)][STRIDE - 1 :: STRIDE], default=0)
 
     def save(self, store: Store) -> Embedder:
-        """Write the files; those of a sentence embedder are included, other models are named only."""
-        tensors = {"mean": self.mean_H, "map": self.map_HD}
-        about = json.dumps({"name": self.name, "model": self.model.name}).encode()
-        files = {"embedder.safetensors": store.put(safetensors.numpy.save(tensors)), "embedder.json": store.put(about)}
-        if self.model.name.startswith("sha256:"):
-            files |= {LISTED: self.model.name, **_listed(self.model.name, store)}
-        return Embedder(name=self.name, dimension=self.dimension, files=files)
+        """Write the files; those of a model that is a list of files are included, other models are named only."""
+        return _save(self.name, self.model.name, self.mean_H, self.map_HD, store)
 
     def _project(self, x_NH: Floats) -> Floats:
         some_N1 = _finite(x_NH)[:, None]
         x_ND = np.where(some_N1, (np.where(some_N1, x_NH, 0) - self.mean_H) @ self.map_HD, 0)
         norm_N = np.sqrt(np.square(x_ND).sum(1))
         return x_ND / np.where(norm_N > 0, norm_N, 1)[:, None]
+
+
+def save_router_lms(models: Sequence[Files], store: Store) -> Embedder:
+    """The embedder of K router LMs, each a transformers folder: what each says of a text, scaled to length one together."""
+    files = {f"{MODEL}{k}/{name}": blob for k, one in enumerate(models) for name, blob in one.items() if Path(name).suffix in PLAIN}
+    name = store.put(json.dumps(files, sort_keys=True).encode())
+    return _save("routers", name, np.zeros(len(models), np.float32), np.eye(len(models), dtype=np.float32), store)
+
+
+def _save(name: str, model: str, mean_H: Floats, map_HD: Floats, store: Store) -> Embedder:
+    tensors, about = {"mean": mean_H, "map": map_HD}, json.dumps({"name": name, "model": model}).encode()
+    files = {"embedder.safetensors": store.put(safetensors.numpy.save(tensors)), "embedder.json": store.put(about)}
+    if model.startswith("sha256:"):
+        files |= {LISTED: model, **listed(model, store)}
+    return Embedder(name=name, dimension=map_HD.shape[1], files=files)
 
 
 def sentence_model(source: str, store: Store) -> Model:
@@ -133,7 +143,7 @@ def sentence_model(source: str, store: Store) -> Model:
 def open_sentence(name: str, store: Store) -> Encode:
     """The function of a sentence embedder in the store. Others may have made it, so only modules of its own library are opened.
     Raises BadRecord, Damaged, MissingExtra."""
-    files = _listed(name, store)
+    files = listed(name, store)
     modules = json.loads(store.get(files[f"{MODEL}modules.json"]).read_bytes())
     if strange := [one["type"] for one in modules if not one["type"].startswith("sentence_transformers.")]:
         raise BadRecord(f"this sentence embedder wants {strange[0]}: only modules of sentence_transformers are opened; use another")
@@ -143,11 +153,11 @@ def open_sentence(name: str, store: Store) -> Encode:
     return lambda texts: loaded.encode(list(texts), show_progress_bar=False)
 
 
-def _listed(name: str, store: Store) -> Files:
-    """The files of a sentence embedder: path in the embedder -> blob. Raises BadRecord."""
+def listed(name: str, store: Store) -> Files:
+    """The files of a model that travels with its embedder: path in the embedder -> blob. Raises BadRecord."""
     files = json.loads(store.get(name).read_bytes())
     if strange := [place for place in files if Path(place).suffix not in PLAIN or not place.startswith(MODEL)]:
-        raise BadRecord(f"a sentence embedder may hold {', '.join(sorted(PLAIN))} files, and this one holds {strange[0]}: do not use it")
+        raise BadRecord(f"the model of an embedder is {', '.join(sorted(PLAIN))} files, and this one has {strange[0]}: do not use it")
     return files
 
 

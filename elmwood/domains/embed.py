@@ -59,6 +59,7 @@ class EmbedderRow(NamedTuple):
     find: Callable[[str, Store], Model] | None = None  # the model that the user named
     open: Open | None = None  # a saved model again
     by_token: bool = False  # the model gives a vector for each token (dense.py)
+    has_domains: bool = False  # each dimension is a domain of its own, so nothing is clustered
 
 
 def find_seed(named: str, store: Store) -> Model:
@@ -72,6 +73,11 @@ def open_seed(digest: str, store: Store) -> Encode:
     return lookup({}, "elmwood.lm.hidden_states:open_hidden_states")(digest, store)
 
 
+def open_routers(name: str, store: Store) -> Encode:
+    """The scores of router LMs, found by name as the hidden states of a seed are."""
+    return lookup({}, "elmwood.lm.router_lms:open_router_lms")(name, store)
+
+
 EMBEDDERS: dict[str, EmbedderRow] = {
     "tfidf": EmbedderRow("square roots of counts as in Hellinger PCA, arXiv:1312.5542", Words(False, 0.5, 0.0)),
     "hashing": EmbedderRow("the same without a vocabulary, arXiv:0902.2206", Words(True, 0.5, 0.0)),
@@ -79,6 +85,15 @@ EMBEDDERS: dict[str, EmbedderRow] = {
     "seed": EmbedderRow("mean hidden state of the seed LM", None, "a seed", find_seed, open_seed, by_token=True),
     "sentence": EmbedderRow(
         "any sentence embedder, such as arXiv:1908.10084", None, "a sentence model's folder or hub id", sentence_model, open_sentence
+    ),
+    "routers": EmbedderRow(
+        "likelihoods under tiny LMs trained by EM, arXiv:2410.03529",
+        None,
+        "a seed, whose shape the router LMs have",
+        None,
+        open_routers,
+        by_token=True,
+        has_domains=True,
     ),
 }
 
@@ -154,8 +169,8 @@ class Terms:
 Fitted = Terms | Dense
 
 
-def load(embedder: Embedder, store: Store, open_model: Open | None = None) -> Fitted:
-    """Open a saved embedder, and its model if it has one: with `open_model`, or as its row says.
+def load(embedder: Embedder, store: Store) -> Fitted:
+    """Open a saved embedder, and its model if it has one, as its row says.
 
     A module:function is called only if the user of this machine has typed it before: the record may come from somebody else.
     Raises UnknownName, BadRecord, Damaged.
@@ -167,7 +182,7 @@ def load(embedder: Embedder, store: Store, open_model: Open | None = None) -> Fi
         raise UnknownName(f"no embedder {embedder.name!r}; have {', '.join(EMBEDDERS)}: a newer elmwood may have it")
     row = EMBEDDERS[embedder.name]
     if row.words is None:
-        return load_dense(embedder, store, open_model or row.open, row.by_token)  # type: ignore[arg-type]
+        return load_dense(embedder, store, row.open, row.by_token)  # type: ignore[arg-type]
     terms, tensors = open_files(embedder, store, "terms", "weight", "vectors")
     if not isinstance(terms, list) or not all(isinstance(term, str) for term in terms):
         raise BadRecord(f"embedder {embedder.name}: its terms are no list of words; download it again")
@@ -192,6 +207,11 @@ def find_model(name: str, named: str | None, store: Store) -> Model | None:
     if row.needs and not named:
         raise BadInput(f"embedder {name!r} needs a model: name {row.needs} with --embedder-model")
     return row.find(named, store) if row.find and named else None
+
+
+def has_domains(name: str) -> bool:
+    """Whether the dimensions of an embedder are its domains."""
+    return name in EMBEDDERS and EMBEDDERS[name].has_domains
 
 
 def has_terms(name: str) -> bool:

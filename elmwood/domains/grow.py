@@ -19,8 +19,7 @@ from scipy import sparse
 
 from elmwood.corpus.build import documents
 from elmwood.domains import embed, names
-from elmwood.domains.cluster import Clusters, fill_empty, kmeans, members, squared_distances
-from elmwood.domains.dense import Open
+from elmwood.domains.cluster import Clusters, assign, fill_empty, kmeans, members, squared_distances
 from elmwood.domains.distances import distances
 from elmwood.domains.embed import Fitted, Terms
 from elmwood.engine import Progress, run, silent
@@ -43,7 +42,6 @@ class Means(NamedTuple):
 
     workers: int = 1  # shards processed in parallel
     engine: str = "local"  # a row of elmwood.engine.ENGINES
-    open_model: Open | None = None  # opens the model of an embedder in another way than its row (dense.py)
 
 
 class Setup(NamedTuple):
@@ -55,7 +53,7 @@ class Setup(NamedTuple):
     means: Means
 
     def fitted(self) -> Fitted:
-        return embed.load(self.embedder, self.store, self.means.open_model)
+        return embed.load(self.embedder, self.store)
 
     def run(self, task: Callable[[In, Progress], Out], inputs: Sequence[In], what: str, progress: Progress) -> list[Out]:
         """Run a task for each shard."""
@@ -163,6 +161,8 @@ def _fit(
         label_N = fill_empty(1.0 - np.eye(k)[:, random_labels(ids, k, rng_seed)])
         centroid_KD = (members(label_N, k) @ x_ND / np.bincount(label_N, minlength=k)[:, None]).astype(np.float32)
         clusters = Clusters(centroid_KD, label_N, float(np.square(x_ND - centroid_KD[label_N]).sum(1).mean()))
+    elif embed.has_domains(setup.embedder.name):
+        clusters = assign(x_ND, np.eye(k, dtype=np.float32), balanced=method == "balanced")
     else:
         clusters = kmeans(x_ND, k, balanced=method == "balanced", rng_seed=rng_seed, progress=progress)
     if not saved.exists():

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
-from elmwood.domains.dense import Model, Open
+from elmwood.domains.dense import Model
 from elmwood.domains.distances import Centroids, Sparse, distances
 from elmwood.domains.grow import Means, NewDomains, Setup, grow, write
 from elmwood.engine import Progress, silent
@@ -52,6 +52,8 @@ def partition(
     count = sum(shard.documents for shard in corpus.train)
     if not 1 <= domains <= count:
         raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; use fewer domains, or add documents")
+    if isinstance(embedder, Embedder) and embed.has_domains(embedder.name) and domains != embedder.dimension:
+        raise BadInput(f"{domains} domains: this embedder has {embedder.dimension} router LMs, each with a domain of its own")
     key = fingerprint("partition", RULES, corpus.digest, domains, embedder, None, method, rng_seed)
     with store.held(key, progress) as work:
         if done := store.done(key):
@@ -106,9 +108,9 @@ def centroids(partition: Partition, store: Store, signal: str = "dense") -> Cent
     return Sparse.of(sparse_KV)
 
 
-def assign(partition: Partition, store: Store, texts: Sequence[str], open_model: Open | None = None) -> tuple[Ints, Floats]:
+def assign(partition: Partition, store: Store, texts: Sequence[str]) -> tuple[Ints, Floats]:
     """The nearest domain of each text [N] and its squared distances to all [N, K]."""
-    dist2_NK = distances(embed.load(partition.embedder, store, open_model), centroids(partition, store), texts)
+    dist2_NK = distances(embed.load(partition.embedder, store), centroids(partition, store), texts)
     return dist2_NK.argmin(1), dist2_NK
 
 
@@ -128,6 +130,7 @@ def split(
     progress: Progress = silent,
 ) -> Partition:
     """Split one domain into parts. The first takes its index, the others come after the last domain. Raises BadInput, BadCorpus."""
+    _check_revisable(partition)
     if not 0 <= domain < len(partition.domains) or partition.method == "random":
         raise BadInput(
             f"cannot split domain {domain}: choose one from 0 to {len(partition.domains) - 1}, of a partition that is not random"
@@ -162,6 +165,7 @@ def add(
     progress: Progress = silent,
 ) -> Partition:
     """Add new domains from a corpus, after the last domain; no document goes to an old one. Raises BadInput, BadCorpus."""
+    _check_revisable(partition)
     count = sum(shard.documents for shard in corpus.train)
     if not 1 <= domains <= count:
         raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; use fewer domains, or add documents")
@@ -227,6 +231,13 @@ def serving(partition: Partition, trained: Sequence[tuple[str | None, int | None
 
 
 # ---- inside ----------------------------------------------------------------------------------------------------------
+
+
+def _check_revisable(partition: Partition) -> None:
+    if embed.has_domains(partition.embedder.name):
+        raise BadInput(
+            f"the domains of partition {partition.digest[:8]} are those of its router LMs, one each: cluster again with another --domains"
+        )
 
 
 def _with_text(domains: Sequence[Domain], store: Store) -> tuple[Domain, ...]:

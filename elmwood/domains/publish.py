@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from elmwood.corpus.read import Document
 from elmwood.domains import embed
 from elmwood.domains.cluster import squared_distances
-from elmwood.domains.dense import Open
 from elmwood.domains.grow import BATCH, EXAMPLES
 from elmwood.domains.partition import centroids
 from elmwood.engine import Progress, silent
@@ -124,11 +123,9 @@ class SurveyCounts(NamedTuple):
     wordless: int  # documents without a word the embedder knows; not counted above
 
 
-def survey(
-    partition: Partition, store: Store, incoming: Iterable[Document], *, open_model: Open | None = None, progress: Progress = silent
-) -> SurveyCounts:
+def survey(partition: Partition, store: Store, incoming: Iterable[Document], *, progress: Progress = silent) -> SurveyCounts:
     """Assign a stream of documents to domains and count them. Only counts and ids are kept; nothing leaves the machine."""
-    fitted = embed.load(partition.embedder, store, open_model)
+    fitted = embed.load(partition.embedder, store)
     centroid_KD = np.asarray(centroids(partition, store))
     k = len(centroid_KD)
     documents_K, bytes_K, far_K, near_KB = (np.zeros(shape, np.int64) for shape in (k, k, k, (k, len(EDGES) - 1)))
@@ -144,7 +141,8 @@ def survey(
         size_N = [len(document.text.encode("utf-8", "replace")) for document in inside]
         documents_K += np.bincount(label_N, minlength=k)
         bytes_K += np.bincount(label_N, weights=size_N, minlength=k).astype(np.int64)
-        far_K += np.bincount(label_N[near_N > FAR], minlength=k)
+        if not embed.has_domains(partition.embedder.name):  # which is a likelihood, and no place in space
+            far_K += np.bincount(label_N[near_N > FAR], minlength=k)
         near_KB += np.histogram2d(label_N, near_N, bins=(np.arange(k + 1), EDGES))[0].astype(np.int64)
         for domain in np.unique(label_N):
             mine = np.flatnonzero(label_N == domain)

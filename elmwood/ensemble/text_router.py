@@ -157,12 +157,6 @@ def _looked_at(begin: int, end: int, routing: Routing) -> Ints:
     return place_T[looked_T]
 
 
-def _open_hidden_states(name: str, store: Store) -> Any:
-    from elmwood.lm.hidden_states import open_hidden_states  # torch, for partitions that embed with a model
-
-    return open_hidden_states(name, store)
-
-
 def open_text_router(routing: Routing, partition: Partition, experts: Sequence[Expert], seed: Seed, store: Store) -> TextRouter:
     """The router of the experts of a partition. Raises UnknownName, ForeignExpert."""
     kind, places_E = router_of(routing).distances, places(experts, partition, store)
@@ -170,7 +164,7 @@ def open_text_router(routing: Routing, partition: Partition, experts: Sequence[E
         return TextRouter(routing, None, np.zeros((0, 0)), places_E, [])
     spelled = token_bytes(tokenizer(seed, store))
     spelled += [b""] * (seed.vocabulary - len(spelled))  # some embeddings are padded with unused rows
-    embedder = embed.load(partition.embedder, store, _open_hidden_states)
+    embedder = embed.load(partition.embedder, store)
     return TextRouter(routing, embedder, centroids(partition, store, kind), places_E, spelled)
 
 

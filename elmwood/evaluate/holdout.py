@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import Packed, Windows, pack, token_bytes, windows
 from elmwood.domains import embed
-from elmwood.domains.dense import Open
 from elmwood.domains.distances import token_distances
 from elmwood.domains.partition import centroids
 from elmwood.engine import Progress, each, silent
@@ -206,14 +205,13 @@ def blocks(document_N: Ints, end_N: Ints, bytes_D: Ints, domain_D: Ints, split_D
 
 
 def distances(
-    holdout: Holdout, partition: Partition, store: Store, progress: Progress = silent, *,
-    signal: str = "dense", open_model: Open | None = None,
+    holdout: Holdout, partition: Partition, store: Store, progress: Progress = silent, *, signal: str = "dense"
 ) -> Floats:  # fmt: skip
     """Squared distances of the whole document so far to the partition's centroids, as a live router sees them [N, K] float32.
 
-    `signal` is what the router looks at, "dense" or "sparse"; `open_model` opens the model of a neural embedder. Raises BadInput.
+    `signal` is what the router looks at, "dense" or "sparse". Raises BadInput.
     """
-    fitted, spelled = embed.load(partition.embedder, store, open_model), token_bytes(holdout.tokenizer)
+    fitted, spelled = embed.load(partition.embedder, store), token_bytes(holdout.tokenizer)
     centroid_KD = centroids(partition, store, signal)
     parts = [np.zeros((0, len(centroid_KD)), np.float32)]
     total = len(np.unique(holdout.windows.document_W))

@@ -48,7 +48,7 @@ def open_hidden_states(name: str, store: Store) -> Callable[[Sequence[str]], lis
             for start in range(0, len(one.ids), seed.context - 1)
         ]
         found = [np.zeros((len(one.ids), width), np.float32) for one in encoded]
-        for batch in _batches(sorted(windows, key=lambda window: len(window[2]))):
+        for batch in in_batches(sorted(windows, key=lambda window: len(window[2]))):
             for (n, start, row), state_TH in zip(batch, _read(model.base_model, [row for _, _, row in batch]), strict=True):
                 found[n][start : start + len(row) - 1] = state_TH[1 : len(row)]
         return [(state, np.array([end for _, end in one.offsets], np.int64)) for state, one in zip(found, encoded, strict=True)]
@@ -56,7 +56,7 @@ def open_hidden_states(name: str, store: Store) -> Callable[[Sequence[str]], lis
     return states
 
 
-def _batches(windows: list[tuple[int, int, list[int]]]) -> list[list[tuple[int, int, list[int]]]]:
+def in_batches(windows: list[tuple[int, int, list[int]]]) -> list[list[tuple[int, int, list[int]]]]:
     """Windows, sorted by length, in batches of at most TOKENS tokens, padding included."""
     made: list[list[tuple[int, int, list[int]]]] = []
     for window in windows:

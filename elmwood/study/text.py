@@ -14,14 +14,15 @@ from elmwood.corpus.build import parse_memory
 from elmwood.corpus.read import Reading, places, read
 from elmwood.domains import partition as partitions
 from elmwood.domains import publish
-from elmwood.domains.embed import find_model
+from elmwood.domains.embed import find_model, has_domains
 from elmwood.domains.grow import Means
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, Count, RngSeed, checked
-from elmwood.records import Corpus, Partition, Record
+from elmwood.records import Corpus, Partition, Record, Seed
 from elmwood.report.notebook import grid
 from elmwood.store import AnyStore, Named, Store
+from elmwood.study.routers import find_domains
 
 R = TypeVar("R", bound=Record)
 
@@ -102,17 +103,25 @@ def build(
 @checked
 def cluster(
     corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: Count = 8, embedder: str = "tfidf",
-    embedder_model: str | None = None, method: str = "balanced", holdout: float = 0.1, field: str = "text", encoding: str = "utf-8",
-    follow_links: bool = False, largest_document: int | str = "64M", filters: str = "", memory: int | str = "2G", rng_seed: RngSeed = 0,
+    embedder_model: str | None = None, method: str = "balanced", rounds: Count = 4, router_tokens: int | str = "200k",
+    holdout: float = 0.1, field: str = "text", encoding: str = "utf-8", follow_links: bool = False,
+    largest_document: int | str = "64M", filters: str = "", memory: int | str = "2G", rng_seed: RngSeed = 0,
     workers: Count = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
 ) -> Partition:  # fmt: skip
-    """Read a corpus (sources, or a corpus that was built) and divide it into domains. Raises BadCorpus, BadInput, DoesNotFit."""
+    """Read a corpus (sources, or a corpus that was built) and divide it into domains. `rounds` and `router_tokens` are of the embedder
+    `routers` (study/routers.py). Raises BadCorpus, BadInput, DoesNotFit."""
     store = open_store(store, name)
     model = find_model(embedder, embedder_model, store)
     reading = Reading.of(field, encoding, follow_links, largest_document, filters)
     built = _built(corpus, store, holdout, reading, BuildMeans(workers, engine, parse_memory(memory)), progress)
-    fitted = partitions.fit_embedder(built, store, embedder, model=model, rng_seed=rng_seed, progress=progress) if model else embedder
     means = Means(workers, engine)
+    if has_domains(embedder):
+        made = find_domains(
+            built, store.load(embedder_model or "", Seed), store, domains=domains, rounds=rounds, tokens=router_tokens, method=method,
+            rng_seed=rng_seed, means=means, progress=progress,
+        )  # fmt: skip
+        return keep_name(made, name, store)
+    fitted = partitions.fit_embedder(built, store, embedder, model=model, rng_seed=rng_seed, progress=progress) if model else embedder
     made = partitions.partition(
         built, store, domains=domains, embedder=fitted, method=method, rng_seed=rng_seed, means=means, progress=progress
     )

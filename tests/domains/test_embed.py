@@ -10,7 +10,6 @@ from topics import PIECES, TOPICS, export_partition, some_texts, topic_of
 
 from elmwood.corpus.build import documents
 from elmwood.domains import cluster, dense, distances, embed
-from elmwood.domains.grow import Means
 from elmwood.domains.partition import assign, centroids, fit_embedder, partition
 from elmwood.domains.publish import receive
 from elmwood.domains.words import spans, words
@@ -73,7 +72,7 @@ def test_a_sentence_embedder_goes_where_its_partition_goes(made, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
-    [("modules.json", b'[{"type": "os.system"}]', "wants os.system"), ("pytorch_model.bin", b"", "holds model/pytorch_model.bin")],
+    [("modules.json", b'[{"type": "os.system"}]', "wants os.system"), ("pytorch_model.bin", b"", "has model/pytorch_model.bin")],
 )
 def test_a_stranger_s_sentence_embedder_runs_no_code(name, content, complaint, tmp_path):
     store = Store(tmp_path)
@@ -120,12 +119,14 @@ def whole(found):
 
 
 @pytest.mark.parametrize("name", ["seed", "sentence"])
-def test_neural_embedders(name, tmp_path):
+def test_neural_embedders(name, tmp_path, monkeypatch):
     store = Store(tmp_path)
     found = some_texts(TOPICS, 12, np.random.default_rng(4))
     model = dense.Model("letters", letters if name == "seed" else whole)
     record = embed.fit(name, found, model=model, dimension=16).save(store)
-    fitted = embed.load(record, store, lambda name, _: {"letters": model.encode}[name])
+    with monkeypatch.context() as patch:
+        patch.setitem(embed.EMBEDDERS, name, embed.EMBEDDERS[name]._replace(open=lambda name, _: {"letters": model.encode}[name]))
+        fitted = embed.load(record, store)
     x_ND = fitted.embed(found)
     label_N = cluster.kmeans(x_ND, len(TOPICS)).label_N
     assert len({(topic_of(text), int(label)) for text, label in zip(found, label_N, strict=True)}) == len(TOPICS)
@@ -142,11 +143,12 @@ def test_neural_embedders(name, tmp_path):
         embed.fit(name, found)
 
 
-def test_a_partition_by_a_neural_embedder(made):
+def test_a_partition_by_a_neural_embedder(made, monkeypatch):
     store, corpus, _ = made
     embedder = fit_embedder(corpus, store, "seed", model=dense.Model("letters", letters))
-    found = partition(corpus, store, domains=3, embedder=embedder, means=Means(open_model=lambda name, _: letters))
-    label_N, _ = assign(found, store, some_texts(TOPICS[:3], 1, np.random.default_rng(8)), lambda name, _: letters)
+    monkeypatch.setitem(embed.EMBEDDERS, "seed", embed.EMBEDDERS["seed"]._replace(open=lambda name, _: letters))
+    found = partition(corpus, store, domains=3, embedder=embedder)
+    label_N, _ = assign(found, store, some_texts(TOPICS[:3], 1, np.random.default_rng(8)))
     assert len(set(label_N.tolist())) == 3
     with pytest.raises(BadInput, match="no sparse centroids"):
         centroids(found, store, "sparse")

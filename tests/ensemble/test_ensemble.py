@@ -11,7 +11,6 @@ from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import Windows
 from elmwood.domains.dense import Model
 from elmwood.domains.distances import nearest_place, token_distances
-from elmwood.domains.grow import Means
 from elmwood.domains.partition import assign, centroids, fit_embedder, partition, split
 from elmwood.ensemble.generate import generate
 from elmwood.ensemble.mixture import EnsembleLM, open_model
@@ -200,7 +199,7 @@ def test_a_partition_embedded_by_its_seed_routes_live(house):
     corpus = house.store.load(house.partition.corpus, Corpus)
     model = Model(house.seed.digest, open_hidden_states(house.seed.digest, house.store))
     embedder = fit_embedder(corpus, house.store, "seed", model=model)
-    divided = partition(corpus, house.store, domains=3, embedder=embedder, means=Means(open_model=open_hidden_states))
+    divided = partition(corpus, house.store, domains=3, embedder=embedder)
     experts = [house.add(expert.model_copy(update={"partition": divided.digest})) for expert in house.experts]
     forest = house.add(Forest(seed=house.seed.digest, partition=divided.digest, experts=[expert.digest for expert in experts]))
     lm = open_model(house.add(Ensemble(forest=forest.digest, top_k=1)), house.store)
@@ -208,11 +207,9 @@ def test_a_partition_embedded_by_its_seed_routes_live(house):
     for text in own:
         state = lm.start()
         lm.extend([0, *house.tokenizer.encode(text).ids[:60]], state)
-        near_N, _ = assign(divided, house.store, [house.tokenizer.decode(state.tokens[1:])], open_hidden_states)
+        near_N, _ = assign(divided, house.store, [house.tokenizer.decode(state.tokens[1:])])
         assert state.shares == {divided.domains[near_N[0]].name: 1.0}
     assert lm.score([house.tokens]).isfinite().all()
-    with_opener, alone = assign(divided, house.store, own, open_hidden_states), assign(divided, house.store, own)
-    assert np.array_equal(with_opener[1], alone[1])  # a saved embedder opens its own model
 
 
 def test_only_experts_with_weight_are_run(house, monkeypatch):
