@@ -1,5 +1,8 @@
 """A forest without a seed: router LMs find the domains by EM, and route by what they say (SmallTalk, arXiv:2410.03529)."""
 
+from collections import Counter
+from itertools import chain, pairwise
+
 import numpy as np
 import pytest
 from tiny_models import SHAPE, full_expert, tiny_tokenizer
@@ -28,11 +31,15 @@ def divided(tmp_path_factory):
 
 def test_router_lms_find_the_topics_from_random_parts(divided):
     store, _, partition, _ = divided
-    found = [{topic_of(one.text) for one in documents(domain.train, store)} for domain in partition.domains]
-    assert sorted(map(len, found)) == [1, 1] and found[0] != found[1]
+    topics = [[topic_of(one.text) for one in documents(domain.train, store)] for domain in partition.domains]
+    (one, ones), (other, others) = (Counter(found).most_common(1)[0] for found in topics)
+    assert one != other
+    total = Counter(chain(*topics))
+    assert sum(map(len, topics)) - ones - others <= abs(total[one] - total[other]) // 2 + 1  # equal sizes ask that some move
     assert max(partition.fit_sizes) - min(partition.fit_sizes) <= 1
     (rounds,) = store.logged(partition.digest)
-    assert rounds["moved"][0] > 0.3 and rounds["moved"][-1] == 0  # the first parts were random, the last stayed
+    assert rounds["moved"][0] > 0.3  # the first parts were random
+    assert rounds["moved"][-1] == 0
     near_N, _ = assign(partition, store, some_texts(TOPICS[:2], 4, np.random.default_rng(5)))
     assert sorted(np.bincount(near_N)) == [4, 4]
 
@@ -54,7 +61,7 @@ def test_a_forest_of_its_domains_routes_live_as_its_table_does(divided):
     lm = open_model(ensemble, store)
     tokens = [0, 5, 20, 31, 8, 12, 40, 7, 9]
     table_T, state, live = lm.score([tokens])[0], lm.start(), []
-    for before, token in zip(tokens, tokens[1:], strict=False):
+    for before, token in pairwise(tokens):
         live.append(float(lm.extend([before], state)[0][token]))
     np.testing.assert_allclose(live, table_T[1:], atol=1e-5)
 
