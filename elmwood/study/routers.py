@@ -36,7 +36,6 @@ def find_domains(
         threads=default_threads(seed),
     )  # fmt: skip
     found = divide(corpus, store, domains=domains, method="random", rng_seed=rng_seed, means=means, progress=progress)
-    moved = []
     for number in range(1, rounds + 1):
         progress("rounds of router LMs", number - 1, rounds, "rounds")
         routers = _train(found, seed, recipe, store, means, progress)
@@ -44,9 +43,9 @@ def find_domains(
         before, found = found, divide(
             corpus, store, domains=domains, embedder=embedder, method=method, rng_seed=rng_seed, means=means, progress=progress
         )  # fmt: skip
-        moved.append(round(_moved(before, found, store), 4))
+        if not store.logged(found.digest):
+            store.log(found.digest, event="round", number=number, moved=round(_moved(before, found, store), 4))
     progress("rounds of router LMs", rounds, rounds, "rounds")
-    store.log(found.digest, event="rounds", moved=moved)
     return found
 
 

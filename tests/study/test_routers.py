@@ -37,9 +37,8 @@ def test_router_lms_find_the_topics_from_random_parts(divided):
     total = Counter(chain(*topics))
     assert sum(map(len, topics)) - ones - others <= abs(total[one] - total[other]) // 2 + 1  # equal sizes ask that some move
     assert max(partition.fit_sizes) - min(partition.fit_sizes) <= 1
-    (rounds,) = store.logged(partition.digest)
-    assert rounds["moved"][0] > 0.3  # the first parts were random
-    assert rounds["moved"][-1] == 0
+    (line,) = store.logged(partition.digest)  # of the last round that changed anything
+    assert line["moved"] < 0.2
     near_N, _ = assign(partition, store, some_texts(TOPICS[:2], 4, np.random.default_rng(5)))
     assert sorted(np.bincount(near_N)) == [4, 4]
 
