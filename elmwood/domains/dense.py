@@ -112,6 +112,19 @@ def save_router_lms(models: Sequence[Files], store: Store) -> Embedder:
     return _save("routers", name, np.zeros(len(models), np.float32), np.eye(len(models), dtype=np.float32), store)
 
 
+def router_lms(name: str, store: Store) -> list[Files]:
+    """The files of each router LM that a blob lists, in their order: "model/3/config.json" is the "config.json" of 3. Raises BadRecord."""
+    found: dict[int, dict[str, str]] = {}
+    for path, blob in listed(name, store).items():
+        _, number, *rest = Path(path).parts
+        if not number.isdecimal() or len(rest) != 1:
+            raise BadRecord(f"this embedder of router LMs has a file {path[:80]!r}; its files are {MODEL}<number>/<name>: do not use it")
+        found.setdefault(int(number), {})[rest[0]] = blob
+    if sorted(found) != list(range(len(found))):
+        raise BadRecord(f"this embedder has router LMs {sorted(found)[:8]}: they are numbered from 0 without gaps; download it again")
+    return [found[number] for number in range(len(found))]
+
+
 def _save(name: str, model: str, mean_H: Floats, map_HD: Floats, store: Store) -> Embedder:
     tensors, about = {"mean": mean_H, "map": map_HD}, json.dumps({"name": name, "model": model}).encode()
     files = {"embedder.safetensors": store.put(safetensors.numpy.save(tensors)), "embedder.json": store.put(about)}

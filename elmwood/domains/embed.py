@@ -23,7 +23,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from scipy import sparse
 
-from elmwood.domains.dense import Dense, Encode, Model, Open, fit_dense, load_dense, open_files, open_sentence, sentence_model
+from elmwood.domains.dense import Dense, Encode, Model, Open, fit_dense, load_dense, open_files, open_sentence, router_lms, sentence_model
 from elmwood.domains.words import Lexicon, complete_words
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord, UnknownName
@@ -75,7 +75,7 @@ def open_seed(digest: str, store: Store) -> Encode:
 
 def open_routers(name: str, store: Store) -> Encode:
     """The scores of router LMs, found by name as the hidden states of a seed are."""
-    return lookup({}, "elmwood.lm.router_lms:open_router_lms")(name, store)
+    return lookup({}, "elmwood.lm.router_lms:open_router_lms")(router_lms(name, store), store)
 
 
 EMBEDDERS: dict[str, EmbedderRow] = {

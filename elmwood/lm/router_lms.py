@@ -3,7 +3,7 @@
 W tokens of one text, K models, B windows in one batch, T tokens of the longest, V words
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from elmwood.corpus.tokens import load_tokenizer, special_tokens_as_text
-from elmwood.domains.dense import MODEL, listed
 from elmwood.errors import BadRecord
 from elmwood.lm.devices import choose_device
 from elmwood.lm.hidden_states import in_batches
 from elmwood.lm.pretrained import end_ids, open_weights
 from elmwood.lm.products import hasten
+from elmwood.records import Files
 from elmwood.store import Store
 
 CHARACTERS = 32  # of a text for each token that is read of it, at most
@@ -26,10 +26,10 @@ CHARACTERS = 32  # of a text for each token that is read of it, at most
 TokenScores = tuple[NDArray[np.float32], NDArray[np.int64]]  # score_WK, end_W
 
 
-def open_router_lms(name: str, store: Store) -> Callable[[Sequence[str]], list[TokenScores]]:
-    """Open the router LMs that a blob lists, as a function of texts: for each, log p of its tokens under each model [W, K], nats, and the
-    characters of the text up to the end of each token [W]. Tokens past the models' context are not read. Raises BadRecord, Damaged."""
-    folders = [store.folder(files) for _, files in sorted(_by_model(listed(name, store)).items())]
+def open_router_lms(models_K: Sequence[Files], store: Store) -> Callable[[Sequence[str]], list[TokenScores]]:
+    """Open router LMs, each a transformers folder, as a function of texts: for each, log p of its tokens under each model [W, K], nats, and
+    the characters of the text up to the end of each token [W]. Tokens past the models' context are not read. Raises BadRecord, BadSeed."""
+    folders = [store.folder(files) for files in models_K]
     place = choose_device(None)
     models = [hasten(open_weights(folder, dtype=torch.float32).to(place).eval()) for folder in folders]
     words, separator = load_tokenizer(folders[0]), _separator(folders[0])
@@ -56,19 +56,6 @@ def _score(model: Any, rows: list[list[int]]) -> NDArray[np.float32]:
     tokens_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits[:, :-1].float()
     return -cross_entropy(logits_BTV.transpose(1, 2), tokens_BT[:, 1:], reduction="none").cpu().numpy()
-
-
-def _by_model(files: Mapping[str, str]) -> dict[int, dict[str, str]]:
-    """The files of each model, by its number: "model/3/config.json" -> 3, "config.json". Raises BadRecord."""
-    found: dict[int, dict[str, str]] = {}
-    for path, blob in files.items():
-        _, number, *rest = Path(path).parts
-        if not number.isdecimal() or len(rest) != 1:
-            raise BadRecord(f"this embedder of router LMs has a file {path[:80]!r}; its files are {MODEL}<number>/<name>: do not use it")
-        found.setdefault(int(number), {})[rest[0]] = blob
-    if sorted(found) != list(range(len(found))):
-        raise BadRecord(f"this embedder has router LMs {sorted(found)[:8]}: they are numbered from 0 without gaps; download it again")
-    return found
 
 
 def _separator(folder: Path) -> int:
