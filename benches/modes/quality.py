@@ -14,6 +14,8 @@ are mixed with settings of the tune half:
   block of --block as after a prompt that ends before it.
 - `full, activated`: the experts of `full`, read as `activated`: without training for it.
 - `activated, everywhere`: the experts of `activated`, read as `full`.
+- `full, served`: the experts of `full` under `--mixing activated`, with distances of the beginning of each block and a memory that begins
+  there, as a server has them; the best on the tune half of the routers below.
 
 Beside each: the gain over the seed, over `full` and over the experts of random clusters under the same router (`random`: for these arms),
 with standard errors over documents; and one LoRA trained on all text with as many tokens (`dense`). One JSON line per arm and rng seed of
@@ -25,6 +27,7 @@ N scored tokens, K experts, B rows, L tokens of a row, R rank, I inputs, O outpu
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from types import MethodType
@@ -39,13 +42,14 @@ from benches.quality.clusters import Bench
 from elmwood.corpus.build import build
 from elmwood.corpus.tokens import pack
 from elmwood.domains.partition import partition as divide
-from elmwood.evaluate.comparison import Control, Side, compare
+from elmwood.evaluate.calibration import Calibration
+from elmwood.evaluate.comparison import Control, ExpertColumns, Side, compare
 from elmwood.evaluate.holdout import Holdout, open_holdout
 from elmwood.evaluate.losses import row as row_of
 from elmwood.lm.adapters.peft_import import LoraLayer
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model
-from elmwood.records import Expert, Partition, Recipe, fingerprint
+from elmwood.records import Ensemble, Expert, Forest, Partition, Recipe, fingerprint
 from elmwood.store import Store
 from elmwood.study.demo import Study, scratch
 from elmwood.study.demo_seed import install_seed
@@ -195,6 +199,22 @@ def untrained(bench: Bench, division: Partition, digests: Sequence[str], held: H
     return keep(bench.store.root, make, "untrained", *digests, block, bench.holdout(division).model_dump_json())["loglik_NK"]
 
 
+def served(bench: Bench, division: Partition, digests: Sequence[str], fits: Sequence[Calibration], block: int) -> list[np.ndarray]:
+    """Columns of ensembles that read experts as `activated`, with the settings of some routers."""
+    forest = Forest(seed=bench.seed.digest, partition=division.digest, experts=tuple(digests))
+    bench.store.add(forest)
+    found = []
+    for fit in fits:
+        settings = {
+            name: value for name, value in asdict(fit.routing).items() if name in ("router", "top_k", "temperature", "seed_distance")
+        }
+        settings |= {"memory": fit.routing.memory, "decay": fit.routing.decay} if fit.routing.router == "live" else {}
+        made = Ensemble(forest=forest.digest, mixing="activated", block=block, **settings)
+        bench.store.add(made)
+        found.append(bench.columns([made.digest], bench.holdout(division))[made.digest])
+    return found
+
+
 def study(bench: Bench, asked: Namespace, rng_seed: int, arms: Sequence[str]) -> None:
     k = bench.study.domains
     divisions = {method: divide(bench.corpus, bench.store, domains=k, method=method) for method in ("balanced", "random")}
@@ -209,6 +229,7 @@ def study(bench: Bench, asked: Namespace, rng_seed: int, arms: Sequence[str]) ->
     layers = load_model(bench.seed, bench.store, device="cpu").config.num_hidden_layers
     full_N: np.ndarray | None = None
     full: list[str] = []
+    fits: list[Calibration] = []
     dense = base.model_copy(update={"steps": k * base.steps, "learning_rate": RATES["dense"]})
     pooled, _ = plain(bench, divide(bench.corpus, bench.store, domains=1), dense)
     control = Control("dense", pooled.loglik_NK[:, 0])
@@ -239,7 +260,7 @@ def study(bench: Bench, asked: Namespace, rng_seed: int, arms: Sequence[str]) ->
 
     for name in arms:
         kind, equal = name.partition(",")[0], name.endswith("equal")
-        if kind in SHARES and not name.endswith("activated"):
+        if name in SHARES or equal:
             late = SHARES[kind]
             rank = round(base.rank * layers / math.ceil(late * layers)) if equal else base.rank
             recipe = base.model_copy(update={"late": late, "rank": rank, "learning_rate": RATES[kind]})
@@ -248,6 +269,8 @@ def study(bench: Bench, asked: Namespace, rng_seed: int, arms: Sequence[str]) ->
             found_N = tell(name, arm, recipe, random_NK)
             if name == "full":
                 full_N, full = found_N, digests
+                mixture = ExpertColumns.of(held, seed_N, side("balanced", arm.loglik_NK))
+                fits = [fit for router in ("centroid", "sparse", "live") for fit in mixture.calibrate(router, [2])]
         elif kind == "activated":
             recipe = base.model_copy(update={"learning_rate": asked.activated_rate or RATES[kind]})
             ways = activated(bench, divisions["balanced"], recipe, held, asked.block)
@@ -256,6 +279,14 @@ def study(bench: Bench, asked: Namespace, rng_seed: int, arms: Sequence[str]) ->
                 random_NK = activated(bench, divisions["random"], recipe, held, asked.block)["activated"].loglik_NK
             tell(name, ways["activated"], recipe, random_NK)
             tell("activated, everywhere", ways["everywhere"], recipe, None)
+        elif name == "full, served":
+            columns = served(bench, divisions["balanced"], full, fits, asked.block)
+            column_N = max(columns, key=lambda one_N: one_N[held.tune_N].mean())
+            row = row_of("", column_N, held, domains=k, against_N=seed_N)
+            beside = {"over dense": paired(column_N, control.loglik_N, held, k)}
+            beside |= {} if full_N is None else {"over full": paired(column_N, full_N, held, k)}
+            about = {"arm": name, "rng_seed": rng_seed, "layers": layers}
+            say("modes", **about, bits_per_byte=row.bits_per_byte, gain=row.gain, gain_error=row.gain_error, **beside)
         elif name == "full, activated":
             loglik_NK = untrained(bench, divisions["balanced"], full, held, asked.block)
             tell(name, Arm(loglik_NK, size(bench, base)), base, None)
@@ -272,7 +303,9 @@ def main() -> None:
     options.add_argument("--block", type=int, default=64)
     options.add_argument("--activated-rate", type=float)
     options.add_argument("--documents", type=int, default=60)
-    options.add_argument("--arms", default="full;activated;quarter;half;full, activated;quarter, equal;half, equal", help="by ;")
+    options.add_argument(
+        "--arms", default="full;full, served;activated;quarter;half;full, activated;quarter, equal;half, equal", help="by ;"
+    )
     options.add_argument("--random", default="full,activated,half", help="arms with random clusters beside them")
     asked = options.parse_args()
     store, progress = Store(asked.folder), Lines()

@@ -25,7 +25,7 @@ DeviceOption = Annotated[
 DocumentsOption = Annotated[int | None, Option(help="At most this many held-out documents.")]
 EngineOption = Annotated[str, Option(help="Where tasks run: local, or ray.")]
 LayersOption = Annotated[str | None, Option(help="Merge only these layers, e.g. 4-11; everything else stays the seed's.")]
-MixingOption = Annotated[str | None, Option(help="Of an ensemble: outputs, weights, arithmetic, geometric, median; bounded beside these.")]
+MixingOption = Annotated[str | None, Option(help="Of an ensemble: outputs, weights, activated, geometric, median, bounded.")]
 NameOption = Annotated[str | None, Option("--name", help="Name of the result.")]
 PlotOption = Annotated[Path | None, Option(help="Draw the result into this SVG file."), NewFile()]
 RngSeedOption = Annotated[int, Option(help="Seed of the random number generators.")]

@@ -18,6 +18,7 @@ from torch import Tensor
 from elmwood.corpus.tokens import Windows
 from elmwood.domains.route import Signals, candidates, places, remember, router_of, searches, weights
 from elmwood.engine import Progress, silent
+from elmwood.ensemble.activated import ActivatedLM
 from elmwood.ensemble.bounded import BoundedLM
 from elmwood.ensemble.forest import open_forest, score_rows
 from elmwood.ensemble.one import OneLM
@@ -176,6 +177,8 @@ def open_model(record: Record, store: Store, device: torch.device | str | None =
         case Ensemble():
             if record.mixing == "weights":
                 return WeightsLM(record, store, device)
+            if record.mixing == "activated":
+                return ActivatedLM(record, store, device)
             mixture = EnsembleLM(record, store, device)
             return mixture if record.is_sum else BoundedLM(mixture, record)
     raise UnknownName(

@@ -124,6 +124,21 @@ class KeyValueCache:
         for layer in self.layers:
             layer.grow()
 
+    def copy(self, expert: int, others: Sequence[int]) -> None:
+        """Let other experts have read what one has."""
+        for other in others:
+            if other not in self.owner:
+                self._admit(other, [expert, *others])
+        row = self.owner.index(expert)
+        length = self.length[row]
+        self.reserve(length)
+        for other in map(self.owner.index, others):
+            for layer in self.own:
+                for states in (layer.keys, layer.values):
+                    if states is not None:
+                        states[other, :, :length] = states[row, :, :length]
+            self.length[other] = length
+
     def _swap(self, a: int, b: int) -> None:
         if a == b:
             return

@@ -322,9 +322,7 @@ class Experts:
         """Raises BadInput where some expert is no adapter over the shared base."""
         if len(self.adapters) < len(self.experts):
             other = next(expert for e, expert in enumerate(self.experts) if e not in self.adapters)
-            raise BadInput(
-                f"expert {other.digest[:8]} is a {method_of(other)} one: only LoRA adapters are summed for each prompt; mix outputs instead"
-            )
+            raise BadInput(f"expert {other.digest[:8]} is a {method_of(other)} one: only LoRA adapters can do this; mix outputs instead")
 
     def _mixture(self, weight_E: Any) -> dict[int, float]:
         """Number in the bank -> weight, of those that have one."""

@@ -155,8 +155,9 @@ class Ensemble(Record):
     top_k: int = Field(2, gt=0)
     temperature: float = Field(0.1, gt=0)
     seed_distance: float | None = None  # squared distance of the seed as a candidate; None: it is none
-    mixing: Literal["outputs", "weights"] = "outputs"  # weights: one pass, with the adapters summed for each prompt
-    block: int = Field(64, gt=0)  # mixing `weights`: tokens scored before the adapters are summed again
+    # weights: one pass, with the adapters summed for each prompt; activated: outputs of experts that act from the end of the prompt on
+    mixing: Literal["outputs", "weights", "activated"] = "outputs"
+    block: int = Field(64, gt=0)  # `weights` and `activated`: tokens scored as after a prompt, before those read are the prompt of others
     memory: float = Field(0.1, ge=0)  # router `live`: weight of the log-likelihood of the text so far in a candidate's score
     decay: float = Field(0.98, gt=0, le=1)  # router `live`: factor of that log-likelihood after each token
     every: int = Field(1, gt=0)  # tokens between two searches for the nearest experts

@@ -210,7 +210,9 @@ def show_forest(forest: Forest) -> Markup:
 
 
 def show_ensemble(ensemble: Ensemble) -> Markup:
-    mixing = "adapters, summed for each prompt" if ensemble.mixing == "weights" else "next-token probabilities"
+    probabilities = "next-token probabilities"
+    mixed = {"weights": "adapters, summed for each prompt", "activated": f"{probabilities} of experts that act from the end of a prompt on"}
+    mixing = mixed.get(ensemble.mixing, probabilities)
     return facts(
         f"Ensemble {ensemble.digest[:12]}",
         {"mixes": mixing, "router": ensemble.router, "top-k": ensemble.top_k, "temperature": f"{ensemble.temperature:.3g}"},

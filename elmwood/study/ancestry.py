@@ -18,7 +18,8 @@ from elmwood.study.trial import check_use
 if TYPE_CHECKING:
     from elmwood.lm.interface import LM
 
-MIXING = {"outputs": {"mixing": "outputs"}, "weights": {"mixing": "weights"}} | {
+ALONE = ("weights", "activated")  # nothing is mixed beside them
+MIXING = {word: {"mixing": word} for word in ("outputs", *ALONE)} | {
     word: {"mixing": "outputs", "aggregation": word} for word in ("arithmetic", "geometric", "median")
 }
 BOUNDED = "bounded"  # every expert on probation
@@ -49,8 +50,8 @@ def with_mixing(record: Record, mixing: str, store: Store) -> Ensemble:
             raise BadInput(f"mixing {word!r} is unknown: choose {', '.join(MIXING)} or {BOUNDED}")
         changed |= MIXING.get(word, {})
         changed |= {"bounded": store.load(record.forest, Forest).experts} if word == BOUNDED else {}
-    if "weights" in words and len(words) > 1:
-        raise BadInput(f"mixing {mixing!r}: adapters that are summed have no distributions of their own: write weights alone")
+    if len(words) > 1 and (lone := next((word for word in words if word in ALONE), None)):
+        raise BadInput(f"mixing {mixing!r}: {lone} goes with no other way: write it alone")
     made = record.model_copy(update=changed)
     store.add(made)
     return made

@@ -316,7 +316,7 @@ def summary(record: Record) -> str:
         case Forest():
             return f"{len(record.experts)} experts"
         case Ensemble():
-            mixed = ", weights mixed for each prompt" if record.mixing == "weights" else ""
+            mixed = {"weights": ", weights mixed for each prompt", "activated": ", activated after the prompt"}.get(record.mixing, "")
             mixed += f", {record.aggregation}" if record.aggregation != "arithmetic" else ""
             mixed += f", {len(record.bounded)} experts within {record.bound:g} nats of the seed" if record.bounded else ""
             return f"{record.router}, top-{record.top_k}, temperature {record.temperature:.3g}{mixed}"

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from elmwood.corpus.tokens import Windows
+from elmwood.ensemble.activated import ActivatedLM
 from elmwood.ensemble.bounded import BoundedLM
 from elmwood.ensemble.mixture import EnsembleLM
 from elmwood.ensemble.one import OneLM
@@ -42,7 +43,7 @@ def choose(lm: Any, only: Collection[str] = (), without: Collection[str] = ()) -
     if len(left) == 1 and not (isinstance(lm, BoundedLM) and known.index(left[0]) in lm.bounded):
         e = known.index(left[0])
         return OneLM(experts, e, mixture.names[e] if hasattr(mixture, "names") else left[0])
-    if not isinstance(mixture, EnsembleLM | WeightsLM):
+    if not isinstance(mixture, EnsembleLM | WeightsLM | ActivatedLM):
         raise BadInput("this model has no router: name one of its candidates, or none")
     has_seed = mixture.routing.seed_distance is not None
     if SEED in only and not has_seed:
