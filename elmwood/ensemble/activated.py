@@ -131,7 +131,8 @@ class ActivatedLM:
         experts, members = whole(self.experts)
         experts.check(tokens_BL.flatten(), tokens_BL.shape[1] - 1)
         tokens_BL, body = tokens_BL.to(experts.device), experts.body(BASE)
-        kept, seed, length = DynamicCache(), len(experts) - 1, tokens_BL.shape[1]
+        kept: Any = DynamicCache()
+        seed, length = len(experts) - 1, tokens_BL.shape[1]
         said_BL = read_on(experts, body, seed, tokens_BL, kept)
         for loglik_nC, row_L in zip(loglik_B, said_BL[:, since - 1 :].cpu().numpy(), strict=True):
             loglik_nC[:, -1] = row_L[: len(loglik_nC)]
