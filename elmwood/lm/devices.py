@@ -38,3 +38,9 @@ def count(kind: str) -> int:
 def kind_of(device: torch.device) -> str:
     """cpu or gpu: what sizes of batches depend on."""
     return "cpu" if device.type == "cpu" else "gpu"
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether memory ran out. torch's CPU allocator says so by a plain RuntimeError."""
+    plain = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return plain or isinstance(error, MemoryError | torch.OutOfMemoryError)

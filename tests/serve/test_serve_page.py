@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from elmwood.serve.app import create_app
+from elmwood.serve.model import open_served
 from elmwood.serve.pages import HEADERS, asset
+from tests.serve.conftest import serving
 
 AXE = (Path(__file__).parents[1] / "hub" / "pages" / "vendor" / "axe.min.js").read_text(encoding="utf-8")
 PICTURES = os.environ.get("ELMWOOD_PICTURES")  # a folder for screenshots, for whoever wants to look
@@ -115,9 +118,99 @@ def test_a_chat_goes_on_and_trouble_is_said(page, address):
     page.set_viewport_size({"width": 1200, "height": 900})
 
 
+def test_an_answer_is_made_again_in_its_place_and_copied(page, address):
+    page.goto(address + "/")
+    page.locator("input[value=text]").check()
+    page.locator("#tokens").fill("5")
+    page.locator("#temperature").fill("0")
+    assert page.locator("#again").is_hidden()
+    said = []
+    for turn, act in enumerate(("#go", "#again", "#go", "#again"), 1):
+        if act == "#go":
+            page.locator("#prompt").fill("the sea ")
+        page.locator(act).click()
+        page.wait_for_selector(f"body[data-answers='{turn}']")
+        said.append(page.evaluate("document.getElementById('text').textContent"))
+    assert said[0] == said[1]
+    assert said[2] == said[3]
+    assert said[2].startswith(said[0] + "the sea ")
+    words = page.locator(".word").count()
+    assert [page.locator(".word").nth(n).get_attribute("data-place") for n in range(words)] == [str(n) for n in range(words)]
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#copy").click()
+    page.locator("#state", has_text="copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()").split() == said[2].split()
+    page.locator("input[value=chat]").check()
+    page.locator("#prompt").fill("one line")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("and another")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("body[data-answers='5']")
+    page.locator("#again").click()
+    page.wait_for_selector("body[data-answers='6']")
+    assert page.locator(".who").count() == 2
+    assert page.locator(".given").inner_text() == "one line\nand another"
+
+
+MAP = """(names) => {
+  const at = (n) => ({ x: 0.5 + 0.012 * (n % 7), y: 0.5 + 0.02 * Math.floor(n / 7) })
+  const experts = names.map((name, n) => ({ id: String(n).padStart(64, "0"), name, ...at(n) }))
+  return { map: { experts, path: [[0.5, 0.5], [0.52, 0.55]] }, candidates: experts }
+}"""
+OVERLAPS = """() => {
+  const boxes = [...document.querySelectorAll("#map text, #map circle:not(.start):not(.end)")].map((one) => one.getBoundingClientRect())
+  const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1
+  const frame = document.getElementById("map").getBoundingClientRect()
+  const texts = boxes.filter((one) => one.width > 20)
+  const out = texts.filter((one) => one.left < frame.left || one.right > frame.right || one.top < frame.top || one.bottom > frame.bottom)
+  return [texts.length, texts.filter((one) => boxes.some((other) => other !== one && meet(one, other))).length, out.length]
+}"""
+
+
+def test_names_on_the_map_do_not_cover_one_another(page, address):
+    """Forty domains in one spot, by what the server says of such a map, at three widths."""
+    names = [f"{'domain of ships and weather'[: 6 + n % 22]} {n}" for n in range(40)]
+    page.goto(address + "/")
+    route = page.evaluate(MAP, names)
+    page.route("**/v1/route", lambda asked: asked.fulfill(json=route))
+    page.locator("#tokens").fill("3")
+    for turn, width in enumerate((400, 900, 1400), 1):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.locator("#prompt").fill("the sea")
+        page.locator("#go").click()
+        page.wait_for_selector(f"body[data-answers='{turn}']")
+        named, covered, outside = page.evaluate(OVERLAPS)
+        assert (covered, outside) == (0, 0)
+        assert named >= 2
+        if PICTURES:
+            page.screenshot(path=f"{PICTURES}/map-{width}.png", full_page=True)
+    page.unroute("**/v1/route")
+    page.set_viewport_size({"width": 1200, "height": 900})
+
+
+def test_a_newer_model_is_shown_without_a_reload(page, world):
+    first = open_served(world.ensemble, world.store, name="forest")
+    app = create_app(first)
+    with serving(app) as address:
+        page.goto(address + "/")
+        fewer = world.store.load(world.ensemble.forest).model_copy(
+            update={"experts": tuple(sorted(one.digest for one in world.experts)[:2])}
+        )
+        world.store.add(fewer)
+        second = world.ensemble.model_copy(update={"forest": fewer.digest})
+        app.state.live.adopt(open_served(second, world.store, like=first, name="forest"))
+        assert page.locator("#newer").inner_text() == ""
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        page.locator("#newer", has_text="of 2 experts").wait_for()
+        assert page.locator("#count").inner_text() == "2 experts"
+        if PICTURES:
+            page.screenshot(path=f"{PICTURES}/newer.png", full_page=True)
+        page.goto("about:blank")
+
+
 def test_nothing_is_fetched_from_elsewhere_and_no_policy_is_broken(page, address):
     """After the flows above. The policy allows files of the server alone, so an inline script or style would have complained."""
-    assert all(url.startswith(address + "/") for url in page.fetched)
+    assert all(url.startswith(("http://127.0.0.1:", "about:blank")) for url in page.fetched)
     assert {url.rpartition("/")[2] for url in page.fetched if "/static/" in url} >= {"page.css", "page.js"}
     assert [line for line in page.complaints if "404" not in line] == []
     assert "unsafe" not in HEADERS["content-security-policy"]

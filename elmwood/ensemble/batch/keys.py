@@ -28,6 +28,11 @@ class KeyValues:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows, self.capacity = ROWS, CAPACITY
 
+    def clear(self) -> None:
+        """Hold nothing, as at first."""
+        self.layers.clear()
+        self.rows, self.capacity = ROWS, CAPACITY
+
     def reserve(self, rows: int, capacity: int) -> None:
         """Have this many rows of this many tokens."""
         if rows <= self.rows and capacity <= self.capacity:

@@ -106,6 +106,12 @@ class Reader:
             self.trunk.went()
         return output.logits[0, :end], found
 
+    def clear(self) -> None:
+        """Keep nothing of any text."""
+        self.store.clear()
+        if self.trunk:
+            self.trunk.store.clear()
+
     def token_bytes(self, most: int) -> int:
         """Bytes of a token in one of `most` rows of a text, a part of the trunk's included; 0 before the first pass."""
         shared = self.trunk.store.token_bytes() if self.trunk else 0

@@ -71,6 +71,9 @@ class Prefixes:
         while self.size > self.most:
             self._forget(next(iter(self.kept)))
 
+    def clear(self) -> None:
+        self.kept, self.size = {}, 0
+
     def _forget(self, key: tuple[str, int]) -> None:
         self.size -= self.kept.pop(key).size
 

@@ -19,6 +19,7 @@ from elmwood.ensemble.batch.prefixes import Kept, Prefixes
 from elmwood.ensemble.batch.residency import Residency, Seat
 from elmwood.ensemble.batch.schedule import Job, Room, admit, divide
 from elmwood.ensemble.batch.texts import Row, Text
+from elmwood.ensemble.batch.turns import failed
 from elmwood.ensemble.bounded import AGGREGATIONS, bound
 from elmwood.ensemble.decode import Rule, pick
 from elmwood.errors import BadInput
@@ -89,7 +90,8 @@ class Steps:
     def fail(self, error: Exception) -> None:
         """End all that is at work; the engine lives on."""
         for text in (*self.waiting, *self.running):
-            self._end(text, Ended("error", f"{type(error).__name__}; it is in the server's log", 500))
+            self._end(text, failed(error))
+        self._start_over()
 
     def _admit(self) -> None:
         jobs = []
@@ -271,6 +273,15 @@ class Steps:
         self.running.remove(text)
         self.waiting.insert(0, text)
 
+    def _start_over(self) -> None:
+        """Keys and values of a pass that failed may be of any size. Nothing is kept, and who was not in it reads its text again."""
+        for text in reversed(self.running):
+            self._release(text)
+            self.waiting.insert(0, text)
+        self.running = []
+        self.reader.clear()
+        self.prefixes.clear()
+
     def _release(self, text: Text) -> None:
         for c in list(text.rows):
             self._drop(text, c)
@@ -320,9 +331,9 @@ class Steps:
             logp_MV = torch.log_softmax(logits_MV.float(), -1)
         except Exception as error:  # whatever it was, the engine lives on
             logger.exception("a pass over %d rows", len(pairs))
-            status = 503 if isinstance(error, MemoryError | torch.OutOfMemoryError) else 500
             for text in dict.fromkeys(text for text, _, _ in pairs):
-                self._end(text, Ended("error", f"{type(error).__name__} while reading: {str(error)[:200]}", status))
+                self._end(text, failed(error))
+            self._start_over()
             return True
         for (text, row, size), part in zip(pairs, found, strict=True):
             self._absorb(text, row, size, logp_MV[part])

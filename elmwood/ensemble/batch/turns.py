@@ -17,6 +17,7 @@ from elmwood.ensemble.batch.choice import allowed, choose
 from elmwood.ensemble.batch.interface import NONE, USUAL, Busy, Counts, Ended, Event, Limits, Request, Said
 from elmwood.ensemble.decode import Rule, pick
 from elmwood.errors import BadInput, ElmwoodError
+from elmwood.lm.devices import ran_out
 
 PIECE = 256  # tokens of a prompt that are read in one turn
 logger = logging.getLogger("elmwood.serve")
@@ -102,15 +103,13 @@ class Turns:
             return True
         try:
             made = next(work.steps)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            made = Ended("error", f"memory ran out: {str(error)[:200]}", 503)
         except BadInput as error:
             made = Ended("error", str(error), 400)
         except ElmwoodError as error:
             made = Ended("error", str(error), 500)
         except Exception as error:
             logger.exception("request %d", work.number)
-            made = Ended("error", f"{type(error).__name__}; it is in the server's log", 500)
+            made = failed(error)
         if isinstance(made, Ended):
             self._failed += made.reason == "error"
             work.steps.close()  # type: ignore[attr-defined]
@@ -119,6 +118,13 @@ class Turns:
         for said in made:
             work.hear(said)
         return False
+
+
+def failed(error: Exception) -> Ended:
+    """The end of a request by an error that nobody foresaw, or by lack of memory."""
+    if ran_out(error):
+        return Ended("error", "memory ran out: ask for less at once, or again later", 503)
+    return Ended("error", f"{type(error).__name__}; it is in the server's log", 500)
 
 
 def check(request: Request, context: int, vocabulary: int, known: list[str]) -> None:

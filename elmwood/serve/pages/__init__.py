@@ -34,8 +34,9 @@ def routes(live: Live) -> list[Route]:
     def page(request: Request) -> Response:
         served, root = live.now, request.scope.get("root_path", "").rstrip("/")
         html = template.render(
-            name=served.name, kind=served.record.kind, experts=len(served.cards), seed=served.seed.name, chats=served.template is not None,
-            routed=served.guide is not None, root=root, version=__version__, context=served.engine.context,
+            name=served.name, digest=served.record.digest, kind=served.record.kind, experts=len(served.cards), seed=served.seed.name,
+            chats=served.template is not None, routed=served.guide is not None, root=root, version=__version__,
+            context=served.engine.context,
         )  # fmt: skip
         return HTMLResponse(html, headers=HEADERS | {"cache-control": "no-cache"})
 

@@ -11,6 +11,8 @@ let messages = [] // of a chat
 let text = "" // of a continued text: the prompt, and what followed
 let here = -1 // the word that is shown
 let running = null
+let before = null // the last answer: what there was, for another one in its place
+let fresh = true // an answer begins: its first token begins a word
 
 const make = (tag, content = "", kind = "") => {
   const element = document.createElement(tag)
@@ -34,7 +36,10 @@ const headers = () => {
 }
 
 const ask = async (path, body, signal) => {
-  const reply = await fetch(root + path, { method: body ? "POST" : "GET", headers: headers(), body: body && JSON.stringify(body), signal })
+  const wish = { method: body ? "POST" : "GET", headers: headers(), body: body && JSON.stringify(body), signal }
+  const reply = await fetch(root + path, wish).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("the server cannot be reached: is it still running?")
+  })
   if (reply.ok) return reply
   if (reply.status === 401) at("locked").hidden = false
   const told = await reply.json().catch(() => null)
@@ -57,9 +62,9 @@ const shares = (sum) => {
 // A token begins a word where it begins with a space, or follows one.
 const addToken = (paragraph, piece, weights) => {
   const last = words[words.length - 1]
-  const joins = last && last.element.parentNode === paragraph && !/^\s/.test(piece) && !/\s$/.test(last.element.textContent)
+  const joins = !fresh && last && last.element.parentNode === paragraph && !/^\s/.test(piece) && !/\s$/.test(last.element.textContent)
   if (!joins || !piece) {
-    if (!piece && last) return addWeights(last, weights)
+    if (!piece && last && !fresh) return addWeights(last, weights)
     const space = piece.match(/^\s*/)[0]
     if (space) paragraph.append(space)
     piece = piece.slice(space.length)
@@ -67,6 +72,7 @@ const addToken = (paragraph, piece, weights) => {
     element.dataset.place = words.length
     paragraph.append(element)
     words.push({ element, sum: new Map(), count: 0 })
+    fresh = false
   }
   const word = words[words.length - 1]
   word.element.textContent += piece
@@ -139,7 +145,7 @@ async function* events(reply) {
   let left = ""
   for (;;) {
     const { value, done } = await reader.read()
-    if (done) return
+    if (done) throw new Error("the server ended the answer before its end: ask again")
     const lines = (left + value).split("\n\n")
     left = lines.pop()
     for (const line of lines) {
@@ -173,7 +179,10 @@ const send = async () => {
   if (chat) body.messages = asked
   else body.prompt = asked
   running = new AbortController()
+  before = { prompt, messages, text, words: words.length, parts: at("text").childNodes.length, rest: (at("text").lastChild || at("text")).childNodes.length }
+  fresh = true
   at("go").disabled = true
+  at("again").hidden = true
   at("stop").hidden = false
   at("state").textContent = "asking"
   let said = ""
@@ -220,9 +229,11 @@ const send = async () => {
   running = null
   at("go").disabled = false
   at("stop").hidden = true
+  at("again").hidden = at("copy").hidden = !place
   if (!place) return
   if (chat) messages = [...asked, { role: "assistant", content: said }]
   else text = asked + said
+  look()
   await showMap(chat ? said : text)
 }
 
@@ -234,8 +245,35 @@ const answer = async () => {
 
 const stop = () => running && running.abort()
 
+// Another answer in the place of the last one.
+const again = () => {
+  if (running || !before) return
+  words.length = before.words
+  const last = at("text").childNodes[before.parts - 1]
+  while (at("text").childNodes.length > before.parts) at("text").lastChild.remove()
+  while (last && last.childNodes.length > before.rest) last.lastChild.remove()
+  messages = before.messages
+  text = before.text
+  at("prompt").value = before.prompt
+  show(-1)
+  return answer()
+}
+
+const copy = async () => {
+  const said = at("text").innerText.trim()
+  try {
+    await navigator.clipboard.writeText(said)
+  } catch { // not on this machine and without TLS
+    getSelection().selectAllChildren(at("text"))
+    document.execCommand("copy")
+  }
+  at("state").textContent = "copied"
+}
+
 const clear = () => {
   stop()
+  before = null
+  at("again").hidden = at("copy").hidden = true
   words = []
   messages = []
   text = ""
@@ -257,30 +295,81 @@ const showMap = async (whole) => {
   const route = await ask("/v1/route", { prompt: whole, map: true, most: 1000 }).then((reply) => reply.json()).catch(() => null)
   at("map-part").hidden = !(route && route.map)
   if (!route || !route.map) return
-  const place = (x, y) => [40 + 320 * x, 270 - 235 * y]
-  const labelled = new Set(route.candidates.slice(0, 9).map((one) => one.id))
-  const found = []
+  const place = (x, y) => [20 + 360 * x, 280 - 260 * y]
+  const nearest = new Map(route.candidates.slice(0, 9).map((one, n) => [one.id, n]))
+  const circles = []
+  const labels = []
   for (const expert of route.map.experts) {
     names.set(expert.id, expert.name)
     const [x, y] = place(expert.x, expert.y)
-    found.push(draw("circle", { cx: x, cy: y, r: colours.has(expert.id) ? 7 : 4, class: colours.get(expert.id) || "idle" }))
-    const side = x > 260 ? "right" : x < 140 ? "left" : "middle"
-    const edge = { right: Math.min(394, x + 40), left: Math.max(6, x - 40), middle: x }[side]
-    if (labelled.has(expert.id)) found.push(draw("text", { x: edge, y: y - 11, class: side }, expert.name))
+    const circle = draw("circle", { cx: x, cy: y, r: colours.has(expert.id) ? 7 : 4, class: colours.get(expert.id) || "idle" })
+    circle.append(draw("title", {}, expert.name))
+    circles.push(circle)
+    if (nearest.has(expert.id)) labels.push({ x, y, name: expert.name, rank: nearest.get(expert.id) })
   }
+  const ways = []
   const path = route.map.path.map(([x, y]) => place(x, y))
   if (path.length) {
-    found.push(draw("polyline", { points: path.map((point) => point.join(",")).join(" ") }))
-    found.push(draw("circle", { cx: path[0][0], cy: path[0][1], r: 5, class: "start" }))
-    found.push(draw("circle", { cx: path.at(-1)[0], cy: path.at(-1)[1], r: 4, class: "end" }))
+    ways.push(draw("polyline", { points: path.map((point) => point.join(",")).join(" ") }))
+    ways.push(draw("circle", { cx: path[0][0], cy: path[0][1], r: 5, class: "start" }))
+    ways.push(draw("circle", { cx: path.at(-1)[0], cy: path.at(-1)[1], r: 4, class: "end" }))
   }
-  at("map").replaceChildren(...found)
+  at("map").replaceChildren(...circles, ...ways)
+  label(labels.sort((one, other) => one.rank - other.rank), circles)
 }
+
+// Names beside their circles, the nearest first: where there is no room for one without covering another name or a circle, it is left out.
+const label = (labels, circles) => {
+  const taken = circles.map((one) => {
+    const [x, y, r] = ["cx", "cy", "r"].map((name) => Number(one.getAttribute(name)))
+    return { left: x - r, right: x + r, top: y - r, bottom: y + r }
+  })
+  for (const { x, y, name } of labels) {
+    const written = draw("text", { x: 0, y: 0 }, name.length > 30 ? name.slice(0, 29) + "…" : name)
+    at("map").append(written)
+    const { width, height } = written.getBBox()
+    const middle = x - width / 2
+    const inside = Math.min(Math.max(middle, 4), 396 - width)
+    const spots = [
+      [inside, y - 10 - height], [inside, y + 10], [x + 10, y - height / 2], [x - 10 - width, y - height / 2],
+      [x + 7, y - 7 - height], [x + 7, y + 7], [x - 7 - width, y - 7 - height], [x - 7 - width, y + 7],
+      [inside, y - 16 - 2 * height], [inside, y + 16 + height],
+    ]
+    const spot = spots.map(([left, top]) => ({ left, top, right: left + width, bottom: top + height })).find((one) =>
+      one.left >= 3 && one.right <= 397 && one.top >= 3 && one.bottom <= 297 &&
+      taken.every((other) => one.left >= other.right || one.right <= other.left || one.top >= other.bottom || one.bottom <= other.top))
+    if (!spot) {
+      written.remove()
+      continue
+    }
+    taken.push(spot)
+    written.setAttribute("x", spot.left)
+    written.setAttribute("y", spot.top + 0.78 * height)
+  }
+}
+
+// ---- newer models -----------------------------------------------------------------------------------------------------
+
+// The server may go on to a newer model while the page is open: /readyz says which one it is.
+const look = async () => {
+  if (document.hidden) return
+  const ready = await fetch(root + "/readyz").then((reply) => (reply.ok ? reply.json() : null)).catch(() => null)
+  if (!ready || !ready.model || ready.model === document.body.dataset.model) return
+  document.body.dataset.model = ready.model
+  const page = await ask("/v1/experts?limit=1").then((reply) => reply.json()).catch(() => null)
+  const count = page && page.total ? page.total.toLocaleString("en") + (page.total === 1 ? " expert" : " experts") : ""
+  if (count && at("count")) at("count").textContent = count
+  at("newer").textContent = "A newer model answers since " + new Date().toLocaleTimeString() + (count ? ", of " + count : "") + "."
+}
+setInterval(look, 15000)
+document.addEventListener("visibilitychange", look)
 
 // ---- wiring -----------------------------------------------------------------------------------------------------------
 
 at("ask").addEventListener("submit", (event) => { event.preventDefault(); answer() })
 at("stop").addEventListener("click", stop)
+at("again").addEventListener("click", again)
+at("copy").addEventListener("click", copy)
 at("clear").addEventListener("click", clear)
 document.querySelectorAll("input[name=mode]").forEach((one) => one.addEventListener("change", () => {
   clear()
@@ -289,7 +378,8 @@ document.querySelectorAll("input[name=mode]").forEach((one) => one.addEventListe
 }))
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop()
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); answer() }
+  const chatting = mode() === "chat" && event.target === at("prompt") && !event.shiftKey && !event.isComposing
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey || chatting)) { event.preventDefault(); answer() }
 })
 if (routed) {
   let asked = ""
