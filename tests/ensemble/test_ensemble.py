@@ -32,6 +32,9 @@ SETTINGS = [
     {"top_k": 1, "router": "live", "temperature": 0.5, "memory": 1.0, "decay": 1.0},
     {"top_k": 2, "router": "posterior", "temperature": 1.0},
     {"top_k": 4, "router": "posterior", "temperature": 4.0, "seed_distance": 0.5},
+    {"top_k": 1, "router": "live", "temperature": 0.5, "every": 16, "shortlist": 2, "margin": 0.02},
+    {"top_k": 2, "router": "live", "memory": 2.0, "every": 4, "sure": 0.6, "seed_distance": 0.9},
+    {"top_k": 2, "temperature": 0.05, "every": 8, "sure": 0.8, "margin": 0.1, "far": 1.3, "seed_distance": 0.9},
 ]
 
 
@@ -49,6 +52,17 @@ def test_reading_on_equals_scoring(fields, house):
         met.add(frozenset(text.shares))
     if fields["top_k"] < 3 and fields.get("router") != "posterior":
         assert len(met) > 1, "the active experts should have changed on the way"
+
+
+@pytest.mark.parametrize("sizes", [(7, 1, 13, 2), (30, 1, 1), (5, 20, 3)])
+@pytest.mark.parametrize("fields", SETTINGS[-3:])
+def test_searches_do_not_depend_on_how_a_text_comes(fields, sizes, house):
+    lm = open_model(house.ensemble(**fields), house.store)
+    loglik_T, text, read = lm.score([house.tokens])[0], lm.start(), 0
+    for size in sizes:
+        logp_V, text = lm.extend(house.tokens[read : read + size], text)
+        read += size
+        torch.testing.assert_close(logp_V[house.tokens[read]], loglik_T[read], atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elmwood.domains.route import ROUTERS, Routing, Signals, remember, weights
+from elmwood.domains.route import ROUTERS, Routing, Signals, places, remember, weights
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, UnknownName
 from elmwood.evaluate.calibration import DECAYS, calibrate, minimise
@@ -29,6 +29,8 @@ ROUTINGS = [
     Routing("live", 1, 0.5, 1.1, memory=0.5),
     Routing("live", 2, 0.5, 1.1, memory=0.3, decay=0.9),
     Routing("live", 2, 0.5, None, memory=0.3, decay=1.0),
+    Routing("live", 1, 0.5, None, memory=0.3, every=8, shortlist=2, margin=0.02),
+    Routing("live", 2, 0.5, 1.1, memory=1.0, every=8, sure=0.6, margin=0.05, far=1.3),
     Routing("posterior", 4, 2.0, 0.5),
     Routing("uniform", 4, 1.0, 1.0),
 ]
@@ -51,17 +53,19 @@ def test_the_table_equals_the_live_ensemble(routing, grown, held, columns):
 
     def mixed(loglik_NC):
         memory_NC = remember(loglik_NC, routing.fading, held.document_N)
-        return mix(loglik_NC, weights(Signals(dist2_NE, memory_NC), routing))
+        return mix(loglik_NC, weights(Signals(dist2_NE, memory_NC, places(held.document_N)), routing))
 
     np.testing.assert_allclose(mixed(exact_NC), live_N, atol=1e-5)
+    some_W = np.array([1, 4, 5, 11])  # some windows alone are what they are among all
+    np.testing.assert_allclose(run(live, held, wanted_W=some_W), live_N[np.isin(held.window_N, some_W)], atol=1e-5)
+    if routing.sure is not None:
+        return  # a threshold: rounding can move a weight across it
     mixed_N = mixed(kept_NC)
     # two bytes a number: each is off by 1e-3 (one sigma), and so the mean of these tokens by
     sigma = np.spacing(np.float16(6)) / np.sqrt(12 * len(live_N))
     assert abs(mixed_N.mean() - live_N.mean(dtype=np.float64)) < 3 * sigma < 6e-5
     two = [bits_per_byte(one_N, held, ~held.tune_D).value for one_N in (mixed_N, live_N)]
     assert abs(two[0] - two[1]) < 1e-5
-    some_W = np.array([1, 4, 5, 11])  # some windows alone are what they are among all
-    np.testing.assert_allclose(run(live, held, wanted_W=some_W), live_N[np.isin(held.window_N, some_W)], atol=1e-5)
 
 
 def test_a_memory_that_fades_has_only_late_windows_read_before(grown, held, monkeypatch):
