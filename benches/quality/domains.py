@@ -105,6 +105,8 @@ def even(x_ND: np.ndarray, centroid_KD: np.ndarray) -> np.ndarray:
 def passages(source: str, length: int) -> Iterator[str]:
     """Texts long enough to be cut: documents of JSON lines, or files, below a folder."""
     for path in sorted(Path(source).rglob("*")):
+        if any(part.startswith(".") for part in path.relative_to(source).parts):
+            continue  # packages that a corpus was made of
         if path.suffix == ".jsonl":
             yield from (document.text for document in read(str(path), Counter()) if len(document.text) > length)
         elif path.suffix in {".py", ".pyi", ".h", ".hpp", ".js", ".md", ".rst", ".txt", ".json"} and path.stat().st_size > length:

@@ -4,10 +4,10 @@
     python -m benches.quality.routing_scale grow STORE --corpus FOLDER [--domains 16] [--tokens 700k] [--seed-tokens 0]
     python -m benches.quality.routing_scale study STORE [--documents 120]       every rule on the columns that `grow` made
 
-`grow` trains a seed (--seed-tokens 0: the demo's packaged one), experts of domains and of random parts, and dense controls at their tokens
-and at twice as many, names them scale/… and scores them. `study` runs no model. Settings come from the tune half, figures are bits per byte
-on the test half, and gains are over the dense control at equal tokens, paired, with errors over documents. Accuracy to 10,000 domains:
-`python -m benches.quality.domains routing`.
+`grow` trains a seed (--seed-tokens 0: the demo's packaged one), experts of domains and of random parts, and dense controls of the same
+batch and with k times that, at as many tokens and at twice as many. It names them scale/… and scores them. `study` runs no model.
+Settings come from the tune half, figures are bits per byte on the test half, and gains are over the stronger dense control at equal
+tokens, paired, with errors over documents. Accuracy to 10,000 domains: `python -m benches.quality.domains routing`.
 
 N scored tokens, E experts by digest, C = E + 1 candidates (the seed last)
 """
@@ -35,14 +35,13 @@ from elmwood.domains.route import ROUTERS, Router, Routing, candidates, live, pl
 from elmwood.ensemble.text_router import TextRouter, weigh
 from elmwood.evaluate.comparison import ExpertColumns, Side
 from elmwood.evaluate.holdout import HoldoutSpec
-from elmwood.evaluate.losses import bits_per_byte, difference, mix
+from elmwood.evaluate.losses import bits_per_byte, difference, mix, nats
 from elmwood.records import Forest
 from elmwood.store import Store
-from elmwood.study.demo import LARGE, Study, plan, scratch, train_and_score
+from elmwood.study.demo import DENSE, LARGE, Study, plan, scratch, train_and_score
 from elmwood.study.demo_seed import install_seed
 from elmwood.units import parse_count
 
-TWICE = "dense, twice the tokens"
 SPARSE_LIVE = "live-sparse"  # `live` with distances to sparse centroids
 PIECE = 4  # characters of a token
 
@@ -104,9 +103,11 @@ def grow(store: Store, corpus_at: str, study: Study) -> None:
         for name, method in (("expert", "balanced"), ("random", "random"))
     }
     sides = plan(study, seed, corpus, divisions, store)
-    (dense,) = sides[LARGE]
-    twice = dense.model_copy(update={"recipe": dense.recipe.model_copy(update={"steps": 2 * dense.recipe.steps}), "label": TWICE})
-    sides = {"expert": sides["expert"], "random": sides["random"], "dense": [dense], "twice": [twice]}
+    dense = {"batch": sides[DENSE][0], "large": sides[LARGE][0]}
+    sides = {"expert": sides["expert"], "random": sides["random"]} | {f"dense/{name}": [job] for name, job in dense.items()}
+    for name, job in dense.items():
+        longer = job.recipe.model_copy(update={"steps": 2 * job.recipe.steps})
+        sides[f"twice/{name}"] = [job.model_copy(update={"recipe": longer, "label": f"{job.label}, twice the tokens"})]
     spec = HoldoutSpec(partition=divisions["expert"].digest, seed=seed.digest, length=study.length, documents=study.documents)
     trained = train_and_score(seed, sides, spec, store, workers=1, progress=progress)
     for name, side in trained.items():
@@ -125,8 +126,12 @@ def study_rules(store: Store, documents: int, longest: int = 256) -> None:
     """The routers, the rules upon `live`, and the controls."""
     ROUTERS[SPARSE_LIVE] = Router(live, "sparse", "fading", "this bench", monotone=True)
     bench, names = Bench(open_forest(store, "scale/forest"), documents, longest), store.names()
-    dense_N, twice_N = bench.column(names["scale/dense"]), bench.column(names["scale/twice"])
-    for of, column_N in (("seed", bench.seed_N), ("dense", dense_N), (TWICE, twice_N)):
+    found = {name: bench.column(names[f"scale/{name}"]) for name in ("dense/batch", "dense/large", "twice/batch", "twice/large")}
+    dense_N, twice_N = (
+        min((one for name, one in found.items() if name.startswith(kind)), key=lambda one: nats(one, bench.held)[bench.test_D].sum())
+        for kind in ("dense", "twice")
+    )
+    for of, column_N in {"seed": bench.seed_N, **found}.items():
         loss, gain = bits_per_byte(column_N, bench.held, bench.test_D), difference(dense_N, column_N, bench.held, bench.test_D)
         say("routing_scale", of=of, bits_per_byte=loss.value, gain=gain.value, gain_error=gain.standard_error)
     own = bench.side([digest for name, digest in names.items() if name.startswith("scale/expert/")])
@@ -140,7 +145,7 @@ def study_rules(store: Store, documents: int, longest: int = 256) -> None:
         for top_k in dict.fromkeys((min(2, side.loglik_NK.shape[1]), side.loglik_NK.shape[1])):
             measure(bench, of, side, dense_N, ("live", top_k, FADING))
     _with_pooled(bench, own, dense_N, twice_N)
-    for router, top_k in (("live", 2), (SPARSE_LIVE, 2), ("live", 4), ("centroid", 4)):
+    for router, top_k in (("live", 2), ("live", 4), ("centroid", 4)):
         _rules(bench, own, dense_N, router, top_k)
 
 
@@ -149,8 +154,7 @@ def _rules(bench: Bench, side: Side, against_N: np.ndarray, router: str, top_k: 
     columns = ExpertColumns.of(bench.held, bench.seed_N, side)
     (fit,) = columns.calibrate(router, [top_k])
     plain_N = columns.column(fit.routing)
-    seed_at = fit.routing.seed_distance
-    for rule in _grid(seed_at, top_k):
+    for rule in _grid(top_k):
         routing = replace(fit.routing, **rule)
         column_N = columns.column(routing)
         run_NC = running(columns, routing)
@@ -167,17 +171,15 @@ def _rules(bench: Bench, side: Side, against_N: np.ndarray, router: str, top_k: 
             _late_memory(bench, columns, replace(fit.routing, every=every), plain_N, base)
 
 
-def _grid(seed_at: float | None, top_k: int) -> Iterator[dict[str, Any]]:
+def _grid(top_k: int) -> Iterator[dict[str, Any]]:
     yield {}
-    yield from ({"every": every} for every in (16, 64, 256))
-    yield {"every": 64, "shortlist": 2 * top_k}
-    yield {"every": 64, "shortlist": 8}
-    yield from ({"every": every, "margin": margin} for every in (1, 64) for margin in (0.02, 0.05, 0.1, 0.2))
-    yield {"every": 64, "shortlist": 8, "margin": 0.05}
+    yield from ({"every": every} for every in (64, 256))
+    yield from ({"every": 64, "shortlist": size} for size in (4, 8) if size > top_k)
+    yield from ({"every": every, "margin": margin} for every in (1, 64) for margin in (0.02, 0.05, 0.1))
+    yield {"every": 64, "shortlist": 8, "margin": 0.02}
     yield from ({"every": every, "sure": sure} for every in (16, 64) for sure in (0.6, 0.7, 0.8, 0.9, 0.95))
-    if seed_at is not None:
-        yield from ({"far": seed_at + more} for more in (-0.2, -0.1, 0.0, 0.1))
-        yield {"every": 64, "margin": 0.05, "sure": 0.8, "far": seed_at}
+    yield from ({"far": far} for far in (0.7, 0.9, 1.1))
+    yield {"every": 64, "margin": 0.02, "sure": 0.8, "far": 1.1}
 
 
 def running(columns: ExpertColumns, routing: Routing) -> np.ndarray:

@@ -35,7 +35,7 @@ class Routing:
     seed_distance: float | None = None  # the seed as a candidate at this squared distance (`posterior`: this many nats behind)
     memory: float = 0.1  # `live`: what a nat of the memory adds to a score
     decay: float = 0.98  # `live`: what is left of the memory after each token
-    every: int = 1  # tokens between two searches for the nearest experts; a short text is searched for more often (`searches`)
+    every: int = 1  # tokens between two searches for the nearest experts; of a text that is not short (`searches`)
     shortlist: int | None = None  # experts that a search finds, among which the nearest are chosen until the next; None: top_k
     margin: float = 0.0  # squared distance by which a newcomer must be nearer than the live expert whose place it takes
     sure: float | None = None  # a candidate with this weight at a search is alone until the next; None: none is
@@ -191,6 +191,7 @@ class Live(NamedTuple):
     listed: Ints
 
 
+EARLY = 32  # tokens of a short text: its nearest experts still change, and are searched for before each (docs/log/routing-scale.md)
 NOBODY = Live(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
@@ -201,16 +202,26 @@ def places(document_N: Ints) -> Ints:
 
 
 def searches(place_N: Ints, every: int) -> Bools:
-    """Whether experts are searched for before these tokens: at every multiple of `every`, and at the powers of two before the first [N]."""
+    """Whether experts are searched for before these tokens [N]: while a text is short, and at every multiple of `every`."""
     place_N = np.asarray(place_N)
-    return (place_N % every == 0) | ((place_N < every) & (place_N & (place_N - 1) == 0))
+    return (place_N < EARLY) | (place_N % every == 0)
 
 
-def search(live: Live, dist2_E: Floats, routing: Routing) -> Live:
-    """The nearest of all experts. One that is live already counts as nearer by the margin. Only experts that are as near as the farthest
-    of those listed before are ordered, since as many as are wanted are."""
+def looked_at(begin: int, end: int, routing: Routing) -> Ints:
+    """The places after `begin` at which a text must be looked at to know its live experts at `end`: the last search and the end, and with
+    a margin all places at which they may change, from the end of what is early on."""
+    place_T = np.arange(min(begin + 1, end), end + 1)
+    search_T = searches(place_T, routing.every)
+    since = int(np.max(place_T[search_T & (place_T < EARLY if routing.margin else True)], initial=0))
+    changes_T = search_T | routing.chooses_between if routing.margin else place_T == since
+    return place_T[(changes_T & (place_T >= since)) | (place_T == end)]
+
+
+def search(live: Live, dist2_E: Floats, routing: Routing, place: int) -> Live:
+    """The nearest of all experts. In a text that is not short, one that is live already counts as nearer by the margin. Only experts that
+    are as near as the farthest of those listed before are ordered, since as many as are wanted are."""
     score_E = np.array(dist2_E)
-    score_E[live.experts] -= np.float32(routing.margin)
+    score_E[live.experts] -= np.float32(routing.margin if place >= EARLY else 0)
     if (joins := routing.seed_distance is not None) and routing.far is not None:
         score_E[dist2_E > routing.far] = np.inf
     count = max(routing.top_k, routing.shortlist or 0)
@@ -232,14 +243,18 @@ def live_experts(dist2_NE: Floats, place_N: Ints, routing: Routing) -> Bools:
     live_NE, live = np.zeros(dist2_NE.shape, bool), NOBODY
     search_N = searches(place_N, routing.every)
     first_N = np.diff(place_N, prepend=0) != 1
-    stops_N = search_N | first_N
-    stops_N |= routing.chooses_between
-    stop_S = np.flatnonzero(stops_N)
-    for n, end in zip(stop_S.tolist(), np.append(stop_S, len(place_N))[1:].tolist(), strict=True):
-        live = NOBODY if first_N[n] else live
-        anew = search_N[n] or first_N[n]
-        live = search(live, dist2_NE[n], routing) if anew else choose(live, dist2_NE[n, live.listed], routing)
-        live_NE[n:end, live.experts] = True
+    search_S = np.flatnonzero(search_N | first_N)
+    for n, end in zip(search_S.tolist(), np.append(search_S, len(place_N))[1:].tolist(), strict=True):
+        live = search(NOBODY if first_N[n] else live, dist2_NE[n], routing, int(place_N[n]))
+        if not routing.chooses_between:
+            live_NE[n:end, live.experts] = True
+        elif not routing.margin:
+            live_NE[n:end, live.listed] = best_of(-dist2_NE[n:end, live.listed], routing.top_k)
+        else:
+            live_NE[n, live.experts] = True
+            for between in range(n + 1, end):
+                live = choose(live, dist2_NE[between, live.listed], routing)
+                live_NE[between, live.experts] = True
     return live_NE
 
 

@@ -15,7 +15,7 @@ from elmwood.corpus.tokens import Windows, token_bytes
 from elmwood.domains import embed
 from elmwood.domains.distances import Centroids, Flat, PrefixDistances, Prefixes, nearest_place, token_distances
 from elmwood.domains.partition import centroids, serving
-from elmwood.domains.route import NOBODY, Live, Routing, Signals, candidates, choose, router_of, search, searches, weights
+from elmwood.domains.route import NOBODY, Live, Routing, Signals, candidates, choose, looked_at, router_of, search, searches, weights
 from elmwood.errors import ForeignExpert
 from elmwood.lm.files import tokenizer
 from elmwood.records import Expert, Partition, Seed
@@ -111,7 +111,7 @@ class TextRouter:
         """Let a text grow; its live experts by now, as `live_experts` has them, and how near they are. A search looks at all experts; what
         comes between two, at those that are listed."""
         routing, begin = routing or self.routing, walk.now.place
-        place_S = _looked_at(begin, begin + len(tokens_T), routing)
+        place_S = looked_at(begin, begin + len(tokens_T), routing)
         prefixes = walk.prefix.read([self._spell(tokens_T[a - begin : b - begin]) for a, b in pairwise([begin, *place_S.tolist()])])
         search_S = searches(place_S, routing.every)
         every_SE = iter(self._to_experts(walk, prefixes.some(search_S)))  # of all searches in one product
@@ -119,7 +119,7 @@ class TextRouter:
             here = prefixes.some(slice(s, s + 1))
             if is_search:
                 dist2_E = next(every_SE)
-                walk.live = search(walk.live, dist2_E, routing)
+                walk.live = search(walk.live, dist2_E, routing, place)
                 dist2_A = dist2_E[walk.live.experts]
             elif routing.chooses_between:
                 dist2_L = self._to_experts(walk, here, walk.live.listed)[0]
@@ -144,17 +144,6 @@ class TextRouter:
         starts_A = np.cumsum([0, *map(len, own_A)])[:-1]
         dist2_SP = walk.prefix.to(prefixes, place_P)
         return np.minimum.reduceat(dist2_SP, starts_A, axis=1) if own_A else dist2_SP
-
-
-def _looked_at(begin: int, end: int, routing: Routing) -> Ints:
-    """The places after `begin` at which a text is looked at to know its live experts at `end`: with a margin all at which they may change,
-    without one the last search and the end."""
-    place_T = np.arange(min(begin + 1, end), end + 1)
-    search_T = searches(place_T, routing.every)
-    last_T = place_T == np.max(place_T[search_T], initial=0)
-    looked_T = search_T | routing.chooses_between if routing.margin else last_T
-    looked_T[-1] = True
-    return place_T[looked_T]
 
 
 def open_text_router(routing: Routing, partition: Partition, experts: Sequence[Expert], seed: Seed, store: Store) -> TextRouter:

@@ -39,7 +39,8 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("fields", SETTINGS)
-def test_reading_on_equals_scoring(fields, house):
+def test_reading_on_equals_scoring(fields, house, monkeypatch):
+    monkeypatch.setattr("elmwood.domains.route.EARLY", 4)  # texts are short here
     lm = open_model(house.ensemble(**fields), house.store)
     assert lm.score([[0], [0]]).tolist() == [[0], [0]]
     tokens_T, text, met = house.tokens, lm.start(), set()
@@ -56,7 +57,8 @@ def test_reading_on_equals_scoring(fields, house):
 
 @pytest.mark.parametrize("sizes", [(7, 1, 13, 2), (30, 1, 1), (5, 20, 3)])
 @pytest.mark.parametrize("fields", SETTINGS[-3:])
-def test_searches_do_not_depend_on_how_a_text_comes(fields, sizes, house):
+def test_searches_do_not_depend_on_how_a_text_comes(fields, sizes, house, monkeypatch):
+    monkeypatch.setattr("elmwood.domains.route.EARLY", 4)
     lm = open_model(house.ensemble(**fields), house.store)
     loglik_T, text, read = lm.score([house.tokens])[0], lm.start(), 0
     for size in sizes:
