@@ -1,5 +1,6 @@
 """What several files share. The story is the longest file: it starts first, so that files run side by side end at about the same time."""
 
+import gc
 import os
 
 import pytest
@@ -7,12 +8,23 @@ from forked import Forked
 
 from elmwood.store import Store
 
+gc.disable()  # until all is imported: nothing of it is garbage, and looking takes a sixth of the time
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads for such small products only wait for one another
 os.environ.setdefault("ELMWOOD_DEVICE", "cpu")  # the same tests on a machine with a GPU: many compare bytes, which a CPU repeats
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_story.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    gc.enable()  # the process that hands tests to others imports nothing of ours
+
+
+def pytest_collection_finish():
+    gc.freeze()  # libraries and tests stay: no later collection looks at them
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,11 @@ from pathlib import Path
 from subprocess import PIPE, CompletedProcess
 
 SERVER = """
-import atexit, json, os, runpy, sys, traceback
+import atexit, gc, json, os, runpy, sys, traceback
+gc.disable()
 import elmwood.cli, elmwood.lm.experts, elmwood.train.together, elmwood.ensemble.mixture, elmwood.merge.checkpoint
+gc.freeze()
+gc.enable()
 
 def run(job):
     os.chdir(job["folder"])

@@ -1,8 +1,6 @@
 """Every bench parses, stands in the list of benches, and imports nothing from the command line."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +14,11 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).with_suffix("").as_posix()
 
 
-def test_every_bench_prints_its_help():
-    """In one process, since each import of torch takes seconds; a bench may set what it needs before."""
+def test_every_bench_prints_its_help(forked):
+    """In one process, since each import of torch takes seconds."""
     script = """
 import importlib, io, sys
+sys.path.insert(0, '')
 from contextlib import redirect_stdout
 for name in sys.argv[1:]:
     module, text = importlib.import_module(name), io.StringIO()
@@ -31,9 +30,7 @@ for name in sys.argv[1:]:
         assert not stopped.code, name
     assert f"python -m {name}" in text.getvalue(), f"{name} --help does not say how it is run"
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, *(name(path).replace("/", ".") for path in MODULES)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = forked(script, *(name(path).replace("/", ".") for path in MODULES), cwd=ROOT)
     assert not done.returncode, done.stderr
 
 

@@ -199,7 +199,7 @@ def test_the_installed_package_runs_the_demo(elsewhere):
     (elsewhere / "empty" / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     size = ["--tokens", "16k", "--layers", "1", "--width", "32", "--vocabulary", "300", "--length", "64"]
     run(elsewhere, "elmwood", "seed", "train", "text.jsonl", *size, "--name", "seed")
-    small = ["--corpus", "text.jsonl", "--seed", "seed", "--domains", "2", "--tokens", "8k"]
+    small = ["--corpus", "text.jsonl", "--seed", "seed", "--domains", "2", "--tokens", "8k", "--workers", "1"]
     table = json.loads(run(elsewhere, "elmwood", "demo", "--quick", *small, "--json"))
     assert {"seed", "uniform routing", "oracle routing"} <= {row["name"] for row in table["rows"]}
     assert "oracle routing" in (elsewhere / "empty" / "report.html").read_text()
