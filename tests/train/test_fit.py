@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
-from typer.testing import CliRunner
 
-from elmwood.cli import app
 from elmwood.errors import BadInput, BadSeed
 from elmwood.lm.load import new_model
 from elmwood.records import Recipe, Shape
@@ -199,10 +197,10 @@ def test_the_cheapest_change_fits(tmp_path, memory):
     assert sum(components(body, changed, "cuda").values()) <= memory * 10**9
 
 
-def test_two_steps_are_held_against_the_prediction(tmp_path):
+def test_two_steps_are_held_against_the_prediction(tmp_path, forked):
     transformers.AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"], **LLAMA | ENDS).save_pretrained(tmp_path)
-    words = ["fit", str(tmp_path), "--measure", "--batch", "4", "--length", "64", "--store", str(tmp_path / "store"), "--json"]
-    answer = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).stdout)  # the steps are in a process of their own
+    words = ["fit", str(tmp_path), "--measure", "--batch", "4", "--length", "64", "--json"]
+    answer = json.loads(forked("from elmwood.cli import main; main()", *words, cwd=tmp_path).stdout)  # which starts one for the steps
     measured = answer["measured"]
     assert measured["predicted"] == answer["total"] - answer["components"]["process"] + measured["held"]
     assert measured["predicted"] == pytest.approx(measured["peak"], rel=0.1)
