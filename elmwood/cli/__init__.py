@@ -97,16 +97,25 @@ HUB_VERBS = {
         "A community in a box: a hub here with five volunteers, two of them dishonest, one killed.",
     ),
 }
+STAR_VERBS = {
+    "plan": ("star:plan", "Plan a star: the seed, the text, the steps of a machine, and what becomes of what it sends."),
+    "serve": ("star:serve", "Coordinate a star: grant text, check what comes, make versions. A killed one is started again and goes on."),
+    "key": ("star:key", "Print the public key of this machine, which is made at the first call."),
+    "join": ("star:join", "Take part in a star: train slices of its text, send what changed. Interrupted machines resume."),
+    "check": ("star:check", "Compute every version of a star again from what it applied, and compare the bytes."),
+    "take": ("star:take", "Keep a version of a star as a seed, from which experts branch."),
+}
 GROUPS = {
     "hub": (HUB_VERBS, "Let others train: publish a run, serve it, keep it."),
     "seed": (SEED_VERBS, "Make the shared starting model: train one from scratch, or import one."),
+    "star": (STAR_VERBS, "Train one seed on several machines over slow links."),
     "state": (STATE_VERBS, "Unfinished merges: sums of experts that add and subtract exactly, in any order."),
 }
 # places of the verbs that run models; `fit` and `join` have a --device of their own
 COMPUTING = frozenset({
     "demo:demo", "text:cluster", "text:split", "text:add", "train:train", "train:adopt", "train:statistics", "train:seed_train",
     "train:seed_import", "evaluate:evaluate", "evaluate:table", "evaluate:compare", "evaluate:accept", "models:chat", "merge:merge",
-    "models:mix", "models:loads", "models:serve",
+    "models:mix", "models:loads", "models:serve", "star:serve", "star:join",
 })  # fmt: skip
 PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 

@@ -52,7 +52,7 @@ def create_app(hub: Hub, names: Sequence[str] = ()) -> FastAPI:
     for router in (leases.router, uploads.router, work.router, members.router, public.router):  # the most asked first
         app.include_router(router)
     app.router.routes.extend(routes(lambda query: hub.read(lambda c: query(c, Clock(time.time(), hub.clock.now())))))
-    _add_errors(app)
+    add_errors(app)
     _add_health(app, hub)
     app.add_middleware(BoundBodies, most=lambda scope: PART_BYTES if scope["method"] == "PATCH" else JSON_BYTES, refuse=refuse)
     if names:
@@ -71,7 +71,9 @@ def refuse(error: Unwelcome) -> Response:
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
-def _add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI) -> None:
+    """Every error becomes a problem+json."""
+
     @app.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> Response:
         headers = {"Retry-After": f"{max(error.retry_after, 1):.0f}"} if error.retry_after else {}

@@ -9,6 +9,7 @@ from elmwood.records.kinds import KINDS, parse, read_record, references
 from elmwood.records.merges import Contribution, Gates, Merged, Mixture, Share, State
 from elmwood.records.models import Ensemble, Expert, Forest, Point, Portion, Recipe, Seed, Shape, Statistics
 from elmwood.records.results import Check, Comparison, Contest, Entry, Ledger, Row, Score, Verdict
+from elmwood.records.stars import Fate, OuterStep, Star, Version
 from elmwood.records.text import Corpus, Domain, Embedder, Packing, Partition, Shard
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Ensemble",
     "Entry",
     "Expert",
+    "Fate",
     "Files",
     "Forest",
     "Frozen",
@@ -33,6 +35,7 @@ __all__ = [
     "Ledger",
     "Merged",
     "Mixture",
+    "OuterStep",
     "Packing",
     "Partition",
     "Point",
@@ -45,9 +48,11 @@ __all__ = [
     "Shape",
     "Shard",
     "Share",
+    "Star",
     "State",
     "Statistics",
     "Verdict",
+    "Version",
     "canonical",
     "fingerprint",
     "parse",

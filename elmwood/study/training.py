@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from elmwood.engine import Progress, run, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, Count, checked
-from elmwood.records import Expert, Forest, Partition, Recipe, Seed, Shape, Shard, Statistics
+from elmwood.records import Expert, Forest, Frozen, Partition, Recipe, Seed, Shape, Shard, Statistics
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.tasks import (
     StatisticsJob,
@@ -26,7 +26,7 @@ from elmwood.study.text import keep_name, open_store
 from elmwood.study.trial import check_use, try_adapter
 from elmwood.units import parse_count
 
-R = TypeVar("R", Recipe, Shape)
+R = TypeVar("R", bound=Frozen)
 
 ROWS = 64  # training documents of an expert that its statistics are computed on
 TINY = 10_000_000  # parameters: below, a model has learned little and takes the rates of one trained from scratch

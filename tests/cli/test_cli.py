@@ -17,7 +17,7 @@ from elmwood import cli
 from elmwood.cli import options
 from elmwood.errors import BadInput
 
-TABLES = {"": cli.VERBS, "hub": cli.HUB_VERBS, "seed": cli.SEED_VERBS, "state": cli.STATE_VERBS}
+TABLES = {"": cli.VERBS, "hub": cli.HUB_VERBS, "seed": cli.SEED_VERBS, "star": cli.STAR_VERBS, "state": cli.STATE_VERBS}
 
 
 @pytest.mark.parametrize(("group", "verb"), [(group, verb) for group, table in TABLES.items() for verb in table])

@@ -10,13 +10,18 @@ from elmwood.hub.app import create_app
 from elmwood.report.connections import Prompt
 
 
-@contextmanager
 def serve(hub):
     """The address of an app of this hub, which ends with the block."""
+    return serve_app(create_app(hub))
+
+
+@contextmanager
+def serve_app(app):
+    """The address of an app, which ends with the block."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(64)
-    server = uvicorn.Server(uvicorn.Config(create_app(hub), http=Prompt, log_level="critical", lifespan="on", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, http=Prompt, log_level="critical", lifespan="on", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

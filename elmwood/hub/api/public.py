@@ -10,6 +10,7 @@ from sqlalchemy import bindparam, func, select
 
 from elmwood.hub.actions import experts
 from elmwood.hub.api.asked import Here, MaybeWhose, Whose, read
+from elmwood.hub.blobs import Blobs
 from elmwood.hub.database import Connection
 from elmwood.hub.messages import Credit, Done, Event, Retirement, RunReply, Sha, Signed
 from elmwood.hub.rules import Refusal
@@ -69,9 +70,13 @@ async def content(request: Request, whose: MaybeWhose, hub: Here, sha: Sha) -> R
     row = await read(hub, lambda c: c.one(_blob, sha=sha))
     if row is None or (row["secret"] and not await _may_see(whose)):
         raise Refusal(404, "no-blob", "there is no such blob", do="look its digest up")
-    size = row["bytes"]
+    return send_blob(hub.blobs, sha, row["bytes"], request, bool(row["secret"]))
+
+
+def send_blob(blobs: Blobs, sha: str, size: int, request: Request, secret: bool = False) -> Response:
+    """A blob, or the range of it that is asked for."""
     headers = {"Accept-Ranges": "bytes", "ETag": f'"{sha}"', "X-Content-Type-Options": "nosniff"}
-    headers |= {"Cache-Control": "private, no-store" if row["secret"] else "public, max-age=31536000, immutable"}
+    headers |= {"Cache-Control": "private, no-store" if secret else "public, max-age=31536000, immutable"}
     begin, end = _range(request.headers.get("Range", ""), size)
     if begin is None:
         return Response(status_code=416, headers=headers | {"Content-Range": f"bytes */{size}"})
@@ -79,7 +84,7 @@ async def content(request: Request, whose: MaybeWhose, hub: Here, sha: Sha) -> R
     if partial:
         headers |= {"Content-Range": f"bytes {begin}-{end - 1}/{size}"}
     headers |= {"Content-Length": str(end - begin)}
-    pieces = hub.blobs.read(sha, begin, end)
+    pieces = blobs.read(sha, begin, end)
     return StreamingResponse(pieces, 206 if partial else 200, headers, "application/octet-stream")
 
 

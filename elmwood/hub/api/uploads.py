@@ -37,8 +37,8 @@ async def extensions(hub: Here) -> Response:
 @router.post("/v1/uploads", status_code=201, response_model=UploadReply)
 async def create(whose: Whose, hub: Here, length: Length, metadata: Metadata, tus: Resumable = VERSION) -> Response:
     """Begin an upload; Upload-Metadata names lease and token."""
-    _check_version(tus)
-    about = _read_metadata(metadata)
+    check_version(tus)
+    about = read_metadata(metadata)
     try:
         lease, token = _id.validate_python(about["lease"]), int(about["token"])
     except (KeyError, ValueError):
@@ -61,7 +61,7 @@ async def append(
     request: Request, whose: Whose, hub: Here, upload: Id, at: Offset, checksum: Checksum = "", tus: Resumable = VERSION
 ) -> Response:
     """Send a part. It is kept whole or not at all."""
-    _check_version(tus)
+    check_version(tus)
     if request.headers.get("Content-Type") != "application/offset+octet-stream":
         raise Refusal(415, "wrong-type", "a part has the type application/offset+octet-stream", do="set Content-Type")
     part = await request.body()
@@ -72,7 +72,7 @@ async def append(
         raise Refusal(413, "too-large", f"the part has {len(part)} bytes, {most} are taken at once", do="send smaller parts")
     if not part or at + len(part) > row["bytes"]:
         raise Refusal(422, "wrong-length", f"the part has {len(part)} bytes, {row['bytes'] - at} are left", do="send what is left")
-    _check_sum(part, checksum)
+    check_sum(part, checksum)
 
     def keep() -> str | None:
         """Durable before the database says so."""
@@ -102,12 +102,12 @@ async def terminate(whose: Whose, hub: Here, upload: Id) -> Response:
     return Response(status_code=204, headers=TUS)
 
 
-def _check_version(tus: str) -> None:
+def check_version(tus: str) -> None:
     if tus != VERSION:
         raise Refusal(412, "wrong-tus", f"this hub speaks tus {VERSION}", do="set Tus-Resumable")
 
 
-def _check_sum(part: bytes, checksum: str) -> None:
+def check_sum(part: bytes, checksum: str) -> None:
     """Raises Refusal: 460, as tus says, where the part arrived otherwise than it was sent."""
     if not checksum:
         return
@@ -118,7 +118,7 @@ def _check_sum(part: bytes, checksum: str) -> None:
         raise Refusal(460, "checksum", "the part arrived otherwise than it was sent", do="send it again", kept="all before", retryable=True)
 
 
-def _read_metadata(text: str) -> dict[str, str]:
+def read_metadata(text: str) -> dict[str, str]:
     """Raises Refusal."""
     found = {}
     for pair in text.split(","):

@@ -1,0 +1,192 @@
+"""A machine of a star: fetch a version, train the slice that it was granted, send the delta, take the receipt. It resumes where it was.
+
+Outbound requests only. Its folder, <store>/star/<plan>-<key>/, has its optimiser's moments and the error of its deltas.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from elmwood.engine import Progress, silent
+from elmwood.errors import ElmwoodError
+from elmwood.hub import signing
+from elmwood.hub.client.http import Hub, Problem
+from elmwood.hub.client.transfer import begin_upload, fetch_blob, fetch_blobs, fetch_record, send
+from elmwood.hub.star.app import WAIT
+from elmwood.hub.star.messages import GrantReply, Receipt, StarReply
+from elmwood.records import Corpus, Fate, Seed, Star, Version, parse
+from elmwood.store import Store, hash_file
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from elmwood.train.inner.phase import Local
+
+PAUSE = 1.0  # seconds until a machine asks again for something to train
+
+
+class Told(NamedTuple):
+    """What a machine does."""
+
+    what: str  # fetch, train, send, receipt, wait, finished
+    said: str = ""
+    fate: Fate | None = None
+
+
+class Ended(NamedTuple):
+    """What a machine has done."""
+
+    applied: int  # tokens
+    rejected: dict[str, int]
+    sent: int  # bytes of deltas
+
+
+class Machine(NamedTuple):
+    """A machine that is ready: its connection, its store, its model."""
+
+    hub: Hub
+    store: Store
+    local: "Local"
+    beat_s: float
+
+
+@contextmanager
+def opened(
+    url: str, store: Store, key: "Ed25519PrivateKey", *, progress: Progress = silent, sleep: Callable[[float], None] = time.sleep,
+    transport: Any = None,
+) -> Iterator[Machine]:  # fmt: skip
+    """Fetch the plan, the text and the seed, and open the model. Raises Problem, Unreachable, Damaged."""
+    hub = Hub(url, key, sleep=sleep, transport=transport)
+    try:
+        plan = StarReply.model_validate(hub.get("/train").json())
+        yield Machine(hub, store, open_machine(plan, hub, store, key, progress), plan.beat_s)
+    finally:
+        hub.close()
+
+
+def take_part(
+    machine: Machine, *, proposals: int | None = None, tell: Callable[[Told], None] = lambda told: None, progress: Progress = silent,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Ended:  # fmt: skip
+    """Train and send until the last version, or for so many proposals. Raises Problem, Unreachable, Damaged, BadInput."""
+    applied, rejected, sent, count = 0, dict[str, int](), 0, 0
+    while proposals is None or count < proposals:
+        reply = machine.hub.request("POST", "/train/grants")
+        if reply.status == 204:
+            why = reply.headers.get("elmwood-reason", "")
+            tell(Told("finished" if why == "finished" else "wait", why))
+            if why == "finished":
+                break
+            machine.hub.sleep(PAUSE)
+            continue
+        grant = GrantReply.model_validate(reply.json())
+        try:
+            path = train(grant, machine, tell, progress, on_step)
+            size = path.stat().st_size
+            tell(Told("send", f"{size:,} bytes"))
+            fate = offer(path, grant, machine.hub, progress)
+        except Problem as problem:
+            if problem.code != "no-grant":
+                raise
+            tell(Told("wait", str(problem)))
+            drop(machine.local, grant)
+            continue
+        settle(machine.local, fate)
+        sent, count = sent + size, count + 1
+        tell(Told("receipt", f"version {grant.base}: {fate.fate} {fate.code}".strip(), fate))
+        if fate.fate == "applied":
+            applied += fate.tokens
+        else:
+            rejected[fate.code] = rejected.get(fate.code, 0) + fate.tokens
+    return Ended(applied, rejected, sent)
+
+
+def open_machine(plan: StarReply, hub: Hub, store: Store, key: "Ed25519PrivateKey", progress: Progress) -> "Local":
+    """Everything that does not change during a run: text, tokenizer, model."""
+    star = _known(fetch_record(plan.star, hub, store), Star)
+    seed, corpus = _known(fetch_record(star.seed, hub, store), Seed), _known(fetch_record(star.corpus, hub, store), Corpus)
+    fetch_blobs([*seed.files.values(), *(shard.blob for shard in corpus.train)], hub, store, progress, "fetch seed and text")
+    from elmwood.corpus.tokens import pack
+    from elmwood.lm.files import tokenizer
+    from elmwood.lm.load import load_model  # torch
+    from elmwood.train.inner.phase import open_local
+
+    packed = pack(corpus.train, tokenizer(seed, store), seed.separator, store, progress)
+    import torch
+
+    model = load_model(seed, store, dtype=torch.float32)
+    return open_local(model, packed, star, store.root / "star" / f"{star.digest[:16]}-{signing.public(key)[:16]}")
+
+
+def _known(record: Any, kind: type) -> Any:
+    if not isinstance(record, kind):
+        raise ElmwoodError(f"record {record.digest[:8]} is a {record.kind}, a {kind.__name__.lower()} is needed: is this a star's address?")
+    return record
+
+
+def train(
+    grant: GrantReply, machine: Machine, tell: Callable[[Told], None], progress: Progress, on_step: Callable[[int], None]
+) -> Path:  # fmt: skip
+    """The delta of a grant, as a file. Raises Problem where the grant ended meanwhile."""
+    from elmwood.train.inner.phase import Slice, run_phase
+
+    hub = machine.hub
+    version = parse(hub.get(f"/train/version/{grant.base}").body)
+    assert isinstance(version, Version)
+    tell(Told("fetch", f"version {grant.base}"))
+    base = fetch_blob(version.weights, hub, machine.store)
+    tell(Told("train", f"from version {grant.base}"))
+    ended, failure, done = threading.Event(), list[Problem](), [0]
+
+    def beat() -> None:
+        while not ended.wait(machine.beat_s):
+            try:
+                hub.post(f"/train/grants/{grant.id}/beat", {"step": done[0]}, "")
+            except Problem as problem:
+                failure.append(problem)
+                return
+            except ElmwoodError:
+                continue
+
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    thread.start()
+
+    def step(count: int) -> None:
+        done[0] = count
+        if failure:
+            raise failure[0]
+        on_step(count)
+
+    try:
+        return run_phase(machine.local, Slice(grant.id, grant.base, grant.part, grant.first), base, step, progress)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def offer(path: Path, grant: GrantReply, hub: Hub, progress: Progress) -> Fate:
+    """Send a delta and wait for what becomes of it. May be done again after an interruption."""
+    told = Receipt.model_validate(hub.get(f"/train/proposals/{grant.id}").json())
+    if told.fate is None:
+        upload = begin_upload(path, grant.id, 0, hub, "")
+        send(path, upload, hub, progress)
+        body = {"grant": grant.id, "base": grant.base, "blob": f"sha256:{hash_file(path)}"}
+        told = Receipt.model_validate(hub.post("/train/proposals", body, "").json())
+    while told.fate is None:
+        told = Receipt.model_validate(hub.get(f"/train/proposals/{grant.id}?wait={WAIT:.0f}").json())
+    return told.fate
+
+
+def settle(local: "Local", fate: Fate) -> None:
+    from elmwood.train.inner.phase import settle_phase
+
+    settle_phase(local, fate.proposal, fate)
+
+
+def drop(local: "Local", grant: GrantReply) -> None:
+    """Forget a phase whose grant ended: what it computed stays in the error of this machine."""
+    fate = Fate(proposal=grant.id, worker="ed25519:" + "0" * 64, base=grant.base, tokens=grant.tokens, fate="rejected", code="lost")
+    settle(local, fate)

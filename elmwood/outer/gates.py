@@ -1,0 +1,90 @@
+"""What is let into a round: norms, copies, losses. Numbers in, codes out; who is rejected is written into the version.
+
+P proposals, B blocks of text
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+SHARE = 0.2  # of a delta at which its loss is computed: of the whole one noise would hide what it is good for
+BAND = (0.1, 5.0)  # norms that are taken, as multiples of the median
+COPY = 0.99  # cosine from which two deltas are one
+ERRORS = 3.0  # standard errors by which a step must be worse to be undone
+WRONGS = ("harm", "norm", "copy", "not-finite", "form")  # codes that say something of who sent it
+
+
+class Facts(NamedTuple):
+    """What is known of one proposal before losses."""
+
+    id: str
+    norm: float | None  # None: not finite, or not to be read
+
+
+class Gains(NamedTuple):
+    """How much lower the loss is with `SHARE` of a delta, nats per token of each block; positive is better."""
+
+    own_B: Floats  # on text that it was trained on
+    secret_B: Floats  # on held-out text that nobody knew of
+
+
+def reference_norm(norms: Iterable[float], known: float | None = None) -> float | None:
+    """The lower median of the norms of a round and of the last one; None where all are zero."""
+    found = sorted(norm for norm in [*norms, *([known] if known else [])] if norm > 0 and math.isfinite(norm))
+    return found[(len(found) - 1) // 2] if found else None
+
+
+def judge_norms(facts: Sequence[Facts], known: float | None) -> tuple[dict[str, str], dict[str, float]]:
+    """Code of each that is outside of the band, and the scale of each other: norms are cut to the median."""
+    middle = reference_norm([one.norm for one in facts if one.norm is not None], known)
+    codes, scales = {}, {}
+    for one in facts:
+        if one.norm is None or not math.isfinite(one.norm):
+            codes[one.id] = "not-finite"
+        elif not middle or not BAND[0] * middle <= one.norm <= BAND[1] * middle:
+            codes[one.id] = "norm"
+        else:
+            scales[one.id] = min(1.0, middle / one.norm)
+    return codes, scales
+
+
+def find_copies(ids: Sequence[str], gram_PP: Floats, velocity_P: Floats | None = None) -> set[str]:
+    """Those nearly parallel to an earlier one, or to the step that everybody knows of (its cosines in `velocity_P`)."""
+    norm_P = np.sqrt(np.maximum(np.diag(gram_PP), 0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine_PP = np.nan_to_num(gram_PP / np.outer(norm_P, norm_P))
+    found = {ids[i] for i in range(len(ids)) if (cosine_PP[i, :i] > COPY).any()}
+    return found | ({one for one, cosine in zip(ids, velocity_P, strict=True) if cosine > COPY} if velocity_P is not None else set())
+
+
+def gram(names: Iterable[str], deltas: Sequence[Callable[[str], Floats]], velocity: Callable[[str], Floats] | None) -> Floats:
+    """Inner products of deltas, and of the velocity as the last row, summed over tensors."""
+    both = [*deltas, *([velocity] if velocity else [])]
+    total = np.zeros((len(both), len(both)))
+    for name in names:
+        value_PN = np.stack([one(name).astype(np.float64) for one in both])
+        total += value_PN @ value_PN.T
+    return total
+
+
+def judge_gains(gains: Gains) -> str:
+    """`harm` where held-out text, or the text that it says it was trained on, does not get better by it; else nothing."""
+    return "" if float(np.mean(gains.secret_B)) > 0 and float(np.mean(gains.own_B)) > 0 else "harm"
+
+
+def is_worse(before_B: Floats, after_B: Floats) -> bool:
+    """Whether a step made the held-out loss higher by more than `ERRORS` standard errors of the paired difference, or not finite."""
+    rise_B = np.asarray(after_B, float) - np.asarray(before_B, float)
+    if not np.isfinite(rise_B).all():
+        return True
+    error = float(rise_B.std(ddof=1)) / math.sqrt(len(rise_B)) if len(rise_B) > 1 else 0.0
+    return bool(float(rise_B.mean()) > ERRORS * error and rise_B.mean() > 0)
+
+
+def most_guilty(gains: Mapping[str, Gains]) -> list[str]:
+    """The proposals of a round that was undone, the one that helped held-out text least first."""
+    return sorted(gains, key=lambda one: (float(np.mean(gains[one].secret_B)), one))

@@ -1,0 +1,134 @@
+"""From the proposals of a round to the next version: gates, the outer step, and what is undone where it made the held-out loss worse.
+
+A function of files and of a judge; it writes the new weights and changes nothing else, so a killed one is simply run again.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from elmwood.errors import BadInput, Damaged
+from elmwood.outer import gates, round
+from elmwood.outer.compress import Floats, Sent, open_delta
+from elmwood.outer.gates import Facts, Gains
+from elmwood.outer.round import Pending, Ruling, State
+from elmwood.outer.step import LEAST, Part, Written, read_tensors, shapes_of, step, weight_of
+from elmwood.records import Fate, OuterStep, Star, Version
+
+
+class Judge(Protocol):
+    """Whoever can compute losses. `secret` text is drawn anew for each version."""
+
+    def gains(self, one: Pending, delta: Callable[[str], Floats]) -> Gains: ...
+
+    def losses(self, weights: Path) -> Floats: ...
+
+
+class Base(NamedTuple):
+    """The version that a round changes, as files."""
+
+    version: Version
+    weights: Path
+    velocity: Path | None
+
+
+class Settled(NamedTuple):
+    """What comes of a round; `written` is None where the weights stay as they are."""
+
+    how: str
+    fates: list[Fate]
+    written: Written | None
+    keeps_velocity: bool
+    norm: float | None
+    guilty: tuple[str, ...]
+    gains: dict[str, Gains]
+
+
+def settle(
+    star: Star, base: Base, state: State, files: Mapping[str, Path], judge: Judge | None, folder: Path,
+    at: Callable[[str], None] = lambda place: None,
+) -> Settled:  # fmt: skip
+    """Decide on the closing round of a state. `files`: delta by id of its proposal. `at` is told where it is, for tests that stop it."""
+    ones, shapes = round.round_of(state), shapes_of(base.weights)
+    sent, norms = _open(ones, files, star, shapes)
+    codes, scales = gates.judge_norms([Facts(one.id, norms[one.id]) for one in ones], state.norm)
+    passed = sorted((one for one in ones if one.id not in codes), key=lambda one: one.number)
+    codes |= dict.fromkeys(_copies(passed, sent, base, shapes), "copy")
+    at("gated")
+    gains: dict[str, Gains] = {}
+    for one in passed:
+        if judge and one.id not in codes:
+            gains[one.id] = judge.gains(one, sent[one.id].values)
+            if code := gates.judge_gains(gains[one.id]):
+                codes[one.id] = code
+    at("judged")
+    rulings = {one.id: Ruling(codes.get(one.id, ""), scales.get(one.id, 1.0)) for one in ones}
+    fates, guilty = round.fates(state, rulings), list[str]()
+    norm = gates.reference_norm([norms[fate.proposal] or 0.0 for fate in fates if fate.fate == "applied"])
+    before = judge.losses(base.weights) if judge else None
+    while merged := round.weights_of(fates, state.number + 1, star.outer):
+        how = "mean" if judge or len(merged) < LEAST else "median"
+        written = step(base.weights, base.velocity, parts_of(merged, sent, star.outer), star.outer, how, folder)
+        at("stepped")
+        if judge is None or before is None or not gates.is_worse(before, judge.losses(written.weights)):
+            return Settled(how, fates, written, True, norm, tuple(guilty), gains)
+        worst = gates.most_guilty({fate.proposal: gains[fate.proposal] for fate, _ in merged})[0]
+        guilty.append(worst)
+        fates = [_worse(fate) if fate.proposal == worst else fate for fate in fates]
+    blamed = () if len(guilty) == len(scales) else tuple(guilty)  # where nobody is left, momentum or the rate may have done it
+    return Settled("none", fates, None, not guilty, None, blamed, gains)
+
+
+def parts_of(merged: Sequence[tuple[Fate, int]], sent: Mapping[str, Sent], outer: OuterStep) -> list[Part]:
+    """Applied proposals as the step takes them."""
+    return [Part(sent[fate.proposal].values, weight_of(fate.tokens, behind, outer), fate.scale) for fate, behind in merged]
+
+
+def _worse(fate: Fate) -> Fate:
+    return fate.model_copy(update={"fate": "rejected", "code": "worse", "scale": 1.0})
+
+
+def _open(
+    ones: Sequence[Pending], files: Mapping[str, Path], star: Star, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Sent], dict[str, float | None]]:  # fmt: skip
+    """Each delta, and its norm; None where any part of it cannot be read: then all of it is dropped."""
+    sent: dict[str, Sent] = {}
+    norms: dict[str, float | None] = {}
+    for one in ones:
+        try:
+            sent[one.id] = open_delta(files[one.id], shapes, star.form)
+            norms[one.id] = math.sqrt(math.fsum(float(np.square(sent[one.id].values(name), dtype=np.float64).sum()) for name in shapes))
+        except (BadInput, Damaged):
+            norms[one.id] = None
+    return sent, norms
+
+
+def _copies(passed: Sequence[Pending], sent: Mapping[str, Sent], base: Base, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    if not passed:
+        return set()
+    speed = dict(read_tensors(base.velocity)) if base.velocity else None
+    deltas = [sent[one.id].values for one in passed]
+    gram = gates.gram(shapes, deltas, speed.__getitem__ if speed else None)
+    count = len(passed)
+    known = None
+    if speed is not None and gram[count, count] > 0:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            known = np.nan_to_num(gram[count, :count] / np.sqrt(gram[count, count] * np.diag(gram)[:count]))
+    return gates.find_copies([one.id for one in passed], gram[:count, :count], known)
+
+
+# ---- again -----------------------------------------------------------------------------------------------------------
+
+
+def replay(star: Star, base: Base, version: Version, files: Mapping[str, Path], folder: Path) -> tuple[str, str | None]:
+    """The digests of a version's weights and velocity, computed again from its parent and the deltas that it applied. Raises BadInput."""
+    merged = round.weights_of(version.fates, version.number, star.outer)
+    if version.how == "none":
+        return base.version.weights, version.velocity and base.version.velocity
+    shapes = shapes_of(base.weights)
+    sent = {fate.proposal: open_delta(files[fate.proposal], shapes, star.form) for fate, _ in merged}
+    made = step(base.weights, base.velocity, parts_of(merged, sent, star.outer), star.outer, version.how, folder)
+    return f"sha256:{made.weights_sha}", f"sha256:{made.velocity_sha}"

@@ -1,0 +1,119 @@
+"""The outer step: the same bytes in any order of arrival (T3), by the formula written a second time."""
+
+import itertools
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from elmwood.errors import BadInput
+from elmwood.outer import gates
+from elmwood.outer.gates import Facts, Gains
+from elmwood.outer.step import OUTER, Part, average, mean_apart, step, weight_of
+
+SHAPES = {"embed": (20, 8), "layer.weight": (8, 8), "norm": (8,)}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "model.safetensors"
+    save_file({name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}, path)
+    return path
+
+
+def deltas(count, rng_seed=1):
+    rng = np.random.default_rng(rng_seed)
+    return [{name: rng.standard_normal(np.prod(shape)).astype(np.float32) * 1e-2 for name, shape in SHAPES.items()} for _ in range(count)]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("how", ["mean", "median"])
+def test_any_order_of_arrival_gives_the_same_bytes(how, apart, weights, tmp_path):
+    parts = [
+        Part(delta.__getitem__, weight, scale) for delta, weight, scale in zip(deltas(4), (3.0, 1.0, 0.5, 0.7), (1, 1, 0.3, 1), strict=True)
+    ]
+    outer = OUTER.model_copy(update={"apart": apart})
+    (tmp_path / "made").mkdir()
+    made = {step(weights, None, order, outer, how, tmp_path / "made")[1::2] for order in itertools.permutations(parts)}
+    assert len(made) == 1
+
+
+def test_two_steps_are_nesterov_momentum(weights, tmp_path):
+    """theta and velocity after two steps, by the formula of DiLoCo in float64."""
+    theta = {name: value.astype(np.float64).reshape(-1) for name, value in load_file(weights).items()}
+    speed = {name: np.zeros_like(value) for name, value in theta.items()}
+    (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
+    first, second = ([Part(delta.__getitem__, 1.0) for delta in deltas(3, seed)] for seed in (5, 6))
+    made = step(weights, None, first, OUTER, "mean", tmp_path / "one")
+    made = step(made.weights, made.velocity, second, OUTER, "mean", tmp_path / "two")
+    for seed in (5, 6):
+        for name in theta:
+            mean = np.mean([delta[name].astype(np.float64) for delta in deltas(3, seed)], axis=0)
+            speed[name] = OUTER.momentum * speed[name] + mean
+            theta[name] = theta[name] + OUTER.rate * (mean + OUTER.momentum * speed[name])
+    for name, value in load_file(made.weights).items():
+        assert np.allclose(value.reshape(-1), theta[name], atol=1e-6)
+        assert value.shape == SHAPES[name]
+
+
+def test_norms_and_directions_apart():
+    one, other = np.array([3.0, 0], np.float32), np.array([0, 1.0], np.float32)
+    assert mean_apart([one, other], [1, 1], [1, 1]) == pytest.approx(np.array([2, 2]) / np.sqrt(2))
+    assert np.array_equal(mean_apart([one, -one], [1, 1], [1, 1]), [0, 0])
+    outer = OUTER.model_copy(update={"apart": True})
+    parts = [Part(lambda name: one, 1.0), Part(lambda name: other, 1.0)]
+    assert average("embed.weight", (1, 2), parts, outer, "mean") == pytest.approx([1.5, 0.5])  # embeddings plainly
+    assert average("layer.weight", (1, 2), parts, outer, "mean") == pytest.approx([2**0.5, 2**0.5])
+
+
+def test_a_late_delta_weighs_less_and_a_later_one_nothing():
+    assert weight_of(100, 0, OUTER) == 100
+    assert weight_of(100, 2, OUTER) == pytest.approx(50)
+    with pytest.raises(BadInput, match="3 versions behind"):
+        weight_of(100, 3, OUTER)
+
+
+def test_a_median_does_not_follow_one_of_three(weights, tmp_path):
+    honest, other, hostile = deltas(3)
+    hostile = {name: value * 1e3 for name, value in hostile.items()}
+    mean_N = average("norm", (8,), [Part(one.__getitem__, 1.0) for one in (honest, other, hostile)], OUTER, "median")
+    low_N, high_N = np.minimum(honest["norm"], other["norm"]), np.maximum(honest["norm"], other["norm"])
+    assert ((low_N <= mean_N) & (mean_N <= high_N)).all()
+    with pytest.raises(BadInput, match="needs 3"):
+        step(weights, None, [Part(honest.__getitem__, 1.0)], OUTER, "median", tmp_path)
+
+
+# ---- gates -----------------------------------------------------------------------------------------------------------
+
+
+def test_norms_outside_of_the_band_are_refused_and_large_ones_cut():
+    facts = [Facts(*row) for row in (("a", 1.0), ("b", 1.2), ("c", 0.9), ("d", 50.0), ("e", 0.0), ("f", None), ("g", 2.0))]
+    codes, scales = gates.judge_norms(facts, None)
+    assert codes == {"d": "norm", "e": "norm", "f": "not-finite"}
+    assert scales == {"a": 1.0, "b": 1.0, "c": 1.0, "g": pytest.approx(0.6)}
+    assert gates.judge_norms([Facts("a", 0.0)], None)[0] == {"a": "norm"}
+
+
+def test_of_two_equal_deltas_the_earlier_is_the_original():
+    one, other, _ = (delta["embed"].astype(float) for delta in deltas(3))
+    gram = gates.gram(["x"], [lambda _: one, lambda _: other, lambda _: one * 1.3], None)
+    assert gates.find_copies(["a", "b", "c"], gram) == {"c"}
+    assert gates.find_copies(["a"], gram[:1, :1], np.array([0.999])) == {"a"}  # the step that everybody knows of
+
+
+def test_gains_must_be_on_own_and_on_secret_text():
+    good, bad = np.array([0.01, 0.02, -0.001]), np.array([-0.01, 0.001])
+    assert gates.judge_gains(Gains(good, good)) == ""
+    assert {gates.judge_gains(Gains(good, bad)), gates.judge_gains(Gains(bad, good))} == {"harm"}
+    assert gates.judge_gains(Gains(np.array([np.nan]), good)) == "harm"
+    assert gates.most_guilty({"a": Gains(good, good), "b": Gains(good, bad)}) == ["b", "a"]
+
+
+def test_worse_is_three_standard_errors():
+    before = np.arange(20.0)
+    noise = np.tile([0.1, -0.1], 10)
+    assert not gates.is_worse(before, before + noise + 0.01)
+    assert gates.is_worse(before, before + noise + 0.1)
+    assert not gates.is_worse(before, before - 1)
+    assert gates.is_worse(before, before + np.nan)
