@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from elmwood.engine import Progress, run, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, Count, checked
-from elmwood.records import Expert, Forest, Frozen, Partition, Recipe, Seed, Shape, Shard, Statistics
+from elmwood.records import Expert, Forest, Frozen, Partition, Recipe, Seed, Shard, Statistics
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.tasks import (
     StatisticsJob,
