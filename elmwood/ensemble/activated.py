@@ -74,8 +74,8 @@ class ActivatedLM:
             text.dist2_1E = self.router.push(tokens_T)
             text.active = np.flatnonzero(candidates(self._signals(text), self.routing)[0]).tolist()
             if len(tokens_T) > 1:
-                experts.follow([seed], tokens_T[:-1], text)
-                branch(experts, seed, text.active, text)
+                logp_1V, _ = experts.extend([seed], tokens_T[:-1], text)
+                branch(experts, seed, logp_1V[0], text.active, text)
                 tokens_T = tokens_T[-1:]
         logp_AV, news = experts.follow(text.active, tokens_T, text)
         if self.memory and not prompt:
@@ -161,13 +161,13 @@ def whole(experts: Any) -> tuple[Experts, Sequence[int]]:
     return getattr(experts, "whole", experts), getattr(experts, "members", range(len(experts)))
 
 
-def branch(experts: Any, e: int, others: Sequence[int], text: Text) -> None:
-    """Let candidates over the shared base read on from where another is, as if they had read what it has."""
+def branch(experts: Any, e: int, logp_V: Tensor, others: Sequence[int], text: Text) -> None:
+    """Let candidates over the shared base read on from where another is, as if they had read what it has and expected the same."""
     every, members = whole(experts)
     others = [members[c] for c in others if c != e]
     number = [every.places[c][1] for c in (members[e], *others)]
     every.cache(BASE, text).copy(number[0], number[1:])
-    text.next |= dict.fromkeys(others, text.next[members[e]])
+    text.next |= dict.fromkeys((members[e], *others), logp_V)
 
 
 def read_on(experts: Experts, body: Body, e: int, tokens_BU: Tensor, past: DynamicCache) -> Tensor:
