@@ -65,7 +65,7 @@ def seed_train(
     like: Annotated[str | None, Option(help=f"The shape of a published model: {', '.join(SHAPES)}.")] = None,
     config: Annotated[Path | None, Option(help="A config.json of transformers, of any causal LM.")] = None,
     mix: Annotated[list[str] | None, Option(help="A further corpus and its share of the text, e.g. code.jsonl=0.3 (repeatable).")] = None,
-    tokens: Annotated[str, Option(help="Training tokens, e.g. 10M.")] = "3M",
+    tokens: Annotated[str, Option(help="Training tokens, e.g. 10M. 0: random weights, and a tokenizer.")] = "3M",
     layers: Annotated[int, Option(help="Transformer layers of a small Llama.")] = 3,
     width: Annotated[int, Option(help="Its width; heads and feed-forward follow from it.")] = 128,
     vocabulary: Annotated[

@@ -14,6 +14,7 @@ from elmwood.study.text import build, keep_name, open_store
 from elmwood.study.training import default_length, make_recipe, make_record
 from elmwood.study.trial import try_seed
 from elmwood.train.seeds.shapes import find_shape, read_shape, with_vocabulary
+from elmwood.units import parse_count
 
 
 def import_seed(
@@ -45,11 +46,13 @@ def train_seed(
 
     `mix`: further corpora and the share of the rows that each gets, as "NAME=0.3" or a mapping. `keep_every`: store the model as a seed
     after every so many steps, NAME-step-500 and so on. Under torchrun or Ray Train all processes call this, and the first returns what
-    it made; `sharded` divides the model among them.
+    it made; `sharded` divides the model among them. No tokens: random weights and a tokenizer, for forests without a trained seed.
     """
     store = open_store(store, name)
+    untrained = parse_count(tokens) == 0
     shape, recipe = plan_seed(
-        like=like, config=config, layers=layers, width=width, vocabulary=vocabulary, length=length, tokens=tokens, batch=batch,
+        like=like, config=config, layers=layers, width=width, vocabulary=vocabulary, length=length, batch=batch,
+        tokens=1 if untrained else tokens,
         learning_rate=learning_rate, schedule=schedule, accumulate=accumulate, checkpointing=checkpointing, rng_seed=rng_seed,
         threads=threads,
     )  # fmt: skip
@@ -68,9 +71,14 @@ def train_seed(
         def keep(kept: Seed) -> None:
             keep_name(kept, name and f"{name}-step-{kept.step}", store)
 
-        made = tasks.train_seed(
-            sources, shape, recipe, store, name=name or "seed", keep_every=keep_every, kept=keep, group=group, progress=talk
-        )
+        called = name or "seed"
+        if untrained:
+            began = group.once(lambda: tasks.start_seed(sources, shape, rng_seed, store, name=called, progress=talk).digest)
+            made = store.load(began, Seed)
+        else:
+            made = tasks.train_seed(
+                sources, shape, recipe, store, name=called, keep_every=keep_every, kept=keep, group=group, progress=talk
+            )
         if not group.first:
             return made
         if config and (limits := try_seed(made, store)):

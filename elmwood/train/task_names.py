@@ -14,9 +14,17 @@ def seed_key(
     parts = [(corpora, 1.0)] if isinstance(corpora, Corpus) else corpora
     if isinstance(shape, Shape) and keep_every is None and len(parts) == len(parts[0][0].train) == 1:  # as before there was more
         return fingerprint("train-seed", parts[0][0].digest, shape, recipe, name)
+    return fingerprint("train-seed-2", _shares(parts), shape if isinstance(shape, Shape) else dict(shape), recipe, name, keep_every)
+
+
+def start_key(corpora: Sequence[tuple[Corpus, float]], shape: Shape | Mapping[str, Any], rng_seed: int, name: str) -> str:
+    """The name of the task that makes a seed before its first step."""
+    return fingerprint("start-seed", _shares(corpora), shape if isinstance(shape, Shape) else dict(shape), rng_seed, name)
+
+
+def _shares(parts: Sequence[tuple[Corpus, float]]) -> list[tuple[Digest, float]]:
     whole = sum(weight for _, weight in parts)
-    shares = [(corpus.digest, weight / whole) for corpus, weight in parts]
-    return fingerprint("train-seed-2", shares, shape if isinstance(shape, Shape) else dict(shape), recipe, name, keep_every)
+    return [(corpus.digest, weight / whole) for corpus, weight in parts]
 
 
 def train_key(seed: Seed, data: Sequence[Shard], recipe: Recipe, partition: Digest | None = None, domain: int | None = None) -> str:

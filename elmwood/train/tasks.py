@@ -31,7 +31,7 @@ from elmwood.train.checkpoint import Position
 from elmwood.train.loop import Trained, run
 from elmwood.train.seeds.shapes import with_vocabulary
 from elmwood.train.seeds.stream import Source, Stream
-from elmwood.train.task_names import seed_key, train_key
+from elmwood.train.task_names import seed_key, start_key, train_key
 from elmwood.weights.experts import seed_places
 
 END = 0  # token id of a trained tokenizer's <|endoftext|>
@@ -60,8 +60,7 @@ def train_seed(
         if done := group.tell(store.done(key)):
             return store.load(done, Seed)
         if group.first:
-            most = shape.vocabulary if isinstance(shape, Shape) else int(shape.get("vocab_size") or DEFAULT_VOCABULARY)
-            _tokenizer(sources, most, store, work / "tokenizer.json", progress)
+            _tokenizer(sources, _most_words(shape), store, work / "tokenizer.json", progress)
         group.wait()
         words = Tokenizer.from_file(str(work / "tokenizer.json"))
         model: Any = make_model(shape, words, recipe.rng_seed)
@@ -90,6 +89,27 @@ def train_seed(
             finish(store, key, seed, recipe, trained)
         group.wait()
         return store.load(str(store.done(key)), Seed)
+
+
+def start_seed(
+    corpora: Corpus | Sequence[Source], shape: Shape | Mapping[str, Any], rng_seed: int, store: Store, *, name: str = "seed",
+    progress: Progress = silent,
+) -> Seed:  # fmt: skip
+    """A seed before its first step: random weights, and a tokenizer trained on the corpora. Raises BadCorpus, BadSeed."""
+    sources = [Source(corpora)] if isinstance(corpora, Corpus) else list(corpora)
+    key = start_key(sources, shape, rng_seed, name)
+    with store.held(key, progress) as work:
+        if done := store.done(key):
+            return store.load(done, Seed)
+        _tokenizer(sources, _most_words(shape), store, work / "tokenizer.json", progress)
+        words = Tokenizer.from_file(str(work / "tokenizer.json"))
+        seed = save_seed(make_model(shape, words, rng_seed), words, store, name=name, separator=END, corpus=sources[0].corpus.digest)
+        store.finish(key, seed)
+        return seed
+
+
+def _most_words(shape: Shape | Mapping[str, Any]) -> int:
+    return shape.vocabulary if isinstance(shape, Shape) else int(shape.get("vocab_size") or DEFAULT_VOCABULARY)
 
 
 def make_model(shape: Shape | Mapping[str, Any], words: Tokenizer, rng_seed: int) -> Any:

@@ -5,7 +5,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pytest
-from tiny_models import SHAPE, full_expert, tiny_tokenizer
+from tiny_models import full_expert
 from topics import TOPICS, build_corpus, some_texts, topic_of
 
 import elmwood as ew
@@ -13,7 +13,6 @@ from elmwood.corpus.build import documents
 from elmwood.domains.partition import add, assign, split
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput
-from elmwood.lm.load import new_model, save_seed
 from elmwood.records import Corpus, Ensemble, Forest
 from elmwood.store import Store
 
@@ -24,7 +23,7 @@ def divided(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seedless")
     store = Store(folder / "store")
     corpus = build_corpus(folder / "text", store, some_texts(TOPICS[:2], 20, np.random.default_rng(0)), holdout=0.2)
-    shape = save_seed(new_model(SHAPE), tiny_tokenizer(), store, name="untrained", separator=0)
+    shape = ew.train_seed(corpus, store, tokens=0, layers=2, width=32, vocabulary=320, length=64)
     options = {"domains": 2, "embedder": "routers", "embedder_model": shape.digest, "rounds": 3, "router_tokens": "4k"}
     return store, shape, ew.cluster(corpus, store, **options), options
 
@@ -41,6 +40,14 @@ def test_router_lms_find_the_topics_from_random_parts(divided):
     assert line["moved"] < 0.2
     near_N, _ = assign(partition, store, some_texts(TOPICS[:2], 4, np.random.default_rng(5)))
     assert sorted(np.bincount(near_N)) == [4, 4]
+
+
+def test_a_seed_of_no_tokens_has_random_weights_and_a_tokenizer_once(divided):
+    store, shape, partition, _ = divided
+    assert (shape.recipe, shape.curve, shape.corpus) == (None, (), partition.corpus)
+    corpus, options = store.load(partition.corpus, Corpus), {"layers": 2, "width": 32, "vocabulary": 320, "length": 64}
+    assert ew.train_seed(corpus, store, tokens="0", **options) == shape
+    assert ew.train_seed(corpus, store, tokens=0, rng_seed=1, **options).files["model.safetensors"] != shape.files["model.safetensors"]
 
 
 def test_rounds_are_done_once(divided):
