@@ -182,7 +182,7 @@ def _ray(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress: P
     """
     if not inputs:
         return
-    ray, own = _connect(workers)
+    ray, own = connect_ray(workers)
     board = ray.remote(_Board).options(num_cpus=0).remote()
     gpus = int(gpu and ray.cluster_resources().get("GPU", 0) > 0)
     call = ray.remote(_call_far).options(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)
@@ -208,7 +208,7 @@ def _ray(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress: P
         ray.kill(board)
 
 
-def _connect(workers: int) -> tuple[Any, bool]:
+def connect_ray(workers: int) -> tuple[Any, bool]:
     """The library, and whether the cluster was started here. Raises MissingExtra, BadInput."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

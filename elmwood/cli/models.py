@@ -58,11 +58,19 @@ class Newer(NamedTuple):
     every: Annotated[float, Option(min=0.1, help="Seconds between two looks for something newer.")] = 30.0
 
 
+class Several(NamedTuple):
+    """Servers of one model behind one address."""
+
+    replicas: Annotated[int, Option(min=1, help="Servers of the model; requests go where their experts are at hand.")] = 1
+    engine: Annotated[str, Option(help="Where replicas run: local, in processes of this machine, or ray.")] = "local"
+
+
 def serve(
     model: Annotated[str | None, Argument(help="A seed, expert, merge, mixture, ensemble or forest: name or digest.")] = None,
     mixing: MixingOption = None,
     serving: Serving = Serving(),
     newer: Newer = Newer(),
+    several: Several = Several(),
     output: Output = Output(),
 ) -> None:
     """Serve a model to OpenAI clients and, at /, to people. It can say which experts answered."""
@@ -87,7 +95,14 @@ def serve(
     else:
         assert model
         first, newest = store.resolve(model), partial(store.resolve, model)
-    opened = open_served(model or first, store, mixing=mixing, limits=limits, name=name)
+    if several.replicas > 1 or several.engine != "local":
+        if newer.hub or newer.watch:
+            raise BadInput("replicas serve one model: leave --hub and --watch out, or --replicas")
+        from elmwood.serve.gateway.opening import add_answers, open_replicas
+
+        opened, answers = open_replicas(model or first, store, several.replicas, several.engine, mixing=mixing, limits=limits), add_answers
+    else:
+        opened, answers = open_served(model or first, store, mixing=mixing, limits=limits, name=name), None
     opening = partial(open_served, store=store, mixing=mixing, limits=limits, name=opened.name)
     source = Source(newest, lambda found, like: opening(found, like=like), newer.every, first) if newer.hub or newer.watch else None
 
@@ -98,7 +113,7 @@ def serve(
 
     serve(
         opened, serving.host, serving.port, keys=keys, cors=serving.cors or [], names=serving.host_name or [], source=source,
-        drain_s=serving.drain, ready=ready,
+        answers=answers,         drain_s=serving.drain, ready=ready,
     )  # fmt: skip
 
 

@@ -4,7 +4,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from elmwood.records import Seed
 from elmwood.serve.gateway.book import Book
+from elmwood.serve.gateway.fleet import ABSENT, Fleet
+from elmwood.serve.gateway.pick import Pick
+from elmwood.serve.gateway.upstream import KINDS, Upstream
 
 NAMES = st.sampled_from("abcdef")
 
@@ -115,3 +119,25 @@ def test_what_a_server_that_loads_by_itself_holds_is_what_it_was_asked_for_last(
     book.touch(["a", "b"])
     book.touch(["c", "b"])
     assert [book.has(name) for name in "abc"] == [False, True, True]
+
+
+def test_a_request_goes_where_its_experts_are_unless_much_more_is_done_there():
+    fleet = Fleet(Seed(name="s", architecture="a", parameters=1, vocabulary=2, context=8, separator=0, files={}), "abc", 9)
+    first, second = fleet.upstreams = [Upstream(f"http://{n}", n, 2, {}, str, None) for n in range(2)]
+    first.up = second.up = True
+    first.kind = second.kind = KINDS["vllm"]
+    second.book.found("b")
+    assert fleet.choose(Pick("b", ("b", "a"))) is second
+    assert fleet.choose(Pick("c", ("c",))) is first, "at none: the first of those that are least busy"
+    assert fleet.choose(Pick("seed", ("b",))) is first, "the seed is everywhere"
+    second.running = 1
+    assert fleet.choose(Pick("b", ("b",))) is second
+    second.running = ABSENT + 1
+    assert fleet.choose(Pick("b", ("b",))) is first
+    second.running, first.kind, second.kind = 0, KINDS["elmwood"], KINDS["elmwood"]
+    first.book.touch("xa")
+    assert fleet.choose(Pick("a", ("a", "b"))) is first
+    second.book.touch("ab")
+    assert fleet.choose(Pick("a", ("a", "b"))) is second, "both of them"
+    second.up, second.retry_at = False, second.clock() + 60
+    assert fleet.choose(Pick("b", ("b",))) is first

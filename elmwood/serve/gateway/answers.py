@@ -35,7 +35,8 @@ class Asked(NamedTuple):
     """A request, understood as far as the gateway must."""
 
     path: str
-    body: Mapping[str, Any]  # for the engine
+    given: Mapping[str, Any]  # as it came, for other elmwood servers
+    body: Mapping[str, Any]  # for an engine that has one expert for each request
     prompts: list[list[int]]  # tokens, by which each was routed
     picks: list[Pick]
     extra: Extra
@@ -44,7 +45,7 @@ class Asked(NamedTuple):
 
 async def answer(request: Request, given: Any, served: Served, fleet: Fleet, meter: Meter) -> Response:
     """POST /v1/completions and /v1/chat/completions. Raises Refused."""
-    asked = await run_in_threadpool(understand, request.url.path, given, served)
+    asked = await run_in_threadpool(understand, request.url.path, given, served, await fleet.mixes())
     headers = {name: value for name in PASSED if (value := request.headers.get(name))}
     note = request.scope.setdefault("elmwood.note", {})
     note["model"] = given.get("model") or "auto"
@@ -52,8 +53,9 @@ async def answer(request: Request, given: Any, served: Served, fleet: Fleet, met
     return Relay(work)
 
 
-def understand(path: str, given: Any, served: Served) -> Asked:
-    """Route a request. What engines have and elmwood's own server has not passes. Raises Refused."""
+def understand(path: str, given: Any, served: Served, mixes: bool) -> Asked:
+    """Route a request. `mixes`: the engines mix experts, and route all of its prompts themselves. What engines have and elmwood's own
+    server has not passes. Raises Refused."""
     if not isinstance(given, dict):
         raise Refused(400, "the body is no JSON object: send one")
     if wrong := next((name for name in OWN if given.get(name) is not None), None):
@@ -68,7 +70,6 @@ def understand(path: str, given: Any, served: Served) -> Asked:
         raise Refused(400, f"elmwood.{'.'.join(map(str, first['loc']))}: {first['msg'][:300]}", "elmwood", "invalid_value") from error
     only, without = served.candidates(model[:300], extra.only, extra.without)
     body = dict(given)
-    assert served.guide
     if path.endswith("/chat/completions"):
         prompts = [served.encode(text_of(given), param="messages")]
     else:
@@ -76,27 +77,25 @@ def understand(path: str, given: Any, served: Served) -> Asked:
         if not given.get("echo"):  # text begins with the separator, as experts were trained; an echo is of the text as it came
             body["prompt"] = prompts[0] if len(prompts) == 1 else prompts
     picks = [pick(served.guide, tokens, only, without) for tokens in prompts]
-    if len({one.choice for one in picks}) == 1:
+    if mixes or len({one.choice for one in picks}) == 1:
         picks = picks[:1]
     if given.get("stream") and len(picks) > 1:
         raise Refused(400, "these prompts go to different experts: stream them one by one", "prompt", "unsupported_parameter")
-    return Asked(path, body, prompts, picks, extra, bool(given.get("stream")))
+    return Asked(path, given, body, prompts, picks, extra, bool(given.get("stream")))
 
 
 # ---- one engine -----------------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def answered(
-    fleet: Fleet, where: Pick, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
-) -> AsyncIterator[tuple[Upstream, httpx.Response]]:
+async def answered(fleet: Fleet, where: Pick, asked: Asked, headers: Mapping[str, str]) -> AsyncIterator[tuple[Upstream, httpx.Response]]:
     """The answer of an engine, read as far as its headers; of a refusal, all of it. Raises Refused."""
     tried: set[int] = set()
     while True:
         upstream = fleet.choose(where, tried)
         async with AsyncExitStack() as stack:
             try:
-                response = await _send(stack, upstream, where, path, body, headers)
+                response = await _send(stack, upstream, where, asked, headers)
             except Unreachable:
                 tried.add(upstream.number)
                 continue
@@ -106,14 +105,12 @@ async def answered(
             return
 
 
-async def _send(
-    stack: AsyncExitStack, upstream: Upstream, where: Pick, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
-) -> httpx.Response:
+async def _send(stack: AsyncExitStack, upstream: Upstream, where: Pick, asked: Asked, headers: Mapping[str, str]) -> httpx.Response:
     entry = await stack.enter_async_context(upstream.hold(where))
     number = entry.number if entry else 0
     for again in (True, False):
         sent = AsyncExitStack()
-        response = await sent.enter_async_context(upstream.send(path, upstream.body(body, where), headers))
+        response = await sent.enter_async_context(upstream.send(asked.path, upstream.body(asked.given, asked.body, where), headers))
         if response.status_code >= 400:
             async with sent:
                 refusal = await _read(response)
@@ -140,7 +137,7 @@ async def _one(
 ) -> None:
     began, where = time.perf_counter(), asked.picks[0]
     with fleet.admit():
-        async with answered(fleet, where, asked.path, asked.body, headers) as (upstream, response):
+        async with answered(fleet, where, asked, headers) as (upstream, response):
             note |= {"expert": where.choice, "upstream": upstream.number}
             back = [(name.encode(), response.headers[name].encode()) for name in BACK if name in response.headers]
             back += [(b"x-elmwood-expert", where.choice.encode()), (b"x-elmwood-upstream", str(upstream.number).encode())]
@@ -179,7 +176,7 @@ async def _several(
 
     async def ask(places: list[int]) -> tuple[list[int], dict[str, Any]]:
         body = dict(asked.body) | {"prompt": [several[place] for place in places]}
-        async with answered(fleet, asked.picks[places[0]], asked.path, body, headers) as (_, response):
+        async with answered(fleet, asked.picks[places[0]], asked._replace(body=body), headers) as (_, response):
             raw = await _read(response)
             if response.status_code >= 400:
                 raise Passed(response.status_code, raw)

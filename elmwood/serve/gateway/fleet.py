@@ -16,6 +16,7 @@ from elmwood.ensemble.batch.interface import Busy, Counts
 from elmwood.errors import BadInput
 from elmwood.records import Expert, Seed, canonical
 from elmwood.serve.gateway.pick import Pick
+from elmwood.serve.gateway.replicas import Replicas
 from elmwood.serve.gateway.upstream import Unreachable, Upstream
 from elmwood.serve.model import Served
 from elmwood.serve.refusals import Refused
@@ -67,6 +68,7 @@ class Fleet:
         )
         self.experts, self.most = tuple(experts), most
         self.upstreams: list[Upstream] = []
+        self.replicas: Replicas | None = None  # that end with it
         self.requests = self.failed = 0
         self.open = True
 
@@ -78,6 +80,8 @@ class Fleet:
         self._watching.cancel()
         with suppress(asyncio.CancelledError):
             await self._watching
+        if self.replicas:
+            await asyncio.to_thread(self.replicas.close)
         for upstream in self.upstreams:
             await upstream.close()
 
@@ -94,6 +98,12 @@ class Fleet:
             reasons = "; ".join(one.reason for one in self.upstreams if not one.up) or "all of them broke off"
             raise Refused(503, f"no engine answers: {reasons}", code="upstream_down", headers={"Retry-After": "2"})
         return min(left, key=lambda one: (self._cost(one, pick), one.number))
+
+    async def mixes(self) -> bool:
+        """Whether the engines mix experts by themselves, as elmwood's servers do."""
+        if all(one.kind is None for one in self.upstreams):
+            await asyncio.gather(*(one.meet() for one in self.upstreams), return_exceptions=True)
+        return any(one.kind and not one.kind.load for one in self.upstreams)
 
     @staticmethod
     def _cost(one: Upstream, pick: Pick) -> float:

@@ -1,14 +1,16 @@
 """Open a gateway: the router of an ensemble, and the engines behind it."""
 
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 
-from elmwood.ensemble.batch.interface import Engine
+from elmwood.ensemble.batch.interface import USUAL, Engine, Limits
 from elmwood.ensemble.guide import Guide
 from elmwood.errors import BadInput
 from elmwood.records import Ensemble, Expert, Forest
@@ -16,12 +18,14 @@ from elmwood.serve.app import add_embeddings, read_json
 from elmwood.serve.gateway.answers import answer
 from elmwood.serve.gateway.fleet import Fleet, Folders, check
 from elmwood.serve.gateway.pick import check_routes
+from elmwood.serve.gateway.replicas import plan_of, start
 from elmwood.serve.gateway.upstream import Upstream
 from elmwood.serve.live import Live
 from elmwood.serve.metrics import Meter
 from elmwood.serve.model import Served
 from elmwood.store import Named, Store
-from elmwood.study.ancestry import as_model, name_of, seed_of
+from elmwood.study.ancestry import as_model, name_of, seed_of, with_mixing
+from elmwood.study.trial import check_use
 
 
 class Behind(NamedTuple):
@@ -35,7 +39,7 @@ class Behind(NamedTuple):
     requests: int = 320  # at once
 
 
-def open_gateway(model: Named, store: Store, behind: Behind, transport: Any = None) -> Served:
+def open_gateway(model: Named, store: Store, behind: Behind) -> Served:
     """An ensemble's router before engines that hold its experts; a forest stands for its default ensemble. No model is opened.
     Raises UnknownName, BadInput, ForeignExpert."""
     record = as_model(store.load(model), store)
@@ -54,8 +58,38 @@ def open_gateway(model: Named, store: Store, behind: Behind, transport: Any = No
 
     for number, url in enumerate(behind.urls):
         fleet.upstreams.append(
-            Upstream(check_url(url), number, behind.most, folders.experts, folders.of, checked, behind.key, transport)
+            Upstream(check_url(url), number, behind.most, folders.experts, folders.of, checked, behind.key)
         )  # fmt: skip
+    return served
+
+
+def open_replicas(
+    model: Named, store: Store, count: int, engine: str, *, mixing: str | None = None, limits: Limits = USUAL, most: int = 32
+) -> Served:
+    """Any model, served by `count` replicas, which are started. `most`: experts that each is taken to keep at hand.
+    Raises UnknownName, MissingExtra, BadInput, ForeignExpert, Unreachable."""
+    record = as_model(store.load(model), store)
+    record = with_mixing(record, mixing, store) if mixing else record
+    seed = seed_of(record, store)
+    check_use(seed, "generate")
+    guide = Guide(record, store) if isinstance(record, Ensemble) else None
+    fleet = Fleet(seed, guide.digests[:-1] if guide else (), count * (limits.queue + limits.running))
+    served = Served(name_of(model, store), record, seed, store, cast(Engine, fleet), guide)
+    plan = plan_of(record.digest, store, None, limits)
+    fleet.replicas = replicas = start(engine, plan, count)
+
+    async def checked(upstream: Upstream, cards: Any) -> None:
+        await check(upstream, cards, served)
+
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            urls = list(pool.map(replicas.find, range(count)))
+    except BaseException:
+        replicas.close()
+        raise
+    for number, url in enumerate(urls):
+        find = partial(replicas.find, number)
+        fleet.upstreams.append(Upstream(url, number, most, served.cards, str, checked, plan.key, find))
     return served
 
 

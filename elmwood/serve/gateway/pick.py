@@ -24,6 +24,9 @@ class Pick(NamedTuple):
         return () if self.choice == "seed" else (self.choice,)
 
 
+NOWHERE = Pick("seed", ())  # a model without a router
+
+
 def check_routes(guide: Guide) -> None:
     """Whether the router can choose before any model has run. Raises BadInput."""
     if router_of(guide.routing).distances is None:
@@ -32,9 +35,11 @@ def check_routes(guide: Guide) -> None:
         )
 
 
-def pick(guide: Guide, tokens: Sequence[int], only: Collection[str] = (), without: Collection[str] = ()) -> Pick:
+def pick(guide: Guide | None, tokens: Sequence[int], only: Collection[str] = (), without: Collection[str] = ()) -> Pick:
     """The nearest candidate of those that a request leaves; the seed where all are farther than it, or nothing is known of the text.
     Raises Refused."""
+    if guide is None:
+        return NOWHERE
     experts = guide.digests[:-1]
     left = [e for e, digest in enumerate(experts) if (not only or digest in only) and digest not in without]
     seed_left = (not only or "seed" in only) and "seed" not in without

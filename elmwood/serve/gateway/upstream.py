@@ -59,16 +59,25 @@ Check = Callable[["Upstream", Any], Awaitable[None]]  # (engine, cards of its /v
 class Upstream:
     """One engine. All methods run on the event loop of the server.
 
-    `folder_of`: the folder of an expert's adapter, as the engine sees it, written where it is missing; `digests`: all experts there are.
+    `folder_of`: the folder of an expert's adapter, as the engine sees it, written where it is missing; `digests`: all experts there are;
+    `find`: its address by now, which starts it where it does not run.
     """
 
     def __init__(
         self, url: str, number: int, most: int, digests: Mapping[str, Any], folder_of: Callable[[str], str], check: Check,
-        key: str | None = None, transport: Any = None, clock: Callable[[], float] = time.monotonic,
+        key: str | None = None, find: Callable[[], str] | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
-        self.url, self.number, self.digests, self.folder_of, self.check, self.clock = url, number, digests, folder_of, check, clock
+        self.url, self.number, self.digests, self.folder_of, self.check, self.find, self.clock = (
+            url,
+            number,
+            digests,
+            folder_of,
+            check,
+            find,
+            clock,
+        )
         self.client = httpx.AsyncClient(
-            base_url=url, timeout=TIMEOUT, limits=POOL, transport=transport, trust_env=False, follow_redirects=False,
+            base_url=url, timeout=TIMEOUT, limits=POOL, trust_env=False, follow_redirects=False,
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}),
         )  # fmt: skip
         self.book = Book(most)
@@ -104,6 +113,9 @@ class Upstream:
 
     async def _meet(self) -> None:
         try:
+            if self.find:
+                self.url = await asyncio.to_thread(self.find)
+                self.client.base_url = httpx.URL(self.url)
             reply = await self.client.get("/v1/models", timeout=10.0)
             cards = reply.json()["data"] if reply.status_code == 200 else None
             if not cards:
@@ -246,13 +258,13 @@ class Upstream:
 
     # ---- requests -----------------------------------------------------------------------------------------------------
 
-    def body(self, given: Mapping[str, Any], pick: Pick) -> Mapping[str, Any]:
+    def body(self, given: Mapping[str, Any], body: Mapping[str, Any], pick: Pick) -> Mapping[str, Any]:
         """A request in the engine's words: the expert, or the seed, by its name there. Other elmwood servers read it as it came."""
         assert self.kind
         if not self.kind.load:
             return given
         model = self.base if pick.choice == "seed" else self.kind.model(self.base, pick.choice)
-        return {name: value for name, value in given.items() if name != "elmwood"} | {"model": model}
+        return {name: value for name, value in body.items() if name != "elmwood"} | {"model": model}
 
     @asynccontextmanager
     async def send(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
