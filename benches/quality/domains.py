@@ -132,9 +132,9 @@ def bench_routing(source: str = sysconfig.get_paths()["purelib"]) -> None:
         sparse = distances.Sparse.of((cluster.members(own, k) @ fitted.tfidf(parts)).tocsr())
         for length in (200, chunk):
             queries = [text[chunk * chunks :][:length] for text in mine[:1000]]
-            found = {}
+            near2 = {}
             for router, places in (("centroid", means), ("sparse", sparse)):
-                found[router] = dist2_NK = distances.distances(fitted, places, queries)
+                near2[router] = dist2_NK = distances.distances(fitted, places, queries)
                 rank_N = _ranks(dist2_NK)
                 one = median_seconds(lambda fitted=fitted, places=places, q=queries[0]: distances.distances(fitted, places, [q]), 51)
                 x_1D = fitted.embed(queries[:1])
@@ -147,9 +147,9 @@ def bench_routing(source: str = sysconfig.get_paths()["purelib"]) -> None:
                     "routing", domains=k, router=router, characters=length, **_shares(rank_N), microseconds=one * 1e6,
                     search_microseconds=search and search * 1e6,
                 )  # fmt: skip
-            rank_N = _ranks(found["sparse"])
-            listed_NK = found["sparse"] <= np.partition(found["sparse"], min(LISTED, k) - 1)[:, min(LISTED, k) - 1, None]
-            for router, dist2_NK in (("centroid", found["centroid"]), ("both", found["centroid"] + found["sparse"])):
+            rank_N = _ranks(near2["sparse"])
+            listed_NK = near2["sparse"] <= np.partition(near2["sparse"], min(LISTED, k) - 1)[:, min(LISTED, k) - 1, None]
+            for router, dist2_NK in (("centroid", near2["centroid"]), ("both", near2["centroid"] + near2["sparse"])):
                 again_N = np.where(rank_N < LISTED, _ranks(np.where(listed_NK, dist2_NK, np.inf)), LISTED)
                 say("routing", domains=k, router=f"sparse, {LISTED} of them by {router}", characters=length, **_shares(again_N))
 

@@ -31,7 +31,7 @@ from elmwood.corpus.read import read
 from elmwood.domains import embed
 from elmwood.domains.distances import Sparse
 from elmwood.domains.partition import partition as divide
-from elmwood.domains.route import ROUTERS, Router, Routing, candidates, live, places, searches, weights
+from elmwood.domains.route import Routing, candidates, places, searches, weights
 from elmwood.ensemble.text_router import TextRouter, weigh
 from elmwood.evaluate.comparison import ExpertColumns, Side
 from elmwood.evaluate.holdout import HoldoutSpec
@@ -42,7 +42,6 @@ from elmwood.study.demo import DENSE, LARGE, Study, plan, scratch, train_and_sco
 from elmwood.study.demo_seed import install_seed
 from elmwood.units import parse_count
 
-SPARSE_LIVE = "live-sparse"  # `live` with distances to sparse centroids
 PIECE = 4  # characters of a token
 
 
@@ -124,7 +123,6 @@ def grow(store: Store, corpus_at: str, study: Study) -> None:
 
 def study_rules(store: Store, documents: int, longest: int = 256) -> None:
     """The routers, the rules upon `live`, and the controls."""
-    ROUTERS[SPARSE_LIVE] = Router(live, "sparse", "fading", "this bench", monotone=True)
     bench, names = Bench(open_forest(store, "scale/forest"), documents, longest), store.names()
     found = {name: bench.column(names[f"scale/{name}"]) for name in ("dense/batch", "dense/large", "twice/batch", "twice/large")}
     dense_N, twice_N = (
@@ -136,7 +134,7 @@ def study_rules(store: Store, documents: int, longest: int = 256) -> None:
         say("routing_scale", of=of, bits_per_byte=loss.value, gain=gain.value, gain_error=gain.standard_error)
     own = bench.side([digest for name, digest in names.items() if name.startswith("scale/expert/")])
     random_side = bench.side([digest for name, digest in names.items() if name.startswith("scale/random/")])
-    for router in ("centroid", "sparse", "live", SPARSE_LIVE):
+    for router in ("centroid", "sparse", "live", "live-sparse"):
         for top_k in (1, 2, 4):
             measure(bench, "experts + seed", own, dense_N, (router, top_k, FADING))
     for top_k in (2, own.loglik_NK.shape[1] + 1):

@@ -319,6 +319,7 @@ ROUTERS: dict[str, Router] = {
     "cbtm": Router(cbtm, "dense", None, "the published code of c-BTM, arXiv:2303.14177", monotone=True),
     "sparse": Router(nearest, "sparse", None, "nearest tf-idf centroid without the SVD (Rocchio 1971)", monotone=True),
     "live": Router(live, "dense", "fading", "centroid, and a fading memory of log-likelihoods: docs/log/routing.md", monotone=True),
+    "live-sparse": Router(live, "sparse", "fading", "the same with sparse centroids: docs/log/routing-scale.md", monotone=True),
     "posterior": Router(posterior, None, "whole", "the domain posterior of BTM, arXiv:2208.03306"),
     "uniform": Router(uniform, "dense", None, "control: every expert alike"),
 }
