@@ -10,6 +10,7 @@ from tiny_training import FULL, LLAMA, LORA, MODELS, SEED_RECIPE, SHAPE, packed_
 
 from elmwood.corpus.tokens import pack
 from elmwood.errors import BadInput, MissingExtra
+from elmwood.lm.adapters.trunk import stack_of
 from elmwood.lm.experts import Experts
 from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model, load_quantised
@@ -151,8 +152,14 @@ def test_late_adapters_stand_in_the_last_layers_only(kind):
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert trained
     assert all(".1." in name for name in trained)
+    differentiable = []  # whether a backward pass reaches what each layer gives
+    for layer in stack_of(model.get_base_model())[1]:
+        layer.register_forward_hook(
+            lambda module, given, made: differentiable.append((made[0] if isinstance(made, tuple) else made).requires_grad)
+        )
     model(input_ids=torch.randint(0, 64, (1, 8))).logits.sum().backward()
     assert all(model.get_parameter(name).grad is not None for name in trained)
+    assert differentiable == [False, True]
 
 
 def test_a_quantised_base_keeps_its_head_and_embeddings(case):
