@@ -30,7 +30,7 @@ ROUTINGS = [
     Routing("live", 2, 0.5, 1.1, memory=0.3, decay=0.9),
     Routing("live", 2, 0.5, None, memory=0.3, decay=1.0),
     Routing("live", 1, 0.5, None, memory=0.3, every=8, shortlist=2, margin=0.02),
-    Routing("live-sparse", 1, 0.5, 1.9, memory=0.3, every=8, shortlist=2),
+    Routing("live-sparse", 2, 0.5, 1.9, memory=0.3, every=8),
     Routing("live", 2, 0.5, 1.1, memory=1.0, every=8, sure=0.6, margin=0.05, far=1.3),
     Routing("posterior", 4, 2.0, 0.5),
     Routing("uniform", 4, 1.0, 1.0),
