@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from elmwood.ensemble.batch.interface import Ended, Request, Said
 from elmwood.serve.answers import Choice
+from elmwood.serve.completions import Chats, Completions
 from elmwood.serve.spelling import Speller, name_of
 
 WORDS = [b"", *(bytes([byte]) for byte in range(256)), "é".encode(), "海猫".encode(), b"ab", b"ba", b"aba", b" the", b"\n\n"]
@@ -72,6 +73,46 @@ def test_a_choice_ends_once_and_its_deltas_join(prompt, made, ends, echo, reason
     stopped = choice.made.stopped
     assert choice.finish == ("stop" if stopped else reason)
     assert choice.completion == len(made) or stopped
+
+
+class Words:
+    """What the styles of answers ask of a model: how its tokens are spelled."""
+
+    spelled = WORDS
+
+    @staticmethod
+    def token_name(token):
+        return name_of(WORDS[token], f"<{token}>")
+
+
+def joined(parts):
+    """Lists of a stream's parts, one after another; None where there are none."""
+    if parts[0] is None:
+        assert all(part is None for part in parts)
+        return None
+    return {name: [one for part in parts for one in part[name]] for name in parts[0]}
+
+
+@settings(deadline=None, max_examples=150)
+@given(tokens, tokens, stops, st.booleans(), st.sampled_from([None, 0, 2]), st.sampled_from(["stop", "length"]))
+def test_a_stream_s_events_join_to_the_answer_without_a_stream(prompt, made, ends, echo, logprobs, reason):
+    given_tokens = [WORDS.index(b"a"), *prompt]
+    choice = Choice(0, given_tokens, 0, WORDS, ends, Request(tuple(given_tokens), 99, echo=echo))
+    deltas = []
+    for event in [said(token, True) for token in prompt] * echo + [said(token) for token in made] + [Ended(reason)]:
+        deltas += choice.hear(event)
+        if choice.finish:
+            break
+    text, placed = "".join(delta.piece.text for delta in deltas), [one for delta in deltas for one in delta.piece.tokens]
+    for style in (Completions(Words, logprobs), Chats(Words, logprobs)):
+        whole = json.loads(json.dumps(style.whole(choice, text, placed)))
+        events = [f"data: {json.dumps(style.part(delta), ensure_ascii=False)}\n\n".encode() for delta in deltas]
+        parts = [json.loads(event.decode().removeprefix("data: ")) for event in events]
+        assert all(event.count(b"\n\n") == 1 for event in events), "an event ends where it ends, whatever is in its text"
+        contents = [part["text"] if "text" in part else part["delta"].get("content", "") for part in parts]
+        assert "".join(contents) == (whole["text"] if "text" in whole else whole["message"]["content"])
+        assert joined([part["logprobs"] for part in parts]) == whole["logprobs"]
+        assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + [whole["finish_reason"]]
 
 
 def test_tokens_have_names():
