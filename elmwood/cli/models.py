@@ -68,6 +68,7 @@ class Several(NamedTuple):
 def serve(
     model: Annotated[str | None, Argument(help="A seed, expert, merge, mixture, ensemble or forest: name or digest.")] = None,
     mixing: MixingOption = None,
+    deterministic: Annotated[bool, Option("--deterministic", help="The same bytes, whoever asks beside: slower.")] = False,
     serving: Serving = Serving(),
     newer: Newer = Newer(),
     several: Several = Several(),
@@ -84,7 +85,7 @@ def serve(
         raise BadInput("name a model of the store, or a hub with --hub: one of the two")
     start_log(serving.log)
     keys, store = read_keys(serving.api_key_file) if serving.api_key_file else [], Store(output.store)
-    limits, name = USUAL._replace(queue=serving.queue, running=serving.running), None
+    limits, name = USUAL._replace(queue=serving.queue, running=serving.running, deterministic=deterministic), None
     if newer.hub:
         from elmwood.hub.client.pull import Following
 

@@ -63,6 +63,7 @@ class Meter:
             (gauge, "elmwood_experts", "experts that the router may choose", now.experts),
             (gauge, "elmwood_experts_resident", "experts on the device", now.resident),
             (gauge, "elmwood_experts_loading", "experts on their way to it", now.loading),
+            (gauge, "elmwood_experts_refused", "experts whose adapter is damaged, of another seed, or not what was scored", now.refused),
             (counter, "elmwood_expert_loads", "experts loaded", now.loads),
             (counter, "elmwood_expert_load_seconds", "seconds of loading experts", now.load_seconds),
             (

@@ -8,17 +8,21 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from elmwood.ensemble import probe
 from elmwood.ensemble.batch.candidates import Candidates
 from elmwood.ensemble.batch.interface import USUAL, Busy, Counts, Engine, Event, Limits, Request
-from elmwood.ensemble.batch.passes import open_reader, reads_by_rows
+from elmwood.ensemble.batch.mixing import SUM, Mixing
+from elmwood.ensemble.batch.passes import BASE, Item, Reader, open_reader, reads_by_rows
 from elmwood.ensemble.batch.prefixes import Prefixes
 from elmwood.ensemble.batch.residency import Residency
-from elmwood.ensemble.batch.steps import SUM, Mixing, Sizes, Steps
+from elmwood.ensemble.batch.steps import Sizes, Steps
 from elmwood.ensemble.batch.texts import Text
 from elmwood.ensemble.batch.turns import check
 from elmwood.ensemble.forest import open_forest
@@ -63,6 +67,7 @@ class Batched:
         number_bytes = sum(layer.numbers for layer in layers) * next(model.parameters()).element_size()
         slots = min(limits.slots or max(candidates.most, SLOT_BYTES // max(1, number_bytes)), limits.rows, max(1, len(adapters)))
         places = min(max(2 * slots, HOST_BYTES // max(1, number_bytes)), max(1, len(adapters)))
+        self._prober = Prober(twin(model), layers, seed) if adapters else None  # before its layers are wrapped
         self.slots = Slots(model, layers, slots) if adapters else None
         self.packed = Packed(store.root / "work" / "packed", layers)
         reader = open_reader(model, self.slots)
@@ -81,7 +86,17 @@ class Batched:
             )
         residency = Residency(places, slots if adapters else 0)
         self.steps = Steps(
-            reader, candidates, residency, sizes, self.context, self.stops, Prefixes(cache_bytes // 4), self._load, self._fill, mixing
+            reader,
+            candidates,
+            residency,
+            sizes,
+            self.context,
+            self.stops,
+            Prefixes(0 if limits.deterministic else cache_bytes // 4),
+            self._load,
+            self._fill,
+            mixing,
+            limits.deterministic,
         )
         self.candidates, self._numbers = candidates, count(1)
         self._loads, self._load_s = 0, 0.0
@@ -185,7 +200,7 @@ class Batched:
             try:
                 branch = self.adapters[digest]
                 files = [branch.files[name] for name in ("adapter_config.json", "adapter_model.safetensors")]
-                self.packed.load(adapter_of(branch, self.store), files, self.host_HP[place])
+                self.packed.load(adapter_of(branch, self.store), files, self.host_HP[place], partial(self._probe, branch))
             except Exception as error:  # whatever it was, the next expert is loaded
                 logger.warning("expert %s is refused: %s", digest, error, exc_info=not isinstance(error, ElmwoodError))
                 why = str(error) if isinstance(error, ElmwoodError) else f"{type(error).__name__}; it is in the server's log"
@@ -193,6 +208,35 @@ class Batched:
                 self._loads, self._load_s = self._loads + 1, self._load_s + time.perf_counter() - began
                 self._found.append((digest, why))
                 self._changed.notify_all()
+
+    def _probe(self, branch: Expert | Merged | Mixture, flat_P: Tensor) -> None:
+        assert self._prober
+        said, seed = self._prober.ask(flat_P)
+        probe.compare(said, seed, probe.known(branch, self.store))
+
+
+class Prober:
+    """A model of its own modules over the same weights, which reads with one adapter: on the loader's thread, beside the steps."""
+
+    def __init__(self, model: Any, layers: Sequence[Layer], seed: Seed):
+        self.model, self.layers, self.text = model, layers, probe.text(seed.vocabulary, seed.context)
+        self.reader: Reader | None = None  # made when an adapter is first loaded from its own files
+        self.base: list[float] = []
+
+    @torch.inference_mode()
+    def ask(self, flat_P: Tensor) -> tuple[list[float], list[float]]:
+        """What the adapter and the seed say after the text."""
+        if self.reader is None:
+            self.reader = Reader(self.model, Slots(self.model, self.layers, 1))
+            self.base = self._read(BASE)
+        assert self.reader.slots
+        self.reader.slots.fill(0, flat_P)
+        return self._read(0), self.base
+
+    def _read(self, slot: int) -> list[float]:
+        assert self.reader
+        logits_MV, _ = self.reader.read([Item(0, slot, 0, self.text, 1)])
+        return probe.sample(torch.log_softmax(logits_MV[0].float(), -1))
 
 
 def layers_of(model: Any, branches: Sequence[Expert | Merged | Mixture], store: Store) -> list[Layer]:

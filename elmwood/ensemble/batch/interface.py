@@ -60,6 +60,7 @@ class Counts(NamedTuple):
     load_seconds: float = 0.0  # since the start
     mismatches: int = 0  # requests ended because a slot had another generation than its row; must stay 0
     failed: int = 0  # requests ended by an error, since the start
+    refused: int = 0  # experts whose adapter cannot be used
     open: bool = True  # it takes requests
 
 
@@ -71,6 +72,7 @@ class Limits(NamedTuple):
     rows: int = 256  # (request, expert) pairs at once
     cache_bytes: int = 0  # of keys and values; 0: chosen by the engine
     slots: int = 0  # of experts on the device; 0: chosen by the engine
+    deterministic: bool = False  # a request has the same bytes whatever else is asked; each row is read in a pass of its own
 
 
 USUAL = Limits()

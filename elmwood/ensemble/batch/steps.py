@@ -14,29 +14,19 @@ from torch import Tensor
 
 from elmwood.ensemble.batch.candidates import Candidates, Look
 from elmwood.ensemble.batch.interface import Counts, Ended, Event, Said
+from elmwood.ensemble.batch.mixing import SUM, Mixing, mix
 from elmwood.ensemble.batch.passes import BASE, Item, Reader
 from elmwood.ensemble.batch.prefixes import Kept, Prefixes
 from elmwood.ensemble.batch.residency import Residency, Seat
 from elmwood.ensemble.batch.schedule import Job, Room, admit, divide
 from elmwood.ensemble.batch.texts import Row, Text
 from elmwood.ensemble.batch.turns import failed
-from elmwood.ensemble.bounded import AGGREGATIONS, bound
 from elmwood.ensemble.decode import Rule, pick
 from elmwood.errors import BadInput
 
 LOOK = 64  # tokens of a prompt that are said at once
 TRUNK = "trunk"  # who reads what all candidates share, among the prefixes
 logger = logging.getLogger("elmwood.serve")
-
-
-class Mixing(NamedTuple):
-    """How several distributions become one: the fields of an ensemble's record."""
-
-    aggregation: str = "arithmetic"
-    nats: float = 2.0
-
-
-SUM = Mixing()
 
 
 class Sizes(NamedTuple):
@@ -53,11 +43,12 @@ class Steps:
 
     def __init__(
         self, reader: Reader, candidates: Candidates, residency: Residency, sizes: Sizes, context: int, stops: frozenset[int],
-        prefixes: Prefixes, load: Callable[[str, int], None], fill: Callable[[int, int], None], mixing: Mixing = SUM,
+        prefixes: Prefixes, load: Callable[[str, int], None], fill: Callable[[int, int], None], mixing: Mixing = SUM, apart: bool = False,
     ):  # fmt: skip
-        """`load`: begin to read an expert into a host place, and call `residency.loaded` later; `fill`: copy a place to a slot."""
+        """`load`: begin to read an expert into a host place, and call `residency.loaded` later; `fill`: copy a place to a slot.
+        `apart`: what is read of a row, and with what, depends on its own text alone."""
         self.reader, self.candidates, self.residency, self.sizes, self.prefixes = reader, candidates, residency, sizes, prefixes
-        self.context, self.stops, self.mixing, self.load, self.fill = context, stops, mixing, load, fill
+        self.context, self.stops, self.mixing, self.load, self.fill, self.apart = context, stops, mixing, load, fill, apart
         self.waiting: list[Text] = []
         self.running: list[Text] = []
         self.free = list(range(sizes.rows))  # places among keys and values, as a heap
@@ -156,6 +147,8 @@ class Steps:
         names = self.candidates.names
         for c in text.pinned.difference(text.run):
             self._rest(text, c)
+        for c in [c for c in text.rows if self.apart and c not in text.run]:
+            self._drop(text, c)  # others might take its place, or not
         for c in text.run:
             if c != self.candidates.base:
                 state = self.residency.want(names[c], self.load)
@@ -269,16 +262,19 @@ class Steps:
         """The youngest begins again when there is room."""
         if len(self.running) == 1:
             return self._end(text, Ended("error", "its experts do not fit into memory together: allow more slots or rows", 503))
+        self._again(text)
+
+    def _again(self, text: Text) -> None:
+        if self.apart and (text.made or text.request.echo):  # what was read token by token would be read at once
+            return self._end(text, Ended("error", "it would have to be read again, which is not deterministic: ask again later", 503))
         self._release(text)
         self.running.remove(text)
         self.waiting.insert(0, text)
 
     def _start_over(self) -> None:
         """Keys and values of a pass that failed may be of any size. Nothing is kept, and who was not in it reads its text again."""
-        for text in reversed(self.running):
-            self._release(text)
-            self.waiting.insert(0, text)
-        self.running = []
+        for text in self.running[::-1]:
+            self._again(text)
         self.reader.clear()
         self.prefixes.clear()
 
@@ -310,7 +306,7 @@ class Steps:
     # ---- reading
 
     def _read(self) -> bool:
-        """One pass; whether anything was read."""
+        """One pass, or one for each row; whether anything was read."""
         due: list[tuple[Text, Row]] = []
         for text in list(self.running):
             rows = [text.rows[c] for c in text.run if c in text.rows]
@@ -321,11 +317,20 @@ class Steps:
             due += [(text, row) for row in rows if row.read < text.end and (row.seat is not None or row.candidate == self.candidates.base)]
         left = [text.end - row.read for text, row in due]
         longer = [n for n, size in enumerate(left) if size > 1]
-        for n, size in zip(longer, divide([left[n] for n in longer], self.sizes.chunk), strict=True):
-            left[n] = size
+        shares = [self.sizes.chunk] * len(longer) if self.apart else divide([left[n] for n in longer], self.sizes.chunk)
+        for n, size in zip(longer, shares, strict=True):
+            left[n] = min(left[n], size)
         pairs = [(text, row, size) for (text, row), size in zip(due, left, strict=True) if size]
         if not pairs:
             return False
+        for part in [[pair] for pair in pairs] if self.apart else [pairs]:
+            self._pass([(text, row, size) for text, row, size in part if text in self.running])
+        return True
+
+    def _pass(self, pairs: list[tuple[Text, Row, int]]) -> None:
+        """Let these rows read so many tokens each."""
+        if not pairs:
+            return
         try:
             logits_MV, found = self.reader.read([self._item(text, row, size) for text, row, size in pairs])
             logp_MV = torch.log_softmax(logits_MV.float(), -1)
@@ -334,10 +339,9 @@ class Steps:
             for text in dict.fromkeys(text for text, _, _ in pairs):
                 self._end(text, failed(error))
             self._start_over()
-            return True
+            return
         for (text, row, size), part in zip(pairs, found, strict=True):
             self._absorb(text, row, size, logp_MV[part])
-        return True
 
     def _item(self, text: Text, row: Row, size: int) -> Item:
         slot = BASE if row.seat is None else row.seat.slot
@@ -370,7 +374,8 @@ class Steps:
                 then = {c: self._memory_at(text.rows[c], look.since) for c in asked}
                 self.candidates.decide(text.choice, text.walk, look, then)
             weight = self.candidates.weigh(text.choice, text.walk, look, {c: memory[c][n] for c in look.active})
-            logp_V = self.mix(text, weight, n)
+            said = {c: row.ahead[n] for c, row in text.rows.items() if c in text.run}
+            logp_V = mix(weight, said, self.candidates, self.mixing)
             prompt, stop = text.base < len(text.tokens), False
             if prompt:
                 token = text.tokens[text.base]
@@ -407,25 +412,11 @@ class Steps:
         assert self.candidates.routing
         return float(self.candidates.routing.fading ** np.arange(place - 1, -1, -1) @ np.array(row.loglik[:place]))
 
-    def mix(self, text: Text, weight: dict[int, float], n: int) -> Tensor:
-        """One distribution [V], log-probabilities float32, of those of the active candidates for the n-th token that is looked at."""
-        said = [text.rows[c].ahead[n] for c in weight]
-        if len(said) == 1 and not self.candidates.bounded:
-            return said[0]
-        bounded, nats = self.candidates.bounded, self.mixing.nats
-        logp_AV = torch.stack(said)
-        if bounded.intersection(weight):
-            seed_V = text.rows[self.candidates.seed].ahead[n]
-            logp_AV = torch.stack(
-                [bound(logp_V, seed_V, nats) if c in bounded else logp_V for c, logp_V in zip(weight, logp_AV, strict=True)]
-            )
-        weight_A = torch.tensor(list(weight.values()), dtype=logp_AV.dtype, device=logp_AV.device)
-        return AGGREGATIONS[self.mixing.aggregation](logp_AV, weight_A)
-
     def counts(self) -> Counts:
         """Their state, at any time and from any thread."""
         return Counts(
             waiting=len(self.waiting), running=len(self.running), rows=self.sizes.rows - len(self.free), cache_share=self.share,
             experts=self.candidates.seed, resident=sum(digest is not None for digest in self.residency.digest_S),
             loading=len(self.residency.loading), mismatches=self.mismatches, failed=self.failed,
+            refused=len(self.residency.refused),
         )  # fmt: skip

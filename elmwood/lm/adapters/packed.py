@@ -10,7 +10,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,14 +32,18 @@ class Packed:
         self.folder, self.layers = folder, tuple(layers)
 
     @torch.inference_mode()  # into memory of either kind
-    def load(self, adapter: Adapter, files: Sequence[str], flat_P: Tensor) -> None:
-        """Read an adapter, whose files have these digests, into memory on the CPU. Raises BadInput, Damaged."""
+    def load(
+        self, adapter: Adapter, files: Sequence[str], flat_P: Tensor, check: Callable[[Tensor], None] = lambda flat_P: None
+    ) -> None:  # fmt: skip
+        """Read an adapter, whose files have these digests, into memory on the CPU. `check`: of one that has no flat record yet; it has none
+        until this returns. Raises BadInput, Damaged."""
         name = fingerprint("packed", *files, str(flat_P.dtype), *(str(tuple(layer)) for layer in self.layers))
         path = self.folder / name[:2] / name
         content = memoryview(flat_P.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
         if self._read(path, content):
             return
         read_record(adapter, self.layers, flat_P)
+        check(flat_P)
         with suppress(OSError):  # a full or read-only disk costs time alone
             self._write(path, content)
 

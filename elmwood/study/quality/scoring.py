@@ -17,7 +17,7 @@ from elmwood.errors import BadInput
 from elmwood.evaluate.columns import Scorer
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec, open_holdout
 from elmwood.evaluate.partial import Partial
-from elmwood.records import Digest, Frozen, Partition, Record, Seed
+from elmwood.records import Digest, Expert, Frozen, Partition, Record, Seed
 from elmwood.store import Store
 from elmwood.study.tasks import default_threads, named
 
@@ -93,8 +93,12 @@ class Columns:
 
 def _open(model: Record, store: Store) -> Scorer:
     from elmwood.ensemble.mixture import open_model  # torch: seconds, and only where something is missing
+    from elmwood.ensemble.probe import note
 
-    return open_model(model, store)
+    lm = open_model(model, store)
+    if isinstance(model, Expert) and "adapter_model.safetensors" in model.files:
+        note(lm, model, store)
+    return lm
 
 
 class ScoreJob(Frozen):

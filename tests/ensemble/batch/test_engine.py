@@ -166,3 +166,15 @@ def test_a_text_that_begins_as_another_reads_on_from_there(house):
     assert len(digests) > 1
     for engine in (cold, warm):
         engine.close()
+
+
+def test_a_deterministic_engine_says_the_same_bytes_whoever_asks_beside(house):
+    """With neighbours of any number, and after others; not so without the mode, where numbers agree within rounding."""
+    engine = open_batched(ensemble(house, **LIVE), house.store, limits=Limits(deterministic=True))
+    request = Request(tuple(house.tokens[:20]), 8, 0.8, stops=frozenset())
+    alone = Heard(engine, request).wait()
+    for neighbours in (1, 5):
+        heard = [Heard(engine, Request(tuple(house.tokens[:size]), 12, rng_seed=size, stops=frozenset())) for size in SIZES[:neighbours]]
+        assert Heard(engine, request).wait() == alone
+        assert {one.wait()[1] for one in heard} == {Ended("length")}
+    engine.close()

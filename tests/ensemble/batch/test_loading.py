@@ -1,5 +1,6 @@
 """What may become ready (S8): an adapter whose every tensor is used, that fits the seed and changes it; from its files or its record."""
 
+import json
 import queue
 import shutil
 
@@ -9,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import lora_expert, save_adapter, tiny_seed
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from elmwood.ensemble import probe
 from elmwood.ensemble.batch.engine import layers_of, open_batched
 from elmwood.ensemble.batch.interface import Ended, Request, Said
+from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, Damaged
 from elmwood.lm.adapters.lora import Adapter, adapter_of, layout
 from elmwood.lm.adapters.packed import Packed
@@ -138,3 +141,32 @@ def test_layers_of_many_experts_are_those_of_each_configuration(house):
     other = LlamaForCausalLM(LlamaConfig(vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2))
     with pytest.raises(BadInput, match="another base model"):
         layers_of(other, [few], house.store)
+
+
+def test_an_expert_that_does_not_say_what_it_said_when_it_was_scored_is_refused(house):
+    """S8: its probe is recorded where it is scored, by another path than the server's, and compared at the first load."""
+    store, expert = house.store, house.experts[0]
+    probe.note(open_model(expert, store, "cpu"), expert, store)
+    (path,) = (store.root / "work" / "probes").rglob("*.json")
+    whole = path.read_text()
+    for change, refused in ((0.0, 0), (0.5, 1)):
+        path.write_text(json.dumps([number + change for number in json.loads(whole)]))
+        shutil.rmtree(store.root / "work" / "packed", ignore_errors=True)
+        engine = open_batched(expert, store, "cpu")
+        said, ended = engine_says(engine, Request(tuple(house.tokens[:9]), 2, stops=frozenset()))
+        counts = engine.counts()
+        engine.close()
+        assert (len(said), ended.reason, counts.refused) == ((2, "length", 0) if not refused else (0, "error", 1))
+    assert ended.status == 503
+    assert "when it was scored" in ended.detail
+    path.unlink()
+    assert probe.known(expert, store) is None
+
+
+def test_what_an_adapter_says_is_compared_within_rounding_of_bf16():
+    seed, said = [-1.0, -2.0, -3.0], [-1.4, -2.0, -2.0]
+    probe.compare(said, seed, None)
+    probe.compare(said, seed, [-1.4, -2.1, -1.9])
+    for one, recorded in ((seed, None), (seed, said), (said, [-1.2, -2.0, -2.5]), ([float("nan")] * 3, said)):
+        with pytest.raises(BadInput):
+            probe.compare(one, seed, recorded)
