@@ -22,7 +22,8 @@ from elmwood.ensemble.batch.mixing import SUM, Mixing
 from elmwood.ensemble.batch.passes import BASE, Item, Reader, open_reader, reads_by_rows
 from elmwood.ensemble.batch.prefixes import Prefixes
 from elmwood.ensemble.batch.residency import Residency
-from elmwood.ensemble.batch.steps import Sizes, Steps
+from elmwood.ensemble.batch.schedule import Sizes
+from elmwood.ensemble.batch.steps import Steps
 from elmwood.ensemble.batch.texts import Text
 from elmwood.ensemble.batch.turns import check
 from elmwood.ensemble.forest import open_forest

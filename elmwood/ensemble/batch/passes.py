@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from elmwood.ensemble.batch import layers
 from elmwood.ensemble.batch.keys import NAME, KeyValues, arrange
+from elmwood.ensemble.batch.prefixes import Kept, Prefixes
 from elmwood.lm.adapters.slots import Plan, Run, Slots, Span
 from elmwood.lm.adapters.trunk import Gate, trunk_depth
 
 BASE = -1  # the slot of a row that uses no adapter
+TRUNK = "trunk"  # who reads what all candidates share, among the prefixes
 TRIED = 12  # tokens of the text on which a model shows that it reads by rows as it does otherwise
 
 
@@ -143,6 +146,22 @@ class Trunk:
         if text not in self.texts:
             self.texts[text] = Place(heapq.heappop(self.free) if self.free else len(self.texts))
         return self.texts[text]
+
+    def begin(self, text: int, tokens: Sequence[int], prefixes: Prefixes) -> int:
+        """How far it has read a text, or another that begins alike."""
+        place = self.place(text)
+        if not place.read and (found := prefixes.find(TRUNK, tokens)):
+            self.store.reserve(place.row + 1, found.length)
+            self.store.give(place.row, found.kept.states, found.length)
+            place.read = found.length
+        return place.read
+
+    def keep(self, text: int, tokens: Sequence[int], prefixes: Prefixes) -> None:
+        """Keep what it has read of a text that ends."""
+        if text in self.texts:
+            place = self.place(text)
+            if prefixes.wants(TRUNK, read := tokens[: place.read]):
+                prefixes.keep(TRUNK, Kept(np.array(read, np.int64), np.zeros(0), self.store.take(place.row, place.read)))
 
     def leave(self, text: int) -> None:
         """A text has ended."""

@@ -16,6 +16,15 @@ class Job(NamedTuple):
     overtaken: int = 0
 
 
+class Sizes(NamedTuple):
+    """How much fits."""
+
+    running: int
+    rows: int
+    tokens: int  # of all rows
+    chunk: int  # tokens of longer prompts in one step
+
+
 class Room(NamedTuple):
     """What is left to give."""
 

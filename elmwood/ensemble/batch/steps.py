@@ -6,7 +6,6 @@ A candidates of one text, M tokens with logits, V vocabulary. No thread and no c
 import heapq
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,24 +17,14 @@ from elmwood.ensemble.batch.mixing import SUM, Mixing, mix
 from elmwood.ensemble.batch.passes import BASE, Item, Reader
 from elmwood.ensemble.batch.prefixes import Kept, Prefixes
 from elmwood.ensemble.batch.residency import Residency, Seat
-from elmwood.ensemble.batch.schedule import Job, Room, admit, divide
+from elmwood.ensemble.batch.schedule import Job, Room, Sizes, admit, divide
 from elmwood.ensemble.batch.texts import Row, Text
 from elmwood.ensemble.batch.turns import failed
 from elmwood.ensemble.decode import Rule, pick
 from elmwood.errors import BadInput
 
 LOOK = 64  # tokens of a prompt that are said at once
-TRUNK = "trunk"  # who reads what all candidates share, among the prefixes
 logger = logging.getLogger("elmwood.serve")
-
-
-class Sizes(NamedTuple):
-    """How much fits."""
-
-    running: int
-    rows: int
-    tokens: int  # of all rows
-    chunk: int  # tokens of longer prompts in one step
 
 
 class Steps:
@@ -185,7 +174,7 @@ class Steps:
 
     def _read_before(self, text: Text, row: Row) -> None:
         """Let a new row begin with what its candidate has read of another text that begins alike. One token at least is left to read."""
-        most = self._trunk_read(text) if self.reader.trunk else text.base
+        most = self.reader.trunk.begin(text.number, text.tokens[: text.base], self.prefixes) if self.reader.trunk else text.base
         found = self.prefixes.find(self.candidates.names[row.candidate], text.tokens[: text.base]) if text.base > 1 else None
         if found is None:
             return
@@ -200,25 +189,6 @@ class Steps:
             row.loglik = kept.loglik_T[:length].tolist()
             row.memory = float(self.candidates.routing.fading ** np.arange(length - 1, -1, -1) @ kept.loglik_T[:length])
             row.known = float(kept.loglik_T[length])
-
-    def _trunk_read(self, text: Text) -> int:
-        """How far the trunk has read a text, or another that begins alike."""
-        trunk = self.reader.trunk
-        assert trunk
-        place = trunk.place(text.number)
-        if not place.read and (found := self.prefixes.find(TRUNK, text.tokens[: text.base])):
-            trunk.store.reserve(place.row + 1, found.length)
-            trunk.store.give(place.row, found.kept.states, found.length)
-            place.read = found.length
-        return place.read
-
-    def _keep_trunk(self, text: Text) -> None:
-        trunk = self.reader.trunk
-        if trunk is None or text.number not in trunk.texts:
-            return
-        place = trunk.place(text.number)
-        if self.prefixes.wants(TRUNK, read := text.tokens[: place.read]):
-            self.prefixes.keep(TRUNK, Kept(np.array(read, np.int64), np.zeros(0), trunk.store.take(place.row, place.read)))
 
     def _keep(self, text: Text, row: Row) -> None:
         digest, read = self.candidates.names[row.candidate], text.tokens[: row.read]
@@ -290,7 +260,8 @@ class Steps:
         if ended.reason != "error":
             for row in text.rows.values():
                 self._keep(text, row)
-            self._keep_trunk(text)
+            if self.reader.trunk:
+                self.reader.trunk.keep(text.number, text.tokens, self.prefixes)
         self._release(text)
         (self.running if text in self.running else self.waiting).remove(text)
         self.failed += ended.reason == "error"
