@@ -1,6 +1,7 @@
 """Hubs: on SQLite and a folder, and on PostgreSQL and S3. A test that takes `make_hub` runs on both."""
 
 import itertools
+import shutil
 from contextlib import ExitStack
 
 import httpx
@@ -16,11 +17,17 @@ from tests.hub.server.world import open_run
 _number = itertools.count()
 
 
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory):
+    """A database with all tables and nothing in them: those of tests are copies of it."""
+    path = tmp_path_factory.mktemp("empty") / "hub.sqlite"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture
-def database(tmp_path):
-    url = f"sqlite:///{tmp_path}/hub.sqlite"
-    upgrade(url)
-    opened = Database(url)
+def database(empty, tmp_path):
+    opened = Database(f"sqlite:///{shutil.copy(empty, tmp_path)}")
     yield opened
     opened.close()
 
@@ -44,17 +51,21 @@ def new_database(postgres):
 
 
 @pytest.fixture(params=["embedded", "postgres and s3"])
-def make_hub(request, tmp_path, monkeypatch):
+def make_hub(request, empty, tmp_path, monkeypatch):
     """A function that opens a published run, on each kind of database and blobs."""
     made = []
 
     def make(domains: int = 3, **settings):
-        places = {}
-        if request.param != "embedded":
+        places, folder = {}, tmp_path / f"store{len(made)}"
+        if request.param == "embedded":
+            home = folder / "hub" / "test"
+            home.mkdir(parents=True)
+            shutil.copy(empty, home)
+        else:
             for name, value in request.getfixturevalue("s3").items():
                 monkeypatch.setenv(name, value)
             places = {"database": request.getfixturevalue("new_database"), "blobs": f"s3://hub/{next(_number)}"}
-        made.append(open_run(tmp_path / f"store{len(made)}", domains, **places, **settings))
+        made.append(open_run(folder, domains, **places, **settings))
         return made[-1]
 
     yield make
