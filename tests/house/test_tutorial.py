@@ -18,6 +18,11 @@ TOPICS = (
     "boil the onions with salt and butter then stir the soup slowly until it is thick and hot",
 )
 
+ONE_CORE = """import os
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+"""
+
 
 def blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.S)
@@ -49,7 +54,7 @@ def told(run, tmp_path_factory) -> tuple[str, Path]:
     """What the tutorial prints, and where it ran."""
     folder = tmp_path_factory.mktemp("tutorial")
     write_notes(folder / "notes.jsonl")
-    return run("".join(blocks(TUTORIAL)), folder), folder
+    return run(ONE_CORE + "".join(blocks(TUTORIAL)), folder), folder  # README's has more: each worker process imports torch anew
 
 
 def test_the_tutorial_runs(told):
