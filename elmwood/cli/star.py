@@ -1,6 +1,7 @@
 """Verbs of a star: one seed, trained by several machines over slow links."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -72,6 +73,7 @@ def serve(
     from elmwood.hub.star.app import serve as answer
     from elmwood.hub.star.home import Home
     from elmwood.hub.star.judging import judge_with_losses
+    from elmwood.hub.star.keeper import HOLD, Deposed
     from elmwood.outer.round import Terms
 
     if gates not in ("losses", "median"):
@@ -79,7 +81,13 @@ def serve(
     store = Store(output.store)
     star = store.load(f"{name}/star", Star)
     judge_of = judge_with_losses(star, store) if gates == "losses" else lambda base: None
-    home = Home(star, store, Terms(least=least, grace_s=grace), _named(worker or []), judge_of, database=database)
+    named = _named(worker or [])
+    try:
+        home = Home(star, store, Terms(least=least, grace_s=grace), named, judge_of, database=database)
+    except Deposed as error:  # killed just now, perhaps: its lead ends by itself
+        talk.print(f"{error}; waiting for {HOLD:.0f} s", soft_wrap=True)
+        time.sleep(HOLD)
+        home = Home(star, store, Terms(least=least, grace_s=grace), named, judge_of, database=database)
     try:
         state = home.keeper.read()
         said = f"version {state.number}, {len(state.workers)} machines; ctrl-c stops it"

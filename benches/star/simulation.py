@@ -1,0 +1,128 @@
+"""A star in one process, for benches: the same phases, gates and steps as over HTTP, one machine after another."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from elmwood.corpus.build import documents
+from elmwood.corpus.tokens import Packed, pack, train_tokenizer
+from elmwood.lm.load import load_model, new_model, save_seed
+from elmwood.outer import round
+from elmwood.outer.compress import write_delta
+from elmwood.outer.round import State, Terms, Worker
+from elmwood.outer.settle import Base, Settled, settle
+from elmwood.outer.step import OUTER, shapes_of
+from elmwood.records import Recipe, Seed, Shape, Star, Version
+from elmwood.store import Store
+from elmwood.study.text import build
+from elmwood.train.inner.judge import LossJudge, draw
+from elmwood.train.inner.phase import Slice, open_local, run_phase, settle_phase
+
+TERMS = Terms(grace_s=0)
+Change = Callable[[dict[str, np.ndarray], dict[str, Any]], dict[str, np.ndarray]]
+
+
+class Place(NamedTuple):
+    """What all runs of a bench share."""
+
+    store: Store
+    seed: Seed
+    train: Packed
+    holdout: Packed
+    corpus: str
+
+
+def open_place(folder: Path, sources: list[str], width: int, vocabulary: int, length: int) -> Place:
+    """A seed of two layers with random weights and a tokenizer of its own."""
+    store = Store(folder)
+    corpus = build(sources, store=store)
+    words = train_tokenizer((one.text for one in documents(corpus.train[:1], store)), vocabulary)
+    shape = Shape(layers=2, width=width, heads=max(1, width // 32), feed_forward=2 * width, vocabulary=vocabulary, context=length)
+    seed = save_seed(new_model(shape, 0), words, store, name="tiny", separator=0, corpus=corpus.digest)
+    train, holdout = (pack(shards, words, 0, store) for shards in (corpus.train, corpus.holdout))
+    return Place(store, seed, train, holdout, corpus.digest)
+
+
+class Ran(NamedTuple):
+    """What a run came to."""
+
+    loss: float  # nats a token on held-out rows
+    fates: list[list[Any]]
+    sent: int  # bytes of deltas
+
+
+def run_star(
+    place: Place, folder: Path, *, machines: int, versions: int, steps: int, batch: int, length: int, learning_rate: float,
+    rng_seed: int = 0, form: str = "int8", gates: bool = True, hostile: dict[int, Change] | None = None, start: str | None = None,
+    **outer: Any,
+) -> Ran:  # fmt: skip
+    """Train by a star. `hostile`: what a machine sends instead of its delta. `start`: blob of the weights, where not the seed's."""
+    recipe = Recipe(steps=versions * steps, batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed)
+    star = Star(
+        name="bench", seed=place.seed.digest, corpus=place.corpus, recipe=recipe, steps=steps, parts=64, form=form,
+        outer=OUTER.model_copy(update=outer),
+    )  # fmt: skip
+    store, weights = place.store, start or place.seed.files["model.safetensors"]
+    names = [f"ed25519:{n:064x}" for n in range(machines)]
+    mine = {key: open_local(load_model(place.seed, store, device="cpu"), place.train, star, folder / key[-4:]) for key in names}
+    judged = load_model(place.seed, store, device="cpu")
+    version = Version(star=star.digest, number=0, weights=weights, how="start")
+    state = State(head=version.digest, workers={key: Worker(name=key[-4:]) for key in names})
+    base, sent, told, memory = Base(version, store.get(weights), None), 0, [], dict[int, dict[str, Any]]()
+    shapes = shapes_of(base.weights)
+    for number in range(versions):
+        files: dict[str, Path] = {}
+        for n, key in enumerate(names):
+            state, held = round.grant(state, star, TERMS, key, 0.0)
+            assert isinstance(held, round.Grant)
+            path = run_phase(mine[key], Slice(held.id, held.base, held.part, held.first), base.weights)
+            if hostile and n in hostile:
+                from elmwood.outer.compress import open_delta
+
+                honest = open_delta(path, shapes, form)
+                known = memory.setdefault(n, {})
+                known |= {"base": base, "others": dict(files), "shapes": shapes, "form": form, "number": number}
+                changed = hostile[n]({name: honest.values(name) for name in shapes}, known)
+                path = folder / f"hostile-{held.id}"
+                write_any(path, changed, shapes, form)
+            files[held.id], sent = path, sent + path.stat().st_size
+            size, blob = path.stat().st_size, store.put(path)
+            state = round.keep_part(round.begin_upload(state, key, held.id, size, size), key, held.id, 0, size, blob)
+            state = round.propose(state, star, key, held.id, held.base, blob)
+        state = round.close(state, star, TERMS, 0.0)
+        judge = LossJudge(judged, place.train, place.holdout, star, number, b"secret" * 4, base.weights) if gates else None
+        out = folder / f"version-{number}"
+        out.mkdir()
+        made: Settled = settle(star, base, state, files, judge, out)
+        version = Version(
+            star=star.digest, number=number + 1, parent=version.digest, how=made.how, fates=tuple(made.fates),
+            weights=f"sha256:{made.written.weights_sha}" if made.written else version.weights,
+            velocity=f"sha256:{made.written.velocity_sha}" if made.written else version.velocity if made.keeps_velocity else None,
+        )  # fmt: skip
+        state = round.decide(state, version, made.norm, made.guilty)
+        for fate in made.fates:
+            settle_phase(mine[fate.worker], fate.proposal, fate)
+        if made.written:
+            base = Base(version, made.written.weights, made.written.velocity)
+        told.append([(fate.worker[-4:], fate.code) for fate in made.fates])
+    return Ran(held_out(place, star, judged, base.weights), told, sent)
+
+
+def write_any(path: Path, delta: dict[str, np.ndarray], shapes: Any, form: str) -> None:
+    """As a hostile machine writes it: NaN goes into the scales."""
+    broken = any(not np.isfinite(value).all() for value in delta.values())
+    write_delta(path, {name: np.nan_to_num(value) for name, value in delta.items()}, shapes, form)
+    if broken:
+        raw = bytearray(path.read_bytes())
+        raw[-4:] = np.float32(math.nan).tobytes()
+        path.write_bytes(bytes(raw))
+
+
+def held_out(place: Place, star: Star, model: Any, weights: Path, rows: int = 200) -> float:
+    """The loss of held-out rows that are the same for every run."""
+    judge = LossJudge(model, place.train, place.holdout, star, 0, b"other", weights)
+    judge.secret = draw(place.holdout, star.recipe, rows, np.random.default_rng(7))
+    return float(judge.losses(weights).mean())
