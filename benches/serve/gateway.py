@@ -1,13 +1,15 @@
 """The gateway before an engine that runs already: whether each expert says there what it says here, and what the gateway costs.
 
-    python -m benches.serve.gateway ENSEMBLE --upstream URL [--store FOLDER] [--adapters FOLDER] [--max-adapters 2] [--requests 200]
+    python -m benches.serve.gateway ENSEMBLE [--upstream URL] [--store FOLDER] [--adapters FOLDER] [--max-adapters 2] [--requests 200]
 
-The engine serves the seed's exported folder in float32, with its adapters loaded by name (docs/gateway.md). One JSON line per measurement:
-`equal`, of the text of the seed and of each expert; `overhead`, of the same request sent to the engine and through the gateway, in turn;
-`busy`, of 16 clients at once. `cpu_ms` is of the gateway's process.
+Without --upstream the engine is one that answers at once with nothing, and `equal` is left out. The engine serves the seed's exported
+folder in float32, with its adapters loaded by name (docs/gateway.md). One JSON line per measurement: `equal`, of the tokens of the seed
+and of each expert; `overhead`, of the same request sent to the engine and through the gateway, in turn; `busy`, of 16 clients at once.
+`cpu_ms` is of the gateway's process, for each request.
 """
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +21,11 @@ from time import perf_counter
 import httpx2 as httpx
 import numpy as np
 import psutil
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request as StarletteRequest
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from benches import common
 from elmwood.ensemble.batch.interface import Ended, Request, Said
@@ -47,6 +54,24 @@ def tokens_here(served: Served, name: str, prompt: str, tokens: int) -> list[int
     served.engine.submit(Request(tuple(served.encode(prompt)), tokens, 0.0, only=(name,)), hear)
     ended.wait()
     return made
+
+
+def start_nothing() -> str:
+    """An engine that answers at once, in a thread: what is left is the gateway's own time."""
+
+    async def models(request: StarletteRequest) -> JSONResponse:
+        return JSONResponse({"data": [{"id": "seed-there", "owned_by": "vllm", "root": "nowhere", "parent": None}]})
+
+    async def say(request: StarletteRequest) -> JSONResponse:
+        asked = await request.json()
+        return JSONResponse({"model": asked.get("model"), "choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
+
+    paths = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions")
+    app = Starlette(routes=[Route("/v1/models", models), *(Route(path, say, methods=["POST"]) for path in paths)])
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    threading.Thread(target=server.run, args=([listening],), daemon=True).start()
+    return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -134,16 +159,16 @@ def busy(client: httpx.Client, engine: httpx.Client, served: Served, process: ps
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("ensemble")
-    parser.add_argument("--upstream", required=True)
+    parser.add_argument("--upstream")
     parser.add_argument("--store", type=Path, default=Path(".elmwood"))
     parser.add_argument("--adapters", type=Path, default=Path("adapters"))
     parser.add_argument("--max-adapters", type=int, default=2)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=24)
     asked = parser.parse_args()
-    served = open_served(asked.ensemble, Store(asked.store))
+    served, engine_at = open_served(asked.ensemble, Store(asked.store)), asked.upstream or start_nothing()
     command = [
-        sys.executable, "-m", "elmwood", "gateway", asked.ensemble, "--store", str(asked.store), "--upstream", asked.upstream, "--adapters",
+        sys.executable, "-m", "elmwood", "gateway", asked.ensemble, "--store", str(asked.store), "--upstream", engine_at, "--adapters",
         str(asked.adapters), "--max-adapters", str(asked.max_adapters), "--port", "0", "--json", "--log", "none",
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
@@ -152,9 +177,10 @@ def main() -> None:
             address, process = json.loads(running.stdout.readline())["url"], psutil.Process(running.pid)
             with (
                 httpx.Client(base_url=address, timeout=120, trust_env=False) as client,
-                httpx.Client(base_url=asked.upstream, timeout=120, trust_env=False) as engine,
+                httpx.Client(base_url=engine_at, timeout=120, trust_env=False) as engine,
             ):
-                equal(client, served, asked.tokens)
+                if asked.upstream:
+                    equal(client, served, asked.tokens)
                 overhead(client, engine, served, process, asked.requests)
                 busy(client, engine, served, process, asked.requests)
                 for line in client.get("/metrics").text.splitlines():

@@ -27,6 +27,7 @@ from elmwood.serve.refusals import Refused, body_of, refusal_of, reply_of
 OWN = ("lora_path", "lora", "lora_request", "lora_id")  # fields with which a client would choose adapters past the router
 PASSED = ("x-request-id", "traceparent", "tracestate")  # headers that reach the engine; a client's key does not
 BACK = ("content-type", "retry-after")  # headers that reach the client
+LONG = 8192  # bytes of a request that is routed on another thread
 LARGEST = 1 << 26  # bytes of an answer that is not streamed
 DONE = b"data: [DONE]"
 
@@ -45,7 +46,10 @@ class Asked(NamedTuple):
 
 async def answer(request: Request, given: Any, served: Served, fleet: Fleet, meter: Meter) -> Response:
     """POST /v1/completions and /v1/chat/completions. Raises Refused."""
-    asked = await run_in_threadpool(understand, request.url.path, given, served, await fleet.mixes())
+    understood = partial(understand, request.url.path, given, served, await fleet.mixes())
+    # a thread must be woken, which on a busy machine takes longer than to route a short text
+    size = request.headers.get("content-length", "")
+    asked = understood() if size.isdecimal() and int(size) < LONG else await run_in_threadpool(understood)
     headers = {name: value for name in PASSED if (value := request.headers.get(name))}
     note = request.scope.setdefault("elmwood.note", {})
     note["model"] = given.get("model") or "auto"
@@ -125,6 +129,9 @@ async def _send(stack: AsyncExitStack, upstream: Upstream, where: Pick, asked: A
 
 async def _read(response: httpx.Response) -> bytes:
     """The whole body. Raises Refused."""
+    size = response.headers.get("content-length", "")
+    if size.isdecimal() and int(size) > LARGEST:
+        raise Refused(502, f"the engine's answer has more than {LARGEST >> 20} MB: ask for fewer choices at once", code="upstream_broke")
     try:
         await response.aread()
     except httpx.HTTPError as error:
