@@ -47,6 +47,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT 0.21 with tran
 SHAPE = Shape(layers=3, width=128, heads=4, feed_forward=352, vocabulary=2048, context=1024)
 SHAPES = {
     "0.9M": SHAPE,
+    "4M": Shape(layers=6, width=224, heads=7, feed_forward=608, vocabulary=4096, context=1024),
     "17M": Shape(layers=8, width=384, heads=6, feed_forward=1024, vocabulary=8192, context=1024),
     "135M": Shape(layers=30, width=576, heads=9, feed_forward=1536, vocabulary=49152, context=1024),  # SmolLM2's, with plain heads
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from elmwood import engine
 from elmwood.cli.live_table import live_table
 from elmwood.cli.options import (
     BELOW,
@@ -25,7 +26,6 @@ from elmwood.cli.options import (
 from elmwood.cli.screen import bars, emit, made, out, talk
 from elmwood.cli.screen import table as draw
 from elmwood.cli.text import print_corpus
-from elmwood.engine import processes, silent
 from elmwood.errors import BadInput
 from elmwood.records import Corpus
 from elmwood.store import Store
@@ -85,8 +85,8 @@ def seed_train(
     output: Output = Output(),
 ) -> None:
     """Train a seed from scratch, with its own tokenizer: a small Llama, or any architecture. Under torchrun, on several processes."""
-    store, first = Store(output.store), processes()[0] == 0
-    with bars() if first else nullcontext(silent) as progress:
+    store, first = Store(output.store), engine.processes()[0] == 0
+    with bars() if first else nullcontext(engine.silent) as progress:
         seed = seeds.train_seed(
             corpus, like=like, config=config, mix=mix or (), tokens=tokens, layers=layers, width=width, vocabulary=vocabulary,
             length=length, batch=batch, learning_rate=learning_rate, schedule=schedule, accumulate=accumulate,
@@ -182,9 +182,10 @@ def statistics(
 
 def fit(
     seed: Annotated[
-        str | None, Argument(help="A seed or mixture here, a folder with config.json, or a hub id (downloads its config).")
+        str | None, Argument(help="A seed or mixture here, a config.json or its folder, a shape of `seed train --like`, or a hub id.")
     ] = None,
     recipe: RecipeOptions = RecipeOptions(),
+    processes: Annotated[int, Option(help="What one of so many takes (torchrun): --batch is of all.")] = 1,
     memory: Annotated[str | None, Option(help="What there is, e.g. 24GB; default: this machine's.")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda; default: a GPU where this machine has one.")] = None,
     measure: Annotated[bool, Option("--measure", help="Train two steps, and hold what they took against the prediction.")] = False,
@@ -197,7 +198,7 @@ def fit(
         return
     if seed is None:
         raise BadInput("fit needs a seed: name one, a folder with its config.json, or a hub id; or ask for --table")
-    found = fitting.fit(seed, **recipe._asdict(), memory=memory, device=device, measure=measure, store=output.store)
+    found = fitting.fit(seed, **recipe._asdict(), processes=processes, memory=memory, device=device, measure=measure, store=output.store)
     if output.as_json:
         measured = {"measured": found.measured._asdict() | {"predicted": found.predicted}} if found.measured else {}
         emit(found.answer.model_dump(mode="json") | measured)

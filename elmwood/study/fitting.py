@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from elmwood.engine import cores
 from elmwood.errors import BadInput, UnknownName
+from elmwood.ranges import Count, checked
 from elmwood.records import Mixture, Recipe, Seed
 from elmwood.report.notebook import facts
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.tasks import THREADS, default_threads
 from elmwood.study.training import default_length, make_record
+from elmwood.train.seeds.shapes import names_shape
 from elmwood.units import parse_count, short
 
 if TYPE_CHECKING:
@@ -44,22 +46,29 @@ class Fitting(NamedTuple):
         return facts(self.answer.verdict, values)
 
 
+@checked
 def fit(
     seed: Named, *, method: str = "lora", batch: int = 8, length: int | None = None, rank: int = 16, late: float = 1.0,
     accumulate: int = 1, checkpointing: bool = False, checkpointed: float = 1.0, optimiser: str = "adamw", together: int = 1,
-    tuned: str = "routers", memory: int | str | None = None, device: str | None = None, measure: bool = False, store: AnyStore = None,
+    tuned: str = "routers", processes: Count = 1, memory: int | str | None = None,
+    device: str | None = None, measure: bool = False, store: AnyStore = None,
 ) -> Fitting:  # fmt: skip
     """Predict the memory and time of training a seed, or of tuning a mixture. The config is enough: a seed may be a folder with a
-    config.json, or a hub id. Raises BadInput, BadSeed, DoesNotFit, UnknownName.
+    config.json, such a file, a shape of `seed train --like`, or a hub id. Raises BadInput, BadSeed, DoesNotFit, UnknownName.
 
+    `processes`: what one of so many takes, each with a copy of the model and its share of the rows (DDP).
     `memory`: what there is, such as "24GB"; `device`: cpu or cuda; by default this machine's. `measure`: train two steps as well.
     """
     store = Store(store)
     known = _find(seed, store)
     start = store.load(known.seed, Seed) if isinstance(known, Mixture) else known
     length = default_length(start.context if start else 1024) if length is None else length
+    if processes > 1 and (measure or processes > batch or method not in ("full", "router")):
+        raise BadInput(
+            f"--processes {processes} is of --method full, without --measure, and of at most --batch {batch}: correct one of them"
+        )
     common = {
-        "batch": batch, "length": length, "accumulate": accumulate, "checkpointing": checkpointing, "optimiser": optimiser,
+        "batch": -(-batch // processes), "length": length, "accumulate": accumulate, "checkpointing": checkpointing, "optimiser": optimiser,
         "threads": min(cores(), default_threads(start) if start else THREADS),
     }  # fmt: skip
     size = None if memory is None else parse_count(memory)
@@ -80,8 +89,9 @@ def fit(
 
 
 def _find(seed: Named, store: Store) -> Seed | Mixture | None:
-    """The record, if the seed is not a folder or a hub id, which has a slash. Raises UnknownName."""
-    if isinstance(seed, str) and seed not in store.names() and ("/" in seed or Path(seed).expanduser().is_dir()):
+    """The record, if the seed is not a folder, a shape, a config's file or a hub id, which has a slash. Raises UnknownName."""
+    elsewhere = isinstance(seed, str) and (names_shape(seed) or "/" in seed or Path(seed).expanduser().is_dir())
+    if elsewhere and seed not in store.names():
         return None
     try:
         record = store.load(seed)

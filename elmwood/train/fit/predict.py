@@ -11,11 +11,12 @@ import torch
 from elmwood.errors import BadInput
 from elmwood.lm.devices import best_device
 from elmwood.lm.files import download, seed_folder
-from elmwood.lm.pretrained import open_config
+from elmwood.lm.pretrained import make_config, open_config
 from elmwood.records import Frozen, Recipe, Seed
 from elmwood.store import Store
 from elmwood.train.fit.formulas import BESIDE, Anatomy, anatomy, components, speed, trained_parameters
 from elmwood.train.fit.rehearsal import rehearse
+from elmwood.train.seeds.shapes import find_shape, names_shape, read_shape
 
 # measured / predicted speed, at its least and at its most, of the runs in docs/log/training.md
 SPEEDS = (0.7, 2.2)
@@ -87,9 +88,11 @@ def find_machine(device: str | None, memory: int | None) -> Machine:
 
 
 def load_config(seed: Seed | str, store: Store | None = None) -> Any:
-    """The config of a seed, of a folder, or of a hub's `id` or `id@revision`. Raises BadSeed."""
+    """The config of a seed, of a folder or file, of a published shape, or of a hub's `id` or `id@revision`. Raises BadSeed."""
     if isinstance(seed, Seed):
         return open_config(seed_folder(seed, store or Store(Path(".elmwood"))))
+    if names_shape(seed):
+        return make_config(find_shape(seed) if not seed.endswith(".json") else read_shape(seed), seed)
     if (place := Path(seed).expanduser()).exists():
         return open_config(place)
     identifier, _, revision = seed.partition("@")

@@ -43,6 +43,11 @@ SHAPES: dict[str, dict[str, Any]] = {  # name -> config as published, dropout as
 }  # fmt: skip
 
 
+def names_shape(name: str) -> bool:
+    """Whether this is the name of a shape or of a config's file."""
+    return name.endswith(".json") or name.lower() in {one.lower() for one in SHAPES}
+
+
 def find_shape(name: str) -> dict[str, Any]:
     """The config of a published model. Raises BadInput."""
     known = {one.lower(): one for one in SHAPES}
