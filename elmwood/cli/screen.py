@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column, Table
 from rich.text import Text
 
-from elmwood.engine import LEVEL, NOTE
+from elmwood.engine import LEVEL, NOTE, processes
 from elmwood.engine import Progress as Report
 from elmwood.records import Record
 from elmwood.units import duration, printable, short
@@ -72,6 +72,11 @@ def bars() -> Iterator[Report]:
             display.update(tasks[what], completed=done, total=total or None, unit=unit)  # 0: not known
 
         yield progress
+
+
+def is_first() -> bool:
+    """Whether this process is the only one of its run, or the first of those that torchrun started: the others say nothing."""
+    return processes()[0] == 0
 
 
 def write_line(line: str) -> None:

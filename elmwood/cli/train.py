@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from elmwood import engine
 from elmwood.cli.live_table import live_table
 from elmwood.cli.options import (
     BELOW,
@@ -23,9 +22,10 @@ from elmwood.cli.options import (
     WorkersOption,
     typed_options,
 )
-from elmwood.cli.screen import bars, emit, made, out, talk
+from elmwood.cli.screen import bars, emit, is_first, made, out, talk
 from elmwood.cli.screen import table as draw
 from elmwood.cli.text import print_corpus
+from elmwood.engine import silent
 from elmwood.errors import BadInput
 from elmwood.records import Corpus
 from elmwood.store import Store
@@ -85,8 +85,8 @@ def seed_train(
     output: Output = Output(),
 ) -> None:
     """Train a seed from scratch, with its own tokenizer: a small Llama, or any architecture. Under torchrun, on several processes."""
-    store, first = Store(output.store), engine.processes()[0] == 0
-    with bars() if first else nullcontext(engine.silent) as progress:
+    store, first = Store(output.store), is_first()
+    with bars() if first else nullcontext(silent) as progress:
         seed = seeds.train_seed(
             corpus, like=like, config=config, mix=mix or (), tokens=tokens, layers=layers, width=width, vocabulary=vocabulary,
             length=length, batch=batch, learning_rate=learning_rate, schedule=schedule, accumulate=accumulate,
@@ -130,12 +130,13 @@ def train(
         for words in plan.commands():
             out.print(shlex.join([*words, *more]), soft_wrap=True)
         return
-    with live_table(plan.experts(store), store) as progress:
+    first = is_first()
+    with live_table(plan.experts(store), store) if first else nullcontext(silent) as progress:
         experts = training.run_plan(plan, engine=engine, name=name, store=store, progress=progress)
-    if statistics:
+    if statistics and first:
         with bars() as progress:
             training.run_statistics(experts, store, workers=plan.workers, engine=engine, progress=progress)
-    for expert in experts:
+    for expert in experts if first else ():
         made(expert, training.expert_name(name, expert), output.as_json)
 
 

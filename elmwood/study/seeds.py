@@ -60,31 +60,29 @@ def train_seed(
     from elmwood.train import tasks  # torch
     from elmwood.train.card.processes import join
 
-    with join(sharded) as group:
-        talk = progress if group.first else silent
+    group = join(sharded)
+    talk = progress if group.first else silent
 
-        def make(sources: Corpus | str | Sequence[str]) -> Corpus:
-            return store.load(group.once(lambda: find_corpus(sources, store, talk).digest), Corpus)
+    def make(sources: Corpus | str | Sequence[str]) -> Corpus:
+        return store.load(group.once(lambda: find_corpus(sources, store, talk).digest), Corpus)
 
-        sources = [tasks.Source(make(corpus), 1 - sum(shares.values())), *(tasks.Source(make(one), share) for one, share in shares.items())]
+    sources = [tasks.Source(make(corpus), 1 - sum(shares.values())), *(tasks.Source(make(one), share) for one, share in shares.items())]
 
-        def keep(kept: Seed) -> None:
-            keep_name(kept, name and f"{name}-step-{kept.step}", store)
+    def keep(kept: Seed) -> None:
+        keep_name(kept, name and f"{name}-step-{kept.step}", store)
 
-        called = name or "seed"
-        if untrained:
-            began = group.once(lambda: tasks.start_seed(sources, shape, rng_seed, store, name=called, progress=talk).digest)
-            made = store.load(began, Seed)
-        else:
-            made = tasks.train_seed(
-                sources, shape, recipe, store, name=called, keep_every=keep_every, kept=keep, group=group, progress=talk
-            )
-        if not group.first:
-            return made
-        if config and (limits := try_seed(made, store)):
-            made = made.model_copy(update={"limits": limits})
-            store.add(made)
-        return keep_name(made, name, store)
+    called = name or "seed"
+    if untrained:
+        began = group.once(lambda: tasks.start_seed(sources, shape, rng_seed, store, name=called, progress=talk).digest)
+        made = store.load(began, Seed)
+    else:
+        made = tasks.train_seed(sources, shape, recipe, store, name=called, keep_every=keep_every, kept=keep, group=group, progress=talk)
+    if not group.first:
+        return made
+    if config and (limits := try_seed(made, store)):
+        made = made.model_copy(update={"limits": limits})
+        store.add(made)
+    return keep_name(made, name, store)
 
 
 def plan_seed(

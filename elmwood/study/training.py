@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from elmwood.engine import Progress, run, silent
+from elmwood.engine import Progress, processes, run, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, Count, checked
 from elmwood.records import Expert, Forest, Frozen, Partition, Recipe, Seed, Shard, Statistics
@@ -132,7 +132,9 @@ def plan_training(
     division, start = store.load(partition, Partition), store.load(seed, Seed)
     chosen: list[int | None] = [None] if domains == "pooled" else [*parse_domains(domains, len(division.domains))]
     groups = tuple(tuple(chosen[place : place + together]) for place in range(0, len(chosen), together))
-    workers = workers or default_workers(start, len(groups))
+    workers = 1 if processes()[1] > 1 else workers or default_workers(start, len(groups))
+    if processes()[1] > 1 and method != "full":
+        raise BadInput(f"--method {method}: several processes (torchrun) train full experts together; adapters take one process: --workers")
     recipe = make_recipe(
         method=method, batch=batch, length=default_length(start.context) if length is None else length,
         learning_rate=default_rate(start, method) if learning_rate is None else learning_rate,

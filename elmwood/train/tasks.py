@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ from elmwood.records import Corpus, Digest, Expert, Files, Portion, Recipe, Reco
 from elmwood.registry import require
 from elmwood.store import Store
 from elmwood.train.adapter import add_adapter
-from elmwood.train.card.processes import ALONE, Group
+from elmwood.train.card.processes import ALONE, Group, join
 from elmwood.train.checkpoint import Position
 from elmwood.train.loop import Trained, run
 from elmwood.train.seeds.shapes import with_vocabulary
@@ -88,7 +88,7 @@ def train_seed(
                 store.log(key, event="read", **read._asdict())
             finish(store, key, seed, recipe, trained)
         group.wait()
-        return store.load(str(store.done(key)), Seed)
+        return seed if group.first else store.load(str(store.done(key)), Seed)
 
 
 def start_seed(
@@ -130,23 +130,27 @@ def train(
     """Branch the seed and train it on shards. Done once per inputs; interrupted runs resume. Raises BadInput, BadCorpus, MissingExtra.
 
     `report_to` names trackers that get the points of the curve too: tensorboard, trackio, wandb, mlflow. They do not change the result.
+    Under torchrun or Ray Train all processes call this, and train the expert together (DDP).
     """
     check_length(recipe, seed.context)
-    key = train_key(seed, data, recipe, partition, domain)
-    with store.held(key, progress) as work:
-        if done := store.done(key):
+    key, group = train_key(seed, data, recipe, partition, domain), join()
+    progress = progress if group.first else silent
+    with group.held(store, key, progress) as work:
+        if done := group.tell(store.done(key)):
             return store.load(done, Expert)
         words = tokenizer(seed, store)
         packed = pack(data, words, seed.separator, store, progress)
-        model = open_trainable(seed, recipe, store, device, progress)
-        with open_log(store, seed, key, recipe, domain, report_to) as log:
-            trained = run(model, packed, recipe, work, log, progress)
-        expert = Expert(
-            seed=seed.digest, partition=partition, domain=domain, data=tuple(shard.blob for shard in data), recipe=recipe,
-            files=store_trained(model, words, recipe, store), curve=trained.curve,
-        )  # fmt: skip
-        finish(store, key, expert, recipe, trained)
-        return expert
+        model = open_trainable(seed, recipe, store, group.device or device, progress)
+        with open_log(store, seed, key, recipe, domain, report_to) if group.first else nullcontext(ignore) as log:
+            trained = run(model, packed, recipe, work, log, progress, group=group)
+        if group.first:
+            expert = Expert(
+                seed=seed.digest, partition=partition, domain=domain, data=tuple(shard.blob for shard in data), recipe=recipe,
+                files=store_trained(trained.model, words, recipe, store), curve=trained.curve,
+            )  # fmt: skip
+            finish(store, key, expert, recipe, trained)
+        group.wait()
+        return expert if group.first else store.load(str(store.done(key)), Expert)
 
 
 @contextmanager

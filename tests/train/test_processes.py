@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from elmwood.lm.load import load_model
-from elmwood.records import Recipe, Seed
+from elmwood.records import Expert, Recipe, Seed
 from elmwood.store import Store
 from elmwood.train import loop, tasks
 from elmwood.train.seeds.shapes import SHAPES
@@ -33,11 +33,13 @@ if rank and dies == "yes":
         whole(optimizer, recipe, step)
     loop.update_weights = update
 try:
-    with join(sharded == "yes") as group:
-        seed = tasks.train_seed(store.load("corpus", Corpus), json.loads(shape), recipe, store, keep_every=4, group=group,
-                                progress=lambda what, done, *_: steps.append(done) if what.startswith("train on ") else None)
+    group = join(sharded == "yes")
+    seed = tasks.train_seed(store.load("corpus", Corpus), json.loads(shape), recipe, store, keep_every=4, group=group,
+                            progress=lambda what, done, *_: steps.append(done) if what.startswith("train on ") else None)
+    short = recipe.model_copy(update={"steps": 2})
+    expert = None if group.sharded else tasks.train(seed, store.load("corpus", Corpus).train, short, store)
     if rank == 0:
-        print(json.dumps({"seed": seed.digest, "steps": len(steps)}))
+        print(json.dumps({"seed": seed.digest, "steps": len(steps), "expert": expert and expert.digest}))
 except RuntimeError:  # gloo: the other one is gone
     sys.exit(3)
 finally:
@@ -76,7 +78,7 @@ def two(forked, store: Store, folder: Path, sharded: bool, dies: bool = False):
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_train_as_one_and_resume(alone, place, forked, tmp_path, sharded):
+def test_two_processes_train_as_one_and_resume(alone, place, forked, tmp_path, monkeypatch, sharded):
     single, seed, _ = alone
     store, torn = other_store(place, tmp_path), other_store(place, tmp_path / "torn")
     done = two(forked, store, tmp_path, sharded)
@@ -87,6 +89,13 @@ def test_two_processes_train_as_one_and_resume(alone, place, forked, tmp_path, s
     one, other = (dict(load_model(which, where, device="cpu").named_parameters()) for which, where in ((seed, single), (made, store)))
     assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
     assert [point.loss for point in made.curve] == pytest.approx([point.loss for point in seed.curve], abs=1e-5)
+    if not sharded:
+        expert = store.load(json.loads(done.stdout)["expert"], Expert)
+        for blob in made.files.values():
+            single.put(store.get(blob))
+        monkeypatch.setattr(loop, "uses_bf16", lambda device: False)
+        same_one = tasks.train(store.load(expert.seed, Seed), single.load("corpus").train, expert.recipe, single)
+        assert [point.loss for point in expert.curve] == pytest.approx([point.loss for point in same_one.curve], abs=1e-5)
     assert two(forked, torn, tmp_path, sharded, dies=True).returncode == 3
     again = json.loads(two(forked, torn, tmp_path, sharded).stdout)
     assert (again["seed"], again["steps"]) == (made.digest, 3)  # steps 4 to 6, to the same bytes

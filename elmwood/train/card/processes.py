@@ -4,6 +4,7 @@ DDP: each process has the whole model. FSDP2: each has a part of every weight, g
 one process, so a run may go on with another number of them.
 """
 
+import atexit
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -84,23 +85,18 @@ class Group(NamedTuple):
 ALONE = Group()
 
 
-@contextmanager
-def join(sharded: bool = False) -> Iterator[Group]:
-    """The processes that torchrun or Ray Train started with this one; only this one where they did not. Raises BadInput."""
+def join(sharded: bool = False) -> Group:
+    """The processes that torchrun or Ray Train started with this one; only this one where they did not. They stay together until this
+    process ends. Raises BadInput."""
     if processes()[1] == 1:
         if sharded:
             raise BadInput("--sharded divides a model among processes, and this is the only one: start several with torchrun")
-        yield ALONE
-        return
-    began = not dist.is_initialized()
-    place = best_device()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    state = PartialState(cpu=place.type == "cpu")  # the process group; a GPU for each process of a machine
-    try:
-        yield Group(state.process_index, state.num_processes, sharded, state.device)
-    finally:
-        if began:
-            state.destroy_process_group()
+        return ALONE
+    if not dist.is_initialized():
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate would choose a number, and warn
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    state = PartialState(cpu=best_device().type == "cpu")  # the process group; a GPU for each process of a machine
+    return Group(state.process_index, state.num_processes, sharded, state.device)
 
 
 # ---- a model on them ---------------------------------------------------------------------------------------------
