@@ -76,7 +76,7 @@ def ours(packed: Packed, recipe: Recipe, shape: Shape) -> Times:
     if recipe.method == "lora":
         model = add_adapter(model, recipe, "bench")
     with tempfile.TemporaryDirectory() as work:
-        loop.run(model, packed, recipe, Path(work), lambda **_: None, lambda *_: clock.tick())
+        loop.run(model, packed, recipe, Path(work), lambda **_: None, lambda *event: clock.tick() if event[3] == "tokens" else None)
     return clock.per_token(recipe.batch * recipe.length)
 
 

@@ -82,7 +82,9 @@ def take(start: Seed | Mixture, recipe: Recipe, store: Store, device: str) -> Me
     model = router.open_mixture(start, store, device) if isinstance(start, Mixture) else open_trainable(seed, recipe, store, device)
     marks: list[float] = []
 
-    def tick(*_: object) -> None:
+    def tick(what: str, done: float, total: float, unit: str) -> None:
+        if unit != "tokens":  # the end of a step; other events come between
+            return
         if device == "cuda":
             torch.cuda.synchronize()
         marks.append(time.perf_counter() if device == "cuda" else time.process_time() / recipe.threads)
