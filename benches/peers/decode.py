@@ -100,12 +100,12 @@ def ours(lm, count: int) -> Spent:
 
 def hugging_face(model, batch: int, count: int, **names) -> Spent:
     cache = DynamicCache(config=model.config)
-    prompt = torch.arange(1, PROMPT + 1).expand(batch, -1)
+    prompt = torch.arange(1, PROMPT + 1, device=model.device).expand(batch, -1)
     model(input_ids=prompt, cache=cache, use_cache=True, logits_to_keep=1, **names)
 
     def decode() -> None:
         for number in range(count):
-            token = torch.full((batch, 1), 60 + number)
+            token = torch.full((batch, 1), 60 + number, device=model.device)
             model(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1, **names).logits.log_softmax(-1)
 
     return spent(decode, count)

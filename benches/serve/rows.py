@@ -72,13 +72,13 @@ def one(options: argparse.Namespace, folder: Path) -> None:
     parted = domains(options.experts, folder, store)
     members = experts(seed, base, options.experts, options.rank, store, partition=parted.digest)
     ensemble = forest_of(seed, parted, members, store, top_k=options.experts)
-    plain = model_of(open_model(seed, store, "cpu"))
+    plain = model_of(open_model(seed, store, options.device))
     last = experts(seed, base, options.experts, options.rank, store, options.late, partition=parted.digest)
     late = forest_of(seed, parted, last, store, top_k=options.experts)
     opened: dict[str, Record] = {
         "seed, engine": seed, "one adapter, engine": members[0], "ensemble, engine": ensemble, "late, engine": late,
     }  # fmt: skip
-    engines = {name: open_batched(record, store, "cpu") for name, record in opened.items()}
+    engines = {name: open_batched(record, store, options.device) for name, record in opened.items()}
     activated = ensemble.model_copy(update={"mixing": "activated"})
     store.add(activated)
     engines["activated, in turns"] = open_engine(activated, store, "cpu")
@@ -92,7 +92,7 @@ def one(options: argparse.Namespace, folder: Path) -> None:
         return spent(lambda: Heard(engine, ask(options.prompt, 1, shift=next(shifts))).wait())
 
     def read_plain() -> Spent:
-        tokens = torch.tensor([[(n * 7) % 500 for n in range(options.prompt)]])
+        tokens = torch.tensor([[(n * 7) % 500 for n in range(options.prompt)]], device=plain.device)
         return spent(lambda: plain(input_ids=tokens, use_cache=True, logits_to_keep=1).logits.log_softmax(-1))
 
     decoders: dict[str, Callable[[], Spent]] = {"plain": lambda: hugging_face(plain, 1, options.tokens)}
@@ -115,7 +115,7 @@ def many(options: argparse.Namespace, folder: Path) -> None:
     seed, base = make_seed(options.shape, store), model(options.shape)
     parted = domains(4, folder, store)
     members = registered(seed, base, options, store, parted)
-    engine, opened_s = common.timed(lambda: open_batched(forest_of(seed, parted, members, store, top_k=1), store, "cpu"))
+    engine, opened_s = common.timed(lambda: open_batched(forest_of(seed, parted, members, store, top_k=1), store, options.device))
     assert engine
     common.say("serve many, opened", experts=len(members), seconds=opened_s)
     drawn = zipf(len(members), options.users, 0)
@@ -190,7 +190,7 @@ def churn(options: argparse.Namespace, folder: Path) -> None:
     parted = domains(4, folder, store)
     members = registered(seed, base, options, store, parted)
     ensemble = forest_of(seed, parted, members, store, top_k=1)
-    engine, opened_s = common.timed(lambda: open_batched(ensemble, store, "cpu", Limits(slots=64, queue=512)))
+    engine, opened_s = common.timed(lambda: open_batched(ensemble, store, options.device, Limits(slots=64, queue=512)))
     assert engine
     common.say("serve churn, opened", experts=len(members), seconds=opened_s)
     at_once = 256
@@ -220,13 +220,13 @@ def cold(options: argparse.Namespace, folder: Path) -> None:
     parted = domains(4, folder, store)
     options.registered = options.users + 2 * options.asked
     members = registered(seed, base, options, store, parted)
-    engine = open_batched(forest_of(seed, parted, members, store, top_k=1), store, "cpu")
+    engine = open_batched(forest_of(seed, parted, members, store, top_k=1), store, options.device)
     assert engine
     others = engine.experts[options.users :]
     for digest in others:  # so that the flat records are there, as after a restart; and evict them again
         Heard(engine, ask(4, 1, only=(digest,))).wait()
     engine.close()
-    engine = open_batched(forest_of(seed, parted, members, store, top_k=1), store, "cpu")
+    engine = open_batched(forest_of(seed, parted, members, store, top_k=1), store, options.device)
     assert engine
     long = options.asked * 64
     crowd = [Heard(engine, ask(8, min(long, engine.context - 9), shift=n, only=(engine.experts[n],))) for n in range(options.users)]
@@ -250,6 +250,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("way", choices=WAYS)
     parser.add_argument("--shape")
+    parser.add_argument("--device", default="cpu")
     for name, value in (("rank", 0), ("experts", 4), ("registered", 0), ("users", 0), ("asked", 100), ("prompt", 64), ("tokens", 24),
                         ("rounds", 5), ("threads", 2)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
