@@ -6,6 +6,7 @@ far from every domain (distances.py): where the seed is a candidate, it predicts
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -63,7 +64,7 @@ class Routing:
         """Whether experts change between two searches."""
         return self.shortlist is not None and self.shortlist > self.top_k
 
-    @property
+    @cached_property
     def alone(self) -> "Routing":
         """How experts that were chosen already are weighted."""
         return replace(self, every=1, shortlist=None, margin=0.0, sure=None, far=None)
