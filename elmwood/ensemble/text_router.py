@@ -114,7 +114,7 @@ class TextRouter:
         place_S = looked_at(begin, begin + len(tokens_T), routing)
         prefixes = walk.prefix.read([self._spell(tokens_T[a - begin : b - begin]) for a, b in pairwise([begin, *place_S.tolist()])])
         search_S = searches(place_S, routing.every)
-        every_SE = iter(self._to_experts(walk, prefixes.some(search_S)) if search_S.any() else ())  # of all searches in one product
+        every_SE = iter(self._to_experts(walk, prefixes.some(search_S)) if search_S.any() else prefixes.sum_SX[:0])  # in one product
         for s, (place, is_search) in enumerate(zip(place_S.tolist(), search_S.tolist(), strict=True)):
             here = prefixes.some(slice(s, s + 1))
             if is_search:
