@@ -202,14 +202,14 @@ def grow(
 
 
 def branch(
-    study: Study, corpus: Corpus, seed: Seed, store: Store, *, workers: int | None = None, progress: Progress = silent,
-    on_phase: Callable[[Phase], None] = lambda phase: None,
+    study: Study, corpus: Corpus, seed: Seed, store: Store, *, partition: Partition | None = None, workers: int | None = None,
+    progress: Progress = silent, on_phase: Callable[[Phase], None] = lambda phase: None,
 ) -> Arms:  # fmt: skip
-    """Train the experts and every control from the seed, and score them all."""
+    """Train the experts and every control from the seed, and score them all. `partition`: the domains; None: found here."""
     on_phase(Phase(2, f"Find {study.domains} domains in the training text, without labels."))
     divisions = {
-        name: divide(corpus, store, domains=study.domains, method=method, rng_seed=study.rng_seed, progress=progress)
-        for name, method in (("expert", "balanced"), ("random", "random"))
+        name: given or divide(corpus, store, domains=study.domains, method=method, rng_seed=study.rng_seed, progress=progress)
+        for name, method, given in (("expert", "balanced", partition), ("random", "random", None))
     }
     workers = workers or default_workers(seed, 2 * study.domains)
     sides = plan(study, seed, corpus, divisions, store)
