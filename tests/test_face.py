@@ -22,8 +22,8 @@ HOUSE = Path(ew.__file__).parent
 RENAMED = {"eval": "evaluate", "chat": "generate", "seed train": "train_seed", "seed import": "import_seed"}
 RENAMED |= {f"state {verb}": f"state_{verb}" for verb in STATE_VERBS}
 PLACES = (
-    # functions of elmwood.hub.client and elmwood.serve.run
-    {verb: place for verb, place in VERBS.items() if not place[0].startswith("volunteer:") and verb != "serve"}
+    # functions of elmwood.hub.client and elmwood.serve
+    {verb: place for verb, place in VERBS.items() if not place[0].startswith("volunteer:") and verb not in ("serve", "gateway")}
     | {f"seed {verb}": place for verb, place in SEED_VERBS.items()}
     | {f"state {verb}": place for verb, place in STATE_VERBS.items()}
 )

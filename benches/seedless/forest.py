@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benches.common import Lines, integers, numbers, parser, say, words
-from benches.quality.seed_share import cell, tune
+from benches.seedless.share import cell, tune
 from elmwood.corpus.build import build
 from elmwood.domains.grow import Means
 from elmwood.engine import cores

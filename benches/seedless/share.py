@@ -1,6 +1,6 @@
 """Where specialisation pays: gain of c-BTM over its controls against the seed's share of all tokens, and against k.
 
-    python -m benches.quality.seed_share FOLDER [--seed-tokens 0.4M,1.25M,3M,6M] [--domains 6] [--tokens 0.75M] [--rates 1e-3,2e-3]
+    python -m benches.seedless.share FOLDER [--seed-tokens 0.4M,1.25M,3M,6M] [--domains 6] [--tokens 0.75M] [--rates 1e-3,2e-3]
 
 For each seed every side (experts, random clusters, dense controls) is trained at every learning rate and takes the rate with the least
 loss on the tune half. All figures are of the test half. One JSON line per setting. About ten minutes per setting on two cores. Finished
