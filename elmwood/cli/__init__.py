@@ -66,7 +66,10 @@ VERBS = {
     "verify": ("store:verify", "Check every digest and every reference; report exactly what is damaged."),
 }
 SEED_VERBS = {
-    "train": ("train:seed_train", "Train a small Llama from scratch, with its own tokenizer."),
+    "train": (
+        "train:seed_train",
+        "Train a seed from scratch, with its own tokenizer: a small Llama or any architecture, also under torchrun.",
+    ),
     "import": (
         "train:seed_import",
         "Import a causal language model of transformers as a seed. It is tried: what it cannot be used for is said, with the reason.",

@@ -84,7 +84,7 @@ def seed_train(
     name: NameOption = None,
     output: Output = Output(),
 ) -> None:
-    """Train a seed from scratch, with its own tokenizer: a small Llama, or any architecture. Under torchrun, on several processes."""
+    """Train a seed from scratch, with its own tokenizer: a small Llama or any architecture, also under torchrun."""
     store, first = Store(output.store), is_first()
     with bars() if first else nullcontext(silent) as progress:
         seed = seeds.train_seed(

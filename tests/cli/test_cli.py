@@ -66,7 +66,8 @@ def options_of(function):
             yield flags[0]
 
 
-READ = {"--store", "--from", "--tasks-folder", "--folder", "--key", "--api-key-file"}  # folders and files that are read
+# folders and files that are read, or made where they are missing
+READ = {"--store", "--from", "--tasks-folder", "--folder", "--key", "--api-key-file", "--upstream_key_file", "--adapters"}
 VERBS_OF = [(group, verb) for group, table in TABLES.items() for verb in table]
 
 

@@ -66,7 +66,7 @@ def test_fit(store, option):
     refuse(next(iter(option)), fitting.fit, "seed", store=store, **option)
 
 
-@pytest.mark.parametrize("option", [{"layers": 0}, {"width": 0}, {"length": 1}, {"tokens": 0}, {"learning_rate": math.nan}], ids=str)
+@pytest.mark.parametrize("option", [{"layers": 0}, {"width": 0}, {"length": 1}, {"batch": 0}, {"learning_rate": math.nan}], ids=str)
 def test_seeds(store, option):
     refuse(next(iter(option)).replace("_", "-"), seeds.train_seed, str(store.root.parent / "text.jsonl"), store, **option)
 

@@ -11,7 +11,7 @@ from elmwood.records import Ensemble, Forest
 from elmwood.store import Store
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # the process goes on with files of other folders
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(holdout, "BLOCK", 128)

@@ -95,7 +95,10 @@ def test_pages_poll_only_while_they_are_wanted(page, address):
     page.goto(address + "/queue")
     with page.expect_response(address + "/queue"):
         page.clock.fast_forward(3500)
-    page.wait_for_function("document.getElementById('now') && !document.querySelector('.htmx-request')")
+    from playwright.sync_api import expect
+
+    page.locator("#now").wait_for()
+    expect(page.locator(".htmx-request")).to_have_count(0)
     page.locator("#live").uncheck()
     page.fetched.clear()
     page.clock.fast_forward(10_000)
