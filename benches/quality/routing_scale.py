@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from time import process_time
 from typing import Any
 
 import numpy as np
 
 from benches.common import Lines, open_forest, parser, say
+from benches.domains import median_seconds
 from benches.quality.routers import FADING, Bench, measure
 from elmwood.corpus.build import build
 from elmwood.corpus.read import read
@@ -47,6 +47,8 @@ PIECE = 4  # characters of a token
 
 # ---- what routing costs ---------------------------------------------------------------------------------------------
 
+cpu_seconds = partial(median_seconds, clock=process_time)
+
 
 def cost(characters: int = 2000, rounds: int = 31) -> None:
     """CPU milliseconds, medians. Centroids are of random passages of the sample, so that they are as full as those of small domains."""
@@ -64,8 +66,9 @@ def cost(characters: int = 2000, rounds: int = 31) -> None:
                 walk = _read(router, router.start(), prompt, memory_C)
                 say(
                     "routing_scale", measured="cost", domains=domains, centroids=kind, **rule,
-                    prompt_ms=1000 * _cpu(lambda router=router, memory_C=memory_C: _read(router, router.start(), prompt, memory_C), rounds),
-                    token_ms=1000 * _cpu(partial(_read, router, walk, prompt[-1:], memory_C), 8 * rounds),
+                    prompt_ms=1000
+                    * cpu_seconds(lambda router=router, memory_C=memory_C: _read(router, router.start(), prompt, memory_C), rounds),
+                    token_ms=1000 * cpu_seconds(partial(_read, router, walk, prompt[-1:], memory_C), 8 * rounds),
                 )  # fmt: skip
 
 
@@ -76,15 +79,6 @@ def _read(router: TextRouter, walk: Any, tokens: Any, memory_C: np.ndarray) -> A
 
 def _sample() -> list[Any]:
     return list(read("sample", Counter()))
-
-
-def _cpu(task: Any, rounds: int) -> float:
-    took = []
-    for _ in range(rounds):
-        began = process_time()
-        task()
-        took.append(process_time() - began)
-    return median(took)
 
 
 # ---- a forest to study ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benches.common import Lines, integers, numbers, parser, say, words
-from benches.seedless.share import cell, tune
+from benches.seedless.share import at_rate, cell, tune
 from elmwood.corpus.build import build
 from elmwood.domains.grow import Means
 from elmwood.engine import cores
@@ -83,7 +83,7 @@ def main() -> None:
                 read = asked.rounds * asked.domains * parse_count(asked.router_tokens)
                 say("routers", parameters=small.parameters, of_expert=small.parameters / seed.parameters, tokens=read)
             for name, partition in partitions.items():
-                each = [study.model_copy(update=rates(rate)) for rate in numbers(asked.rates)]
+                each = [study.model_copy(update=at_rate(rate)) for rate in numbers(asked.rates)]
                 arms = [branch(one, corpus, seed, store, partition=partition, progress=progress) for one in each]
                 best, chosen = tune(arms, numbers(asked.rates))
                 compared = compare(best.held, best.seed_N, best.experts, best.dense, best.random)
@@ -91,13 +91,6 @@ def main() -> None:
                     "seedless", share=share, total=total, domains=name, rng_seed=rng_seed, rates=chosen, sequence=by_sequence(best),
                     rows={row.name: cell(row) for row in compared.rows},
                 )  # fmt: skip
-
-
-def rates(rate: float) -> dict[str, float]:
-    """The rate of every side; larger batches take twice as much."""
-    return dict.fromkeys(("expert_rate", "random_rate", "dense_rate", "seed_rate"), rate) | dict.fromkeys(
-        ("middle_rate", "large_rate"), 2 * rate
-    )
 
 
 if __name__ == "__main__":

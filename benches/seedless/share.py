@@ -47,6 +47,11 @@ def cell(row: Row) -> list[float | None]:
     return [value and round(value, 4) for value in (row.bits_per_byte, row.gain, row.gain_error)]
 
 
+def at_rate(rate: float) -> dict[str, float]:
+    """The fields of a study with this rate on every side; larger batches take twice as much."""
+    return dict.fromkeys(("expert_rate", "random_rate", "dense_rate"), rate) | dict.fromkeys(("middle_rate", "large_rate"), 2 * rate)
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("folder", type=Path)
@@ -67,8 +72,7 @@ def main() -> None:
                 documents=asked.documents,
             )  # fmt: skip
             seed = scratch(base, corpus, store, progress)
-            sides, doubled = ("expert_rate", "random_rate", "dense_rate"), ("middle_rate", "large_rate")
-            studies = [base.model_copy(update=dict.fromkeys(sides, rate) | dict.fromkeys(doubled, 2 * rate)) for rate in rates]
+            studies = [base.model_copy(update=at_rate(rate)) for rate in rates]
             arms = [branch(study, corpus, seed, store, workers=None, progress=progress) for study in studies]
             best, chosen = tune(arms, rates)
             compared = compare(best.held, best.seed_N, best.experts, best.dense, best.random)

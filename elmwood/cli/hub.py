@@ -1,6 +1,5 @@
 """Verbs of a hub and of those who work for one."""
 
-import sys
 import tempfile
 import threading
 import time
@@ -12,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 from typer import Argument, Option
 
 from elmwood.cli.options import Output
-from elmwood.cli.screen import bars, emit, out, talk
+from elmwood.cli.screen import bars, emit, out, talk, verdicts
 from elmwood.ranges import NewFile
 from elmwood.store import Store
 from elmwood.units import duration
@@ -185,13 +184,7 @@ def doctor(run: RunArgument = None, place: Place = Place(), output: Output = Out
 
     with opened(run, output, place) as hub:
         found = list(care.doctor(hub))
-    if output.as_json:
-        emit([one._asdict() for one in found])
-    else:
-        for one in found:
-            out.print(f"{'good' if one.good else 'BAD '} {one.what}: {one.said}", soft_wrap=True, markup=False)
-    if not all(one.good for one in found):
-        sys.exit(1)
+    verdicts(found, lambda one: one.what, output.as_json)
 
 
 def demo(

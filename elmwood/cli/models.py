@@ -114,7 +114,7 @@ def serve(
 
     serve(
         opened, serving.host, serving.port, keys=keys, cors=serving.cors or [], names=serving.host_name or [], source=source,
-        answers=answers,         drain_s=serving.drain, ready=ready,
+        answers=answers, drain_s=serving.drain, ready=ready,
     )  # fmt: skip
 
 

@@ -201,6 +201,17 @@ def made(record: Record, name: str | None, as_json: bool) -> None:
         out.print(f"{record.digest}  {name or ''}".rstrip(), soft_wrap=True)
 
 
+def verdicts(found: Sequence[Any], name: Callable[[Any], str], as_json: bool) -> None:
+    """Print checks, records with `good` and `said`, and end with status 1 where one failed."""
+    if as_json:
+        emit([one._asdict() for one in found])
+    else:
+        for one in found:
+            out.print(f"{'good' if one.good else 'BAD '} {name(one)}: {one.said}", soft_wrap=True, markup=False)
+    if not all(one.good for one in found):
+        sys.exit(1)
+
+
 def emit(value: Any) -> None:
     """One JSON value on stdout."""
     utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"

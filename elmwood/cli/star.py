@@ -1,14 +1,14 @@
 """Verbs of a star: one seed, trained by several machines over slow links."""
 
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from typer import Argument, Option
 
 from elmwood.cli.options import NameOption, Output, RngSeedOption
-from elmwood.cli.screen import bars, emit, made, out, talk
+from elmwood.cli.screen import bars, emit, made, out, talk, verdicts
 from elmwood.errors import BadInput
 from elmwood.records import Star
 from elmwood.store import Store
@@ -82,12 +82,13 @@ def serve(
     star = store.load(f"{name}/star", Star)
     judge_of = judge_with_losses(star, store) if gates == "losses" else lambda base: None
     named = _named(worker or [])
+    open_home = partial(Home, star, store, Terms(least=least, grace_s=grace), named, judge_of, database=database)
     try:
-        home = Home(star, store, Terms(least=least, grace_s=grace), named, judge_of, database=database)
+        home = open_home()
     except Deposed as error:  # killed just now, perhaps: its lead ends by itself
         talk.print(f"{error}; waiting for {HOLD:.0f} s", soft_wrap=True)
         time.sleep(HOLD)
-        home = Home(star, store, Terms(least=least, grace_s=grace), named, judge_of, database=database)
+        home = open_home()
     try:
         state = home.keeper.read()
         said = f"version {state.number}, {len(state.workers)} machines; ctrl-c stops it"
@@ -154,13 +155,7 @@ def check(
     store = Store(output.store)
     star = store.load(f"{name}/star", Star)
     found = check_chain(star, open_chain(star, store, database), store)
-    if output.as_json:
-        emit([one._asdict() for one in found])
-    else:
-        for one in found:
-            out.print(f"{'good' if one.good else 'BAD '} {one.number} {one.digest[:12]}: {one.said}", soft_wrap=True, markup=False)
-    if not all(one.good for one in found):
-        sys.exit(1)
+    verdicts(found, lambda one: f"{one.number} {one.digest[:12]}", output.as_json)
 
 
 def take(
@@ -176,7 +171,7 @@ def take(
     store = Store(output.store)
     star = store.load(f"{name}/star", Star)
     found = seed_at(star, open_chain(star, store, database), version, store)
+    digest = store.add(found)
     if seed:
-        store.name(seed, store.add(found))
-    store.add(found)
+        store.name(seed, digest)
     made(found, seed, output.as_json)

@@ -111,12 +111,17 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
 
 
 @cache
+def processor() -> str:
+    """What Linux says of the first processor, its maker and flags among it; nothing elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:8192]
+    except OSError:
+        return ""
+
+
 def is_mkls_own() -> bool:
     """Whether this processor is one of Intel's, where MKL uses all it has."""
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:4096]
-    except OSError:
-        return False
+    return "GenuineIntel" in processor()
 
 
 @cache

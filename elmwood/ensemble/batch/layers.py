@@ -9,8 +9,7 @@ N tokens of a pass, W width of the model, H heads of queries, K of keys and valu
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torch.nn import functional
 from elmwood.compiled import compiled
 from elmwood.ensemble.batch.keys import FEW, Step, attend
 from elmwood.lm.adapters.slots import Slotted
-from elmwood.lm.products import hasten, linear
+from elmwood.lm.products import hasten, linear, processor
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FEED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -230,13 +229,9 @@ def uses_loops(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and torch.get_num_threads() == 1
 
 
-@cache
 def _wide_registers() -> bool:
     """Whether this processor has AVX-512, and with it registers for sixteen sums."""
-    try:
-        return " avx512f " in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:8192]
-    except OSError:
-        return False
+    return " avx512f " in processor()
 
 
 # no flag but these: what is not finite must stay so

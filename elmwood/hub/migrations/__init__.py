@@ -1,8 +1,10 @@
 """The schema's history (Alembic). A hub brings its database to the newest revision when it starts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import create_engine, insert, inspect
+from sqlalchemy import Connection, create_engine, insert, inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
 
@@ -17,21 +19,35 @@ def upgrade(url: str, to: str = "head") -> None:
     from alembic.script import ScriptDirectory
 
     config, scripts = Config(), ScriptDirectory(str(Path(__file__).parent))
+    with changing(url, 7368001) as connection:
+        with EnvironmentContext(config, scripts, fn=lambda now, _: scripts._upgrade_revs(to, now)) as context:
+            context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)
+            context.run_migrations()
+        if begin_chain(connection):
+            connection.execute(insert(clock).values(id=1, uptime=0.0))
+
+
+@contextmanager
+def changing(url: str, lock: int) -> Iterator[Connection]:
+    """A transaction that changes tables, one at a time: `lock` is its number among PostgreSQL's advisory locks."""
     engine = create_engine(make_url(url), poolclass=NullPool)
     try:
         with engine.begin() as connection:
             if connection.dialect.name == "postgresql":
-                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7368001)")
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({lock})")
             else:
                 connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-            with EnvironmentContext(config, scripts, fn=lambda now, _: scripts._upgrade_revs(to, now)) as context:
-                context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)
-                context.run_migrations()
-            if connection.execute(chain.select()).first() is None:
-                connection.execute(insert(chain).values(id=1, number=0, hash=START))
-                connection.execute(insert(clock).values(id=1, uptime=0.0))
+            yield connection
     finally:
         engine.dispose()
+
+
+def begin_chain(connection: Connection) -> bool:
+    """Write the first row of the chain of events where there is none; whether there was none."""
+    missing = connection.execute(chain.select()).first() is None
+    if missing:
+        connection.execute(insert(chain).values(id=1, number=0, hash=START))
+    return missing
 
 
 def revision(url: str) -> str | None:

@@ -8,13 +8,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from sqlalchemy import BigInteger, Column, Double, MetaData, Table, Text, bindparam, create_engine, insert, select, update
-from sqlalchemy.engine import make_url
-from sqlalchemy.pool import NullPool
+from sqlalchemy import BigInteger, Column, Double, MetaData, Table, Text, bindparam, select, update
 
 from elmwood.errors import BadInput, UnknownName
 from elmwood.hub.database import Connection, Database
-from elmwood.hub.events import START
+from elmwood.hub.migrations import begin_chain, changing
 from elmwood.hub.tables import chain
 from elmwood.outer.round import State
 from elmwood.records import Digest, Fate, Version
@@ -174,16 +172,7 @@ class Keeper:
 
 def _upgrade(url: str) -> None:
     """Make the tables where they are missing, beside those of a hub or alone."""
-    engine = create_engine(make_url(url), poolclass=NullPool)
-    try:
-        with engine.begin() as connection:
-            if connection.dialect.name == "postgresql":
-                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7368002)")
-            else:
-                connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-            metadata.create_all(connection)
-            chain.create(connection, checkfirst=True)  # whose row every batch of writes locks on PostgreSQL
-            if connection.execute(chain.select()).first() is None:
-                connection.execute(insert(chain).values(id=1, number=0, hash=START))
-    finally:
-        engine.dispose()
+    with changing(url, 7368002) as connection:
+        metadata.create_all(connection)
+        chain.create(connection, checkfirst=True)  # whose row every batch of writes locks on PostgreSQL
+        begin_chain(connection)

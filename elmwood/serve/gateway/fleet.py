@@ -60,12 +60,8 @@ class Fleet:
 
     def __init__(self, seed: Seed, experts: Sequence[str], most: int):
         """`most`: requests at once."""
-        self.context, self.vocabulary, self.separator, self.stops = (
-            seed.context,
-            seed.vocabulary,
-            seed.separator,
-            frozenset([seed.separator]),
-        )
+        self.context, self.vocabulary, self.separator = seed.context, seed.vocabulary, seed.separator
+        self.stops = frozenset([seed.separator])
         self.experts, self.most = tuple(experts), most
         self.upstreams: list[Upstream] = []
         self.replicas: Replicas | None = None  # that end with it

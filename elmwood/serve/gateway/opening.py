@@ -75,7 +75,7 @@ def open_replicas(
     guide = Guide(record, store) if isinstance(record, Ensemble) else None
     fleet = Fleet(seed, guide.digests[:-1] if guide else (), count * (limits.queue + limits.running))
     served = Served(name_of(model, store), record, seed, store, cast(Engine, fleet), guide)
-    plan = plan_of(record.digest, store, None, limits)
+    plan = plan_of(record.digest, store, limits)
     fleet.replicas = replicas = start(engine, plan, count)
 
     async def checked(upstream: Upstream, cards: Any) -> None:

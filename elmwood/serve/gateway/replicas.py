@@ -24,13 +24,12 @@ class Plan(NamedTuple):
 
     model: str  # digest
     store: str  # a folder that all machines see
-    mixing: str | None
     limits: Limits
     key: str  # that the gateway sends with each request
 
 
-def plan_of(model: str, store: Store, mixing: str | None, limits: Limits) -> Plan:
-    return Plan(model, str(store.root.resolve()), mixing, limits, secrets.token_urlsafe(32))
+def plan_of(model: str, store: Store, limits: Limits) -> Plan:
+    return Plan(model, str(store.root.resolve()), limits, secrets.token_urlsafe(32))
 
 
 class Replicas(Protocol):
@@ -50,7 +49,7 @@ def serve_plan(plan: Plan, host: str, ready: Callable[[str], None]) -> None:
     from elmwood.serve.run import serve
 
     start_log("none")
-    opened = open_served(plan.model, Store(plan.store), mixing=plan.mixing, limits=plan.limits)
+    opened = open_served(plan.model, Store(plan.store), limits=plan.limits)
     serve(opened, host, 0, keys=[plan.key], names=[host], drain_s=ENDING, ready=ready)
 
 
