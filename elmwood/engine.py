@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from elmwood.errors import BadInput, DoesNotFit
 from elmwood.registry import lookup, require
@@ -25,6 +27,7 @@ from elmwood.registry import lookup, require
 Progress = Callable[[str, float, float, str], None]
 In = TypeVar("In")
 Out = TypeVar("Out")
+P = ParamSpec("P")
 Task = Callable[[In, Progress], Out]
 # (task, inputs, workers, gpu, progress) -> (index of the input, result), in the order of completion
 Engine = Callable[[Task, Sequence[Any], int, bool, Progress], Iterator[tuple[int, Any]]]
@@ -41,6 +44,29 @@ def silent(what: str, done: float, total: float, unit: str) -> None:
     """Ignore progress."""
 
 
+_device: ContextVar[str | None] = ContextVar("device", default=None)
+
+
+def named_device() -> str | None:
+    """The device that the call of a verb names, else ELMWOOD_DEVICE; None: the best there is (elmwood/lm/devices.py)."""
+    return _device.get() or os.environ.get(DEVICE) or None
+
+
+def placed(verb: Callable[P, Out]) -> Callable[P, Out]:
+    """A function whose keyword `device` ("cpu", "cuda:1", ...) says where everything that it runs computes, its workers too."""
+
+    @wraps(verb)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Out:
+        named = kwargs.get("device")
+        token = _device.set(_device.get() if named is None else str(named))
+        try:
+            return verb(*args, **kwargs)
+        finally:
+            _device.reset(token)
+
+    return call
+
+
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -48,7 +74,7 @@ def cores() -> int:
 
 def gpus() -> list[str]:
     """The names of the CUDA devices that this process may use, without importing torch; none if it was told to use another device."""
-    if os.environ.get(DEVICE, "cuda") != "cuda":
+    if (named_device() or "cuda") != "cuda":
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
@@ -110,7 +136,8 @@ def _local(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress:
     devices: Any = context.Queue()
     for number in range(workers if found else 0):
         devices.put(found[number % len(found)])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=(events, devices if found else None))
+    given = (events, devices if found else None, named_device())
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=given)
     try:
         with _hidden_main():
             places = {pool.submit(_call, task, item): place for place, item in enumerate(inputs)}
@@ -147,10 +174,12 @@ def _killed(what: str) -> str:
 _events: Any = None  # in a worker process: the queue to the parent's progress bar
 
 
-def _initialise(events: Any, devices: Any) -> None:
+def _initialise(events: Any, devices: Any, named: str | None) -> None:
     global _events
     _events = events
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if named:
+        os.environ[DEVICE] = named
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()  # before torch looks
 
@@ -192,7 +221,7 @@ def _ray(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress: P
         while waiting or running:
             while waiting and (not own or len(running) < workers):
                 place, item = waiting.popleft()
-                running[call.remote(task, item, board, os.getcwd())] = place
+                running[call.remote(task, item, board, os.getcwd(), named_device())] = place
             ready, _ = ray.wait(list(running), timeout=TICK)
             for event in ray.get(board.take.remote()):
                 progress(*event)
@@ -245,7 +274,7 @@ class _Board:
         return events
 
 
-def _call_far(task: Task, item: Any, board: Any, folder: str) -> Any:
+def _call_far(task: Task, item: Any, board: Any, folder: str, named: str | None) -> Any:
     """A task on Ray, in the parent's working folder. The store must be on a disk that all machines share."""
     os.chdir(folder)
     posted: dict[str, float] = {}
@@ -256,7 +285,11 @@ def _call_far(task: Task, item: Any, board: Any, folder: str) -> Any:
             posted[what] = now
             board.post.remote(what, done, total, unit)
 
-    return task(item, post)
+    token = _device.set(named)
+    try:
+        return task(item, post)
+    finally:
+        _device.reset(token)  # other tasks of this process may be of another run
 
 
 ENGINES: dict[str, Engine] = {"local": _local, "ray": _ray}

@@ -14,8 +14,9 @@ import pytest
 from typer.models import ParameterInfo
 
 import elmwood as ew
-from elmwood.cli import SEED_VERBS, STATE_VERBS, VERBS
-from elmwood.cli.options import command, flags
+from elmwood.cli import COMPUTING, SEED_VERBS, STATE_VERBS, VERBS
+from elmwood.cli.options import command, computing, flags
+from elmwood.engine import named_device
 
 HOUSE = Path(ew.__file__).parent
 # verb of the command line -> function, where the names differ
@@ -35,6 +36,9 @@ BEYOND = {
     "survey": "`cluster --with`",
     "tune": "`train --method router`",
 }
+# functions that run no model; `fit` has a device that it predicts for
+NOT_COMPUTING = ["Store", "build", "export", "fit", "forest", "report", "show", "state_add", "state_finalize", "state_make",
+                 "state_remove", "verify"]  # fmt: skip
 TERMINAL = {"json", "context", "plot"}  # options that are about the terminal and its files
 CALLED = {"store", "progress", "on_text", "on_submission", "on_phase"}  # parameters that stand for what the command line does itself
 # options that are named or spelled otherwise in Python; all of them, and by verb
@@ -106,7 +110,8 @@ def test_verbs_agree_with_the_command_line():
 def test_options_agree_with_the_command_line(verb):
     """Every option is a parameter of the same name with the same default, and the other way round."""
     module, _, name = PLACES[verb][0].partition(":")
-    typed = options(getattr(import_module(f"elmwood.cli.{module}"), name))
+    called = command(getattr(import_module(f"elmwood.cli.{module}"), name))
+    typed = options(computing(called) if PLACES[verb][0] in COMPUTING else called)
     known = {name: one.default for name, one in inspect.signature(getattr(ew, RENAMED.get(verb, verb))).parameters.items()}
     skipped = TERMINAL | MAPPING | OTHERWISE.get(verb, set())
     assert set(typed) - skipped <= set(known)
@@ -116,10 +121,37 @@ def test_options_agree_with_the_command_line(verb):
         assert mine == theirs, f"{option}: {mine!r} in Python, {theirs!r} on the command line"
 
 
-def options(verb: Callable[..., None]) -> dict[str, Any]:
-    """The arguments and options of a verb, as they are typed, with their defaults."""
+class Asked(Exception):
+    """A store was asked for, while this device was named."""
+
+
+class NoStore:
+    """Given as a store, says which device is named where a function opens it, which all do before they compute."""
+
+    def __fspath__(self):
+        raise Asked(named_device())
+
+
+@pytest.mark.parametrize("name", sorted(set(ew.PLACES) - set(NOT_COMPUTING)))
+def test_functions_that_compute_do_so_where_they_are_told(name, monkeypatch):
+    monkeypatch.setenv("ELMWOOD_DEVICE", "cpu")
+    known = inspect.signature(getattr(ew, name)).parameters
+    given = ["x" for one in known.values() if one.default is one.empty]
+    for device, said in (("cuda:1", "cuda:1"), (None, "cpu")):
+        with pytest.raises(Asked, match=f"^{said}$"):
+            getattr(ew, name)(*given, store=NoStore(), device=device)
+    assert named_device() == "cpu"
+
+
+@pytest.mark.parametrize("name", NOT_COMPUTING)
+def test_functions_that_run_no_model_take_no_device(name):
+    assert ("device" in inspect.signature(getattr(ew, name)).parameters) == (name == "fit")
+
+
+def options(called: Callable[..., None]) -> dict[str, Any]:
+    """The arguments and options of a command, as they are typed, with their defaults."""
     found = {}
-    for parameter in inspect.signature(command(verb)).parameters.values():
+    for parameter in inspect.signature(called).parameters.values():
         # typer keeps the first spelling, Option("--json"), where a default would be
         declared = [flag for one in get_args(parameter.annotation)[1:] if isinstance(one, ParameterInfo) for flag in flags(one)]
         spelled = next((flag[2:] for flag in declared if flag.startswith("--")), parameter.name)

@@ -1,19 +1,17 @@
 """Where to compute: the device that the user named, or the best one there is."""
 
-import os
-
 import torch
 
-from elmwood.engine import DEVICE
+from elmwood.engine import named_device
 from elmwood.errors import BadInput
 
 KINDS = ("cuda", "xpu", "mps")  # in this order; ROCm calls itself cuda
 
 
 def best_device() -> torch.device:
-    """What ELMWOOD_DEVICE or the option --device names, else a GPU if there is one, else the CPU. Raises BadInput if it is not here."""
+    """What `device` of a verb, --device or ELMWOOD_DEVICE names, else a GPU, else the CPU. Raises BadInput if it is not here."""
     here = [kind for kind in KINDS if getattr(torch, kind).is_available()]
-    named = os.environ.get(DEVICE)
+    named = named_device()
     if not named:
         return torch.device(here[0] if here else "cpu")
     try:

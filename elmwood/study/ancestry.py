@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from tokenizers import Tokenizer
 
 from elmwood.domains.partition import serving
+from elmwood.engine import placed
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm.files import tokenizer
 from elmwood.ranges import Between, Count, RngSeed, checked
@@ -125,7 +126,8 @@ class Opened(NamedTuple):
         return self.record._repr_html_()
 
 
-def open_model(model: Named, store: AnyStore = None, *, mixing: str | None = None) -> Opened:
+@placed
+def open_model(model: Named, store: AnyStore = None, *, mixing: str | None = None, device: str | None = None) -> Opened:
     """A model by name or record; a forest opens as its default ensemble.
     Raises UnknownName, BadInput, ForeignExpert."""
     from elmwood.ensemble import mixture  # torch
@@ -155,10 +157,12 @@ Temperature = Annotated[float, Between(1e-3, 1e3, zero=True)]
 TopP = Annotated[float, Between(1e-3, 1)]
 
 
+@placed
 @checked
 def generate(
     model: Named | Opened, prompt: str, store: AnyStore = None, *, mixing: str | None = None, max_tokens: Count = 128,
-    temperature: Temperature = 0.8, top_p: TopP = 0.95, rng_seed: RngSeed = 0, on_text: Callable[[str], None] = lambda piece: None,
+    temperature: Temperature = 0.8, top_p: TopP = 0.95, rng_seed: RngSeed = 0,
+    device: str | None = None, on_text: Callable[[str], None] = lambda piece: None,
 ) -> Sample:  # fmt: skip
     """Continue a prompt. `on_text` gets the text piece by piece. Raises BadInput, BadSeed, UnknownName,
     ForeignExpert."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
-from elmwood.engine import Progress, run, silent
+from elmwood.engine import Progress, placed, run, silent
 from elmwood.errors import BadInput
 from elmwood.evaluate.comparison import Control, Cost, Side, compare
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec
@@ -108,10 +108,12 @@ class Demo(NamedTuple):
         return self.comparison._repr_html_()
 
 
+@placed
 def demo(
     corpus: str | Sequence[str] = SAMPLE, *, quick: bool = False, from_scratch: bool = False, seed: str | Seed | None = None,
     domains: int | None = None, tokens: str | int | None = None, method: str = "full", learning_rate: float | None = None,
-    workers: int | None = None, store: AnyStore = None, progress: Progress = silent, on_phase: Callable[[Phase], None] = lambda phase: None,
+    workers: int | None = None, store: AnyStore = None,
+    device: str | None = None, progress: Progress = silent, on_phase: Callable[[Phase], None] = lambda phase: None,
 ) -> Demo:  # fmt: skip
     """Run the whole experiment, and name what it makes demo/…. Raises BadInput, BadCorpus, Damaged.
 

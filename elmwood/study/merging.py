@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from elmwood.engine import Progress, silent
+from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput, BadRecord, Damaged
 from elmwood.merge import mergekit
 from elmwood.merge.adapters import LOW_RULES
@@ -54,6 +54,7 @@ class Merges(NamedTuple):
         return facts(f"{len(self.made)} merges", {one: record.digest[:12] for one, record in self.made.items()})
 
 
+@placed
 @checked
 def merge(
     experts: Named | Sequence[Named], store: AnyStore = None, *, method: str | Sequence[str] | None = None,
@@ -61,7 +62,7 @@ def merge(
     rank: Values | None = None, settings: Mapping[str, Values] | None = None, layers: range | None = None, tensors: str = "",
     resize: bool = False, choose: bool = False, per_layer: bool = False, run: Some = None, partition: str | None = None,
     documents: Documents = None, parts: Some = None, workers: Some = None, engine: str = "local", name: str | None = None,
-    progress: Progress = silent,
+    device: str | None = None, progress: Progress = silent,
 ) -> Merges:  # fmt: skip
     """Merge experts of one seed into one checkpoint, or adapters into one adapter. Several values of a setting give several merges.
 

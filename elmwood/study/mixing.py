@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.engine import Progress, silent
+from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput
 from elmwood.merge.checkpoint import Answer
 from elmwood.merge.moe.build import KEPT, Mixing, gate_rows
@@ -45,12 +45,13 @@ class MixResult(NamedTuple):
         return self.record._repr_html_()
 
 
+@placed
 @checked
 def mix(
     forest: Named, store: AnyStore = None, *, gates: str = "hidden", top_k: Count = 2, scale: Values = 1.0, method: str = "average",
     settings: Mapping[str, Values] | None = None, low_rank: bool = False, seed_expert: bool = True, seed_bias: float = 0.0,
     without: Named | Sequence[Named] = (), documents: Documents = None, rng_seed: RngSeed = 0, name: str | None = None,
-    progress: Progress = silent,
+    device: str | None = None, progress: Progress = silent,
 ) -> MixResult:  # fmt: skip
     """Combine the experts of a forest into one mixture-of-experts model; or take experts out of a mixture.
 
@@ -130,12 +131,13 @@ class TunedMixture(NamedTuple):
         return "" if self.share_LE is None else summary(self.share_LE)
 
 
+@placed
 @checked
 def tune(
     mixture: Named, store: AnyStore = None, *, tokens: int | str = "1M", batch: int = 8, length: int | None = None,
     learning_rate: float | None = None, schedule: str = "cosine", tuned: str = "routers", balance: float = 0.01,
     accumulate: int = 1, checkpointing: bool = False, optimiser: str = "adamw", patience: int | None = None, rng_seed: RngSeed = 0,
-    threads: Count = 1, name: str | None = None, progress: Progress = silent,
+    threads: Count = 1, name: str | None = None, device: str | None = None, progress: Progress = silent,
 ) -> TunedMixture:  # fmt: skip
     """Train the routers of a mixture, or more of it (`tuned`), on a mixed sample of its domains' text. An interrupted run resumes.
 
@@ -190,8 +192,11 @@ class Loads(NamedTuple):
         return grid(("share of the weight", *self.experts), rows, self.summary())
 
 
+@placed
 @checked
-def loads(mixture: Named, store: AnyStore = None, *, documents: Count = 32, progress: Progress = silent) -> Loads:
+def loads(
+    mixture: Named, store: AnyStore = None, *, documents: Count = 32, device: str | None = None, progress: Progress = silent
+) -> Loads:
     """The load of each expert of a mixture, by layer and domain of held-out text. Raises BadInput."""
     from elmwood.train import router  # torch
 

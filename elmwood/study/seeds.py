@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from elmwood.engine import Progress, silent
+from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, checked
 from elmwood.records import Corpus, Recipe, Seed, Shape
@@ -17,8 +17,10 @@ from elmwood.train.seeds.shapes import find_shape, read_shape, with_vocabulary
 from elmwood.units import parse_count
 
 
+@placed
 def import_seed(
-    model: str, store: AnyStore = None, *, separator: str | None = None, name: str | None = None, progress: Progress = silent
+    model: str, store: AnyStore = None, *, separator: str | None = None, name: str | None = None,
+    device: str | None = None, progress: Progress = silent
 ) -> Seed:  # fmt: skip
     """Import a causal language model: a transformers folder, a GGUF file, or a hub id. Raises BadSeed, BadInput."""
     store = open_store(store, name)
@@ -33,13 +35,15 @@ def import_seed(
     return keep_name(seed, name, store)
 
 
+@placed
 @checked
 def train_seed(
     corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, like: str | None = None, config: str | Path | None = None,
     mix: Sequence[str] | Mapping[str, float] = (), tokens: int | str = "3M", layers: int = 3, width: int = 128,
     vocabulary: int | None = None, length: int | None = None, batch: int = 8, learning_rate: float | None = None,
     schedule: str = "cosine", accumulate: int = 1, checkpointing: bool = False, keep_every: Annotated[int | None, Between(1)] = None,
-    sharded: bool = False, rng_seed: int = 0, threads: int | None = None, name: str | None = None, progress: Progress = silent,
+    sharded: bool = False, rng_seed: int = 0, threads: int | None = None, name: str | None = None,
+    device: str | None = None, progress: Progress = silent,
 ) -> Seed:  # fmt: skip
     """Train a causal LM from scratch, with its own tokenizer: a small Llama, the shape of a published model (`like`), or any
     config of transformers (`config`). Interrupted runs resume. Raises BadInput, BadCorpus, BadSeed, DoesNotFit.

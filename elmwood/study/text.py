@@ -16,7 +16,7 @@ from elmwood.domains import partition as partitions
 from elmwood.domains import publish
 from elmwood.domains.embed import find_model, has_domains
 from elmwood.domains.grow import Means
-from elmwood.engine import Progress, silent
+from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, Count, RngSeed, checked
 from elmwood.records import Corpus, Partition, Record, Seed
@@ -100,13 +100,14 @@ def build(
     return keep_name(corpus, name, store)
 
 
+@placed
 @checked
 def cluster(
     corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: Count = 8, embedder: str = "tfidf",
     embedder_model: str | None = None, method: str = "balanced", rounds: Count = 4, router_tokens: int | str = "200k",
     holdout: float = 0.1, field: str = "text", encoding: str = "utf-8", follow_links: bool = False,
     largest_document: int | str = "64M", filters: str = "", memory: int | str = "2G", rng_seed: RngSeed = 0,
-    workers: Count = 1, engine: str = "local", name: str | None = None, progress: Progress = silent,
+    workers: Count = 1, engine: str = "local", name: str | None = None, device: str | None = None, progress: Progress = silent,
 ) -> Partition:  # fmt: skip
     """Read a corpus (sources, or a corpus that was built) and divide it into domains. `rounds` and `router_tokens` are of the embedder
     `routers` (study/routers.py). Raises BadCorpus, BadInput, DoesNotFit."""
@@ -128,10 +129,11 @@ def cluster(
     return keep_name(made, name, store)
 
 
+@placed
 @checked
 def split(
     partition: Named, domain: int | str, store: AnyStore = None, *, parts: Annotated[int, Between(2)] = 2, rng_seed: RngSeed = 0,
-    name: str | None = None, progress: Progress = silent,
+    name: str | None = None, device: str | None = None, progress: Progress = silent,
 ) -> Revision:  # fmt: skip
     """Split one domain, by number or name, into several. The experts of the other domains stay valid. Raises BadInput, BadCorpus."""
     store = open_store(store, name)
@@ -141,12 +143,13 @@ def split(
     return Revision(keep_name(made, name, store), parent, partitions.heirs(parent, made, store)[number])
 
 
+@placed
 @checked
 def add(
     partition: Named, corpus: Corpus | str | Sequence[str], store: AnyStore = None, *, domains: Count = 1, holdout: float = 0.1,
     field: str = "text", encoding: str = "utf-8", follow_links: bool = False, largest_document: int | str = "64M", filters: str = "",
     memory: int | str = "2G", rng_seed: RngSeed = 0, workers: Count = 1, engine: str = "local", name: str | None = None,
-    progress: Progress = silent,
+    device: str | None = None, progress: Progress = silent,
 ) -> Revision:  # fmt: skip
     """Add new domains from a corpus. The experts of the old domains stay valid. Raises BadInput, BadCorpus, DoesNotFit."""
     store = open_store(store, name)
@@ -158,10 +161,11 @@ def add(
     return Revision(keep_name(made, name, store), parent, tuple(range(len(parent.domains), len(made.domains))))
 
 
+@placed
 def survey(
     corpus: str | Sequence[str], partition: Named, store: AnyStore = None, *, field: str = "text", encoding: str = "utf-8",
     follow_links: bool = False, largest_document: int | str = "64M", filters: str = "", name: str | None = None,
-    progress: Progress = silent,
+    device: str | None = None, progress: Progress = silent,
 ) -> Survey:  # fmt: skip
     """Count which domains of a partition these documents belong to, and how near they are. Nothing is kept of the text.
     `name` is given to the partition. Raises BadInput, BadCorpus."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from elmwood.engine import Progress, processes, run, silent
+from elmwood.engine import Progress, placed, processes, run, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, Count, checked
 from elmwood.records import Expert, Forest, Frozen, Partition, Recipe, Seed, Shard, Statistics
@@ -155,6 +155,7 @@ def run_plan(
     return [keep_name(expert, expert_name(name, expert), store) for expert in experts]
 
 
+@placed
 @checked
 def train(
     partition: Named, seed: Named, store: AnyStore = None, *, domains: str | int | Sequence[int] = "all", method: str = "lora",
@@ -163,7 +164,7 @@ def train(
     checkpointing: bool = False, checkpointed: float = 1.0, optimiser: str = "adamw", patience: int | None = None, together: Count = 1,
     report_to: Sequence[str] = (), rng_seed: int = 0, statistics: bool = False, threads: int | None = None,
     workers: Annotated[int | None, Between(1)] = None,
-    engine: str = "local", name: str | None = None, progress: Progress = silent,
+    engine: str = "local", name: str | None = None, device: str | None = None, progress: Progress = silent,
 ) -> list[Expert]:  # fmt: skip
     """Train one expert per domain from the seed, without communication. Interrupted runs resume. Raises BadInput, DoesNotFit.
 
@@ -255,9 +256,10 @@ def find_experts(given: Named | Sequence[Named], store: Store) -> list[Expert]:
 # ---- adapters made elsewhere, statistics -------------------------------------------------------------------------
 
 
+@placed
 def adopt(
     source: str, seed: Named, store: AnyStore = None, *, partition: Named | None = None, domain: int | None = None,
-    name: str | None = None,
+    name: str | None = None, device: str | None = None,
 ) -> Expert:  # fmt: skip
     """Take a LoRA or DoRA adapter, or a full fine-tune, made elsewhere (a folder, or a hub id) as an expert of a seed. Raises BadInput."""
     store = open_store(store, name)
@@ -275,10 +277,11 @@ def adopt(
     return keep_name(expert, name, store)
 
 
+@placed
 @checked
 def compute_statistics(
     experts: Named | Sequence[Named], store: AnyStore = None, *, rows: Count = ROWS, workers: Annotated[int | None, Between(1)] = None,
-    engine: str = "local", progress: Progress = silent,
+    engine: str = "local", device: str | None = None, progress: Progress = silent,
 ) -> list[Statistics]:  # fmt: skip
     """Gram and Fisher matrices of experts on their own text, for merge rules that need them. Raises BadInput."""
     store = Store(store)

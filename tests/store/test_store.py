@@ -337,16 +337,24 @@ def test_tasks_run_in_order_here_and_elsewhere():
     assert os.getpid() not in {pid for _, pid in there}
 
 
-def device(item, progress):
-    return os.environ["CUDA_VISIBLE_DEVICES"]
+def find_device(item, progress):
+    return os.environ["CUDA_VISIBLE_DEVICES"], engine.named_device()
 
 
 def test_side_by_side_each_worker_has_one_device(monkeypatch):
-    monkeypatch.setenv("ELMWOOD_DEVICE", "cuda")
+    """Of those that the call names, whatever the environment does."""
+    monkeypatch.setenv("ELMWOOD_DEVICE", "cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
-    assert engine.gpus() == ["3", "5"]
-    assert set(engine.run(device, [1, 2, 3], workers=2, gpu=True)) <= {"3", "5"}
-    assert engine.run(device, [1], gpu=True) == ["3, 5"]
+    assert engine.gpus() == []
+
+    @engine.placed
+    def run(inputs, *, device):
+        assert engine.gpus() == ["3", "5"]
+        return engine.run(find_device, inputs, workers=2, gpu=True)
+
+    assert set(run([1, 2, 3], device="cuda")) <= {("3", "cuda"), ("5", "cuda")}
+    assert run([1], device="cuda") == [("3, 5", "cuda")]
+    monkeypatch.setenv("ELMWOOD_DEVICE", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert engine.gpus() == []
 

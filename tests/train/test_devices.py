@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_training import SEED_RECIPE, SHAPE
 
-from elmwood.engine import gpus
+from elmwood.engine import gpus, placed
 from elmwood.errors import BadInput
 from elmwood.lm.devices import KINDS, best_device, kind_of
 from elmwood.train import tasks
@@ -34,6 +34,7 @@ def test_the_user_decides(cards, monkeypatch):
     for named in ("cpu", "cuda:0", "mps"):
         monkeypatch.setenv("ELMWOOD_DEVICE", named)
         assert best_device() == torch.device(named)
+    assert placed(lambda device: best_device())(device="cpu") == torch.device("cpu")
     for absent in ("xpu", "cuda:1", "gpu", "cuda:-3"):
         monkeypatch.setenv("ELMWOOD_DEVICE", absent)
         with pytest.raises(BadInput, match="no such device here; choose among cuda, mps, cpu"):

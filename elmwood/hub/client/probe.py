@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elmwood.engine import DEVICE, cores, gpus
+from elmwood.engine import cores, gpus, named_device
 from elmwood.errors import BadInput
 from elmwood.records import Frozen
 from elmwood.registry import require
@@ -41,7 +41,7 @@ def probe() -> Machine:
     from elmwood.lm.devices import best_device
 
     place = best_device()
-    if place.type == "cpu" and not os.environ.get(DEVICE) and gpus() and not torch.cuda.is_available():
+    if place.type == "cpu" and not named_device() and gpus() and not torch.cuda.is_available():
         raise BadInput(
             f"there is an NVIDIA card, and torch {torch.__version__} cannot use it: install torch for its driver (see pytorch.org), "
             "or choose the CPU with --device cpu"

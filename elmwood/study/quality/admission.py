@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.domains.partition import serving
-from elmwood.engine import Progress, silent
+from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.evaluate.admission import Evidence, Policy, cosine, judge_evidence, novelty
 from elmwood.evaluate.holdout import GATE, TUNE, Holdout
@@ -93,10 +93,11 @@ class Candidate(NamedTuple):
         return (self.seed.digest, self.expert.digest, *(one.digest for one in self.others), self.joined.digest, self.without.digest)
 
 
+@placed
 @checked
 def accept(
     expert: Named, forest: Named, store: AnyStore = None, *, length: Window = None, documents: Documents = None, cap: Count = 5000,
-    clip: Clip = 0.5, name: str | None = None, progress: Progress = silent,
+    clip: Clip = 0.5, name: str | None = None, device: str | None = None, progress: Progress = silent,
     on_submission: Callable[[Submission], None] = lambda submission: None,
 ) -> Admission:  # fmt: skip
     """May an expert join a forest, or an ensemble whose settings are used? The verdict is kept, also in the store's ledger.

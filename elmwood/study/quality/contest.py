@@ -14,7 +14,7 @@ from elmwood.domains import route
 from elmwood.domains.distances import nearest_place
 from elmwood.domains.partition import serving
 from elmwood.domains.route import Routing, Signals, places, router_of
-from elmwood.engine import Progress, silent
+from elmwood.engine import Progress, placed, silent
 from elmwood.evaluate.holdout import GATE, Holdout, distances
 from elmwood.evaluate.sequential.decision import (
     Finding,
@@ -67,11 +67,12 @@ class ContestResult(NamedTuple):
         return self.record._repr_html_()
 
 
+@placed
 @checked
 def compare(
     a: Named, b: Named, store: AnyStore = None, *, partition: Named | None = None, length: Window = None, documents: Documents = None,
     min_effect: Effect = 0.002, alpha: ErrorRate = 0.05, beta: ErrorRate = 0.1, cap: Count = 5000, clip: Clip = 0.5,
-    progress: Progress = silent,
+    device: str | None = None, progress: Progress = silent,
 ) -> ContestResult:  # fmt: skip
     """Is model B better than model A by held-out text? Runs both only on as many blocks as the answer takes.
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from elmwood.domains.distances import nearest_place
 from elmwood.domains.embed import has_terms
 from elmwood.domains.partition import serving
-from elmwood.engine import Progress, silent
+from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput
 from elmwood.evaluate import harness
 from elmwood.evaluate.comparison import Compared, Side, compare
@@ -55,11 +55,12 @@ class Evaluation(NamedTuple):
         return self.record._repr_html_()
 
 
+@placed
 @checked
 def evaluate(
     models: Named | Sequence[Named], store: AnyStore = None, *, mixing: str | None = None, partition: Named | None = None,
     length: Window = None, documents: Documents = None, router: str | None = None, name: str | None = None, workers: Some = None,
-    progress: Progress = silent,
+    device: str | None = None, progress: Progress = silent,
 ) -> Evaluation:  # fmt: skip
     """Bits per byte on held-out documents: of models side by side, or of one forest with every routing, its settings fitted.
 
@@ -213,10 +214,11 @@ class Benchmarked(NamedTuple):
     results: dict[str, Any]  # lm_eval (version), tasks, groups, asked: see evaluate.harness.benchmark
 
 
+@placed
 @checked
 def benchmark(
     models: Named | Sequence[Named], tasks: str | Sequence[str], store: AnyStore = None, *, mixing: str | None = None, limit: Some = None,
-    folder: Path | None = None, download: bool = False, bos: str = "tokenizer", progress: Progress = silent,
+    folder: Path | None = None, download: bool = False, bos: str = "tokenizer", device: str | None = None, progress: Progress = silent,
 ) -> list[Benchmarked]:  # fmt: skip
     """Models on tasks of lm-evaluation-harness. Answers are kept, so no request is computed twice.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from elmwood.domains.distances import nearest_place
 from elmwood.domains.partition import serving
 from elmwood.domains.route import Routing, Signals, places, remember, router_of
-from elmwood.engine import Progress, silent
+from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput
 from elmwood.evaluate.calibration import calibrate
 from elmwood.evaluate.holdout import Holdout, distances
@@ -128,12 +128,13 @@ class ForestTable(NamedTuple):
         return table + facts("Bits per byte on the test half", beside | helps)
 
 
+@placed
 @checked
 def table(
     forest: Named, store: AnyStore = None, *, choose: Some = None, candidate: Named | Sequence[Named] = (), near: Some = None,
     top_k: Count = 2, partition: Named | None = None, length: Window = None, documents: Documents = None, budget: str | int | None = None,
     seconds: Annotated[float | None, Between(0)] = None, source: Path | str | None = None, workers: Some = None,
-    progress: Progress = silent,
+    device: str | None = None, progress: Progress = silent,
 ) -> ForestTable:  # fmt: skip
     """The best weights of a forest's experts, the value of each and which to keep; of an ensemble, as it is routed.
 
