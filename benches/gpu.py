@@ -1,6 +1,6 @@
 """A card in one command, at most eight minutes: placement, training and the Trainer, four bits, experts at once, decoding, a forest.
 
-    python -m benches.gpu [--device cpu --small] [--only placement,train] [--limit 60] [--text FOLDER_OR_FILE ...]
+    python -m benches.gpu [--device cpu --small] [--only placement,train] [--limit 60] [--peers PYTHON] [--text FOLDER_OR_FILE ...]
 
 Each measurement is a JSON line as soon as it exists (also in --out), ends after --limit seconds or by an error, which is a line too, and
 the last line is a summary beside the goals. Weights are random and text is made here; the forest reads --text, or the bundled sample. Needs
@@ -9,7 +9,8 @@ torch, transformers, peft and accelerate; qlora needs bitsandbytes, the tuned Tr
 placement  a step on each device: which devices and dtypes weights, activations, gradients and moments have
 train      SmolLM2-135M's shape in rows of 2,048 tokens: full and LoRA, rows of several documents (700 tokens) and of one; a seed of 30M
 folding    losses of LoRA whose narrow layers are folded, and of the same with separate products
-trainer    transformers' Trainer on rows of one document: bf16, fused AdamW; and with liger-kernel's kernels where they are installed
+trainer    transformers' Trainer, and with liger-kernel's kernels; trl; unsloth; and where --only names it, compiled: the Trainer through
+           torch.compile. Each in a process of --peers, a Python that has them: benches/gpu_peers.py
 qlora      OPT-6.7B in four bits, rank 16, 1 x 2,048: all activations kept, an eighth of the layers and all of them recomputed
 together   16 LoRA experts at once against one alone, one row each
 fit        what `fit` predicts for what was measured uncompiled
@@ -30,8 +31,8 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
+from subprocess import PIPE, Popen
 from types import FrameType
 from typing import Any
 
@@ -40,10 +41,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig
 
 from benches.common import parser, shorten, words
-from benches.trainers import plain
 from elmwood.corpus.tokens import Packed
 from elmwood.lm.devices import best_device
 from elmwood.lm.pretrained import new_model_of
@@ -55,6 +55,7 @@ from elmwood.train.card.peak import find_share
 from elmwood.train.fit.gpu_table import LLAMA, SEEDS
 from elmwood.train.fit.rehearsal import pack_linear, rehearse
 
+ROOT = Path(__file__).parents[1]
 SMOL, OPT = "0.1B (SmolLM2-135M)", "7B (OPT-6.7B)"
 SEED_30M = LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
                     "num_key_value_heads": 8, "vocab_size": 8192, "tie_word_embeddings": True}  # fmt: skip
@@ -72,7 +73,7 @@ class Bench:
 
     def __init__(self, asked: Namespace):
         self.device, self.small, self.out = torch.device(asked.device), asked.small, Path(asked.out) if asked.out else None
-        self.texts = asked.text
+        self.texts, self.peers = asked.text, asked.peers
         self.length, self.batch = (32, 2) if self.small else (2048, 32)
 
     def say(self, **facts: Any) -> None:
@@ -223,40 +224,21 @@ def folding(bench: Bench) -> None:
                   last=sum(losses[-10:]) / len(losses[-10:]))  # fmt: skip
 
 
-class Marks(TrainerCallback):
-    def __init__(self, bench: Bench, at: tuple[int, ...]):
-        self.bench, self.at, self.seconds = bench, at, []
-
-    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        if state.global_step in self.at:
-            self.bench.sync()
-            self.seconds.append(time.perf_counter())
-
-
-def trainer(bench: Bench) -> None:
-    warm, steps = (1, 1) if bench.small else (3, 6)
-    batch = max(2, bench.batch // 2)  # 32 rows do not fit without fused kernels
-    for method, liger in (("full", False), ("lora", False), ("full", True), ("lora", True)):  # liger-kernel changes transformers for good
-        if liger and not (find_spec("liger_kernel") and bench.device.type == "cuda"):
-            bench.say(measured="trainer", method=method, liger=True, skipped="no liger-kernel here, or no card")
-            continue
-        bench.clear()
-        model, marks = bench.model(SMOL, method), Marks(bench, (warm, warm + steps))
-        tokens = torch.from_numpy(bench.text(0, 49_000).tokens[: batch * bench.length * 20].astype(np.int64)).view(-1, bench.length)
-        card = bench.device.type == "cuda"
-        with tempfile.TemporaryDirectory() as folder:
-            settings = TrainingArguments(
-                output_dir=folder, per_device_train_batch_size=batch, max_steps=warm + steps, bf16=card, use_cpu=not card, report_to="none",
-                save_strategy="no", logging_steps=1000, disable_tqdm=True, use_liger_kernel=liger, optim="adamw_torch_fused",
-            )  # fmt: skip
-            peer = Trainer(
-                model=plain(model), args=settings, train_dataset=[{"input_ids": row, "labels": row} for row in tokens], callbacks=[marks]
-            )
-            peer.log = lambda *_, **__: None
-            peer.train()
-        rate = steps * batch * bench.length / (marks.seconds[1] - marks.seconds[0])
-        bench.say(measured="trainer", method=method, liger=liger, batch=batch, **{"tokens/s": rate}, **bench.memory())
-        del model, peer
+def peers(bench: Bench, names: tuple[str, ...]) -> None:
+    """Each in a process of its own; its lines as they come."""
+    bench.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        (config := Path(folder) / "config.json").write_text(json.dumps(bench.config(SMOL).to_dict()))
+        for name in names:
+            words = [bench.peers, "-m", "benches.gpu_peers", name, "--device", str(bench.device), "--config", str(config)]
+            with Popen([*words, *(["--small"] if bench.small else [])], cwd=ROOT, stdout=PIPE, text=True) as process:
+                try:
+                    for line in process.stdout or ():
+                        bench.say(**{key: value for key, value in json.loads(line).items() if key != "bench"})
+                finally:
+                    process.kill()  # which has ended, or has no more time
+            if bench.small and process.returncode:
+                raise RuntimeError(f"{name} ended with {process.returncode}")
 
 
 def in_four_bits(bench: Bench, name: str) -> Any:
@@ -342,8 +324,9 @@ def forest(bench: Bench) -> None:
 
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "placement": placement, "train": train, "qlora": qlora, "together": at_once, "folding": folding,
-    "decode": partial(apart, what="decode", limit=40), "scoring": partial(apart, what="scoring", limit=30), "fit": fit, "trainer": trainer,
-    "forest": forest,
+    "decode": partial(apart, what="decode", limit=40), "scoring": partial(apart, what="scoring", limit=30), "fit": fit,
+    "trainer": partial(peers, names=("trainer", "liger")), "trl": partial(peers, names=("trl",)),
+    "unsloth": partial(peers, names=("unsloth",)), "compiled": partial(peers, names=("compiled",)), "forest": forest,
 }  # fmt: skip
 
 
@@ -364,9 +347,9 @@ def summary() -> list[dict[str, Any]]:
     rows.append(("MFU, seed of 30M", best("train", "MFU", model="30M"), "at least", 0.4))
     rows.append(("LoRA / full", lora and full and lora / full, "at least", 1.0))
     for method, ours in (("full", full), ("lora", lora)):
-        for liger in (False, True):
-            peer = best("trainer", "tokens/s", method=method, liger=liger)
-            rows.append((f"{method} / Trainer{', liger' * liger}", ours and peer and ours / peer, "at least", 1.5))
+        for name, goal in (("trainer", 1.5), ("liger", 1.5), ("compiled", 1.5), ("trl", 1.0), ("unsloth", 1.0)):
+            theirs = best("peer", "tokens/s", method=method, peer=name)
+            rows.append((f"{method} / {name}", ours and theirs and ours / theirs, "at least", goal))
     small = [line for line in LINES if line.get("measured") == "qlora" and line.get("reserved MB", 1e9) + line.get("beside MB", 0) < 12_000]
     rows.append(("QLoRA under 12 GB, tokens/s", max((line["tokens/s"] for line in small), default=None), "at least", 6000))
     rows.append(("16 together / in turn", best("together", "ratio"), "at least", 4.0))
@@ -383,9 +366,10 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--device", default=str(best_device()))
     options.add_argument("--small", action="store_true", help="tiny models and few steps: that it runs")
-    options.add_argument("--only", type=words, default=list(MEASUREMENTS))
+    options.add_argument("--only", type=words, default=[name for name in MEASUREMENTS if name != "compiled"])
     options.add_argument("--limit", type=int, default=90, help="seconds for each measurement")
     options.add_argument("--text", nargs="+", default=["sample"], help="of the forest: prepared, and of at most 50 MB")
+    options.add_argument("--peers", default=sys.executable, help="a Python that has other trainers")
     options.add_argument("--out", help="a file that gets the lines too")
     asked = options.parse_args()
     bench, began = Bench(asked), time.perf_counter()
