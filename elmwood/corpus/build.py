@@ -9,7 +9,6 @@ N documents
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from elmwood.engine import Progress, run, silent
 from elmwood.errors import BadCorpus, BadInput
 from elmwood.records import Blob, Corpus, Shard, fingerprint
 from elmwood.store import Store, hash_file
+from elmwood.store.disk import write_whole
 from elmwood.units import parse_count
 
 SHARD = 64_000_000  # bytes of text in one shard, at most; a longer document has a shard of its own
@@ -206,9 +206,7 @@ def write_shard(task: ShardTask, progress: Progress = silent) -> Shard:
             progress(f"write {task.marker.stem}", done, int(bytes_N.sum()), "bytes")
     shard = Shard(blob=task.store.put(path), documents=len(number_N), bytes=int(bytes_N.sum()))
     path.unlink(missing_ok=True)
-    temporary = task.marker.with_suffix(".tmp")
-    temporary.write_text(shard.model_dump_json(), encoding="utf-8")
-    os.replace(temporary, task.marker)
+    write_whole(task.marker, shard.model_dump_json().encode())
     return shard
 
 

@@ -4,7 +4,6 @@ Shapes: N documents, K domains, D dimensions, V terms, S shards.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from elmwood.domains.embed import Fitted, Terms
 from elmwood.engine import Progress, run, silent
 from elmwood.records import Domain, Embedder, Shard, fingerprint
 from elmwood.store import Store
+from elmwood.store.disk import write_whole
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -124,7 +124,7 @@ def embed_shard(task: EmbedTask, progress: Progress = silent) -> Path:
             x_ND[done : done + len(batch)] = fitted.embed([document.text for document in batch])
             done += len(batch)
             progress(f"embed {task.marker.stem}", done, task.wanted, "documents")
-        write(task.marker, safetensors.numpy.save({"x": x_ND}))
+        write_whole(task.marker, safetensors.numpy.save({"x": x_ND}))
     return task.marker
 
 
@@ -167,7 +167,7 @@ def _fit(
         clusters = kmeans(x_ND, k, balanced=method == "balanced", rng_seed=rng_seed, progress=progress)
     if not saved.exists():
         tensors = {"centroids": clusters.centroid_KD, "labels": clusters.label_N, "objective": np.array([clusters.objective])}
-        write(saved, safetensors.numpy.save(tensors))
+        write_whole(saved, safetensors.numpy.save(tensors))
     dist2_NK = squared_distances(x_ND, clusters.centroid_KD)
     examples = []
     for domain in range(k):
@@ -228,7 +228,7 @@ def divide(task: DivideTask, progress: Progress = silent) -> tuple[dict[str, dic
             pq.write_table(chosen, path, compression="zstd")
             size = sum(len(text.encode()) for text in chosen["text"].to_pylist())
             made[str(domain)] = Shard(blob=store.put(path), documents=len(chosen), bytes=size).model_dump()
-        write(task.marker, json.dumps([made, np.bincount(near_N, minlength=k).tolist()]).encode())
+        write_whole(task.marker, json.dumps([made, np.bincount(near_N, minlength=k).tolist()]).encode())
     made, greedy = json.loads(task.marker.read_bytes())
     return made, greedy
 
@@ -264,10 +264,3 @@ def _sparse_centroids(fitted: Fitted, texts: Sequence[str], label_N: Ints, k: in
 
 def _texts(shards: Sequence[Shard], store: Store) -> Iterator[str]:
     return (document.text for document in documents(shards, store))
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a whole file or none."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

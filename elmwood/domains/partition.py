@@ -15,11 +15,12 @@ from elmwood.corpus.build import documents
 from elmwood.domains import embed
 from elmwood.domains.dense import Model
 from elmwood.domains.distances import Centroids, Sparse, distances
-from elmwood.domains.grow import Means, NewDomains, Setup, grow, write
+from elmwood.domains.grow import Means, NewDomains, Setup, grow
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord, ForeignExpert
 from elmwood.records import Corpus, Domain, Embedder, Partition, fingerprint
 from elmwood.store import Store
+from elmwood.store.disk import write_whole
 from elmwood.store.headers import load_arrays
 
 Floats = NDArray[np.floating]
@@ -91,7 +92,7 @@ def fit_embedder(
             return found
     texts = (document.text for document in documents(corpus.train, store))
     made = embed.fit(name, texts, model=model, rng_seed=rng_seed, progress=progress).save(store)
-    write(path, made.model_dump_json().encode())
+    write_whole(path, made.model_dump_json().encode())
     return made
 
 

@@ -5,8 +5,6 @@ another way or laid over other weights says something else.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +15,7 @@ from elmwood.errors import BadInput
 from elmwood.lm.interface import LM
 from elmwood.records import Expert, Merged, Mixture, fingerprint
 from elmwood.store import Store
+from elmwood.store.disk import write_whole
 
 TOKENS, NUMBERS = 8, 32
 NATS, SHARE = 0.05, 0.1  # that a number may differ by, and a part of the largest distance from the seed: scores may be made in bf16
@@ -38,11 +37,7 @@ def note(lm: LM, branch: Expert, store: Store) -> None:
         return
     logp_V, _ = lm.extend(text(lm.vocabulary, lm.context), lm.start())
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(sample(logp_V), file)
-        os.replace(scratch, path)
+        write_whole(path, json.dumps(sample(logp_V)).encode(), durable=False)
 
 
 def known(branch: Expert | Merged | Mixture, store: Store) -> list[float] | None:

@@ -3,8 +3,6 @@
 W windows, N scored tokens
 """
 
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +18,7 @@ from elmwood.evaluate.columns import Scorer, column, encode, open_tensors, run
 from elmwood.evaluate.holdout import Holdout
 from elmwood.records import Digest, Ensemble, Record, Score, fingerprint
 from elmwood.store import Store
+from elmwood.store.disk import write_whole
 from elmwood.store.own import is_claim, keep_claim, keep_own
 
 Floats = NDArray[np.floating]
@@ -132,11 +131,7 @@ class Partial:
     def _keep(self, windows: Ints, loglik: Floats) -> None:
         """One file per batch, complete or not there. They go when another process has kept the whole Score: none is needed then."""
         with suppress(FileNotFoundError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-            with os.fdopen(handle, "wb") as file:
-                file.write(safetensors.numpy.save({"windows": windows, "loglik": loglik}))
-            Path(temporary).rename(self._file(windows))
+            write_whole(self._file(windows), safetensors.numpy.save({"windows": windows, "loglik": loglik}), durable=False)
 
     def _file(self, windows: Ints) -> Path:
         return self.folder / f"{fingerprint(windows.tolist())[:32]}.safetensors"

@@ -26,7 +26,7 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
 from elmwood.records import Expert, Files, Partition, Record, canonical, fingerprint, parse, references
 from elmwood.store.disk import hash_file as hash_file
-from elmwood.store.disk import hash_once, locked, remember, sweep, sync_folder, temporary_folder, write_whole
+from elmwood.store.disk import hash_once, keep_whole, locked, remember, sweep, temporary_folder, write_whole
 from elmwood.store.relations import check_relations, texts
 from elmwood.store.relations import lineage as lineage
 
@@ -108,11 +108,8 @@ class Store:
             return name
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
         path.chmod(0o644)
-        os.replace(path, target)
-        sync_folder(target.parent)
+        keep_whole(path, target)
         remember(target, digest)
         return name
 

@@ -71,8 +71,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, content: bytes | Path) -> None:
-    """Write a temporary file, fsync and rename it: readers see the whole file or none. Content is bytes or a file to copy."""
+def keep_whole(temporary: Path, path: Path) -> None:
+    """Give a written file its name, durably: readers see the whole file or none."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def write_whole(path: Path, content: bytes | Path, *, durable: bool = True) -> None:
+    """Write a temporary file, fsync and rename it: readers see the whole file or none. Content is bytes or a file to copy.
+
+    `durable=False` leaves out the fsync, for what can be made again and is checked when it is read.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = _temporary_file(path.parent)
     try:
@@ -83,13 +94,15 @@ def write_whole(path: Path, content: bytes | Path) -> None:
                 with content.open("rb") as source:
                     shutil.copyfileobj(source, file, CHUNK)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def _temporary_file(folder: Path) -> tuple[int, str]:

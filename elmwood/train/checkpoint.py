@@ -1,7 +1,6 @@
 """The checkpoint of a run, one file: trained weights, the optimiser's moments, step, curve, seconds. Written atomically."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from elmwood.errors import Damaged, DoesNotFit
 from elmwood.records import Point
-from elmwood.store import sync_folder
+from elmwood.store.disk import keep_whole
 from elmwood.train.card.processes import full, part_of
 
 FILE = "state.safetensors"
@@ -126,7 +125,4 @@ def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> Non
         seen.add(tensor.data_ptr())
     temporary = path.with_name(f"{path.name}.tmp")
     save_file(whole, temporary, metadata=facts)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    keep_whole(temporary, path)

@@ -6,9 +6,7 @@ A record is made when an expert is first loaded, from its own files and after al
 and by the layers. It can be thrown away at any time.
 """
 
-import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +18,7 @@ from torch import Tensor
 from elmwood.lm.adapters.lora import Adapter, Layer
 from elmwood.lm.adapters.slots import read_record
 from elmwood.records import fingerprint
+from elmwood.store.disk import write_whole
 
 MAGIC = b"elmwood adapter 1"
 HEAD = struct.Struct("<24sQI")  # magic, bytes, their CRC-32
@@ -45,7 +44,7 @@ class Packed:
         read_record(adapter, self.layers, flat_P)
         check(flat_P)
         with suppress(OSError):  # a full or read-only disk costs time alone
-            self._write(path, content)
+            write_whole(path, b"".join((HEAD.pack(MAGIC, len(content), zlib.crc32(content)), content)), durable=False)
 
     def _read(self, path: Path, content: memoryview) -> bool:
         try:
@@ -55,15 +54,3 @@ class Packed:
         except (OSError, struct.error):
             return False
         return whole and zlib.crc32(content) == check
-
-    def _write(self, path: Path, content: memoryview) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with open(handle, "wb") as file:
-                file.write(HEAD.pack(MAGIC, len(content), zlib.crc32(content)))
-                file.write(content)
-            os.replace(scratch, path)
-        except OSError:
-            os.unlink(scratch)
-            raise

@@ -9,7 +9,6 @@ The optimiser's moments and the error stay on this machine. Interrupted phases r
 N values of a tensor
 """
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -29,7 +28,7 @@ from elmwood.outer.compress import Floats, open_delta, write_delta
 from elmwood.outer.gates import WRONGS
 from elmwood.outer.step import read_tensors
 from elmwood.records import Fate, Star
-from elmwood.store import sync_folder
+from elmwood.store.disk import keep_whole
 from elmwood.train import checkpoint
 from elmwood.train.card.path import fast_path
 from elmwood.train.data import batches
@@ -130,7 +129,7 @@ def _finish(local: Local, slice: Slice, base: Path, sent: Path) -> Path:
     _save(whole, local.folder / f"whole-{slice.id}.safetensors")
     temporary = sent.with_name(f"{sent.name}.tmp")
     write_delta(temporary, whole, local.shapes, local.star.form)
-    _keep(temporary, sent)
+    keep_whole(temporary, sent)
     return sent
 
 
@@ -162,11 +161,4 @@ def load_error(local: Local) -> dict[str, Floats]:
 def _save(tensors: dict[str, Floats], path: Path) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     save_file(tensors, temporary)
-    _keep(temporary, path)
-
-
-def _keep(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    keep_whole(temporary, path)
