@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 from typer import Argument, Option
 
-from elmwood.cli.options import DocumentsOption, MixingOption, Output, WindowOption, WorkersOption
+from elmwood.cli.options import DocumentsOption, MixingOption, Output, RoutingOption, WindowOption, WorkersOption, pairs_of
 from elmwood.cli.screen import bars, emit, out, talk
 from elmwood.cli.screen import table as print_table
 from elmwood.ranges import NewFile
@@ -41,12 +41,15 @@ class Benchmarks(NamedTuple):
 def evaluate(
     models: Annotated[list[str], Argument(help="Seeds, experts, merges, ensembles or forests: names or digests.")],
     mixing: MixingOption = None,
+    settings: RoutingOption = None,
     partition: Annotated[str | None, Option(help="Whose held-out text; default: the first forest's or expert's.")] = None,
     text: HeldOut = HeldOut(),
     router: Annotated[
         str | None, Option(help="Of the fitted ensemble: centroid, sparse, live or posterior; default: the best of the first three.")
     ] = None,
-    name: Annotated[str | None, Option("--name", help="Call the fitted ensemble of a forest this.")] = None,
+    name: Annotated[
+        str | None, Option("--name", help="Call the fitted ensemble of a forest this, or an ensemble with other settings.")
+    ] = None,
     benchmarks: Benchmarks = Benchmarks(),
     workers: WorkersOption = None,
     output: Output = Output(),
@@ -54,12 +57,14 @@ def evaluate(
     """Bits per byte on held-out documents, with every routing of a forest; or, with --tasks, benchmarks."""
     if benchmarks.tasks is not None:
         with bars() as progress:
-            found = evaluation.benchmark(models, mixing=mixing, store=output.store, progress=progress, **benchmarks._asdict())
+            found = evaluation.benchmark(
+                models, mixing=mixing, settings=pairs_of(settings), store=output.store, progress=progress, **benchmarks._asdict()
+            )
         return _print_benchmarks(found, output.as_json)
     with bars() as progress:
         made = evaluation.evaluate(
-            models, mixing=mixing, partition=partition, router=router, name=name, workers=workers, store=output.store, progress=progress,
-            **text._asdict(),
+            models, mixing=mixing, settings=pairs_of(settings), partition=partition, router=router, name=name, workers=workers,
+            store=output.store, progress=progress, **text._asdict(),
         )  # fmt: skip
     comparison, fitted = made.record, made.fitted
     if made.claimed:

@@ -16,6 +16,7 @@ from elmwood.cli.options import (
     TensorsOption,
     WeightsOption,
     WorkersOption,
+    pairs_of,
 )
 from elmwood.cli.screen import bars, emit, made, out, table, talk
 from elmwood.errors import BadInput
@@ -171,13 +172,7 @@ def weights_of(text: str | None) -> list[list[float]] | None:
 
 def settings_of(texts: Sequence[str] | None) -> dict[str, list[float]]:
     """['gamma=0.1,0.2'] -> {'gamma': [0.1, 0.2]}. Raises BadInput."""
-    found = {}
-    for text in texts or []:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise BadInput(f"--set {text!r}: write NAME=VALUE, or NAME=VALUE,VALUE for several answers")
-        found[name] = [number_of(name, one) for one in value.split(",")]
-    return found
+    return {name: [number_of(name, one) for one in value.split(",")] for name, value in pairs_of(texts).items()}
 
 
 def layers_of(text: str | None) -> range | None:

@@ -1,15 +1,15 @@
 """Verbs of finished models: gather them, sample from them, combine them into mixtures of experts."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from typer import Argument, Option
 
 from elmwood.cli.merge import settings_of, values_of
-from elmwood.cli.options import MixingOption, NameOption, Output, RngSeedOption, SettingOption
+from elmwood.cli.options import MixingOption, NameOption, Output, RngSeedOption, RoutingOption, SettingOption, pairs_of
 from elmwood.cli.screen import bars, emit, made, out, printable, table, talk
 from elmwood.errors import BadInput
 from elmwood.ranges import NewFile
@@ -65,9 +65,33 @@ class Several(NamedTuple):
     engine: Annotated[str, Option(help="Where replicas run: local, in processes of this machine, or ray.")] = "local"
 
 
+class Followed(NamedTuple):
+    """A model of the store, or a hub's newest."""
+
+    first: str  # digest
+    newest: Callable[[], str]
+    name: str  # in the store
+
+
+def follow(model: str | None, newer: Newer, store: Store, settings: ancestry.Settings, mixing: str | None = None) -> Followed:
+    """Raises BadInput, Forged, Damaged, Unreachable, Problem."""
+    if (model is None) == (newer.hub is None):
+        raise BadInput("name a model of the store, or a hub with --hub: one of the two")
+    if model is not None:
+        ancestry.with_mixing(store.load(model), mixing, store, settings)  # before anything is opened
+        return Followed(store.resolve(model), partial(store.resolve, model), model)
+    from elmwood.hub.client.pull import Following
+
+    following = Following(str(newer.hub), store, name=newer.name, root_key=newer.root_key)
+    with bars() as progress:
+        first = following.begin(progress, lambda said: talk.print(said, style="yellow", soft_wrap=True))
+    return Followed(first, following.newest, following.model)
+
+
 def serve(
     model: Annotated[str | None, Argument(help="A seed, expert, merge, mixture, ensemble or forest: name or digest.")] = None,
     mixing: MixingOption = None,
+    settings: RoutingOption = None,
     deterministic: Annotated[bool, Option("--deterministic", help="The same bytes, whoever asks beside: slower.")] = False,
     serving: Serving = Serving(),
     newer: Newer = Newer(),
@@ -81,31 +105,23 @@ def serve(
     from elmwood.serve.model import open_served
     from elmwood.serve.run import read_keys, serve
 
-    if (model is None) == (newer.hub is None):
-        raise BadInput("name a model of the store, or a hub with --hub: one of the two")
     start_log(serving.log)
     keys, store = read_keys(serving.api_key_file) if serving.api_key_file else [], Store(output.store)
-    limits, name = USUAL._replace(queue=serving.queue, running=serving.running, deterministic=deterministic), None
-    if newer.hub:
-        from elmwood.hub.client.pull import Following
-
-        following = Following(newer.hub, store, name=newer.name, root_key=newer.root_key)
-        with bars() as progress:
-            first = following.begin(progress, lambda said: talk.print(said, style="yellow", soft_wrap=True))
-        newest, name = following.newest, following.model
-    else:
-        assert model
-        first, newest = store.resolve(model), partial(store.resolve, model)
+    changed, watch = pairs_of(settings), bool(newer.hub or newer.watch)
+    found = follow(model, newer, store, changed, mixing)
+    how: dict[str, Any] = {"mixing": mixing, "settings": changed, "name": ancestry.name_of(found.name, store)}
+    how["limits"] = USUAL._replace(queue=serving.queue, running=serving.running, deterministic=deterministic)
     if several.replicas > 1 or several.engine != "local":
-        if newer.hub or newer.watch:
-            raise BadInput("replicas serve one model: leave --hub and --watch out, or --replicas")
-        from elmwood.serve.gateway.opening import add_answers, open_replicas
+        from elmwood.serve.gateway.opening import add_answers, open_newer, open_replicas
+        from elmwood.serve.gateway.replicas import Plan
 
-        opened, answers = open_replicas(model or first, store, several.replicas, several.engine, mixing=mixing, limits=limits), add_answers
+        plan = Plan.of(found.name, store, watch=watch, **how)
+        opened, answers = open_replicas(plan, several.replicas, several.engine), add_answers
+        opening = partial(open_newer, plan)
     else:
-        opened, answers = open_served(model or first, store, mixing=mixing, limits=limits, name=name), None
-    opening = partial(open_served, store=store, mixing=mixing, limits=limits, name=opened.name)
-    source = Source(newest, lambda found, like: opening(found, like=like), newer.every, first) if newer.hub or newer.watch else None
+        opened, answers = open_served(found.first, store, **how), None
+        opening = partial(open_served, store=store, **how)
+    source = Source(found.newest, lambda digest, like: opening(digest, like=like), newer.every, found.first) if watch else None
 
     def ready(address: str) -> None:
         emit({"model": opened.record.digest, "url": address}) if output.as_json else out.print(
@@ -129,13 +145,16 @@ class Engines(NamedTuple):
 
 
 def gateway(
-    ensemble: Annotated[str, Argument(help="An ensemble or forest of LoRA experts: name or digest.")],
     engines: Engines,
+    ensemble: Annotated[str | None, Argument(help="An ensemble or forest of LoRA experts: name or digest.")] = None,
+    settings: RoutingOption = None,
     serving: Serving = Serving(),
+    newer: Newer = Newer(),
     output: Output = Output(),
 ) -> None:
     """Route each request to an expert that a vLLM, SGLang or elmwood server behind it runs. No model is opened here."""
     from elmwood.serve.gateway.opening import Behind, add_answers, open_gateway
+    from elmwood.serve.live import Source
     from elmwood.serve.logs import start_log
     from elmwood.serve.run import read_keys, serve
 
@@ -145,7 +164,11 @@ def gateway(
     behind = Behind(
         engines.upstream, engines.adapters, engines.upstream_path, engines.max_adapters, key, serving.queue + serving.running
     )  # fmt: skip
-    opened = open_gateway(ensemble, Store(output.store), behind)
+    store, changed = Store(output.store), pairs_of(settings)
+    found = follow(ensemble, newer, store, changed)
+    opening = partial(open_gateway, store=store, behind=behind, settings=changed, name=ancestry.name_of(found.name, store))
+    opened = opening(found.first)
+    source = Source(found.newest, lambda digest, like: opening(digest, like=like), newer.every, found.first)
 
     def ready(address: str) -> None:
         emit({"model": opened.record.digest, "url": address}) if output.as_json else out.print(
@@ -153,8 +176,8 @@ def gateway(
         )
 
     serve(
-        opened, serving.host, serving.port, keys=keys, cors=serving.cors or [], names=serving.host_name or [], answers=add_answers,
-        drain_s=serving.drain, ready=ready,
+        opened, serving.host, serving.port, keys=keys, cors=serving.cors or [], names=serving.host_name or [],
+        source=source if newer.hub or newer.watch else None, answers=add_answers, drain_s=serving.drain, ready=ready,
     )  # fmt: skip
 
 
@@ -170,12 +193,13 @@ class Sampling(NamedTuple):
 def chat(
     model: Annotated[str, Argument(help="A seed, expert, merge, ensemble or forest: name or digest.")],
     mixing: MixingOption = None,
+    settings: RoutingOption = None,
     prompt: Annotated[str | None, Option(help="Continue this and stop; default: read prompts from the terminal.")] = None,
     sampling: Sampling = Sampling(),
     output: Output = Output(),
 ) -> None:
     """Continue text, and show which experts were used."""
-    opened = ancestry.open_model(model, mixing=mixing, store=output.store)
+    opened = ancestry.open_model(model, mixing=mixing, settings=pairs_of(settings), store=output.store)
     check_use(opened.seed, "generate")  # before anything is typed
     for text in [prompt] if prompt is not None else _typed():
         sample = ancestry.generate(opened, text, on_text=_ignore if output.as_json else _write, **sampling._asdict())

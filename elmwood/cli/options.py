@@ -12,6 +12,7 @@ from typer import Argument, Option
 from typer.models import OptionInfo
 
 from elmwood.engine import DEVICE
+from elmwood.errors import BadInput
 from elmwood.ranges import NewFile
 from elmwood.store import Store
 
@@ -29,6 +30,7 @@ MixingOption = Annotated[str | None, Option(help="Of an ensemble: outputs, weigh
 NameOption = Annotated[str | None, Option("--name", help="Name of the result.")]
 PlotOption = Annotated[Path | None, Option(help="Draw the result into this SVG file."), NewFile()]
 RngSeedOption = Annotated[int, Option(help="Seed of the random number generators.")]
+RoutingOption = Annotated[list[str] | None, Option("--set", help="Of an ensemble: any of its settings, as top_k=4 (repeatable).")]
 SettingOption = Annotated[list[str] | None, Option("--set", help="Any other setting of the rule: NAME=VALUE (repeatable).")]
 TensorsOption = Annotated[str, Option(help="Merge only tensors with this in their name.")]
 WeightsOption = Annotated[str | None, Option(help="Of the experts, in order: 1,0.5; one for all; 0:1 is a gradient over depth.")]
@@ -130,6 +132,14 @@ def computing(call: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature([*inspect.signature(call).parameters.values(), where])  # type: ignore[attr-defined]
     run.__annotations__ = call.__annotations__ | {"device": DeviceOption}
     return run
+
+
+def pairs_of(texts: Sequence[str] | None) -> dict[str, str]:
+    """['every=64'] -> {'every': '64'}. Raises BadInput."""
+    pairs = [text.partition("=") for text in texts or []]
+    if wrong := next((name for name, equals, _ in pairs if not equals), None):
+        raise BadInput(f"--set {wrong!r}: write NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 def flags(option: OptionInfo) -> list[str]:

@@ -144,7 +144,8 @@ class Answer:
             if isinstance(said, Ended) and said.reason == "error":
                 raise Refused(said.status, said.detail or "the engine failed", code="engine_error")
             if isinstance(said, Ended) and said.reason == "cancelled":
-                raise Refused(503, "the server closes", code="closing", headers={"Retry-After": "5"})
+                why = "the server closes, or serves a newer model since long: send the request again"
+                raise Refused(503, why, code="closing", headers={"Retry-After": "5"})
             for delta in choice.hear(said):
                 yield delta
             if choice.finish:

@@ -12,7 +12,7 @@ from elmwood.serve.logs import logger
 from elmwood.serve.model import Served
 
 OLD = 2  # models at once that are no more served and have requests at work
-LONG = 7 * 86400.0  # seconds that these may take
+LONG = 600.0  # seconds that these get; those that are left then end with status 503
 TRIAL = 120.0  # seconds of the one token that a new model says before it is served
 
 
@@ -36,7 +36,7 @@ class Adopted(NamedTuple):
 
 
 class Live:
-    """A model that is served, and those before it whose requests have not ended."""
+    """A model that is served, and those before it whose requests have not ended. Models may share an engine."""
 
     def __init__(self, served: Served):
         self.now, self.adopted = served, Adopted()
@@ -73,13 +73,16 @@ class Live:
         """Let the requests of a model end, then close it."""
         with self._changed:
             self._changed.wait_for(lambda: not self._users.get(id(served)) or self._closing)
-        served.engine.close(LONG)
+        shared = served.engine is self.now.engine
+        if not shared:
+            served.engine.close(LONG)
         with self._changed:
-            counts = served.engine.counts()
-            self._past = self._past._replace(
-                loads=self._past.loads + counts.loads, load_seconds=self._past.load_seconds + counts.load_seconds,
-                mismatches=self._past.mismatches + counts.mismatches, failed=self._past.failed + counts.failed,
-            )  # fmt: skip
+            if not shared:
+                counts = served.engine.counts()
+                self._past = self._past._replace(
+                    loads=self._past.loads + counts.loads, load_seconds=self._past.load_seconds + counts.load_seconds,
+                    mismatches=self._past.mismatches + counts.mismatches, failed=self._past.failed + counts.failed,
+                )  # fmt: skip
             self._users.pop(id(served), None)
             self._old.remove(served)
             self._changed.notify_all()
@@ -87,7 +90,8 @@ class Live:
     def counts(self) -> Counts:
         """Of all engines: requests and counters are summed, what is on the device is that of the model that is served."""
         with self._changed:
-            now, others = self.now.engine.counts(), [self._past, *(served.engine.counts() for served in self._old)]
+            old = {id(served.engine): served.engine for served in self._old if served.engine is not self.now.engine}
+            now, others = self.now.engine.counts(), [self._past, *(engine.counts() for engine in old.values())]
         summed = ("waiting", "running", "rows", "loads", "load_seconds", "mismatches", "failed")
         return now._replace(**{name: getattr(now, name) + sum(getattr(other, name) for other in others) for name in summed})
 
@@ -99,9 +103,9 @@ class Live:
         """End all that is at work."""
         with self._changed:
             self._closing = True
-            engines = [served.engine for served in (self.now, *self._old)]
+            engines = {id(served.engine): served.engine for served in (self.now, *self._old)}
             self._changed.notify_all()
-        for engine in engines:
+        for engine in engines.values():
             engine.close()
 
 
@@ -134,11 +138,8 @@ class Follower:
                 live.adopted = live.adopted._replace(trouble="")
                 return False
             opened = self.source.open(found, live.now)
-            try:
-                try_out(opened.engine)
-            except BaseException:
-                opened.engine.close()
-                raise
+            if opened.engine is not live.now.engine:
+                _try_or_close(opened.engine)
         except Exception as error:  # whatever it was, the old one serves on
             said = str(error) if isinstance(error, ElmwoodError) else f"{type(error).__name__}: {str(error)[:200]}"
             level = logger.warning if said != live.adopted.trouble else logger.debug  # a hub that is away says so once
@@ -152,6 +153,14 @@ class Follower:
         fields = {"model": opened.record.digest, "experts": len(opened.cards), "seconds": round(taken, 3)}
         logger.info("adopted", extra={"fields": fields})
         return True
+
+
+def _try_or_close(engine: Engine) -> None:
+    try:
+        try_out(engine)
+    except BaseException:
+        engine.close()
+        raise
 
 
 def try_out(engine: Engine) -> None:

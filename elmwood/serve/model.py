@@ -19,7 +19,7 @@ from elmwood.serve.refusals import Refused
 from elmwood.serve.spelling import name_of
 from elmwood.serve.template import read_template, render
 from elmwood.store import Named, Store
-from elmwood.study.ancestry import as_model, seed_of, with_mixing
+from elmwood.study.ancestry import Settings, as_model, seed_of, with_mixing
 from elmwood.study.ancestry import name_of as called
 from elmwood.study.trial import check_use
 
@@ -145,16 +145,22 @@ def too_long(size: str, most: int, param: str) -> Refused:
     return Refused(400, message, param, "context_length_exceeded")
 
 
+def record_of(model: Named, store: Store, mixing: str | None = None, settings: Settings | None = None) -> Record:
+    """What is served. A seed, which stands for the ensemble of a hub without experts, mixes nothing. Raises UnknownName, BadInput."""
+    record = as_model(store.load(model), store)
+    return record if isinstance(record, Seed) else with_mixing(record, mixing, store, settings)
+
+
 def open_served(
-    model: Named, store: Store, *, mixing: str | None = None, device: str | None = None, limits: Limits = USUAL,
-    like: Served | None = None, name: str | None = None,
+    model: Named, store: Store, *, mixing: str | None = None, settings: Settings | None = None, device: str | None = None,
+    limits: Limits = USUAL, like: Served | None = None, name: str | None = None,
 ) -> Served:  # fmt: skip
-    """Open a model by name or record; a forest stands for its default ensemble. `like`: one that is open, to share the weights of the seed
-    with; `name`: what clients call it, by default as in the store. Raises UnknownName, BadInput, BadSeed, ForeignExpert."""
+    """Open a model by name or record; a forest stands for its default ensemble. `settings`: other values of an ensemble's fields; `like`:
+    one that is open, to share the weights of the seed with; `name`: what clients call it, by default as in the store.
+    Raises UnknownName, BadInput, BadSeed, ForeignExpert."""
     from elmwood.ensemble.batch.opening import open_engine  # torch
 
-    record = as_model(store.load(model), store)
-    record = with_mixing(record, mixing, store) if mixing else record
+    record = record_of(model, store, mixing, settings)
     seed = seed_of(record, store)
     check_use(seed, "generate")
     engine = open_engine(record, store, device, limits, like.engine if like else None)

@@ -1,12 +1,14 @@
 """What a model is made of: its seed, its partition, the ensemble that a forest stands for. And finished models: experts as a forest,
 text from any model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from elmwood.domains.partition import serving
+from elmwood.domains.route import Routing, open_router
 from elmwood.engine import placed
 from elmwood.errors import BadInput, ForeignExpert
 from elmwood.lm.files import tokenizer
@@ -24,6 +26,8 @@ MIXING = {word: {"mixing": word} for word in ("outputs", *ALONE)} | {
     word: {"mixing": "outputs", "aggregation": word} for word in ("arithmetic", "geometric", "median")
 }
 BOUNDED = "bounded"  # every expert on probation
+SETTINGS = (*Routing.__dataclass_fields__, "block", "bound")  # of an ensemble, that a user may change by name
+Settings = Mapping[str, Any]  # name -> value, or its text; "none" is None
 
 
 def name_of(model: Named, store: Store) -> str:
@@ -39,11 +43,39 @@ def as_model(record: Record, store: Store) -> Record:
     return record
 
 
-def with_mixing(record: Record, mixing: str, store: Store) -> Ensemble:
-    """An ensemble (or a forest, for its default one) that mixes so: words of MIXING, by comma. Raises BadInput."""
+def with_mixing(record: Record, mixing: str | None, store: Store, settings: Settings | None = None) -> Record:
+    """An ensemble (or a forest, for its default one) that mixes so: words of MIXING, by comma; and with other settings of its router.
+    The record itself where nothing is asked. Raises BadInput, UnknownName."""
+    if mixing is None and not settings:
+        return record
     record = as_model(record, store)
     if not isinstance(record, Ensemble):
-        raise BadInput(f"mixing is a setting of ensembles and forests, and {record.digest[:8]} is a {record.kind}: leave --mixing out")
+        raise BadInput(
+            f"mixing and settings are of ensembles and forests, and {record.digest[:8]} is a {record.kind}: leave --mixing and --set out"
+        )
+    made = _with_settings(record.model_copy(update={} if mixing is None else _mixing(record, mixing, store)), settings or {})
+    store.add(made)
+    return made
+
+
+def _with_settings(record: Ensemble, settings: Settings) -> Ensemble:
+    """Raises BadInput, UnknownName."""
+    if unknown := [name for name in settings if name not in SETTINGS]:
+        raise BadInput(f"an ensemble has no setting {unknown[0]!r} to choose: have {', '.join(SETTINGS)}")
+    if "router" in settings:
+        open_router(str(settings["router"]))
+    changed = {name: None if value == "none" else value for name, value in settings.items()}
+    try:
+        made = Ensemble.model_validate(record.model_dump() | changed)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise BadInput(f"{first['loc'][0]}={first['input']}: {first['msg'][:200]}") from error
+    Routing.of(made)  # what goes together
+    return made
+
+
+def _mixing(record: Ensemble, mixing: str, store: Store) -> dict[str, Any]:
+    """The fields that words stand for. Raises BadInput."""
     changed: dict[str, Any] = {}
     words = [one.strip() for one in mixing.split(",")]
     for word in words:
@@ -53,9 +85,7 @@ def with_mixing(record: Record, mixing: str, store: Store) -> Ensemble:
         changed |= {"bounded": store.load(record.forest, Forest).experts} if word == BOUNDED else {}
     if len(words) > 1 and (lone := next((word for word in words if word in ALONE), None)):
         raise BadInput(f"mixing {mixing!r}: {lone} goes with no other way: write it alone")
-    made = record.model_copy(update=changed)
-    store.add(made)
-    return made
+    return changed
 
 
 def seed_of(record: Record, store: Store) -> Seed:
@@ -127,14 +157,15 @@ class Opened(NamedTuple):
 
 
 @placed
-def open_model(model: Named, store: AnyStore = None, *, mixing: str | None = None, device: str | None = None) -> Opened:
-    """A model by name or record; a forest opens as its default ensemble.
+def open_model(
+    model: Named, store: AnyStore = None, *, mixing: str | None = None, settings: Settings | None = None, device: str | None = None
+) -> Opened:
+    """A model by name or record; a forest opens as its default ensemble. `settings`: other values of an ensemble's fields.
     Raises UnknownName, BadInput, ForeignExpert."""
     from elmwood.ensemble import mixture  # torch
 
     store = Store(store)
-    record = as_model(store.load(model), store)
-    record = with_mixing(record, mixing, store) if mixing else record
+    record = with_mixing(as_model(store.load(model), store), mixing, store, settings)
     seed = seed_of(record, store)
     return Opened(record, mixture.open_model(record, store), tokenizer(seed, store), seed)
 
@@ -160,15 +191,15 @@ TopP = Annotated[float, Between(1e-3, 1)]
 @placed
 @checked
 def generate(
-    model: Named | Opened, prompt: str, store: AnyStore = None, *, mixing: str | None = None, max_tokens: Count = 128,
-    temperature: Temperature = 0.8, top_p: TopP = 0.95, rng_seed: RngSeed = 0,
+    model: Named | Opened, prompt: str, store: AnyStore = None, *, mixing: str | None = None, settings: Settings | None = None,
+    max_tokens: Count = 128, temperature: Temperature = 0.8, top_p: TopP = 0.95, rng_seed: RngSeed = 0,
     device: str | None = None, on_text: Callable[[str], None] = lambda piece: None,
 ) -> Sample:  # fmt: skip
     """Continue a prompt. `on_text` gets the text piece by piece. Raises BadInput, BadSeed, UnknownName,
     ForeignExpert."""
     from elmwood.ensemble.generate import generate as steps  # torch
 
-    opened = model if isinstance(model, Opened) else open_model(model, mixing=mixing, store=store)
+    opened = model if isinstance(model, Opened) else open_model(model, mixing=mixing, settings=settings, store=store)
     check_use(opened.seed, "generate")
     share: dict[str, float] = {}
     pieces: list[str] = []

@@ -11,7 +11,7 @@ from topics import SENTENCES, build_corpus, some_sentences
 from elmwood.domains.partition import partition as divide
 from elmwood.ensemble.bounded import AGGREGATIONS, BoundedLM, bound, median
 from elmwood.ensemble.mixture import open_model
-from elmwood.errors import BadInput
+from elmwood.errors import BadInput, UnknownName
 from elmwood.records import Ensemble, Forest
 from elmwood.store import Store
 from elmwood.study.ancestry import with_mixing
@@ -86,6 +86,24 @@ def test_the_median_is_that_of_most_of_the_weight():
     outvoted = median(logp_AV, torch.tensor([0.3, 0.3, 0.4]))
     assert float((outvoted - logp_AV[0]).abs().max()) < 0.2
     assert torch.allclose(median(logp_AV, torch.tensor([0.2, 0.2, 0.6])), logp_AV[2])
+
+
+def test_settings_of_an_ensemble_are_chosen_by_name(forest):
+    """What `--set` of serve, chat and eval says."""
+    store, made = forest
+    typed = {"every": "64", "shortlist": "32", "margin": "0.02", "top_k": "4", "seed_distance": "0.9", "router": "live"}
+    found = with_mixing(made, None, store, typed)
+    assert (found.every, found.shortlist, found.margin, found.top_k, found.seed_distance, found.router) == (64, 32, 0.02, 4, 0.9, "live")
+    assert found == with_mixing(made, "outputs", store, {"every": 64, **typed})
+    assert with_mixing(found, None, store, {"seed_distance": "none"}).seed_distance is None
+    assert with_mixing(made, None, store) is made
+    for wrong in ({"evry": "64"}, {"every": "0"}, {"every": "x"}, {"forest": "0" * 64}, {"sure": "0.9", "shortlist": "8"}):
+        with pytest.raises(BadInput, match=next(iter(wrong))):
+            with_mixing(made, None, store, wrong)
+    with pytest.raises(UnknownName, match="router"):
+        with_mixing(made, None, store, {"router": "nearby"})
+    with pytest.raises(BadInput, match="--set"):
+        with_mixing(store.load(made.seed), None, store, typed)
 
 
 def test_a_forest_is_opened_with_any_mixing(forest):

@@ -6,13 +6,16 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import httpx
 import pytest
 from openai import OpenAI
 
 from elmwood.serve.app import create_app
+from elmwood.serve.gateway import fleet
 from elmwood.serve.gateway.opening import Behind, add_answers, open_gateway
+from elmwood.serve.live import Source
 from elmwood.study.exporting import export
 from tests.serve.conftest import serving
 from tests.serve.engine_contract import BASE, ContractEngine
@@ -191,6 +194,44 @@ def test_an_expert_in_use_is_never_taken_out_and_a_client_that_leaves_lets_go(wo
             assert list(vllm.loras) == [second]
     finally:
         vllm.held.set()
+
+
+def test_a_newer_snapshot_is_routed_and_what_was_retired_leaves_the_engines(world, vllm, vllm_address, tmp_path, monkeypatch):
+    monkeypatch.setattr(fleet, "WATCH", 0.02)
+    vllm.restart()
+    store, (kept, gone, _) = world.store, world.experts
+    forest = store.load(world.ensemble.forest).model_copy(update={"experts": (kept.digest,)})
+    smaller = world.ensemble.model_copy(update={"forest": store.add(forest)})
+    store.name("forests/moving", world.ensemble.digest)
+    opening = partial(open_gateway, store=store, behind=Behind([vllm_address], tmp_path / "adapters"), name="moving")
+    source = Source(partial(store.resolve, "forests/moving"), lambda found, like: opening(found, like=like), 3600.0, world.ensemble.digest)
+    app = create_app(opening(world.ensemble.digest), answers=add_answers, source=source)
+    with serving(app) as address, httpx.Client(base_url=address, trust_env=False, timeout=60) as client:
+
+        def ask(model):
+            return client.post("/v1/completions", json=GREEDY | {"model": model})
+
+        before = text(ask(kept.digest)), text(ask(gone.digest))
+        vllm.held.clear()
+        with client.stream("POST", "/v1/completions", json=GREEDY | {"model": gone.digest, "stream": True}) as answer:
+            store.name("forests/moving", store.add(smaller))
+            assert app.state.follower.look()
+            assert ask(gone.digest).json()["error"]["code"] == "model_not_found"
+            assert client.get("/v1/experts").json()["total"] == 1
+            assert set(vllm.loras) == {kept.digest, gone.digest}, "one is in use"
+            vllm.held.set()
+            said = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+        assert "".join(part["choices"][0]["text"] for part in said) == before[1], "every token of it"
+        while set(vllm.loras) != {kept.digest}:
+            client.get("/healthz")
+        assert text(ask(kept.digest)) == before[0]
+        store.name("forests/moving", world.seed.digest)
+        assert app.state.follower.look(), "what a hub without experts serves"
+        answer = client.post("/v1/completions", json=GREEDY | {"elmwood": {"provenance": True}})
+        assert answer.json()["choices"][0]["elmwood"]["experts"] == [{"id": "seed", "name": "seed", "weight": 1.0}]
+        store.name("forests/moving", world.plain.digest)
+        assert not app.state.follower.look(), "the engine runs another seed"
+        assert "another seed" in app.state.live.adopted.trouble
 
 
 def test_sglang_has_names_of_its_own(world, folder, http, tmp_path):

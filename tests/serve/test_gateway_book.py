@@ -114,6 +114,19 @@ def test_an_engine_that_is_met_says_what_it_holds():
     assert not book.has("a")
 
 
+def test_experts_that_are_served_no_more_leave_when_nobody_uses_them():
+    book = Book(4)
+    book.found("abc")
+    used = book.want("b").entry
+    assert sorted(book.retire("c")) == ["a"]
+    assert book.want("a").do == "unload", "who still wants it loads it again"
+    book.gone("a")
+    assert book.retire("c") == []
+    used.users -= 1
+    assert book.retire("c") == ["b"]
+    assert book.has("c")
+
+
 def test_what_a_server_that_loads_by_itself_holds_is_what_it_was_asked_for_last():
     book = Book(2)
     book.touch(["a", "b"])
@@ -122,7 +135,7 @@ def test_what_a_server_that_loads_by_itself_holds_is_what_it_was_asked_for_last(
 
 
 def test_a_request_goes_where_its_experts_are_unless_much_more_is_done_there():
-    fleet = Fleet(Seed(name="s", architecture="a", parameters=1, vocabulary=2, context=8, separator=0, files={}), "abc", 9)
+    fleet = Fleet(Seed(name="s", architecture="a", parameters=1, vocabulary=2, context=8, separator=0, files={}), 9)
     first, second = fleet.upstreams = [Upstream(f"http://{n}", n, 2, {}, str, None) for n in range(2)]
     first.up = second.up = True
     first.kind = second.kind = KINDS["vllm"]

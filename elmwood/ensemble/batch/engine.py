@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from elmwood.ensemble import probe
 from elmwood.ensemble.batch.candidates import Candidates
 from elmwood.ensemble.batch.interface import USUAL, Busy, Counts, Engine, Event, Limits, Request
 from elmwood.ensemble.batch.mixing import SUM, Mixing
@@ -28,6 +27,7 @@ from elmwood.ensemble.batch.texts import Text
 from elmwood.ensemble.batch.turns import check
 from elmwood.ensemble.forest import open_forest
 from elmwood.errors import BadInput, ElmwoodError
+from elmwood.lm import probe
 from elmwood.lm.adapters.lora import Layer, adapter_of, layout
 from elmwood.lm.adapters.packed import Packed
 from elmwood.lm.adapters.slots import Slots

@@ -19,6 +19,14 @@ from elmwood.store import AnyStore, Named, Store
 from elmwood.study.exporting import export
 
 
+class NoExpert(BadInput):
+    """A run whose forest has no expert yet."""
+
+    def __init__(self, manifest: RunManifest):
+        super().__init__(f"run {manifest.run!r} has no expert yet: there is nothing to pull; the first one makes the first ensemble")
+        self.manifest = manifest
+
+
 class Pulled(NamedTuple):
     """A snapshot that is in the store."""
 
@@ -51,7 +59,7 @@ def pull(
             called = name or manifest.run
             store.check_name(f"{called}/ensemble")
             if not snapshot.experts:
-                raise BadInput(f"run {manifest.run!r} has no expert yet: there is nothing to pull; the first one makes the first ensemble")
+                raise NoExpert(manifest)
             count = _fetch(snapshot, manifest, hub, store, progress)
             if version is None:
                 place.change(snapshot=snapshot.version, snapshot_digest=digest(snapshot))
@@ -151,8 +159,8 @@ class Following:
         """`root_key`: the public key that must have signed the manifest; by default that of the first one seen. Raises BadInput."""
         self.url, self.store, self.name = url, Store(store), name
         self.folder = Folder(self.store.root / "serve" / open_folder(url, self.store).path.name)
-        self.model = self.tag = ""  # the ensemble's name, once it is known
-        self.pulled: Pulled | None = None
+        self.model = self.tag = self.served = ""  # the ensemble's name and digest, once they are known
+        self.until = 0.0  # unix seconds: the manifest is not valid after
         if root_key:
             if self.folder.read().root_key not in ("", root_key):
                 raise BadInput(
@@ -162,19 +170,25 @@ class Following:
             self.folder.change(root_key=root_key)
 
     def newest(self, progress: Progress = silent, patience: float = 0.0) -> str:
-        """The digest of the newest snapshot's ensemble, which is in the store. Raises BadInput, Forged, Damaged, Unreachable, Problem."""
+        """The digest of the newest snapshot's ensemble, or, where it has no expert, of the seed; it is in the store, under the ensemble's
+        name. Raises BadInput, Forged, Damaged, Unreachable, Problem."""
         hub = Hub(self.url, patience=patience)
         try:
             reply = hub.get("/v1/snapshot", **{"If-None-Match": self.tag} if self.tag else {})
-            now = hub.clock() + hub.skew
+            if reply.status == 304 and hub.clock() + hub.skew <= self.until:
+                return self.served
+            try:
+                found = pull(self.url, self.store, name=self.name, folder=self.folder.path, patience=patience, progress=progress)
+                name, self.served, self.until = found.name, found.ensemble.digest, found.until
+            except NoExpert as error:
+                name, manifest = self.name or error.manifest.run, error.manifest
+                self.served, self.until = fetch_seed(manifest.seed, hub, self.store, progress).digest, manifest.issued + manifest.expires_s
+                self.store.name(f"{name}/ensemble", self.served)
         finally:
             hub.close()
-        if reply.status != 304 or self.pulled is None or now > self.pulled.until:
-            self.pulled = pull(self.url, self.store, name=self.name, folder=self.folder.path, patience=patience, progress=progress)
-            self.model = f"{self.pulled.name}/ensemble"
-            (self.folder.path / "model").write_text(f"{self.model}\n", encoding="utf-8")
-            self.tag = reply.headers.get("etag", "")
-        return self.pulled.ensemble.digest
+        self.model, self.tag = f"{name}/ensemble", reply.headers.get("etag", "")
+        (self.folder.path / "model").write_text(f"{self.model}\n", encoding="utf-8")
+        return self.served
 
     def begin(self, progress: Progress = silent, tell: Callable[[str], None] = lambda said: None) -> str:
         """The newest ensemble; where the hub does not answer, which is told, the last one that was here. Raises as `newest` does."""

@@ -241,11 +241,10 @@ def _json(raw: bytes) -> dict[str, Any]:
 def provenance(served: Served, asked: Asked, prompt: int) -> dict[str, Any]:
     """The expert of a prompt, and those that might have answered."""
     choice = asked.picks[min(prompt, len(asked.picks) - 1)].choice
-    assert served.guide
-    return {
-        "experts": [{"id": choice, "name": served.expert_name(choice), "weight": 1.0}],
-        "candidates": [place_of(place) for place in served.guide.look(asked.prompts[prompt])[:32]],
-    }
+    found: dict[str, Any] = {"experts": [{"id": choice, "name": served.expert_name(choice), "weight": 1.0}]}
+    if served.guide:
+        found["candidates"] = [place_of(place) for place in served.guide.look(asked.prompts[prompt])[:32]]
+    return found
 
 
 def _with_provenance(body: dict[str, Any], served: Served, asked: Asked, pick_of: Sequence[int]) -> dict[str, Any]:

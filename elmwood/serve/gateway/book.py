@@ -1,7 +1,7 @@
 """Which experts an upstream holds, who uses them, and which of them leaves when another must come. Pure: loading is for others to do."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -81,6 +81,13 @@ class Book:
             self.loads += 1
             self.entries[name] = Entry("ready", 0, self.loads)
             self.entries.move_to_end(name, last=False)  # nobody has asked for it here
+
+    def retire(self, kept: Container[str]) -> list[str]:
+        """Begin to take out the experts that are not kept and that nobody uses: their names."""
+        found = [name for name, entry in self.entries.items() if name not in kept and entry.state == "ready" and not entry.users]
+        for name in found:
+            self.entries[name].state = "leaving"
+        return found
 
     def touch(self, names: Sequence[str]) -> None:
         """A server that loads experts by itself was asked for these: it is taken to hold those asked for last."""

@@ -33,11 +33,16 @@ class Folders:
     def __init__(self, folder: Path, prefix: str | None, experts: Sequence[Expert], store: Store):
         """`prefix`: where the engine sees the folder. Raises BadInput."""
         self.folder, self.prefix, self.store = folder, prefix or str(folder.resolve()), store
-        self.experts = {expert.digest: expert for expert in experts}
+        self.experts: dict[str, Expert] = {}
+        self.add(experts)
+
+    def add(self, experts: Sequence[Expert]) -> None:
+        """Some more; who is served no more is kept, for requests that began before. Raises BadInput."""
         for expert in experts:
             if "adapter_config.json" not in expert.files or expert.recipe.method == "dora":
                 kind = "a DoRA adapter" if expert.recipe.method == "dora" else "a full model"
                 raise BadInput(f"expert {expert.digest[:8]} is {kind}; engines load LoRA adapters by name: leave it out of the forest")
+        self.experts = self.experts | {expert.digest: expert for expert in experts}
 
     def of(self, digest: str) -> str:
         """The folder of an expert, as the engine sees it. Raises Damaged."""
@@ -56,17 +61,26 @@ class Folders:
 
 
 class Fleet:
-    """The engines behind a gateway. To the server's shell it is an engine without steps of its own (`Counts`, `close`)."""
+    """The engines behind a gateway. To the server's shell it is an engine without steps of its own (`Counts`, `close`), which a newer model
+    shares with the one before it."""
 
-    def __init__(self, seed: Seed, experts: Sequence[str], most: int):
+    def __init__(self, seed: Seed, most: int):
         """`most`: requests at once."""
-        self.context, self.vocabulary, self.separator = seed.context, seed.vocabulary, seed.separator
-        self.stops = frozenset([seed.separator])
-        self.experts, self.most = tuple(experts), most
-        self.upstreams: list[Upstream] = []
+        self.most, self.upstreams = most, list[Upstream]()
+        self.serve(seed, "", ())
+        self.folders: Folders | None = None  # of adapters, where the engines do not load experts by themselves
         self.replicas: Replicas | None = None  # that end with it
         self.requests = self.failed = 0
         self.open = True
+
+    def serve(self, seed: Seed, model: str, experts: Sequence[str]) -> None:
+        """From now on this model, by its digest. Experts that are not its own leave the engines when nobody uses them."""
+        self.seed, self.model, self.experts = seed, model, tuple(experts)
+        self.context, self.vocabulary, self.separator = seed.context, seed.vocabulary, seed.separator
+        self.stops = frozenset([seed.separator])
+        known = dict.fromkeys(experts)
+        for upstream in self.upstreams:
+            upstream.digests = known
 
     async def __aenter__(self) -> Self:
         self._watching = asyncio.create_task(self._watch())
@@ -82,9 +96,12 @@ class Fleet:
             await upstream.close()
 
     async def _watch(self) -> None:
-        """Meet engines that are not there, again and again."""
+        """Meet engines that are not there, and let go of experts that are served no more, again and again."""
         while True:
             await asyncio.gather(*(one.meet() for one in self.upstreams if not one.up), return_exceptions=True)
+            for one in self.upstreams:
+                if one.up:
+                    one.retire()
             await asyncio.sleep(WATCH)
 
     def choose(self, pick: Pick, tried: Collection[int] = ()) -> Upstream:
@@ -145,14 +162,13 @@ class Fleet:
         return found
 
 
-async def check(upstream: Upstream, cards: Sequence[dict[str, Any]], served: Served) -> None:
-    """Whether an engine runs the seed of this model, as far as it says. Raises Unreachable."""
+async def check(upstream: Upstream, cards: Sequence[dict[str, Any]], served: Served, model: str | None) -> None:
+    """Whether an engine runs the seed of this model, as far as it says; an elmwood server this `model`, where it is named.
+    Raises Unreachable."""
     card = cards[0]
     if card.get("owned_by") == "elmwood":
-        if card.get("root") != served.record.digest:
-            raise Unreachable(
-                f"{upstream.url} serves {str(card.get('root'))[:8]}, and this gateway {served.record.digest[:8]}: start it with the same"
-            )
+        if model is not None and card.get("root") != model:
+            raise Unreachable(f"{upstream.url} serves {str(card.get('root'))[:8]}, and this gateway {model[:8]}: start it with the same")
         return
     about = Path(str(card.get("root"))) / "elmwood.json"
     if about.is_file() and json.loads(about.read_bytes()) != json.loads(canonical(served.seed)):

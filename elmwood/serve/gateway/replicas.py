@@ -4,32 +4,52 @@ import multiprocessing
 import os
 import secrets
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
+
+import httpx2 as httpx
 
 from elmwood.engine import connect_ray, cores, gpus
-from elmwood.ensemble.batch.interface import Limits
-from elmwood.errors import ElmwoodError
+from elmwood.ensemble.batch.interface import USUAL, Limits
+from elmwood.errors import BadInput, ElmwoodError
 from elmwood.registry import lookup
 from elmwood.serve.gateway.upstream import Unreachable
 from elmwood.store import Store
+from elmwood.study.ancestry import name_of
 
 PATIENCE = 600.0  # seconds until a replica serves
+ADOPTION = 120.0  # seconds that replicas get to serve a newer model
+LOOK = 1.0  # seconds between two looks of a replica for a newer one
 ENDING = 10.0  # seconds that one gets to end
 
 
 class Plan(NamedTuple):
-    """What a replica serves."""
+    """What replicas serve."""
 
-    model: str  # digest
+    model: str  # a name in the store, or a digest
+    name: str  # what clients call it
     store: str  # a folder that all machines see
-    limits: Limits
     key: str  # that the gateway sends with each request
+    limits: Limits = USUAL
+    mixing: str | None = None
+    settings: Mapping[str, str] | None = None
+    watch: bool = False  # serve what the name means by then
 
+    @classmethod
+    def of(cls, model: str, store: Store, name: str | None = None, **more: Any) -> Self:
+        return cls(model, name or name_of(model, store), str(store.root.resolve()), secrets.token_urlsafe(32), **more)
 
-def plan_of(model: str, store: Store, limits: Limits) -> Plan:
-    return Plan(model, str(store.root.resolve()), limits, secrets.token_urlsafe(32))
+    def resolve(self) -> str:
+        """The digest of the model by now. Raises UnknownName."""
+        return Store(self.store).resolve(self.model)
+
+    @property
+    def requests(self) -> int:
+        """At once, at one replica."""
+        return self.limits.queue + self.limits.running
 
 
 class Replicas(Protocol):
@@ -44,13 +64,35 @@ class Replicas(Protocol):
 
 def serve_plan(plan: Plan, host: str, ready: Callable[[str], None]) -> None:
     """Serve until the process is told to stop, or ends."""
+    from elmwood.serve.live import Source
     from elmwood.serve.logs import start_log
     from elmwood.serve.model import open_served
     from elmwood.serve.run import serve
 
     start_log("none")
-    opened = open_served(plan.model, Store(plan.store), limits=plan.limits)
-    serve(opened, host, 0, keys=[plan.key], names=[host], drain_s=ENDING, ready=ready)
+    opening = partial(
+        open_served, store=Store(plan.store), mixing=plan.mixing, settings=plan.settings, limits=plan.limits, name=plan.name
+    )  # fmt: skip
+    first = plan.resolve()
+    source = Source(plan.resolve, lambda found, like: opening(found, like=like), LOOK, first) if plan.watch else None
+    serve(opening(first), host, 0, keys=[plan.key], names=[host], source=source, drain_s=ENDING, ready=ready)
+
+
+def await_model(urls: Sequence[str], model: str) -> None:
+    """Wait until all of these servers serve a model, by its digest; those that do not answer are started anew, with it. Raises BadInput."""
+    until, left = time.monotonic() + ADOPTION, list(urls)
+    with httpx.Client(trust_env=False, timeout=10.0) as client:
+        while left:
+            try:
+                found = client.get(f"{left[0]}/readyz").json().get("model")
+            except httpx.HTTPError:
+                found = model
+            if found == model:
+                left.pop(0)
+            elif time.monotonic() > until:
+                raise BadInput(f"a replica still serves {str(found)[:8]} after {ADOPTION:.0f} s, and not {model[:8]}")
+            else:
+                time.sleep(LOOK / 4)
 
 
 # ---- processes of this machine ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ The contracts, as read in their code: vLLM 0.32 (entrypoints/serve/lora, with VL
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -59,12 +59,12 @@ Check = Callable[["Upstream", Any], Awaitable[None]]  # (engine, cards of its /v
 class Upstream:
     """One engine. All methods run on the event loop of the server.
 
-    `folder_of`: the folder of an expert's adapter, as the engine sees it, written where it is missing; `digests`: all experts there are;
-    `find`: its address by now, which starts it where it does not run.
+    `folder_of`: the folder of an expert's adapter, as the engine sees it, written where it is missing; `digests`: the experts that are
+    served; `find`: its address by now, which starts it where it does not run.
     """
 
     def __init__(
-        self, url: str, number: int, most: int, digests: Mapping[str, Any], folder_of: Callable[[str], str], check: Check,
+        self, url: str, number: int, most: int, digests: Container[str], folder_of: Callable[[str], str], check: Check,
         key: str | None = None, find: Callable[[], str] | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.url, self.number, self.digests, self.folder_of, self.check, self.find, self.clock = (
@@ -248,6 +248,11 @@ class Upstream:
             self.book.gone(name)
             self._tasks.pop(name, None)
             await self._wake()
+
+    def retire(self) -> None:
+        """Take out experts that are served no more."""
+        for name in self.book.retire(self.digests):
+            self._tasks[name] = self._spawn(self._unload(name))
 
     async def _post(self, path: str, body: Any) -> httpx.Response:
         try:

@@ -26,7 +26,7 @@ from elmwood.ranges import Between, Documents, Window, checked
 from elmwood.records import Comparison, Digest, Ensemble, Expert, Forest, Partition, Record, Seed
 from elmwood.store import AnyStore, Named, Store
 from elmwood.store.own import keep_own
-from elmwood.study.ancestry import common_seed, name_of, open_model, partition_of, seed_of, with_mixing
+from elmwood.study.ancestry import Settings, common_seed, name_of, open_model, partition_of, seed_of, with_mixing
 from elmwood.study.quality.scoring import Columns, ensure, holdout_spec
 from elmwood.study.tasks import default_workers, label
 
@@ -58,14 +58,15 @@ class Evaluation(NamedTuple):
 @placed
 @checked
 def evaluate(
-    models: Named | Sequence[Named], store: AnyStore = None, *, mixing: str | None = None, partition: Named | None = None,
-    length: Window = None, documents: Documents = None, router: str | None = None, name: str | None = None, workers: Some = None,
-    device: str | None = None, progress: Progress = silent,
+    models: Named | Sequence[Named], store: AnyStore = None, *, mixing: str | None = None, settings: Settings | None = None,
+    partition: Named | None = None, length: Window = None, documents: Documents = None, router: str | None = None,
+    name: str | None = None, workers: Some = None, device: str | None = None, progress: Progress = silent,
 ) -> Evaluation:  # fmt: skip
     """Bits per byte on held-out documents: of models side by side, or of one forest with every routing, its settings fitted.
 
-    mixing: for ensembles, outputs or weights. partition: the one whose held-out text is used. router: of the fitted ensemble. name: of the
-    fitted ensemble of a forest, or of the only ensemble with another mixing. Raises BadInput, UnknownName.
+    mixing, settings: of ensembles, how experts become one model, and other values of their fields. partition: the one whose held-out text
+    is used. router: of the fitted ensemble. name: of the fitted ensemble of a forest, or of the only one with other settings.
+    Raises BadInput, UnknownName.
     """
     home = Store(store)
     if name:
@@ -74,8 +75,7 @@ def evaluate(
     opened = [home.load(model) for model in named]
     if not opened:
         raise BadInput("no model is named: name seeds, experts, merges, ensembles or a forest")
-    if mixing:
-        opened = [with_mixing(model, mixing, home) for model in opened]
+    opened = [with_mixing(model, mixing, home, settings) for model in opened]
     forests = [model for model in opened if isinstance(model, Forest)]
     if forests and len(opened) > 1:
         raise BadInput("a forest is compared with its seed and its own routings: name one forest, or only models")
@@ -87,7 +87,7 @@ def evaluate(
     else:
         titles = [name_of(model, home) for model in named]
         comparison, ensemble = _side_by_side(opened, titles, seed, columns, workers, progress), None
-    kept = ensemble or (opened[0] if mixing and len(opened) == 1 else None)
+    kept = ensemble or (opened[0] if (mixing or settings) and len(opened) == 1 else None)
     if name and kept:
         home.name(name, kept.digest)
     return Evaluation(
@@ -217,8 +217,9 @@ class Benchmarked(NamedTuple):
 @placed
 @checked
 def benchmark(
-    models: Named | Sequence[Named], tasks: str | Sequence[str], store: AnyStore = None, *, mixing: str | None = None, limit: Some = None,
-    folder: Path | None = None, download: bool = False, bos: str = "tokenizer", device: str | None = None, progress: Progress = silent,
+    models: Named | Sequence[Named], tasks: str | Sequence[str], store: AnyStore = None, *, mixing: str | None = None,
+    settings: Settings | None = None, limit: Some = None, folder: Path | None = None, download: bool = False, bos: str = "tokenizer",
+    device: str | None = None, progress: Progress = silent,
 ) -> list[Benchmarked]:  # fmt: skip
     """Models on tasks of lm-evaluation-harness. Answers are kept, so no request is computed twice.
 
@@ -242,7 +243,8 @@ def benchmark(
     records = {name_of(model, home): home.load(model) for model in home.expand(models)}
     loaded, found = harness.open_tasks(names, folder, limit), []
     for title, record in records.items():
-        opened, seed, add_bos = open_model(record, mixing=mixing, store=home), seed_of(record, home), harness.BOS[bos]
+        opened = open_model(record, mixing=mixing, settings=settings, store=home)
+        seed, add_bos = seed_of(record, home), harness.BOS[bos]
         words = harness.Words(
             open_tokenizer(seed, home, add_bos), seed.separator, frozenset(end_tokens(seed, home)), add_bos, own_generation(seed, home)
         )  # fmt: skip

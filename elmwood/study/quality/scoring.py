@@ -93,7 +93,7 @@ class Columns:
 
 def _open(model: Record, store: Store) -> Scorer:
     from elmwood.ensemble.mixture import open_model  # torch: seconds, and only where something is missing
-    from elmwood.ensemble.probe import note
+    from elmwood.lm.probe import note
 
     lm = open_model(model, store)
     if isinstance(model, Expert) and "adapter_model.safetensors" in model.files:

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import lora_expert, save_adapter, tiny_seed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elmwood.ensemble import probe
 from elmwood.ensemble.batch.engine import layers_of, open_batched
 from elmwood.ensemble.batch.interface import Ended, Request, Said
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, Damaged
+from elmwood.lm import probe
 from elmwood.lm.adapters.lora import Adapter, adapter_of, layout
 from elmwood.lm.adapters.packed import Packed
 from elmwood.lm.adapters.slots import halves, read_record

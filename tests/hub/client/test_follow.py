@@ -35,7 +35,6 @@ def live(run, tmp_path_factory):
             found.url, Store(folder / "volunteer"), options=AGREED, sleep=lambda seconds: verify(found, folder),
             train=lambda grant, fetched, work, step: run.store.get(run.experts[grant.domain].files[WEIGHTS]),
         )  # fmt: skip
-        found.more()
         yield found
 
 
@@ -70,6 +69,19 @@ class Watched:
 def watched(live, tmp_path_factory):
     with closing(Watched(live, Store(tmp_path_factory.mktemp("server") / "store"))) as found:
         yield found
+
+
+def test_a_hub_without_experts_is_served_by_its_seed(live, tmp_path):
+    """They appear as they are admitted."""
+    with closing(Watched(live, Store(tmp_path / "store"))) as first:
+        assert not first.live.now.cards
+        (choice,) = first.complete(elmwood={"provenance": True})["choices"]
+        assert choice["elmwood"]["experts"] == [{"id": "seed", "name": "seed", "weight": 1}]
+        route = httpx.post(f"{first.address}/v1/route", json={"prompt": "abc"}, trust_env=False).json()
+        assert [(one["id"], one["weight"]) for one in route["candidates"]] == [("seed", 1.0)]
+        live.more()
+        assert first.follower.look()
+        assert len(first.live.now.cards) == 1
 
 
 def test_a_newer_snapshot_is_served_while_a_request_streams_and_the_stream_ends_with_the_old_one(live, watched):
