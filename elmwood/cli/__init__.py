@@ -74,6 +74,10 @@ SEED_VERBS = {
         "train:seed_import",
         "Import a causal language model of transformers as a seed. It is tried: what it cannot be used for is said, with the reason.",
     ),
+    "from": (
+        "train:seed_from",
+        "Make a merge, or one expert, the seed of the next round. Its lineage has all seeds and experts before it.",
+    ),
 }
 STATE_VERBS = {
     "make": ("merge:state_make", "Sum one or more experts under a merge rule: what another machine can add to its own sum."),

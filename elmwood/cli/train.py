@@ -98,6 +98,16 @@ def seed_train(
         made(seed, name, output.as_json)
 
 
+def seed_from(
+    model: Annotated[str, Argument(help="A merge or an expert: name or digest. An adapter is folded into its own seed.")],
+    name: NameOption = None,
+    output: Output = Output(),
+) -> None:
+    """Make a merge, or one expert, the seed of the next round. Its lineage has all seeds and experts before it."""
+    with bars() as progress:
+        made(seeds.seed_from(model, output.store, name=name, progress=progress), name, output.as_json)
+
+
 def train(
     context: typer.Context,
     partition: Annotated[str, Argument(help="Name or digest; with --method router the mixture to tune.")],

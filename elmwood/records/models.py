@@ -104,6 +104,7 @@ class Seed(Record):
     run: str | None = None  # the beginning of the task's name, for a run that keeps checkpoints as seeds
     step: int | None = Field(None, gt=0)  # of the recipe's steps, for a seed that was kept before the last one
     curve: tuple[Point, ...] = ()
+    grown_from: Digest | None = None  # the merge, or the expert, whose weights it has: the next round of branching begins there
     limits: dict[Use, str] = {}  # what it cannot be used for, and why, as found at its import; a claim, which only ever refuses
 
 

@@ -69,7 +69,7 @@ def texts(record: Record) -> set[str]:
         case Expert():
             return set(record.data)
         case Seed():
-            return {*([record.corpus] if record.corpus else ()), *(portion.corpus for portion in record.mix)}
+            return {*filter(None, (record.corpus, record.grown_from)), *(portion.corpus for portion in record.mix)}
     return set()
 
 
@@ -101,6 +101,14 @@ def _seed(seed: Seed, find: Find) -> None:
         seed,
         f"its step {seed.step} is none of its recipe",
     )
+
+    grown = find(seed.grown_from) if seed.grown_from else None
+    if isinstance(grown, Expert | Merged):
+        before = find(grown.seed)
+        same = not isinstance(before, Seed) or (before.architecture, before.vocabulary) == (seed.architecture, seed.vocabulary)
+        _need(same, seed, f"the seed that {grown.kind} {grown.digest[:8]} grew from is of another architecture or vocabulary")
+    else:
+        _need(grown is None, seed, f"{(seed.grown_from or '')[:8]} is no merge and no expert, and it is said to have its weights")
 
 
 def _partition(partition: Partition, find: Find) -> None:

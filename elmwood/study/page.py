@@ -306,7 +306,8 @@ def summary(record: Record) -> str:
             return f"{len(record.domains)} domains, {record.embedder.name}, {record.method}"
         case Seed():
             about = f"{record.name}: {record.architecture}, {short(record.parameters)} parameters, vocabulary {record.vocabulary}"
-            return "; ".join([about, *say_run(record), *say_limits(record)])
+            grown = [f"grown from {record.grown_from[:8]}"] if record.grown_from else []
+            return "; ".join([about, *say_run(record), *grown, *say_limits(record)])
         case Expert():
             where = "all domains" if record.domain is None else f"domain {record.domain}"
             late = "" if record.recipe.late == 1 else f" in the last {record.recipe.late:.0%} of the layers"

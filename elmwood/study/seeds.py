@@ -1,5 +1,6 @@
 """Seeds: models made elsewhere, and models trained from scratch, on one process or on several that torchrun or Ray Train started."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,12 +8,13 @@ from typing import Annotated, Any
 from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, checked
-from elmwood.records import Corpus, Recipe, Seed, Shape
-from elmwood.store import AnyStore, Store
+from elmwood.records import Corpus, Expert, Merged, Recipe, Seed, Shape
+from elmwood.store import AnyStore, Named, Store
+from elmwood.store.disk import temporary_folder
 from elmwood.study.tasks import SMALL, THREADS
 from elmwood.study.text import build, keep_name, open_store
 from elmwood.study.training import default_length, make_recipe, make_record
-from elmwood.study.trial import try_seed
+from elmwood.study.trial import check_use, try_seed
 from elmwood.train.seeds.shapes import find_shape, read_shape, with_vocabulary
 from elmwood.units import parse_count
 
@@ -33,6 +35,35 @@ def import_seed(
         seed = seed.model_copy(update={"limits": limits})
         store.add(seed)
     return keep_name(seed, name, store)
+
+
+def seed_from(model: Named, store: AnyStore = None, *, name: str | None = None, progress: Progress = silent) -> Seed:
+    """Make a merge, or one expert, the seed of the next round: experts branch from it. An adapter is folded into its own seed.
+
+    The record names what it grew from, and so all seeds and experts before it. Raises BadInput, BadSeed, Damaged.
+    """
+    store = open_store(store, name)
+    grown = store.load(model)
+    if not isinstance(grown, Expert | Merged):
+        raise BadInput(
+            f"{grown.digest[:8]} is a {grown.kind}: a seed grows from a merge or an expert; combine others first with `elmwood merge`"
+        )
+    before = store.load(grown.seed, Seed)
+    check_use(before, "merge")
+    from elmwood.merge.export.folder import check_checkpoint, checkpoint  # torch
+
+    with temporary_folder(store.root / "work") as folder:
+        checkpoint(grown, before, store, folder, progress)
+        check_checkpoint(folder, progress)
+        (folder / "README.md").unlink(missing_ok=True)  # the card of the merge
+        words = json.loads((folder / "config.json").read_bytes()).get("vocab_size", before.vocabulary)
+        if words != before.vocabulary:
+            raise BadInput(f"{grown.kind} {grown.digest[:8]} has {words} tokens, its seed {before.vocabulary}: export it, and import that")
+        files = store.put_folder(folder)
+    first = {field: Seed.model_fields[field].default for field in ("hub", "source", "changes", "recipe", "run", "step", "curve")}
+    made = before.model_copy(update={**first, "name": name or before.name, "files": files, "grown_from": grown.digest})
+    store.add(made)
+    return keep_name(made, name, store)
 
 
 @placed
