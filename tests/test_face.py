@@ -37,8 +37,8 @@ BEYOND = {
     "tune": "`train --method router`",
 }
 # functions that run no model; `fit` has a device that it predicts for
-NOT_COMPUTING = ["Store", "build", "export", "fit", "forest", "report", "show", "state_add", "state_finalize", "state_make",
-                 "state_remove", "verify"]  # fmt: skip
+NOT_COMPUTING = ["Store", "build", "export", "fit", "forest", "report", "seed_from", "show", "state_add", "state_finalize",
+                 "state_make", "state_remove", "verify"]  # fmt: skip
 TERMINAL = {"json", "context", "plot"}  # options that are about the terminal and its files
 CALLED = {"store", "progress", "on_text", "on_submission", "on_phase"}  # parameters that stand for what the command line does itself
 # options that are named or spelled otherwise in Python; all of them, and by verb
