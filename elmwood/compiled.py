@@ -1,25 +1,31 @@
 """Loops over arrays, compiled by numba when they are first called, and kept beside their file or in the user's cache."""
 
 from collections.abc import Callable, Collection
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 
-def compiled(function: Callable[..., Any], fastmath: Collection[str] = ()) -> Callable[..., Any]:
-    """The function, compiled or fetched at its first call: numba takes most of a CPU second to begin, and not every verb needs it.
-    `fastmath`: sums may be taken in any order, which is that of the processor's registers."""
-
-    @cache
-    def made() -> Callable[..., Any]:
-        from numba import njit
-
-        try:
-            return njit(function, nogil=True, cache=True, fastmath={*fastmath})
-        except RuntimeError:  # no folder that could be written to: compiled in each process anew
-            return njit(function, nogil=True, fastmath={*fastmath})
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled or fetched at its first call: numba takes most of a CPU second to begin, and not every verb needs it."""
+    made = cache(lambda: jit()(function))
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
         return made()(*arguments)
 
     return call
+
+
+def jit(fastmath: Collection[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator that compiles, for a module that only those import who need numba. `fastmath`: sums may be taken in any order, which is
+    that of the processor's registers."""
+    from numba import njit
+
+    def compile(function: Callable[..., Any]) -> Any:
+        settings = partial(njit, nogil=True, fastmath={*fastmath})
+        try:
+            return settings(cache=True)(function)
+        except RuntimeError:  # no folder that could be written to: compiled in each process anew
+            return settings()(function)
+
+    return compile

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "elmwood_rows"
 ROWS, CAPACITY = 4, 128  # at first; doubled when full
-FEW, SHORT = 8, 1024  # tokens of a pass, and of the longest row, that compiled loops are faster for on a CPU
+FEW, SHORT = 32, 1024  # tokens of a pass, and of the longest row, that compiled loops are faster for on a CPU
 
 
 class KeyValues:

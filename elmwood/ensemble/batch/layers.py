@@ -1,7 +1,7 @@
 """Decoder layers of the common kind (pre-norm, rotary positions, a gated feed-forward) in few calls of torch.
 
 transformers makes about fifty small calls for each layer, which take longer than the products of one token (docs/log/serving.md). Here q,
-k and v are one product, gate and up another, and a few rows are multiplied by a loop that reads each weight once. A layer keeps its type
+k and v are one product, gate and up another, and a few single tokens pass a layer in one compiled call (loops.py). A layer keeps its type
 and its modules; what it is, is asked: `passes.reads_by_rows` compares it with transformers' own.
 
 N tokens of a pass, W width of the model, H heads of queries, K of keys and values, D width of a head, I inputs, O outputs
@@ -9,8 +9,8 @@ N tokens of a pass, W width of the model, H heads of queries, K of keys and valu
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from functools import partial
-from types import MethodType
+from functools import cache
+from types import MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.activations import ACT2FN
 
-from elmwood.compiled import compiled
 from elmwood.ensemble.batch.keys import FEW, Step, attend
-from elmwood.lm.adapters.slots import Slotted
-from elmwood.lm.products import hasten, linear, processor
+from elmwood.lm.adapters.slots import Slots, Slotted
+from elmwood.lm.products import hasten, linear
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FEED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
+NOTHING, NOWHERE = np.zeros(0, np.float32), np.zeros(0, np.int64)
 
 
 class Joined:
@@ -37,7 +39,7 @@ class Joined:
         self.weight_OI = join([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.bias_O = torch.cat([bias.detach() for bias in biases]) if biases else None
-        self.rows_OI = few_rows(self.weight_OI)
+        self.array_OI = array(self.weight_OI)
         ends = np.cumsum([layer.out_features for layer in layers]).tolist()
         self.parts = [slice(end - layer.out_features, end) for end, layer in zip(ends, layers, strict=True)]
         self.adapted: list[tuple[slice, Slotted]] = []
@@ -49,21 +51,35 @@ class Joined:
         return made
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        y_NO = product(x_NI, self.weight_OI, self.bias_O, self.rows_OI)
+        y_NO = product(x_NI, self.weight_OI, self.bias_O, self.array_OI)
         for part, slotted in self.adapted:
             slotted.add(x_NI, y_NO[:, part])
         return y_NO
+
+
+class Loop(NamedTuple):
+    """What `loops.read_layer` is told of a layer."""
+
+    norms: tuple[NDArray[Any], NDArray[Any]]
+    eps: np.float32
+    weights: tuple[NDArray[Any], ...]
+    biases: tuple[NDArray[Any], ...]
+    slots: Slots | None = None
+    flat_SP: NDArray[Any] = np.zeros((0, 0), np.float32)
+    adapted_A6: NDArray[np.int64] = np.zeros((0, 6), np.int64)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Loop":
+        """Of a copied layer with the same weights."""
+        return self
 
 
 class Fused(NamedTuple):
     """What the forward of a layer uses."""
 
     attention: Any
-    qkv: Joined
-    out: Joined
-    gate_up: Joined
-    down: Joined
+    products: tuple[Joined, Joined, Joined, Joined]  # q, k and v; o; gate and up; down
     width: int  # of a head
+    loop: Loop | None
 
 
 def join(weights: Sequence[Tensor]) -> Tensor:
@@ -92,10 +108,8 @@ def fuse(model: Any) -> bool:
     for layer in layers:
         attention, feed = layer.self_attn, layer.mlp
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        layer.elmwood_fused = Fused(
-            attention, Joined([q, k, v]), Joined([attention.o_proj]), Joined([feed.gate_proj, feed.up_proj]), Joined([feed.down_proj]),
-            attention.head_dim,
-        )  # fmt: skip
+        products = Joined([q, k, v]), Joined([attention.o_proj]), Joined([feed.gate_proj, feed.up_proj]), Joined([feed.down_proj])
+        layer.elmwood_fused = Fused(attention, products, attention.head_dim, _loop(layer, products))
         layer.forward = MethodType(_forward, layer)
     head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear:
@@ -111,14 +125,32 @@ def unfuse(model: Any) -> None:
     hasten(model)
 
 
-def attach(model: Any) -> None:
-    """Note which of the layers' products have got adapters since."""
+def _loop(layer: Any, products: Sequence[Joined]) -> Loop | None:
+    """None where the compiled loop cannot read the layer."""
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    weights = tuple(joined.array_OI for joined in products if joined.array_OI is not None)
+    eps = {norm.variance_epsilon for norm in norms}
+    if len(weights) < len(products) or len(eps) > 1 or type(layer.mlp.act_fn) not in SILU:
+        return None
+    biases = tuple(NOTHING if joined.bias_O is None else joined.bias_O.numpy() for joined in products)
+    first, second = (norm.weight.detach().numpy() for norm in norms)
+    return Loop((first, second), np.float32(eps.pop()), weights, biases)
+
+
+def attach(model: Any, slots: Slots | None) -> None:
+    """Note which of the layers' products have got adapters since, in these slots."""
     for layer in getattr(model.base_model, "layers", ()):
         if fused := getattr(layer, "elmwood_fused", None):
             slotted = {id(module.base): module for module in layer.modules() if isinstance(module, Slotted)}
-            for joined in (fused.qkv, fused.out, fused.gate_up, fused.down):
-                pairs = zip(joined.parts, joined.layers, strict=True)
-                joined.adapted = [(part, slotted[id(one)]) for part, one in pairs if id(one) in slotted]
+            adapted = []
+            for number, joined in enumerate(fused.products):
+                pairs = [(part, slotted[id(one)]) for part, one in zip(joined.parts, joined.layers, strict=True) if id(one) in slotted]
+                joined.adapted = pairs
+                adapted += [(number, part.start, *one.place) for part, one in pairs]
+            if fused.loop:
+                flat_SP = slots.flat_SP.numpy() if slots else fused.loop.flat_SP
+                loop = fused.loop._replace(slots=slots, flat_SP=flat_SP, adapted_A6=np.array(adapted, np.int64).reshape(-1, 6))
+                layer.elmwood_fused = fused._replace(loop=loop)
 
 
 def _known(layer: Any) -> bool:
@@ -144,19 +176,35 @@ def _forward(layer: Any, hidden_states: Tensor, *arguments: Any, position_embedd
         return type(layer).forward(layer, hidden_states, *arguments, **named)
     fused: Fused = layer.elmwood_fused
     h_NW = hidden_states[0]
-    few = step.few is not None and h_NW.shape[0] == len(step.row_n) and uses_loops(h_NW)
-    y_NO = fused.qkv(_normal(layer.input_layernorm, h_NW, few))
-    read_NO = _listen(fused, y_NO, position_embeddings, step) if few else _attend(fused, y_NO, position_embeddings, step)
-    h_NW = h_NW + fused.out(read_NO)
-    both_NO = fused.gate_up(_normal(layer.post_attention_layernorm, h_NW, few))
-    gate, up = fused.gate_up.parts
+    if fused.loop and step.few is not None and h_NW.shape[0] == len(step.row_n) and uses_loops(h_NW):
+        return _read(fused, fused.loop, h_NW, position_embeddings, step)[None]
+    qkv, out, gate_up, down = fused.products
+    y_NO = qkv(_normal(layer.input_layernorm, h_NW))
+    h_NW = h_NW + out(_attend(fused, y_NO, position_embeddings, step))
+    both_NO = gate_up(_normal(layer.post_attention_layernorm, h_NW))
+    gate, up = gate_up.parts
     gate_NO = layer.mlp.act_fn(both_NO[:, gate]).mul_(both_NO[:, up])
-    h_NW += fused.down(gate_NO)
+    h_NW += down(gate_NO)
     return h_NW[None]
 
 
+def _read(fused: Fused, loop: Loop, h_NW: Tensor, positions: tuple[Tensor, Tensor], step: Step) -> Tensor:
+    """The layer for single tokens."""
+    assert step.few
+    heads = loop.weights[0].shape[0] - loop.weights[1].shape[1]
+    like_1KND = h_NW.new_empty(1, heads // 2 // fused.width, 1, fused.width)
+    kept = step.store.layer(fused.attention.layer_idx, like_1KND, like_1KND)
+    cos_1ND, sin_1ND = positions
+    adapters = loop.flat_SP, loop.slots.slot_N if loop.slots else NOWHERE, loop.adapted_A6
+    loops().read_layer(
+        h_NW.numpy(), loop.norms, loop.eps, loop.weights, loop.biases, adapters, (cos_1ND[0].numpy(), sin_1ND[0].numpy()),
+        (kept[0].numpy(), kept[1].numpy()), step.few, np.float32(fused.attention.scaling),
+    )  # fmt: skip
+    return h_NW
+
+
 def _attend(fused: Fused, y_NO: Tensor, positions: tuple[Tensor, Tensor], step: Step) -> Tensor:
-    count, width, (q, k, v) = y_NO.shape[0], fused.width, fused.qkv.parts
+    count, width, (q, k, v) = y_NO.shape[0], fused.width, fused.products[0].parts
     turned_NHD = _turn(y_NO[:, : k.stop].view(count, -1, width), *positions)
     query_1HND, key_1KND = turned_NHD[None, :, : q.stop // width].transpose(1, 2), turned_NHD[None, :, q.stop // width :].transpose(1, 2)
     value_1KND = y_NO[None, :, v].view(1, count, -1, width).transpose(1, 2)
@@ -164,31 +212,12 @@ def _attend(fused: Fused, y_NO: Tensor, positions: tuple[Tensor, Tensor], step: 
     return read_1NHD[0].flatten(1)
 
 
-def _listen(fused: Fused, y_NO: Tensor, positions: tuple[Tensor, Tensor], step: Step) -> Tensor:
-    """The same by a loop over single tokens."""
-    assert step.few
-    width, (q, _, v) = fused.width, fused.qkv.parts
-    like_1KND = y_NO[None, :, v].view(1, y_NO.shape[0], -1, width).transpose(1, 2)
-    keys_RKCD, values_RKCD = step.store.layer(fused.attention.layer_idx, like_1KND, like_1KND)
-    read_NO = torch.empty_like(y_NO[:, q])
-    cos_1ND, sin_1ND = positions
-    listen(
-        y_NO.numpy(), cos_1ND[0].numpy(), sin_1ND[0].numpy(), keys_RKCD.numpy(), values_RKCD.numpy(), *step.few,
-        np.float32(fused.attention.scaling), read_NO.numpy(),
-    )  # fmt: skip
-    return read_NO
-
-
 def _say(head: Any, hidden_states: Tensor) -> Tensor:
     return head.elmwood_joined(hidden_states.flatten(0, -2)).unflatten(0, hidden_states.shape[:-1])
 
 
-def _normal(norm: Any, h_NW: Tensor, few: bool) -> Tensor:
-    if not few:
-        return functional.rms_norm(h_NW, (h_NW.shape[-1],), norm.weight, norm.variance_epsilon)
-    y_NW = torch.empty_like(h_NW)
-    normal(h_NW.numpy(), norm.weight.detach().numpy(), np.float32(norm.variance_epsilon), y_NW.numpy())
-    return y_NW
+def _normal(norm: Any, h_NW: Tensor) -> Tensor:
+    return functional.rms_norm(h_NW, (h_NW.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
 def _turn(x_NHD: Tensor, cos_1ND: Tensor, sin_1ND: Tensor) -> Tensor:
@@ -204,22 +233,25 @@ def _turn(x_NHD: Tensor, cos_1ND: Tensor, sin_1ND: Tensor) -> Tensor:
 # ---- products of few rows -----------------------------------------------------------------------------------------
 
 
-def few_rows(weight_OI: Tensor) -> NDArray[Any] | None:
-    """The weights as `multiply` takes them; none where it is of no use: it needs the sixteen registers more that AVX-512 has."""
-    fits = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and weight_OI.shape[0] % 4 == 0
-    return weight_OI.detach().numpy() if fits and _wide_registers() else None
+@cache
+def loops() -> ModuleType:
+    from elmwood.ensemble.batch import loops
+
+    return loops
 
 
-def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, rows_OI: NDArray[Any] | None) -> Tensor:
-    """x W^T + b. With one thread, from two to FEW rows read each weight once, which takes 0.6 to 0.8 of the time of MKL."""
-    rows = x_NI.shape[0]
-    if rows_OI is None or not 1 < rows <= FEW or not uses_loops(x_NI):
+def array(weight_OI: Tensor) -> NDArray[Any] | None:
+    """The weights as the loops take them."""
+    fits = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
+    return weight_OI.detach().numpy() if fits else None
+
+
+def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, array_OI: NDArray[Any] | None) -> Tensor:
+    """x W^T + b. With one thread, a loop multiplies up to FEW rows in 0.5 to 0.9 of the time of MKL and oneDNN."""
+    if array_OI is None or len(x_NI) > FEW or not uses_loops(x_NI):
         return linear(x_NI, weight_OI, bias_O)
-    missing = -rows % 4
-    x_NI = functional.pad(x_NI, (0, 0, 0, missing)) if missing else x_NI.contiguous()
-    y_NO = x_NI.new_empty(rows + missing, weight_OI.shape[0])
-    multiply(x_NI.numpy(), rows_OI, y_NO.numpy())
-    y_NO = y_NO[:rows] if missing else y_NO
+    y_NO = x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0])
+    loops().multiply(x_NI.contiguous().numpy(), array_OI, y_NO.numpy())
     return y_NO if bias_O is None else y_NO.add_(bias_O)
 
 
@@ -227,88 +259,3 @@ def uses_loops(x: Tensor) -> bool:
     """Whether few rows are computed by compiled loops: each small call of torch takes ten times as long in a step, where the weights
     push its code out of the caches, as it does alone. The loops use one thread."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and torch.get_num_threads() == 1
-
-
-def _wide_registers() -> bool:
-    """Whether this processor has AVX-512, and with it registers for sixteen sums."""
-    return " avx512f " in processor()
-
-
-# no flag but these: what is not finite must stay so
-loop = partial(compiled, fastmath=frozenset({"reassoc", "contract", "nsz", "arcp"}))
-
-
-@loop
-def normal(h_NW, weight_W, eps, y_NW):
-    """y = h / sqrt(mean(h^2) + eps) * weight."""
-    width = h_NW.shape[1]
-    for n in range(h_NW.shape[0]):
-        total = np.float32(0)
-        for i in range(width):
-            total += h_NW[n, i] * h_NW[n, i]
-        scale = np.float32(1) / np.sqrt(total / np.float32(width) + eps)
-        for i in range(width):
-            y_NW[n, i] = h_NW[n, i] * scale * weight_W[i]
-
-
-@loop
-def listen(y_NO, cos_ND, sin_ND, keys_RKCD, values_RKCD, row_N, place_N, scale, read_NO):
-    """Turn queries and keys by their positions, keep keys and values, and attend: each token by itself, over the tokens of its own row."""
-    groups, width = keys_RKCD.shape[1], keys_RKCD.shape[3]
-    heads, half = read_NO.shape[1] // width, width // 2
-    for n in range(y_NO.shape[0]):
-        row, last = row_N[n], place_N[n]
-        for h in range(heads + groups):
-            x = y_NO[n, h * width : (h + 1) * width]
-            for i in range(half):
-                a, b = x[i], x[i + half]
-                x[i] = a * cos_ND[n, i] - b * sin_ND[n, i]
-                x[i + half] = b * cos_ND[n, i + half] + a * sin_ND[n, i + half]
-        for k in range(groups):
-            for i in range(width):
-                keys_RKCD[row, k, last, i] = y_NO[n, (heads + k) * width + i]
-                values_RKCD[row, k, last, i] = y_NO[n, (heads + groups + k) * width + i]
-        share_T = np.empty(last + 1, np.float32)
-        for h in range(heads):
-            k, most, total = h // (heads // groups), np.float32(-3e38), np.float32(0)
-            q = y_NO[n, h * width : (h + 1) * width]
-            for t in range(last + 1):
-                key, score = keys_RKCD[row, k, t], np.float32(0)
-                for i in range(width):
-                    score += q[i] * key[i]
-                share_T[t] = score * scale
-                most = max(most, share_T[t])
-            for t in range(last + 1):
-                share_T[t] = np.exp(share_T[t] - most)
-                total += share_T[t]
-            read = read_NO[n, h * width : (h + 1) * width]
-            read[:] = 0
-            for t in range(last + 1):
-                value, share = values_RKCD[row, k, t], share_T[t] / total
-                for i in range(width):
-                    read[i] += share * value[i]
-
-
-@loop
-def multiply(x_NI, w_OI, y_NO):
-    """y = x W^T, four rows and four outputs at a time: N and O are multiples of four. The bits of a row do not depend on the others."""
-    outputs, inputs = w_OI.shape
-    for o in range(0, outputs, 4):
-        w0, w1, w2, w3 = w_OI[o], w_OI[o + 1], w_OI[o + 2], w_OI[o + 3]
-        for n in range(0, x_NI.shape[0], 4):
-            x0, x1, x2, x3 = x_NI[n], x_NI[n + 1], x_NI[n + 2], x_NI[n + 3]
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
-            for i in range(inputs):
-                p, q, r, s = x0[i], x1[i], x2[i], x3[i]
-                w = w0[i]
-                a0, b0, c0, d0 = a0 + w * p, b0 + w * q, c0 + w * r, d0 + w * s
-                w = w1[i]
-                a1, b1, c1, d1 = a1 + w * p, b1 + w * q, c1 + w * r, d1 + w * s
-                w = w2[i]
-                a2, b2, c2, d2 = a2 + w * p, b2 + w * q, c2 + w * r, d2 + w * s
-                w = w3[i]
-                a3, b3, c3, d3 = a3 + w * p, b3 + w * q, c3 + w * r, d3 + w * s
-            y_NO[n, o], y_NO[n, o + 1], y_NO[n, o + 2], y_NO[n, o + 3] = a0, a1, a2, a3
-            y_NO[n + 1, o], y_NO[n + 1, o + 1], y_NO[n + 1, o + 2], y_NO[n + 1, o + 3] = b0, b1, b2, b3
-            y_NO[n + 2, o], y_NO[n + 2, o + 1], y_NO[n + 2, o + 2], y_NO[n + 2, o + 3] = c0, c1, c2, c3
-            y_NO[n + 3, o], y_NO[n + 3, o + 1], y_NO[n + 3, o + 2], y_NO[n + 3, o + 3] = d0, d1, d2, d3

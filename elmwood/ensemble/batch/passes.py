@@ -70,7 +70,7 @@ class Reader:
     def __init__(self, model: Any, slots: Slots | None, depth: int = 0):
         """`depth`: layers of the trunk."""
         self.model, self.slots = model, slots
-        layers.attach(model)
+        layers.attach(model, slots)
         self.store = KeyValues(model.device)
         self.trunk = Trunk(model, depth) if depth else None
 
@@ -251,7 +251,8 @@ def _reads_as(model: Any, texts: tuple[list[int], list[int]], alone_2V: list[Ten
         reader.read([Item(0, BASE, 0, texts[0][:4], 1), Item(1, BASE, 0, texts[1][:-1], 1)])
         reader.read([Item(1, BASE, TRIED - 1, texts[1][-1:], 1), Item(0, BASE, 4, texts[0][4:-1], 1)])
         reader.read([Item(2, BASE, 0, texts[1][:2], 1), Item(0, BASE, TRIED - 1, texts[0][-1:], 1), Item(3, BASE, 0, texts[0][:1], 1)])
-        logits_MV, found = reader.read([Item(2, BASE, 2, texts[1][2:], 1), Item(0, BASE, TRIED - 1, texts[0][-1:], 1)])
+        reader.read([Item(2, BASE, 2, texts[1][2:-1], 1), Item(0, BASE, TRIED - 1, texts[0][-1:], 1)])
+        logits_MV, found = reader.read([Item(2, BASE, TRIED - 1, texts[1][-1:], 1), Item(0, BASE, TRIED - 1, texts[0][-1:], 1)])
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError, NotImplementedError):  # it wants another mask or cache
         return 0
     rounding = (64 if model.dtype == torch.float32 else 4) * torch.finfo(model.dtype).eps

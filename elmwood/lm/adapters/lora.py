@@ -87,7 +87,7 @@ def product(base: nn.Module, x: Tensor) -> Tensor:
     """
     rows = x.numel() // x.shape[-1]
     few = 1 < rows < 4 or (rows == 4 and x.shape[-1] < 1024)
-    if not few or x.device.type != "cpu" or type(base) is not nn.Linear or is_mkls_own():
+    if not few or x.device.type != "cpu" or type(base) is not nn.Linear or hasattr(base, "elmwood_joined") or is_mkls_own():
         return base(x)
     y_OB = torch.mm(base.weight, x.reshape(rows, -1).T)
     y_BO = y_OB.T if base.bias is None else y_OB.T + base.bias

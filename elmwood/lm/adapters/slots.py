@@ -10,6 +10,7 @@ that use consecutive slots, one each, then spans of tokens that share one.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -47,9 +48,10 @@ class Plan(NamedTuple):
 class Slotted(nn.Module):
     """A linear layer with an adapter in each slot."""
 
-    def __init__(self, base: nn.Module, a_SRI: Tensor, b_SRO: Tensor):
+    def __init__(self, base: nn.Module, flat_SP: Tensor, layer: Layer):
         super().__init__()
-        self.base, self.a_SRI, self.b_SRO = base, a_SRI, b_SRO
+        self.base, self.place = base, (layer.start, layer.rank, layer.inputs, layer.outputs)
+        self.a_SRI, self.b_SRO = halves(flat_SP, layer)
         self.plan = Plan(0)
         self.views: list[tuple[bool, slice, Tensor, Tensor]] = []
 
@@ -90,12 +92,13 @@ class Slots:
         self.modules = []
         for layer in self.layers:
             parent, _, leaf = layer.name.rpartition(".")
-            module = Slotted(model.get_submodule(layer.name), *halves(self.flat_SP, layer))
+            module = Slotted(model.get_submodule(layer.name), self.flat_SP, layer)
             setattr(model.get_submodule(parent), leaf, module)
             self.modules.append(module)
         if head := head_of(model):
             wrap_plain(model, head)  # for `product`: it is the widest layer
         self.plan = Plan(0)
+        self.slot_N = np.zeros(0, np.int64)  # of each token of the plan; -1: none
 
     def fill(self, slot: int, flat_P: Tensor) -> None:
         """Copy an adapter into a slot."""
@@ -106,7 +109,11 @@ class Slots:
         if plan != self.plan:
             for module in self.modules:
                 module.follow(plan)
-            self.plan = plan
+            self.plan, self.slot_N = plan, np.full(plan.tokens, -1, np.int64)
+            for low, high, first in plan.runs:
+                self.slot_N[first : first + high - low] = np.arange(low, high)
+            for slot, first, last in plan.spans:
+                self.slot_N[first:last] = slot
 
 
 def halves(flat_SP: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
