@@ -1,20 +1,22 @@
 """One to three hostile machines of eight: what the gates reject, and what the loss becomes.
 
-    python -m benches.star.attacks [TEXT ...] [--attacks none,flip,times50,zero,old,copy,nan,squat,drift] [--hostile 1,3]
-        [--versions 6] [--steps 10] [--width 32] [--gates losses,median] [--form int8] [--seeds 0]
+    python -m benches.star.attacks [TEXT ...] [--attacks flip,times50,zero,old,copy,nan,squat,drift,back] [--hostile 1,3]
+        [--versions 8] [--steps 8] [--warm 200] [--width 32] [--gates losses,median] [--form int8] [--seeds 0,1,2]
 
-`loss` is on held-out rows, nats a token; `worse` is the ratio to all honest with the same gates, and `fewer` to a run of the honest ones
-alone. `rejected` counts proposals of hostile machines, `wrong` those of honest ones.
+All start from one machine after `--warm` steps. `loss` is on held-out rows, nats a token; `worse` is relative to all honest with the same
+gates (0.01: 1 %), and `fewer` to a run of the honest ones alone. `rejected` counts proposals of hostile machines, `wrong` those of honest
+ones. At the end the means over the seeds, with standard errors.
 """
 
 import tempfile
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benches.common import integers, parser, say, words
-from benches.star.simulation import Change, open_place, run_star
+from benches.star.simulation import Change, Ran, open_place, run_alone, run_star
 from elmwood.outer.compress import open_delta
 from elmwood.outer.step import read_tensors
 
@@ -58,6 +60,15 @@ def squat(delta: dict[str, np.ndarray], known: dict[str, Any]) -> dict[str, np.n
     return made
 
 
+def back(delta: dict[str, np.ndarray], known: dict[str, Any]) -> dict[str, np.ndarray]:
+    """A useful delta with half as much of the way back to the first version."""
+    now = dict(read_tensors(known["base"].weights))
+    first = known.setdefault("first weights", now)
+    gone = np.sqrt(sum(np.square(now[name] - first[name], dtype=float).sum() for name in now))
+    norm = np.sqrt(sum(np.square(value, dtype=float).sum() for value in delta.values()))
+    return {name: value - np.float32(0.5 * norm / gone) * (now[name] - first[name]) if gone else value for name, value in delta.items()}
+
+
 def drift(delta: dict[str, np.ndarray], known: dict[str, Any]) -> dict[str, np.ndarray]:
     """A useful delta with half as much of one direction that never changes."""
     if "way" not in known:
@@ -68,53 +79,60 @@ def drift(delta: dict[str, np.ndarray], known: dict[str, Any]) -> dict[str, np.n
 
 
 ATTACKS: dict[str, Change] = {
-    "flip": flip, "times50": times50, "zero": zero, "old": old, "copy": copy, "nan": nan, "squat": squat, "drift": drift
+    "flip": flip, "times50": times50, "zero": zero, "old": old, "copy": copy, "nan": nan, "squat": squat, "drift": drift,
+    "back": back,
 }  # fmt: skip
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("sources", nargs="*", default=["sample"])
-    options.add_argument("--attacks", type=words, default=["none", *ATTACKS])
+    options.add_argument("--attacks", type=words, default=[*ATTACKS])
     options.add_argument("--hostile", type=integers, default=[1, 3])
     options.add_argument("--gates", type=words, default=["losses"])
-    options.add_argument("--seeds", type=integers, default=[0])
+    options.add_argument("--seeds", type=integers, default=[0, 1, 2])
     options.add_argument("--form", default="int8")
-    for name, default in (("machines", 8), ("versions", 6), ("steps", 10), ("width", 32), ("batch", 4), ("length", 64)):
+    sizes = {"machines": 8, "versions": 8, "steps": 8, "warm": 200, "width": 32, "batch": 4, "length": 64}
+    for name, default in sizes.items():
         options.add_argument(f"--{name}", type=int, default=default)
     given = options.parse_args()
+    found: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         place = open_place(Path(scratch) / "store", given.sources, given.width, 512, given.length)
-        count = 0
+        plain: dict[str, Any] = {"batch": given.batch, "length": given.length, "learning_rate": 3e-3}
 
-        def run(machines: int, hostile: dict[int, Change], gates: str, rng_seed: int) -> Any:
-            nonlocal count
-            count += 1
-            return run_star(
-                place, Path(scratch) / f"run-{count}", machines=machines, versions=given.versions, steps=given.steps, batch=given.batch,
-                length=given.length, learning_rate=3e-3, rng_seed=rng_seed, form=given.form, gates=gates == "losses", hostile=hostile,
-            )  # fmt: skip
+        def run(machines: int, hostile: dict[int, Change], gates: str, rng_seed: int) -> Ran:
+            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                return run_star(
+                    place, Path(folder), machines=machines, versions=given.versions, steps=given.steps, rng_seed=rng_seed, form=given.form,
+                    gates=gates == "losses", hostile=hostile, start=start, **plain,
+                )  # fmt: skip
 
-        for gates in given.gates:
-            for rng_seed in given.seeds:
+        for rng_seed in given.seeds:
+            warm = Path(scratch) / f"warm-{rng_seed}"
+            start = run_alone(place, warm, versions=1, steps=given.warm, rng_seed=1000 + rng_seed, schedule="constant", **plain)
+            for gates in given.gates:
                 honest = run(given.machines, {}, gates, rng_seed)
                 wrong = sum(code != "" for told in honest.fates for _, code in told)
                 say("star.attacks", attack="none", gates=gates, rng_seed=rng_seed, loss=honest.loss, wrong=wrong)
                 for number in given.hostile:
                     alone = run(given.machines - number, {}, gates, rng_seed).loss
+                    say("star.attacks", attack="fewer", hostile=number, gates=gates, rng_seed=rng_seed, worse=alone / honest.loss - 1)
                     for attack in given.attacks:
-                        if attack == "none":
-                            continue
                         bad = {given.machines - 1 - n: ATTACKS[attack] for n in range(number)}
                         ran, names = run(given.machines, bad, gates, rng_seed), {f"{n:04x}" for n in bad}
                         told = [(worker in names, code) for told in ran.fates for worker, code in told]
-                        codes = sorted({code for is_bad, code in told if is_bad and code})
+                        found[gates, attack, number].append(ran.loss / honest.loss - 1)
                         say(
                             "star.attacks", attack=attack, hostile=number, gates=gates, rng_seed=rng_seed, loss=ran.loss,
-                            worse=ran.loss / honest.loss, fewer=ran.loss / alone, codes=codes,
+                            worse=ran.loss / honest.loss - 1, fewer=ran.loss / alone - 1,
+                            codes=dict(Counter(code or "applied" for is_bad, code in told if is_bad)),
                             rejected=sum(is_bad and code != "" for is_bad, code in told), of=number * given.versions,
                             wrong=sum(not is_bad and code != "" for is_bad, code in told),
                         )  # fmt: skip
+    for (gates, attack, number), worse in found.items():
+        error = float(np.std(worse, ddof=1) / np.sqrt(len(worse))) if len(worse) > 1 else None
+        say("star.attacks", attack=attack, hostile=number, gates=gates, seeds=len(worse), worse=float(np.mean(worse)), error=error)
 
 
 if __name__ == "__main__":

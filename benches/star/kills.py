@@ -1,10 +1,10 @@
 """kill -9 of a star's coordinator at each step of a round: one chain, nothing applied twice, replay gives the same digests.
 
-    python -m benches.star.kills [--kills 300] [--machines 4] [--seed 0]
+    python -m benches.star.kills [--kills 300] [--machines 4] [--seed 0] [--database postgresql+psycopg://…]
 
-Each coordinator is a process of its own on the same SQLite file and store. It grants, takes uploads and proposals and decides rounds, until
-it is killed at a place drawn by chance: before or after a write of the database, or at one of the named places of a decision. The deltas
-are random numbers; nothing is trained, so this is about what is kept, not about losses.
+Each coordinator is a process of its own on the same database (SQLite by default) and store. It grants, takes uploads and proposals and
+decides rounds, until it is killed at a place drawn by chance: before or after a write of the database, or at one of the named places of a
+decision. The deltas are random numbers; nothing is trained, so this is about what is kept, not about losses.
 """
 
 import os
@@ -79,7 +79,7 @@ def offer(home: Home, key: str, id: str) -> None:
     path.unlink()
 
 
-def live(star: Star, store: Store, machines: int, die_at: int, steps: int) -> None:
+def live(star: Star, store: Store, machines: int, die_at: int, steps: int, database: str | None) -> None:
     """One life of a coordinator: it dies at a place, or after so many steps."""
     count = [0]
 
@@ -88,7 +88,7 @@ def live(star: Star, store: Store, machines: int, die_at: int, steps: int) -> No
         if count[0] == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    home = open_home(star, store, machines, at=place)
+    home = open_home(star, store, machines, at=place, database=database)
     write = home.keeper.write
 
     def watched(*arguments: Any) -> Any:
@@ -110,7 +110,7 @@ def live(star: Star, store: Store, machines: int, die_at: int, steps: int) -> No
     os._exit(0)
 
 
-def kills(folder: Path, count: int, machines: int = 4, rng_seed: int = 0) -> dict[str, Any]:
+def kills(folder: Path, count: int, machines: int = 4, rng_seed: int = 0, database: str | None = None) -> dict[str, Any]:
     """Kill so many coordinators; what is left at the end, checked. Raises AssertionError."""
     store, rng = Store(folder), np.random.default_rng(rng_seed)
     star = new_star(store)
@@ -121,18 +121,18 @@ def kills(folder: Path, count: int, machines: int = 4, rng_seed: int = 0) -> dic
         child = os.fork()
         if not child:
             try:
-                live(star, store, machines, die_at, steps=6)
+                live(star, store, machines, die_at, 6, database)
             finally:
                 os._exit(1)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "a coordinator failed"
         died += os.WIFSIGNALED(status)
-    return check(star, store, machines) | {"kills": died}
+    return check(star, store, machines, database) | {"kills": died}
 
 
-def check(star: Star, store: Store, machines: int) -> dict[str, Any]:
+def check(star: Star, store: Store, machines: int, database: str | None = None) -> dict[str, Any]:
     """Whether the chain, the receipts and the counts of tokens agree."""
-    home = open_home(star, store, machines)
+    home = open_home(star, store, machines, database=database)
     try:
         state, chain = home.keeper.read(), home.keeper.chain()
         versions = [store.load(digest, Version) for digest in chain]
@@ -157,9 +157,10 @@ def main() -> None:
     options.add_argument("--kills", type=int, default=300)
     options.add_argument("--machines", type=int, default=4)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--database")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        say("star.kills", **kills(Path(folder), given.kills, given.machines, given.seed))
+        say("star.kills", **kills(Path(folder), given.kills, given.machines, given.seed, given.database))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.numpy
 
 from elmwood.corpus.build import documents
 from elmwood.corpus.tokens import Packed, pack, train_tokenizer
 from elmwood.lm.load import load_model, new_model, save_seed
 from elmwood.outer import round
-from elmwood.outer.compress import write_delta
+from elmwood.outer.compress import open_delta, write_delta
 from elmwood.outer.round import State, Terms, Worker
 from elmwood.outer.settle import Base, Settled, settle
 from elmwood.outer.step import OUTER, shapes_of
@@ -23,6 +24,7 @@ from elmwood.train.inner.phase import Slice, open_local, run_phase, settle_phase
 
 TERMS = Terms(grace_s=0)
 Change = Callable[[dict[str, np.ndarray], dict[str, Any]], dict[str, np.ndarray]]
+Each = Callable[[int, Path, int], None]  # versions made, weights of the newest, bytes of deltas of all machines
 
 
 class Place(NamedTuple):
@@ -57,9 +59,10 @@ class Ran(NamedTuple):
 def run_star(
     place: Place, folder: Path, *, machines: int, versions: int, steps: int, batch: int, length: int, learning_rate: float,
     rng_seed: int = 0, form: str = "int8", gates: bool = True, hostile: dict[int, Change] | None = None, start: str | None = None,
-    **outer: Any,
+    each: Each = lambda number, weights, sent: None, **outer: Any,
 ) -> Ran:  # fmt: skip
-    """Train by a star. `hostile`: what a machine sends instead of its delta. `start`: blob of the weights, where not the seed's."""
+    """Train by a star. `hostile`: what a machine sends instead of its delta. `start`: blob of the weights, where not the seed's. `each` is
+    told of every version."""
     recipe = Recipe(steps=versions * steps, batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed)
     star = Star(
         name="bench", seed=place.seed.digest, corpus=place.corpus, recipe=recipe, steps=steps, parts=64, form=form,
@@ -80,8 +83,6 @@ def run_star(
             assert isinstance(held, round.Grant)
             path = run_phase(mine[key], Slice(held.id, held.base, held.part, held.first), base.weights)
             if hostile and n in hostile:
-                from elmwood.outer.compress import open_delta
-
                 honest = open_delta(path, shapes, form)
                 known = memory.setdefault(n, {})
                 known |= {"base": base, "others": dict(files), "shapes": shapes, "form": form, "number": number}
@@ -108,7 +109,29 @@ def run_star(
         if made.written:
             base = Base(version, made.written.weights, made.written.velocity)
         told.append([(fate.worker[-4:], fate.code) for fate in made.fates])
-    return Ran(held_out(place, star, judged, base.weights), told, sent)
+        each(number + 1, base.weights, sent)
+    return Ran(held_out(place, judged, base.weights, length), told, sent)
+
+
+def run_alone(
+    place: Place, folder: Path, *, versions: int, steps: int, batch: int, length: int, learning_rate: float, rng_seed: int = 0,
+    start: str | None = None, schedule: str = "cosine", each: Each = lambda number, weights, sent: None,
+) -> str:  # fmt: skip
+    """Train in one process, in phases that go on where the last one ended; the blob of the weights."""
+    recipe = Recipe(
+        steps=versions * steps, batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed, schedule=schedule
+    )  # fmt: skip
+    star = Star(name="bench", seed=place.seed.digest, corpus=place.corpus, recipe=recipe, steps=steps, parts=1, form="int8", outer=OUTER)
+    local = open_local(load_model(place.seed, place.store, device="cpu"), place.train, star, folder)
+    blob = start or place.seed.files["model.safetensors"]
+    for number in range(versions):
+        run_phase(local, Slice(f"{number:08d}", number, 0, number * steps), place.store.get(blob))
+        for file in folder.glob("*-*.safetensors"):  # nobody applies a delta here
+            file.unlink()
+        tensors = {name: weight.detach().float().numpy() for name, weight in local.weights.items()}
+        blob = place.store.put(safetensors.numpy.save(tensors, {"format": "pt"}))
+        each(number + 1, place.store.get(blob), 0)
+    return blob
 
 
 def write_any(path: Path, delta: dict[str, np.ndarray], shapes: Any, form: str) -> None:
@@ -121,8 +144,10 @@ def write_any(path: Path, delta: dict[str, np.ndarray], shapes: Any, form: str) 
         path.write_bytes(bytes(raw))
 
 
-def held_out(place: Place, star: Star, model: Any, weights: Path, rows: int = 200) -> float:
+def held_out(place: Place, model: Any, weights: Path, length: int, rows: int = 200) -> float:
     """The loss of held-out rows that are the same for every run."""
+    recipe = Recipe(steps=1, batch=20, length=length)
+    star = Star(name="bench", seed=place.seed.digest, corpus=place.corpus, recipe=recipe, steps=1, parts=1, form="int8", outer=OUTER)
     judge = LossJudge(model, place.train, place.holdout, star, 0, b"other", weights)
-    judge.secret = draw(place.holdout, star.recipe, rows, np.random.default_rng(7))
+    judge.secret = draw(place.holdout, recipe, rows, np.random.default_rng(7))
     return float(judge.losses(weights).mean())

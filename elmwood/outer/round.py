@@ -159,8 +159,14 @@ def grant(state: State, star: Star, terms: Terms, key: str, now: float) -> tuple
 def beat(state: State, terms: Terms, key: str, id: str, step: int, now: float) -> State:
     """A beat shows that a machine is there; only a further step is progress. Raises Refused."""
     held = find_grant(state, key, id)
-    moved = {"progress_due": now + terms.progress_s, "step": step} if step > held.step else {}
-    return _with(state, held.model_copy(update={"due": now + 3 * terms.beat_s, **moved}))
+    further = {"progress_due": now + terms.progress_s, "step": step} if step > held.step else {}
+    return _with(state, held.model_copy(update={"due": now + 3 * terms.beat_s, **further}))
+
+
+def moved(state: State, terms: Terms, key: str, id: str, now: float) -> State:
+    """A part of an upload came: a sign of life, and progress. Raises Refused."""
+    held = find_grant(state, key, id)
+    return _with(state, held.model_copy(update={"due": now + 3 * terms.beat_s, "progress_due": now + terms.progress_s}))
 
 
 def expire(state: State, now: float) -> State:

@@ -188,13 +188,17 @@ def model_inputs(
 
 
 def loss(
-    model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None, cut_S: Tensor | None = None
-) -> Tensor:
-    """Mean cross-entropy in nats over the scored targets. positions_BL None: every row is one document."""
+    model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None, cut_S: Tensor | None = None,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """Mean cross-entropy in nats over the scored targets; `groups`: as many means [groups], each of its share of the rows in order.
+    positions_BL None: every row is one document."""
     model, kind = base_model(model), tokens_BL.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     given = model_inputs(able.packed, tokens_BL, positions_BL, dtype, cut_S)
     if not able.chunked:
-        return cross_entropy(model(**given).logits.float().flatten(0, 1), targets_BL.flatten(), ignore_index=UNSCORED)
+        parts = zip(model(**given).logits.float().chunk(groups), targets_BL.chunk(groups), strict=True)
+        losses = [cross_entropy(logit_BLV.flatten(0, 1), target_BL.flatten(), ignore_index=UNSCORED) for logit_BLV, target_BL in parts]
+        return torch.stack(losses) if groups > 1 else losses[0]
     hidden_BLD = model.base_model(**given)[0]
-    return ChunkedLoss.apply(hidden_BLD.flatten(0, 1), model.get_output_embeddings().weight, targets_BL.flatten())
+    return ChunkedLoss.apply(hidden_BLD.flatten(0, 1), model.get_output_embeddings().weight, targets_BL.flatten(), groups)

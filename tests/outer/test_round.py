@@ -108,6 +108,9 @@ def test_text_of_a_machine_that_is_gone_is_granted_again():
     state, held = round.grant(new(), STAR, TERMS, KEYS[0], 0.0)
     state = round.beat(state, TERMS, KEYS[0], held.id, 1, 29.0)
     assert round.expire(state, 59.0) == state
+    sending = round.moved(state, TERMS, KEYS[0], held.id, 99.0)  # a part of its upload came: as good as a step
+    assert round.expire(sending, 129.0) == sending
+    assert not round.expire(sending, 129.1).grants
     gone = round.expire(state, 59.1)
     assert (gone.grants, gone.lost, gone.gone) == ({}, STAR.tokens, STAR.tokens)
     for at in range(0, 200, 10):  # beats without a further step

@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 
 from elmwood.corpus.tokens import Packed
 from elmwood.lm.load import load_model
 from elmwood.outer.compress import open_delta
 from elmwood.outer.step import OUTER, read_tensors
 from elmwood.records import Fate, Recipe, Star
-from elmwood.train.inner.phase import Slice, load_error, open_local, run_phase, settle_phase
+from elmwood.train.data import batches
+from elmwood.train.inner.phase import Slice, load_error, open_local, run_phase, settle_phase, unsettled
+from elmwood.train.loss import find_abilities, loss
 
 STEPS = 2
 
@@ -34,11 +37,11 @@ def fate(id, code, scale=1.0):
 
 @pytest.mark.parametrize("form", ["int8", "top"])
 def test_applied_and_error_are_the_sum_of_all_deltas(form, seed, store, packed, tmp_path, float32):
-    """T5, rejections included; the error of what did harm is dropped, and counted."""
+    """T5, one that was lost and rejections included; the error of what did harm is dropped, and counted."""
     local = open_local(load_model(seed, store, device="cpu"), packed, star_of(seed, form), tmp_path)
     base = store.get(seed.files["model.safetensors"])
     computed, applied, dropped = ({name: np.zeros(weight.numel()) for name, weight in local.weights.items()} for _ in range(3))
-    for n, (code, scale) in enumerate([("", 1.0), ("stale", 1.0), ("", 0.5), ("harm", 1.0), ("", 1.0)]):
+    for n, (code, scale) in enumerate([("", 1.0), ("lost", 1.0), ("", 0.5), ("harm", 1.0), ("", 1.0)]):
         id = f"{n:08d}"
         sent = open_delta(run_phase(local, Slice(id, 0, n % 4, STEPS * n), base), local.shapes, form)
         before = load_error(local)
@@ -49,7 +52,9 @@ def test_applied_and_error_are_the_sum_of_all_deltas(form, seed, store, packed, 
             if code == "harm":
                 moved_N = local.weights[name].detach().numpy().reshape(-1) - value_N
                 dropped[name] += moved_N + before.get(name, 0)
-        norm = settle_phase(local, id, fate(id, code, scale))
+        assert unsettled(local) == [id]
+        norm = settle_phase(local, id, None if code == "lost" else fate(id, code, scale))
+        assert not unsettled(local)
         assert (norm > 0) == (code == "harm")
         error = load_error(local)
         assert settle_phase(local, id, fate(id, code, scale)) == 0  # told twice
@@ -57,6 +62,18 @@ def test_applied_and_error_are_the_sum_of_all_deltas(form, seed, store, packed, 
             assert np.array_equal(load_error(local)[name], error[name])
             assert np.allclose(applied[name] + error[name] + dropped[name], computed[name], atol=1e-6)
     assert sum(float(np.abs(value).sum()) for value in applied.values()) > 0
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_the_losses_of_rows_are_those_of_each_alone(chunked, seed, store, packed, float32):
+    """In one pass, as the judge computes them; the last row holds several documents."""
+    model = load_model(seed, store, device="cpu").eval()
+    able = find_abilities(model)._replace(chunked=chunked)
+    batch = next(batches(packed, Recipe(steps=1, batch=3, length=64)))
+    rows = [torch.from_numpy(part) for part in batch]
+    with torch.no_grad():
+        each = [loss(model, able, *(part[n : n + 1] for part in rows)).item() for n in range(3)]
+        assert loss(model, able, *rows, groups=3).tolist() == pytest.approx(each, rel=1e-5)
 
 
 def test_an_interrupted_phase_ends_the_same(seed, store, packed, tmp_path, float32):

@@ -187,7 +187,11 @@ async def append(
         return f"sha256:{home.blobs.join(id, len(held.sent) + 1)[0]}" if at + len(part) == held.size else None
 
     whole = await run_in_threadpool(keep)
-    await change(home, lambda state, now: (round.keep_part(state, key, id, at, len(part), whole), None))
+
+    def kept(state: State, now: float) -> tuple[State, None]:
+        return round.moved(round.keep_part(state, key, id, at, len(part), whole), home.terms, key, id, now), None
+
+    await change(home, kept)
     if whole:
         await run_in_threadpool(home.blobs.drop_parts, id, len(held.sent) + 1)
     return Response(status_code=204, headers=TUS | {"Upload-Offset": str(at + len(part))})

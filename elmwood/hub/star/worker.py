@@ -79,22 +79,26 @@ def take_part(
             why = reply.headers.get("elmwood-reason", "")
             tell(Told("finished" if why == "finished" else "wait", why))
             if why == "finished":
+                settle_left(machine, "", tell)
                 break
             machine.hub.sleep(PAUSE)
             continue
         grant = GrantReply.model_validate(reply.json())
+        settle_left(machine, grant.id, tell)
         try:
-            path = train(grant, machine, tell, progress, on_step)
-            size = path.stat().st_size
-            tell(Told("send", f"{size:,} bytes"))
-            fate = offer(path, grant, machine.hub, progress)
+            with beating(grant, machine, on_step) as step:
+                path = train(grant, machine, tell, progress, step)
+                size = path.stat().st_size
+                tell(Told("send", f"{size:,} bytes"))
+                offer(path, grant, machine.hub, progress)
         except Problem as problem:
             if problem.code != "no-grant":
                 raise
             tell(Told("wait", str(problem)))
-            drop(machine.local, grant)
+            settle(machine.local, grant.id, None)
             continue
-        settle(machine.local, fate)
+        fate = await_fate(grant.id, machine.hub)
+        settle(machine.local, grant.id, fate)
         sent, count = sent + size, count + 1
         tell(Told("receipt", f"version {grant.base}: {fate.fate} {fate.code}".strip(), fate))
         if fate.fate == "applied":
@@ -127,32 +131,21 @@ def _known(record: Any, kind: type) -> Any:
     return record
 
 
-def train(
-    grant: GrantReply, machine: Machine, tell: Callable[[Told], None], progress: Progress, on_step: Callable[[int], None]
-) -> Path:  # fmt: skip
-    """The delta of a grant, as a file. Raises Problem where the grant ended meanwhile."""
-    from elmwood.train.inner.phase import Slice, run_phase
-
-    hub = machine.hub
-    version = parse(hub.get(f"/train/version/{grant.base}").body)
-    assert isinstance(version, Version)
-    tell(Told("fetch", f"version {grant.base}"))
-    base = fetch_blob(version.weights, hub, machine.store)
-    tell(Told("train", f"from version {grant.base}"))
+@contextmanager
+def beating(grant: GrantReply, machine: Machine, on_step: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+    """Show the coordinator that this machine is there, from the download to the end of the upload. What is given is told of each step, and
+    raises Problem where the grant ended meanwhile."""
     ended, failure, done = threading.Event(), list[Problem](), [0]
 
     def beat() -> None:
         while not ended.wait(machine.beat_s):
             try:
-                hub.post(f"/train/grants/{grant.id}/beat", {"step": done[0]}, "")
+                machine.hub.post(f"/train/grants/{grant.id}/beat", {"step": done[0]}, "")
             except Problem as problem:
                 failure.append(problem)
                 return
             except ElmwoodError:
                 continue
-
-    thread = threading.Thread(target=beat, name="beat", daemon=True)
-    thread.start()
 
     def step(count: int) -> None:
         done[0] = count
@@ -160,33 +153,62 @@ def train(
             raise failure[0]
         on_step(count)
 
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    thread.start()
     try:
-        return run_phase(machine.local, Slice(grant.id, grant.base, grant.part, grant.first), base, step, progress)
+        yield step
     finally:
         ended.set()
         thread.join()
 
 
-def offer(path: Path, grant: GrantReply, hub: Hub, progress: Progress) -> Fate:
-    """Send a delta and wait for what becomes of it. May be done again after an interruption."""
-    told = Receipt.model_validate(hub.get(f"/train/proposals/{grant.id}").json())
-    if told.fate is None:
+def train(
+    grant: GrantReply, machine: Machine, tell: Callable[[Told], None], progress: Progress, on_step: Callable[[int], None]
+) -> Path:  # fmt: skip
+    """The delta of a grant, as a file. Raises Problem where the grant ended meanwhile."""
+    from elmwood.train.inner.phase import Slice, run_phase
+
+    version = parse(machine.hub.get(f"/train/version/{grant.base}").body)
+    assert isinstance(version, Version)
+    tell(Told("fetch", f"version {grant.base}"))
+    base = fetch_blob(version.weights, machine.hub, machine.store)
+    tell(Told("train", f"from version {grant.base}"))
+    return run_phase(machine.local, Slice(grant.id, grant.base, grant.part, grant.first), base, on_step, progress)
+
+
+def offer(path: Path, grant: GrantReply, hub: Hub, progress: Progress) -> None:
+    """Send a delta. May be done again after an interruption."""
+    if _told(grant.id, hub) is None:
         upload = begin_upload(path, grant.id, 0, hub, "")
         send(path, upload, hub, progress)
-        body = {"grant": grant.id, "base": grant.base, "blob": f"sha256:{hash_file(path)}"}
-        told = Receipt.model_validate(hub.post("/train/proposals", body, "").json())
-    while told.fate is None:
-        told = Receipt.model_validate(hub.get(f"/train/proposals/{grant.id}?wait={WAIT:.0f}").json())
-    return told.fate
+        hub.post("/train/proposals", {"grant": grant.id, "base": grant.base, "blob": f"sha256:{hash_file(path)}"}, "")
 
 
-def settle(local: "Local", fate: Fate) -> None:
+def await_fate(id: str, hub: Hub) -> Fate:
+    """What became of a proposal, once it is decided."""
+    while (fate := _told(id, hub, WAIT)) is None:
+        pass
+    return fate
+
+
+def _told(id: str, hub: Hub, wait: float = 0) -> Fate | None:
+    return Receipt.model_validate(hub.get(f"/train/proposals/{id}?wait={wait:.0f}").json()).fate
+
+
+def settle_left(machine: Machine, held: str, tell: Callable[[Told], None]) -> None:
+    """Take the receipts of phases whose end this machine did not see: it was killed. Whoever holds a grant has no proposal that waits, so
+    what has no receipt was lost with its grant."""
+    from elmwood.train.inner.phase import unsettled
+
+    for id in unsettled(machine.local):
+        if id != held:
+            fate = _told(id, machine.hub)
+            settle(machine.local, id, fate)
+            tell(Told("receipt", f"earlier: {f'{fate.fate} {fate.code}'.strip() if fate else 'lost'}", fate))
+
+
+def settle(local: "Local", id: str, fate: Fate | None) -> None:
+    """None: its grant ended; what was computed stays in the error of this machine."""
     from elmwood.train.inner.phase import settle_phase
 
-    settle_phase(local, fate.proposal, fate)
-
-
-def drop(local: "Local", grant: GrantReply) -> None:
-    """Forget a phase whose grant ended: what it computed stays in the error of this machine."""
-    fate = Fate(proposal=grant.id, worker="ed25519:" + "0" * 64, base=grant.base, tokens=grant.tokens, fate="rejected", code="lost")
-    settle(local, fate)
+    settle_phase(local, id, fate)

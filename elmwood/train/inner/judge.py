@@ -1,9 +1,10 @@
 """Losses for the gates of a star: of a proposal on its own text and on secret held-out text, and of a version before and after a step.
 
-B blocks of one row each
+B blocks of one row each; as many are computed at once as a step of training takes
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from elmwood.train.card.path import fast_path
 from elmwood.train.data import Batch, batches, split_batch
 from elmwood.train.inner.phase import documents_of, set_weights
 from elmwood.train.loop import batch_loss, use_threads
-from elmwood.train.loss import find_abilities
+from elmwood.train.loss import Abilities, find_abilities, loss
 
 SECRET, OWN = 24, 8  # rows
 
@@ -57,18 +58,21 @@ class LossJudge:
         """Some rows of the slice that a proposal was granted."""
         place = int(self.rng.integers(self.star.steps))
         found = batches(self.train, self.star.recipe, one.first + place, documents_of(self.train, self.star, one.part))
-        rows = [row for batch in islice(found, -(-OWN // self.star.recipe.batch)) for row in split_batch(batch, len(batch.tokens_BL))]
-        return rows[:OWN]
+        return list(islice(found, -(-OWN // self.star.recipe.batch)))
 
     @torch.no_grad()
     def _losses(self, rows: Sequence[Batch]) -> Floats:
         self.model.eval()
         with use_threads(self.star.recipe.threads), fast_path(self.model, self.star.recipe, self.able) as able:
-            return np.array([batch_loss(self.model, able, row).double().item() for row in rows])
+            found = [batch_loss(self.model, able, batch, partial(self._each, able, len(batch.tokens_BL))) for batch in rows]
+        return torch.cat([each_B.double().reshape(-1).cpu() for each_B in found]).numpy()
+
+    def _each(self, able: Abilities, count: int, *inputs: Any) -> Tensor:
+        return loss(self.model, able, *inputs, groups=count)
 
 
 def draw(packed: Packed, recipe: Recipe, count: int, rng: np.random.Generator) -> list[Batch]:
-    """So many rows of text, by chance."""
+    """So many rows of text, by chance, in batches of the recipe's size."""
     chosen = recipe.model_copy(update={"batch": count, "rng_seed": int(rng.integers(2**31))})
     batch = next(batches(packed, chosen))
-    return list(split_batch(batch, count))
+    return list(split_batch(batch, -(-count // recipe.batch)))

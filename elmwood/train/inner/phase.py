@@ -133,17 +133,22 @@ def _finish(local: Local, slice: Slice, base: Path, sent: Path) -> Path:
     return sent
 
 
-def settle_phase(local: Local, id: str, fate: Fate) -> float:
-    """Take the receipt of a proposal: what was applied is subtracted from the error, and nothing else is. The norm of what is dropped: the
-    error of a proposal that did harm. May be run again."""
+def unsettled(local: Local) -> list[str]:
+    """Finished phases, by id, whose receipts did not come yet."""
+    return sorted(path.stem.removeprefix("whole-") for path in local.folder.glob("whole-*.safetensors"))
+
+
+def settle_phase(local: Local, id: str, fate: Fate | None) -> float:
+    """Take the receipt of a proposal: what was applied is subtracted from the error, and nothing else is. None: it was lost. The norm of
+    what is dropped: the error of a proposal that did harm. May be run again."""
     whole_path, sent_path = local.folder / f"whole-{id}.safetensors", local.folder / f"sent-{id}.safetensors"
     dropped = 0.0
     if whole_path.exists():
         whole = load_file(whole_path)
-        if fate.fate == "applied":
+        if fate and fate.fate == "applied":
             sent = open_delta(sent_path, local.shapes, local.star.form)
             whole = {name: value_N - np.float32(fate.scale) * sent.values(name) for name, value_N in whole.items()}
-        elif fate.code in WRONGS:
+        elif fate and fate.code in WRONGS:
             dropped = float(np.sqrt(sum(np.square(value_N, dtype=np.float64).sum() for value_N in whole.values())))
             whole = {name: np.zeros_like(value_N) for name, value_N in whole.items()}
         _save(whole, local.folder / "error.safetensors")

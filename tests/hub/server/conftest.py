@@ -33,21 +33,9 @@ def database(empty, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def postgres():
-    with services.postgres() as url:
-        yield url
-
-
-@pytest.fixture(scope="session")
 def s3():
     with services.s3() as environment:
         yield environment
-
-
-@pytest.fixture
-def new_database(postgres):
-    """The URL of a new, empty database of PostgreSQL."""
-    return services.create_database(postgres, f"test{next(_number)}")
 
 
 @pytest.fixture(params=["embedded", "postgres and s3"])

@@ -18,6 +18,11 @@ def test_killed_at_any_step_it_makes_one_chain(tmp_path):
     assert found["replayed"] == found["versions"] + 1
 
 
+def test_killed_on_postgresql_it_makes_one_chain(tmp_path, new_database):
+    found = kills(tmp_path, 4, database=new_database)
+    assert found["replayed"] == found["versions"] + 1 > 1
+
+
 def test_a_leader_that_stood_still_is_refused(tmp_path):
     """T2: while it was stopped past its lead another took over; when it wakes, nothing that it writes is kept, also of a decision."""
     store, now = Store(tmp_path), [1000.0]
