@@ -9,7 +9,8 @@ from the same weights: those of one machine after `--warm` steps.
 
 One line for each point of a curve (`star.curve`): `tokens` of all machines together since the warm start, `loss` on held-out rows in nats
 a token, bytes that one machine has `sent` and `received`; data-parallel training sends and receives about twice its gradients at each
-step (a ring). One line for each run (`star.loss`): `gap` is relative to `ddp`. At the end the mean `gap` over the seeds, with its standard error.
+step (a ring). One line for each run (`star.loss`): `gap` is relative to `ddp`. At the end the mean `gap` over the seeds, with its standard
+error.
 """
 
 import tempfile
