@@ -64,11 +64,15 @@ class LossJudge:
     def _losses(self, rows: Sequence[Batch]) -> Floats:
         self.model.eval()
         with use_threads(self.star.recipe.threads), fast_path(self.model, self.star.recipe, self.able) as able:
-            found = [batch_loss(self.model, able, batch, partial(self._each, able, len(batch.tokens_BL))) for batch in rows]
+            found = [batch_loss(self.model, able, batch, partial(row_losses, self.model, able)) for batch in rows]
         return torch.cat([each_B.double().reshape(-1).cpu() for each_B in found]).numpy()
 
-    def _each(self, able: Abilities, count: int, *inputs: Any) -> Tensor:
-        return loss(self.model, able, *inputs, groups=count)
+
+def row_losses(
+    model: Any, able: Abilities, tokens_BL: Tensor, targets_BL: Tensor, positions_BL: Tensor | None, cut_S: Tensor | None
+) -> Tensor:
+    """The mean loss of each row [B]."""
+    return loss(model, able, tokens_BL, targets_BL, positions_BL, cut_S, groups=len(tokens_BL))
 
 
 def draw(packed: Packed, recipe: Recipe, count: int, rng: np.random.Generator) -> list[Batch]:
