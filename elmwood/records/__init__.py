@@ -9,7 +9,7 @@ from elmwood.records.kinds import KINDS, parse, read_record, references
 from elmwood.records.merges import Contribution, Gates, Merged, Mixture, Share, State
 from elmwood.records.models import Ensemble, Expert, Forest, Point, Portion, Recipe, Seed, Shape, Statistics
 from elmwood.records.results import Check, Comparison, Contest, Entry, Ledger, Row, Score, Verdict
-from elmwood.records.stars import Fate, OuterStep, Star, Version
+from elmwood.records.stars import Diloco, Fate, OuterStep, Star, Version
 from elmwood.records.text import Corpus, Domain, Embedder, Packing, Partition, Shard
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Contribution",
     "Corpus",
     "Digest",
+    "Diloco",
     "Domain",
     "Embedder",
     "Ensemble",

@@ -15,14 +15,14 @@ from elmwood.records.merges import Merged, Mixture, State
 from elmwood.records.models import Ensemble, Expert, Forest, Seed, Statistics
 from elmwood.records.plain_json import parse_json
 from elmwood.records.results import Comparison, Contest, Ledger, Score, Verdict
-from elmwood.records.stars import Star, Version
+from elmwood.records.stars import Diloco, Star, Version
 from elmwood.records.text import Corpus, Packing, Partition
 
 KINDS: dict[str, type[Record]] = {
     cls.model_fields["kind"].default: cls
     for cls in (
         Corpus, Packing, Partition, Seed, Expert, Statistics, Forest, Ensemble, Score, Comparison, Contest, Verdict, Ledger, State, Merged,
-        Mixture, Star, Version,
+        Mixture, Star, Version, Diloco,
     )
 }  # fmt: skip
 

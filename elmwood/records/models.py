@@ -99,6 +99,7 @@ class Seed(Record):
     changes: tuple[str, ...] = ()  # what import changed, in sentences; none: the files are as they were given
     licence: str | None = None
     corpus: Digest | None = None  # that it was trained on from scratch; of several the first
+    plan: Digest | None = None  # by which several machines went on from another seed
     mix: tuple[Portion, ...] = ()  # all corpora it was trained on, where they are several
     recipe: Recipe | None = None
     run: str | None = None  # the beginning of the task's name, for a run that keeps checkpoints as seeds

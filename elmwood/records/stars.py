@@ -1,4 +1,4 @@
-"""Records of a star: a seed that named machines train together, each on its part of the text, and the versions of its weights."""
+"""Records of one seed that several machines train together: a star and the versions of its weights, and the plan of trusted sites."""
 
 from typing import Annotated, Literal
 
@@ -65,3 +65,33 @@ class Version(Record):
     how: Literal["start", "mean", "median", "none"] = "mean"
     fates: tuple[Fate, ...] = ()  # of all proposals decided since the parent, by id
     lost: int = Field(0, ge=0)  # tokens of grants that ended without a proposal since the parent
+
+
+class Diloco(Record):
+    """The plan of a seed that trusted sites train by DiLoCo (arXiv:2311.08105) or Streaming DiLoCo (arXiv:2501.18512)."""
+
+    kind: Literal["diloco"] = "diloco"
+    seed: Digest
+    corpus: Digest
+    recipe: Recipe  # of the inner steps; `batch`: rows of all sites together, `steps`: of one site over all rounds
+    sites: int = Field(ge=2, le=16)
+    steps: int = Field(gt=0)  # inner steps from one exchange of a weight to its next
+    fragments: int = Field(1, gt=0)  # exchanged one after the other, each after steps / fragments more steps
+    delay: int = Field(0, ge=0)  # inner steps during which an exchange goes on
+    alpha: float = Field(0.0, ge=0, lt=1)  # of a site's own weights in what it goes on with
+    rate: float = Field(0.7, gt=0, le=2)  # of the outer step, as in `OuterStep`
+    momentum: float = Field(0.9, ge=0, lt=1)
+
+    @property
+    def apart(self) -> int:
+        """Inner steps of a round: from one exchange to the next."""
+        return self.steps // self.fragments
+
+    @property
+    def tokens(self) -> int:
+        """Of one site in one round."""
+        return self.apart * self.recipe.batch // self.sites * self.recipe.length
+
+    @property
+    def rounds(self) -> int:
+        return self.recipe.steps // self.apart

@@ -54,7 +54,7 @@ def parse_curve(plain: list[dict[str, Any]]) -> tuple[Point, ...]:
 
 def keep_best(folder: Path, position: Position, weights: dict[str, Tensor]) -> None:
     """Keep the weights as the best so far. Earlier ones stay until a checkpoint is written that does not refer to them."""
-    _write(folder / _best(position.best), {name: weight.detach() for name, weight in weights.items()}, {})
+    write_tensors(folder / _best(position.best), {name: weight.detach() for name, weight in weights.items()}, {})
 
 
 def load_best(folder: Path, position: Position, weights: dict[str, Tensor]) -> None:
@@ -87,7 +87,7 @@ def write(
             if first:
                 tensors[f"{part}.{name}"] = whole if whole is tensor else whole.cpu()
     if first:
-        _write(path, tensors, {"stand": json.dumps(plain)})
+        write_tensors(path, tensors, {"stand": json.dumps(plain)})
 
 
 def read(
@@ -113,7 +113,7 @@ def read(
         raise Damaged(f"{path} cannot be read ({error}): delete it, and the run starts again") from error
 
 
-def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
     """All or nothing. Raises DoesNotFit."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     if shutil.disk_usage(path.parent).free < size + (1 << 20):
