@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from elmwood.study.quality.contest import compare
     from elmwood.study.quality.evaluation import benchmark, evaluate
     from elmwood.study.quality.forest_table import table
-    from elmwood.study.seeds import import_seed, seed_from, train_seed
+    from elmwood.study.seeds import diloco, import_seed, seed_from, train_seed
     from elmwood.study.text import add, build, cluster, split, survey
     from elmwood.study.training import adopt, train
     from elmwood.study.training import compute_statistics as statistics
@@ -44,7 +44,7 @@ FACE = {
     "elmwood.study.merging": "merge, state_add, state_finalize, state_make, state_remove",
     "elmwood.study.mixing": "loads, mix, tune",
     "elmwood.study.page": "report, show",
-    "elmwood.study.seeds": "import_seed, seed_from, train_seed",
+    "elmwood.study.seeds": "diloco, import_seed, seed_from, train_seed",
     "elmwood.study.text": "add, build, cluster, split, survey",
     "elmwood.study.training": "adopt, train, compute_statistics as statistics",
 }
@@ -61,6 +61,7 @@ __all__ = [
     "cluster",
     "compare",
     "demo",
+    "diloco",
     "evaluate",
     "export",
     "fit",

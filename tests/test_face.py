@@ -21,6 +21,7 @@ from elmwood.engine import named_device
 HOUSE = Path(ew.__file__).parent
 # verb of the command line -> function, where the names differ
 RENAMED = {"eval": "evaluate", "chat": "generate", "seed train": "train_seed", "seed import": "import_seed", "seed from": "seed_from"}
+RENAMED |= {"seed diloco": "diloco"}
 RENAMED |= {f"state {verb}": f"state_{verb}" for verb in STATE_VERBS}
 PLACES = (
     # functions of elmwood.hub.client and elmwood.serve

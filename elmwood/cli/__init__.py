@@ -70,6 +70,10 @@ SEED_VERBS = {
         "train:seed_train",
         "Train a seed from scratch, with its own tokenizer: a small Llama or any architecture, also under torchrun.",
     ),
+    "diloco": (
+        "train:seed_diloco",
+        "Train a seed further at several trusted sites over slow links (DiLoCo, by torchft). Each runs this; interrupted ones resume.",
+    ),
     "import": (
         "train:seed_import",
         "Import a causal language model of transformers as a seed. It is tried: what it cannot be used for is said, with the reason.",
@@ -114,15 +118,15 @@ STAR_VERBS = {
 }
 GROUPS = {
     "hub": (HUB_VERBS, "Let others train: publish a run, serve it, keep it."),
-    "seed": (SEED_VERBS, "Make the shared starting model: train one from scratch, or import one."),
+    "seed": (SEED_VERBS, "Make the shared starting model: train one from scratch, here or at several sites, or import one."),
     "star": (STAR_VERBS, "Train one seed on several machines over slow links."),
     "state": (STATE_VERBS, "Unfinished merges: sums of experts that add and subtract exactly, in any order."),
 }
 # places of the verbs that run models; `fit` and `join` have a --device of their own
 COMPUTING = frozenset({
     "demo:demo", "text:cluster", "text:split", "text:add", "train:train", "train:adopt", "train:statistics", "train:seed_train",
-    "train:seed_import", "evaluate:evaluate", "evaluate:table", "evaluate:compare", "evaluate:accept", "models:chat", "merge:merge",
-    "models:mix", "models:loads", "models:serve", "star:serve", "star:join",
+    "train:seed_diloco", "train:seed_import", "evaluate:evaluate", "evaluate:table", "evaluate:compare", "evaluate:accept",
+    "models:chat", "merge:merge", "models:mix", "models:loads", "models:serve", "star:serve", "star:join",
 })  # fmt: skip
 PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 

@@ -108,6 +108,42 @@ def seed_from(
         made(seeds.seed_from(model, output.store, name=name, progress=progress), name, output.as_json)
 
 
+def seed_diloco(
+    seed: Annotated[str, Argument(help="Name or digest of the seed to go on from.")],
+    lighthouse: Annotated[str, Option(help="http://HOST:PORT of torchft_lighthouse, in the VPN of the sites.")],
+    site: Annotated[int, Option(help="Number of this one, from 0.")],
+    sites: Annotated[int, Option(help="How many there are.")] = 4,
+    corpus: Annotated[str | None, Option(help="Name or digest; default: what the seed was trained on.")] = None,
+    tokens: Annotated[str, Option(help="Training tokens of all sites together, e.g. 100M.")] = "10M",
+    steps: Annotated[int, Option(help="Steps of a site from one exchange of a weight to its next.")] = 100,
+    batch: Annotated[int, Option(help="Sequences per step of a site.")] = 8,
+    length: Annotated[int | None, Option(help="Tokens per sequence; default: the seed's context, at most 1024.")] = None,
+    learning_rate: Annotated[float | None, Option(help="Peak; default: by the size of the seed.")] = None,
+    schedule: Annotated[str, Option(help="cosine, linear, constant or wsd.")] = "wsd",
+    fragments: Annotated[int, Option(help="Exchange the layers in so many parts, one after the other (Streaming DiLoCo).")] = 1,
+    delay: Annotated[int, Option(help="Steps during which an exchange goes on.")] = 0,
+    keep: Annotated[float, Option(help="Share of a site's own weights in what it goes on with after an exchange.")] = 0.0,
+    rate: Annotated[float, Option(help="Of the outer step.")] = 0.7,
+    momentum: Annotated[float, Option(help="Of the outer step.")] = 0.9,
+    accumulate: Annotated[int, Option(help="Passes per step, whose gradients are added.")] = 1,
+    checkpointing: Annotated[bool, Option("--checkpointing", help="Recompute activations: less memory, more time.")] = False,
+    wait: Annotated[float, Option(help="Seconds that a site waits for others, at most.")] = 3600.0,
+    rng_seed: RngSeedOption = 0,
+    threads: Annotated[int | None, Option(help="CPU threads of a site; the same at all of them.")] = None,
+    name: NameOption = None,
+    output: Output = Output(),
+) -> None:
+    """Train a seed further at several trusted sites over slow links (DiLoCo, by torchft). Each runs this; interrupted ones resume."""
+    with bars() as progress:
+        made_here = seeds.diloco(
+            seed, lighthouse, site, sites=sites, corpus=corpus, tokens=tokens, steps=steps, batch=batch, length=length,
+            learning_rate=learning_rate, schedule=schedule, fragments=fragments, delay=delay, keep=keep, rate=rate, momentum=momentum,
+            accumulate=accumulate, checkpointing=checkpointing, wait=wait, rng_seed=rng_seed, threads=threads, name=name,
+            store=output.store, progress=progress,
+        )  # fmt: skip
+    made(made_here, name, output.as_json)
+
+
 def train(
     context: typer.Context,
     partition: Annotated[str, Argument(help="Name or digest; with --method router the mixture to tune.")],

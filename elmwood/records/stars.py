@@ -78,7 +78,7 @@ class Diloco(Record):
     steps: int = Field(gt=0)  # inner steps from one exchange of a weight to its next
     fragments: int = Field(1, gt=0)  # exchanged one after the other, each after steps / fragments more steps
     delay: int = Field(0, ge=0)  # inner steps during which an exchange goes on
-    alpha: float = Field(0.0, ge=0, lt=1)  # of a site's own weights in what it goes on with
+    keep: float = Field(0.0, ge=0, lt=1)  # share of a site's own weights in what it goes on with after an exchange
     rate: float = Field(0.7, gt=0, le=2)  # of the outer step, as in `OuterStep`
     momentum: float = Field(0.9, ge=0, lt=1)
 

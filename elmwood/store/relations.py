@@ -69,7 +69,7 @@ def texts(record: Record) -> set[str]:
         case Expert():
             return set(record.data)
         case Seed():
-            return {*filter(None, (record.corpus, record.grown_from)), *(portion.corpus for portion in record.mix)}
+            return {*filter(None, (record.corpus, record.grown_from, record.plan)), *(portion.corpus for portion in record.mix)}
     return set()
 
 

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, checked
-from elmwood.records import Corpus, Expert, Merged, Recipe, Seed, Shape
+from elmwood.records import Corpus, Diloco, Expert, Merged, Recipe, Seed, Shape
+from elmwood.registry import require
 from elmwood.store import AnyStore, Named, Store
 from elmwood.store.disk import temporary_folder
 from elmwood.study.tasks import SMALL, THREADS
 from elmwood.study.text import build, keep_name, open_store
-from elmwood.study.training import default_length, make_recipe, make_record
+from elmwood.study.training import default_length, default_rate, make_recipe, make_record
 from elmwood.study.trial import check_use, try_seed
 from elmwood.train.seeds.shapes import find_shape, read_shape, with_vocabulary
 from elmwood.units import parse_count
@@ -118,6 +119,61 @@ def train_seed(
         made = made.model_copy(update={"limits": limits})
         store.add(made)
     return keep_name(made, name, store)
+
+
+@placed
+@checked
+def diloco(
+    seed: Named, lighthouse: str, site: int, store: AnyStore = None, *, sites: Annotated[int, Between(2, 16)] = 4,
+    corpus: Named | None = None, tokens: int | str = "10M", steps: Annotated[int, Between(1)] = 100, batch: int = 8,
+    length: int | None = None, learning_rate: float | None = None, schedule: str = "wsd", fragments: Annotated[int, Between(1)] = 1,
+    delay: Annotated[int, Between(0)] = 0, keep: float = 0.0, rate: float = 0.7, momentum: float = 0.9, accumulate: int = 1,
+    checkpointing: bool = False, wait: Annotated[float, Between(1)] = 3600.0, rng_seed: int = 0, threads: int | None = None,
+    name: str | None = None, device: str | None = None, progress: Progress = silent,
+) -> Seed:  # fmt: skip
+    """Go on from a seed, as one of several trusted sites that exchange weights every `steps` steps (DiLoCo, arXiv:2311.08105), or a part
+    of them more often (`fragments`, arXiv:2501.18512). Every site calls this; all end with the same record. Interrupted sites resume.
+
+    `lighthouse`: address of `torchft_lighthouse` in the VPN of the sites. `tokens`: of all sites together. `wait`: the longest that a
+    site waits for others, in seconds. Raises BadInput, BadCorpus, MissingExtra, Damaged, Alone.
+    """
+    store = open_store(store, name)
+    plan = plan_diloco(
+        store.load(seed, Seed), store, sites=sites, corpus=corpus, tokens=tokens, steps=steps, batch=batch, length=length,
+        learning_rate=learning_rate, threads=threads, fragments=fragments, delay=delay, keep=keep, rate=rate, momentum=momentum,
+        schedule=schedule, accumulate=accumulate, checkpointing=checkpointing, rng_seed=rng_seed,
+    )  # fmt: skip
+    require("torchft.manager", "diloco")
+    from elmwood.train.sites.task import train_at_site  # torch
+
+    made = train_at_site(plan, site, lighthouse, store, name=name or "seed", wait_s=wait, progress=progress)
+    return keep_name(made, name, store)
+
+
+def plan_diloco(
+    seed: Seed, store: Store, *, sites: int, corpus: Named | None, tokens: int | str, steps: int, batch: int, length: int | None,
+    learning_rate: float | None, threads: int | None, fragments: int, delay: int, keep: float, rate: float, momentum: float,
+    **options: Any,
+) -> Diloco:  # fmt: skip
+    """The plan that all sites must have in common: whole rounds, and at least one. Raises BadInput."""
+    text = corpus or seed.corpus
+    if not text:
+        raise BadInput(f"seed {seed.name} does not say what it was trained on: name a corpus with --corpus")
+    if steps % fragments:
+        raise BadInput(f"--steps {steps} is no multiple of --fragments {fragments}: choose {-(-steps // fragments) * fragments}")
+    if delay >= (apart := steps // fragments):
+        raise BadInput(f"--delay {delay}: fragments are exchanged {apart} steps apart; choose less")
+    recipe = make_recipe(
+        tokens=tokens, batch=batch * sites, length=default_length(seed.context) if length is None else length,
+        learning_rate=default_rate(seed, "full") if learning_rate is None else learning_rate,
+        threads=(1 if seed.parameters < SMALL else THREADS) if threads is None else threads, verb="seed diloco", **options,
+    )  # fmt: skip
+    if recipe.steps < apart:
+        raise BadInput(f"--tokens {tokens} are {recipe.steps} steps of {sites} sites, less than a round of {apart}: train more, or fewer")
+    return make_record(
+        Diloco, "seed diloco", seed=seed.digest, corpus=store.load(text, Corpus).digest, sites=sites, steps=steps, fragments=fragments,
+        recipe=recipe.model_copy(update={"steps": recipe.steps // apart * apart}), delay=delay, keep=keep, rate=rate, momentum=momentum,
+    )  # fmt: skip
 
 
 def plan_seed(

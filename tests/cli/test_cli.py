@@ -83,7 +83,8 @@ def test_names_and_files_of_results_are_refused_before_any_work(group, verb, tmp
     needed = []
     for name, one in inspect.signature(function).parameters.items():
         if one.default is one.empty and get_args(one.annotation):
-            needed += [f"--{name}"] * isinstance(get_args(one.annotation)[1], OptionInfo) + ["nothing"]
+            needed += [f"--{name}"] * isinstance(get_args(one.annotation)[1], OptionInfo)
+            needed.append("1" if get_args(one.annotation)[0] is int else "nothing")
     if verb == "export":
         needed[-1] = str(tmp_path / "file" / "below")
     for flag in [*options_of(function), *(["folder"] if verb == "export" else [])]:

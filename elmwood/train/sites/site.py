@@ -170,7 +170,7 @@ class Site:
         """What all say; None where that failed."""
         check = zlib.crc32(self.plan.digest.encode())
         for name in names:
-            check = zlib.crc32(self.whole[name].numpy(), check)
+            check = zlib.crc32(self.whole[name].numpy().data, check)
         check %= CHECKED
         said = torch.tensor([1, tokens, tokens * loss, check, check**2], dtype=torch.float64)
         manager.allreduce(said, reduce_op=ReduceOp.SUM).wait()
@@ -192,7 +192,7 @@ class Site:
             whole, velocity, weight = self.whole[name], self.velocity[name], self.weights[name]
             velocity.mul_(plan.momentum).add_(delta.view_as(whole))
             whole.sub_(delta.view_as(whole) + plan.momentum * velocity, alpha=plan.rate)
-            weight.copy_(torch.lerp(whole.to(weight.device), weight.float(), plan.alpha) if plan.alpha else whole)
+            weight.copy_(torch.lerp(whole.to(weight.device), weight.float(), plan.keep) if plan.keep else whole)
         done, loss = stand.round + 1, stand.loss + begun.said.loss / begun.said.tokens
         self.stand = stand._replace(round=done, tokens=stand.tokens + begun.said.tokens, loss=loss)
         if done % max(1, plan.rounds // POINTS) == 0 or done == plan.rounds:

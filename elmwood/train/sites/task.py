@@ -130,10 +130,13 @@ class Exchange:
         """Until the round is done; or nobody has anything to exchange, and it is trained again."""
         if self.begun is None:
             self.begin(losses)
-        while not self.begun.idle and not self.site.end(self.manager, self.begun):
-            self.begun = None
-            self.hang_up()  # gloo's sums go round a ring: a site that waits for one that waits for a dead one would wait for long
+        while not self._over():
+            self.hang_up()  # gloo's sums go round a ring: who waits for one that waits for a dead one would wait for long
             self.begin(losses)
+
+    def _over(self) -> bool:
+        begun, self.begun = self.begun, None
+        return begun is None or begun.idle or self.site.end(self.manager, begun)
 
 
 def meet(site: Site, manager: Manager, progress: Progress) -> None:
