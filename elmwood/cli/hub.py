@@ -4,7 +4,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from elmwood.cli.options import Output
 from elmwood.cli.screen import bars, emit, out, talk, verdicts
+from elmwood.cli.star import Serving, coordinated
 from elmwood.ranges import NewFile
 from elmwood.store import Store
 from elmwood.units import duration
@@ -71,15 +72,19 @@ def up(
     host: Annotated[str, Option(help="Address to listen on; a proxy with TLS stands before it.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0 to 65535.")] = 8700,
     host_name: Annotated[list[str] | None, Option(help="Refuse requests to other names than these (repeatable).")] = None,
+    star: Annotated[str | None, Option(help="A star to coordinate here too, at /star; its options as of `star serve`.")] = None,
+    serving: Serving = Serving(),
     place: Place = Place(),
     output: Output = Output(),
 ) -> None:
     """Serve a run to volunteers and verifiers."""
     from elmwood.hub.care import serve
 
-    with opened(run, output, place) as hub:
+    with ExitStack() as stack:
+        hub = stack.enter_context(opened(run, output, place))
+        led = stack.enter_context(coordinated(star, serving, Store(output.store), place.database)) if star else None
         talk.print(f"{hub.home.run} at http://{host}:{port}, {hub.blobs.probe()}; ctrl-c stops it", soft_wrap=True)
-        serve(hub, host, port, host_name or [])
+        serve(hub, host, port, host_name or [], led)
 
 
 def status(run: RunArgument = None, place: Place = Place(), output: Output = Output()) -> None:

@@ -1,9 +1,11 @@
 """Verbs of a star: one seed, trained by several machines over slow links."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from typer import Argument, Option
 
@@ -58,12 +60,18 @@ def plan(
     made(star, f"{name}/star", output.as_json)
 
 
+class Serving(NamedTuple):
+    """How a star is coordinated."""
+
+    worker: Annotated[list[str] | None, Option(help="A machine: NAME=KEY, as `elmwood star key` prints it there (repeatable).")] = None
+    gates: Annotated[str, Option(help="losses (computed here), or median: no losses, the median of three or more.")] = "losses"
+    least: Annotated[int, Option(help="Proposals of a version, at least; and half of the machines at work.")] = 2
+    grace: Annotated[float, Option(help="Seconds that a version waits for the others.")] = 30.0
+
+
 def serve(
     name: StarArgument,
-    worker: Annotated[list[str] | None, Option(help="A machine: NAME=KEY, as `elmwood star key` prints it there (repeatable).")] = None,
-    gates: Annotated[str, Option(help="losses (computed here), or median: no losses, the median of three or more.")] = "losses",
-    least: Annotated[int, Option(help="Proposals of a version, at least; and half of the machines at work.")] = 2,
-    grace: Annotated[float, Option(help="Seconds that a version waits for the others.")] = 30.0,
+    serving: Serving = Serving(),
     host: Annotated[str, Option(help="Address to listen on; a proxy with TLS stands before it.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0 to 65535.")] = 8710,
     database: Annotated[str | None, Option(help="postgresql+psycopg://…; default: SQLite in the store.")] = None,
@@ -71,18 +79,28 @@ def serve(
 ) -> None:
     """Coordinate a star: grant text, check what comes, make versions. A killed one is started again and goes on."""
     from elmwood.hub.star.app import serve as answer
+
+    with coordinated(name, serving, Store(output.store), database) as home:
+        state = home.keeper.read()
+        said = f"version {state.number}, {len(state.workers)} machines; ctrl-c stops it"
+        talk.print(f"{name} at http://{host}:{port}, {said}", soft_wrap=True)
+        answer(home, host, port)
+
+
+@contextmanager
+def coordinated(name: str, serving: Serving, store: Store, database: str | None) -> Iterator[Any]:
+    """A star that this process leads."""
     from elmwood.hub.star.home import Home
     from elmwood.hub.star.judging import judge_with_losses
     from elmwood.hub.star.keeper import HOLD, Deposed
     from elmwood.outer.round import Terms
 
+    worker, gates, least, grace = serving
     if gates not in ("losses", "median"):
         raise BadInput(f"--gates {gates}: losses, or median")
-    store = Store(output.store)
     star = store.load(f"{name}/star", Star)
     judge_of = judge_with_losses(star, store) if gates == "losses" else lambda base: None
-    named = _named(worker or [])
-    open_home = partial(Home, star, store, Terms(least=least, grace_s=grace), named, judge_of, database=database)
+    open_home = partial(Home, star, store, Terms(least=least, grace_s=grace), _named(worker or []), judge_of, database=database)
     try:
         home = open_home()
     except Deposed as error:  # killed just now, perhaps: its lead ends by itself
@@ -90,10 +108,7 @@ def serve(
         time.sleep(HOLD)
         home = open_home()
     try:
-        state = home.keeper.read()
-        said = f"version {state.number}, {len(state.workers)} machines; ctrl-c stops it"
-        talk.print(f"{name} at http://{host}:{port}, {said}", soft_wrap=True)
-        answer(home, host, port)
+        yield home
     finally:
         home.close()
 

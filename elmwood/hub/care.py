@@ -21,6 +21,7 @@ from elmwood.hub.home import Hub
 from elmwood.hub.messages import Retirement, Signed, Snapshot
 from elmwood.hub.migrations import revision, upgrade
 from elmwood.hub.rules import LIVE
+from elmwood.hub.star import home as star_home
 from elmwood.hub.tables import blob, credit, derived, domain, expert, lease, manifest, metadata, run, snapshot, submission
 from elmwood.store.disk import hash_file
 
@@ -28,15 +29,19 @@ _made = select(derived.c.tainted, func.count().label("n")).group_by(derived.c.ta
 SLACK = 1e-9  # of sums of credit
 
 
-def serve(hub: Hub, host: str, port: int, names: Sequence[str] = ()) -> None:
+def serve(hub: Hub, host: str, port: int, names: Sequence[str] = (), star: star_home.Home | None = None) -> None:
     """Answer requests until the process is told to stop. One process is enough for thousands of volunteers; more need PostgreSQL. `names`:
-    of its hosts, one of which each request must use; none: any will do."""
+    of its hosts, one of which each request must use; none: any will do. `star`: coordinated here too, at /star."""
     import uvicorn
 
     from elmwood.hub.app import create_app
+    from elmwood.hub.star.app import create_app as star_app
     from elmwood.report.connections import Prompt
 
     app = create_app(hub, [host, *names] if names else [])
+    if star:
+        app.mount("/star", star_app(star))
+        star.start()
     gc.collect()
     gc.freeze()  # modules, routes and the manifest stay: looking at them again and again cost 15 % of a request
     uvicorn.run(

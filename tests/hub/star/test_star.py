@@ -1,13 +1,18 @@
 """A star with real machines over HTTP: it trains, its chain is computed again to the same bytes, and what is sent is accounted for."""
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from star_world import STEPS, VERSIONS, all_take_part, new_world, serving
 
+from elmwood.hub.app import create_app
+from elmwood.hub.star.app import create_app as star_app
 from elmwood.hub.star.home import check_chain, seed_of
 from elmwood.hub.star.judging import judge_with_losses
 from elmwood.records import Version
+from tests.hub.served import serve_app
+from tests.hub.server.world import open_run
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,22 @@ def test_the_newest_version_is_a_seed_with_a_lower_loss(run):
     first = world.store.load(chain[0], Version)
     before = judge(Base(first, world.store.get(first.weights), None))
     assert before.losses(world.store.get(newest.weights)).mean() < before.losses(world.store.get(first.weights)).mean() - 0.05
+
+
+def test_a_star_stands_in_a_hubs_app(tmp_path):
+    """At /star, beside the hub's own routes; what its machines sign has no /star in it."""
+    hub, world = open_run(tmp_path / "hub", 3), new_world(tmp_path, versions=1)
+    home, app = world.home(), create_app(hub)
+    app.mount("/star", star_app(home))
+    home.start()
+    try:
+        with serve_app(app) as url:
+            ended = all_take_part(f"{url}/star", world.machines)
+            assert httpx.get(f"{url}/readyz").json()["state"] == "ready"
+    finally:
+        home.close()
+        hub.close()
+    assert [one.applied for one in ended] == [world.star.tokens] * 2
 
 
 def test_machines_keep_what_was_left_out_and_nothing_else(run):
