@@ -5,8 +5,12 @@ Shapes: N documents (B of them in one block), K domains, D dimensions.
 With equal sizes, the assignment step is a transportation problem with small K. It is solved in two parts. Newton steps on the
 smoothed dual give a price per domain, and nearly equal sizes, in a few passes over the costs. Then shortest augmenting paths
 between the K domains make the sizes exact, which keeps the assignment optimal at every step.
+
+Both take time with the square of K. Above MANY domains, balanced groups of domains are found first, and the domains of each group
+among its own documents.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,6 +26,7 @@ from elmwood.threads import one_thread
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
+MANY, GROUPS = 256, 64  # domains found at once, at most; groups of domains
 BLOCK = 1 << 15  # documents assigned at once, rounded down to a multiple of K
 TOLERANCE = 1e-4  # stop when the objective falls by less than this share
 PASSES = 50
@@ -57,18 +62,40 @@ def kmeans(
     n = len(x_ND)
     if not 1 <= k <= n:
         raise BadInput(f"{k} domains of {n} documents: each domain needs at least one; use fewer domains or more documents")
+    if balanced and k > MANY and start_KD is None:
+        return _in_groups(x_ND, k, rng_seed, progress)
     order_N = np.random.default_rng(rng_seed).permutation(n)
     if start_KD is None:
-        x_SD = np.asarray(x_ND[np.sort(order_N[: max(SAMPLE, 8 * k)])], np.float32)
-        plus_KD = [_start(x_SD, k, rng_seed + trial) for trial in range(STARTS)]
-        trials = [_passes(x_SD, [np.arange(len(x_SD))], start, balanced, 10 * TOLERANCE, silent) for start in plus_KD]
-        start_KD = min(trials, key=lambda trial: trial.objective).centroid_KD
+        start_KD = _start(x_ND[np.sort(order_N[: max(SAMPLE, 8 * k)])], k, balanced, rng_seed)
     size = max(BLOCK // k * k, k)
     blocks = [np.sort(order_N[start : start + size]) for start in range(0, n, size)]
     if len(blocks[-1]) < k:
         blocks[-2:] = [np.sort(np.concatenate(blocks[-2:]))]
     soft = _passes(x_ND, blocks, start_KD, balanced, TOLERANCE, progress)
     return _passes(x_ND, blocks, soft.centroid_KD, True, TOLERANCE, progress, exact=True) if balanced else soft
+
+
+def _in_groups(x_ND: Floats, k: int, rng_seed: int, progress: Progress) -> Clusters:
+    """Balanced k-means into groups of domains, as large as the number of their domains, and then within each group. Sizes of domains
+    differ by at most one."""
+    n, groups = len(x_ND), min(GROUPS, math.isqrt(k))
+    domains_G = np.bincount(np.arange(k) % groups)
+    size_K = n // k + (np.arange(k) < n % k)
+    size_G = np.add.reduceat(size_K, np.cumsum(domains_G) - domains_G)
+    order_N = np.random.default_rng(rng_seed).permutation(n)
+    start_GD = _start(x_ND[np.sort(order_N[: max(SAMPLE, 8 * groups)])], groups, True, rng_seed)
+    outer = _passes(x_ND, [np.arange(n)], start_GD, True, TOLERANCE, silent, size_K=size_G)
+    outer = _passes(x_ND, [np.arange(n)], outer.centroid_KD, True, TOLERANCE, silent, exact=True, size_K=size_G)
+    parts, label_N, done = [], np.zeros(n, np.int64), 0
+    for group, domains in enumerate(domains_G.tolist()):
+        progress("cluster", group, groups, "groups")
+        rows = np.flatnonzero(outer.label_N == group)
+        parts.append(kmeans(x_ND[rows], domains, rng_seed=rng_seed + group))
+        label_N[rows] = done + parts[-1].label_N
+        done += domains
+    progress("cluster", groups, groups, "groups")
+    objective = sum(part.objective * len(part.label_N) for part in parts) / n
+    return Clusters(np.concatenate([part.centroid_KD for part in parts]), label_N, objective)
 
 
 @one_thread
@@ -80,9 +107,11 @@ def assign(x_ND: Floats, centroid_KD: Floats, *, balanced: bool = True) -> Clust
 
 
 def _passes(
-    x_ND: Floats, blocks: Sequence[Ints], start_KD: Floats, balanced: bool, tolerance: float, progress: Progress, exact: bool = False
-) -> Clusters:
-    """Assign and average until the objective falls by less than the tolerance. If `exact`, sizes differ by at most one."""
+    x_ND: Floats, blocks: Sequence[Ints], start_KD: Floats, balanced: bool, tolerance: float, progress: Progress, exact: bool = False,
+    size_K: Ints | None = None,
+) -> Clusters:  # fmt: skip
+    """Assign and average until the objective falls by less than the tolerance. If `exact`, sizes differ by at most one, or are those that
+    are given, of one block."""
     n, k = len(x_ND), len(start_KD)
     centroid_KD = np.array(start_KD, np.float64)
     label_N = np.zeros(n, np.int64)
@@ -95,7 +124,7 @@ def _passes(
             x_BD = np.asarray(x_ND[block])
             dist2_KB = np.ascontiguousarray(squared_distances(x_BD, centroid_KD).T)
             if balanced:
-                label_N[block], price_K = assign_balanced(dist2_KB, price_K, exact=exact)
+                label_N[block], price_K = assign_balanced(dist2_KB, price_K, exact=exact, size_K=size_K)
             else:
                 label_N[block] = fill_empty(dist2_KB)
             sum_KD += members(label_N[block], k) @ x_BD
@@ -142,19 +171,23 @@ def fill_empty(cost_KN: Floats) -> Ints:
 
 
 @one_thread
-def assign_balanced(cost_KN: Floats, price_K: Floats | None = None, *, exact: bool = True) -> tuple[Ints, Floats]:
-    """The cheapest assignment with sizes that differ by at most one: labels [N], and prices [K] to start the next call from.
+def assign_balanced(
+    cost_KN: Floats, price_K: Floats | None = None, *, exact: bool = True, size_K: Ints | None = None
+) -> tuple[Ints, Floats]:  # fmt: skip
+    """The cheapest assignment with sizes that differ by at most one, or with given ones above zero: labels [N], and prices [K] to start the
+    next call from.
 
     If not `exact`, sizes are off by about one per cent, at a fraction of the time.
     """
     k, n = cost_KN.shape
-    price_K = balance_prices(cost_KN, np.zeros(k) if price_K is None else price_K)
+    price_K = balance_prices(cost_KN, np.zeros(k) if price_K is None else price_K, 1.0 if size_K is None else size_K * k / n)
     label_N = (cost_KN + price_K.astype(cost_KN.dtype)[:, None]).argmin(0)
-    return repair(cost_KN, label_N, n // k, -(-n // k)) if exact else label_N, price_K
+    low, high = (n // k, -(-n // k)) if size_K is None else (size_K, size_K)
+    return repair(cost_KN, label_N, low, high) if exact else label_N, price_K
 
 
-def balance_prices(cost_KN: Floats, price_K: Floats) -> Floats:
-    """Prices [K] under which the domains get nearly equal numbers of rows.
+def balance_prices(cost_KN: Floats, price_K: Floats, share_K: Floats | float = 1.0) -> Floats:
+    """Prices [K] under which the domains get nearly equal numbers of rows, times their shares (of mean 1).
 
     They maximise the entropic dual of the transportation problem (arXiv:1306.0895), by Levenberg-Marquardt steps, with less and
     less smoothing.
@@ -164,39 +197,41 @@ def balance_prices(cost_KN: Floats, price_K: Floats) -> Floats:
     spread = float(cost_KN.std(axis=0).mean()) or 1.0
     for sharpness in SHARPNESS:
         epsilon, damping = sharpness * spread, 0.03
-        dual, share_KN, excess_K = _dual(cost_KN, price_K, epsilon)
+        dual, part_KN, excess_K = _dual(cost_KN, price_K, epsilon, share_K)
         for _ in range(STEPS):
             if np.abs(excess_K).max() < SLACK * n / k:
                 break
-            shared_KM = share_KN[:, share_KN.max(0) < 0.999]  # rows that nearly belong to one domain have no curvature
-            hessian_KK = np.diag(shared_KM.sum(1) + damping * n / k) - shared_KM @ shared_KM.T
+            shared_KM = part_KN[:, part_KN.max(0) < 0.999]  # rows that nearly belong to one domain have no curvature
+            hessian_KK = np.diag(shared_KM.sum(1) + damping * n / k * share_K) - shared_KM @ shared_KM.T
             step_K = epsilon * np.linalg.solve(hessian_KK, excess_K)
-            new = _dual(cost_KN, price_K + step_K, epsilon)
+            new = _dual(cost_KN, price_K + step_K, epsilon, share_K)
             if new[0] >= dual:
                 price_K += step_K
-                dual, share_KN, excess_K = new
+                dual, part_KN, excess_K = new
                 damping = max(damping / 8, 1e-4)
             else:
                 damping *= 8
     return price_K - price_K.mean()
 
 
-def _dual(cost_KN: Floats, price_K: Floats, epsilon: float) -> tuple[float, Floats, Floats]:
-    """The entropic dual, the share of each row that each domain gets [K, N], and each domain's excess of rows [K]."""
+def _dual(cost_KN: Floats, price_K: Floats, epsilon: float, share_K: Floats | float) -> tuple[float, Floats, Floats]:
+    """The entropic dual, the part of each row that each domain gets [K, N], and each domain's excess of rows [K]."""
     k, n = cost_KN.shape
-    share_KN = cost_KN + price_K.astype(cost_KN.dtype)[:, None]
-    least_N = share_KN.min(0)
-    share_KN -= least_N
-    share_KN *= -1 / epsilon
-    np.exp(share_KN, out=share_KN)
-    total_N = share_KN.sum(0)
-    share_KN /= total_N
-    dual = float(least_N.sum(dtype=np.float64) - epsilon * np.log(total_N).sum(dtype=np.float64) - price_K.sum() * n / k)
-    return dual, share_KN, share_KN.sum(1, dtype=np.float64) - n / k
+    part_KN = cost_KN + price_K.astype(cost_KN.dtype)[:, None]
+    least_N = part_KN.min(0)
+    part_KN -= least_N
+    part_KN *= -1 / epsilon
+    np.exp(part_KN, out=part_KN)
+    total_N = part_KN.sum(0)
+    part_KN /= total_N
+    paid = (price_K * share_K).sum() * n / k
+    dual = float(least_N.sum(dtype=np.float64) - epsilon * np.log(total_N).sum(dtype=np.float64) - paid)
+    return dual, part_KN, part_KN.sum(1, dtype=np.float64) - n / k * share_K
 
 
-def repair(cost_KN: Floats, label_N: Ints, low: int, high: int) -> Ints:
-    """Move rows along cheapest paths between domains until all sizes are in [low, high]. Optimal if label_N was optimal for its sizes."""
+def repair(cost_KN: Floats, label_N: Ints, low: int | Ints, high: int | Ints) -> Ints:
+    """Move rows along cheapest paths between domains until all sizes, or each [K], are in [low, high]. Optimal if label_N was optimal for
+    its sizes."""
     k = len(cost_KN)
     label_N = label_N.copy()
     count_K = np.bincount(label_N, minlength=k)
@@ -259,8 +294,11 @@ def _cheapest_path(gap_KK: Floats, sources: NDArray[np.bool_], sinks: NDArray[np
     return path
 
 
-def _start(x_ND: Floats, k: int, rng_seed: int) -> Floats:
-    """k-means++ centroids [K, D]."""
+def _start(x_SD: Floats, k: int, balanced: bool, rng_seed: int) -> Floats:
+    """Centroids [K, D] of the best of a few runs on a sample, which start from k-means++."""
     from sklearn.cluster import kmeans_plusplus  # takes two seconds, needed only here
 
-    return kmeans_plusplus(np.asarray(x_ND, np.float32), k, random_state=rng_seed)[0]
+    x_SD = np.asarray(x_SD, np.float32)
+    plus_KD = [kmeans_plusplus(x_SD, k, random_state=rng_seed + trial)[0] for trial in range(STARTS)]
+    trials = [_passes(x_SD, [np.arange(len(x_SD))], start, balanced, 10 * TOLERANCE, silent) for start in plus_KD]
+    return min(trials, key=lambda trial: trial.objective).centroid_KD

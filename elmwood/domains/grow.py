@@ -5,7 +5,7 @@ Shapes: N documents, K domains, D dimensions, V terms, S shards.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -168,12 +168,16 @@ def _fit(
     if not saved.exists():
         tensors = {"centroids": clusters.centroid_KD, "labels": clusters.label_N, "objective": np.array([clusters.objective])}
         write_whole(saved, safetensors.numpy.save(tensors))
-    dist2_NK = squared_distances(x_ND, clusters.centroid_KD)
-    examples = []
-    for domain in range(k):
-        mine = np.flatnonzero(clusters.label_N == domain)
-        examples.append(tuple(ids[n] for n in mine[np.argsort(dist2_NK[mine, domain], kind="stable")[:EXAMPLES]]))
-    return clusters, dist2_NK.argmin(1), examples
+    near_N, own2_N = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.float32)  # the nearest centroid, and the distance of the own one
+    for first in range(0, len(ids), BATCH):
+        some = slice(first, first + BATCH)
+        dist2_BK = squared_distances(x_ND[some], clusters.centroid_KD)
+        near_N[some] = dist2_BK.argmin(1)
+        own2_N[some] = np.take_along_axis(dist2_BK, clusters.label_N[some, None], 1)[:, 0]
+    order_N = np.lexsort((own2_N, clusters.label_N))
+    begin_K = np.searchsorted(clusters.label_N[order_N], np.arange(k + 1))
+    examples = [tuple(ids[n] for n in order_N[begin:end][:EXAMPLES]) for begin, end in pairwise(begin_K)]
+    return clusters, near_N, examples
 
 
 # ---- divide ---------------------------------------------------------------------------------------------------------
@@ -221,9 +225,11 @@ def divide(task: DivideTask, progress: Progress = silent) -> tuple[dict[str, dic
             near_N = nearest(setup.fitted(), task.centroid_KD, texts)
         rest_N = near_N if task.random_seed is None else random_labels(rest["id"].to_pylist(), k, task.random_seed)
         label_N = np.concatenate([task.known_N, rest_N])
-        made = {}
-        for domain in np.unique(label_N).tolist():
-            chosen = table.take(pa.array(np.flatnonzero(label_N == domain)))
+        made, order_N = {}, np.argsort(label_N, kind="stable")
+        table = table.take(pa.array(order_N))  # once, for it takes time with the whole table; slices do not
+        met, begin_K = np.unique(label_N[order_N], return_index=True)
+        for domain, begin, end in zip(met.tolist(), begin_K, [*begin_K[1:], len(order_N)], strict=True):
+            chosen = table.slice(begin, end - begin).combine_chunks()
             path = task.marker.with_suffix(".parquet")
             pq.write_table(chosen, path, compression="zstd")
             size = sum(len(text.encode()) for text in chosen["text"].to_pylist())

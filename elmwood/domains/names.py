@@ -5,7 +5,7 @@ markup or abbreviations. Nouns count more than other words, as far as the Englis
 words count alike. Two words that mostly stand together are one term. A domain of source code is named by its languages first.
 
 Shapes: N documents, K domains, V terms (singular and plural are one), T tokens of all documents in a row, U different tokens,
-C candidates of one domain.
+C candidates, M terms and P places of one domain.
 """
 
 from collections import Counter
@@ -198,30 +198,32 @@ def top_terms(reading: Reading, label_N: Ints, k: int) -> list[tuple[str, ...]]:
     """
     known_T = reading.term_T >= 0
     place_T = (reading.document_T[known_T], reading.term_T[known_T])
-    has_NV = sparse.csc_array((np.ones(known_T.sum()), place_T), shape=(len(label_N), len(reading.terms)))
+    has_NV = sparse.csr_array((np.ones(known_T.sum()), place_T), shape=(len(label_N), len(reading.terms)))
     has_NV.data[:] = 1.0
-    documents_K = np.bincount(label_N, minlength=k)[:, None]
-    count_KV = (members(label_N, k) @ has_NV).toarray()
-    count_V, total = count_KV.sum(0), len(label_N)
+    documents_K, total = np.bincount(label_N, minlength=k), len(label_N)
+    count_KV = sparse.csr_array(members(label_N, k) @ has_NV)
+    count_KV.sort_indices()
+    count_V, weight_V = np.asarray(count_KV.sum(0)), weights(reading)
     prior_V = count_V / max(total, 1)
-    inside_KV = (count_KV + prior_V) / (documents_K + 1)
-    outside_KV = (count_V - count_KV + prior_V) / (total - documents_K + 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio_KV = np.where((count_KV > 0) & (count_V >= min(LEAST, total)), np.log(inside_KV / outside_KV), 0.0).clip(0.0) * weights(
-            reading
-        )
+    token_T = np.argsort(label_N[reading.document_T], kind="stable")  # domain by domain
+    begin_K = np.searchsorted(label_N[reading.document_T][token_T], np.arange(k + 1))
     chosen = []
     for domain in range(k):
-        telling_V = inside_KV[domain] * ratio_KV[domain]
-        candidate_C = np.argsort(-telling_V, kind="stable")[:CANDIDATES]
-        candidate_C = candidate_C[telling_V[candidate_C] > 0]
-        has_NC = has_NV[:, candidate_C].toarray()[label_N == domain]
-        inside_T = label_N[reading.document_T] == domain
-        chosen.append(_spread_out(reading, candidate_C, has_NC, ratio_KV[domain, candidate_C], inside_T))
+        own = slice(count_KV.indptr[domain], count_KV.indptr[domain + 1])
+        term_M, count_M = count_KV.indices[own], count_KV.data[own]
+        inside_M = (count_M + prior_V[term_M]) / (documents_K[domain] + 1)
+        outside_M = (count_V[term_M] - count_M + prior_V[term_M]) / (total - documents_K[domain] + 1)
+        ratio_M = np.where(count_V[term_M] >= min(LEAST, total), np.log(inside_M / outside_M), 0.0).clip(0.0) * weight_V[term_M]
+        telling_M = inside_M * ratio_M
+        candidate_C = np.argsort(-telling_M, kind="stable")[:CANDIDATES]
+        candidate_C = candidate_C[telling_M[candidate_C] > 0]
+        has_NC = has_NV[np.flatnonzero(label_N == domain)][:, term_M[candidate_C]].toarray()
+        inside_P = token_T[begin_K[domain] : begin_K[domain + 1]]
+        chosen.append(_spread_out(reading, term_M[candidate_C], has_NC, ratio_M[candidate_C], inside_P))
     return chosen
 
 
-def _spread_out(reading: Reading, candidate_C: Ints, has_NC: Floats, ratio_C: Floats, inside_T: Flags) -> tuple[str, ...]:
+def _spread_out(reading: Reading, candidate_C: Ints, has_NC: Floats, ratio_C: Floats, inside_P: Ints) -> tuple[str, ...]:
     """Candidates one after another, the most telling for the documents not yet described; as phrases."""
     weight_N = np.ones(len(has_NC))
     left_C = np.ones(len(candidate_C), bool)
@@ -229,7 +231,7 @@ def _spread_out(reading: Reading, candidate_C: Ints, has_NC: Floats, ratio_C: Fl
     while len(found) < TERMS and left_C.any():
         best = int(np.where(left_C, (weight_N @ has_NC) * ratio_C, -1.0).argmax())
         weight_N *= np.where(has_NC[:, best] > 0, COVERED, 1.0)
-        text, used = phrase(reading, int(candidate_C[best]), inside_T)
+        text, used = phrase(reading, int(candidate_C[best]), inside_P)
         left_C &= ~np.isin(candidate_C, used)
         found.append(text)
     return tuple(found)
@@ -257,9 +259,9 @@ def weights(reading: Reading) -> Floats:
     return (noun_V + 0.5) / (noun_V + verb_V + 2) * np.where(short_V, RARELY, 1.0)
 
 
-def phrase(reading: Reading, term: int, inside_T: Flags) -> tuple[str, list[int]]:
-    """A term as it is mostly written in a domain, with the neighbours it mostly has; and the terms in it."""
-    first_P = last_P = np.flatnonzero(inside_T & (reading.term_T == term))  # places of the phrase: its first and last token
+def phrase(reading: Reading, term: int, inside_P: Ints) -> tuple[str, list[int]]:
+    """A term as it is mostly written at the places of a domain, with the neighbours it mostly has; and the terms in it."""
+    first_P = last_P = inside_P[reading.term_T[inside_P] == term]  # places of the phrase: its first and last token
     words_, used = [_form(reading, first_P)], [term]
     many = len(first_P)
     while len(words_) < PHRASE:
@@ -268,8 +270,7 @@ def phrase(reading: Reading, term: int, inside_T: Flags) -> tuple[str, list[int]
             inside_P = (place_P >= 0) & (near_P < len(reading.term_T))
             term_P = np.full(len(place_P), -1)
             term_P[inside_P] = np.where(reading.near_T[near_P[inside_P]], reading.term_T[place_P[inside_P]], -1)
-            count_V = np.bincount(term_P[term_P >= 0], minlength=1)
-            sides.append((int(count_V.max()), int(count_V.argmax()), term_P))
+            sides.append((*_commonest(term_P[term_P >= 0]), term_P))
         side = 0 if sides[0][0] >= sides[1][0] else 1
         count, other, term_P = sides[side]
         kept_P = term_P == other
@@ -285,8 +286,14 @@ def phrase(reading: Reading, term: int, inside_T: Flags) -> tuple[str, list[int]
 def _form(reading: Reading, place_P: Ints) -> str:
     """How the word at these places is mostly written, beginnings of sentences aside if there are others."""
     within_P = place_P[~reading.starts_T[place_P]]
-    form = reading.forms[int(np.bincount(reading.form_T[within_P if len(within_P) else place_P]).argmax())]
+    form = reading.forms[_commonest(reading.form_T[within_P if len(within_P) else place_P])[1]]
     return form if len(within_P) or form.isupper() else form.lower()
+
+
+def _commonest(number_P: Ints) -> tuple[int, int]:
+    """How often the commonest of some numbers stands there, and which it is: of several the least."""
+    met, count = np.unique(number_P, return_counts=True)
+    return (int(count.max()), int(met[count.argmax()])) if len(met) else (0, 0)
 
 
 # ---- name ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from scipy import sparse
 
 from elmwood.corpus.build import documents
 from elmwood.domains import embed
+from elmwood.domains.cluster import MANY
 from elmwood.domains.dense import Model
 from elmwood.domains.distances import Centroids, Sparse, distances
 from elmwood.domains.grow import Means, NewDomains, Setup, grow
@@ -55,7 +56,7 @@ def partition(
         raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; use fewer domains, or add documents")
     if isinstance(embedder, Embedder) and embed.has_domains(embedder.name) and domains != embedder.dimension:
         raise BadInput(f"{domains} domains: this embedder has {embedder.dimension} router LMs, each with a domain of its own")
-    key = fingerprint("partition", RULES, corpus.digest, domains, embedder, None, method, rng_seed)
+    key = fingerprint("partition", _rules(method, domains), corpus.digest, domains, embedder, None, method, rng_seed)
     with store.held(key, progress) as work:
         if done := store.done(key):
             return store.load(done, Partition)
@@ -141,7 +142,7 @@ def split(
         raise BadCorpus(f"{parts} parts of {old.documents} documents: choose at least 2 parts, with at least one document each")
     if missing := [shard for shard in (*old.train, *old.holdout) if not store.has(shard.blob)]:
         raise BadInput(f"domain {old.name!r} cannot be split here: {len(missing)} of its shards of text stayed with their owner")
-    key = fingerprint("split", RULES, partition.digest, domain, parts, rng_seed)
+    key = fingerprint("split", _rules(partition.method, parts), partition.digest, domain, parts, rng_seed)
     others = _with_text(partition.domains[:domain] + partition.domains[domain + 1 :], store)
     with store.held(key, progress) as work:
         if done := store.done(key):
@@ -170,7 +171,7 @@ def add(
     count = sum(shard.documents for shard in corpus.train)
     if not 1 <= domains <= count:
         raise BadCorpus(f"{domains} domains of {count} training documents: each needs at least one; use fewer domains, or add documents")
-    key = fingerprint("add", RULES, partition.digest, corpus.digest, domains, rng_seed)
+    key = fingerprint("add", _rules(partition.method, domains), partition.digest, corpus.digest, domains, rng_seed)
     with store.held(key, progress) as work:
         if done := store.done(key):
             return store.load(done, Partition)
@@ -232,6 +233,11 @@ def serving(partition: Partition, trained: Sequence[tuple[str | None, int | None
 
 
 # ---- inside ----------------------------------------------------------------------------------------------------------
+
+
+def _rules(method: str, domains: int) -> int | str:
+    """Many balanced domains were once found at once, and are found in groups now: another partition."""
+    return f"{RULES}, in groups" if method == "balanced" and domains > MANY else RULES
 
 
 def _check_revisable(partition: Partition) -> None:

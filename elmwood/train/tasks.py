@@ -194,8 +194,8 @@ def store_trained(model: Any, words: Tokenizer, recipe: Recipe, store: Store) ->
         if recipe.method == "full":
             save_folder(model, words, folder)
         else:
+            model.create_or_update_model_card = lambda _: None  # PEFT's empty card takes longer to make than the adapter to save
             model.save_pretrained(folder, save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
             settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             settings["target_modules"].sort()  # a set in PEFT, whose order changes from process to process
             (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")

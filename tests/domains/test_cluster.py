@@ -49,6 +49,27 @@ def test_balanced_sizes_differ_by_at_most_one(n, k):
     assert found.objective == pytest.approx(own, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("size_K", [[9, 9, 2], [1, 1, 18]])
+def test_assignment_is_the_cheapest_of_given_sizes(size_K):
+    cost_KN = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    label_N, _ = cluster.assign_balanced(cost_KN, size_K=np.array(size_K))
+    slots = np.repeat(np.arange(3), size_K)
+    rows, columns = linear_sum_assignment(cost_KN[slots])
+    assert np.bincount(label_N, minlength=3).tolist() == size_K
+    assert cost_of(cost_KN, label_N) == pytest.approx(cost_KN[slots][rows, columns].sum(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("n", "k"), [(500, 23), (511, 100)])
+def test_many_domains_are_found_in_groups(n, k, monkeypatch):
+    x_ND = blobs(n, np.random.default_rng(0))
+    flat = cluster.kmeans(x_ND, k)
+    monkeypatch.setattr(cluster, "MANY", 10)
+    found = cluster.kmeans(x_ND, k)
+    assert max(found.sizes) - min(found.sizes) <= 1
+    assert flat.objective < found.objective < 1.2 * flat.objective
+    np.testing.assert_allclose(found.centroid_KD, [x_ND[found.label_N == label].mean(0) for label in range(k)], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("balanced", [True, False])
 def test_no_domain_is_empty(balanced):
     x_ND = np.zeros((20, 3), np.float32)
