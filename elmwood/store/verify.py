@@ -178,7 +178,8 @@ def _stayed(store: Store, named_by: Mapping[str, Record], made: set[str]) -> set
     received: set[str] = set()
     needed: set[str] = set()
     for digest, record in named_by.items():
-        corpus, parent = getattr(record, "corpus", None), named_by.get(getattr(record, "parent", None) or "")
+        grown = getattr(record, "grown_from", None)  # a seed of a later round: whoever has what it grew from made it
+        corpus, parent = grown or getattr(record, "corpus", None), named_by.get(getattr(record, "parent", None) or "")
         if digest in made or (corpus and store.has(corpus)):
             needed |= texts(record) - (texts(parent) if parent else set())
         else:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, checked
-from elmwood.records import Corpus, Diloco, Expert, Merged, Recipe, Seed, Shape
+from elmwood.records import Corpus, Diloco, Expert, Merged, Recipe, Seed, Shape, fingerprint
 from elmwood.registry import require
 from elmwood.store import AnyStore, Named, Store
 from elmwood.store.disk import temporary_folder
@@ -18,6 +18,9 @@ from elmwood.study.training import default_length, default_rate, make_recipe, ma
 from elmwood.study.trial import check_use, try_seed
 from elmwood.train.seeds.shapes import find_shape, read_shape, with_vocabulary
 from elmwood.units import parse_count
+
+# fields that the seed of the next round has from the one before
+KEPT = {"architecture", "parameters", "vocabulary", "context", "separator", "licence", "corpus", "mix", "limits"}
 
 
 @placed
@@ -53,17 +56,20 @@ def seed_from(model: Named, store: AnyStore = None, *, name: str | None = None, 
     check_use(before, "merge")
     from elmwood.merge.export.folder import check_checkpoint, checkpoint  # torch
 
-    with temporary_folder(store.root / "work") as folder:
-        checkpoint(grown, before, store, folder, progress)
-        check_checkpoint(folder, progress)
-        (folder / "README.md").unlink(missing_ok=True)  # the card of the merge
-        words = json.loads((folder / "config.json").read_bytes()).get("vocab_size", before.vocabulary)
+    key = fingerprint("seed-from", grown.digest, name or before.name)
+    with store.held(key, progress):
+        if done := store.done(key):
+            return keep_name(store.load(done, Seed), name, store)
+        with temporary_folder(store.root / "work") as folder:
+            checkpoint(grown, before, store, folder, progress)
+            check_checkpoint(folder, progress)
+            (folder / "README.md").unlink(missing_ok=True)  # the card of the merge
+            words = json.loads((folder / "config.json").read_bytes()).get("vocab_size", before.vocabulary)
+            files = store.put_folder(folder)
         if words != before.vocabulary:
             raise BadInput(f"{grown.kind} {grown.digest[:8]} has {words} tokens, its seed {before.vocabulary}: export it, and import that")
-        files = store.put_folder(folder)
-    first = {field: Seed.model_fields[field].default for field in ("hub", "source", "changes", "recipe", "run", "step", "curve")}
-    made = before.model_copy(update={**first, "name": name or before.name, "files": files, "grown_from": grown.digest})
-    store.add(made)
+        made = Seed(**before.model_dump(include=KEPT), name=name or before.name, files=files, grown_from=grown.digest)
+        store.finish(key, made)
     return keep_name(made, name, store)
 
 

@@ -110,10 +110,17 @@ def test_what_is_no_merge_and_no_expert_is_refused(tmp_path):
 
 def test_a_seed_opens_where_what_it_grew_from_stayed_away(tmp_path):
     store, away = Store(tmp_path / "here"), Store(tmp_path / "away")
-    grown = seed_from(full_expert(tiny_seed(store), store, 1), store)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"a text of its own, {number}"}) + "\n" for number in range(9)))
+    corpora = [build([str(tmp_path / "text.jsonl")], one).digest for one in (store, away)]  # both have the text, one the experts
+    seed = tiny_seed(store).model_copy(update={"corpus": corpora[0]})
+    store.add(seed)
+    expert = full_expert(seed, store, 1)
+    grown = seed_from(expert, store)
     for digest in grown.files.values():
         away.put(store.get(digest))
     away.add(grown)
-    assert [record.digest for _, record in lineage(away, grown.digest)] == [grown.digest]
+    assert [record.digest for _, record in lineage(away, grown.digest)] == [grown.digest, corpora[1]]
     assert load_model(grown, away).num_parameters() == grown.parameters
     assert not [one for one in verify(store=away) if not one.elsewhere]
+    store.path(expert.digest).unlink()
+    assert any(expert.digest in one.where for one in verify(store=store) if not one.elsewhere)  # it was made there
