@@ -57,9 +57,9 @@ def open_home(star: Star, store: Store, machines: int, **options: Any) -> Home:
     return Home(star, store, TERMS, keys(machines), holder="bench", **options)
 
 
-def offer(home: Home, key: str, id: str) -> None:
-    """Upload a delta that follows from its grant, in two parts, and propose it."""
-    rng = np.random.default_rng(int(id))
+def offer(home: Home, key: str, id: str, drawn: str | None = None) -> None:
+    """Upload a delta that follows from its grant, or from an earlier one, in two parts, and propose it."""
+    rng = np.random.default_rng(int(drawn or id))
     path = home.folder / f"delta-{id}"
     shapes = shapes_of(home.store.get(home.version(0).weights))
     write_delta(path, {name: rng.standard_normal(int(np.prod(shape))) * 1e-3 for name, shape in shapes.items()}, shapes, home.star.form)

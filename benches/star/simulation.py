@@ -1,6 +1,7 @@
 """A star in one process, for benches: the same phases, gates and steps as over HTTP, one machine after another."""
 
 import math
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ from elmwood.corpus.tokens import Packed, pack, train_tokenizer
 from elmwood.lm.load import load_model, new_model, save_seed
 from elmwood.outer import round
 from elmwood.outer.compress import open_delta, write_delta
+from elmwood.outer.gates import MEMORY
 from elmwood.outer.round import State, Terms, Worker
-from elmwood.outer.settle import Base, Settled, settle
+from elmwood.outer.settle import Base, Settled, settle, sketch_file
 from elmwood.outer.step import OUTER, shapes_of
 from elmwood.records import Recipe, Seed, Shape, Star, Version
 from elmwood.store import Store
@@ -75,6 +77,7 @@ def run_star(
     version = Version(star=star.digest, number=0, weights=weights, how="start")
     state = State(head=version.digest, workers={key: Worker(name=key[-4:]) for key in names})
     base, sent, told, memory = Base(version, store.get(weights), None), 0, [], dict[int, dict[str, Any]]()
+    earlier: deque[list[Any]] = deque(maxlen=MEMORY)
     shapes = shapes_of(base.weights)
     for number in range(versions):
         files: dict[str, Path] = {}
@@ -97,7 +100,8 @@ def run_star(
         judge = LossJudge(judged, place.train, place.holdout, star, number, b"secret" * 4, base.weights) if gates else None
         out = folder / f"version-{number}"
         out.mkdir()
-        made: Settled = settle(star, base, state, files, judge, out)
+        made: Settled = settle(star, base, state, files, judge, out, [one for some in earlier for one in some])
+        earlier.append([sketch_file(files[fate.proposal], star, shapes) for fate in made.fates if fate.fate == "applied"])
         version = Version(
             star=star.digest, number=number + 1, parent=version.digest, how=made.how, fates=tuple(made.fates),
             weights=f"sha256:{made.written.weights_sha}" if made.written else version.weights,

@@ -1,6 +1,6 @@
 """What is let into a round: norms, copies, losses. Numbers in, codes out; who is rejected is written into the version.
 
-P proposals, B blocks of text
+B blocks of text
 """
 
 import math
@@ -14,6 +14,8 @@ Floats = NDArray[np.floating[Any]]
 SHARE = 0.2  # of a delta at which its loss is computed: of the whole one noise would hide what it is good for
 BAND = (0.1, 5.0)  # norms that are taken, as multiples of the median
 COPY = 0.99  # cosine from which two deltas are one
+SKETCH = 4096
+MEMORY = 8  # versions whose deltas are remembered
 ERRORS = 3.0  # standard errors by which a step must be worse to be undone
 WRONGS = ("harm", "norm", "copy", "not-finite", "form")  # codes that say something of who sent it
 
@@ -52,23 +54,37 @@ def judge_norms(facts: Sequence[Facts], known: float | None) -> tuple[dict[str, 
     return codes, scales
 
 
-def find_copies(ids: Sequence[str], gram_PP: Floats, velocity_P: Floats | None = None) -> set[str]:
-    """Those nearly parallel to an earlier one, or to the step that everybody knows of (its cosines in `velocity_P`)."""
-    norm_P = np.sqrt(np.maximum(np.diag(gram_PP), 0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosine_PP = np.nan_to_num(gram_PP / np.outer(norm_P, norm_P))
-    found = {ids[i] for i in range(len(ids)) if (cosine_PP[i, :i] > COPY).any()}
-    return found | ({one for one, cosine in zip(ids, velocity_P, strict=True) if cosine > COPY} if velocity_P is not None else set())
-
-
-def gram(names: Iterable[str], deltas: Sequence[Callable[[str], Floats]], velocity: Callable[[str], Floats] | None) -> Floats:
-    """Inner products of deltas, and of the velocity as the last row, summed over tensors."""
-    both = [*deltas, *([velocity] if velocity else [])]
-    total = np.zeros((len(both), len(both)))
-    for name in names:
-        value_PN = np.stack([one(name).astype(np.float64) for one in both])
-        total += value_PN @ value_PN.T
+def sketch(names: Iterable[str], values: Callable[[str], Floats]) -> Floats:
+    """[SKETCH] numbers of a delta, whose inner products are those of deltas within about 1/64 of their norms: each value, with a sign of its
+    own, is added to one of so many sums (arXiv:0902.2206)."""
+    total = np.zeros(SKETCH)
+    for name in sorted(names):
+        value_N = values(name).reshape(-1)
+        minus_N = np.random.default_rng(list(name.encode())).integers(0, 2, value_N.size, bool)
+        signed_N = np.negative(value_N, out=value_N.copy(), where=minus_N)
+        whole = value_N.size // SKETCH * SKETCH
+        total += signed_N[:whole].reshape(-1, SKETCH).sum(0, np.float64)
+        total[: value_N.size - whole] += signed_N[whole:]
     return total
+
+
+def find_copies(sketches: Mapping[str, Floats], known: Iterable[Floats] = ()) -> set[str]:
+    """Of sketches by id in the order of arrival: those nearly parallel to an earlier one, or to one that is known (of deltas that were
+    applied, and of the last step)."""
+    found, before = set(), [one for one in map(_unit, known) if one is not None]
+    for id, given in sketches.items():
+        one = _unit(given)
+        if one is None:
+            continue
+        if any(float(one @ other) > COPY for other in before):
+            found.add(id)
+        before.append(one)
+    return found
+
+
+def _unit(one: Floats) -> Floats | None:
+    norm = float(np.linalg.norm(one))
+    return one / norm if norm > 0 else None
 
 
 def judge_gains(gains: Gains) -> str:

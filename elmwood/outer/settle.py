@@ -48,15 +48,17 @@ class Settled(NamedTuple):
 
 
 def settle(
-    star: Star, base: Base, state: State, files: Mapping[str, Path], judge: Judge | None, folder: Path,
+    star: Star, base: Base, state: State, files: Mapping[str, Path], judge: Judge | None, folder: Path, earlier: Sequence[Floats] = (),
     at: Callable[[str], None] = lambda place: None,
 ) -> Settled:  # fmt: skip
-    """Decide on the closing round of a state. `files`: delta by id of its proposal. `at` is told where it is, for tests that stop it."""
+    """Decide on the closing round of a state. `files`: delta by id of its proposal. `earlier`: sketches of what was applied in the last
+    versions. `at` is told where it is, for tests that stop it."""
     ones, shapes = round.round_of(state), shapes_of(base.weights)
     sent, norms = _open(ones, files, star, shapes)
     codes, scales = gates.judge_norms([Facts(one.id, norms[one.id]) for one in ones], state.norm)
     passed = sorted((one for one in ones if one.id not in codes), key=lambda one: one.number)
-    codes |= dict.fromkeys(_copies(passed, sent, base, shapes), "copy")
+    sketches = {one.id: gates.sketch(shapes, sent[one.id].values) for one in passed}
+    codes |= dict.fromkeys(gates.find_copies(sketches, [*earlier, *_last_step(base)]), "copy")
     at("gated")
     gains: dict[str, Gains] = {}
     for one in passed:
@@ -106,18 +108,17 @@ def _open(
     return sent, norms
 
 
-def _copies(passed: Sequence[Pending], sent: Mapping[str, Sent], base: Base, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-    if not passed:
-        return set()
-    speed = dict(read_tensors(base.velocity)) if base.velocity else None
-    deltas = [sent[one.id].values for one in passed]
-    gram = gates.gram(shapes, deltas, speed.__getitem__ if speed else None)
-    count = len(passed)
-    known = None
-    if speed is not None and gram[count, count] > 0:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            known = np.nan_to_num(gram[count, :count] / np.sqrt(gram[count, count] * np.diag(gram)[:count]))
-    return gates.find_copies([one.id for one in passed], gram[:count, :count], known)
+def _last_step(base: Base) -> list[Floats]:
+    """The sketch of the velocity, which everybody can compute; none at the start."""
+    if base.velocity is None:
+        return []
+    speed = dict(read_tensors(base.velocity))
+    return [gates.sketch(speed, speed.__getitem__)]
+
+
+def sketch_file(path: Path, star: Star, shapes: Mapping[str, tuple[int, ...]]) -> Floats:
+    """Of a delta that was applied."""
+    return gates.sketch(shapes, open_delta(path, shapes, star.form).values)
 
 
 # ---- again -----------------------------------------------------------------------------------------------------------

@@ -96,10 +96,26 @@ def test_norms_outside_of_the_band_are_refused_and_large_ones_cut():
 
 
 def test_of_two_equal_deltas_the_earlier_is_the_original():
-    one, other, _ = (delta["embed"].astype(float) for delta in deltas(3))
-    gram = gates.gram(["x"], [lambda _: one, lambda _: other, lambda _: one * 1.3], None)
-    assert gates.find_copies(["a", "b", "c"], gram) == {"c"}
-    assert gates.find_copies(["a"], gram[:1, :1], np.array([0.999])) == {"a"}  # the step that everybody knows of
+    """By sketches, whose cosines are those of the deltas; also of deltas that were applied, and of the step that everybody knows of."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (90, 100), "b": (7,)}
+
+    def sketch(delta):
+        return gates.sketch(shapes, delta.__getitem__)
+
+    one, two = ({name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(2))
+    near = {name: one[name] + 0.05 * two[name] for name in shapes}
+    other = {name: one[name] + 0.5 * two[name] for name in shapes}
+    given = {
+        "a": sketch(one),
+        "b": sketch(two),
+        "c": sketch(near),
+        "d": sketch(other),
+        "e": sketch({name: 0 * two[name] for name in shapes}),
+    }
+    assert gates.find_copies(given) == {"c"}
+    assert gates.find_copies({"b": given["b"], "d": given["d"]}, [2 * sketch(other), given["e"]]) == {"d"}
+    assert given["a"] @ given["d"] / np.linalg.norm(given["a"]) / np.linalg.norm(given["d"]) == pytest.approx(1 / 1.25**0.5, abs=0.05)
 
 
 def test_gains_must_be_on_own_and_on_secret_text():

@@ -14,9 +14,10 @@ from elmwood.hub.blobs import Blobs
 from elmwood.hub.home import Clock
 from elmwood.hub.star.keeper import Deposed, Keeper
 from elmwood.outer import round
-from elmwood.outer.compress import size_of
+from elmwood.outer.compress import Floats, size_of
+from elmwood.outer.gates import MEMORY
 from elmwood.outer.round import State, Terms, Worker
-from elmwood.outer.settle import Base, Judge, replay, settle
+from elmwood.outer.settle import Base, Judge, replay, settle, sketch_file
 from elmwood.outer.step import shapes_of
 from elmwood.records import Corpus, Seed, Star, Version
 from elmwood.store import Store
@@ -85,7 +86,7 @@ class Home:
         self.blobs = Blobs(store.root.resolve() / "blobs", self.folder / "uploads")
         self.clock = Clock(self.keeper.read().uptime)
         self.size = size_of(shapes_of(store.get(start.weights)), star.form)
-        self.public = self._public()
+        self.public, self.sketches = self._public(), dict[str, Floats]()
         self._stop, self._threads = threading.Event(), list[threading.Thread]()
         self.deposed: Deposed | None = None
 
@@ -148,7 +149,7 @@ class Home:
         self.at("read")
         files = {one.id: self.store.path(one.blob) for one in ones}
         with temporary_folder(self.store.root / "work") as folder:
-            made = settle(self.star, base, state, files, self.judge_of(base), folder, self.at)
+            made = settle(self.star, base, state, files, self.judge_of(base), folder, self._earlier(base), self.at)
             weights, velocity = base.version.weights, base.version.velocity if made.keeps_velocity else None
             if made.written:
                 weights = self.store.take(made.written.weights, made.written.weights_sha)
@@ -173,6 +174,19 @@ class Home:
         self.name_seed(version)
         self.at("named")
         return version
+
+    def _earlier(self, base: Base) -> list[Floats]:
+        """Sketches of what was applied in the last versions, computed once by each process."""
+        shapes, kept, version = shapes_of(base.weights), dict[str, Floats](), base.version
+        for _ in range(MEMORY):
+            for blob in (fate.blob for fate in version.fates if fate.fate == "applied" and fate.blob):
+                known = self.sketches.get(blob)
+                kept[blob] = sketch_file(self.store.get(blob), self.star, shapes) if known is None else known
+            if version.parent is None:
+                break
+            version = self.store.load(version.parent, Version)
+        self.sketches = kept
+        return list(kept.values())
 
     def name_seed(self, version: Version) -> None:
         """The newest version is the seed NAME/newest of the store."""

@@ -85,3 +85,19 @@ def test_what_was_sent_is_not_published(tmp_path):
     assert home.version().weights in home.public
     assert np.isfinite(home.keeper.read().norm)
     home.close()
+
+
+def test_what_was_applied_is_not_applied_again_under_another_name(tmp_path):
+    """Also by a process that was started since."""
+    store = Store(tmp_path)
+    star, drawn = new_star(store), None
+    for _ in range(2):
+        home = open_home(star, store, 3)
+        held = [home.write(lambda state, at, key=key: round.grant(state, star, TERMS, key, at)).id for key in keys(3)]
+        for key, id in zip(keys(3), held, strict=True):
+            offer(home, key, id, drawn if id == held[1] else None)
+        assert home.tick()
+        drawn = held[0]
+        fates = home.version().fates
+        home.close()
+    assert [fate.code for fate in fates] == ["", "copy", ""]
