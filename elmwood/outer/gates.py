@@ -55,7 +55,7 @@ def judge_norms(facts: Sequence[Facts], known: float | None) -> tuple[dict[str, 
 
 
 def sketch(names: Iterable[str], values: Callable[[str], Floats]) -> Floats:
-    """[SKETCH] numbers of a delta, whose inner products are those of deltas within about 1/64 of their norms: each value, with a sign of its
+    """[SKETCH] numbers of a delta. Their inner products are those of deltas, within about 1/64 of the norms: each value, with a sign of its
     own, is added to one of so many sums (arXiv:0902.2206)."""
     total = np.zeros(SKETCH)
     for name in sorted(names):
