@@ -14,12 +14,14 @@ import json
 import os
 import signal
 import socket
+import sys
 import tempfile
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -80,6 +82,17 @@ def new_world(folder: Path, machines: int, versions: int, form: str, keys: list[
 # ---- processes ---------------------------------------------------------------------------------------------------------
 
 
+def run_to_end(fn: Callable[..., None], *arguments: Any) -> NoReturn:
+    """All that a forked process does."""
+    try:
+        fn(*arguments)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(1)
+
+
 @contextmanager
 def coordinating(world: World) -> Iterator[str]:
     """A coordinator in a process of its own; POST /end-grants ends every grant as if its machine had been away too long."""
@@ -88,10 +101,7 @@ def coordinating(world: World) -> Iterator[str]:
     listening.listen(64)
     child = os.fork()
     if not child:
-        try:
-            coordinate(world, listening)
-        finally:
-            os._exit(1)
+        run_to_end(coordinate, world, listening)
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
@@ -114,7 +124,6 @@ def coordinate(world: World, listening: socket.socket) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which uvicorn raises again at its end
     server.run(sockets=[listening])
     home.close()
-    os._exit(0)
 
 
 class Cut:
@@ -144,7 +153,7 @@ def live(world: World, n: int, url: str, die_in: str, die_at: int) -> None:
             (log / "deaths").open("a").write(now[0] + "\n")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    stream, write, finish, keep = Hub.stream, checkpoint.write, phase._finish, phase._keep
+    stream, write, finish, keep = Hub.stream, checkpoint.write, phase._finish, phase.keep_whole
 
     @contextmanager
     def watched_stream(self: Hub, method: str, target: str, *rest: Any, **options: Any) -> Iterator[Any]:
@@ -176,12 +185,11 @@ def live(world: World, n: int, url: str, die_in: str, die_at: int) -> None:
         now[0] = {"fetch": "download", "train": "step", "send": "upload"}.get(told.what, told.what)
         place()
 
-    Hub.stream, checkpoint.write, phase._finish, phase._keep = watched_stream, watched_write, watched_finish, watched_keep  # type: ignore
+    Hub.stream, checkpoint.write, phase._finish, phase.keep_whole = watched_stream, watched_write, watched_finish, watched_keep  # type: ignore
     phase.EVERY = 0.0
     with opened(url, Store(world.folder / f"m{n}"), world.keys[n]) as machine:
         now[0] = "grant"
         take_part(machine, tell=tell)
-    os._exit(0)
 
 
 def train(world: World, kills: int, rng: np.random.Generator, away: float) -> Counter[str]:
@@ -195,10 +203,7 @@ def train(world: World, kills: int, rng: np.random.Generator, away: float) -> Co
             die_in, die_at, left = PHASES[left % len(PHASES)], int(rng.integers(1, 5)) if left > 0 else -1, left - 1
             child = os.fork()
             if not child:
-                try:
-                    live(world, n, url, die_in, die_at)
-                finally:
-                    os._exit(1)
+                run_to_end(live, world, n, url, die_in, die_at)
             return child
 
         running = {start(n): n for n in range(len(world.keys))}

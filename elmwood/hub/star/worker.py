@@ -171,9 +171,21 @@ def train(
     version = parse(machine.hub.get(f"/train/version/{grant.base}").body)
     assert isinstance(version, Version)
     tell(Told("fetch", f"version {grant.base}"))
-    base = fetch_blob(version.weights, machine.hub, machine.store)
+    base = fetch_base(version, machine)
     tell(Told("train", f"from version {grant.base}"))
     return run_phase(machine.local, Slice(grant.id, grant.base, grant.part, grant.first), base, on_step, progress)
+
+
+def fetch_base(version: Version, machine: Machine) -> Path:
+    """The weights of a version. The one before is deleted: a machine needs one at a time."""
+    if machine.store.has(version.weights):  # the seed's own
+        return machine.store.get(version.weights)
+    kept = Store(machine.local.folder / "versions")
+    base = fetch_blob(version.weights, machine.hub, kept)
+    for other in kept.root.glob("blobs/sha256/*/*"):
+        if other != base:
+            other.unlink()
+    return base
 
 
 def offer(path: Path, grant: GrantReply, hub: Hub, progress: Progress) -> None:

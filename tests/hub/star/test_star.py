@@ -80,3 +80,4 @@ def test_machines_keep_what_was_left_out_and_nothing_else(run):
         largest = max(float(np.abs(value).max()) for value in error.values())
         assert 0 < largest < 1e-3  # int8 leaves half a step of each block
         assert not list(folder.glob("whole-*")) + list(folder.glob("sent-*"))
+        assert len(list(folder.glob("versions/blobs/sha256/*/*"))) == 1  # of the weights of all versions
