@@ -26,7 +26,6 @@ from benches.models import seed as make_seed
 from benches.peers.decode import domains, hugging_face, model_of
 from elmwood.ensemble.batch.engine import Batched, open_batched
 from elmwood.ensemble.batch.interface import Ended, Limits, Request
-from elmwood.ensemble.batch.opening import open_engine
 from elmwood.ensemble.mixture import open_model
 from elmwood.records import Ensemble, Expert, Forest, Record
 from elmwood.store import Store
@@ -77,11 +76,9 @@ def one(options: argparse.Namespace, folder: Path) -> None:
     late = forest_of(seed, parted, last, store, top_k=options.experts)
     opened: dict[str, Record] = {
         "seed, engine": seed, "one adapter, engine": members[0], "ensemble, engine": ensemble, "late, engine": late,
+        "activated, engine": ensemble.model_copy(update={"mixing": "activated"}),
     }  # fmt: skip
     engines = {name: open_batched(record, store, options.device) for name, record in opened.items()}
-    activated = ensemble.model_copy(update={"mixing": "activated"})
-    store.add(activated)
-    engines["activated, in turns"] = open_engine(activated, store, "cpu")
     shifts = iter(range(10**6))
 
     def decode(engine: Batched) -> Spent:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from elmwood.corpus.tokens import Windows
-from elmwood.domains.route import Signals, candidates, remember, router_of, weights
+from elmwood.domains.route import Routing, Signals, candidates, remember, router_of, weights
 from elmwood.engine import Progress, silent
 from elmwood.ensemble.forest import open_forest, score_rows
 from elmwood.errors import BadInput
@@ -50,8 +50,7 @@ class ActivatedLM:
     def __init__(self, ensemble: Ensemble, store: Store, device: torch.device | str | None = None):
         """Raises ForeignExpert, UnknownName, BadInput where an expert is no adapter, or the seed keeps more than keys and values."""
         self.routing, self.experts, self.router, self.names = open_forest(ensemble, store, device)
-        if not self.routing.chooses_anew:
-            raise BadInput("activated experts are chosen once for a prompt: leave out every, shortlist, margin, sure and far")
+        check_anew(self.routing)
         self.experts.adapters_only()
         self.memory = router_of(self.routing).memory is not None
         seed, self.stops, self.block = self.experts.seed, self.experts.stops, ensemble.block
@@ -154,6 +153,12 @@ class ActivatedLM:
         for first in range(begin - begin % self.block, end, self.block):
             if max(1, first) < min(first + self.block, end):
                 yield max(1, first), min(first + self.block, end)
+
+
+def check_anew(routing: Routing) -> None:
+    """Raises BadInput."""
+    if not routing.chooses_anew:
+        raise BadInput("activated experts are chosen once for a prompt: leave out every, shortlist, margin, sure and far")
 
 
 def whole(experts: Any) -> tuple[Experts, Sequence[int]]:

@@ -121,6 +121,7 @@ class Expert(Record):
     files: Files  # full: a transformers checkpoint folder; lora: a PEFT adapter folder
     curve: tuple[Point, ...] = ()
     contributor: str | None = None
+    probe: tuple[float, ...] = Field((), max_length=64)  # of a LoRA adapter: what it says after a fixed text, nats (lm/probe.py)
 
 
 class Statistics(Record):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 from starlette.types import Receive
 
 from elmwood.ensemble.batch.interface import Ended, Event, Request, Said
+from elmwood.errors import BadInput
 from elmwood.serve.messages import Asked
 from elmwood.serve.metrics import Meter
 from elmwood.serve.model import Served, too_long
@@ -102,8 +103,10 @@ class Answer:
         try:
             for choice in self.choices:
                 self._numbers[choice.number] = self.served.engine.submit(choice.request, hear_of(choice.number))
-        except BaseException:
+        except BaseException as error:
             self._cancel()
+            if isinstance(error, BadInput) and (choice.request.only or choice.request.without):
+                raise Refused(400, str(error), "elmwood", "invalid_value") from error
             raise
         self._watch = asyncio.create_task(self._until_gone())
         return self
@@ -184,6 +187,7 @@ def plan(
             request = Request(
                 tuple(tokens), max(0, room) if most is None else most, 0.0 if temperature < 1e-3 else temperature,
                 1.0 if asked.top_p is None else asked.top_p, rng_seed + number, logprobs=logprobs, echo=echo, only=only, without=without,
+                joins=number > 0,
             )  # fmt: skip
             found.append(Choice(number, tokens, skipped, served.spelled, asked.stops, request))
     return found

@@ -21,6 +21,10 @@ WHY = {
     "tools": "the server calls no tools", "functions": "the server calls no tools",
     "response_format": "text is not constrained",
 }  # fmt: skip
+SHAPES = {  # of fields that have several
+    "prompt": "a text, a list of tokens, or a list of either", "stop": "a text of 1 to 256 characters, or up to 4 of them",
+    "content": "a text, or a list of parts of type text",
+}  # fmt: skip
 IGNORED = {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}  # of the sender's own books
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 M = TypeVar("M", bound=BaseModel)
@@ -139,4 +143,7 @@ def parse(kind: type[M], given: Any) -> M:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         param = str(first["loc"][0])[:100] if first["loc"] else None
-        raise Refused(400, f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg'][:300]}", param, "invalid_value") from error
+        field = next((one for one in first["loc"] if one in SHAPES), None)
+        place = ".".join(map(str, first["loc"][: first["loc"].index(field) + 1] if field else first["loc"]))
+        wrong = f"it is {SHAPES[field]}" if field and first["type"] != "missing" else first["msg"]
+        raise Refused(400, f"{place[:200]}: {wrong[:300]}", param, "invalid_value") from error

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from elmwood.corpus.tokens import load_tokenizer
-from elmwood.errors import BadInput, Damaged, ForeignExpert, copied_to
+from elmwood.errors import BadInput, Damaged, ElmwoodError, ForeignExpert, copied_to
 from elmwood.lm.adapters.peft_config import check_floats, read_settings
 from elmwood.lm.adapters.places import first_unfit, linear_layers, unfit
 from elmwood.lm.files import download, same_tokens, seed_folder
@@ -21,14 +21,14 @@ from elmwood.lm.importing.config import read_config
 from elmwood.lm.importing.seed import companions
 from elmwood.lm.importing.words import read_tokenizer
 from elmwood.lm.pretrained import linked, open_empty
-from elmwood.records import Digest, Expert, Recipe, Seed
+from elmwood.records import Digest, Expert, Files, Recipe, Seed, parse
 from elmwood.store import Store
 from elmwood.store.disk import temporary_folder
 from elmwood.store.headers import read_header
 from elmwood.weights.experts import Low, Whole, seed_places
 from elmwood.weights.tensors import StoredTensor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "elmwood.json"
 # the settings that say what the numbers mean; no other setting of somebody else's file is used
 SETTINGS: tuple[str, ...] = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 SETTINGS += ("use_dora", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "lora_dropout")
@@ -46,7 +46,7 @@ def import_expert(source: str, seed: Seed, store: Store, *, partition: Digest | 
         if place.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise BadInput(f"{source} is not a folder: name one that PEFT's or transformers' save_pretrained wrote, or a hub id")
         identifier, _, revision = source.partition("@")
-        place = download(identifier, revision, files=(CONFIG, WEIGHTS), passed=())
+        place = download(identifier, revision, files=(CONFIG, WEIGHTS, ABOUT), passed=())
         place = place if (place / CONFIG).is_file() else download(identifier, revision)
     adapter, weights = (place / CONFIG).is_file(), [path for path in place.glob("model*.safetensors") if path.is_file()]
     if adapter and weights:
@@ -95,9 +95,20 @@ def import_adapter(folder: str, seed: Seed, store: Store, *, partition: Digest |
             (made / WEIGHTS).symlink_to((place / WEIGHTS).resolve())
         Low("adopted", made, tensors, dora=True)  # as every later reader opens it
         files = {CONFIG: store.put(made / CONFIG), WEIGHTS: store.put((made / WEIGHTS).resolve())}
-    expert = Expert(seed=seed.digest, partition=partition, domain=domain, data=(), recipe=recipe, files=files)
+    said = _said(place / ABOUT, seed, files)
+    expert = Expert(seed=seed.digest, partition=partition, domain=domain, data=(), recipe=recipe, files=files, probe=said)
     store.add(expert)
     return expert
+
+
+def _said(about: Path, seed: Seed, files: Files) -> tuple[float, ...]:
+    """What the expert of an exported folder said at the end of its training, where these are its seed and its weights."""
+    try:
+        found = parse(about.read_bytes())
+    except (OSError, ElmwoodError):
+        return ()
+    same = isinstance(found, Expert) and (found.seed, found.files.get(WEIGHTS)) == (seed.digest, files[WEIGHTS])
+    return found.probe if same and isinstance(found, Expert) else ()
 
 
 def import_checkpoint(place: Path, seed: Seed, store: Store, *, partition: Digest | None = None, domain: int | None = None) -> Expert:

@@ -22,6 +22,7 @@ from elmwood.lm.devices import choose_device
 from elmwood.lm.files import tokenizer
 from elmwood.lm.importing.config import context_of
 from elmwood.lm.load import load_model, load_quantised, new_model, new_model_like, save_folder, save_seed
+from elmwood.lm.probe import say
 from elmwood.records import Corpus, Digest, Expert, Files, Portion, Recipe, Record, Seed, Shape, Shard
 from elmwood.registry import require
 from elmwood.store import Store
@@ -144,9 +145,10 @@ def train(
         with open_log(store, seed, key, recipe, domain, report_to) if group.first else nullcontext(ignore) as log:
             trained = run(model, packed, recipe, work, log, progress, group=group)
         if group.first:
+            (said,) = said_by(trained.model, recipe, seed)
             expert = Expert(
                 seed=seed.digest, partition=partition, domain=domain, data=tuple(shard.blob for shard in data), recipe=recipe,
-                files=store_trained(trained.model, words, recipe, store), curve=trained.curve,
+                files=store_trained(trained.model, words, recipe, store), curve=trained.curve, probe=said,
             )  # fmt: skip
             finish(store, key, expert, recipe, trained)
         group.wait()
@@ -200,6 +202,12 @@ def store_trained(model: Any, words: Tokenizer, recipe: Recipe, store: Store) ->
             settings["target_modules"].sort()  # a set in PEFT, whose order changes from process to process
             (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
         return store.put_folder(folder)
+
+
+def said_by(model: Any, recipe: Recipe, seed: Seed, rows: int = 1) -> list[tuple[float, ...]]:
+    """What a trained adapter says after a fixed text (lm/probe.py), of experts that were trained together in one row for each. Only LoRA is
+    served by adapters, and over a seed in four bits it says something else."""
+    return say(model, seed.vocabulary, seed.context, rows) if recipe.method == "lora" else [()] * rows
 
 
 def finish(store: Store, key: str, record: Record, recipe: Recipe, trained: Trained, **more: float) -> None:

@@ -31,7 +31,7 @@ from elmwood.train.data import UNSCORED, Batch, batches, count_scored
 from elmwood.train.loop import rate
 from elmwood.train.loss import Abilities, ChunkedLoss, model_inputs
 from elmwood.train.task_names import together_keys
-from elmwood.train.tasks import check_length, finish, open_log, open_trainable, store_trained
+from elmwood.train.tasks import check_length, finish, open_log, open_trainable, said_by, store_trained
 
 FILE = "together.safetensors"
 
@@ -305,12 +305,12 @@ def train_together(
                 for key, domain in zip(keys, domains, strict=True)
             ]
             stack, trained = run(model, packed, recipe, work, lambda expert, **facts: logs[expert](**facts), progress)
-        experts = []
+        experts, said = [], said_by(model, recipe, seed, len(keys))
         for place in reversed(range(len(keys))):  # the first one last: the unfinished work has its name
             stack.put(place)
             expert = Expert(
                 seed=seed.digest, partition=partition, domain=domains[place], data=tuple(shard.blob for shard in data[place]),
-                recipe=recipe, files=store_trained(model, words, recipe, store), curve=trained[place].curve,
+                recipe=recipe, files=store_trained(model, words, recipe, store), curve=trained[place].curve, probe=said[place],
             )  # fmt: skip
             finish(store, keys[place], expert, recipe, trained[place], together=len(keys))
             experts.append(expert)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_models import lora_expert
 
-from elmwood.ensemble.batch.interface import Ended, Request, Said
+from elmwood.ensemble.batch.engine import open_batched
+from elmwood.ensemble.batch.interface import Ended, Limits, Request, Said
 from elmwood.ensemble.batch.opening import open_engine
 from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput
@@ -74,10 +75,60 @@ def test_scoring_says_what_continuing_says(house, adapters, fields):
     torch.testing.assert_close(lm.score(rows)[:1, 1:], found_T[None], atol=1e-5, rtol=0)
 
 
-def test_a_server_says_the_same(house, adapters):
-    """In turns; with some of the candidates too."""
+def hear_all(engine, *requests):
+    """The events of each, all at once."""
+    heard = [(request, [], threading.Event()) for request in requests]
+    for request, events, ended in heard:
+
+        def hear(event, events=events, ended=ended):
+            events.append(event)
+            if isinstance(event, Ended):
+                ended.set()
+
+        engine.submit(request, hear)
+    assert all(ended.wait(60) for _, _, ended in heard)
+    assert all(events[-1].reason == "length" for _, events, _ in heard)
+    return [[event for event in events if isinstance(event, Said)] for _, events, _ in heard]
+
+
+@pytest.mark.parametrize("fields", [LIVE, {"top_k": 2}, {"router": "sparse", "top_k": 1, "seed_distance": 1.9}])
+def test_rows_of_one_pass_say_what_the_model_says_and_the_seed_reads_prompts_once(house, adapters, fields):
+    lm = opened(house, adapters, **fields)
+    engine = open_batched(house.ensemble(adapters, mixing="activated", block=8, **fields), house.store, "cpu")
+    read, seed = [], engine.candidates.base
+    absorb = engine.steps._absorb
+
+    def count(text, row, size, logp_UV):
+        read.append((text.number, row.candidate, size))
+        absorb(text, row, size, logp_UV)
+
+    engine.steps._absorb = count
+    prompts = [tuple(house.tokens[n : n + length]) for n, length in ((0, 29), (5, 1), (9, 20), (0, 29))]
+    for each in (prompts[:3], prompts[3:]):
+        for tokens, said in zip(each, hear_all(engine, *(Request(one, 6, 0.0, stops=frozenset()) for one in each)), strict=True):
+            logp_V, text = lm.extend(tokens, lm.start())
+            for event in said:
+                assert event.logprob == pytest.approx(float(logp_V[event.token]), abs=1e-5)
+                logp_V, text = lm.extend([event.token], text)
+            assert len(said) == 6
+    of_experts = {(number, c): sum(size for one, e, size in read if (one, e) == (number, c)) for number, c, _ in read if c != seed}
+    assert set(of_experts.values()) == {6}, "the last token of the prompt, and those made but the last"
+    assert sum(size for number, c, size in read if (number, c) == (4, seed)) <= 6, "read before, and kept"
+    tokens = prompts[0]
+    for said in hear_all(engine, *[Request(tokens, 0, echo=True, logprobs=1)] * 2):
+        assert [event.logprob for event in said] == pytest.approx(lm.score([tokens])[0, 1:].tolist(), abs=1e-5)
+    alone = lm.experts.experts[1]
+    (said,) = hear_all(engine, Request(tokens, 0, echo=True, only=(alone.digest,)))
+    assert [event.logprob for event in said] == pytest.approx(lm.experts.score(1, [tokens])[0, 1:].tolist(), abs=1e-5)
+    engine.close()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_server_says_the_same(house, adapters, deterministic):
+    """In rows of one pass, and in turns; with some of the candidates too."""
     lm = opened(house, adapters, **LIVE)
-    engine = open_engine(house.ensemble(adapters, mixing="activated", block=8, **LIVE), house.store, "cpu")
+    record, limits = house.ensemble(adapters, mixing="activated", block=8, **LIVE), Limits(deterministic=deterministic)
+    engine = open_engine(record, house.store, "cpu", limits)
     for without in ((), (lm.experts.experts[0].digest,)):
         events, ended, tokens = [], threading.Event(), tuple(house.tokens[:13])
 

@@ -105,6 +105,11 @@ def test_a_full_queue_is_429_and_those_who_wait_may_leave(paced, place):
         assert {paced.engine.ended.get(timeout=60)[0] for _ in range(2)} == {"length", "cancelled"}
 
 
+def test_the_choices_of_one_request_wait_however_short_the_queue(place):
+    body = {"prompt": "the sea", "max_tokens": 2, "n": 4, "temperature": 0}
+    assert len(httpx.post(f"{place}/v1/completions", json=body, trust_env=False, timeout=60).json()["choices"]) == 4
+
+
 def test_a_server_that_stops_lets_requests_end(world):
     opened = open_served(world.seed, world.store)
     opened.engine = engine = Paced(opened.engine)

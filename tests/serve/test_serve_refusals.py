@@ -12,6 +12,7 @@ from elmwood.errors import BadInput, UnknownName
 from elmwood.report.connections import names_of
 from elmwood.serve.app import BODY, create_app
 from elmwood.serve.logs import Lines, start_log
+from elmwood.serve.messages import SHAPES
 from elmwood.serve.model import open_served
 from elmwood.serve.run import read_keys
 from tests.serve.conftest import serving
@@ -45,6 +46,7 @@ WRONG = [  # path, body, status, param, code
     ("completions", {"prompt": "a", "stop": ""}, 400, "stop", "invalid_value"),
     ("completions", {"prompt": "a", "elmwood": {"only": ["nobody"]}}, 400, "elmwood", "unknown_expert"),
     ("completions", {"prompt": "a", "elmwood": {"what": 1}}, 400, "elmwood", "invalid_value"),
+    ("completions", {"prompt": "a", "elmwood": {"only": ["seed"], "without": ["seed"]}}, 400, "elmwood", "invalid_value"),
     ("completions", {"prompt": "a", "model": "seed", "elmwood": {"without": ["seed"]}}, 400, "elmwood", "invalid_value"),
     ("chat/completions", {"messages": []}, 400, "messages", "invalid_value"),
     ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages", "invalid_value"),
@@ -68,6 +70,14 @@ def test_what_is_wrong_is_named(http, path, body, status, param, code):
     assert error["param"] == param
     assert error["message"]
     assert code is None or error["code"] == code
+
+
+def test_what_fits_none_of_several_shapes_is_told_all_of_them(http):
+    for field, value in (("stop", ["a"] * 5), ("prompt", [[1], ["a"]])):
+        message = http.post("/v1/completions", json={"prompt": "a", field: value}).json()["error"]["message"]
+        assert message == f"{field}: it is {SHAPES[field]}"
+    message = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": 5}]}).json()["error"]["message"]
+    assert message == f"messages.0.content: it is {SHAPES['content']}"
 
 
 def test_fields_that_ask_for_nothing_are_taken(http):

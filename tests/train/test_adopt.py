@@ -17,7 +17,8 @@ from elmwood.lm.load import load_model
 from elmwood.merge.checkpoint import Answer, merge
 from elmwood.merge.export.folder import export
 from elmwood.merge.layer_weights import everywhere
-from elmwood.records import Expert, Recipe
+from elmwood.records import Expert, Recipe, canonical
+from elmwood.study.exporting import export as exported
 from elmwood.train.adopt import import_adapter, import_expert
 
 
@@ -42,6 +43,15 @@ def test_an_adapter_from_elsewhere_becomes_an_expert(dora, seed, store, elsewher
     logp_BTV = PeftModel.from_pretrained(load_model(seed, store), folder).eval()(tokens_BT).logits[:, :-1].log_softmax(-1)
     wanted_BT = logp_BTV.gather(-1, tokens_BT[:, 1:, None])[..., 0]
     torch.testing.assert_close(Experts(seed, [expert], store).score(0, tokens_BT)[:, 1:], wanted_BT, atol=1e-5, rtol=1e-5)
+
+
+def test_an_exported_expert_that_comes_back_knows_what_it_said(seed, store, elsewhere, tmp_path):
+    expert = import_adapter(str(elsewhere), seed, store)
+    known = expert.model_copy(update={"probe": (-1.5, -2.25)})
+    folder = exported(store.add(known), tmp_path / "folder", store=store)
+    assert import_adapter(str(folder), seed, store) == known
+    (folder / "elmwood.json").write_bytes(canonical(known.model_copy(update={"seed": "0" * 64})))
+    assert import_adapter(str(folder), seed, store) == expert
 
 
 ENDLESS = "((((((((((.*)*)*)*)*)*)*)*)*)*)*!"  # matching it takes time that grows exponentially

@@ -9,6 +9,7 @@ from tiny_training import GPT2, LLAMA, MODELS, OPT, packed_of, tiny
 
 from elmwood.corpus.tokens import Packed
 from elmwood.errors import BadInput, Damaged
+from elmwood.lm import probe
 from elmwood.records import Corpus, Recipe, Shard
 from elmwood.train import loop
 from elmwood.train import together as room
@@ -90,6 +91,8 @@ def test_a_group_is_trained_once_and_each_is_an_expert_of_its_own(case):
     for shards, expert in zip(halves(corpus), found, strict=True):
         alone = train(seed, shards, LORA, store, domain=expert.domain)
         assert sorted(alone.files) == sorted(expert.files)
+        assert expert.probe == pytest.approx(alone.probe, abs=0.03)
+        probe.check(expert, store)
         mine, its = (load_file(store.get(one.files["adapter_model.safetensors"])) for one in (expert, alone))
         assert mine.keys() == its.keys()
         for name, weight in mine.items():

@@ -45,13 +45,15 @@ class Candidates:
     """The candidates of a model and its router, if it has one."""
 
     def __init__(
-        self, digests: Sequence[str], router: Any, routing: Routing | None, bounded: Collection[int] = (), base: int | None = None
-    ):
-        """`base`: the candidate that uses no adapter; the seed, or the only one of a model whose weights are all its own."""
+        self, digests: Sequence[str], router: Any, routing: Routing | None, bounded: Collection[int] = (), base: int | None = None,
+        reads: bool = False,
+    ):  # fmt: skip
+        """`base`: the candidate that uses no adapter; the seed, or the only one of a model whose weights are all its own. `reads`: the seed
+        reads each text, whether or not it predicts."""
         self.names = (*digests, SEED)  # of the candidates
         self.router, self.routing, self.bounded = router, routing, frozenset(bounded)
         self.seed = len(digests)
-        self.base = self.seed if base is None else base
+        self.base, self.reads = self.seed if base is None else base, reads
         self.memory = routing is not None and router_of(routing).memory is not None
         self.whole = Choice(tuple(range(self.seed)), routing) if routing else Choice(alone=0)
 
@@ -88,7 +90,8 @@ class Candidates:
         if router.distances is None:
             return self.seed + 1
         most = min(self.routing.top_k, self.seed) + 1
-        return most if router.memory or self.bounded or self.routing.seed_distance is not None else most - 1
+        joins = self.reads or router.memory or self.bounded or self.routing.seed_distance is not None
+        return most if joins else most - 1
 
     def start(self, choice: Choice) -> Walk | None:
         """An empty text, for `look`."""

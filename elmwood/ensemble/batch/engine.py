@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from elmwood.ensemble.activated import check_anew
+from elmwood.ensemble.batch.activated import Activated
 from elmwood.ensemble.batch.candidates import Candidates
 from elmwood.ensemble.batch.interface import USUAL, Busy, Counts, Engine, Event, Limits, Request
 from elmwood.ensemble.batch.mixing import SUM, Mixing
@@ -57,9 +59,10 @@ class Batched:
 
     def __init__(
         self, seed: Seed, store: Store, model: Any, token_bytes: int, candidates: Candidates, adapters: Sequence[Expert | Merged | Mixture],
-        limits: Limits = USUAL, mixing: Mixing = SUM,
+        limits: Limits = USUAL, mixing: Mixing = SUM, block: int = 0,
     ):  # fmt: skip
-        """`adapters`: experts by digest, as the candidates have them; `model` reads by rows. Raises BadInput."""
+        """`adapters`: experts by digest, as the candidates have them; `model` reads by rows; `block`: experts are activated, and score
+        blocks of so many tokens; 0: they are not. Raises BadInput."""
         self.context, self.vocabulary, self.separator = seed.context, seed.vocabulary, seed.separator
         self.stops = frozenset([seed.separator, *end_tokens(seed, store)])
         self.experts, self.limits, self.store = candidates.names[:-1], limits, store
@@ -86,7 +89,7 @@ class Batched:
                 f"{candidates.most} candidates predict each token, and there are {limits.rows} rows and {slots} slots: raise them"
             )
         residency = Residency(places, slots if adapters else 0)
-        self.steps = Steps(
+        self.steps = (partial(Activated, block) if block else Steps)(
             reader,
             candidates,
             residency,
@@ -121,10 +124,10 @@ class Batched:
         choice = self.candidates.choose(request.only, request.without)
         text = Text.of(next(self._numbers), request, hear, choice, self.context)
         with self._changed:
-            self._check_queue()
+            self._check_queue(request)
         self.steps.look(text)  # here and not in a step, which others wait for
         with self._changed:
-            self._check_queue()
+            self._check_queue(request)
             for c in text.run:
                 if c != self.candidates.base:
                     self.steps.residency.early(self.candidates.names[c], self._load)
@@ -132,9 +135,9 @@ class Batched:
             self._changed.notify_all()
         return text.number
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, request: Request) -> None:
         waiting = len(self._new) + len(self.steps.waiting)
-        if self._closing or waiting >= self.limits.queue:
+        if self._closing or (waiting >= self.limits.queue and not request.joins):
             raise Busy("the server closes" if self._closing else f"{waiting} requests wait already: ask again later")
 
     def cancel(self, number: int) -> None:
@@ -251,12 +254,12 @@ def open_batched(
     record: Record, store: Store, device: torch.device | str | None = None, limits: Limits = USUAL, like: Engine | None = None
 ) -> Batched | None:
     """The engine of a model, if it is one of these: a seed, an expert or a merge whose keys and values stand for all it has read, or an
-    ensemble, mixed by outputs, of LoRA adapters over such a seed. None for others. `like`: an engine whose weights of the seed are used
-    where they are the same. Raises ForeignExpert, UnknownName, Damaged."""
+    ensemble, mixed by outputs or activated, of LoRA adapters over such a seed. None for others. `like`: an engine whose weights of the seed
+    are used where they are the same. Raises ForeignExpert, UnknownName, Damaged."""
     place, mixing, routing, router = choose_device(device), SUM, None, None
     adapters: list[Expert | Merged | Mixture] = []
     bounded: set[int] = set()
-    base = None
+    base, block = None, 0
     match record:
         case Seed():
             seed = record
@@ -266,17 +269,20 @@ def open_batched(
             adapters, base = ([record], None) if method_of(record) in BANKED else ([], record)
             if base is not None and ("adapter_config.json" in record.files):
                 return None  # DoRA
-        case Ensemble() if record.mixing == "outputs":
+        case Ensemble() if record.mixing == "outputs" or (record.mixing == "activated" and not limits.deterministic):
             forest = open_forest(record, store, place)
             if any(method_of(expert) not in BANKED for expert in forest.experts.experts):
                 return None
             seed, adapters, routing, router = forest.experts.seed, list(forest.experts.experts), forest.routing, forest.router
             bounded = {c for c, expert in enumerate(adapters) if expert.digest in record.bounded}
             mixing = Mixing(record.aggregation, record.bound)
+            if record.mixing == "activated":
+                check_anew(routing)
+                block = record.block
         case _:
             return None
     names = [expert.digest for expert in adapters] if base is None else [base.digest]
-    candidates = Candidates(names, router, routing, bounded, None if base is None else 0)
+    candidates = Candidates(names, router, routing, bounded, None if base is None else 0, block > 0)
     weights: Weights | None = getattr(like, "weights", None)
     if weights is None or base is not None or (weights.seed, weights.model.device.type) != (seed.digest, place.type):
         model = load_model(seed, store, base, place)
@@ -284,6 +290,6 @@ def open_batched(
         weights = Weights(seed.digest, model, token_bytes)
     if not weights.token_bytes:
         return None
-    engine = Batched(seed, store, twin(weights.model), weights.token_bytes, candidates, adapters, limits, mixing)
+    engine = Batched(seed, store, twin(weights.model), weights.token_bytes, candidates, adapters, limits, mixing, block)
     engine.weights = weights if base is None else None
     return engine

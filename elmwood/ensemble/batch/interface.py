@@ -22,6 +22,7 @@ class Request(NamedTuple):
     echo: bool = False  # also say log p of the prompt's tokens
     only: tuple[str, ...] = ()  # candidates (digests of experts, or "seed") that the router may choose from; empty: all
     without: tuple[str, ...] = ()  # candidates that it may not
+    joins: bool = False  # one more choice of a request that was taken: it waits, however many do
 
 
 class Said(NamedTuple):

@@ -107,7 +107,7 @@ class Steps:
         if not text.pushed:
             text.walk = self.candidates.start(text.choice)
         run: set[int] = set()
-        for place in range(text.base, text.base + max(1, min(LOOK, len(text.tokens) - text.base))):
+        for place in range(text.base, text.base + max(1, self._reach(text))):
             look, text.pending = text.pending or self._push(text, place), None
             both = run.union(self._needs(look.active))
             if text.looks and len(both) > self.candidates.most:
@@ -118,6 +118,10 @@ class Steps:
         text.run = sorted(run)
         for row in text.rows.values():
             row.ahead = [row.last_V] if row.read == text.base and row.last_V is not None else []
+
+    def _reach(self, text: Text) -> int:
+        """Tokens that may be said at once."""
+        return min(LOOK, len(text.tokens) - text.base)
 
     def _push(self, text: Text, place: int) -> Look:
         look = self.candidates.look(text.choice, text.walk, text.tokens[text.pushed : place], place)

@@ -46,6 +46,9 @@ class Text:
     looks: list[Look] = field(default_factory=list)  # of this token, and of those after it that are known
     pending: Look | None = None  # of the token after these
     pushed: int = 0  # tokens that the router has read
+    span: int = 0  # of experts that act from a point on: the first token that they predict
+    held: Look | None = None  # before that token
+    until: int | None = None  # tokens that the seed alone reads before they do; none once it has
     run: list[int] = field(default_factory=list)  # candidates that must read: those of all looks, and the seed where bounds refer to it
     rows: dict[int, Row] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)
@@ -64,7 +67,7 @@ class Text:
     @property
     def end(self) -> int:
         """How many tokens candidates read before anything is said."""
-        return self.base + max(len(self.looks), 1) - 1
+        return self.base + max(len(self.looks), 1) - 1 if self.until is None else self.until
 
     @property
     def ready(self) -> bool:

@@ -49,7 +49,7 @@ class Turns:
         check(request, self.context, self.vocabulary, [*self.experts, "seed"])
         lm = choose(self.lm, request.only, request.without)
         with self._changed:
-            if self._closing or len(self._waiting) >= self.limits.queue:
+            if self._closing or (len(self._waiting) >= self.limits.queue and not request.joins):
                 raise Busy("the server closes" if self._closing else f"{len(self._waiting)} requests wait already: ask again later")
             work = Work(next(self._numbers), request, hear, steps(lm, request))
             self._waiting.append(work)

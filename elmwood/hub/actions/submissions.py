@@ -88,7 +88,7 @@ def prepare(c: Connection, caller: Caller, message: SubmissionRequest) -> tuple[
     made = Expert(
         seed=run.seed, partition=run.partition, domain=row["domain"], data=tuple(shard.blob for shard in shards),
         recipe=tier.recipe.model_copy(update={"rng_seed": row["rng_seed"]}),
-        files={CONFIG: tier.config, WEIGHTS: f"sha256:{message.adapter}"},
+        files={CONFIG: tier.config, WEIGHTS: f"sha256:{message.adapter}"}, probe=message.probe,
     )  # fmt: skip
     return Prepared(made, canonical(made).decode()), tier
 

@@ -222,8 +222,11 @@ class Volunteer:
         blob = self.store.put(path)
         self.folder.change(failures=0)
         made = self.store.find_done(train_key(seed, shards, grant.recipe, partition.digest, grant.domain))
-        curve = self.store.load(made, Expert).curve if made else ()
-        self.folder.change_work(phase="committing", adapter=blob.removeprefix("sha256:"), tokens=grant.recipe.tokens, curve=curve)
+        expert = self.store.load(made, Expert) if made else None
+        curve, said = (expert.curve, expert.probe) if expert else ((), ())
+        self.folder.change_work(
+            phase="committing", adapter=blob.removeprefix("sha256:"), tokens=grant.recipe.tokens, curve=curve, probe=said
+        )  # fmt: skip
 
     def hand_in(self, grant: Grant, pace: "Pace") -> None:
         """Commit, upload, submit: each once, however often this is run."""
@@ -252,7 +255,7 @@ class Volunteer:
             facts = DeviceFacts(device=self.machine.device, cores=self.machine.cores)
             request = SubmissionRequest(
                 lease=grant.lease, token=token, upload=work.upload, adapter=work.adapter, bytes=path.stat().st_size, salt=work.salt,
-                tokens=work.tokens, curve=work.curve, client=__version__, hardware=facts,
+                tokens=work.tokens, curve=work.curve, probe=work.probe, client=__version__, hardware=facts,
             )  # fmt: skip
             reply = self.hub.post("/v1/submissions", request, once("submit", grant.lease, token))
         told = SubmissionReply.model_validate_json(reply.body)
@@ -375,6 +378,7 @@ CURES = {
     "overfit-public": "it gains far more on published held-out text than on secret text: leave published held-out text out of training",
     "not-finite": "it holds NaN or infinity: training diverged; train again",
     "not-finite-scores": "the model with it gives NaN: training diverged; train again",
+    "other-probe": "it does not say what the client said of it: its file is not what was trained; upload what the client trained",
     "wrong-tensors": "its tensors are not those of the recipe: upload what the client trained",
     "not-safetensors": "the file is damaged, or of another format: upload what the client trained",
 }

@@ -104,12 +104,15 @@ def judge(case: Case, progress: Progress = silent) -> Judged:
             broken = True
     verdict = judge_evidence(evidence, case.gate.policy)
     checks = (*verdict.checks[:3], *found.checks, *verdict.checks[3:])
+    unlike = all(check.passed for check in checks) and not broken and not _says_its_probe(candidate.expert, store)
+    if unlike:
+        checks = (*checks, Check(name="it says what its record has", value=0.0, threshold=1.0, side="at least", passed=False))
     if broken:
         checks = (*checks, Check(name="scores are finite", value=0.0, threshold=1.0, side="at least", passed=False))
     verdict = verdict.model_copy(
         update={"checks": checks, "accepted": all(check.passed for check in checks), "forest": candidate.joined.forest, "holdout": holdout}
     )
-    code: MemberFault | None = "not-finite-scores" if broken else first_code(verdict, found.checks)
+    code: MemberFault | None = "not-finite-scores" if broken else "other-probe" if unlike else first_code(verdict, found.checks)
     if passed and not case.trial:
         code = None
     return Judged(
@@ -170,6 +173,18 @@ def measure_noise(candidate: Candidate, columns: Columns, store: Store, times: i
                     total[m] += float(loglik_BL[held.windows.scored_WL[batch, :longest]].sum())
         gains.append((total[1] - total[0]) / (np.log(2) * size))
     return max(gains) - min(gains)
+
+
+def _says_its_probe(expert: Expert, store: Store) -> bool:
+    """Whether the expert says what it said at the end of its training, if its record has that."""
+    from elmwood.lm import probe
+
+    try:
+        if expert.probe:
+            probe.check(expert, store)
+    except BadInput:
+        return False
+    return True
 
 
 def _scores_are_finite(candidate: Candidate, columns: Columns) -> bool:

@@ -29,6 +29,7 @@ class Work(Frozen):
     adapter: str = ""  # sha256 of the file, which is in the store
     tokens: int = 0  # trained on
     curve: tuple[Point, ...] = ()
+    probe: tuple[float, ...] = ()
     salt: str = ""
     upload: str = ""
 

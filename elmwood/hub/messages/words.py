@@ -25,7 +25,7 @@ Phase = Literal["fetching", "training", "uploading"]
 # Why a submission is refused: faults of the member's work, and only these.
 MemberFault = Literal[
     "not-safetensors", "wrong-tensors", "not-finite", "duplicate", "not-novel", "norm", "no-gain", "no-ensemble-gain", "harms",
-    "overfit-public", "not-finite-scores",
+    "overfit-public", "not-finite-scores", "other-probe",
 ]  # fmt: skip
 # Why a job ended without a verdict. It is queued again, and after `Gate.tries` such ends waits for a person.
 VerifierFault = Literal["out-of-memory", "killed", "time", "disk-full", "unreachable", "damaged", "slices-retired", "error"]

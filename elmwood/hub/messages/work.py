@@ -159,6 +159,7 @@ class SubmissionRequest(Frozen):
     salt: Salt
     tokens: Natural = 0  # trained on, as the client says
     curve: Annotated[tuple[Point, ...], Field(max_length=2000)] = ()
+    probe: Annotated[tuple[Finite, ...], Field(max_length=64)] = ()  # what the expert says after a fixed text, nats
     hardware: DeviceFacts = DeviceFacts()
     client: Label = "0"
 

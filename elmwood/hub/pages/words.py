@@ -74,6 +74,7 @@ CODES = {
     "harms": "another domain became worse",
     "overfit-public": "trained on published held-out text",
     "not-finite-scores": "the model with it gives NaN",
+    "other-probe": "it does not say what it said when it was trained",
 }
 
 

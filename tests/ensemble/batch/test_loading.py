@@ -158,9 +158,26 @@ def test_an_expert_that_does_not_say_what_it_said_when_it_was_scored_is_refused(
         engine.close()
         assert (len(said), ended.reason, counts.refused) == ((2, "length", 0) if not refused else (0, "error", 1))
     assert ended.status == 503
-    assert "when it was scored" in ended.detail
+    assert "when it was trained or scored" in ended.detail
     path.unlink()
     assert probe.known(expert, store) is None
+
+
+def test_an_expert_s_record_says_what_it_must_say(house):
+    """It travels with the record: a store that never scored the expert has it too."""
+    store, expert = house.store, house.experts[0]
+    lm = open_model(expert, store, "cpu")
+    said = probe.sample(lm.extend(probe.text(lm.vocabulary, lm.context), lm.start())[0])
+    for change, refused in ((0.004, 0), (0.5, 1)):
+        told = expert.model_copy(update={"probe": tuple(number + change for number in said)})
+        store.add(told)
+        probe.note(lm, told, store)
+        assert not (store.root / "work" / "probes").exists() or probe.known(told, store) == list(told.probe)
+        shutil.rmtree(store.root / "work" / "packed", ignore_errors=True)
+        engine = open_batched(told, store, "cpu")
+        _, ended = engine_says(engine, Request(tuple(house.tokens[:9]), 2, stops=frozenset()))
+        assert (ended.reason, engine.counts().refused) == (("length", 0) if not refused else ("error", 1))
+        engine.close()
 
 
 def test_what_an_adapter_says_is_compared_within_rounding_of_bf16():

@@ -18,6 +18,7 @@ KINDS = {
     "centroid": {"top_k": 3},
     "live": LIVE,
     "bounded": {"top_k": 2, "aggregation": "median"},
+    "activated": LIVE | {"mixing": "activated", "block": 8},
 }
 
 

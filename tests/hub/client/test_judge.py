@@ -143,6 +143,16 @@ def test_scores_that_are_not_finite_in_some_blocks_alone_are_refused(run):
     assert (found.code, found.verdict.accepted) == ("not-finite-scores", False)
 
 
+def test_one_that_does_not_say_what_its_record_has_is_refused(run):
+    said = run.experts[2].probe
+    assert len(said) == 32
+    other = run.experts[2].model_copy(update={"probe": tuple(number + 1 for number in said)})
+    run.store.add(other)
+    found = judge(case(run, other, joined(run, other)))
+    assert (found.code, found.verdict.accepted) == ("other-probe", False)
+    assert [check.name for check in found.verdict.checks if not check.passed] == ["it says what its record has"]
+
+
 def test_the_first_expert_joins_a_forest_of_itself(run):
     found = judge(case(run, run.experts[2], joined(run, run.experts[2])))
     assert found.verdict.accepted
