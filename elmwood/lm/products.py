@@ -1,7 +1,7 @@
 """Products of many rows with a weight matrix, by oneDNN instead of the BLAS that torch was built with.
 
 torch multiplies float32 matrices with MKL, which uses AVX2 on processors that are not Intel's. oneDNN uses AVX-512 wherever it is there:
-twice the speed on AMD Zen 5 (docs/log/demo.md), level on Intel.
+twice the speed on AMD Zen 5, nine tenths of it on Intel, where all is left to MKL (docs/log/speed.md).
 
 N rows, I inputs, O outputs; B texts of T tokens, hidden states of width D, vocabulary V
 """
@@ -62,7 +62,7 @@ def _gated(module: Any, x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """As `torch.nn.functional.linear`, through oneDNN where that pays: many rows in float32 on an x86 CPU, outside autocast.
+    """As `torch.nn.functional.linear`, through oneDNN where that pays: many rows in float32 on an x86 CPU not of Intel, outside autocast.
 
     The same inputs give the same bits every time, and other bits than torch's within rounding.
     """
@@ -129,6 +129,7 @@ def _here() -> bool:
     """Whether this build of torch has the kernel, and this machine is of the kind it was measured on."""
     return (
         platform.machine() in ("x86_64", "AMD64")
+        and not is_mkls_own()
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

@@ -38,12 +38,16 @@ def test_any_row_may_use_any_adapter_as_in_peft(memory, peft_case, store, monkey
     tokens_BT = some_tokens(5, 11)
     plain = model(tokens_BT).logits
     alone = [PeftModel.from_pretrained(load_model(seed, store), folder).eval()(tokens_BT).logits for folder in folders]
+    folds, folded = lora.Adapted.folds, []
+    monkeypatch.setattr(lora.Adapted, "folds", lambda *given: folded.append(folds(*given)) or folded[-1])
     bank = Bank(model, [Adapter(folder / "adapter_config.json", folder / "adapter_model.safetensors") for folder in folders])
     expected = [*alone, plain]
     for rows in ((0, 1, 2, 3, 0), (2, 2, 1, 1, 3), (3, 3, 3, 3, 3), (2,), (1,), (0, 1, 2, 3, 1), (3,)):
         bank.select(rows)
         wanted = torch.stack([expected[rows[place % len(rows)]][place] for place in range(5)])
         torch.testing.assert_close(model(tokens_BT).logits, wanted, atol=1e-5, rtol=1e-5)
+    assert folded
+    assert all(folded), "one adapter for 55 tokens is added to the weights"
 
 
 REFUSED = {

@@ -8,9 +8,19 @@ import torch
 from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from elmwood.lm import products
 from elmwood.lm.load import new_model
 from elmwood.lm.products import FEWEST, hasten, linear, plain_head
 from tests.tiny_models import SHAPE
+
+
+@pytest.fixture(autouse=True)
+def on_any_processor(monkeypatch):
+    """Intel's are left to MKL."""
+    monkeypatch.setattr(products, "is_mkls_own", lambda: False)
+    products._here.cache_clear()
+    yield
+    products._here.cache_clear()
 
 
 def grown(product: Callable[..., torch.Tensor], *parts: torch.Tensor | None) -> list[torch.Tensor]:
