@@ -227,6 +227,7 @@ config.num_hidden_layers = shape.layers
 predicted = components(anatomy(config), recipe, "cpu")
 tokens = np.random.default_rng(0).integers(1, shape.vocabulary, 50_000).astype("u2")
 packed = Packed(tokens, np.arange(0, 50_000, 100), 0)
+loop.uses_bf16 = lambda device: False  # predictions for CPUs are of float32; one with AMX keeps less
 loop.run(new_model(shape), packed, recipe, Path(tempfile.mkdtemp()), lambda **_: None)
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss would be the parent's
 print(json.dumps([sum(predicted.values()), peak * 1024]))
