@@ -82,7 +82,8 @@ class Adapted(nn.Module):
             return product(self.base, x)
         slots, _, inputs = self.a_SRI.shape
         if slots == 1 and self.folds(x):
-            return linear(x, torch.addmm(self.base.weight, self.b_SOR[0], self.a_SRI[0]), self.base.bias)
+            base: Any = self.base
+            return linear(x, torch.addmm(base.weight, self.b_SOR[0], self.a_SRI[0]), base.bias)
         y = product(self.base, x)
         h_STR = torch.bmm(x.reshape(slots, -1, inputs), self.a_SRI.mT)
         return torch.baddbmm(y.view(slots, -1, y.shape[-1]), h_STR, self.b_SOR.mT).view(y.shape)
