@@ -1,5 +1,5 @@
-"""Drawings in files of their own, as pure functions to SVG: the wealth of a sequential test, loss against the number of experts, and the
-load of the experts of a mixture.
+"""Drawings in files of their own, as pure functions to SVG: the wealth of a sequential test, loss against the number of experts or over
+hours, and the load of the experts of a mixture.
 
 L layers, D domains, E experts
 """
@@ -85,6 +85,17 @@ def experts_plot(lines: Sequence[Series], *, reference: tuple[str, float] | None
         x = _linear(numbers, by, 0.04)
         x = x._replace(ticks=[tick for tick in x.ticks if tick[0] == int(tick[0])])
     return _draw(f"Loss against the {by}", lines, x, y, [(reference[1], reference[0])] if reference else [])
+
+
+def hours_plot(lines: Sequence[Series], title: str) -> str:
+    """Loss relative to another run's, over hours on a logarithmic axis."""
+    logs = [line._replace(x=[math.log10(value) for value in line.x]) for line in lines]
+    ends = [value for line in logs for value in line.x]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    x = Ruler(low, high, [(power, _power(power)) for power in range(math.ceil(low), math.floor(high) + 1)], "hours")
+    return _draw(
+        title, logs, x, _linear([value for line in lines for value in line.y], "loss, relative to that of ddp at the end", 0.06), []
+    )
 
 
 def _linear(values: Sequence[float], title: str, margin: float) -> Ruler:

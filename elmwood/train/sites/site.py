@@ -6,6 +6,7 @@ of the others. A round that fails because a site died is repeated at once by tho
 N numbers of a fragment
 """
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -160,6 +161,10 @@ class Site:
             )
         if said.sites > self.plan.sites:
             raise BadInput(f"{said.sites} sites are here, and the plan says --sites {self.plan.sites}: start each --site once")
+        if not math.isfinite(said.loss):
+            raise BadInput(
+                f"a site's loss became {said.loss}: --learning-rate {self.plan.recipe.learning_rate:g} is too high, try a third of it"
+            )
         if not said.tokens:
             return Begun(said, names, torch.empty(0), None)
         parts = (self.whole[name] - self.weights[name].detach().to("cpu", torch.float32) for name in names)
@@ -181,11 +186,15 @@ class Site:
 
     @torch.no_grad()
     def end(self, manager: Manager, begun: Begun) -> bool:
-        """Wait for the sum, and take the outer step: v = momentum v + d; whole - rate (d + momentum v). False where a site failed."""
+        """Wait for the sum, and take the outer step: v = momentum v + d; whole - rate (d + momentum v). False where a site failed.
+        Raises Alone."""
         if begun.work is not None:
             begun.work.wait()
-        if not manager.should_commit():
-            return False
+        try:
+            if not manager.should_commit():
+                return False
+        except RuntimeError as error:
+            raise Alone(f"{error}: look at the links between the sites; this one resumes from its last round") from error
         plan, stand = self.plan, self.stand
         mean = begun.sum_N.split([self.whole[name].numel() for name in begun.names])
         for name, delta in zip(begun.names, mean, strict=True):
@@ -232,14 +241,18 @@ def open_manager(site: Site, number: int, lighthouse: str, address: str, wait_s:
     sites makes a quorum."""
     size = 4 * max(sum(site.whole[name].numel() for name in names) for names in site.fragments)
     limit = timedelta(seconds=60 + 2 * 8 * size / SLOWEST)
-    transport, store = Transport(address, site.folder), TCPStore(address, 0, is_master=True, wait_for_workers=False)
-    group = ProcessGroupGloo(timeout=limit)
-    manager = Manager(
-        group, None, None, min_replica_size=site.plan.sites // 2 + 1, use_async_quorum=False, timeout=limit,
-        quorum_timeout=timedelta(seconds=wait_s), rank=0, world_size=1, store_addr=address, store_port=store.port,
-        lighthouse_addr=lighthouse, replica_id=f"site{number}", hostname=address, checkpoint_transport=transport, init_sync=False,
-        max_retries=RETRIES, quorum_retries=RETRIES,
-    )  # fmt: skip
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    group, transport = ProcessGroupGloo(timeout=limit), Transport(address, site.folder)
+    try:
+        manager = Manager(
+            group, None, None, min_replica_size=site.plan.sites // 2 + 1, use_async_quorum=False, timeout=limit,
+            quorum_timeout=timedelta(seconds=wait_s), rank=0, world_size=1, store_addr=address, store_port=store.port,
+            lighthouse_addr=lighthouse, replica_id=f"site{number}", hostname=address, checkpoint_transport=transport, init_sync=False,
+            max_retries=RETRIES, quorum_retries=RETRIES,
+        )  # fmt: skip
+    except (TimeoutError, RuntimeError) as error:
+        transport.shutdown()
+        raise Alone(f"no lighthouse answers at {lighthouse} ({error}): start torchft_lighthouse there, and look at the VPN") from error
     manager.register_state_dict_fn("site", site.heal, site.give)
     manager.load_state_dict({"step": site.stand.round, "batches_committed": 0})
     try:

@@ -65,7 +65,7 @@ def train_at_site(
                 weight.copy_(site.whole[one])
         made = save_seed(
             model, words, store, name=name, separator=seed.separator, corpus=plan.corpus, plan=plan.digest, recipe=plan.recipe,
-            curve=site.stand.curve,
+            curve=site.stand.curve, limits=seed.limits, licence=seed.licence,
         )  # fmt: skip
         skipped = plan.rounds * plan.sites * plan.tokens - site.stand.tokens
         store.log(
@@ -88,7 +88,7 @@ def _run(
         around.enter_context(torch.random.fork_rng())
         around.enter_context(recompute_activations(model, own))
         able = around.enter_context(fast_path(model, own))
-        meet(site, manager, progress)
+        meet(site, manager, hang_up, progress)
         rows, due = stream(0), 0
         while site.stand.round < plan.rounds:
             model.train()
@@ -139,7 +139,7 @@ class Exchange:
         return begun is None or begun.idle or self.site.end(self.manager, begun)
 
 
-def meet(site: Site, manager: Manager, progress: Progress) -> None:
+def meet(site: Site, manager: Manager, hang_up: Callable[[], None], progress: Progress) -> None:
     """Wait for the others: for all of them at the start of a run, since then no site can have weights that it would undo; later until the
     next exchange of those who are at work."""
     while True:
@@ -150,6 +150,9 @@ def meet(site: Site, manager: Manager, progress: Progress) -> None:
             progress(f"wait for all sites: {begun.said.sites} of {site.plan.sites} are here", 0, 0, "")
         elif site.end(manager, begun):
             return
+        else:
+            del begun
+            hang_up()
 
 
 # ---- addresses ---------------------------------------------------------------------------------------------------

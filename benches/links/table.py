@@ -1,0 +1,205 @@
+"""Time to loss over slow links, composed of what was measured.
+
+    python -m benches.links.table CURVES.jsonl ... --exchanges EXCHANGES.jsonl [--sizes 125M,1B] [--rates 20,100,1000] [--workers 4,8]
+        [--steps 20,100] [--tflops 66] [--rows 65536] [--markdown] [--plot hours.svg]
+
+CURVES: lines of benches.star.loss, benches.links.loss and benches.seedless.curve (loss by tokens, of small models). EXCHANGES: lines of
+benches.links.exchange (time of an exchange over a link of a rate, of a model of a million parameters). The model of the time of N
+parameters and K workers, nothing of it overlapping:
+
+    a step      6 N x tokens of a worker's step / (FLOP/s of its card x its MFU, together --tflops)
+    ddp         a step and a sum of gradients, every step
+    diloco      --steps steps and an exchange
+    star        --steps steps, an upload and a download; the coordinator's own computing is left out
+    forest s %  s % of the tokens on one machine, that seed to all (2 bytes a parameter), the rest / K on each, an expert from each
+    alone       as many steps as one worker takes, without the others: 1 / K of the tokens
+    one machine all of the tokens, with a worker's batch
+
+An exchange of N parameters takes what its bytes take at the rate, times what was measured over that, at the same rate and number of
+workers. Losses are those of the small models: the ratio to ddp of the same file and rng seed at equal tokens, with its standard error over
+seeds. `faster` at equal tokens: ddp's hours over these. `faster to its loss`: ddp's hours to the loss that the method ends with, over the
+method's hours. `then`: the loss, relative to ddp at the end, that the method has after as many hours as diloco takes in all, which is equal
+machine-hours.
+"""
+
+import json
+from collections import defaultdict
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benches.common import integers, numbers, parser, say, words
+from elmwood.report.plots import Series, hours_plot
+from elmwood.units import parse_count
+
+INT8 = 8.1  # bits a parameter, as a star sends
+SENT = {"int4": 4.1, "top": 0.46}  # in its other forms
+NAMES = {"star top": "star 2-bit"}
+
+
+class Curve(NamedTuple):
+    """A method's loss by the share of its tokens, relative to what ddp ends with; the mean over seeds."""
+
+    share: np.ndarray
+    ratio: np.ndarray
+    error: float | None  # standard error of the last ratio
+    seeds: int
+
+
+def read_curves(paths: list[Path], workers: int) -> dict[str, Curve]:
+    """The curves of all methods for so many workers. Ratios are to ddp of the same warm start, seed and parameters."""
+    points: dict[tuple[Any, ...], dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    for line in (json.loads(line) for path in paths for line in path.read_text().splitlines() if line.startswith("{")):
+        if not {"method", "tokens", "loss"} <= set(line):
+            continue
+        method, count = line["method"], line["workers"]
+        if method == "alone" and count == workers:
+            method = "one machine"
+        elif count != workers and method != "alone":
+            continue
+        # a forest shares its rows with a ddp that had no warm start
+        warm = 0 if method.startswith("forest") else line["warm"]
+        tokens = line["tokens"] + (line["warm"] if method.startswith("forest") else 0)
+        points[line["parameters"], warm, line["rng_seed"]][method][tokens * (workers if method == "alone" else 1)] = line["loss"]
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+    for methods in points.values():
+        if "ddp" not in methods:
+            continue
+        end = methods["ddp"][max(methods["ddp"])]
+        for method, by_tokens in methods.items():
+            last = max(by_tokens)
+            if max(by_tokens) != max(methods["ddp"]) or (method == "ddp" and len(by_tokens) == 1):
+                continue  # it has not ended, or says nothing of the way there
+            tokens = np.array(sorted(by_tokens), float)
+            found[method].append((tokens / last, np.array([by_tokens[one] for one in sorted(by_tokens)]) / end))
+    return {
+        method: Curve(
+            runs[0][0], np.mean([ratio for share, ratio in runs if len(share) == len(runs[0][0])], 0),
+            float(np.std([ratio[-1] for _, ratio in runs], ddof=1) / len(runs) ** 0.5) if len(runs) > 1 else None, len(runs),
+        )
+        for method, runs in found.items()
+    }  # fmt: skip
+
+
+def read_exchanges(path: Path) -> dict[tuple[str, int, float], float]:
+    """Method, workers, rate -> measured seconds over those of the payload alone."""
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
+    return {(one["method"], one["workers"], one["rate"]): one["seconds"] / one["ideal"] for one in lines}
+
+
+class Setting(NamedTuple):
+    """A model, its workers and their links."""
+
+    parameters: int
+    workers: int
+    rate: float  # bits a second
+    steps: int  # between two exchanges
+    flops: float  # a second
+    rows: int  # tokens of a worker's step
+    tokens: float  # of all workers together
+    over: dict[tuple[str, int, float], float]
+
+    def exchange(self, method: str, bits: float) -> float:
+        """Seconds, of `bits` a parameter."""
+        return bits * self.parameters / self.rate * self.over[method, self.workers, self.rate]
+
+    def seconds(self, method: str) -> float:
+        """Of the whole run."""
+        N, K = self.parameters, self.workers
+        computing = 6 * N * self.tokens / K / self.flops
+        steps, ring = self.tokens / K / self.rows, 64 * (K - 1) / K
+        kind, _, form = method.partition(" ")
+        if kind in ("alone", "one"):
+            return computing * (K if kind == "one" else 1)
+        if kind == "ddp":
+            return computing + steps * self.exchange("ddp", ring)
+        if kind == "diloco":
+            return computing + steps / self.steps * self.exchange("diloco", ring)
+        if kind == "star":
+            near = "top" if form.startswith("top") else "int8"
+            up, down = self.exchange(f"star {near} up", SENT.get(form.split()[0], INT8)), self.exchange(f"star {near} down", 32)
+            return computing + steps / self.steps * (up + down)
+        share = float(form) / 100
+        once = 16 * N / self.rate
+        return computing * (K * share + 1 - share) + once * (1 + (share > 0))
+
+    def sent(self, method: str) -> float:
+        """Bytes that a worker sends over the whole run, per parameter."""
+        steps, ring = self.tokens / self.workers / self.rows, 8 * (self.workers - 1) / self.workers
+        kind, _, form = method.partition(" ")
+        if kind == "star":
+            return steps / self.steps * SENT.get(form.split()[0], INT8) / 8
+        return {"alone": 0.0, "one": 0.0, "ddp": steps * ring, "diloco": steps / self.steps * ring, "forest": 2.0}[kind]
+
+
+def rows_of(setting: Setting, curves: dict[str, Curve]) -> list[dict[str, Any]]:
+    """One line of the table for each method."""
+    ddp, whole = curves["ddp"], setting.seconds("ddp")
+    limit = setting.seconds("diloco")
+    found = []
+    for method, curve in curves.items():
+        seconds, ends = setting.seconds(method), curve.ratio[-1]
+        # the share of its tokens after which ddp is as good as this method at the end; losses fall
+        there = float(np.interp(-ends, -ddp.ratio, ddp.share)) if ddp.ratio[0] >= ends else 0.0
+        then = float(np.interp(min(1.0, limit / seconds), curve.share, curve.ratio)) if len(curve.share) > 1 else None
+        if then is None and seconds <= limit:
+            then = float(ends)
+        found.append({
+            "method": NAMES.get(method, method), "hours": seconds / 3600, "loss": float(ends - 1), "error": curve.error,
+            "seeds": curve.seeds, "faster": whole / seconds, "faster to its loss": there * whole / seconds,
+            "then": None if then is None else then - 1, "bytes": setting.sent(method),
+        })  # fmt: skip
+    return sorted(found, key=lambda row: row["hours"])
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| method | hours | loss | faster | to its loss | then | bytes sent a parameter |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        error = f" ± {row['error']:.1%}" if row["error"] is not None else ""
+        then = "–" if row["then"] is None else f"{row['then']:+.1%}"
+        lines.append(
+            f"| {row['method']} | {row['hours']:,.3g} | {row['loss']:+.1%}{error} | {row['faster']:.3g} | {row['faster to its loss']:.3g} "
+            f"| {then} | {row['bytes']:,.3g} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("curves", nargs="+", type=Path)
+    options.add_argument("--exchanges", type=Path, required=True)
+    options.add_argument("--sizes", type=words, default=["125M", "1B"])
+    options.add_argument("--rates", type=numbers, default=[20.0, 100.0, 1000.0])
+    options.add_argument("--workers", type=integers, default=[4, 8])
+    options.add_argument("--steps", type=integers, default=[20, 100], help="between two exchanges; the curves were measured at 20")
+    options.add_argument("--tflops", type=float, default=66.0, help="of a worker's card, used: 165 in bf16 at an MFU of 40 %%")
+    options.add_argument("--rows", type=int, default=65_536, help="tokens of a worker's step")
+    options.add_argument("--tokens", type=float, default=20.0, help="of all workers together, per parameter")
+    options.add_argument("--markdown", action="store_true")
+    options.add_argument("--plot", type=Path, help="loss over hours, of the first of every setting")
+    given = options.parse_args()
+    over, drawn = read_exchanges(given.exchanges), False
+    for workers, size, rate, steps in product(given.workers, given.sizes, given.rates, given.steps):
+        curves, N = read_curves(given.curves, workers), parse_count(size)
+        if "ddp" not in curves:
+            continue
+        setting = Setting(N, workers, rate * 1e6, steps, given.tflops * 1e12, given.rows, given.tokens * N, over)
+        rows, about = rows_of(setting, curves), f"{size} parameters, {workers} workers at {rate:g} Mbit/s"
+        if given.markdown:
+            print(f"\n{about}, an exchange every {steps} steps\n\n{as_markdown(rows)}")
+        for row in rows if not given.markdown else ():
+            say("links.table", workers=workers, size=size, rate=rate * 1e6, steps=steps, **row)
+        if given.plot and not drawn:
+            lines = [
+                Series(NAMES.get(name, name), curve.share[1:] * setting.seconds(name) / 3600, curve.ratio[1:])
+                for name, curve in curves.items()
+                if len(curve.share) > 1
+            ]
+            given.plot.write_text(hours_plot(lines, f"Loss over hours: {about}"), encoding="utf-8")
+            drawn = True
+
+
+if __name__ == "__main__":
+    main()
