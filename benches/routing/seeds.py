@@ -1,13 +1,14 @@
 """Routers over several rng seeds, with the learning rates of experts and dense training chosen on one grid.
 
     python -m benches.routing.seeds STORE --corpus FOLDER [--rng-seeds 0,1,2] [--rates 1e-3,2e-3,4e-3] [--domains 16] [--tokens 700k]
-        [--documents 120] [--twice 0]
+        [--documents 120] [--random 0,1,2] [--twice 0]
 
 The seed is the demo's packaged one. At the first rng seed, experts and a dense control (the experts' batch, as many tokens) are trained
 at each rate of the grid; each side takes the one that is best on the tune half, the experts under `live` with two and the seed. Then, for
-each rng seed: domains found anew, experts, random parts at the experts' rate, the dense control, and for the rng seeds of `--twice` one on
-twice the tokens. Settings of routers come from the tune half, figures are bits per byte on the test half, gains are over the dense control
-of the same rng seed, paired, with errors over documents. At the end, for each row the mean over rng seeds and its standard error.
+each rng seed: domains found anew, experts, the dense control, for the rng seeds of `--random` random parts at the experts' rate, and for
+those of `--twice` a dense control on twice the tokens. Settings of routers come from the tune half, figures are bits per byte on the test
+half, gains are over the dense control of the same rng seed, paired, with errors over documents. At the end, for each row the mean over rng
+seeds and its standard error.
 
 N scored tokens
 """
@@ -97,7 +98,7 @@ def choose_rates(world: World, rng_seed: int, rates: Sequence[float]) -> tuple[f
 def rows(bench: Bench, trained: dict[str, list[str]]) -> Iterator[tuple[str, float, np.ndarray]]:
     """Name, candidates run per token and column of each row."""
     dense_N = bench.column(trained["dense"][0])
-    own, parts = bench.side(trained["expert"]), bench.side(trained["random"])
+    own = bench.side(trained["expert"])
     yield "seed", 1, bench.seed_N
     yield "dense", 1, dense_N
     if "twice" in trained:
@@ -106,10 +107,11 @@ def rows(bench: Bench, trained: dict[str, list[str]]) -> Iterator[tuple[str, flo
     asked: list[tuple[str, Side, np.ndarray, str, Sequence[int]]] = [
         *(("experts", own, bench.seed_N, router, (1, 2, 4)) for router in ("centroid", "sparse", "live", "live-sparse")),
         ("experts", own, bench.seed_N, "posterior", (2, many + 1)),
-        ("random clusters", parts, bench.seed_N, "live", (2, many)),
         ("dense and the seed", bench.alone(dense_N), bench.seed_N, "live", (1,)),
         ("experts and a pooled expert, no seed", own, dense_N, "live", (2,)),
     ]
+    if "random" in trained:
+        asked.append(("random clusters", bench.side(trained["random"]), bench.seed_N, "live", (2, many)))
     for of, side, seed_N, router, top_ks in asked:
         columns = ExpertColumns.of(bench.held, seed_N, side)
         for top_k in top_ks:
@@ -152,12 +154,13 @@ def main() -> None:
     options.add_argument("--corpus", default="sample")
     options.add_argument("--rng-seeds", default="0,1,2")
     options.add_argument("--rates", default="1e-3,2e-3,4e-3")
+    options.add_argument("--random", default="0,1,2")
     options.add_argument("--twice", default="0")
     options.add_argument("--domains", type=int, default=16)
     options.add_argument("--tokens", default="700k")
     options.add_argument("--documents", type=int, default=120)
     asked = options.parse_args()
-    store, rng_seeds, twice = Store(asked.store), integers(asked.rng_seeds), integers(asked.twice)
+    store, rng_seeds = Store(asked.store), integers(asked.rng_seeds)
     seed = install_seed(build(["sample"], store, progress=Lines()), store)
     study = Study(domains=asked.domains, tokens=parse_count(asked.tokens), documents=asked.documents)
     world = World(store, build([asked.corpus], store, progress=Lines()), seed, study)
@@ -166,8 +169,9 @@ def main() -> None:
     found = []
     for rng_seed in rng_seeds:
         wanted = jobs(world, rng_seed, expert_rate, dense_rate)
-        if rng_seed not in twice:
-            del wanted["twice"]
+        for name in ("random", "twice"):
+            if rng_seed not in integers(getattr(asked, name)):
+                del wanted[name]
         found.append(tell(world, rng_seed, *train(world, rng_seed, wanted)))
     summarise(found)
 

@@ -35,7 +35,7 @@ from benches.common import Opened, parser, say, words
 from elmwood.corpus.tokens import token_bytes
 from elmwood.domains.distances import nearest_place
 from elmwood.domains.partition import serving
-from elmwood.domains.route import weights
+from elmwood.domains.route import best_of, weights
 from elmwood.evaluate.comparison import ExpertColumns, Side
 from elmwood.evaluate.holdout import Holdout
 from elmwood.evaluate.losses import bits_per_byte, difference
@@ -147,7 +147,7 @@ def rows(sample: Sample, sides: dict[str, Side], seed_N: np.ndarray, dense_N: np
         ("part", "live", (1, 2)),
         ("dense and the seed", "live", (1,)),
     ]
-    for name, router, top_ks in asked:
+    for name, router, top_ks in [one for one in asked if one[0] in sides]:
         columns = ExpertColumns.of(sample.held, seed_N, sides[name])
         for top_k in top_ks:
             (fit,) = columns.calibrate(router, [top_k])
@@ -163,15 +163,19 @@ def study(asked: Namespace) -> None:
     plain = {"seed": asked.seed, "dense in full": "full/pooled", "dense adapter": "lora/pooled"}
     plain_N = {what: sample.column(store.resolve(name)) for what, name in plain.items() if name in store.names()}
     seed_N, dense_N = plain_N["seed"], plain_N["dense in full"]
-    experts = {name: [store.load(one, Expert) for one in store.load(f"forest/{of}", Forest).experts] for name, (of, _) in SIDES.items()}
-    sides, missing = {}, {}
-    for name, members in experts.items():
-        dist2_NE, rare2_NE = sample.distances(SIDES[name][0], members)
-        near = asked.near if name == "expert" else 2  # of parts, `live` asks for two
-        windows = wanted(sample, members, [dist2_NE, rare2_NE] if name == "expert" else [dist2_NE], near)
-        loglik_NE = sample.score([one.digest for one in members], windows)
-        missing[name] = np.isnan(loglik_NE)
-        sides[name] = Side(np.where(missing[name], seed_N[:, None], loglik_NE), dist2_NE, sparse2_NK=rare2_NE)
+    chosen = range(0, asked.documents, max(1, asked.documents // asked.posterior))
+    few_W = first_windows(sample.columns.held, chosen, asked.posterior_windows)
+    sides = {}
+    for name, (partition, _) in SIDES.items():
+        if f"forest/{partition}" in store.names():
+            members = [store.load(one, Expert) for one in store.load(f"forest/{partition}", Forest).experts]
+            dist2_NE, rare2_NE = sample.distances(partition, members)
+            both = [dist2_NE, rare2_NE] if name == "expert" else [dist2_NE]  # of parts, `live` alone is asked, for two
+            windows = wanted(sample, members, both, asked.near if name == "expert" else 2)
+            if name == "expert":
+                windows = {digest: np.union1d(window_W, few_W) for digest, window_W in windows.items()}
+            loglik_NE = sample.score([one.digest for one in members], windows)
+            sides[name] = Side(np.where(np.isnan(loglik_NE), seed_N[:, None], loglik_NE), dist2_NE, sparse2_NK=rare2_NE)
     held, test_D = sample.held, ~sample.held.tune_D
 
     def tell(name: str, run: float, column_N: np.ndarray, **more: object) -> None:
@@ -186,27 +190,21 @@ def study(asked: Namespace) -> None:
         tell(name, 1, column_N)
     for name, per_token, column_N, routing in rows(sample, sides, seed_N, dense_N):
         tell(name, per_token, column_N, **routing)
-    posterior(asked, sample, experts["expert"], sides["expert"], seed_N, dense_N)
+    posterior(sample, few_W, [store.load(one, Expert) for one in forest.experts], sides["expert"], seed_N, dense_N)
 
 
 def wanted(sample: Sample, members: Sequence[Expert], dist2: Sequence[np.ndarray], near: int) -> dict[str, np.ndarray]:
     """The windows where each expert is among the nearest."""
     window_N = sample.columns.held.window_N[sample.kept_N]
-    found: dict[str, np.ndarray] = {}
-    near_NE = np.any([np.argsort(np.argsort(one, axis=1, kind="stable"), axis=1) < near for one in dist2], axis=0)
-    for e, one in enumerate(members):
-        found[one.digest] = np.unique(window_N[near_NE[:, e]])
-    return found
+    near_NE = np.any([best_of(-one, near) & np.isfinite(one) for one in dist2], axis=0)
+    return {one.digest: np.unique(window_N[near_N]) for one, near_N in zip(members, near_NE.T, strict=True)}
 
 
 def posterior(
-    asked: Namespace, sample: Sample, members: Sequence[Expert], side: Side, seed_N: np.ndarray, dense_N: np.ndarray
+    sample: Sample, windows_W: np.ndarray, members: Sequence[Expert], side: Side, seed_N: np.ndarray, dense_N: np.ndarray
 ) -> None:  # fmt: skip
-    """Every expert in a few windows: the posterior over all, beside the other routers on the same tokens."""
+    """A few windows in which every expert is known: the posterior over all, beside the other routers on the same tokens."""
     whole = sample.columns.held
-    chosen = range(0, asked.documents, max(1, asked.documents // asked.posterior))
-    windows_W = first_windows(whole, chosen, asked.posterior_windows)
-    sample.score([one.digest for one in members], {one.digest: windows_W for one in members})
     kept_N = np.isin(whole.window_N, windows_W)
     held, mine_N = cut(whole, kept_N), kept_N[sample.kept_N]
     loglik_NE = np.column_stack([sample.columns[one.digest].loglik_N[kept_N] for one in members])

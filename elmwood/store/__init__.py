@@ -24,10 +24,10 @@ from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
 from elmwood.engine import Progress, silent
 from elmwood.errors import BadRecord, Damaged, DoesNotFit, UnknownName
-from elmwood.records import Expert, Files, Partition, Record, canonical, fingerprint, parse, references
+from elmwood.records import Expert, Files, Partition, Record, canonical, fingerprint, references
 from elmwood.store.disk import hash_file as hash_file
 from elmwood.store.disk import hash_once, keep_whole, locked, remember, sweep, temporary_folder, write_whole
-from elmwood.store.relations import check_relations, texts
+from elmwood.store.relations import check_relations, parse_file, texts
 from elmwood.store.relations import lineage as lineage
 
 R = TypeVar("R", bound=Record)
@@ -184,9 +184,9 @@ class Store:
 
     def read(self, digest: str) -> Record:
         """The record of a digest, by itself, whether or not it agrees with those it names. Raises Damaged, BadRecord."""
-        data = self.get(digest).read_bytes()
+        path = self.get(digest)
         try:
-            return parse(data)
+            return parse_file(path)
         except BadRecord as error:
             raise type(error)(f"records/{digest[:12]}…: {error}") from error
 

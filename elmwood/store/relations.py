@@ -5,6 +5,8 @@ checked here.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 from elmwood.errors import BadRecord, ForeignExpert
@@ -22,6 +24,7 @@ from elmwood.records import (
     Seed,
     State,
     Statistics,
+    parse,
     references,
 )
 
@@ -42,6 +45,13 @@ class Reads(Protocol):
     def has(self, digest: str) -> bool: ...
 
     def read(self, digest: str) -> Record: ...
+
+
+@lru_cache(16)
+def parse_file(path: Path) -> Record:
+    """The record of a file that is named by its digest and whose bytes were checked. Kept for a while, since all experts of a forest name
+    one partition. Raises BadRecord."""
+    return parse(path.read_bytes())
 
 
 def lineage(store: Reads, digest: str) -> Iterator[tuple[int, Record]]:

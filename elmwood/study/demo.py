@@ -4,7 +4,6 @@ N scored tokens, K experts
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from elmwood.records import Comparison, Corpus, Digest, Ensemble, Forest, Frozen
 from elmwood.store import AnyStore, Store
 from elmwood.study.demo_seed import Remade, compare_packaged, install_seed
 from elmwood.study.quality.evaluation import keep_comparison, measure_distances
-from elmwood.study.quality.scoring import Columns, ensure
+from elmwood.study.quality.scoring import Columns, ensure, open_columns
 from elmwood.study.seeds import llama
 from elmwood.study.tasks import TrainJob, default_threads, default_workers, found, label, train_job
 from elmwood.study.training import default_rate, shards
@@ -266,13 +265,7 @@ class GrowJob(Frozen):
 def grow_job(job: GrowJob, progress: Progress) -> None:
     """The model and its Score are found by what they were made from."""
     digest = train_job(job.train, progress) if job.train else job.model or ""
-    ensure([(job.label, digest)], _columns(job.holdout, job.store), progress=progress)
-
-
-@lru_cache(1)
-def _columns(holdout: HoldoutSpec, store: Path) -> Columns:
-    """Of a worker process: the held-out text is cut into tokens once for all its models."""
-    return Columns(holdout, Store(store))
+    ensure([(job.label, digest)], open_columns(job.holdout, job.store), progress=progress)
 
 
 def train_and_score(

@@ -9,11 +9,15 @@ from topics import SENTENCES, build_corpus, some_sentences
 
 from elmwood.domains.partition import partition as divide
 from elmwood.domains.route import ROUTERS
+from elmwood.ensemble.mixture import open_model
 from elmwood.errors import BadInput, Damaged
+from elmwood.evaluate.columns import round_to_half, run
+from elmwood.evaluate.holdout import HoldoutSpec
 from elmwood.records import Ensemble, Forest, Score
 from elmwood.store import Store
 from elmwood.study.quality.evaluation import evaluate
 from elmwood.study.quality.forest_table import table
+from elmwood.study.quality.scoring import Columns, ensure
 from elmwood.study.quality.snapshots import measure
 
 
@@ -47,6 +51,18 @@ def elsewhere(grown, tmp_path):
     """The same in another store, where no model has been run."""
     shutil.copytree(grown.store.root, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("done", "work"), symlinks=True)
     return Grown(tmp_path / "elsewhere", grown.ensemble, grown.candidate)
+
+
+def test_adapters_over_one_copy_of_their_seed_score_as_alone(elsewhere):
+    store = elsewhere.store
+    forest = store.load(store.load(elsewhere.ensemble, Ensemble).forest, Forest)
+    columns = Columns(HoldoutSpec(partition=forest.partition, seed=forest.seed, length=64), store)
+    models = [*forest.experts, elsewhere.candidate]
+    found = ensure([("", digest) for digest in [*models, forest.seed]], columns)
+    assert found.run == 4
+    for digest in models:
+        alone_N = round_to_half(run(open_model(store.load(digest), store), found.holdout))
+        np.testing.assert_array_equal(found.columns[digest], alone_N)
 
 
 def test_a_model_runs_once(grown):

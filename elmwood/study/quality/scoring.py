@@ -5,9 +5,9 @@ W windows, N scored tokens, E experts
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
 
 LONGEST = 1024  # tokens of a window, where the user names no length
+MATES = 64  # adapters over one copy of their seed
+_mates: dict[tuple[Path, tuple[Digest, ...]], Any] = {}  # the open ones
 
 
 class Budget(NamedTuple):
@@ -91,14 +93,37 @@ class Columns:
             seen_W[window_w] = True
 
 
-def _open(model: Record, store: Store) -> Scorer:
+def _open(model: Record, store: Store, mates: tuple[Digest, ...] = ()) -> Scorer:
     from elmwood.ensemble.mixture import open_model  # torch: seconds, and only where something is missing
     from elmwood.lm.probe import note
 
-    lm = open_model(model, store)
+    lm = _open_among(mates, store, model.digest) if mates else open_model(model, store)
     if isinstance(model, Expert) and "adapter_model.safetensors" in model.files:
         note(lm, model, store)
     return lm
+
+
+def _open_among(mates: tuple[Digest, ...], store: Store, digest: Digest) -> Any:
+    """One of several adapters of a seed. The seed stays open for the next of them."""
+    from elmwood.ensemble.one import OneLM
+    from elmwood.lm.experts import Experts
+
+    key = store.root, mates
+    if key not in _mates:
+        _mates.clear()
+        experts = [store.load(one, Expert) for one in mates]
+        _mates[key] = Experts(store.load(experts[0].seed, Seed), experts, store)
+    return OneLM(_mates[key], mates.index(digest), digest[:8])
+
+
+def _find_mates(models: Sequence[Digest], store: Store) -> dict[Digest, tuple[Digest, ...]]:
+    """Adapters of one seed and one shape, some at a time, by digest."""
+    alike: dict[tuple[Digest, str], list[Digest]] = {}
+    for record in map(store.load, models):
+        if isinstance(record, Expert) and (settings := record.files.get("adapter_config.json")):
+            alike.setdefault((record.seed, settings), []).append(record.digest)
+    groups = [sorted(group[first : first + MATES]) for group in alike.values() for first in range(0, len(group), MATES)]
+    return {digest: tuple(group) for group in groups if len(group) > 1 for digest in group}
 
 
 class ScoreJob(Frozen):
@@ -110,6 +135,7 @@ class ScoreJob(Frozen):
     holdout: HoldoutSpec
     windows: tuple[int, ...]
     until: float | None = None  # seconds of time.time
+    mates: tuple[Digest, ...] = ()  # adapters that are scored before or after it, and itself, by digest
 
 
 class Scored(Frozen):
@@ -162,12 +188,16 @@ def ensure(
                          windows=tuple(missing_W.tolist()), until=until)
             )  # fmt: skip
     here = workers == 1 and engine == "local"
+    if not columns.stay:
+        mates = _find_mates([job.model for job in jobs], columns.store)
+        jobs = [job.model_copy(update={"mates": mates.get(job.model, ())}) for job in jobs]
     spent = [_score(columns, job, progress) for job in jobs] if here else run(
         score_job, jobs, workers=workers, engine=engine, progress=progress
     )  # fmt: skip
     if not (here and columns.stay):
         for job in jobs:
             del columns.opened[job.model]  # read again from the store
+        _mates.clear()
     tokens = sum(one.tokens for one in spent)
     found = {digest: columns[digest].loglik_N for _, digest in models}
     return Ensured(held, found, len(jobs), tokens, sum(one.seconds for one in spent), asked - tokens)
@@ -175,7 +205,15 @@ def ensure(
 
 def score_job(job: ScoreJob, progress: Progress) -> Scored:
     """The cost; the Score is found by model and holdout."""
-    return _score(Columns(job.holdout, Store(job.store)), job, progress)
+    columns = open_columns(job.holdout, job.store)
+    columns.opened.clear()
+    return _score(columns, job, progress)
+
+
+@lru_cache(1)
+def open_columns(holdout: HoldoutSpec, store: Path) -> Columns:
+    """Of a worker process: the held-out text is cut into tokens once for all its models."""
+    return Columns(holdout, Store(store))
 
 
 def _score(columns: Columns, job: ScoreJob, progress: Progress) -> Scored:
@@ -183,6 +221,10 @@ def _score(columns: Columns, job: ScoreJob, progress: Progress) -> Scored:
 
     one, seed = columns[job.model], columns.store.load(columns.spec.seed, Seed)
     before = one.forwarded, one.seconds
+    if job.mates:
+        one.load = partial(_open, one.model, columns.store, job.mates)
+    else:
+        _mates.clear()
     with use_threads(default_threads(seed)):
         one.fill(np.array(job.windows), named(job.label, progress), job.until)
     if not columns.stay and one.known_W.any():
