@@ -165,7 +165,7 @@ def _add_health(app: FastAPI, live: Live, meter: Meter) -> None:
         """The engine takes requests."""
         counts = live.counts()
         if not counts.open:
-            return reply_of(Refused(503, "the server closes", code="closing"))
+            return reply_of(Refused(503, "the server takes no requests: it closes, or no engine behind it answers", code="closing"))
         return Response(json.dumps({"state": "ready", "model": live.now.record.digest}), media_type="application/json")
 
     @app.get("/metrics")

@@ -15,7 +15,7 @@ from elmwood.serve.answers import Answer, Choice, Delta, Gone, provenance
 from elmwood.serve.messages import Asked
 from elmwood.serve.metrics import Meter
 from elmwood.serve.model import Served
-from elmwood.serve.refusals import body_of, refusal_of
+from elmwood.serve.refusals import Refused, body_of, refusal_of
 from elmwood.serve.spelling import Placed
 
 LEAST = -9999.0  # a log-probability of minus infinity, which JSON has not
@@ -41,6 +41,8 @@ class Style(Protocol):
 
 async def respond(request: Request, served: Served, asked: Asked, choices: Sequence[Choice], style: Style, meter: Meter) -> Response:
     """Run the choices of a request. Raises Refused, Gone."""
+    if asked.stream_options and not asked.stream:
+        raise Refused(400, "stream_options are of streams: leave them out, or set stream", "stream_options", "invalid_value")
     answer = Answer(served, choices, meter, request.receive)
     head = {"id": f"{style.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
     head["system_fingerprint"] = served.fingerprint

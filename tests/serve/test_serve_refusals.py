@@ -40,6 +40,7 @@ WRONG = [  # path, body, status, param, code
     ("completions", {"prompt": "a", "max_tokens": "5"}, 400, "max_tokens", "invalid_value"),
     ("completions", {"prompt": "a", "temperature": -0.1}, 400, "temperature", "invalid_value"),
     ("completions", {"prompt": "a", "top_p": 0}, 400, "top_p", "invalid_value"),
+    ("completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
     ("completions", {"prompt": "a", "n": 0}, 400, "n", "invalid_value"),
     ("completions", {"prompt": "a", "logprobs": 21}, 400, "logprobs", "invalid_value"),
     ("completions", {"prompt": "a", "stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "invalid_value"),
