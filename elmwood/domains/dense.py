@@ -24,7 +24,7 @@ from elmwood.engine import Progress, silent
 from elmwood.errors import BadCorpus, BadInput, BadRecord
 from elmwood.records import Embedder, Files
 from elmwood.records.plain_json import parse_json
-from elmwood.registry import require
+from elmwood.registry import lookup, require
 from elmwood.store import Store
 from elmwood.store.headers import check_headers, load_arrays
 from elmwood.threads import one_thread
@@ -144,7 +144,7 @@ def sentence_model(source: str, store: Store) -> Model:
             if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
                 raise BadInput(f"{source} is not a folder: name a folder that sentence-transformers saved, or a hub id")
             folder = Path(scratch)
-            require("sentence_transformers", "sentence").SentenceTransformer(source).save(scratch, safe_serialization=True)
+            require("sentence_transformers", "sentence").SentenceTransformer(source, device="cpu").save(scratch, safe_serialization=True)
         kept = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in PLAIN)
         files = {f"{MODEL}{path.relative_to(folder).as_posix()}": store.put(path) for path in kept}
     if f"{MODEL}modules.json" not in files or not any(name.endswith(".safetensors") for name in files):
@@ -155,14 +155,16 @@ def sentence_model(source: str, store: Store) -> Model:
 
 def open_sentence(name: str, store: Store) -> Encode:
     """The function of a sentence embedder in the store. Others may have made it, so only modules of its own library are opened.
-    Raises BadRecord, Damaged, MissingExtra."""
+    Raises BadInput, BadRecord, Damaged, MissingExtra."""
     files = listed(name, store)
     modules = json.loads(store.get(files[f"{MODEL}modules.json"]).read_bytes())
     if strange := [one["type"] for one in modules if not one["type"].startswith("sentence_transformers.")]:
         raise BadRecord(f"this sentence embedder wants {strange[0]}: only modules of sentence_transformers are opened; use another")
     check_headers(store.get(blob) for place, blob in files.items() if place.endswith(".safetensors"))
     folder = store.folder({place.removeprefix(MODEL): blob for place, blob in files.items()})
-    loaded = require("sentence_transformers", "sentence").SentenceTransformer(str(folder), local_files_only=True, trust_remote_code=False)
+    loaded = require("sentence_transformers", "sentence").SentenceTransformer(
+        str(folder), device=str(lookup({}, "elmwood.lm.devices:best_device")()), local_files_only=True, trust_remote_code=False
+    )
     return lambda texts: loaded.encode(list(texts), show_progress_bar=False)
 
 

