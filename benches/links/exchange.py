@@ -1,10 +1,11 @@
 """What one exchange takes over links of a rate: real processes in network namespaces, real protocols, payloads of their real form.
 
     python -m benches.links.exchange [--workers 4,8] [--rates 20,100,1000] [--parameters 1000000] [--repeats 3] [--methods ddp,diloco,star]
+        [--coordinator 1000]
 
 `ddp`: gloo sums one gradient, in float32. `diloco`: `elmwood seed diloco`'s exchange (torchft: a quorum, a checksum, the sum). `star int8`
 and `star top`: a machine fetches the newest version and uploads its delta, over HTTP through the star's own server and client; the
-coordinator's link has 1 Gbit/s (`--coordinator`). Nothing is trained. `seconds` from the moment that all may begin to the end of the last
+coordinator has a link of its own, of --coordinator Mbit/s. Nothing is trained. `seconds` from the moment that all may begin to the end of the last
 one, the median of the repeats; `sent` and `received` are bytes of a worker's interface, headers included, per parameter. `ideal` is what
 the link takes for the bytes of the payload alone.
 """
@@ -68,7 +69,7 @@ def ring(rank: int, workers: int, parameters: int, folder: Path) -> None:
         heed({"ddp": lambda: dist.all_reduce(grad), "diloco": diloco})
 
 
-def machine(rank: int, folder: Path) -> None:
+def machine(rank: int, folder: Path, address: str) -> None:
     """A machine of a star that sends random numbers."""
     import numpy as np
 
@@ -84,7 +85,7 @@ def machine(rank: int, folder: Path) -> None:
 
     key, store = signing.load_or_make_key(folder / f"key-{rank}"), Store(folder / f"store-{rank}")
     http.check_url = lambda url: url  # which asks for TLS beyond this machine, and these namespaces are on it
-    hub = http.Hub(f"http://10.77.0.254:{STAR}", key)
+    hub = http.Hub(f"http://{address}:{STAR}", key)
     rng, held = np.random.default_rng(rank), dict[str, Any]()
     star = parse(hub.get(f"/v1/records/{StarReply.model_validate(hub.get('/train').json()).star}").body)
     assert isinstance(star, Star)
@@ -110,7 +111,7 @@ def machine(rank: int, folder: Path) -> None:
     })  # fmt: skip
 
 
-def coordinator(folder: Path, workers: int, parameters: int, form: str) -> None:
+def coordinator(folder: Path, workers: int, parameters: int, form: str, address: str) -> None:
     """The star's own server, of a seed of random numbers."""
     import numpy as np
     import safetensors.numpy
@@ -136,7 +137,7 @@ def coordinator(folder: Path, workers: int, parameters: int, form: str) -> None:
     keys = {f"ed25519:{signing.public(signing.load_or_make_key(folder / f'key-{n}'))}": f"m{n}" for n in range(workers)}
     home = Home(star, store, Terms(least=workers, grace_s=0, beat_s=1e6, progress_s=1e6), keys)
     print("ready", flush=True)
-    serve(home, "10.77.0.254", STAR)
+    serve(home, address, STAR)
 
 
 # ---- the measure ----------------------------------------------------------------------------------------------
@@ -214,11 +215,12 @@ def measure_ring(net: Network, workers: int, given: Any, scratch: Path) -> None:
 
 
 def measure_star(net: Network, workers: int, form: str, given: Any, scratch: Path) -> None:
-    places, parameters = net.sites[:workers], int(given.parameters**0.5) ** 2
+    places, middle, parameters = net.sites[:workers], net.sites[-1], int(given.parameters**0.5) ** 2
+    net.set_rate(len(net.sites) - 1, given.coordinator * 1e6)
     with ExitStack() as around:
-        words = ["--as", "coordinator", str(scratch), str(workers), str(given.parameters), form]
-        Crew(around, [net.switch], [words]).lines()
-        crew = Crew(around, places, [["--as", "machine", str(n), str(scratch)] for n in range(workers)])
+        words = ["--as", "coordinator", str(scratch), str(workers), str(given.parameters), form, middle.address]
+        Crew(around, [middle], [words]).lines()
+        crew = Crew(around, places, [["--as", "machine", str(n), str(scratch), middle.address] for n in range(workers)])
         crew.lines()
         for rate in given.rates:
             for number in range(workers):
@@ -242,11 +244,11 @@ def main() -> None:
     options.add_argument("--methods", type=words, default=["ddp", "diloco", "star"])
     options.add_argument("--parameters", type=int, default=1_000_000)
     options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--coordinator", type=float, default=1000.0, help="Mbit/s of its link")
     given = options.parse_args()
     if reason := why_not():
         raise SystemExit(f"network namespaces cannot be made here ({reason}): run as root; `proxied` shapes one machine's way to a star")
-    with tempfile.TemporaryDirectory() as scratch, network(max(given.workers), 1e9) as net:
-        net.switch.call("ip address add 10.77.0.254/24 dev bridge")
+    with tempfile.TemporaryDirectory() as scratch, network(max(given.workers) + 1, 1e9) as net:
         for workers in given.workers:
             if {"ddp", "diloco"} & set(given.methods):
                 measure_ring(net, workers, given, Path(scratch) / f"ring-{workers}")
@@ -256,8 +258,10 @@ def main() -> None:
 
 ROLES: dict[str, Callable[..., None]] = {
     "ring": lambda rank, workers, parameters, folder: ring(int(rank), int(workers), int(parameters), Path(folder)),
-    "machine": lambda rank, folder: machine(int(rank), Path(folder)),
-    "coordinator": lambda folder, workers, parameters, form: coordinator(Path(folder), int(workers), int(parameters), form),
+    "machine": lambda rank, folder, address: machine(int(rank), Path(folder), address),
+    "coordinator": lambda folder, workers, parameters, form, address: coordinator(
+        Path(folder), int(workers), int(parameters), form, address
+    ),
 }
 
 if __name__ == "__main__":
