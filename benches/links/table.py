@@ -4,8 +4,8 @@
         [--steps 20,100] [--tflops 66] [--rows 65536] [--markdown] [--plot hours.svg]
 
 CURVES: lines of benches.star.loss, benches.links.loss and benches.seedless.curve (loss by tokens, of small models). EXCHANGES: lines of
-benches.links.exchange (time of an exchange over a link of a rate, of a model of a million parameters). The model of the time of N
-parameters and K workers, nothing of it overlapping:
+benches.links.exchange (time of an exchange over a link of a rate, at two numbers of parameters). The model of the time of N parameters and
+K workers, nothing of it overlapping:
 
     a step      6 N x tokens of a worker's step / (FLOP/s of its card x its MFU, together --tflops)
     ddp         a step and a sum of gradients, every step
@@ -15,11 +15,11 @@ parameters and K workers, nothing of it overlapping:
     alone       as many steps as one worker takes, without the others: 1 / K of the tokens
     one machine all of the tokens, with a worker's batch
 
-An exchange of N parameters takes what its bytes take at the rate, times what was measured over that, at the same rate and number of
-workers. Losses are those of the small models: the ratio to ddp of the same file and rng seed at equal tokens, with its standard error over
-seeds. `faster` at equal tokens: ddp's hours over these. `faster to its loss`: ddp's hours to the loss that the method ends with, over the
-method's hours. `then`: the loss, relative to ddp at the end, that the method has after as many hours as diloco takes in all, which is equal
-machine-hours.
+An exchange of N parameters takes a + b x what its bytes take at the rate; a and b go through two measured sizes of the same method, rate
+and number of workers. Losses are those of the small models: the ratio to ddp of the same warm start and rng seed at equal tokens, with its
+standard error over seeds. `faster`: ddp's hours over these, at equal tokens. `to its loss`: ddp's hours to the loss that the method ends
+with, over the method's hours. `then`: the loss, relative to ddp at its end, that the method has after as many hours as diloco takes in all,
+which is equal machine-hours.
 """
 
 import json
@@ -83,10 +83,24 @@ def read_curves(paths: list[Path], workers: int) -> dict[str, Curve]:
     }  # fmt: skip
 
 
-def read_exchanges(path: Path) -> dict[tuple[str, int, float], float]:
-    """Method, workers, rate -> measured seconds over those of the payload alone."""
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
-    return {(one["method"], one["workers"], one["rate"]): one["seconds"] / one["ideal"] for one in lines}
+class Taken(NamedTuple):
+    """Seconds of an exchange: fixed + slope x those that its payload alone takes at the rate of the link."""
+
+    fixed: float
+    slope: float
+
+
+def read_exchanges(path: Path) -> dict[tuple[str, int, float], Taken]:
+    """By method, workers and rate: a line through the smallest and the largest payload; without a second one, through zero."""
+    found: dict[tuple[str, int, float], list[tuple[float, float]]] = defaultdict(list)
+    for line in (json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")):
+        found[line["method"], line["workers"], line["rate"]].append((line["ideal"], line["seconds"]))
+    made = {}
+    for key, points in found.items():
+        (near, first), (far, last) = min(points), max(points)
+        slope = max(1.0, (last - first) / (far - near) if far > near else last / far)
+        made[key] = Taken(max(0.0, last - slope * far), slope)
+    return made
 
 
 class Setting(NamedTuple):
@@ -99,11 +113,12 @@ class Setting(NamedTuple):
     flops: float  # a second
     rows: int  # tokens of a worker's step
     tokens: float  # of all workers together
-    over: dict[tuple[str, int, float], float]
+    taken: dict[tuple[str, int, float], Taken]
 
     def exchange(self, method: str, bits: float) -> float:
         """Seconds, of `bits` a parameter."""
-        return bits * self.parameters / self.rate * self.over[method, self.workers, self.rate]
+        fixed, slope = self.taken[method, self.workers, self.rate]
+        return fixed + slope * bits * self.parameters / self.rate
 
     def seconds(self, method: str) -> float:
         """Of the whole run."""
@@ -180,12 +195,12 @@ def main() -> None:
     options.add_argument("--markdown", action="store_true")
     options.add_argument("--plot", type=Path, help="loss over hours, of the first of every setting")
     given = options.parse_args()
-    over, drawn = read_exchanges(given.exchanges), False
+    taken, drawn = read_exchanges(given.exchanges), False
     for workers, size, rate, steps in product(given.workers, given.sizes, given.rates, given.steps):
         curves, N = read_curves(given.curves, workers), parse_count(size)
         if "ddp" not in curves:
             continue
-        setting = Setting(N, workers, rate * 1e6, steps, given.tflops * 1e12, given.rows, given.tokens * N, over)
+        setting = Setting(N, workers, rate * 1e6, steps, given.tflops * 1e12, given.rows, given.tokens * N, taken)
         rows, about = rows_of(setting, curves), f"{size} parameters, {workers} workers at {rate:g} Mbit/s"
         if given.markdown:
             print(f"\n{about}, an exchange every {steps} steps\n\n{as_markdown(rows)}")
