@@ -21,14 +21,14 @@ from elmwood.train.sites.site import divide
 from elmwood.train.sites.task import find_address
 
 SCRIPT = """
-import json, os, signal, sys, warnings
+import json, os, shutil, signal, sys, warnings
 warnings.filterwarnings("ignore", "The 'warn' method", DeprecationWarning)  # torchft's
 root, plans = sys.argv[1:]
 from elmwood.train.sites import site
 from elmwood.train.sites.task import train_at_site
 from torchft.coordination import LighthouseServer
 from torchft.manager import Manager
-from elmwood.records import Diloco
+from elmwood.records import Diloco, fingerprint
 from elmwood.store import Store
 from elmwood.train import loop
 loop.uses_bf16 = lambda device: False
@@ -69,11 +69,13 @@ def start(plan, name, number, address, dies=None):
         print(json.dumps({"name": name, "site": number, "seed": made.digest}), flush=True)
     return fork(work)
 
-def run(plan, name, dies={}, again=None):
+def run(plan, name, dies={}, again=None, anew=False):
     light, address = lighthouse(plan.sites)
     children = {number: start(plan, name, number, address, dies.get(number)) for number in range(plan.sites)}
     if again is not None:
         os.waitpid(children[again], 0)
+        if anew:  # its disk too
+            shutil.rmtree(Store(root).work(fingerprint("diloco", plan, name, again)))
         children[again] = start(plan, name, again, address)
     ends = [os.waitpid(child, 0)[1] for child in children.values()]
     print(json.dumps({"name": name, "ends": ends}), flush=True)
@@ -83,6 +85,7 @@ def run(plan, name, dies={}, again=None):
 two, five, streamed = (Diloco.model_validate_json(one) for one in json.loads(plans))
 run(two, "two")
 run(two, "again", {1: (1, 2)}, again=1)
+run(two, "anew", {1: (1, 2)}, again=1, anew=True)
 run(five, "five", {4: (1, 2), 3: "in the sum"})
 run(streamed, "streamed")
 """
@@ -101,8 +104,8 @@ def runs(place, forked, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
     assert not [one for one in said if "failed" in one], said
-    made = {name: [one["seed"] for one in said if one["name"] == name and "seed" in one] for name in ("two", "again", "five", "streamed")}
     ends = {one["name"]: one["ends"] for one in said if "ends" in one}
+    made = {name: [one["seed"] for one in said if one["name"] == name and "seed" in one] for name in ends}
     return store, {"two": two, "five": five, "streamed": streamed}, made, ends
 
 
@@ -150,11 +153,13 @@ def test_it_is_diloco(runs, monkeypatch):
         torch.testing.assert_close(found[name], weight.detach(), atol=2e-4, rtol=0)
 
 
-def test_a_killed_site_comes_back_at_the_round_of_the_other(runs):
+@pytest.mark.parametrize("name", ["again", "anew"])
+def test_a_killed_site_comes_back_at_the_round_of_the_other(runs, name):
+    """From its own checkpoint; or, where that is lost too, from the state of the other, which goes on waiting for the quorum of two."""
     store, plans, made, ends = runs
-    assert ends["again"] == [0, 0]
-    assert len(made["again"]) == 2
-    (digest,) = set(made["again"])
+    assert ends[name] == [0, 0]
+    assert len(made[name]) == 2
+    (digest,) = set(made[name])
     each, seed = plans["two"].tokens, store.load(digest, Seed)
     assert [point.tokens // each for point in seed.curve] == [2, 3, 5]  # in the second round it lost its steps, and added nothing
     assert all(weight.isfinite().all() for weight in weights(digest, store).values())
