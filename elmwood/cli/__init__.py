@@ -122,11 +122,12 @@ GROUPS = {
     "star": (STAR_VERBS, "Train one seed on several machines over slow links."),
     "state": (STATE_VERBS, "Unfinished merges: sums of experts that add and subtract exactly, in any order."),
 }
-# places of the verbs that run models; `fit` and `join` have a --device of their own
+# places of the verbs that run models; `fit` has a --device of its own
 COMPUTING = frozenset({
     "demo:demo", "text:cluster", "text:split", "text:add", "train:train", "train:adopt", "train:statistics", "train:seed_train",
     "train:seed_diloco", "train:seed_import", "evaluate:evaluate", "evaluate:table", "evaluate:compare", "evaluate:accept",
-    "models:chat", "merge:merge", "models:mix", "models:loads", "models:serve", "star:serve", "star:join",
+    "models:chat", "merge:merge", "models:mix", "models:loads", "models:serve", "star:serve", "star:join", "volunteer:join",
+    "volunteer:verify_work", "hub:demo",
 })  # fmt: skip
 PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 

@@ -1,6 +1,5 @@
 """Verbs of who works with a hub: join it, verify what others submit, pull what they made."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -10,7 +9,6 @@ from typer import Argument, Option
 
 from elmwood.cli.options import NameOption, Output
 from elmwood.cli.screen import bars, emit, out, printable, talk
-from elmwood.engine import DEVICE
 from elmwood.errors import BadInput
 from elmwood.units import parse_count
 
@@ -42,7 +40,6 @@ class Pacing(NamedTuple):
 def join(
     url: HubArgument,
     text: Annotated[list[str] | None, Option(help="Train on text of your own, which stays here (repeatable).")] = None,
-    device: Annotated[str | None, Option(help="Where to train: cpu, cuda, cuda:1, mps, xpu.")] = None,
     identity: Identity = Identity(),
     pacing: Pacing = Pacing(),
     output: Output = Output(),
@@ -52,8 +49,6 @@ def join(
     from elmwood.hub.client.state import Told, open_folder
     from elmwood.store import Store
 
-    if device:
-        os.environ[DEVICE] = device
     if pacing.pause or pacing.resume:
         place = open_folder(url, Store(output.store), identity.folder)
         place.path.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def test_verbs_that_run_models_say_where(tmp_path, monkeypatch):
     monkeypatch.setenv("ELMWOOD_DEVICE", "cpu")
     having = {place for table in TABLES.values() for verb, (place, _) in table.items()
               if any("--device" in one.opts for one in cli._command(verb, place).params)}  # fmt: skip
-    assert having == cli.COMPUTING | {"train:fit"} | {place for place in having if place.startswith("volunteer:")}
+    assert having == cli.COMPUTING | {"train:fit"}
     found = CliRunner().invoke(cli.app, ["chat", "nothing", "--device", "mps:7", "--store", str(tmp_path)])
     assert "nothing" in str(found.exception)
     assert os.environ["ELMWOOD_DEVICE"] == "mps:7"
