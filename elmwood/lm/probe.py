@@ -8,8 +8,9 @@ another way or laid over other weights says something else.
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from math import isfinite
+from math import isfinite, sqrt
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from elmwood.store import Store
 from elmwood.store.disk import write_whole
 
 TOKENS, NUMBERS = 8, 32
-NATS, SHARE = 0.1, 0.1  # that a number may differ by, and a part of the largest distance from the seed: either side may compute in bf16
+NATS, SHARE = 0.07, 0.1  # that numbers may differ by, and a part of their distance from the seed's: either side may compute in bf16
 
 
 def text(vocabulary: int, context: int) -> list[int]:
@@ -74,13 +75,17 @@ def compare(said: Sequence[float], seed: Sequence[float], recorded: Sequence[flo
         raise BadInput("with it the model says what the seed says: it was never trained, or is not what was trained")
     if recorded is None or len(recorded) != len(said):
         return
-    bound = NATS + SHARE * max(abs(one - base) for one, base in zip(recorded, seed, strict=True))
-    far = max(abs(one - other) for one, other in zip(said, recorded, strict=True))
+    bound, far = NATS + SHARE * _distance(recorded, seed), _distance(said, recorded)
     if not far <= bound:
         raise BadInput(
             f"it does not say what it said when it was trained or scored: log-probabilities differ by {far:.3g} nats, {bound:.3g} are "
             "allowed; its files, its seed or the record of its probe are not what they were"
         )
+
+
+def _distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Root mean square of the differences."""
+    return sqrt(fmean((a - b) ** 2 for a, b in zip(one, other, strict=True)))
 
 
 def check(expert: Expert, store: Store) -> None:
