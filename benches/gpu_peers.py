@@ -17,6 +17,7 @@ for each, or one that says why there is none. It imports nothing of elmwood, so 
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import time
@@ -49,6 +50,7 @@ def main() -> None:
         return say(peer=asked.peer, skipped=f"{missing[0].replace('_', '-')} is not installed")
     if asked.peer in CARD and not card:
         return say(peer=asked.peer, skipped=f"{asked.peer} is measured on CUDA alone, and --device is {asked.device}")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}  # nothing here is fetched, or told to anybody
     if asked.peer == "unsloth":
         importlib.import_module("unsloth")  # before what it changes
     config = json.loads(asked.config.read_text()) if asked.config else TINY

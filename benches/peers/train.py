@@ -7,7 +7,7 @@ One JSON line per measurement: medians over interleaved rounds, wall and CPU sec
 
 full, lora   both sides on the same packed rows
 padding      the Trainer gets one document per row, as by default: paragraphs, and documents of the sample in rows of up to 1,024 tokens;
-             with --trl (pip install trl) also TRL's SFTTrainer, which packs too
+             with --trl (extra dev) also TRL's SFTTrainer, which packs too
 memory       peak of a separate process, whole and without what it held before training
 saving       share of the time spent on checkpoints, saved as often as the loop ever does
 mask         the cost of keeping packed documents apart
