@@ -14,6 +14,7 @@ import numpy as np
 
 from benches.common import Lines, parser, words
 from elmwood.corpus.build import build
+from elmwood.errors import BadInput
 from elmwood.evaluate.comparison import Compared, Control, Side, compare
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec
 from elmwood.evaluate.losses import bits_per_byte, row
@@ -66,9 +67,12 @@ class World(NamedTuple):
         )  # fmt: skip
 
     def seed(self, share: float, rng_seed: int, rate: float) -> Seed:
-        """That run after a share of the tokens; at no share its first weights."""
+        """That run after a share of the tokens; at no share its first weights. Raises BadInput where the folder has another run's."""
         if steps := self.steps(share):
-            return self.store.load(f"dense-{rng_seed}-{rate:g}-{self.batch}-step-{steps}", Seed)
+            found, run = self.store.load(f"dense-{rng_seed}-{rate:g}-{self.batch}-step-{steps}", Seed), self.dense(rng_seed, rate).run
+            if found.run != run:
+                raise BadInput(f"{self.store.root} holds seeds of run {found.run}, and these options make {run}: name a new folder")
+            return found
         return train_seed(self.corpus, self.store, tokens=0, **self.shape, rng_seed=rng_seed, progress=self.progress)
 
     def experts(
