@@ -31,7 +31,7 @@ from elmwood.study.seeds import train_seed
 
 SAME, LARGE = "dense, the experts' batch", "dense, k times the batch"
 WORDS, RANDOM, ROUTERS = "tf-idf", "random", "router LMs"
-DRAWN = ("forest", "merged", "random clusters", SAME)
+DRAWN = {"forest": "forest", "merged": "mean of experts", "random clusters": "random clusters", SAME: "dense", LARGE: "dense, k × batch"}
 WHOLE = 4  # bytes of a parameter of a full expert, as it is sent
 Mean = dict[str, dict[str, tuple[float, float | None]]]  # row -> "bits" or "gain" -> mean and standard error over rng seeds
 
@@ -146,10 +146,10 @@ def mean(lines: Sequence[Cells]) -> Mean:
 def draw(means: Mapping[float, Mean]) -> str:
     """Bits per byte against the seed's share, with standard errors over rng seeds. No share has no place on the axis: it is a level."""
     shares, lines = [share for share in means if share], []
-    for name in DRAWN:
-        at = [share for share in shares if name in means[share]]
+    for row, name in DRAWN.items():
+        at = [share for share in shares if row in means[share]]
         if len(at) > 1:
-            value_S, error_S = zip(*(means[share][name]["bits"] for share in at), strict=True)
+            value_S, error_S = zip(*(means[share][row]["bits"] for share in at), strict=True)
             lines.append(Series(name, [100 * share for share in at], value_S, [error or 0 for error in error_S]))
     level = ("no seed", means[0.0]["forest"]["bits"][0]) if 0.0 in means else None
     return experts_plot(lines, reference=level, by="share of the seed, percent")
