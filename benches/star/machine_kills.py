@@ -19,7 +19,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.request import Request, urlopen
@@ -105,9 +105,10 @@ def coordinating(world: World) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
-        os.kill(child, signal.SIGTERM)
-        assert os.waitpid(child, 0)[1] == 0, "the coordinator failed"
         listening.close()
+        with suppress(ProcessLookupError, ChildProcessError):  # it ended, and the reason stands in its traceback
+            os.kill(child, signal.SIGTERM)
+            assert os.waitpid(child, 0)[1] == 0, "the coordinator failed"
 
 
 def coordinate(world: World, listening: socket.socket) -> None:
@@ -119,11 +120,17 @@ def coordinate(world: World, listening: socket.socket) -> None:
     def end_grants() -> None:
         home.write(lambda state, now: (round.expire(state, now + 1e9), None))
 
-    home.start()
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+
+    def stop(error: Exception) -> None:
+        server.should_exit = True
+
+    home.start(stop)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which uvicorn raises again at its end
     server.run(sockets=[listening])
     home.close()
+    if home.ended:
+        raise home.ended
 
 
 class Cut:
@@ -150,7 +157,8 @@ def live(world: World, n: int, url: str, die_in: str, die_at: int) -> None:
     def place() -> None:
         count[0] += now[0] == die_in
         if count[0] == die_at:
-            (log / "deaths").open("a").write(now[0] + "\n")
+            with (log / "deaths").open("a") as file:
+                file.write(now[0] + "\n")
             os.kill(os.getpid(), signal.SIGKILL)
 
     stream, write, finish, keep = Hub.stream, checkpoint.write, phase._finish, phase.keep_whole
@@ -207,14 +215,20 @@ def train(world: World, kills: int, rng: np.random.Generator, away: float) -> Co
             return child
 
         running = {start(n): n for n in range(len(world.keys))}
-        while running:
-            child, status = os.wait()
-            n = running.pop(child)
-            assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"machine {n} failed"
-            if os.WIFSIGNALED(status):
-                if rng.random() < away:
-                    urlopen(Request(f"{url}/end-grants", method="POST")).close()
-                running[start(n)] = n
+        try:
+            while running:
+                child, status = os.wait()
+                assert child in running, "the coordinator ended"
+                n = running.pop(child)
+                assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"machine {n} failed"
+                if os.WIFSIGNALED(status):
+                    if rng.random() < away:
+                        urlopen(Request(f"{url}/end-grants", method="POST")).close()
+                    running[start(n)] = n
+        finally:
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
     deaths = [path for n in range(len(world.keys)) if (path := world.folder / f"log-{n}" / "deaths").exists()]
     return Counter(word for path in deaths for word in path.read_text().split())
 
@@ -238,7 +252,7 @@ def check(world: World, died: int) -> dict[str, Any]:
     state, chain = read_end(world)
     fates = [fate for one in chain for fate in one.fates]
     assert max(Counter(fate.proposal for fate in fates).values()) == 1, "a proposal stands in two versions"
-    assert not any(fate.code in WRONGS for fate in fates)
+    assert not (codes := {fate.code for fate in fates} & set(WRONGS)), f"honest proposals are rejected: {codes}"
     assert state.granted == state.applied + sum(state.rejected.values()) + state.gone + sum(one.tokens for one in state.unended)
     assert state.gone <= died * len(world.keys) * world.star.tokens, "more than one grant of each machine is lost for a kill"
     shapes, furthest = shapes_of(world.store.get(chain[0].weights)), 0.0

@@ -1,6 +1,7 @@
 """What a maintainer does with a hub: serve it, look at it, back it up, check it, move it to another database."""
 
 import gc
+import logging
 import re
 import shutil
 import sqlite3
@@ -25,6 +26,7 @@ from elmwood.hub.star import home as star_home
 from elmwood.hub.tables import blob, credit, derived, domain, expert, lease, manifest, metadata, run, snapshot, submission
 from elmwood.store.disk import hash_file
 
+logger = logging.getLogger("elmwood.hub")
 _made = select(derived.c.tainted, func.count().label("n")).group_by(derived.c.tainted)
 SLACK = 1e-9  # of sums of credit
 
@@ -41,7 +43,7 @@ def serve(hub: Hub, host: str, port: int, names: Sequence[str] = (), star: star_
     app = create_app(hub, [host, *names] if names else [])
     if star:
         app.mount("/star", star_app(star))
-        star.start()
+        star.start(lambda error: logger.error("the star at /star is coordinated no more: %s", error))
     gc.collect()
     gc.freeze()  # modules, routes and the manifest stay: looking at them again and again cost 15 % of a request
     uvicorn.run(

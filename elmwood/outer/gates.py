@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating[Any]]
 SHARE = 0.2  # of a delta at which its loss is computed: of the whole one noise would hide what it is good for
 BAND = (0.1, 5.0)  # norms that are taken, as multiples of the median
-COPY = 0.99  # cosine from which two deltas are one
+COPY, REPEAT = 0.99, 0.999  # cosines from which two deltas are one: of one round; of different rounds
 SKETCH = 4096
 MEMORY = 8  # versions whose deltas are remembered
 ERRORS = 3.0  # standard errors by which a step must be worse to be undone
@@ -68,23 +68,21 @@ def sketch(names: Iterable[str], values: Callable[[str], Floats]) -> Floats:
     return total
 
 
-def find_copies(sketches: Mapping[str, Floats], known: Iterable[Floats] = ()) -> set[str]:
-    """Of sketches by id in the order of arrival: those nearly parallel to an earlier one, or to one that is known (of deltas that were
-    applied, and of the last step)."""
-    found, before = set(), [one for one in map(_unit, known) if one is not None]
+def find_copies(sketches: Mapping[str, Floats], step: Iterable[Floats] = (), earlier: Iterable[Floats] = ()) -> set[str]:
+    """Of sketches by id in the order of arrival: those nearly parallel to an earlier one of the round or to the last step, or equal up to
+    their norm to one that an earlier version applied. A machine's deltas of few steps are nearly parallel by themselves."""
+    found, before, applied = set(), _units(step), _units(earlier)
     for id, given in sketches.items():
-        one = _unit(given)
-        if one is None:
-            continue
-        if any(float(one @ other) > COPY for other in before):
-            found.add(id)
-        before.append(one)
+        for one in _units([given]):
+            if any(float(one @ other) > COPY for other in before) or any(float(one @ other) > REPEAT for other in applied):
+                found.add(id)
+            before.append(one)
     return found
 
 
-def _unit(one: Floats) -> Floats | None:
-    norm = float(np.linalg.norm(one))
-    return one / norm if norm > 0 else None
+def _units(sketches: Iterable[Floats]) -> list[Floats]:
+    """Those that are not zero, of length one."""
+    return [one / norm for one in sketches if (norm := float(np.linalg.norm(one))) > 0]
 
 
 def judge_gains(gains: Gains) -> str:

@@ -58,7 +58,7 @@ def settle(
     codes, scales = gates.judge_norms([Facts(one.id, norms[one.id]) for one in ones], state.norm)
     passed = sorted((one for one in ones if one.id not in codes), key=lambda one: one.number)
     sketches = {one.id: gates.sketch(shapes, sent[one.id].values) for one in passed}
-    codes |= dict.fromkeys(gates.find_copies(sketches, [*earlier, *_last_step(base)]), "copy")
+    codes |= dict.fromkeys(gates.find_copies(sketches, _last_step(base), earlier), "copy")
     at("gated")
     gains: dict[str, Gains] = {}
     for one in passed:

@@ -114,7 +114,9 @@ def test_of_two_equal_deltas_the_earlier_is_the_original():
         "e": sketch({name: 0 * two[name] for name in shapes}),
     }
     assert gates.find_copies(given) == {"c"}
-    assert gates.find_copies({"b": given["b"], "d": given["d"]}, [2 * sketch(other), given["e"]]) == {"d"}
+    assert gates.find_copies({"b": given["b"], "c": given["c"]}, [2 * given["a"], given["e"]]) == {"c"}
+    assert gates.find_copies({"b": given["b"], "c": given["c"]}, earlier=[given["a"]]) == set()
+    assert gates.find_copies({"b": given["b"], "c": given["c"]}, earlier=[2 * given["b"]]) == {"b"}
     assert given["a"] @ given["d"] / np.linalg.norm(given["a"]) / np.linalg.norm(given["d"]) == pytest.approx(1 / 1.25**0.5, abs=0.05)
 
 

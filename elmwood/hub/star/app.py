@@ -243,14 +243,14 @@ def create_app(home: Home) -> FastAPI:
     @app.get("/healthz", tags=["health"])
     async def healthz() -> dict[str, Any]:
         """The process runs, and leads."""
-        return {"state": "up" if home.deposed is None else "deposed", "version": __version__}
+        return {"state": "up" if home.ended is None else "ended", "version": __version__}
 
     app.add_middleware(BoundBodies, most=lambda scope: PART_BYTES if scope["method"] == "PATCH" else JSON_BYTES, refuse=refuse)
     return app
 
 
 def serve(home: Home, host: str, port: int) -> None:
-    """Answer requests and decide rounds until the process is told to stop. Raises Deposed where another process leads now."""
+    """Answer requests and decide rounds until the process is told to stop. Raises what ended it: Deposed where another one leads now."""
     import uvicorn
 
     from elmwood.report.connections import Prompt
@@ -260,10 +260,10 @@ def serve(home: Home, host: str, port: int) -> None:
         server_header=False,
     ))  # fmt: skip
 
-    def stop() -> None:
+    def stop(error: Exception) -> None:
         server.should_exit = True
 
     home.start(stop)
     server.run()
-    if home.deposed:
-        raise home.deposed
+    if home.ended:
+        raise home.ended

@@ -1,5 +1,6 @@
 """A star on disk, opened by its coordinator: <store>/star/<name>/ has star.sqlite and uploads/; versions are records of the store."""
 
+import logging
 import os
 import secrets
 import socket
@@ -24,6 +25,7 @@ from elmwood.store import Store
 from elmwood.store.disk import temporary_folder
 
 T = TypeVar("T")
+logger = logging.getLogger("elmwood.star")
 TICK = 1.0  # seconds between two looks at deadlines and at the round
 WEIGHTS = "model.safetensors"
 JudgeOf = Callable[[Base], Judge | None]
@@ -88,7 +90,7 @@ class Home:
         self.size = size_of(shapes_of(store.get(start.weights)), star.form)
         self.public, self.sketches = self._public(), dict[str, Floats]()
         self._stop, self._threads = threading.Event(), list[threading.Thread]()
-        self.deposed: Deposed | None = None
+        self.ended: Exception | None = None
 
     def _name_workers(self, workers: Mapping[str, str]) -> None:
         def name(state: State) -> tuple[State, None]:
@@ -194,19 +196,21 @@ class Home:
 
     # ---- while it serves
 
-    def start(self, failed: Callable[[], None] = lambda: None) -> None:
-        """Renew the lead and decide rounds in two threads, until `close`. `failed` is called where this process leads no more."""
+    def start(self, failed: Callable[[Exception], None] = lambda error: None) -> None:
+        """Renew the lead and decide rounds in two threads, until `close`. `failed` is told why one of them ended before, as is `ended`:
+        another process leads, or a fault of ours."""
 
         def run(each: Callable[[], object], pause: float) -> None:
             while not self._stop.wait(pause):
                 try:
                     each()
-                except Deposed as error:
-                    self.deposed = error
-                    failed()
+                except Exception as error:
+                    if isinstance(error, ElmwoodError) and not isinstance(error, Deposed):  # the database or the disk is away, perhaps
+                        logger.warning("%s; tried again in %.0f s", error, pause)
+                        continue
+                    self.ended = error
+                    failed(error)
                     return
-                except ElmwoodError:  # the database or the disk is away; the next look tries again
-                    continue
 
         self.name_seed(self.version())
         for each, pause in ((self.keeper.renew, self.keeper.hold / 4), (self.tick, TICK)):
