@@ -115,7 +115,7 @@ def serve(
         from elmwood.serve.gateway.opening import add_answers, open_newer, open_replicas
         from elmwood.serve.gateway.replicas import Plan
 
-        plan = Plan.of(found.name, store, watch=watch, **how)
+        plan = Plan.of(found.name if watch else found.first, store, watch=watch, **how)
         opened, answers = open_replicas(plan, several.replicas, several.engine), add_answers
         opening = partial(open_newer, plan)
     else:

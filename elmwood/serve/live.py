@@ -57,6 +57,8 @@ class Live:
         finally:
             with self._changed:
                 self._users[id(served)] -= 1
+                if not self._users[id(served)]:
+                    del self._users[id(served)]
                 self._changed.notify_all()
 
     def adopt(self, served: Served) -> None:
@@ -71,11 +73,12 @@ class Live:
 
     def _retire(self, served: Served) -> None:
         """Let the requests of a model end, then close it."""
+        until = time.monotonic() + LONG
         with self._changed:
-            self._changed.wait_for(lambda: not self._users.get(id(served)) or self._closing)
+            self._changed.wait_for(lambda: not self._users.get(id(served)) or self._closing, LONG)
         shared = served.engine is self.now.engine
         if not shared:
-            served.engine.close(LONG)
+            served.engine.close(max(0.0, until - time.monotonic()))
         with self._changed:
             if not shared:
                 counts = served.engine.counts()
@@ -83,7 +86,6 @@ class Live:
                     loads=self._past.loads + counts.loads, load_seconds=self._past.load_seconds + counts.load_seconds,
                     mismatches=self._past.mismatches + counts.mismatches, failed=self._past.failed + counts.failed,
                 )  # fmt: skip
-            self._users.pop(id(served), None)
             self._old.remove(served)
             self._changed.notify_all()
 

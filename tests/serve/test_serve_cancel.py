@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from elmwood.ensemble.batch.interface import Ended, Limits, Said
+from elmwood.serve import live
 from elmwood.serve.app import create_app
 from elmwood.serve.model import open_served
 from tests.serve.conftest import serving, start
@@ -108,6 +109,29 @@ def test_a_full_queue_is_429_and_those_who_wait_may_leave(paced, place):
 def test_the_choices_of_one_request_wait_however_short_the_queue(place):
     body = {"prompt": "the sea", "max_tokens": 2, "n": 4, "temperature": 0}
     assert len(httpx.post(f"{place}/v1/completions", json=body, trust_env=False, timeout=60).json()["choices"]) == 4
+
+
+def test_requests_of_a_model_that_was_replaced_have_a_limit(world, monkeypatch):
+    monkeypatch.setattr(live, "LONG", 0.0)
+    old, new = (open_served(world.seed, world.store) for _ in range(2))
+    engine = old.engine = Paced(old.engine)
+    app, answers = create_app(old), []
+    with serving(app) as address:
+        body = {"prompt": "the sea", "max_tokens": 200}
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{address}/v1/completions", json=body, trust_env=False, timeout=60))
+        )
+        engine.at(1)
+        asking.start()
+        assert engine.reached.wait(60)
+        app.state.live.adopt(new)
+        with engine._changed:
+            assert engine._changed.wait_for(lambda: engine._stop, 60)
+        engine.go.set()
+        asking.join(60)
+        assert answers[0].status_code == 503
+        assert "newer model" in answers[0].json()["error"]["message"]
+        assert httpx.post(f"{address}/v1/completions", json=body | {"max_tokens": 1}, trust_env=False, timeout=60).status_code == 200
 
 
 def test_a_server_that_stops_lets_requests_end(world):
