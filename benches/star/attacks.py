@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from benches.common import integers, parser, say, words
-from benches.star.simulation import Change, Ran, open_place, run_alone, run_star
+from benches.star.simulation import Change, Ran, held_out, open_place, run_alone, run_star
+from elmwood.lm.load import load_model
 from elmwood.outer.compress import open_delta
 from elmwood.outer.step import read_tensors
 
@@ -111,6 +112,8 @@ def main() -> None:
         for rng_seed in given.seeds:
             warm = Path(scratch) / f"warm-{rng_seed}"
             start = run_alone(place, warm, versions=1, steps=given.warm, rng_seed=1000 + rng_seed, schedule="constant", **plain)
+            before = held_out(place, load_model(place.seed, place.store, device="cpu"), place.store.get(start), given.length)
+            say("star.attacks", attack="start", rng_seed=rng_seed, loss=before)
             for gates in given.gates:
                 honest = run(given.machines, {}, gates, rng_seed)
                 wrong = sum(code != "" for told in honest.fates for _, code in told)

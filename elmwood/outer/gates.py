@@ -17,6 +17,7 @@ COPY, REPEAT = 0.99, 0.999  # cosines from which two deltas are one: of one roun
 SKETCH = 4096
 MEMORY = 8  # versions whose deltas are remembered
 ERRORS = 3.0  # standard errors by which a step must be worse to be undone
+DOUBT = 2.0  # standard errors by which a delta must do harm to be refused
 WRONGS = ("harm", "norm", "copy", "not-finite", "form")  # codes that say something of who sent it
 
 
@@ -86,8 +87,18 @@ def _units(sketches: Iterable[Floats]) -> list[Floats]:
 
 
 def judge_gains(gains: Gains) -> str:
-    """`harm` where held-out text, or the text that it says it was trained on, does not get better by it; else nothing."""
-    return "" if float(np.mean(gains.secret_B)) > 0 and float(np.mean(gains.own_B)) > 0 else "harm"
+    """`harm` where held-out text, or the text that it says it was trained on, gets worse by it, beyond `DOUBT` standard errors; else
+    nothing. Late in a run an honest delta gains hardly more than chance."""
+    return "harm" if _falls(gains.secret_B) or _falls(gains.own_B) else ""
+
+
+def _falls(gain_B: Floats) -> bool:
+    return not float(np.mean(gain_B)) >= -DOUBT * _error(gain_B)  # NaN is harm
+
+
+def _error(value_B: Floats) -> float:
+    """The standard error of a mean."""
+    return float(np.std(value_B, ddof=1)) / math.sqrt(len(value_B)) if len(value_B) > 1 else 0.0
 
 
 def is_worse(before_B: Floats, after_B: Floats) -> bool:
@@ -95,8 +106,7 @@ def is_worse(before_B: Floats, after_B: Floats) -> bool:
     rise_B = np.asarray(after_B, float) - np.asarray(before_B, float)
     if not np.isfinite(rise_B).all():
         return True
-    error = float(rise_B.std(ddof=1)) / math.sqrt(len(rise_B)) if len(rise_B) > 1 else 0.0
-    return bool(float(rise_B.mean()) > ERRORS * error and rise_B.mean() > 0)
+    return bool(float(rise_B.mean()) > ERRORS * _error(rise_B) and rise_B.mean() > 0)
 
 
 def most_guilty(gains: Mapping[str, Gains]) -> list[str]:
