@@ -81,7 +81,7 @@ def test_names_and_files_of_results_are_refused_before_any_work(group, verb, tmp
     (store / "refs" / "taken" / "0").write_text("0" * 64)
     (tmp_path / "file").write_text("")
     needed = []
-    for name, one in inspect.signature(function).parameters.items():
+    for name, one in inspect.signature(options.command(function)).parameters.items():
         if one.default is one.empty and get_args(one.annotation):
             needed += [f"--{name}"] * isinstance(get_args(one.annotation)[1], OptionInfo)
             needed.append("1" if get_args(one.annotation)[0] is int else "nothing")
