@@ -93,7 +93,10 @@ def check(expert: Expert, store: Store) -> None:
     experts = Experts(store.load(expert.seed, Seed), [expert], store)
     tokens_T = text(experts.seed.vocabulary, experts.seed.context)
     logp_2V, _ = experts.extend([0, 1], tokens_T, Text())
-    compare(sample(logp_2V[0]), sample(logp_2V[1]), expert.probe)
+    said, seed = map(sample, logp_2V)
+    if len(expert.probe) != len(said):
+        raise BadInput(f"its record has {len(expert.probe)} log-probabilities of its probe, and {len(said)} are compared: train it again")
+    compare(said, seed, expert.probe)
 
 
 def _path(branch: Expert | Merged | Mixture, store: Store) -> Path:

@@ -13,6 +13,7 @@ from elmwood.hub import messages
 from elmwood.hub.client.judge import FAULTS, Case, fault_of, judge
 from elmwood.hub.client.verify import Fault, Limits, run_case
 from elmwood.hub.messages import Gate
+from elmwood.lm import probe
 from elmwood.records import Ensemble, Forest
 from elmwood.study.quality.scoring import Columns, holdout_spec
 
@@ -146,8 +147,10 @@ def test_scores_that_are_not_finite_in_some_blocks_alone_are_refused(run):
 def test_one_that_does_not_say_what_its_record_has_is_refused(run):
     said = run.experts[2].probe
     assert len(said) == 32
-    other = run.experts[2].model_copy(update={"probe": tuple(number + 1 for number in said)})
+    short, other = (run.experts[2].model_copy(update={"probe": one}) for one in (said[:1], tuple(number + 1 for number in said)))
     run.store.add(other)
+    with pytest.raises(BadInput, match="32 are compared"):
+        probe.check(short, run.store)
     found = judge(case(run, other, joined(run, other)))
     assert (found.code, found.verdict.accepted) == ("other-probe", False)
     assert [check.name for check in found.verdict.checks if not check.passed] == ["it says what its record has"]
