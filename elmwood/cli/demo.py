@@ -8,6 +8,7 @@ from typer import Option
 
 from elmwood.cli.options import Output, WorkersOption
 from elmwood.cli.screen import bars, emit, out, table, talk
+from elmwood.engine import NOTE
 from elmwood.ranges import NewFile
 from elmwood.records import Comparison
 from elmwood.store import Store
@@ -51,7 +52,7 @@ def demo(
     with bars() as show:
 
         def progress(what: str, done: float, total: float, unit: str) -> None:
-            if what in SHOWN:
+            if what in SHOWN or unit == NOTE:
                 show(what, done, total, unit)
 
         made = study.demo(

@@ -58,10 +58,13 @@ def bars() -> Iterator[Report]:
     columns = (TextColumn("{task.description:<28}", markup=False, table_column=Column(no_wrap=True)), BarColumn(16), _Rate(), left)
     with Progress(*columns, console=talk) as display:
         tasks: dict[str, TaskID] = {}
+        said: set[str] = set()
 
         def progress(what: str, done: float, total: float, unit: str) -> None:
             if unit == NOTE:
-                display.console.print(what)
+                if what not in said:
+                    said.add(what)
+                    display.console.print(what)
                 return
             if unit == LEVEL:
                 for task in list(tasks.values())[-1:]:
@@ -120,13 +123,16 @@ class Lines:
         self.write, self.clock, self.every = write, clock, every
         self.running: dict[str, Running] = {}
         self.level = ""  # of the device's use, where a task measures it
+        self.said: set[str] = set()  # notes
         self.ended: set[tuple[str, str]] = set()  # what and unit of finished tasks: they may report their end again
         self.lock = threading.RLock()  # the beat comes from another thread
 
     def progress(self, what: str, done: float, total: float, unit: str) -> None:
         """An event of a task. One whose unit changes (reading bytes, then training tokens) begins anew."""
         if unit == NOTE:
-            self.write(what)
+            if what not in self.said:
+                self.said.add(what)
+                self.write(what)
             return
         if unit == LEVEL:
             self.level = "," + _level(what, done)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
-from elmwood.engine import Progress, placed, run, silent
+from elmwood.engine import NOTE, Progress, placed, run, silent
 from elmwood.errors import BadInput
 from elmwood.evaluate.comparison import Control, Cost, Side, compare
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec
@@ -290,7 +290,9 @@ def sum_progress(what: str, tokens: dict[str, int], progress: Progress) -> Progr
     done = dict.fromkeys(tokens, 0.0)
 
     def tell(task: str, count: float, total: float, unit: str) -> None:
-        if task in done and total:
+        if unit == NOTE:
+            progress(task, count, total, unit)
+        elif task in done and total:
             done[task] = tokens[task] * count / total
             progress(what, sum(done.values()), sum(tokens.values()), "tokens")
 

@@ -5,7 +5,7 @@ What trains is imported where it trains: torch takes seconds that handing out ta
 
 from pathlib import Path
 
-from elmwood.engine import Progress, cores, gpus
+from elmwood.engine import NOTE, Progress, cores, gpus
 from elmwood.records import Digest, Expert, Frozen, Partition, Recipe, Seed, Shard
 from elmwood.store import Store
 from elmwood.train.task_names import together_keys, train_key
@@ -106,8 +106,8 @@ def statistics_job(job: StatisticsJob, progress: Progress) -> Digest:
 
 
 def named(label: str, progress: Progress) -> Progress:
-    """One bar per task, whatever its parts are called."""
-    return lambda _, done, total, unit: progress(label, done, total, unit)
+    """One bar per task, whatever its parts are called. Notes stay what they are."""
+    return lambda what, done, total, unit: progress(what if unit == NOTE else label, done, total, unit)
 
 
 def label(partition: Partition, domain: int | None) -> str:

@@ -175,6 +175,7 @@ def open_trainable(
 ) -> Any:  # fmt: skip
     """The model that this recipe trains: the seed itself, or the frozen seed (in four bits for qlora) with an adapter.
     Raises BadInput, MissingExtra."""
+    progress(f"trains on {choose_device(device)}", 0, 0, NOTE)
     if recipe.method == "full":  # float32: in bf16 small updates would be rounded away
         return load_model(seed, store, device=device, dtype=torch.float32)
     if recipe.method == "qlora":

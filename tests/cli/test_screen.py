@@ -6,6 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elmwood.cli.screen import Lines, bars
+from elmwood.engine import NOTE
+from elmwood.study.demo import sum_progress
+from elmwood.study.tasks import named
 
 
 class Clock:
@@ -35,6 +38,15 @@ def test_a_line_when_a_task_begins_every_five_seconds_and_when_it_is_done():
         "train: 1k of 1.2k tokens, 100 tokens/s, 2 s left",
         "train: done, 1.2k tokens in 12 s",
     ]
+
+
+def test_what_many_tasks_note_is_said_once():
+    lines, _, written = lines_and_clock()
+    for task in ("a", "b"):
+        progress = named(task, sum_progress("both", {task: 9}, lines.progress) if task == "b" else lines.progress)
+        progress("trains on cuda:0", 0, 0, NOTE)
+        progress("read", 9, 9, "tokens")
+    assert written == ["trains on cuda:0", "a: done, 9 tokens in 0 s", "both: done, 9 tokens in 0 s"]
 
 
 def test_a_resumed_task_has_the_speed_of_this_run():

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_training import FULL, LLAMA, LORA, MODELS, SEED_RECIPE, SHAPE, packed_of, tiny
 
 from elmwood.corpus.tokens import pack
+from elmwood.engine import NOTE
 from elmwood.errors import BadInput, MissingExtra
 from elmwood.lm.adapters.trunk import stack_of
 from elmwood.lm.experts import Experts
@@ -84,6 +85,7 @@ def test_an_expert_learns_and_is_trained_once(case):
     expert = train(seed, corpus.train, FULL, store, partition="0" * 64, domain=3, progress=lambda *call: calls.append(call))
     assert (expert.seed, expert.partition, expert.domain) == (seed.digest, "0" * 64, 3)
     assert expert.data == tuple(shard.blob for shard in corpus.train)
+    assert ("trains on cpu", 0, 0, NOTE) in calls
     assert calls[-1] == ("train on cpu", FULL.tokens, FULL.tokens, "tokens")
     before = load_model(seed, store, device="cpu")
     assert held_out(load_model(seed, store, expert, device="cpu"), store, corpus, seed) < held_out(before, store, corpus, seed)

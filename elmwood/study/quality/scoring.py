@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elmwood.engine import Progress, run, silent
+from elmwood.engine import NOTE, Progress, run, silent
 from elmwood.errors import BadInput
 from elmwood.evaluate.columns import Scorer
 from elmwood.evaluate.holdout import Holdout, HoldoutSpec, open_holdout
@@ -217,7 +217,8 @@ def open_columns(holdout: HoldoutSpec, store: Path) -> Columns:
 
 
 def _score(columns: Columns, job: ScoreJob, progress: Progress) -> Scored:
-    from elmwood.train.loop import use_threads  # torch
+    from elmwood.lm.devices import best_device  # torch
+    from elmwood.train.loop import use_threads
 
     one, seed = columns[job.model], columns.store.load(columns.spec.seed, Seed)
     before = one.forwarded, one.seconds
@@ -225,6 +226,7 @@ def _score(columns: Columns, job: ScoreJob, progress: Progress) -> Scored:
         one.load = partial(_open, one.model, columns.store, job.mates)
     else:
         _mates.clear()
+    progress(f"scores on {best_device()}", 0, 0, NOTE)
     with use_threads(default_threads(seed)):
         one.fill(np.array(job.windows), named(job.label, progress), job.until)
     if not columns.stay and one.known_W.any():
