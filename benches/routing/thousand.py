@@ -250,8 +250,12 @@ def posterior(
 def serve(asked: Namespace) -> None:
     """Time until it listens, answers, memory."""
     store = Store(asked.store)
-    ensemble = Ensemble(forest=store.resolve("forest/domains"), router="live-sparse", top_k=2, seed_distance=1.0, temperature=1.0)
+    forest = store.load("forest/domains", Forest)
+    ensemble = Ensemble(
+        forest=forest.digest, router="live-sparse", top_k=2, temperature=2.0, seed_distance=1.2, memory=0.3, decay=0.92
+    )  # near what the study chooses
     store.add(ensemble)
+    domain = {digest: store.load(digest, Expert).domain for digest in forest.experts}
     started = perf_counter()
     process = subprocess.Popen(
         [*ELMWOOD, "serve", ensemble.digest, "--port", "0", "--json", "--store", str(asked.store), "--log", "none"],
@@ -260,30 +264,36 @@ def serve(asked: Namespace) -> None:
     assert process.stdout
     try:
         url = json.loads(process.stdout.readline())["url"]
-        say("thousand", step="serve: listens", seconds=perf_counter() - started, memory_mb=memory(process.pid))
+        seconds, cpu = perf_counter() - started, cpu_seconds(process.pid)
+        say("thousand", step="serve: listens", seconds=seconds, cpu_seconds=cpu, memory_mb=memory(process.pid))
         texts = held_texts(store, asked.requests)
         for turn in ("first time", "again"):
-            took, who = [], set()
-            for text in texts:
+            took, spoke, own = [], set(), 0
+            for place, text in texts:
                 asking = perf_counter()
                 answer = ask(url, text)
                 took.append(perf_counter() - asking)
-                who |= set(re.findall(r"[0-9a-f]{64}", json.dumps(answer.get("elmwood", {}))))
-            say("thousand", step=f"serve: {turn}", requests=len(texts), median_s=float(np.median(took)), most_s=max(took),
-                memory_mb=memory(process.pid), digests_named=len(who))  # fmt: skip
+                found = {one["id"] for one in answer["choices"][0]["elmwood"]["experts"]} & domain.keys()
+                own += place in {domain[digest] for digest in found}
+                spoke |= found
+            say(
+                "thousand", step=f"serve: {turn}", requests=len(texts), median_s=float(np.median(took)), most_s=max(took),
+                cpu_seconds=cpu_seconds(process.pid) - cpu, memory_mb=memory(process.pid), experts_that_spoke=len(spoke), own_spoke=own,
+            )  # fmt: skip
+            cpu = cpu_seconds(process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
 
 
-def held_texts(store: Store, count: int) -> list[str]:
-    """The beginnings of held-out documents, of as many domains."""
+def held_texts(store: Store, count: int) -> list[tuple[int, str]]:
+    """The beginnings of held-out documents, of as many domains: (domain, text)."""
     from elmwood.corpus.build import documents
 
     division = store.load("domains", Partition)
     found = []
-    for domain in division.domains[:: max(1, len(division.domains) // count)]:
-        found += [one.text[:400] for one in documents(domain.holdout, store)][:1]
+    for place in range(0, len(division.domains), max(1, len(division.domains) // count)):
+        found += [(place, one.text[:150]) for one in documents(division.domains[place].holdout, store)][:1]
     return found[:count]
 
 
@@ -292,6 +302,12 @@ def ask(url: str, text: str) -> dict:
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as answer:
         return json.load(answer)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process, so far."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def memory(pid: int) -> float:
