@@ -216,7 +216,8 @@ def main() -> None:
         if not any(method == "ddp" for method, _ in curves):
             continue
         settings = [
-            Setting(N, workers, rate * 1e6, steps, given.tflops * 1e12, given.rows, given.tokens * N, taken) for rate in given.rates
+            Setting(N, workers, rate * 1e6, steps, given.tflops * 1e12, given.rows, given.tokens * N, taken, given.decision)
+            for rate in given.rates
         ]
         rows_R, about = [rows_of(setting, curves) for setting in settings], f"{size} parameters, {workers} workers"
         if given.markdown:
