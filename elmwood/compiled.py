@@ -1,7 +1,7 @@
 """Loops over arrays, compiled by numba when they are first called, and kept beside their file or in the user's cache."""
 
-from collections.abc import Callable, Collection
-from functools import cache, partial, wraps
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 
@@ -16,16 +16,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def jit(fastmath: Collection[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator that compiles, for a module that only those import who need numba. `fastmath`: sums may be taken in any order, which is
-    that of the processor's registers."""
+def jit(**settings: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator that compiles, for a module that only those import who need numba. `settings`: those of numba's."""
     from numba import njit
 
     def compile(function: Callable[..., Any]) -> Any:
-        settings = partial(njit, nogil=True, fastmath={*fastmath})
         try:
-            return settings(cache=True)(function)
+            return njit(nogil=True, cache=True, **settings)(function)
         except RuntimeError:  # no folder that could be written to: compiled in each process anew
-            return settings()(function)
+            return njit(nogil=True, **settings)(function)
 
     return compile

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "elmwood_rows"
 ROWS, CAPACITY = 4, 128  # at first; doubled when full
-FEW, SHORT = 32, 1024  # tokens of a pass, and of the longest row, that compiled loops are faster for on a CPU
+FEW = 64  # tokens of a pass that compiled loops are at least as fast for, on a CPU
 
 
 class KeyValues:
@@ -128,7 +128,7 @@ def arrange(store: KeyValues, singles: Sequence[tuple[int, int]], chunks: Sequen
         first += size
     store.reserve(max([high, *(chunk.row + 1 for chunk in made)]), max([longest, *(begin + size for _, begin, size in chunks)]))
     row_n, place_n = torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(places, dtype=torch.long, device=device)
-    few = (np.array(rows, np.int64), np.array(places, np.int64)) if not chunks and len(rows) <= FEW and longest <= SHORT else None
+    few = (np.array(rows, np.int64), np.array(places, np.int64)) if not chunks and len(rows) <= FEW else None
     return Step(store, row_n, place_n, low, high, rows == list(range(low, high)), seen_RT[:, None, None], tuple(made), {}, few)
 
 

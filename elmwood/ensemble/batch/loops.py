@@ -20,7 +20,7 @@ WIDTH, OUTPUTS = (16, 4) if " avx512f " in processor() else (8, 2)
 ROWS = 4
 AHEAD = 576 * OUTPUTS  # numbers of the weights that are fetched before they are used: the distance that was fastest
 
-loop = jit(fastmath=frozenset({"reassoc", "contract", "nsz", "arcp"}))
+loop = jit(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy")  # which divides by zero without a branch
 
 
 def _sums(outputs: int, rows: int):
@@ -108,24 +108,44 @@ def _dot(x_I, w_I):
 def _adapt(x_NI, y_NO, product, flat_SP, slot_N, adapted_A6):
     """Add what adapters make of the inputs of a product. `adapted`: of each layer with adapters, which product it is a part of, its first
     output there, where its numbers begin (slots.py), rank, inputs and outputs."""
-    for a in range(len(adapted_A6)):
-        which, first, start, rank, inputs, outputs = adapted_A6[a]
-        if which != product:
+    for n in range(len(slot_N)):
+        if slot_N[n] < 0:
             continue
-        t_1R, middle = np.empty((1, rank), np.float32), start + rank * inputs
-        for n in range(len(slot_N)):
-            if slot_N[n] < 0:
-                continue
-            flat_P, y_O = flat_SP[slot_N[n]], y_NO[n, first : first + outputs]
-            multiply(x_NI[n : n + 1], flat_P[start:middle].reshape((rank, inputs)), t_1R)
-            t_R, b_RO, fours = t_1R[0], flat_P[middle : middle + rank * outputs].reshape((rank, outputs)), rank - rank % 4
-            for r in range(0, fours, 4):
-                p, q, s, t = t_R[r], t_R[r + 1], t_R[r + 2], t_R[r + 3]
-                for o in range(outputs):
-                    y_O[o] += p * b_RO[r, o] + q * b_RO[r + 1, o] + s * b_RO[r + 2, o] + t * b_RO[r + 3, o]
-            for r in range(fours, rank):
-                for o in range(outputs):
-                    y_O[o] += t_R[r] * b_RO[r, o]
+        flat_P = flat_SP[slot_N[n]]
+        for a in range(len(adapted_A6)):
+            which, first, start, rank, inputs, outputs = adapted_A6[a]
+            if which == product:
+                t_1R, middle = np.empty((1, rank), np.float32), start + rank * inputs
+                multiply(x_NI[n : n + 1], flat_P[start:middle].reshape((rank, inputs)), t_1R)
+                _add(t_1R[0], flat_P[middle : middle + rank * outputs].reshape((rank, outputs)), y_NO[n, first : first + outputs])
+
+
+@loop
+def _add(x_I, w_IO, y_O):
+    """y += x W, each row of W once."""
+    inputs, fours = len(x_I), len(x_I) - len(x_I) % 4
+    for i in range(0, fours, 4):
+        a, b, c, d = x_I[i], x_I[i + 1], x_I[i + 2], x_I[i + 3]
+        for o in range(len(y_O)):
+            y_O[o] += a * w_IO[i, o] + b * w_IO[i + 1, o] + c * w_IO[i + 2, o] + d * w_IO[i + 3, o]
+    for i in range(fours, inputs):
+        for o in range(len(y_O)):
+            y_O[o] += x_I[i] * w_IO[i, o]
+
+
+@loop
+def _exp(x):
+    """e^x as Cephes computes it, so that a register does many at once; 0 below e^-87, which also spares slow denormal numbers; e^88 at most."""
+    given, x = x, min(max(x, np.float32(-87)), np.float32(88))
+    power = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    x = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    y = np.float32(1.9875691500e-4) * x + np.float32(1.3981999507e-3)
+    y = y * x + np.float32(8.3334519073e-3)
+    y = y * x + np.float32(4.1665795894e-2)
+    y = y * x + np.float32(1.6666665459e-1)
+    y = y * x + np.float32(5.0000001201e-1)
+    y = (y * x * x + x + np.float32(1)) * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(0) if given < np.float32(-87) else y
 
 
 @loop
@@ -160,24 +180,20 @@ def _listen(y_NO, cos_ND, sin_ND, keys_RKCD, values_RKCD, row_N, place_N, scale)
             for i in range(width):
                 keys_RKCD[row, k, last, i] = y_NO[n, (heads + k) * width + i]
                 values_RKCD[row, k, last, i] = y_NO[n, (heads + groups + k) * width + i]
-        share_T = np.empty(last + 1, np.float32)
-        for h in range(heads):
-            k, most, total = h // (heads // groups), np.float32(-3e38), np.float32(0)
-            q = y_NO[n, h * width : (h + 1) * width]
-            for t in range(last + 1):
-                key, score = keys_RKCD[row, k, t], np.float32(0)
-                for i in range(width):
-                    score += q[i] * key[i]
-                share_T[t] = score * scale
-                most = max(most, share_T[t])
-            for t in range(last + 1):
-                share_T[t] = np.exp(share_T[t] - most)
-                total += share_T[t]
-            read = read_NO[n, h * width : (h + 1) * width]
-            for t in range(last + 1):
-                value, share = values_RKCD[row, k, t], share_T[t] / total
-                for i in range(width):
-                    read[i] += share * value[i]
+        share_GT = np.empty((heads // groups, last + 1), np.float32)
+        for k in range(groups):
+            first = k * len(share_GT)
+            multiply(y_NO[n, first * width : (first + len(share_GT)) * width].reshape((-1, width)), keys_RKCD[row, k, : last + 1], share_GT)
+            for g in range(len(share_GT)):
+                share_T, most, total = share_GT[g], np.float32(-3e38), np.float32(0)
+                for t in range(last + 1):
+                    most = max(most, share_T[t])
+                for t in range(last + 1):
+                    share_T[t] = _exp((share_T[t] - most) * scale)
+                    total += share_T[t]
+                for t in range(last + 1):
+                    share_T[t] /= total
+                _add(share_T, values_RKCD[row, k, : last + 1], read_NO[n, (first + g) * width : (first + g + 1) * width])
     return read_NO
 
 
@@ -189,7 +205,7 @@ def _gate(both_NO):
     for n in range(both_NO.shape[0]):
         for i in range(width):
             gate = both_NO[n, i]
-            gate_NO[n, i] = gate / (np.float32(1) + np.exp(-gate)) * both_NO[n, width + i]
+            gate_NO[n, i] = gate / (np.float32(1) + _exp(-gate)) * both_NO[n, width + i]
     return gate_NO
 
 
