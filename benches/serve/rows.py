@@ -79,6 +79,7 @@ def one(options: argparse.Namespace, folder: Path) -> None:
         "activated, engine": ensemble.model_copy(update={"mixing": "activated"}),
     }  # fmt: skip
     engines = {name: open_batched(record, store, options.device) for name, record in opened.items()}
+    engines["ensemble, deterministic"] = open_batched(ensemble, store, options.device, Limits(deterministic=True))
     shifts = iter(range(10**6))
 
     def decode(engine: Batched) -> Spent:
@@ -187,24 +188,24 @@ def churn(options: argparse.Namespace, folder: Path) -> None:
     parted = domains(4, folder, store)
     members = registered(seed, base, options, store, parted)
     ensemble = forest_of(seed, parted, members, store, top_k=1)
-    engine, opened_s = common.timed(lambda: open_batched(ensemble, store, options.device, Limits(slots=64, queue=512)))
+    limits = Limits(slots=64, queue=512, host_bytes=options.host_mb << 20)
+    engine, opened_s = common.timed(lambda: open_batched(ensemble, store, options.device, limits))
     assert engine
-    common.say("serve churn, opened", experts=len(members), seconds=opened_s)
-    at_once = 256
+    common.say(
+        "serve churn, opened", experts=len(members), seconds=opened_s, places=len(engine.host_HP), expert_kb=engine.host_HP[0].nbytes / 1e3
+    )
+    at_once, seen = 256, list[tuple[int, float]]()
     for first in range(0, len(members), at_once):
         digests = engine.experts[first : first + at_once]
         _, seconds = common.timed(lambda digests=digests: [one.wait() for one in [Heard(engine, ask(8, 2, only=(d,))) for d in digests]])
+        counts = engine.counts()
+        seen.append((counts.loads, common.own_memory()))
         if first % (at_once * max(1, len(members) // at_once // 8)) == 0:
-            counts = engine.counts()
             common.say(
-                "serve churn",
-                loads=counts.loads,
-                memory_mb=common.own_memory(),
-                seconds=seconds / len(digests),
-                mismatches=counts.mismatches,
+                "serve churn", loads=counts.loads, memory_mb=seen[-1][1], seconds=seconds / len(digests), mismatches=counts.mismatches
             )
-    counts = engine.counts()
-    common.say("serve churn, end", memory_mb=common.own_memory(), **counts._asdict())
+    (loads, before), (most, after) = seen[len(seen) // 4], seen[-1]  # the tier in main memory has been full for long
+    common.say("serve churn, end", memory_mb=after, kb_each_load=1e3 * (after - before) / (most - loads), **engine.counts()._asdict())
     engine.close()
 
 
@@ -251,6 +252,7 @@ def main() -> None:
     for name, value in (("rank", 0), ("experts", 4), ("registered", 0), ("users", 0), ("asked", 100), ("prompt", 64), ("tokens", 24),
                         ("rounds", 5), ("threads", 2)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--host-mb", type=int, default=16, help="of experts in main memory, in `churn`: 0 for what a server takes")
     parser.add_argument("--late", type=float, default=0.25, help="share of the layers with adapters, in the row `late`")
     options = parser.parse_args()
     shape, rank = SHAPE[options.way]

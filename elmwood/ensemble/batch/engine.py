@@ -70,7 +70,7 @@ class Batched:
         layers = layers_of(model, adapters, store)
         number_bytes = sum(layer.numbers for layer in layers) * next(model.parameters()).element_size()
         slots = min(limits.slots or max(candidates.most, SLOT_BYTES // max(1, number_bytes)), limits.rows, max(1, len(adapters)))
-        places = min(max(2 * slots, HOST_BYTES // max(1, number_bytes)), max(1, len(adapters)))
+        places = min(max(2 * slots, (limits.host_bytes or HOST_BYTES) // max(1, number_bytes)), max(1, len(adapters)))
         self._prober = Prober(twin(model), layers, seed) if adapters else None  # before its layers are wrapped
         self.slots = Slots(model, layers, slots) if adapters else None
         self.packed = Packed(store.root / "work" / "packed", layers)

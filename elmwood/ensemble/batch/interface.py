@@ -73,7 +73,8 @@ class Limits(NamedTuple):
     rows: int = 256  # (request, expert) pairs at once
     cache_bytes: int = 0  # of keys and values; 0: chosen by the engine
     slots: int = 0  # of experts on the device; 0: chosen by the engine
-    deterministic: bool = False  # a request has the same bytes whatever else is asked; each row is read in a pass of its own
+    host_bytes: int = 0  # of experts in main memory, of which there are at least twice the slots; 0: chosen by the engine
+    deterministic: bool = False  # a request has the same bytes whatever else is asked
 
 
 USUAL = Limits()

@@ -137,10 +137,11 @@ def _loop(layer: Any, products: Sequence[Joined]) -> Loop | None:
     return Loop((first, second), np.float32(eps.pop()), weights, biases)
 
 
-def attach(model: Any, slots: Slots | None) -> None:
-    """Note which of the layers' products have got adapters since, in these slots."""
-    for layer in getattr(model.base_model, "layers", ()):
-        if fused := getattr(layer, "elmwood_fused", None):
+def attach(model: Any, slots: Slots | None) -> bool:
+    """Note which of the layers' products have got adapters since, in these slots; whether compiled loops know all layers."""
+    found = [getattr(layer, "elmwood_fused", None) for layer in getattr(model.base_model, "layers", ())]
+    for layer, fused in zip(getattr(model.base_model, "layers", ()), found, strict=True):
+        if fused:
             slotted = {id(module.base): module for module in layer.modules() if isinstance(module, Slotted)}
             adapted = []
             for number, joined in enumerate(fused.products):
@@ -151,6 +152,7 @@ def attach(model: Any, slots: Slots | None) -> None:
                 flat_SP = slots.flat_SP.numpy() if slots else fused.loop.flat_SP
                 loop = fused.loop._replace(slots=slots, flat_SP=flat_SP, adapted_A6=np.array(adapted, np.int64).reshape(-1, 6))
                 layer.elmwood_fused = fused._replace(loop=loop)
+    return bool(found) and all(fused and fused.loop for fused in found)
 
 
 def _known(layer: Any) -> bool:

@@ -135,7 +135,7 @@ def _add(x_I, w_IO, y_O):
 
 @loop
 def _exp(x):
-    """e^x as Cephes computes it, so that a register does many at once; 0 below e^-87, which also spares slow denormal numbers; e^88 at most."""
+    """e^x as Cephes computes it, so that a register does many at once. 0 below e^-87, for denormal numbers are slow; e^88 at most."""
     given, x = x, min(max(x, np.float32(-87)), np.float32(88))
     power = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     x = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)

@@ -7,7 +7,7 @@ N tokens of a pass, n of them of the trunk, M with logits, R texts of C tokens, 
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from elmwood.ensemble.batch import layers
-from elmwood.ensemble.batch.keys import NAME, KeyValues, arrange
+from elmwood.ensemble.batch.keys import FEW, NAME, KeyValues, arrange
 from elmwood.ensemble.batch.prefixes import Kept, Prefixes
 from elmwood.lm.adapters.slots import Plan, Run, Slots, Span
 from elmwood.lm.adapters.trunk import Gate, trunk_depth
@@ -70,9 +70,13 @@ class Reader:
     def __init__(self, model: Any, slots: Slots | None, depth: int = 0):
         """`depth`: layers of the trunk."""
         self.model, self.slots = model, slots
-        layers.attach(model, slots)
+        self.compiled = layers.attach(model, slots)
         self.store = KeyValues(model.device)
         self.trunk = Trunk(model, depth) if depth else None
+
+    def at_once(self) -> int:
+        """How many single tokens pass the compiled layers together, where none changes the bits of another."""
+        return FEW if self.compiled and torch.get_num_threads() == 1 else 1
 
     @torch.inference_mode()
     def read(self, items: Sequence[Item]) -> tuple[Tensor, list[slice]]:
@@ -89,14 +93,15 @@ class Reader:
             wanted += range(place - items[n].wanted, place)
             found[n] = slice(end, end + items[n].wanted)
             end += items[n].wanted
-        idle = padded(place) - place  # tokens that nothing follows from, so that products have few different sizes
+        pad = padded if chunks or len(singles) > self.at_once() else int  # compiled loops need no padding
+        idle = pad(place) - place  # tokens that nothing follows from, so that products have few different sizes
         if self.slots:
             self.slots.follow(plan._replace(tokens=place + idle))
         tokens, places = tokens + [0] * idle, places + [0] * idle
-        wanted += [0] * (padded(end) - end)
+        wanted += [0] * (pad(end) - end)
         device, step = self.store.device, arrange(self.store, singles, chunks)
         if self.trunk:
-            tokens, places = self.trunk.go_before([items[n] for n in order], tokens, places)
+            tokens, places = self.trunk.go_before([items[n] for n in order], tokens, places, pad)
         try:
             output = self.model(
                 input_ids=torch.tensor([tokens], device=device), position_ids=torch.tensor([places], device=device), use_cache=False,
@@ -168,8 +173,11 @@ class Trunk:
         if text in self.texts:
             heapq.heappush(self.free, self.texts.pop(text).row)
 
-    def go_before(self, items: Sequence[Item], tokens: list[int], places: list[int]) -> tuple[list[int], list[int]]:
-        """Put the tokens that the trunk has not read before those of a pass, whose items come in this order."""
+    def go_before(
+        self, items: Sequence[Item], tokens: list[int], places: list[int], pad: Callable[[int], int]
+    ) -> tuple[list[int], list[int]]:  # fmt: skip
+        """Put the tokens that the trunk has not read before those of a pass, whose items come in this order. `pad`: how many there shall
+        be, of so many."""
         furthest: dict[int, Item] = {}
         for item in items:
             if item.text not in furthest or item.begin + len(item.tokens) > furthest[item.text].begin + len(furthest[item.text].tokens):
@@ -181,7 +189,7 @@ class Trunk:
         step = arrange(self.store, singles, [(place.row, place.read, len(said)) for place, said in new if len(said) > 1])
         room = self.store.capacity
         spots = [place.row * room + n for place, said in new for n in range(place.read, place.read + len(said))]
-        count = max(1, padded(len(spots)))
+        count = max(1, pad(len(spots)))
         idle = [0] * (count - len(spots))
         device = self.store.device
         spot_n = torch.tensor(spots, dtype=torch.long, device=device)

@@ -281,7 +281,7 @@ class Steps:
     # ---- reading
 
     def _read(self) -> bool:
-        """One pass, or one for each row; whether anything was read."""
+        """One pass, or several where rows are kept apart; whether anything was read."""
         due: list[tuple[Text, Row]] = []
         for text in list(self.running):
             rows = [text.rows[c] for c in text.run if c in text.rows]
@@ -296,11 +296,13 @@ class Steps:
         for n, size in zip(longer, shares, strict=True):
             left[n] = min(left[n], size)
         pairs = [(text, row, size) for (text, row), size in zip(due, left, strict=True) if size]
-        if not pairs:
-            return False
-        for part in [[pair] for pair in pairs] if self.apart else [pairs]:
+        parts = [pairs]
+        if self.apart:  # no row of a pass changes the bits of another
+            single, most = [pair for pair in pairs if pair[2] == 1], self.reader.at_once()
+            parts = [[pair] for pair in pairs if pair[2] > 1] + [single[n : n + most] for n in range(0, len(single), most)]
+        for part in parts:
             self._pass([(text, row, size) for text, row, size in part if text in self.running])
-        return True
+        return bool(pairs)
 
     def _pass(self, pairs: list[tuple[Text, Row, int]]) -> None:
         """Let these rows read so many tokens each."""
