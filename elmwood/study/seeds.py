@@ -9,7 +9,6 @@ from elmwood.engine import Progress, placed, silent
 from elmwood.errors import BadInput
 from elmwood.ranges import Between, checked
 from elmwood.records import Corpus, Diloco, Expert, Merged, Recipe, Seed, Shape, fingerprint
-from elmwood.registry import require
 from elmwood.store import AnyStore, Named, Store
 from elmwood.store.disk import temporary_folder
 from elmwood.study.tasks import SMALL, THREADS
@@ -149,7 +148,6 @@ def diloco(
         learning_rate=learning_rate, threads=threads, fragments=fragments, delay=delay, keep=keep, rate=rate, momentum=momentum,
         schedule=schedule, accumulate=accumulate, checkpointing=checkpointing, rng_seed=rng_seed,
     )  # fmt: skip
-    require("torchft.manager", "diloco")
     from elmwood.train.sites.task import train_at_site  # torch
 
     made = train_at_site(plan, site, lighthouse, store, name=name or "seed", wait_s=wait, progress=progress)
