@@ -14,7 +14,7 @@ error.
 """
 
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def main() -> None:
                 ran = run_star(
                     place, root / f"{name}-{rng_seed}", machines=given.machines, batch=given.batch, each=told, **both, **RUNS[name]
                 )
-                refused = sum(code != "" for round in ran.fates for _, code in round)
+                refused = dict(Counter(code for round in ran.fates for _, code in round if code))
                 say("star.loss", run=name, rng_seed=rng_seed, rejected=refused, bits=8 * ran.sent / given.machines / given.versions / size)
             for name, loss in last.items():
                 gaps[name].append(loss / last["ddp"] - 1)

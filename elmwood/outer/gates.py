@@ -17,7 +17,7 @@ COPY, REPEAT = 0.99, 0.999  # cosines from which two deltas are one: of one roun
 SKETCH = 4096
 MEMORY = 8  # versions whose deltas are remembered
 ERRORS = 3.0  # standard errors by which a step must be worse to be undone
-DOUBT = 2.0  # standard errors by which a delta must do harm to be refused
+DOUBT = 2.0  # standard errors by which a delta must make held-out text worse to be refused
 WRONGS = ("harm", "norm", "copy", "not-finite", "form")  # codes that say something of who sent it
 
 
@@ -87,13 +87,10 @@ def _units(sketches: Iterable[Floats]) -> list[Floats]:
 
 
 def judge_gains(gains: Gains) -> str:
-    """`harm` where held-out text, or the text that it says it was trained on, gets worse by it, beyond `DOUBT` standard errors; else
-    nothing. Late in a run an honest delta gains hardly more than chance."""
-    return "harm" if _falls(gains.secret_B) or _falls(gains.own_B) else ""
-
-
-def _falls(gain_B: Floats) -> bool:
-    return not float(np.mean(gain_B)) >= -DOUBT * _error(gain_B)  # NaN is harm
+    """`harm` where the text that it says it was trained on does not get better by it, or held-out text gets worse beyond `DOUBT` standard
+    errors; else nothing. Late in a run an honest delta gains hardly more than chance on text that it has not seen."""
+    held_out = float(np.mean(gains.secret_B)) >= -DOUBT * _error(gains.secret_B)  # False of NaN
+    return "" if held_out and float(np.mean(gains.own_B)) > 0 else "harm"
 
 
 def _error(value_B: Floats) -> float:

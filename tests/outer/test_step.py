@@ -120,11 +120,11 @@ def test_of_two_equal_deltas_the_earlier_is_the_original():
     assert given["a"] @ given["d"] / np.linalg.norm(given["a"]) / np.linalg.norm(given["d"]) == pytest.approx(1 / 1.25**0.5, abs=0.05)
 
 
-def test_gains_must_not_be_harm_beyond_doubt_on_own_and_on_secret_text():
+def test_gains_must_be_on_own_text_and_no_harm_beyond_doubt_on_secret_text():
     good, bad, doubtful = np.array([0.01, 0.02, -0.001]), np.array([-0.01, -0.02, -0.012]), np.array([-0.01, 0.008, -0.002])
-    assert gates.judge_gains(Gains(good, good)) == gates.judge_gains(Gains(doubtful, good)) == ""
-    assert {gates.judge_gains(Gains(good, bad)), gates.judge_gains(Gains(bad, good))} == {"harm"}
-    assert gates.judge_gains(Gains(np.array([np.nan]), good)) == "harm"
+    assert gates.judge_gains(Gains(good, good)) == gates.judge_gains(Gains(good, doubtful)) == ""
+    assert {gates.judge_gains(Gains(*pair)) for pair in ((good, bad), (bad, good), (doubtful, good), (0 * good, good))} == {"harm"}
+    assert gates.judge_gains(Gains(np.array([np.nan]), good)) == gates.judge_gains(Gains(good, np.array([np.nan]))) == "harm"
     assert gates.most_guilty({"a": Gains(good, good), "b": Gains(good, bad)}) == ["b", "a"]
 
 
