@@ -15,9 +15,10 @@ from numba.extending import intrinsic
 from elmwood.compiled import jit
 from elmwood.lm.products import processor
 
-# AVX-512 has registers for four outputs times four rows, of sixteen numbers each; others for two times four, of eight
-WIDTH, OUTPUTS = (16, 4) if " avx512f " in processor() else (8, 2)
-ROWS = 4
+# AVX-512 has registers for four outputs times six rows, of sixteen numbers each; others for two times four, of eight
+WIDTH, OUTPUTS, MANY = (16, 4, 6) if " avx512f " in processor() else (8, 2, 4)
+ROWS = 4  # at once, and MANY of more than SEVERAL
+SEVERAL = 16
 AHEAD = 576 * OUTPUTS  # numbers of the weights that are fetched before they are used: the distance that was fastest
 
 loop = jit(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy")  # which divides by zero without a branch
@@ -69,16 +70,22 @@ def _sums(outputs: int, rows: int):
     return sums
 
 
-_block, _column = _sums(OUTPUTS, ROWS), _sums(OUTPUTS, 1)
+_blocks, _block, _column = _sums(OUTPUTS, MANY), _sums(OUTPUTS, ROWS), _sums(OUTPUTS, 1)
 
 
 @loop
 def multiply(x_NI, w_OI, y_NO):
     """y = x Wᵀ."""
     (rows, inputs), outputs = x_NI.shape, w_OI.shape[0]
-    blocks, whole, vectors = rows - rows % ROWS, outputs - outputs % OUTPUTS, inputs - inputs % WIDTH
+    many = rows - rows % MANY if rows > SEVERAL else 0
+    blocks, whole, vectors = rows - (rows - many) % ROWS, outputs - outputs % OUTPUTS, inputs - inputs % WIDTH
     for o in range(0, whole, OUTPUTS):
-        for n in range(0, blocks, ROWS):
+        for n in range(0, many, MANY):
+            totals = _blocks(w_OI, o, x_NI, n)
+            for i in range(OUTPUTS):
+                for j in range(MANY):
+                    y_NO[n + j, o + i] = totals[i * MANY + j]
+        for n in range(many, blocks, ROWS):
             total = _block(w_OI, o, x_NI, n)
             for i in range(OUTPUTS):
                 for j in range(ROWS):
