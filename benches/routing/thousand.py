@@ -53,10 +53,10 @@ SIDES = {"expert": ("domains", ()), "part": ("parts", ("--method", "random"))}
 # ---- making it ------------------------------------------------------------------------------------------------------
 
 
-def run(what: str, *words: object) -> None:
+def run(what: str, *asked: object) -> None:
     """Run a command of elmwood, and say what it took."""
     started = perf_counter()
-    process = subprocess.Popen([*ELMWOOD, *map(str, words)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*ELMWOOD, *map(str, asked)], stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     say(
@@ -64,7 +64,7 @@ def run(what: str, *words: object) -> None:
         failed=process.returncode or None,
     )  # fmt: skip
     if process.returncode:
-        raise SystemExit(f"elmwood {' '.join(map(str, words))} ended with {process.returncode}")
+        raise SystemExit(f"elmwood {' '.join(map(str, asked))} ended with {process.returncode}")
 
 
 def make(asked: Namespace) -> None:
