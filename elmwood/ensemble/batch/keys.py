@@ -4,7 +4,10 @@ R rows, C capacity (tokens), H heads of queries, K of keys and values, G = H / K
 T of the longest row
 """
 
+import math
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "elmwood_rows"
-ROWS, CAPACITY = 4, 128  # at first; doubled when full
+ROWS = 4  # at first; doubled when full
+CAPACITY = {"cpu": 8192}  # of a row at first, else 128; doubled when full. On a CPU tokens take memory once they are written
 FEW = 64  # tokens of a pass that compiled loops are at least as fast for, on a CPU
 
 
@@ -26,12 +30,17 @@ class KeyValues:
     def __init__(self, device: torch.device):
         self.device = device
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.rows, self.capacity = ROWS, CAPACITY
+        self.clear()
 
     def clear(self) -> None:
         """Hold nothing, as at first."""
         self.layers.clear()
-        self.rows, self.capacity = ROWS, CAPACITY
+        self.rows, self.capacity = ROWS, CAPACITY.get(self.device.type, 128)
+        self.written: dict[int, int] = {}  # row -> tokens that may be in it
+
+    def wrote(self, row: int, end: int) -> None:
+        """A row has tokens before `end`."""
+        self.written[row] = max(end, self.written.get(row, 0))
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Have this many rows of this many tokens."""
@@ -44,7 +53,8 @@ class KeyValues:
         for layer, old in self.layers.items():
             new = self._room(*old)
             for one, before in zip(new, old, strict=True):
-                one[: before.shape[0], :, : before.shape[2]] = before
+                for row, end in self.written.items():
+                    one[row, :, :end] = before[row, :, :end]
             self.layers[layer] = new
 
     def layer(self, number: int, key_1KND: Tensor, value_1KND: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,14 +64,8 @@ class KeyValues:
         return self.layers[number]
 
     def _room(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Zeros, for what is masked must be finite; on a CPU they take memory once they are written."""
-        made = []
-        for like in (key, value):
-            shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
-            if like.device.type == "cpu" and like.dtype == torch.float32:
-                made.append(torch.from_numpy(np.zeros(shape, np.float32)))
-            else:
-                made.append(like.new_zeros(shape))
+        """Zeros, for what is masked must be finite."""
+        made = [_zeros((self.rows, like.shape[1], self.capacity, like.shape[3]), like) for like in (key, value)]
         return made[0], made[1]
 
     def take(self, row: int, length: int) -> list[Tensor]:
@@ -70,12 +74,27 @@ class KeyValues:
 
     def give(self, row: int, kept: Sequence[Tensor], length: int) -> None:
         """Let a row begin with what `take` has kept."""
+        self.wrote(row, length)
         for one, before in zip((one for _, pair in sorted(self.layers.items()) for one in pair), kept, strict=True):
             one[row, :, :length] = before[:, :length]
 
     def token_bytes(self) -> int:
         """Bytes of one token in one row; 0 before the first pass."""
         return sum(one.shape[1] * one.shape[3] * one.element_size() for pair in self.layers.values() for one in pair)
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """On a CPU they take memory once they are written, in small pages: huge ones would hold a whole text for its first token."""
+    size = math.prod(shape)
+    if like.device.type != "cpu" or not size:
+        return like.new_zeros(shape)
+    try:
+        held = mmap.mmap(-1, size * like.element_size())
+    except OSError as error:
+        raise MemoryError(f"no memory for keys and values of {shape[0]} rows: {error}") from error
+    with suppress(AttributeError, OSError):  # another system, or a kernel without huge pages
+        held.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(held, dtype=like.dtype).view(shape)
 
 
 class Chunk(NamedTuple):
@@ -127,6 +146,10 @@ def arrange(store: KeyValues, singles: Sequence[tuple[int, int]], chunks: Sequen
         made.append(Chunk(row, begin, first, first + size, seen))
         first += size
     store.reserve(max([high, *(chunk.row + 1 for chunk in made)]), max([longest, *(begin + size for _, begin, size in chunks)]))
+    for row, place in singles:
+        store.wrote(row, place + 1)
+    for row, begin, size in chunks:
+        store.wrote(row, begin + size)
     row_n, place_n = torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(places, dtype=torch.long, device=device)
     few = (np.array(rows, np.int64), np.array(places, np.int64)) if not chunks and len(rows) <= FEW else None
     return Step(store, row_n, place_n, low, high, rows == list(range(low, high)), seen_RT[:, None, None], tuple(made), {}, few)
