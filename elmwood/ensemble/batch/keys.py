@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "elmwood_rows"
 ROWS = 4  # at first; doubled when full
 CAPACITY = {"cpu": 8192}  # of a row at first, else 128; doubled when full. On a CPU tokens take memory once they are written
-FEW = 64  # tokens of a pass that compiled loops are at least as fast for, on a CPU
+FEW, THREADS = 64, 2  # tokens of a pass, and threads of torch, up to which compiled loops, which use one, are at least as fast on a CPU
 
 
 class KeyValues:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from elmwood.ensemble.batch.keys import FEW, Step, attend
+from elmwood.ensemble.batch.keys import FEW, THREADS, Step, attend
 from elmwood.lm.adapters.slots import Slots, Slotted
 from elmwood.lm.products import hasten, linear
 
@@ -249,7 +249,7 @@ def array(weight_OI: Tensor) -> NDArray[Any] | None:
 
 
 def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, array_OI: NDArray[Any] | None) -> Tensor:
-    """x W^T + b. With one thread, a loop multiplies up to FEW rows in 0.5 to 0.9 of the time of MKL and oneDNN."""
+    """x W^T + b. With one or two threads, a loop multiplies up to FEW rows in 0.5 to 0.9 of the time of MKL and oneDNN."""
     if array_OI is None or len(x_NI) > FEW or not uses_loops(x_NI):
         return linear(x_NI, weight_OI, bias_O)
     y_NO = x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0])
@@ -260,4 +260,4 @@ def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, array_OI: ND
 def uses_loops(x: Tensor) -> bool:
     """Whether few rows are computed by compiled loops: each small call of torch takes ten times as long in a step, where the weights
     push its code out of the caches, as it does alone. The loops use one thread."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.get_num_threads() == 1
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.get_num_threads() <= THREADS

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from elmwood.ensemble.batch import layers
-from elmwood.ensemble.batch.keys import FEW, NAME, KeyValues, arrange
+from elmwood.ensemble.batch.keys import FEW, NAME, THREADS, KeyValues, arrange
 from elmwood.ensemble.batch.prefixes import Kept, Prefixes
 from elmwood.lm.adapters.slots import Plan, Run, Slots, Span
 from elmwood.lm.adapters.trunk import Gate, trunk_depth
@@ -76,7 +76,7 @@ class Reader:
 
     def at_once(self) -> int:
         """How many single tokens pass the compiled layers together, where none changes the bits of another."""
-        return FEW if self.compiled and torch.get_num_threads() == 1 else 1
+        return FEW if self.compiled and torch.get_num_threads() <= THREADS else 1
 
     @torch.inference_mode()
     def read(self, items: Sequence[Item]) -> tuple[Tensor, list[slice]]:
