@@ -107,6 +107,10 @@ def coordinated(name: str, serving: Serving, store: Store, database: str | None)
         talk.print(f"{error}; waiting for {HOLD:.0f} s", soft_wrap=True)
         time.sleep(HOLD)
         home = open_home()
+    if (named := len(home.keeper.read().workers)) < least:
+        talk.print(
+            f"a version needs proposals of {least} machines, named: {named}; name more with --worker, or take --least 1", soft_wrap=True
+        )
     try:
         yield home
     finally:
