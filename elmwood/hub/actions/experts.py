@@ -102,7 +102,7 @@ def _drop(c: Connection, name: str, reason: str, version: int, when: Moment) -> 
     if row is None or not c.changed(_retire, digest_=name, until_=version, reason_=reason):
         return False
     if c.value(_owner, number=row["domain"]) == name:
-        move_domain(c, row["domain"], "retire", open_at=when.uptime)
+        move_domain(c, row["domain"], "retire")  # open at once: it was leased before, whatever another process's clock says
     c.run(_taint, expert_=name)
     log(c, "expert.retired", name, when.unix, domain=row["domain"], reason=reason, version=version)
     return True

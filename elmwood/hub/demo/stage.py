@@ -140,15 +140,7 @@ def follow(stage: "Stage", draft: RunManifest) -> Play:
     gone, place = stage.until("an expert to retire", lambda c: next(((x.expert, x.number) for x in stage.lines(c) if x.expert), None))
     care.retire(stage.hub, gone, "better-expert")
     stage.enter(bert)
-
-    def taken(c: Connection) -> bool | None:
-        if not stage.open_domains(c):
-            return True
-        if not stage.running[bert.name].is_alive():  # the domain was not open yet when they asked
-            stage.enter(bert)
-        return None
-
-    stage.until("the retired domain has an expert again", taken)
+    stage.until("the retired domain has an expert again", lambda c: not stage.open_domains(c) or None)
     last = stage.until("the last snapshot is measured", stage.newest_measure)
     lines = stage.hub.read(stage.lines)
     refused = stage.hub.read(lambda c: {row["member"]: row["code"] for row in c.all(statements.DECIDED) if row["state"] == "rejected"})

@@ -91,6 +91,17 @@ def test_a_hub_moves_to_postgresql_and_back_with_every_row(tmp_path, new_databas
     hub.close()
 
 
+def test_a_retired_domain_is_open_at_once(hub, client):
+    """Whatever the clock of the process says that retires: it may be ahead of the server's until the next tick."""
+    grow(hub, client)
+    gone, place = hub.read(lambda c: [*dict(c.one(select(care.expert.c.digest, care.expert.c.domain).limit(1))).values()])
+    ahead = Hub(hub.home, database=hub.database.url)
+    ahead.clock.tick(hub.clock.now() + 60)
+    care.retire(ahead, gone)
+    ahead.close()
+    assert Person(client).enter("another").claim(domains=[place]).json()["domain"] == place
+
+
 def test_doctor_names_what_is_wrong(hub, client):
     grow(hub, client)
     assert bad(hub) == []
