@@ -1,6 +1,7 @@
 """What the benches share: a measurement as one JSON line, arguments, progress, a forest opened, time and memory."""
 
 import json
+import os
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -9,7 +10,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from elmwood.evaluate import HoldoutSpec
+from elmwood.evaluate.holdout import Holdout
+from elmwood.evaluate.losses import bits_per_byte, difference
 from elmwood.records import Ensemble, Forest, Partition, Seed
 from elmwood.store import Store
 
@@ -110,6 +115,18 @@ def timed(task: Callable[[], T]) -> tuple[T, float]:
     return made, perf_counter() - started
 
 
-def own_memory() -> float:
-    """MB of this process's memory that no file backs."""
-    return int(re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
+def own_memory(process: int | str = "self") -> float:
+    """MB of a process's memory that no file backs."""
+    return int(re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())[0]) / 1e3
+
+
+def cpu_seconds(process: int) -> float:
+    """Of CPU time that a process took so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def figures(column_N: np.ndarray, dense_N: np.ndarray, held: Holdout, test_D: np.ndarray) -> dict[str, float]:
+    """Bits per byte of a column of log-likelihoods, and its gain over dense training with the standard error, paired."""
+    loss, gain = bits_per_byte(column_N, held, test_D), difference(dense_N, column_N, held, test_D)
+    return {"bits_per_byte": loss.value, "gain": gain.value, "gain_error": gain.standard_error}

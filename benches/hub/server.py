@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from benches.common import cpu_seconds
+
 SERVE = """
 import os, sys
 from elmwood.hub import app
@@ -91,8 +93,7 @@ class Server:
 
     def cpu(self) -> float:
         """Seconds of CPU time that it took so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.pid)
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         with suppress(ProcessLookupError):

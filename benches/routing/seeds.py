@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benches.common import Lines, Opened, integers, numbers, parser, say
+from benches.common import Lines, Opened, figures, integers, numbers, parser, say
 from benches.quality.routers import Bench
 from elmwood.corpus.build import build
 from elmwood.domains.partition import partition as divide
 from elmwood.domains.route import router_of, weights
 from elmwood.evaluate.comparison import ExpertColumns, Side
 from elmwood.evaluate.holdout import HoldoutSpec
-from elmwood.evaluate.losses import bits_per_byte, difference
+from elmwood.evaluate.losses import bits_per_byte
 from elmwood.records import Corpus, Forest, Partition, Seed
 from elmwood.store import Store
 from elmwood.study.demo import DENSE, Study, plan, train_and_score
@@ -125,17 +125,9 @@ def tell(world: World, rng_seed: int, bench: Bench, trained: dict[str, list[str]
     """Bits per byte and gain over dense of each row."""
     dense_N, found = bench.column(trained["dense"][0]), {}
     for name, run, column_N in rows(bench, trained):
-        loss, gain = bits_per_byte(column_N, bench.held, bench.test_D), difference(dense_N, column_N, bench.held, bench.test_D)
-        found[name] = loss.value, gain.value
-        say(
-            "seeds",
-            rng_seed=rng_seed,
-            row=name,
-            run_per_token=run,
-            bits_per_byte=loss.value,
-            gain=gain.value,
-            gain_error=gain.standard_error,
-        )
+        line = figures(column_N, dense_N, bench.held, bench.test_D)
+        found[name] = line["bits_per_byte"], line["gain"]
+        say("seeds", rng_seed=rng_seed, row=name, run_per_token=run, **line)
     return found
 
 

@@ -18,7 +18,6 @@ N scored tokens, D documents, W windows, E experts by digest
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from time import perf_counter
 
 import numpy as np
 
-from benches.common import Opened, parser, say, words
+from benches.common import Opened, cpu_seconds, figures, own_memory, parser, say, words
 from elmwood.corpus.tokens import token_bytes
 from elmwood.domains.distances import nearest_place
 from elmwood.domains.partition import serving
@@ -179,11 +178,10 @@ def study(asked: Namespace) -> None:
     held, test_D = sample.held, ~sample.held.tune_D
 
     def tell(name: str, run: float, column_N: np.ndarray, **more: object) -> None:
-        loss, gain = bits_per_byte(column_N, held, test_D), difference(dense_N, column_N, held, test_D)
         over = difference(seed_N, column_N, held, test_D)
         say(
-            "thousand", row=name, run_per_token=run, bits_per_byte=loss.value, gain=gain.value, gain_error=gain.standard_error,
-            over_seed=over.value, over_seed_error=over.standard_error, tokens=len(column_N), **more,
+            "thousand", row=name, run_per_token=run, **figures(column_N, dense_N, held, test_D), over_seed=over.value,
+            over_seed_error=over.standard_error, tokens=len(column_N), **more,
         )  # fmt: skip
 
     for name, column_N in plain_N.items():
@@ -213,21 +211,12 @@ def posterior(
     few = ExpertColumns.of(held, seed_N[mine_N], Side(loglik_NE, side.dist2_NK[mine_N], sparse2_NK=rare2_NE[mine_N]))
     test_D = ~held.tune_D
     for name, column_N in (("seed", seed_N[mine_N]), ("dense in full", dense_N[mine_N])):
-        loss, gain = bits_per_byte(column_N, held, test_D), difference(dense_N[mine_N], column_N, held, test_D)
-        say("thousand", few=name, bits_per_byte=loss.value, gain=gain.value, gain_error=gain.standard_error, tokens=len(column_N))
+        say("thousand", few=name, **figures(column_N, dense_N[mine_N], held, test_D), tokens=len(column_N))
     for router, top_k in (("centroid", 2), ("sparse", 2), ("live", 2), ("live-sparse", 2), ("posterior", 2), ("posterior", 16),
                           ("posterior", len(members) + 1)):  # fmt: skip
         (fit,) = few.calibrate(router, [top_k])
-        column_N = few.column(fit.routing)
-        loss, gain = bits_per_byte(column_N, held, test_D), difference(dense_N[mine_N], column_N, held, test_D)
-        say(
-            "thousand",
-            few=f"{router}, {top_k}",
-            bits_per_byte=loss.value,
-            gain=gain.value,
-            gain_error=gain.standard_error,
-            **asdict(fit.routing),
-        )
+        found = figures(few.column(fit.routing), dense_N[mine_N], held, test_D)
+        say("thousand", few=f"{router}, {top_k}", **found, **asdict(fit.routing))
     own, count = held.document_N, len(held.bytes_D)
     sum_DE = np.stack([np.bincount(own, loglik_N, count) for loglik_N in loglik_NE.T], 1)
     best_D, last_D = sum_DE.argmax(1), np.searchsorted(own, np.arange(count), "right") - 1
@@ -265,7 +254,7 @@ def serve(asked: Namespace) -> None:
     try:
         url = json.loads(process.stdout.readline())["url"]
         seconds, cpu = perf_counter() - started, cpu_seconds(process.pid)
-        say("thousand", step="serve: listens", seconds=seconds, cpu_seconds=cpu, memory_mb=memory(process.pid))
+        say("thousand", step="serve: listens", seconds=seconds, cpu_seconds=cpu, memory_mb=own_memory(process.pid))
         texts = held_texts(store, asked.requests)
         for turn in ("first time", "again"):
             took, spoke, own = [], set(), 0
@@ -278,7 +267,7 @@ def serve(asked: Namespace) -> None:
                 spoke |= found
             say(
                 "thousand", step=f"serve: {turn}", requests=len(texts), median_s=float(np.median(took)), most_s=max(took),
-                cpu_seconds=cpu_seconds(process.pid) - cpu, memory_mb=memory(process.pid), experts_that_spoke=len(spoke), own_spoke=own,
+                cpu_seconds=cpu_seconds(process.pid) - cpu, memory_mb=own_memory(process.pid), experts_that_spoke=len(spoke), own_spoke=own,
             )  # fmt: skip
             cpu = cpu_seconds(process.pid)
     finally:
@@ -302,17 +291,6 @@ def ask(url: str, text: str) -> dict:
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as answer:
         return json.load(answer)
-
-
-def cpu_seconds(pid: int) -> float:
-    """Of a process, so far."""
-    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-def memory(pid: int) -> float:
-    """MB of a process's memory that no file backs."""
-    return int(re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[0]) / 1e3
 
 
 def main() -> None:

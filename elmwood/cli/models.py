@@ -121,7 +121,7 @@ def serve(
     else:
         opened, answers = open_served(found.first, store, **how), None
         opening = partial(open_served, store=store, **how)
-    source = Source(found.newest, lambda digest, like: opening(digest, like=like), newer.every, found.first) if watch else None
+    source = Source(found.newest, opening, newer.every, found.first) if watch else None
 
     def ready(address: str) -> None:
         emit({"model": opened.record.digest, "url": address}) if output.as_json else out.print(
@@ -168,7 +168,7 @@ def gateway(
     found = follow(ensemble, newer, store, changed)
     opening = partial(open_gateway, store=store, behind=behind, settings=changed, name=ancestry.name_of(found.name, store))
     opened = opening(found.first)
-    source = Source(found.newest, lambda digest, like: opening(digest, like=like), newer.every, found.first)
+    source = Source(found.newest, opening, newer.every, found.first)
 
     def ready(address: str) -> None:
         emit({"model": opened.record.digest, "url": address}) if output.as_json else out.print(

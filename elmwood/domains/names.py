@@ -259,9 +259,9 @@ def weights(reading: Reading) -> Floats:
     return (noun_V + 0.5) / (noun_V + verb_V + 2) * np.where(short_V, RARELY, 1.0)
 
 
-def phrase(reading: Reading, term: int, inside_P: Ints) -> tuple[str, list[int]]:
+def phrase(reading: Reading, term: int, own_P: Ints) -> tuple[str, list[int]]:
     """A term as it is mostly written at the places of a domain, with the neighbours it mostly has; and the terms in it."""
-    first_P = last_P = inside_P[reading.term_T[inside_P] == term]  # places of the phrase: its first and last token
+    first_P = last_P = own_P[reading.term_T[own_P] == term]  # places of the phrase: its first and last token
     words_, used = [_form(reading, first_P)], [term]
     many = len(first_P)
     while len(words_) < PHRASE:

@@ -20,7 +20,7 @@ class Source(NamedTuple):
     """Where newer models come from."""
 
     newest: Callable[[], str]  # the digest of what is to be served; may take long and raise anything
-    open: Callable[[str, Served], Served]  # it, opened beside what is served
+    open: Callable[..., Served]  # (digest, like=what is served): it, opened beside that
     every_s: float
     first: str = ""  # what is served at first
 
@@ -139,7 +139,7 @@ class Follower:
             if found == self.last:
                 live.adopted = live.adopted._replace(trouble="")
                 return False
-            opened = self.source.open(found, live.now)
+            opened = self.source.open(found, like=live.now)
             if opened.engine is not live.now.engine:
                 _try_or_close(opened.engine)
         except Exception as error:  # whatever it was, the old one serves on

@@ -204,7 +204,7 @@ def test_a_newer_snapshot_is_routed_and_what_was_retired_leaves_the_engines(worl
     smaller = world.ensemble.model_copy(update={"forest": store.add(forest)})
     store.name("forests/moving", world.ensemble.digest)
     opening = partial(open_gateway, store=store, behind=Behind([vllm_address], tmp_path / "adapters"), name="moving")
-    source = Source(partial(store.resolve, "forests/moving"), lambda found, like: opening(found, like=like), 3600.0, world.ensemble.digest)
+    source = Source(partial(store.resolve, "forests/moving"), opening, 3600.0, world.ensemble.digest)
     app = create_app(opening(world.ensemble.digest), answers=add_answers, source=source)
     with serving(app) as address, httpx.Client(base_url=address, trust_env=False, timeout=60) as client:
 

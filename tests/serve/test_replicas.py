@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 
 import httpx
 import pytest
@@ -23,7 +24,7 @@ def test_a_replica_that_is_killed_comes_back_with_the_newest_model(world, http, 
     world.store.name("forests/moving", world.ensemble.digest)
     plan = Plan.of("forests/moving", world.store, watch=True)
     opened = open_replicas(plan, 1, engine)
-    source = Source(plan.resolve, lambda found, like: open_newer(plan, found, like), 3600.0, world.ensemble.digest)
+    source = Source(plan.resolve, partial(open_newer, plan), 3600.0, world.ensemble.digest)
     app = create_app(opened, answers=add_answers, source=source)
     with (
         serving(app) as address,

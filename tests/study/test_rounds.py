@@ -2,13 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from tiny_models import full_expert, lora_expert, tiny_seed
 
 from elmwood.corpus.build import build
-from elmwood.domains.partition import partition
 from elmwood.errors import BadInput, BadRecord, ForeignExpert
 from elmwood.lm.load import load_model
 from elmwood.records import Expert, Seed
@@ -22,20 +20,6 @@ from elmwood.study.seeds import seed_from
 from elmwood.study.training import train
 
 TOKENS_BT = torch.tensor([[0, 70, 75, 80, 90, 71]])
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Store:
-    """A seed, and three domains of words that nothing shares."""
-    folder = tmp_path_factory.mktemp("rounds")
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefghij"), 5)) for _ in range(120)]
-    texts = [" ".join(rng.choice(words[number % 3 :: 3], 60)) for number in range(60)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    store = Store(folder / "store")
-    store.name("domains", partition(build([str(folder / "text.jsonl")], store), store, domains=3).digest)
-    store.name("seed", tiny_seed(store).digest)
-    return store
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -4,14 +4,12 @@ import json
 import shlex
 import signal
 
-import numpy as np
 import pytest
-from tiny_models import save_adapter, tiny_seed
+from tiny_models import save_adapter
 from typer.testing import CliRunner
 
 from elmwood.cli import app
-from elmwood.corpus.build import build, documents
-from elmwood.domains.partition import partition
+from elmwood.corpus.build import documents
 from elmwood.errors import BadInput, ElmwoodError, UnknownName
 from elmwood.lm.experts import Experts
 from elmwood.lm.files import tokenizer
@@ -20,21 +18,6 @@ from elmwood.records import Expert, Mixture, Partition, Recipe, Seed
 from elmwood.store import Store
 
 SHORT = ["--tokens", "500", "--length", "32", "--batch", "4", "--rank", "4", "--workers", "1"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Store:
-    """A seed, and three domains of words that nothing shares."""
-    folder = tmp_path_factory.mktemp("verbs")
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefghij"), 5)) for _ in range(120)]
-    texts = [" ".join(rng.choice(words[number % 3 :: 3], 60)) for number in range(60)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    store = Store(folder / "store")
-    division = partition(build([str(folder / "text.jsonl")], store), store, domains=3)
-    store.name("domains", division.digest)
-    store.name("seed", tiny_seed(store).digest)
-    return store
 
 
 def typed(home: Store, *words: str) -> str:

@@ -74,7 +74,7 @@ def serve_plan(plan: Plan, host: str, ready: Callable[[str], None]) -> None:
         open_served, store=Store(plan.store), mixing=plan.mixing, settings=plan.settings, limits=plan.limits, name=plan.name
     )  # fmt: skip
     first = plan.resolve()
-    source = Source(plan.resolve, lambda found, like: opening(found, like=like), LOOK, first) if plan.watch else None
+    source = Source(plan.resolve, opening, LOOK, first) if plan.watch else None
     serve(opening(first), host, 0, keys=[plan.key], names=[host], source=source, drain_s=ENDING, ready=ready)
 
 
