@@ -53,12 +53,13 @@ def run_here(words: tuple[str, ...], cwd: Path) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-QUICK = ("demo", "--quick", "--corpus", "small.jsonl", "--seed", "packaged", "--tokens", "20k", "--workers", "1")
+SIZE = ("--domains", "3", "--tokens", "14k", "--learning-rate", "5e-4")
+QUICK = ("demo", "--quick", "--corpus", "small.jsonl", "--seed", "packaged", *SIZE, "--workers", "1")
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
-    """A folder in which the demo has run, on a tenth of its text (how it takes its own seed: tests/study/test_demo.py)."""
+    """A folder in which the demo has run, on a little of its text (how it takes its own seed: tests/study/test_demo.py)."""
     folder = tmp_path_factory.mktemp("story")
     write_sample(folder / "small.jsonl")
     elmwood("seed", "import", str(PACKAGED), "--name", "packaged", cwd=folder)
@@ -109,7 +110,7 @@ def test_the_report_stands_alone(here):
 def test_show_verify_and_damage(here, tmp_path):
     assert "demo/forest" in elmwood("show", cwd=here, known=True)
     lineage = elmwood("show", "demo/forest", cwd=here, alone=True)
-    assert lineage.count("expert") >= 4
+    assert lineage.count("expert") >= 3
     assert "corpus" in lineage
     assert elmwood("verify", cwd=here, alone=True) == ""
     tokenizer = next(path for path in (here / ".elmwood" / "blobs").rglob("*") if path.is_file() and path.read_bytes()[:1] == b"{")
@@ -157,7 +158,8 @@ def test_your_own_text_your_own_seed_lora(here, tmp_path):
 
     elmwood("seed", "import", "seed-folder", "--name", "mine/seed", cwd=here)
     elmwood("cluster", "notes", "--domains", "2", "--holdout", "0.3", "--name", "mine/domains", cwd=here)
-    elmwood("train", "mine/domains", "--seed", "mine/seed", "--tokens", "8k", "--length", "64", "--name", "mine/expert", cwd=here)
+    size = ("--tokens", "8k", "--length", "64", "--workers", "1")
+    elmwood("train", "mine/domains", "--seed", "mine/seed", *size, "--name", "mine/expert", cwd=here)
     elmwood("forest", "mine/domains", "mine/expert/", "--name", "mine/forest", cwd=here)
     table = json.loads(elmwood("eval", "mine/forest", "--name", "mine/ensemble", "--json", cwd=here))
     rows = {row["name"]: row["bits_per_byte"] for row in table["rows"]}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from datetime import UTC, datetime
 
 from elmwood.errors import UnknownName
@@ -27,6 +28,14 @@ class Lines(logging.Formatter):
         return " ".join(str(value) if name in ("time", "level", "event") else f"{name}={value}" for name, value in fields.items())
 
 
+class Stderr(logging.StreamHandler):
+    """Writes to what stderr is then. What it was when the log began may be closed, and each line would become a traceback."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def start_log(kind: str) -> None:
     """Log to stderr from now on. Raises UnknownName."""
     if kind not in KINDS:
@@ -34,6 +43,6 @@ def start_log(kind: str) -> None:
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO)
-    handler: logging.Handler = logging.NullHandler() if kind == "none" else logging.StreamHandler()
+    handler: logging.Handler = logging.NullHandler() if kind == "none" else Stderr()
     handler.setFormatter(Lines(kind == "json"))
     logger.addHandler(handler)

@@ -1,5 +1,4 @@
-"""The notebooks in examples/ run from top to bottom, with what comes with elmwood and nothing else. Their text is a tenth of the
-bundled one."""
+"""The notebooks in examples/ run from top to bottom, with what comes with elmwood and nothing else, on less text and for fewer steps."""
 
 import json
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 import pytest
 from sources import write_sample
 
+SMALLER = {'"sample"': '"small.jsonl"', '"200k"': '"20k"', '"30k"': '"12k"'}  # in the first cells; each stands there once
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 # As a kernel does: cells share their names, and the value of a last expression is shown. Prints one JSON line per value.
@@ -40,7 +40,7 @@ def test_a_notebook_is_small_and_has_no_output(notebook):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With a tenth of the bundled text at first. All three begin alike, so those that follow find their seed and experts."""
+    """With a little of the bundled text at first. All three begin alike, so those that follow find their seed and experts."""
     made = tmp_path_factory.mktemp("notebooks")
     write_sample(made / "small.jsonl")
     return made
@@ -49,9 +49,12 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook, folder, forked):
     """On a text of the reader's own, which a cell names in place of the bundled one. Warnings are errors, as in every test."""
-    code = cells(notebook)
-    assert code[0].count('text = "sample"') == 1
-    done = forked(KERNEL, cwd=folder, stdin=json.dumps([code[0].replace('"sample"', '"small.jsonl"'), *code[1:]]))
+    code = "\0".join(cells(notebook))
+    assert code.count('text = "sample"') == 1
+    for written, smaller in SMALLER.items():
+        assert code.count(written) == 1
+        code = code.replace(written, smaller)
+    done = forked(KERNEL, cwd=folder, stdin=json.dumps(code.split("\0")))
     assert not done.returncode, done.stderr
     shown = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert shown

@@ -1,7 +1,9 @@
 """What is refused, in OpenAI's shape, naming the field; keys, origins, bodies; the log."""
 
+import io
 import json
 import logging
+import sys
 
 import httpx
 import pytest
@@ -192,8 +194,9 @@ def test_key_files_are_checked(tmp_path):
             read_keys(path)
 
 
-def test_the_log_has_a_line_for_each_request_and_no_text(http, caplog):
+def test_the_log_has_a_line_for_each_request_and_no_text(http, caplog, monkeypatch):
     logger = logging.getLogger("elmwood.serve")
+    monkeypatch.setattr(logger, "propagate", True)  # a verb that ran in this process may have started a log
     with caplog.at_level(logging.INFO, logger="elmwood.serve"):
         reply = http.post("/v1/completions", json={"prompt": "the secret sea", "max_tokens": 2}, headers={"x-request-id": "one"})
         http.post("/v1/completions", json={"prompt": 5}, headers={"x-request-id": "two"})
@@ -206,3 +209,16 @@ def test_the_log_has_a_line_for_each_request_and_no_text(http, caplog):
     assert "status=200" in Lines(False).format(caplog.records[0])
     with pytest.raises(UnknownName):
         start_log("loud")
+
+
+def test_the_log_goes_to_what_stderr_is_then(caplog, monkeypatch):
+    logger = logging.getLogger("elmwood.serve")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", False)
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        with io.StringIO() as before:
+            monkeypatch.setattr(sys, "stderr", before)
+            start_log("text")
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        logger.info("a line")
+    assert sys.stderr.getvalue().endswith("info a line\n")
