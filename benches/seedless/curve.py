@@ -4,12 +4,12 @@
     python -m benches.seedless.curve FOLDER --shares 0 --routers [--corpus a.jsonl,b.jsonl] [--width 32] [--router-tokens 100k]
 
 The seeds of a rng seed are steps of one run from scratch before its decay (WSD); at its end that run is the first dense control. Experts
-branch from each, and decay on their own. The second control has the domains' number times the batch, at twice the rate: data-parallel
-training. Random clusters take the place of the domains at the shares of --random; with `--routers` also domains of router LMs (SmallTalk,
-arXiv:2410.03529), at no share. On the first rng seed every side takes the rate of --rates that is best on the tune half, and keeps it on
-the others. Figures are of the test half: [nats per token, bits per byte, gain over the strongest dense model, its standard error over
-documents]; lines `seedless.loss` have the same in the words of benches.links. `--plot` draws means over rng seeds. Finished steps in FOLDER
-are found again.
+branch from each, and decay on their own. The second control has the domains' number times the batch: data-parallel training. Random
+clusters take the place of the domains at the shares of --random; with `--routers` also domains of router LMs (SmallTalk,
+arXiv:2410.03529), at no share. On the first rng seed both dense models and the first forest take the rate of --rates that is best on the
+tune half; all others keep these. Figures are of the test half: [nats per token, bits per byte, gain over the strongest dense model, its
+standard error over documents]; lines `seedless.loss` have the same in the words of benches.links. `--plot` draws means over rng seeds.
+Finished steps in FOLDER are found again.
 """
 
 from argparse import Namespace
@@ -30,6 +30,7 @@ from elmwood.study.routers import find_domains
 from elmwood.study.seeds import train_seed
 
 SAME, LARGE = "dense, the experts' batch", "dense, k times the batch"
+FOREST = "forest"  # of tuning
 WORDS, RANDOM, ROUTERS = "tf-idf", "random", "router LMs"
 DRAWN = {"forest": "forest", "merged": "mean of experts", "random clusters": "random clusters", SAME: "dense", LARGE: "dense, k × batch"}
 WHOLE = 4  # bytes of a parameter of a full expert, as it is sent
@@ -56,26 +57,26 @@ def tune_nats(column_N: Floats, held: Holdout) -> float:
 
 
 def controls(world: World, partition: Partition, rng_seed: int, tuning: Tuning) -> list[Control]:
-    """One dense model on all tokens with the experts' batch, and one with k times that, which takes twice the rate."""
+    """One dense model on all tokens with the experts' batch, and one with k times that."""
     found = []
-    for name, batch, factor in ((SAME, None, 1), (LARGE, world.domains * world.batch, 2)):
-        made = {rate: world.dense(rng_seed, factor * rate, batch) for rate in tuning.among(name)}
+    for name, batch in ((SAME, None), (LARGE, world.domains * world.batch)):
+        made = {rate: world.dense(rng_seed, rate, batch) for rate in tuning.among(name)}
         held, columns = world.columns(partition, next(iter(made.values())), {str(rate): seed for rate, seed in made.items()})
         best = tuning.choose(name, {rate: tune_nats(columns[str(rate)], held) for rate in made})
         found.append(Control(name, columns[str(best)]))
     return found
 
 
-def arm(world: World, partition: Partition, seed: Seed, share: float, side: str, rng_seed: int, tuning: Tuning) -> Branched:
-    """Experts of a partition, which have the tokens that the seed left, at their best rate."""
+def arm(world: World, partition: Partition, seed: Seed, share: float, rng_seed: int, tuning: Tuning) -> Branched:
+    """Experts of a partition, which have the tokens that the seed left, at their best rate: that of the first forest is all others'."""
     left = world.total - world.steps(share) * world.step
-    made = {rate: branched(world, partition, seed, world.experts(partition, seed, left, rate, rng_seed)) for rate in tuning.among(side)}
-    return made[tuning.choose(side, {rate: one.compare(()).best.nats for rate, one in made.items()})]
+    made = {rate: branched(world, partition, seed, world.experts(partition, seed, left, rate, rng_seed)) for rate in tuning.among(FOREST)}
+    return made[tuning.choose(FOREST, {rate: one.compare(()).best.nats for rate, one in made.items()})]
 
 
 def router_domains(world: World, rng_seed: int, asked: Namespace) -> tuple[Partition, Seed]:
     """The domains of router LMs, and the seed that has their shape."""
-    shape = world.shape | {"layers": asked.router_layers, "width": asked.router_width}
+    shape = {name: world.shape[name] for name in ("vocabulary", "length")} | {"layers": asked.router_layers, "width": asked.router_width}
     small = train_seed(world.corpus, world.store, tokens=0, **shape, rng_seed=rng_seed, progress=world.progress)
     found = find_domains(
         world.corpus, small, world.store, domains=world.domains, rounds=asked.rounds, tokens=asked.router_tokens, rng_seed=rng_seed,
@@ -85,12 +86,13 @@ def router_domains(world: World, rng_seed: int, asked: Namespace) -> tuple[Parti
 
 
 def say_losses(world: World, seed: Seed, rng_seed: int, share: float, had: int, rows: Cells) -> None:
-    """The forest and data-parallel training, by the bytes that one machine sends and receives."""
+    """The forest, data-parallel training and one machine with all tokens, by the bytes that a machine sends and receives."""
     size, steps = WHOLE * seed.parameters, world.total // (world.domains * world.step)
     common = {"workers": world.domains, "rng_seed": rng_seed, "parameters": seed.parameters}
     say("seedless.loss", method=f"forest {100 * share:g}", **common, warm=had, tokens=world.total - had, loss=rows["forest"][0],
         sent=size, received=size if had else 0)  # fmt: skip
     say("seedless.loss", method="ddp", **common, warm=0, tokens=world.total, loss=rows[LARGE][0], sent=size * steps, received=size * steps)
+    say("seedless.loss", method="one machine", **common, warm=0, tokens=world.total, loss=rows[SAME][0], sent=0, received=0)
 
 
 def main() -> None:
@@ -120,7 +122,7 @@ def main() -> None:
                 divisions[ROUTERS], small = router_domains(world, rng_seed, asked)
                 extra = {"router_parameters": small.parameters}
                 kinds.append(ROUTERS)
-            arms = {kind: arm(world, divisions[kind], seed, share, f"{kind} {share:g}", rng_seed, tuning) for kind in kinds}
+            arms = {kind: arm(world, divisions[kind], seed, share, rng_seed, tuning) for kind in kinds}
             random = arms.pop(RANDOM, None)
             for kind, one in arms.items():
                 rows = one.rows(dense, random and random.side)

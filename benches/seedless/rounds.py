@@ -56,7 +56,7 @@ def main() -> None:
             divide(world.corpus, world.store, domains=world.domains, method=method, rng_seed=rng_seed, progress=world.progress)
             for method in ("balanced", "random")
         )
-        dense = controls(world, words, rng_seed, Tuning([], {SAME: asked.rate, LARGE: asked.rate}))
+        dense = controls(world, words, rng_seed, Tuning([], {SAME: asked.rate, LARGE: 2 * asked.rate}))
         seed, left = world.seed(asked.share, rng_seed, asked.rate), world.total - world.steps(asked.share) * world.step
         for rounds in each:
             last, experts = grow(world, words, seed, left, rounds, asked.rate, rng_seed)

@@ -4,6 +4,7 @@ the columns of all on held-out text.
 N scored tokens, K experts, D documents
 """
 
+import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from math import log
@@ -25,6 +26,7 @@ from elmwood.study.quality.evaluation import measure_distances
 from elmwood.study.quality.scoring import Columns, Floats, ensure
 from elmwood.study.seeds import train_seed
 from elmwood.study.training import train
+from elmwood.train import loop
 from elmwood.units import parse_count
 
 PARTS = 100  # seeds that a run leaves on its way
@@ -40,7 +42,7 @@ class World(NamedTuple):
     total: int  # tokens of one side: of a seed and the experts that branch from it, or of a dense model
     domains: int
     batch: int
-    shape: dict[str, Any]  # layers, width, vocabulary, length
+    shape: dict[str, Any]  # layers and width, or a config; vocabulary, length
     documents: int | None  # held-out documents that are scored
     workers: int
     progress: Lines
@@ -160,6 +162,7 @@ def world_parser(doc: str | None) -> ArgumentParser:
     options.add_argument("--batch", type=int, default=4)
     options.add_argument("--layers", type=int, default=2)
     options.add_argument("--width", type=int, default=64)
+    options.add_argument("--feed-forward", type=int, help="of a layer; by default 8/3 of the width in steps of 32; 128 as in benches.star")
     options.add_argument("--vocabulary", type=int, default=1024)
     options.add_argument("--length", type=int, default=256)
     options.add_argument("--documents", type=int, default=None)
@@ -170,7 +173,23 @@ def world_parser(doc: str | None) -> ArgumentParser:
 
 def open_world(asked: Namespace) -> World:
     """The world that was asked for; the corpus is read once."""
+    # with AMX a step of a model so small takes 1.5 times as long in bf16
+    loop.uses_bf16 = lambda device: False
     store, progress = Store(asked.folder), Lines()
-    shape = {name: getattr(asked, name) for name in ("layers", "width", "vocabulary", "length")}
+    shape = {name: getattr(asked, name) for name in ("vocabulary", "length")}
+    shape |= {"config": write_config(asked)} if asked.feed_forward else {"layers": asked.layers, "width": asked.width}
     corpus = build(words(asked.corpus), store, progress=progress)
     return World(store, corpus, parse_count(asked.total), asked.domains, asked.batch, shape, asked.documents, asked.workers, progress)
+
+
+def write_config(asked: Namespace) -> Path:
+    """A config of transformers for a small Llama, as seeds of a width and layers are, with a feed-forward width of its own."""
+    heads = max(1, asked.width // 32)
+    config = {
+        "model_type": "llama", "num_hidden_layers": asked.layers, "hidden_size": asked.width, "intermediate_size": asked.feed_forward,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": asked.length, "tie_word_embeddings": True,
+    }  # fmt: skip
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    path: Path = asked.folder / "config.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path

@@ -22,6 +22,11 @@ def start_key(corpora: Sequence[tuple[Corpus, float]], shape: Shape | Mapping[st
     return fingerprint("start-seed", _shares(corpora), shape if isinstance(shape, Shape) else dict(shape), rng_seed, name)
 
 
+def tokenizer_key(corpora: Sequence[tuple[Corpus, float]], vocabulary: int) -> str:
+    """The name of what trains the tokenizer of seeds from scratch."""
+    return fingerprint("train-tokenizer", _shares(corpora), vocabulary)
+
+
 def _shares(parts: Sequence[tuple[Corpus, float]]) -> list[tuple[Digest, float]]:
     whole = sum(weight for _, weight in parts)
     return [(corpus.digest, weight / whole) for corpus, weight in parts]

@@ -15,7 +15,7 @@ from accelerate.tracking import get_available_trackers
 from tokenizers import Tokenizer
 
 from elmwood.corpus.build import documents
-from elmwood.corpus.tokens import pack, train_tokenizer
+from elmwood.corpus.tokens import load_tokenizer, pack, train_tokenizer
 from elmwood.engine import NOTE, Progress, silent
 from elmwood.errors import BadInput, MissingExtra
 from elmwood.lm.devices import choose_device
@@ -26,13 +26,14 @@ from elmwood.lm.probe import say
 from elmwood.records import Corpus, Digest, Expert, Files, Portion, Recipe, Record, Seed, Shape, Shard
 from elmwood.registry import require
 from elmwood.store import Store
+from elmwood.store.disk import write_whole
 from elmwood.train.adapter import add_adapter
 from elmwood.train.card.processes import ALONE, Group, join
 from elmwood.train.checkpoint import Position
 from elmwood.train.loop import Trained, run
 from elmwood.train.seeds.shapes import with_vocabulary
 from elmwood.train.seeds.stream import Source, Stream
-from elmwood.train.task_names import seed_key, start_key, train_key
+from elmwood.train.task_names import seed_key, start_key, tokenizer_key, train_key
 from elmwood.weights.experts import seed_places
 
 END = 0  # token id of a trained tokenizer's <|endoftext|>
@@ -61,9 +62,9 @@ def train_seed(
         if done := group.tell(store.done(key)):
             return store.load(done, Seed)
         if group.first:
-            _tokenizer(sources, _most_words(shape), store, work / "tokenizer.json", progress)
+            _tokenizer(sources, _most_words(shape), store, progress)
         group.wait()
-        words = Tokenizer.from_file(str(work / "tokenizer.json"))
+        words = _tokenizer(sources, _most_words(shape), store, progress)
         model: Any = make_model(shape, words, recipe.rng_seed)
         check_length(recipe, context_of(model.config) or recipe.length)
         model.to(group.device or choose_device(device))
@@ -99,11 +100,10 @@ def start_seed(
     """A seed before its first step: random weights, and a tokenizer trained on the corpora. Raises BadCorpus, BadSeed."""
     sources = [Source(corpora)] if isinstance(corpora, Corpus) else list(corpora)
     key = start_key(sources, shape, rng_seed, name)
-    with store.held(key, progress) as work:
+    with store.held(key, progress):
         if done := store.done(key):
             return store.load(done, Seed)
-        _tokenizer(sources, _most_words(shape), store, work / "tokenizer.json", progress)
-        words = Tokenizer.from_file(str(work / "tokenizer.json"))
+        words = _tokenizer(sources, _most_words(shape), store, progress)
         seed = save_seed(make_model(shape, words, rng_seed), words, store, name=name, separator=END, corpus=sources[0].corpus.digest)
         store.finish(key, seed)
         return seed
@@ -228,21 +228,21 @@ def check_length(recipe: Recipe, context: int) -> None:
         raise BadInput(f"--length {recipe.length}: the model has {context} positions; choose --length {context}")
 
 
-def _tokenizer(sources: Sequence[Source], vocabulary: int, store: Store, path: Path, progress: Progress) -> None:
-    """Trained once, and kept while the seed is unfinished. Corpora have the parts in it that they have in the training."""
-    if path.exists():
-        return
-    whole = sum(source.weight for source in sources)
-    texts = chain.from_iterable(
-        _sample(
-            (document.text for document in documents(corpus.train, store)),
-            min(int(SAMPLE * weight / whole), sum(shard.bytes for shard in corpus.train)),
-            progress,
+def _tokenizer(sources: Sequence[Source], vocabulary: int, store: Store, progress: Progress) -> Tokenizer:
+    """Trained once for the same text and size, however many seeds use it. Corpora have the parts in it that they have in the training."""
+    path = store.root / "work" / tokenizer_key(sources, vocabulary) / "tokenizer.json"
+    if not path.exists():
+        whole = sum(source.weight for source in sources)
+        texts = chain.from_iterable(
+            _sample(
+                (document.text for document in documents(corpus.train, store)),
+                min(int(SAMPLE * weight / whole), sum(shard.bytes for shard in corpus.train)),
+                progress,
+            )
+            for corpus, weight in sources
         )
-        for corpus, weight in sources
-    )
-    train_tokenizer(texts, vocabulary).save(f"{path}.tmp")
-    path.with_name(f"{path.name}.tmp").replace(path)
+        write_whole(path, train_tokenizer(texts, vocabulary).to_str(pretty=True).encode())
+    return load_tokenizer(path.parent)
 
 
 def _sample(texts: Iterable[str], size: int, progress: Progress) -> Iterator[str]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_training import FULL, LLAMA, LORA, MODELS, SEED_RECIPE, SHAPE, packed_of, tiny
+from tokenizers import Tokenizer
 
-from elmwood.corpus.tokens import pack
+from elmwood.corpus.tokens import pack, train_tokenizer
 from elmwood.engine import NOTE
 from elmwood.errors import BadInput, MissingExtra
 from elmwood.lm.adapters.trunk import stack_of
@@ -21,8 +22,9 @@ from elmwood.train import loop
 from elmwood.train.adapter import add_adapter
 from elmwood.train.data import batches
 from elmwood.train.loss import Abilities, find_abilities, loss
+from elmwood.train.seeds.stream import Source
 from elmwood.train.task_names import train_key
-from elmwood.train.tasks import train, train_seed
+from elmwood.train.tasks import start_seed, train, train_seed
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])  # without biases, with them, and with matrices that are no nn.Linear
@@ -79,6 +81,24 @@ def test_a_seed_from_nothing_but_text(case):
     assert train_seed(corpus, SHAPE, SEED_RECIPE, store) == seed
 
 
+def test_seeds_of_one_corpus_and_vocabulary_share_one_training_of_their_tokenizer(case, monkeypatch):
+    store, corpus, seed = case
+    trained: list[int] = []
+
+    def count(texts, vocabulary: int) -> Tokenizer:
+        trained.append(vocabulary)
+        return train_tokenizer(texts, vocabulary)
+
+    monkeypatch.setattr(sys.modules["elmwood.train.tasks"], "train_tokenizer", count)
+    again = train_seed(corpus, SHAPE, SEED_RECIPE.model_copy(update={"steps": 1, "rng_seed": 1}), store)
+    shape = SHAPE.model_copy(update={"layers": 1})
+    start = start_seed([Source(corpus)], shape, 0, store)
+    assert not trained
+    assert again.files["tokenizer.json"] == start.files["tokenizer.json"] == seed.files["tokenizer.json"]
+    start_seed([Source(corpus)], shape.model_copy(update={"vocabulary": 310}), 0, store)
+    assert trained == [310]
+
+
 def test_an_expert_learns_and_is_trained_once(case):
     store, corpus, seed = case
     calls: list[tuple] = []
@@ -97,7 +117,7 @@ def test_an_expert_learns_and_is_trained_once(case):
     assert trained_on(expert, store) == "cpu"
     assert ends[0]["tokens"] == FULL.tokens
     assert ends[0]["packed"] == "mask"
-    assert not list((store.root / "work").glob("*/*"))
+    assert {path.name for path in (store.root / "work").glob("*/*")} == {"tokenizer.json"}  # for the next seed of this corpus
 
 
 def test_thread_count_is_the_recipes_and_given_back(case):
