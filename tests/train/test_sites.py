@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benches.links.loss import run_sites
 from elmwood.errors import BadInput
+from elmwood.lm.files import tokenizer
 from elmwood.lm.load import load_model
 from elmwood.records import Diloco, Recipe, Seed
 from elmwood.store import Store
@@ -24,7 +26,7 @@ SCRIPT = """
 import json, os, shutil, signal, sys, warnings
 warnings.filterwarnings("ignore", "The 'warn' method", DeprecationWarning)  # torchft's
 root, plans = sys.argv[1:]
-from elmwood.train.sites import site
+from elmwood.train.sites import lasting
 from elmwood.train.sites.task import train_at_site
 from torchft.coordination import LighthouseServer
 from torchft.manager import Manager
@@ -43,21 +45,28 @@ def fork(work):
         print(json.dumps({"failed": repr(error)}), flush=True)
     os._exit(0)
 
-def lighthouse(sites):
+def lighthouse(sites, port=0):
     ends = os.pipe()
     def work():
         most = sites // 2 + 1
-        server = LighthouseServer("127.0.0.1:0", most, join_timeout_ms=60000, quorum_tick_ms=20, heartbeat_timeout_ms=5000)
+        server = LighthouseServer(f"127.0.0.1:{port}", most, join_timeout_ms=60000, quorum_tick_ms=20, heartbeat_timeout_ms=5000)
         os.write(ends[1], server.address().rpartition(":")[2].encode() + b"\\n")
         signal.pause()
     child = fork(work)
     return child, f"http://127.0.0.1:{os.read(ends[0], 9).decode().strip()}"
 
-def start(plan, name, number, address, dies=None):
+def start(plan, name, number, address, dies=None, dark=None):
     def work():
+        def tell(_=None):
+            os.write(dark["told"][1], b"1")
         def on_step(round, step):
+            if dark and (round, step) == (1, 1):
+                tell()
+                os.read(dark["go"][0], 1)
             if (round, step) == dies:
                 os.kill(os.getpid(), signal.SIGKILL)
+        if dark:
+            lasting.sleep = tell  # there is no lighthouse
         if dies == "in the sum":
             whole = Manager.allreduce
             def allreduce(self, tensor, **options):
@@ -69,9 +78,18 @@ def start(plan, name, number, address, dies=None):
         print(json.dumps({"name": name, "site": number, "seed": made.digest}), flush=True)
     return fork(work)
 
-def run(plan, name, dies={}, again=None, anew=False):
+def run(plan, name, dies={}, again=None, anew=False, dark=None):
     light, address = lighthouse(plan.sites)
-    children = {number: start(plan, name, number, address, dies.get(number)) for number in range(plan.sites)}
+    children = {number: start(plan, name, number, address, dies.get(number), dark) for number in range(plan.sites)}
+    if dark:
+        for _ in children:  # until all are in the steps of the second round
+            os.read(dark["told"][0], 1)
+        os.kill(light, signal.SIGKILL)
+        os.waitpid(light, 0)
+        os.write(dark["go"][1], b"1" * plan.sites)
+        os.read(dark["told"][0], 1)  # until one of them found none
+        light, same = lighthouse(plan.sites, address.rpartition(":")[2])
+        assert same == address
     if again is not None:
         os.waitpid(children[again], 0)
         if anew:  # its disk too
@@ -82,12 +100,13 @@ def run(plan, name, dies={}, again=None, anew=False):
     os.kill(light, signal.SIGKILL)
     os.waitpid(light, 0)
 
-two, five, streamed = (Diloco.model_validate_json(one) for one in json.loads(plans))
+two, five, streamed, three = (Diloco.model_validate_json(one) for one in json.loads(plans))
 run(two, "two")
 run(two, "again", {1: (1, 2)}, again=1)
 run(two, "anew", {1: (1, 2)}, again=1, anew=True)
 run(five, "five", {4: (1, 2), 3: "in the sum"})
 run(streamed, "streamed")
+run(three, "dark", {2: (1, 2)}, dark={"told": os.pipe(), "go": os.pipe()})
 """
 RECIPE = Recipe(steps=12, batch=4, length=32, learning_rate=3e-3, schedule="wsd")
 
@@ -99,14 +118,15 @@ def runs(place, forked, tmp_path_factory):
     two = Diloco(seed=seed.digest, corpus=seed.corpus, recipe=RECIPE, sites=2, steps=4)
     five = two.model_copy(update={"sites": 5, "recipe": RECIPE.model_copy(update={"batch": 10, "steps": 16})})
     streamed = two.model_copy(update={"fragments": 2, "delay": 1, "keep": 0.5})
-    plans = json.dumps([one.model_dump_json() for one in (two, five, streamed)])
+    three = two.model_copy(update={"sites": 3, "recipe": RECIPE.model_copy(update={"batch": 6})})
+    plans = json.dumps([one.model_dump_json() for one in (two, five, streamed, three)])
     done = forked(SCRIPT, str(store.root), plans, cwd=tmp_path_factory.mktemp("sites"))
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
     assert not [one for one in said if "failed" in one], said
     ends = {one["name"]: one["ends"] for one in said if "ends" in one}
     made = {name: [one["seed"] for one in said if one["name"] == name and "seed" in one] for name in ends}
-    return store, {"two": two, "five": five, "streamed": streamed}, made, ends
+    return store, {"two": two, "five": five, "streamed": streamed, "dark": three}, made, ends
 
 
 def weights(digest: str, store: Store) -> dict[str, torch.Tensor]:
@@ -134,8 +154,6 @@ def test_it_is_diloco(runs, monkeypatch):
     moments = [adamw(dict(site.named_parameters()), RECIPE) for site in sites]
     step = torch.optim.SGD(outer.parameters(), lr=0.7, momentum=0.9, nesterov=True)
     own = RECIPE.model_copy(update={"batch": 2})
-    from elmwood.lm.files import tokenizer
-
     rows = Stream([Source(store.load(plan.corpus))], tokenizer(seed, store), seed.separator, RECIPE, store)(0)
     for number in range(RECIPE.steps):
         for site, moment, batch in zip(sites, moments, split_batch(next(rows), 2), strict=True):
@@ -176,6 +194,16 @@ def test_the_rest_go_on_where_one_dies_in_its_steps_and_one_in_the_sum(runs):
     assert seed.curve[-1].loss < seed.curve[0].loss
 
 
+def test_sites_go_on_when_the_lighthouse_is_killed_and_started_again(runs):
+    """At the same address, and it counts its quorums anew; a site dies meanwhile."""
+    store, plans, made, ends = runs
+    assert ends["dark"] == [0, 0, 9]
+    assert len(made["dark"]) == 2
+    (digest,) = set(made["dark"])
+    each = plans["dark"].tokens
+    assert [point.tokens // each for point in store.load(digest, Seed).curve] == [3, 5, 7]
+
+
 def test_streaming_ends_with_the_weights_of_all(runs):
     store, plans, made, ends = runs
     assert ends["streamed"] == [0, 0]
@@ -183,6 +211,19 @@ def test_streaming_ends_with_the_weights_of_all(runs):
     (digest,) = set(made["streamed"])
     assert plans["streamed"].rounds == 6
     assert store.load(digest, Seed).curve[-1].loss < store.load(digest, Seed).curve[0].loss
+
+
+def test_streaming_is_what_the_bench_computes_in_one_process(runs, monkeypatch):
+    store, plans, made, _ = runs
+    plan, seed = plans["streamed"], store.load(plans["streamed"].seed, Seed)
+    monkeypatch.setattr(loop, "uses_bf16", lambda device: False)
+    models = [load_model(seed, store, device="cpu", dtype=torch.float32) for _ in range(plan.sites)]
+    rows = Stream([Source(store.load(plan.corpus))], tokenizer(seed, store), seed.separator, plan.recipe, store)(0)
+    done: list[int] = []
+    whole = run_sites(models, plan, rows, lambda steps, _: done.append(steps))
+    assert done == [2, 4, 6, 8, 10, 12]
+    for name, weight in weights(made["streamed"][0], store).items():
+        torch.testing.assert_close(whole[name], weight.detach(), atol=1e-6, rtol=0)
 
 
 def test_fragments_have_every_weight_once(case):

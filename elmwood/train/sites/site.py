@@ -28,8 +28,9 @@ from elmwood.train import checkpoint
 from elmwood.train.card.compiled import layers_of
 from elmwood.train.loop import POINTS, adamw
 from elmwood.train.sites.healing import Held, Transport
+from elmwood.train.sites.lasting import Lasting
 
-RETRIES = 10  # of a quorum whose lighthouse is away, and of a round that fails
+RETRIES = 10  # of a round that fails
 SLOWEST = 1e6  # bits a second: an exchange over a slower link is given up
 CHECKED = 1 << 24  # checksums that a float64 adds and squares exactly
 
@@ -186,8 +187,7 @@ class Site:
 
     @torch.no_grad()
     def end(self, manager: Manager, begun: Begun) -> bool:
-        """Wait for the sum, and take the outer step: v = momentum v + d; whole - rate (d + momentum v). False where a site failed.
-        Raises Alone."""
+        """Wait for the sum, and take the outer step. False where a site failed. Raises Alone."""
         if begun.work is not None:
             begun.work.wait()
         try:
@@ -197,11 +197,9 @@ class Site:
             raise Alone(f"{error}: look at the links between the sites; this one resumes from its last round") from error
         plan, stand = self.plan, self.stand
         mean = begun.sum_N.split([self.whole[name].numel() for name in begun.names])
-        for name, delta in zip(begun.names, mean, strict=True):
-            whole, velocity, weight = self.whole[name], self.velocity[name], self.weights[name]
-            velocity.mul_(plan.momentum).add_(delta.view_as(whole))
-            whole.sub_(delta.view_as(whole) + plan.momentum * velocity, alpha=plan.rate)
-            weight.copy_(torch.lerp(whole.to(weight.device), weight.float(), plan.keep) if plan.keep else whole)
+        for name, delta_N in zip(begun.names, mean, strict=True):
+            take_outer_step(plan, self.whole[name], self.velocity[name], delta_N.view_as(self.whole[name]))
+            go_on_from(plan, self.whole[name], self.weights[name])
         done, loss = stand.round + 1, stand.loss + begun.said.loss / begun.said.tokens
         self.stand = stand._replace(round=done, tokens=stand.tokens + begun.said.tokens, loss=loss)
         if done % max(1, plan.rounds // POINTS) == 0 or done == plan.rounds:
@@ -210,6 +208,17 @@ class Site:
             self.stand = self.stand._replace(loss=0.0, curve=(*stand.curve, point))
         self.save()
         return True
+
+
+def take_outer_step(plan: Diloco, whole: Tensor, velocity: Tensor, delta: Tensor) -> None:
+    """v = momentum v + d; whole - rate (d + momentum v), in place. `delta`: `whole` less the mean of the sites' weights."""
+    velocity.mul_(plan.momentum).add_(delta)
+    whole.sub_(delta + plan.momentum * velocity, alpha=plan.rate)
+
+
+def go_on_from(plan: Diloco, whole: Tensor, weight: Tensor) -> None:
+    """Set a site's own weight to what all share, and to `keep` of what it was, in place."""
+    weight.copy_(torch.lerp(whole.to(weight.device), weight.float(), plan.keep) if plan.keep else whole)
 
 
 def _parse(plain: dict[str, Any]) -> Stand:
@@ -248,11 +257,12 @@ def open_manager(site: Site, number: int, lighthouse: str, address: str, wait_s:
             group, None, None, min_replica_size=site.plan.sites // 2 + 1, use_async_quorum=False, timeout=limit,
             quorum_timeout=timedelta(seconds=wait_s), rank=0, world_size=1, store_addr=address, store_port=store.port,
             lighthouse_addr=lighthouse, replica_id=f"site{number}", hostname=address, checkpoint_transport=transport, init_sync=False,
-            max_retries=RETRIES, quorum_retries=RETRIES,
+            max_retries=RETRIES,
         )  # fmt: skip
     except (TimeoutError, RuntimeError) as error:
         transport.shutdown()
         raise Alone(f"no lighthouse answers at {lighthouse} ({error}): start torchft_lighthouse there, and look at the VPN") from error
+    manager._client = Lasting(manager._client, lighthouse)
     manager.register_state_dict_fn("site", site.heal, site.give)
     manager.load_state_dict({"step": site.stand.round, "batches_committed": 0})
     try:
