@@ -4,8 +4,8 @@
         [--coordinator 1000]
 
 `ddp`: gloo sums one gradient, in float32. `diloco`: `elmwood seed diloco`'s exchange (torchft: a quorum, a checksum, the sum). `star int8`
-and `star top`: a machine fetches the newest version and uploads its delta, over HTTP through the star's own server and client; the
-coordinator has a link of its own, of --coordinator Mbit/s. Nothing is trained. `seconds`: from the moment that all may begin to the end of
+and `star top`: a machine that has a version fetches the step to the next one and uploads its delta, over HTTP through the star's own server
+and client; the coordinator has a link of its own, of --coordinator Mbit/s. Nothing is trained. `seconds`: from the moment that all may begin to the end of
 the last one, the median of the repeats. `sent` and `received`: bytes of a worker's interface, headers included, per parameter. `ideal`:
 what the link takes for the bytes of the payload alone. `decision`: what the coordinator takes to check, sum and store.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 from benches.common import integers, numbers, parser, say, words
@@ -25,6 +26,7 @@ from benches.links.network import Namespace, Network, network, why_not
 
 PORT, LIGHTHOUSE, STAR = 29500, 29510, 8710
 BITS = {"int8": 8.1, "top": 0.46}  # a parameter, as sent
+STEP = "int8"  # form of what is fetched
 
 
 # ---- what runs in a namespace -----------------------------------------------------------------------------------
@@ -74,12 +76,11 @@ def machine(rank: int, folder: Path, address: str) -> None:
 
     from elmwood.hub import signing
     from elmwood.hub.client import http
-    from elmwood.hub.client.transfer import fetch_blob
     from elmwood.hub.star.messages import GrantReply, StarReply
-    from elmwood.hub.star.worker import await_fate, offer
+    from elmwood.hub.star.worker import Machine, await_fate, fetch_base, fetch_version, offer
     from elmwood.outer.compress import write_delta
     from elmwood.outer.step import shapes_of
-    from elmwood.records import Star, Version, parse
+    from elmwood.records import Star, parse
     from elmwood.store import Store
 
     key, store = signing.load_or_make_key(folder / f"key-{rank}"), Store(folder / f"store-{rank}")
@@ -88,15 +89,13 @@ def machine(rank: int, folder: Path, address: str) -> None:
     rng, held = np.random.default_rng(rank), dict[str, Any]()
     star = parse(hub.get(f"/v1/records/{StarReply.model_validate(hub.get('/train').json()).star}").body)
     assert isinstance(star, Star)
+    ready = Machine(hub, store, SimpleNamespace(folder=folder / f"local-{rank}"), 1e6)  # type: ignore[arg-type]
 
     def prepare() -> None:
-        grant = held["grant"] = GrantReply.model_validate(hub.request("POST", "/train/grants").json())
-        version = parse(hub.get(f"/train/version/{grant.base}").body)
-        assert isinstance(version, Version)
-        held["weights"] = version.weights
+        held["grant"] = GrantReply.model_validate(hub.request("POST", "/train/grants").json())
 
     def down() -> None:
-        held["base"] = fetch_blob(held["weights"], hub, store)
+        held["base"] = fetch_base(fetch_version(held["grant"].base, hub), ready)
 
     def make() -> None:
         shapes = shapes_of(held["base"])
@@ -221,6 +220,8 @@ def measure_star(net: Network, workers: int, form: str, given: Any, scratch: Pat
         Crew(around, [middle], [words]).lines()
         crew = Crew(around, places, [["--as", "machine", str(n), str(scratch), middle.address] for n in range(workers)])
         crew.lines()
+        for what in ("prepare", "down", "make", "up", "fate"):  # connections, and whole weights
+            crew.do(what)
         for rate in given.rates:
             for number in range(workers):
                 net.set_rate(number, rate * 1e6)
@@ -232,7 +233,7 @@ def measure_star(net: Network, workers: int, form: str, given: Any, scratch: Pat
                 ups.append(crew.do("up"))
                 fates.append(crew.do("fate")[0])
             more = {"decision": statistics.median(fates)}
-            tell(f"star {form} down", workers, rate * 1e6, parameters, 32 * parameters, downs)
+            tell(f"star {form} down", workers, rate * 1e6, parameters, BITS[STEP] * parameters, downs)
             tell(f"star {form} up", workers, rate * 1e6, parameters, BITS[form] * parameters, ups, **more)
 
 

@@ -16,7 +16,7 @@ from elmwood.outer import round
 from elmwood.outer.compress import open_delta, write_delta
 from elmwood.outer.gates import MEMORY
 from elmwood.outer.round import State, Terms, Worker
-from elmwood.outer.settle import Base, Settled, settle, sketch_file
+from elmwood.outer.settle import Base, Settled, blobs_of, settle
 from elmwood.outer.step import OUTER, shapes_of
 from elmwood.records import Recipe, Seed, Shape, Star, Version
 from elmwood.store import Store
@@ -101,17 +101,16 @@ def run_star(
         out = folder / f"version-{number}"
         out.mkdir()
         made: Settled = settle(star, base, state, files, judge, out, [one for some in earlier for one in some])
-        earlier.append([sketch_file(files[fate.proposal], star, shapes) for fate in made.fates if fate.fate == "applied"])
+        earlier.append([made.sketches[fate.proposal] for fate in made.fates if fate.fate == "applied"])
         version = Version(
             star=star.digest, number=number + 1, parent=version.digest, how=made.how, fates=tuple(made.fates),
-            weights=f"sha256:{made.written.weights_sha}" if made.written else version.weights,
-            velocity=f"sha256:{made.written.velocity_sha}" if made.written else version.velocity if made.keeps_velocity else None,
+            **blobs_of(version, made.written, made.keeps_velocity),
         )  # fmt: skip
         state = round.decide(state, version, made.norm, made.guilty)
         for fate in made.fates:
             settle_phase(mine[fate.worker], fate.proposal, fate)
         if made.written:
-            base = Base(version, made.written.weights, made.written.velocity)
+            base = Base(version, *(file.path for file in made.written[:3]))
         told.append([(fate.worker[-4:], fate.code) for fate in made.fates])
         each(number + 1, base.weights, sent)
     return Ran(held_out(place, judged, base.weights, length), told, sent)

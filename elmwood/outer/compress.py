@@ -152,19 +152,27 @@ def layout(shapes: Shapes, form: str) -> list[tuple[str, str, tuple[int, ...], i
 
 def size_of(shapes: Shapes, form: str) -> int:
     """Bytes of a file."""
-    entries = layout(shapes, form)
-    return len(pack_header(entries, _about(form))) + sum(entry[3] for entry in entries)
+    return len(header_of(shapes, form)) + sum(entry[3] for entry in layout(shapes, form))
+
+
+def header_of(shapes: Shapes, form: str) -> bytes:
+    """The first bytes of a file; the parts of each tensor follow, by name."""
+    return pack_header(layout(shapes, form), _about(form))
+
+
+def bytes_of(parts: Arrays, form: str) -> bytes:
+    """The bytes of a tensor in a file."""
+    return b"".join(parts[part].tobytes() for part in PARTS[form])
 
 
 def write_delta(path: Path, delta: Mapping[str, Floats], shapes: Shapes, form: str) -> dict[str, NDArray[np.float32]]:
     """Write a delta; what the other side reads of it, by tensor [N]. Raises BadInput."""
-    entries, read = layout(shapes, form), {}
+    read = {}
     with path.open("wb") as file:
-        file.write(pack_header(entries, _about(form)))
+        file.write(header_of(shapes, form))
         for name, shape in sorted(shapes.items()):
             parts = shrink(delta[name], form)
-            for part in PARTS[form]:
-                file.write(parts[part].tobytes())
+            file.write(bytes_of(parts, form))
             read[name] = expand(parts, form, math.prod(shape), name)
     return read
 

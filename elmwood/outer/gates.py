@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from elmwood.errors import BadInput
+
 Floats = NDArray[np.floating[Any]]
 SHARE = 0.2  # of a delta at which its loss is computed: of the whole one noise would hide what it is good for
 BAND = (0.1, 5.0)  # norms that are taken, as multiples of the median
@@ -55,18 +57,41 @@ def judge_norms(facts: Sequence[Facts], known: float | None) -> tuple[dict[str, 
     return codes, scales
 
 
-def sketch(names: Iterable[str], values: Callable[[str], Floats]) -> Floats:
-    """[SKETCH] numbers of a delta. Their inner products are those of deltas, within about 1/64 of the norms: each value, with a sign of its
-    own, is added to one of so many sums (arXiv:0902.2206)."""
-    total = np.zeros(SKETCH)
+class Measured(NamedTuple):
+    """What is kept of a delta. Inner products of sketches [SKETCH] are those of deltas, within about 1/64 of the norms: each value, with a
+    sign of its own, is added to one of so many sums (arXiv:0902.2206)."""
+
+    norm: float
+    sketch: Floats
+
+
+def measure(names: Iterable[str], deltas: Mapping[str, Callable[[str], Floats]]) -> dict[str, Measured]:
+    """Of float32 deltas, by id; those that cannot be read, or are not finite, are left out. Each is read once, and one tensor of one of
+    them is in memory."""
+    squares, sketches = {id: list[float]() for id in deltas}, {id: np.zeros(SKETCH) for id in deltas}
     for name in sorted(names):
-        value_N = values(name).reshape(-1)
-        minus_N = np.random.default_rng(list(name.encode())).integers(0, 2, value_N.size, bool)
-        signed_N = np.negative(value_N, out=value_N.copy(), where=minus_N)
-        whole = value_N.size // SKETCH * SKETCH
-        total += signed_N[:whole].reshape(-1, SKETCH).sum(0, np.float64)
-        total[: value_N.size - whole] += signed_N[whole:]
-    return total
+        sign_N = np.zeros(0, np.uint32)
+        for id in list(squares):
+            try:
+                value_N = deltas[id](name).reshape(-1)
+                squares[id].append(float(np.square(value_N, dtype=np.float64).sum()))
+            except BadInput:
+                squares[id] = [math.inf]
+            if not math.isfinite(squares[id][-1]):
+                del squares[id]
+                continue
+            if sign_N.size != value_N.size:  # the first of this tensor
+                sign_N = np.random.default_rng(list(name.encode())).integers(0, 2, value_N.size, bool).astype(np.uint32) << np.uint32(31)
+            signed_N = (value_N.view(np.uint32) ^ sign_N).view(np.float32)
+            whole = value_N.size // SKETCH * SKETCH
+            sketches[id] += signed_N[:whole].reshape(-1, SKETCH).sum(0, np.float64)
+            sketches[id][: value_N.size - whole] += signed_N[whole:]
+    return {id: Measured(math.sqrt(math.fsum(found)), sketches[id]) for id, found in squares.items()}
+
+
+def sketch(names: Iterable[str], values: Callable[[str], Floats]) -> Floats:
+    """Of one finite delta."""
+    return measure(names, {"": values})[""].sketch
 
 
 def find_copies(sketches: Mapping[str, Floats], step: Iterable[Floats] = (), earlier: Iterable[Floats] = ()) -> set[str]:

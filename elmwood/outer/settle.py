@@ -3,12 +3,10 @@
 A function of files and of a judge; it writes the new weights and changes nothing else, so a killed one is simply run again.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
-
-import numpy as np
 
 from elmwood.errors import BadInput, Damaged
 from elmwood.outer import gates, round
@@ -16,7 +14,7 @@ from elmwood.outer.compress import Floats, Sent, open_delta
 from elmwood.outer.gates import Facts, Gains
 from elmwood.outer.round import Pending, Ruling, State
 from elmwood.outer.step import LEAST, Part, Written, read_tensors, shapes_of, step, weight_of
-from elmwood.records import Fate, OuterStep, Star, Version
+from elmwood.records import Blob, Fate, OuterStep, Star, Version
 
 
 class Judge(Protocol):
@@ -32,7 +30,8 @@ class Base(NamedTuple):
 
     version: Version
     weights: Path
-    velocity: Path | None
+    velocity: Path | None = None
+    error: Path | None = None
 
 
 class Settled(NamedTuple):
@@ -45,6 +44,7 @@ class Settled(NamedTuple):
     norm: float | None
     guilty: tuple[str, ...]
     gains: dict[str, Gains]
+    sketches: dict[str, Floats]  # of the proposals that can be read
 
 
 def settle(
@@ -54,10 +54,12 @@ def settle(
     """Decide on the closing round of a state. `files`: delta by id of its proposal. `earlier`: sketches of what was applied in the last
     versions. `at` is told where it is, for tests that stop it."""
     ones, shapes = round.round_of(state), shapes_of(base.weights)
-    sent, norms = _open(ones, files, star, shapes)
-    codes, scales = gates.judge_norms([Facts(one.id, norms[one.id]) for one in ones], state.norm)
+    sent = _open(ones, files, star, shapes)
+    found = gates.measure(shapes, {id: one.values for id, one in sent.items()})
+    norms = {one.id: found[one.id].norm if one.id in found else None for one in ones}  # of one that cannot be read all is dropped
+    codes, scales = gates.judge_norms([Facts(*one) for one in norms.items()], state.norm)
     passed = sorted((one for one in ones if one.id not in codes), key=lambda one: one.number)
-    sketches = {one.id: gates.sketch(shapes, sent[one.id].values) for one in passed}
+    sketches = {one.id: found[one.id].sketch for one in passed}
     codes |= dict.fromkeys(gates.find_copies(sketches, _last_step(base), earlier), "copy")
     at("gated")
     gains: dict[str, Gains] = {}
@@ -73,15 +75,26 @@ def settle(
     before = judge.losses(base.weights) if judge else None
     while merged := round.weights_of(fates, state.number + 1, star.outer):
         how = "mean" if judge or len(merged) < LEAST else "median"
-        written = step(base.weights, base.velocity, parts_of(merged, sent, star.outer), star.outer, how, folder)
+        written = _step(base, parts_of(merged, sent, star.outer), star.outer, how, folder)
         at("stepped")
-        if judge is None or before is None or not gates.is_worse(before, judge.losses(written.weights)):
-            return Settled(how, fates, written, True, norm, tuple(guilty), gains)
+        if judge is None or before is None or not gates.is_worse(before, judge.losses(written.weights.path)):
+            return Settled(how, fates, written, True, norm, tuple(guilty), gains, sketches)
         worst = gates.most_guilty({fate.proposal: gains[fate.proposal] for fate, _ in merged})[0]
         guilty.append(worst)
         fates = [_worse(fate) if fate.proposal == worst else fate for fate in fates]
     blamed = () if len(guilty) == len(scales) else tuple(guilty)  # where nobody is left, momentum or the rate may have done it
-    return Settled("none", fates, None, not guilty, None, blamed, gains)
+    return Settled("none", fates, None, not guilty, None, blamed, gains, sketches)
+
+
+def blobs_of(parent: Version, written: Written | None, keeps_velocity: bool) -> dict[str, Blob | None]:
+    """What a version says of its files."""
+    if written:
+        return {kind: f"sha256:{file.sha}" for kind, file in written._asdict().items()}
+    return {"weights": parent.weights, "velocity": parent.velocity if keeps_velocity else None, "error": parent.error, "step": None}
+
+
+def _step(base: Base, parts: Sequence[Part], outer: OuterStep, how: str, folder: Path) -> Written:
+    return step(base.weights, base.velocity, base.error, parts, outer, how, folder)
 
 
 def parts_of(merged: Sequence[tuple[Fate, int]], sent: Mapping[str, Sent], outer: OuterStep) -> list[Part]:
@@ -93,19 +106,13 @@ def _worse(fate: Fate) -> Fate:
     return fate.model_copy(update={"fate": "rejected", "code": "worse", "scale": 1.0})
 
 
-def _open(
-    ones: Sequence[Pending], files: Mapping[str, Path], star: Star, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Sent], dict[str, float | None]]:  # fmt: skip
-    """Each delta, and its norm; None where any part of it cannot be read: then all of it is dropped."""
+def _open(ones: Sequence[Pending], files: Mapping[str, Path], star: Star, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sent]:
+    """By id, the deltas whose files are what they should be."""
     sent: dict[str, Sent] = {}
-    norms: dict[str, float | None] = {}
     for one in ones:
-        try:
+        with suppress(BadInput, Damaged):
             sent[one.id] = open_delta(files[one.id], shapes, star.form)
-            norms[one.id] = math.sqrt(math.fsum(float(np.square(sent[one.id].values(name), dtype=np.float64).sum()) for name in shapes))
-        except (BadInput, Damaged):
-            norms[one.id] = None
-    return sent, norms
+    return sent
 
 
 def _last_step(base: Base) -> list[Floats]:
@@ -124,12 +131,11 @@ def sketch_file(path: Path, star: Star, shapes: Mapping[str, tuple[int, ...]]) -
 # ---- again -----------------------------------------------------------------------------------------------------------
 
 
-def replay(star: Star, base: Base, version: Version, files: Mapping[str, Path], folder: Path) -> tuple[str, str | None]:
-    """The digests of a version's weights and velocity, computed again from its parent and the deltas that it applied. Raises BadInput."""
-    merged = round.weights_of(version.fates, version.number, star.outer)
-    if version.how == "none":
-        return base.version.weights, version.velocity and base.version.velocity
-    shapes = shapes_of(base.weights)
-    sent = {fate.proposal: open_delta(files[fate.proposal], shapes, star.form) for fate, _ in merged}
-    made = step(base.weights, base.velocity, parts_of(merged, sent, star.outer), star.outer, version.how, folder)
-    return f"sha256:{made.weights_sha}", f"sha256:{made.velocity_sha}"
+def replay(star: Star, base: Base, version: Version, files: Mapping[str, Path], folder: Path) -> Version:
+    """A version, computed again from its parent and the deltas that it applied. Raises BadInput."""
+    written = None
+    if version.how != "none":
+        merged, shapes = round.weights_of(version.fates, version.number, star.outer), shapes_of(base.weights)
+        sent = {fate.proposal: open_delta(files[fate.proposal], shapes, star.form) for fate, _ in merged}
+        written = _step(base, parts_of(merged, sent, star.outer), star.outer, version.how, folder)
+    return version.model_copy(update=blobs_of(base.version, written, version.velocity is not None))

@@ -1,6 +1,8 @@
 """The outer step: deltas -> the next version of the weights, the same bytes in any order of arrival and on any machine.
 
-Sums are integers (weights/exact.py), products of the same float64 numbers everywhere. One tensor at a time is in memory, of each delta.
+A version is its parent plus a step of 8 bits a value (compress.py), so whoever has the parent needs no more than that. What the codes of a
+step leave out is added to the next step. Sums are integers (weights/exact.py), products of the same float64 numbers everywhere, and a
+step is added in float32. One tensor at a time is in memory, of each delta.
 
 N values of a tensor, P proposals
 """
@@ -9,13 +11,15 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elmwood.errors import BadInput
+from elmwood.outer.compress import Sent, bytes_of, expand, header_of, shrink
 from elmwood.records import OuterStep
 from elmwood.weights import exact
 from elmwood.weights.tensors import Files, StoredTensor, decode, pack_header, places
@@ -24,6 +28,7 @@ Floats = NDArray[np.floating[Any]]
 Doubles = NDArray[np.float64]
 OUTER = OuterStep(rate=0.7, momentum=0.5, stale=0.5, most_stale=2, apart=False)
 _EMBEDS = re.compile(r"embed|lm_head|wte|wpe")
+STEP = "int8"  # form of steps
 LEAST = 3  # proposals whose median says something
 
 
@@ -82,23 +87,29 @@ def average(name: str, shape: Sequence[int], parts: Sequence[Part], outer: Outer
     return (mean_apart if apart else mean)(values, [part.weight for part in parts], scales)
 
 
-def move(weight_N: Floats, velocity_N: Floats, mean_N: Doubles, outer: OuterStep) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The tensor and its velocity after one Nesterov step (arXiv:2311.08105)."""
+def move(velocity_N: Floats, mean_N: Doubles, outer: OuterStep) -> tuple[Doubles, Doubles]:
+    """What a Nesterov step (arXiv:2311.08105) adds to a tensor, and its velocity after that."""
     moved_N = outer.momentum * velocity_N.astype(np.float64) + mean_N
-    after_N = weight_N.astype(np.float64) + outer.rate * (mean_N + outer.momentum * moved_N)
-    return after_N.astype(np.float32), moved_N.astype(np.float32)
+    return outer.rate * (mean_N + outer.momentum * moved_N), moved_N
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-class Written(NamedTuple):
-    """Two files and their sha256 in hex."""
+class File(NamedTuple):
+    """A file and its sha256 in hex."""
 
-    weights: Path
-    weights_sha: str
-    velocity: Path
-    velocity_sha: str
+    path: Path
+    sha: str
+
+
+class Written(NamedTuple):
+    """A version as files: the weights, what the next step needs, and how the weights follow from those of the parent."""
+
+    weights: File
+    velocity: File
+    error: File  # what the codes of all steps so far left out
+    step: File
 
 
 def shapes_of(weights: Path) -> dict[str, tuple[int, ...]]:
@@ -123,35 +134,79 @@ def _tensor(files: Files, place: StoredTensor) -> NDArray[np.float32]:
     return decode(files.read(place, 0, place.numbers), place.dtype).astype(np.float32)
 
 
-def step(weights: Path, velocity: Path | None, parts: Sequence[Part], outer: OuterStep, how: str, folder: Path) -> Written:
-    """The next version, as two float32 files in `folder`. Raises BadInput where a value would not be finite."""
+def step(
+    weights: Path, velocity: Path | None, error: Path | None, parts: Sequence[Part], outer: OuterStep, how: str, folder: Path
+) -> Written:  # fmt: skip
+    """The next version, as files in `folder`, of float32 but for the step. Raises BadInput where a value would not be finite."""
     if not parts:
         raise BadInput("an outer step needs a proposal: nothing was accepted in this round")
     if how == "median" and len(parts) < LEAST:
         raise BadInput(f"a median needs {LEAST} proposals and has {len(parts)}: wait for more machines, or use gates that look at losses")
-    old, speed, files = places([weights]), places([velocity]) if velocity else {}, Files()
-    entries = [(name, "F32", old[name].shape, 4 * old[name].numbers) for name in sorted(old)]
-    header = pack_header(entries, {"format": "pt"})
-    made, moved = folder / "model.safetensors", folder / "velocity.safetensors"
-    shas = hashlib.sha256(header), hashlib.sha256(header)
+    shapes, old, files = shapes_of(weights), places([weights]), Files()
+    speed, left = ((places([path]) if path else {}) for path in (velocity, error))
+    headers = {"weights": _header(shapes), "velocity": _header(shapes), "error": _header(shapes), "step": header_of(shapes, STEP)}
     try:
-        with made.open("wb") as weights_file, moved.open("wb") as velocity_file:
-            outs = (weights_file, velocity_file)
-            for out in outs:
-                out.write(header)
-            for name, _, shape, _ in entries:
+        with Writing({folder / f"{kind}.safetensors": header for kind, header in headers.items()}) as writing:
+            for name in sorted(shapes):
                 before_N = _tensor(files, old[name])
-                speed_N = _tensor(files, speed[name]) if speed else np.zeros(before_N.size, np.float32)
-                after = move(before_N, speed_N, average(name, shape, parts, outer, how), outer)
-                for out, sha, value_N in zip(outs, shas, after, strict=True):
-                    if not np.isfinite(value_N).all():
-                        raise BadInput(f"{name} would hold NaN or infinity after this step: refuse the round")
-                    raw = value_N.astype("<f4").tobytes()
-                    sha.update(raw)
-                    out.write(raw)
+                speed_N, left_N = (_tensor(files, kept[name]) if kept else np.zeros_like(before_N) for kept in (speed, left))
+                wanted_N, moved_N = move(speed_N, average(name, shapes[name], parts, outer, how), outer)
+                wanted_N += left_N
+                if not np.isfinite(wanted_N).all():
+                    raise BadInput(f"{name} would hold NaN or infinity after this step: refuse the round")
+                codes = shrink(wanted_N, STEP)
+                after_N = before_N + expand(codes, STEP, before_N.size, name)
+                left_N = before_N + wanted_N - after_N
+                writing.add(_raw(after_N), _raw(moved_N), _raw(left_N), bytes_of(codes, STEP))
     finally:
         files.close()
-    return Written(made, shas[0].hexdigest(), moved, shas[1].hexdigest())
+    return Written(*writing.files)
+
+
+def follow(weights: Path, steps: Sequence[Sent], made: Path) -> File:
+    """The weights that steps, one after another, make of those of a version. Raises BadInput."""
+    shapes, old, files = shapes_of(weights), places([weights]), Files()
+    try:
+        with Writing({made: _header(shapes)}) as writing:
+            for name in sorted(shapes):
+                value_N = _tensor(files, old[name])
+                for one in steps:
+                    value_N = value_N + one.values(name)
+                writing.add(_raw(value_N))
+    finally:
+        files.close()
+    return writing.files[0]
+
+
+class Writing:
+    """Files that are written side by side, and hashed meanwhile. `files` is there at the end."""
+
+    def __init__(self, headers: Mapping[Path, bytes]):
+        self.around, self.shas = ExitStack(), [hashlib.sha256() for _ in headers]
+        self.outs = [self.around.enter_context(path.open("wb")) for path in headers]
+        self.add(*headers.values())
+
+    def add(self, *raw: bytes) -> None:
+        """The next bytes of each."""
+        for out, sha, one in zip(self.outs, self.shas, raw, strict=True):
+            out.write(one)
+            sha.update(one)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.around.close()
+        self.files = [File(Path(out.name), sha.hexdigest()) for out, sha in zip(self.outs, self.shas, strict=True)]
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    entries = [(name, "F32", shape, 4 * math.prod(shape)) for name, shape in sorted(shapes.items())]
+    return pack_header(entries, {"format": "pt"})
+
+
+def _raw(value_N: Floats) -> bytes:
+    return value_N.astype("<f4").tobytes()
 
 
 def shifted(values: Mapping[str, Floats], delta: Callable[[str], Floats], share: float) -> Iterator[tuple[str, Floats]]:

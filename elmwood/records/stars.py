@@ -62,6 +62,8 @@ class Version(Record):
     parent: Digest | None = None
     weights: Blob  # model.safetensors
     velocity: Blob | None = None  # of the outer step; None: zero
+    step: Blob | None = None  # what the weights are the parent's plus, in 8 bits a value; None: nothing
+    error: Blob | None = None  # what the codes of all steps so far left out, which the next step adds; None: zero
     how: Literal["start", "mean", "median", "none"] = "mean"
     fates: tuple[Fate, ...] = ()  # of all proposals decided since the parent, by id
     lost: int = Field(0, ge=0)  # tokens of grants that ended without a proposal since the parent

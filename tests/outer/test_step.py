@@ -8,8 +8,9 @@ from safetensors.numpy import load_file, save_file
 
 from elmwood.errors import BadInput
 from elmwood.outer import gates
+from elmwood.outer.compress import open_delta
 from elmwood.outer.gates import Facts, Gains
-from elmwood.outer.step import OUTER, Part, average, mean_apart, step, weight_of
+from elmwood.outer.step import OUTER, STEP, Part, Written, average, follow, mean_apart, step, weight_of
 
 SHAPES = {"embed": (20, 8), "layer.weight": (8, 8), "norm": (8,)}
 
@@ -35,7 +36,10 @@ def test_any_order_of_arrival_gives_the_same_bytes(how, apart, weights, tmp_path
     ]
     outer = OUTER.model_copy(update={"apart": apart})
     (tmp_path / "made").mkdir()
-    made = {step(weights, None, order, outer, how, tmp_path / "made")[1::2] for order in itertools.permutations(parts)}
+    error = tmp_path / "error"
+    save_file({name: value.reshape(SHAPES[name]) for name, value in deltas(1, 9)[0].items()}, error)
+    orders = itertools.permutations(parts)
+    made = {tuple(file.sha for file in step(weights, None, error, order, outer, how, tmp_path / "made")) for order in orders}
     assert len(made) == 1
 
 
@@ -45,16 +49,48 @@ def test_two_steps_are_nesterov_momentum(weights, tmp_path):
     speed = {name: np.zeros_like(value) for name, value in theta.items()}
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
     first, second = ([Part(delta.__getitem__, 1.0) for delta in deltas(3, seed)] for seed in (5, 6))
-    made = step(weights, None, first, OUTER, "mean", tmp_path / "one")
-    made = step(made.weights, made.velocity, second, OUTER, "mean", tmp_path / "two")
+    made = step(weights, None, None, first, OUTER, "mean", tmp_path / "one")
+    made = step(*(file.path for file in made[:3]), second, OUTER, "mean", tmp_path / "two")
+    left = load_file(made.error.path)
     for seed in (5, 6):
         for name in theta:
             mean = np.mean([delta[name].astype(np.float64) for delta in deltas(3, seed)], axis=0)
             speed[name] = OUTER.momentum * speed[name] + mean
             theta[name] = theta[name] + OUTER.rate * (mean + OUTER.momentum * speed[name])
-    for name, value in load_file(made.weights).items():
-        assert np.allclose(value.reshape(-1), theta[name], atol=1e-6)
+    for name, value in load_file(made.weights.path).items():
         assert value.shape == SHAPES[name]
+        assert np.allclose((value + left[name]).reshape(-1), theta[name], atol=1e-6)
+        assert np.allclose(value.reshape(-1), theta[name], atol=1e-3 * np.abs(theta[name]).max())
+
+
+def test_who_has_an_earlier_version_computes_the_bytes_of_a_later_one(weights, tmp_path):
+    """From the steps between them, of about a byte a value."""
+    held, made = (weights, None, None), list[Written]()
+    for n in range(3):
+        (tmp_path / str(n)).mkdir()
+        made.append(step(*held, [Part(deltas(1, n)[0].__getitem__, 1.0)], OUTER, "mean", tmp_path / str(n)))
+        held = tuple(file.path for file in made[-1][:3])
+    sent = [open_delta(one.step.path, SHAPES, STEP) for one in made]
+    assert follow(weights, sent, tmp_path / "again").sha == made[2].weights.sha
+    assert (tmp_path / "again").read_bytes() == made[2].weights.path.read_bytes()
+    assert follow(made[0].weights.path, sent[1:], tmp_path / "again").sha == made[2].weights.sha
+    assert follow(made[0].weights.path, sent[2:], tmp_path / "again").sha != made[2].weights.sha
+
+
+def test_what_codes_leave_out_is_not_lost(weights, tmp_path):
+    """After many steps the weights are where they would be without codes, to half a code of the last one."""
+    parts = [Part(deltas(1, 3)[0].__getitem__, 1.0)]
+    held, theta, speed = (weights, None, None), load_file(weights)["norm"].astype(float), np.zeros(8)
+    for n in range(20):
+        (tmp_path / str(n)).mkdir()
+        written = step(*held, parts, OUTER, "mean", tmp_path / str(n))
+        held = tuple(file.path for file in written[:3])
+        mean = deltas(1, 3)[0]["norm"].astype(float)
+        speed = OUTER.momentum * speed + mean
+        theta += OUTER.rate * (mean + OUTER.momentum * speed)
+    code = np.abs(open_delta(written.step.path, SHAPES, STEP).values("norm")).max() / 127
+    assert np.abs(load_file(written.weights.path)["norm"] - theta).max() < 0.51 * code
+    assert np.abs(load_file(written.error.path)["norm"]).max() < 0.51 * code
 
 
 def test_norms_and_directions_apart():
@@ -81,7 +117,7 @@ def test_a_median_does_not_follow_one_of_three(weights, tmp_path):
     low_N, high_N = np.minimum(honest["norm"], other["norm"]), np.maximum(honest["norm"], other["norm"])
     assert ((low_N <= mean_N) & (mean_N <= high_N)).all()
     with pytest.raises(BadInput, match="needs 3"):
-        step(weights, None, [Part(honest.__getitem__, 1.0)], OUTER, "median", tmp_path)
+        step(weights, None, None, [Part(honest.__getitem__, 1.0)], OUTER, "median", tmp_path)
 
 
 # ---- gates -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from elmwood.outer import round
 from elmwood.outer.compress import Floats, size_of
 from elmwood.outer.gates import MEMORY
 from elmwood.outer.round import State, Terms, Worker
-from elmwood.outer.settle import Base, Judge, replay, settle, sketch_file
+from elmwood.outer.settle import Base, Judge, blobs_of, replay, settle, sketch_file
 from elmwood.outer.step import shapes_of
 from elmwood.records import Corpus, Seed, Star, Version
 from elmwood.store import Store
@@ -47,6 +47,17 @@ def first_version(star: Star, store: Store) -> Version:
         raise BadInput(f"seed {seed.name} has no {WEIGHTS} in the store: a star takes seeds whose weights are one file there")
     shapes_of(store.get(seed.files[WEIGHTS]))
     return Version(star=star.digest, number=0, weights=seed.files[WEIGHTS], how="start")
+
+
+def base_of(version: Version, store: Store) -> Base:
+    """A version as files. Raises Damaged."""
+    velocity, error = (store.get(blob) if blob else None for blob in (version.velocity, version.error))
+    return Base(version, store.get(version.weights), velocity, error)
+
+
+def public_of(version: Version) -> list[str]:
+    """Blobs that machines need to compute from a version."""
+    return [version.weights, *([version.step] if version.step else [])]
 
 
 def seed_of(star: Star, version: Version, store: Store) -> Seed:
@@ -104,7 +115,7 @@ class Home:
         """Blobs that the named machines may fetch: the seed's files, the text to train on, weights. No held-out text, nobody's delta."""
         seed, corpus = self.store.load(self.star.seed, Seed), self.store.load(self.star.corpus, Corpus)
         versions = [self.store.load(digest, Version) for digest in self.keeper.chain()]
-        return {*seed.files.values(), *(shard.blob for shard in corpus.train), *(one.weights for one in versions)}
+        return {*seed.files.values(), *(shard.blob for shard in corpus.train), *(blob for one in versions for blob in public_of(one))}
 
     def version(self, number: int | None = None) -> Version:
         """A version, by default the newest. Raises BadInput."""
@@ -112,11 +123,6 @@ class Home:
         if digest is None:
             raise BadInput(f"there is no version {number} of {self.star.name} yet: the newest is {self.keeper.read().number}")
         return self.store.load(digest, Version)
-
-    def base(self, version: Version) -> Base:
-        """A version as files."""
-        velocity = self.store.get(version.velocity) if version.velocity else None
-        return Base(version, self.store.get(version.weights), velocity)
 
     def write(self, fn: Callable[[State, float], tuple[State, T]]) -> T:
         """Change the state at the present moment of uptime. Raises Deposed, and what `fn` raises."""
@@ -147,23 +153,21 @@ class Home:
         ones = round.round_of(state)
         if not ones:
             return None
-        base = self.base(self.version())
+        base = base_of(self.version(), self.store)
         self.at("read")
         files = {one.id: self.store.path(one.blob) for one in ones}
         with temporary_folder(self.store.root / "work") as folder:
             made = settle(self.star, base, state, files, self.judge_of(base), folder, self._earlier(base), self.at)
-            weights, velocity = base.version.weights, base.version.velocity if made.keeps_velocity else None
-            if made.written:
-                weights = self.store.take(made.written.weights, made.written.weights_sha)
-                self.at("weights")
-                velocity = self.store.take(made.written.velocity, made.written.velocity_sha)
+            for file in made.written or ():
+                self.store.take(*file)
+                self.at("taken")
         self.at("stored")
 
         def commit(now: State) -> tuple[State, Version]:
             fates = tuple(sorted((*made.fates, *now.doors), key=lambda fate: fate.proposal))
             version = Version(
-                star=self.star.digest, number=now.number + 1, parent=now.head, weights=weights, velocity=velocity, how=made.how,
-                fates=fates, lost=now.lost,
+                star=self.star.digest, number=now.number + 1, parent=now.head, how=made.how, fates=fates, lost=now.lost,
+                **blobs_of(base.version, made.written, made.keeps_velocity),
             )  # fmt: skip
             after = round.decide(now, version, made.norm, made.guilty)
             self.store.add(version)
@@ -171,7 +175,8 @@ class Home:
             return after, version
 
         version = self.keeper.write(commit, lambda one: one)
-        self.public.add(version.weights)
+        self.public.update(public_of(version))
+        self.sketches |= {fate.blob: made.sketches[fate.proposal] for fate in made.fates if fate.fate == "applied" and fate.blob}
         self.at("committed")
         self.name_seed(version)
         self.at("named")
@@ -265,8 +270,7 @@ def check_chain(star: Star, digests: list[str], store: Store) -> list[Checked]:
 
 
 def _again(star: Star, parent: Version, version: Version, store: Store) -> tuple[bool, str]:
-    base = Base(parent, store.get(parent.weights), store.get(parent.velocity) if parent.velocity else None)
     files: dict[str, Path] = {one.proposal: store.get(one.blob) for one in version.fates if one.fate == "applied" and one.blob}
     with temporary_folder(store.root / "work") as folder:
-        good = replay(star, base, version, files, folder) == (version.weights, version.velocity)
+        good = replay(star, base_of(parent, store), version, files, folder) == version
     return good, f"{version.how} of {len(files)} of {len(version.fates)} proposals" if good else "other bytes come of its proposals"

@@ -6,25 +6,29 @@ Outbound requests only. Its folder, <store>/star/<plan>-<key>/, has its optimise
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from elmwood.engine import Progress, silent
-from elmwood.errors import ElmwoodError
+from elmwood.errors import BadInput, Damaged, ElmwoodError
 from elmwood.hub import signing
 from elmwood.hub.client.http import Hub, Problem
 from elmwood.hub.client.transfer import begin_upload, fetch_blob, fetch_blobs, fetch_record, send
 from elmwood.hub.star.app import WAIT
 from elmwood.hub.star.messages import GrantReply, Receipt, StarReply
+from elmwood.outer.compress import open_delta
+from elmwood.outer.step import STEP, follow, shapes_of
 from elmwood.records import Corpus, Fate, Seed, Star, Version, parse
 from elmwood.store import Store, hash_file
+from elmwood.store.disk import temporary_folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from elmwood.train.inner.phase import Local
 
+FEWER = 3  # steps that have fewer bytes than the whole weights
 PAUSE = 1.0  # seconds until a machine asks again for something to train
 
 
@@ -168,8 +172,7 @@ def train(
     """The delta of a grant, as a file. Raises Problem where the grant ended meanwhile."""
     from elmwood.train.inner.phase import Slice, run_phase
 
-    version = parse(machine.hub.get(f"/train/version/{grant.base}").body)
-    assert isinstance(version, Version)
+    version = fetch_version(grant.base, machine.hub)
     tell(Told("fetch", f"version {grant.base}"))
     base = fetch_base(version, machine)
     tell(Told("train", f"from version {grant.base}"))
@@ -177,15 +180,39 @@ def train(
 
 
 def fetch_base(version: Version, machine: Machine) -> Path:
-    """The weights of a version. The one before is deleted: a machine needs one at a time."""
-    if machine.store.has(version.weights):  # the seed's own
-        return machine.store.get(version.weights)
+    """The weights of a version: by the steps from those that are here, else whole. Others are deleted: a machine needs one at a time."""
     kept = Store(machine.local.folder / "versions")
-    base = fetch_blob(version.weights, machine.hub, kept)
+    base = _held(version, machine.store, kept) or _follow(version, machine, kept) or fetch_blob(version.weights, machine.hub, kept)
     for other in kept.root.glob("blobs/sha256/*/*"):
         if other != base:
             other.unlink()
     return base
+
+
+def _held(version: Version, *stores: Store) -> Path | None:
+    """The weights of a version, where they are here."""
+    return next((store.get(version.weights) for store in stores if store.whole(version.weights)), None)
+
+
+def _follow(version: Version, machine: Machine, kept: Store) -> Path | None:
+    """The weights of a version by the steps since one that is here; none where that is too far behind, or other bytes come of it."""
+    newest, steps = version, list[str]()
+    while (held := _held(version, machine.store, kept)) is None:
+        if len(steps) == FEWER or not version.number:
+            return None
+        steps += [version.step] if version.step else []
+        version = fetch_version(version.number - 1, machine.hub)
+    with suppress(BadInput, Damaged), temporary_folder(kept.root / "work") as folder:
+        sent = [open_delta(fetch_blob(step, machine.hub, kept), shapes_of(held), STEP) for step in reversed(steps)]
+        made = follow(held, sent, folder / "model.safetensors")
+        if f"sha256:{made.sha}" == newest.weights:
+            return kept.path(kept.take(*made))
+    return None
+
+
+def fetch_version(number: int, hub: Hub) -> Version:
+    """Raises Problem, ElmwoodError."""
+    return _known(parse(hub.get(f"/train/version/{number}").body), Version)
 
 
 def offer(path: Path, grant: GrantReply, hub: Hub, progress: Progress) -> None:

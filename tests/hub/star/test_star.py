@@ -7,10 +7,14 @@ from safetensors.numpy import load_file
 from star_world import STEPS, VERSIONS, all_take_part, new_world, serving
 
 from elmwood.hub.app import create_app
+from elmwood.hub.star import worker
 from elmwood.hub.star.app import create_app as star_app
 from elmwood.hub.star.home import check_chain, seed_of
 from elmwood.hub.star.judging import judge_with_losses
+from elmwood.hub.star.worker import fetch_base, opened
+from elmwood.outer.settle import blobs_of
 from elmwood.records import Version
+from elmwood.store import Store, hash_file
 from tests.hub.served import serve_app
 from tests.hub.server.world import open_run
 
@@ -41,6 +45,10 @@ def test_the_chain_is_computed_again_to_the_same_bytes(run):
     assert found[1].said == "mean of 2 of 2 proposals"
     versions = [world.store.load(digest, Version) for digest in chain]
     assert len({one.weights for one in versions}) == VERSIONS + 1
+    for kind in ("weights", "velocity", "error", "step"):
+        forged = versions[1].model_copy(update={kind: getattr(versions[2], kind)})
+        world.store.add(forged)
+        assert [one.good for one in check_chain(world.star, [chain[0], forged.digest], world.store)] == [True, False]
 
 
 def test_the_newest_version_is_a_seed_with_a_lower_loss(run):
@@ -70,6 +78,88 @@ def test_a_star_stands_in_a_hubs_app(tmp_path):
         home.close()
         hub.close()
     assert [one.applied for one in ended] == [world.star.tokens] * 2
+
+
+def watch(machine):
+    """What the machine of a test asks for, in the order it asks, without queries."""
+    asked, stream = [], machine.hub.stream
+
+    def watched(method, target, *rest, **options):
+        asked.append(target)
+        return stream(method, target, *rest, **options)
+
+    machine.hub.stream = watched
+    return asked
+
+
+@pytest.fixture(scope="module")
+def joined(run):
+    """A machine that comes after the end of the run, and what it asks for."""
+    world = run[0]
+    with serving(world.home()) as url, opened(url, Store(world.store.root.parent / "late"), world.machines[0].key) as machine:
+        yield machine, watch(machine)
+
+
+@pytest.fixture
+def late(run, joined):
+    """The same with no version but the seed, and the versions."""
+    machine, asked = joined
+    asked.clear()
+    for path in (machine.local.folder / "versions").glob("blobs/sha256/*/*"):
+        path.unlink()
+    return machine, asked, [run[0].store.load(digest, Version) for digest in run[3]]
+
+
+def blobs_asked_for(asked):
+    return ["sha256:" + target.rpartition("/")[2] for target in asked if target.startswith("/v1/blobs/")]
+
+
+def test_whoever_has_an_earlier_version_fetches_steps(late):
+    """About a byte of a parameter for each; then nothing, of a version that is here."""
+    machine, asked, versions = late
+    for number, behind in ((1, 1), (3, 2), (3, 0)):
+        asked.clear()
+        path = fetch_base(versions[number], machine)
+        assert blobs_asked_for(asked) == [one.step for one in versions[number - behind + 1 : number + 1]]
+        assert f"sha256:{hash_file(path)}" == versions[number].weights
+        assert list((machine.local.folder / "versions").glob("blobs/sha256/*/*")) == [path]
+
+
+def test_who_is_too_far_behind_fetches_whole_weights(late, monkeypatch):
+    machine, asked, versions = late
+    monkeypatch.setattr(worker, "FEWER", 2)
+    path = fetch_base(versions[3], machine)
+    assert blobs_asked_for(asked) == [versions[3].weights]
+    assert f"sha256:{hash_file(path)}" == versions[3].weights
+
+
+@pytest.mark.parametrize("damage", ["cut", "another", "not-finite"])
+def test_a_step_that_gives_other_bytes_is_refused_and_the_weights_are_fetched_whole(damage, late, monkeypatch):
+    machine, asked, versions = late
+    fetch = worker.fetch_blob
+
+    def damaged(blob, hub, store):
+        path = fetch(blob, hub, store)
+        if blob == versions[1].step:
+            raw = bytearray(path.read_bytes())
+            raw = {"cut": raw[:-1], "another": raw[:-4] + np.float32(0.5).tobytes(), "not-finite": raw[:-4] + b"\xff" * 4}[damage]
+            path.write_bytes(raw)
+        return path
+
+    monkeypatch.setattr(worker, "fetch_blob", damaged)
+    path = fetch_base(versions[1], machine)
+    assert blobs_asked_for(asked) == [versions[1].step, versions[1].weights]
+    assert f"sha256:{hash_file(path)}" == versions[1].weights
+
+
+def test_a_version_of_which_nothing_was_merged_is_its_parent(late):
+    """Where a round was undone there is no step, and nothing is fetched."""
+    machine, asked, versions = late
+    fetch_base(versions[2], machine)
+    asked.clear()
+    undone = Version(star=versions[2].star, number=3, parent=versions[2].digest, how="none", **blobs_of(versions[2], None, False))
+    assert f"sha256:{hash_file(fetch_base(undone, machine))}" == versions[2].weights
+    assert asked == []
 
 
 def test_machines_keep_what_was_left_out_and_nothing_else(run):
