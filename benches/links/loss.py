@@ -10,7 +10,8 @@ process; their arithmetic is that of `elmwood seed diloco`, and tests/train/test
 repeated at each of --learning-rates, which are of AdamW after the warm start.
 
 One line for each point of a curve, after every --each rounds: `tokens` of all workers together since the warm start, `loss` on held-out
-rows in nats a token, bytes that one worker has `sent` and `received` in sums of float32 that go round a ring. FOLDER keeps the text and the
+rows in nats a token, bytes that one worker has `sent` and `received` in sums of float32 that go round a ring, and the tokens that the run
+was `planned` for. FOLDER keeps the text and the
 warm starts for further runs.
 """
 
@@ -174,6 +175,7 @@ def main() -> None:
                         loss=held_out(place, judged, weights, given.length), sent=sent, received=sent, learning_rate=learning_rate,
                         steps=given.steps, fragments=given.fragments if streams else 1, delay=given.delay if streams else 0,
                         keep=given.keep if streams else 0.0,
+                        planned=given.rounds * given.steps * row * (1 if method == "alone" else workers),
                     )  # fmt: skip
 
                 Runs(place, start, workers, rng_seed, given, scratch, told).run(name, learning_rate)
