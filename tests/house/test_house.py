@@ -4,7 +4,9 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -46,13 +48,37 @@ def room(path: Path) -> str:
     return path.relative_to(HOUSE).parts[0].removesuffix(".py")
 
 
+class Nodes(NamedTuple):
+    """What the tests look at in a file."""
+
+    imports: list[ast.Import | ast.ImportFrom]
+    calls: list[ast.Call]
+
+    @property
+    def called(self) -> list[str]:
+        return [ast.unparse(call.func) for call in self.calls if isinstance(call.func, ast.Name | ast.Attribute)]
+
+
+@cache
+def nodes(path: Path) -> Nodes:
+    """Every file is read once for all tests."""
+    found = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return Nodes(*([node for node in found if isinstance(node, kind)] for kind in ((ast.Import, ast.ImportFrom), ast.Call)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    yield
+    nodes.cache_clear()
+
+
 def imports(path: Path) -> set[str]:
     """Rooms of ours that a file imports, anywhere in it."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path).imports:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{path}: relative import; name the room"
             names += [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "elmwood" else [node.module or ""]
     return {name.split(".")[1] for name in names if name.startswith("elmwood.") and name != "elmwood.__version__"}
@@ -92,9 +118,9 @@ for name in modules:
 
 def test_nothing_is_pickled():
     for path in files():
-        for node in ast.walk(ast.parse(path.read_text())):
-            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            assert called not in {"torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dump", "joblib.load", "np.load"}, path
+        assert not {"torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dump", "joblib.load", "np.load"} & {
+            *nodes(path).called
+        }, path
 
 
 def test_models_of_others_come_through_one_door():
@@ -103,9 +129,10 @@ def test_models_of_others_come_through_one_door():
     for path in files():
         if path == HOUSE / "lm" / "pretrained.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-            assert called not in openers, f"{path}: {ast.unparse(node)[:80]}: go through elmwood.lm.pretrained"
+        for call in nodes(path).calls:
+            called = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+            assert called not in openers, f"{path}: {ast.unparse(call)[:80]}: go through elmwood.lm.pretrained"
+        for node in nodes(path).imports:
             taken = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
             found = [name for name in taken if name.startswith("Auto") or name in {"GenerationConfig", "PeftModel", "PeftConfig"}]
             assert not found or node.module.partition(".")[0] not in {"transformers", "peft"}, f"{path}: {found}: elmwood.lm.pretrained"
@@ -114,11 +141,10 @@ def test_models_of_others_come_through_one_door():
 @pytest.mark.parametrize("path", [path for path in files() if room(path) != "cli"], ids=lambda path: path.relative_to(HOUSE).as_posix())
 def test_only_the_command_line_prints(path):
     """Below it nothing writes to stdout or stderr, and nothing opens a progress bar: that is what `progress` is for."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+    for node in nodes(path).imports:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         assert not {name.partition(".")[0] for name in names} & {"rich", "tqdm", "typer", "click"}, path
-        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+    for called in nodes(path).called:
         assert not re.match(r"print$|sys\.std(out|err)\.", called), f"{path}: {called}"
 
 
@@ -143,7 +169,7 @@ def test_benches_and_tests_use_the_library():
 def test_a_room_that_shares_its_name_with_a_verb_is_imported_by_its_modules():
     """`from elmwood import evaluate` gives the verb."""
     for path in [*HOUSE.rglob("*.py"), *HOUSE.parent.glob("tests/**/*.py"), *HOUSE.parent.glob("benches/**/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path).imports:
             if isinstance(node, ast.ImportFrom) and node.module == "elmwood":
                 found = {alias.name for alias in node.names} & set(elmwood.PLACES) & set(FLOORS)
                 assert not found, f"{path}: write `from elmwood.evaluate.comparison import Side`, not `from elmwood import {min(found)}`"
@@ -152,8 +178,8 @@ def test_a_room_that_shares_its_name_with_a_verb_is_imported_by_its_modules():
 def test_text_files_have_their_encoding_named():
     """Else a locale without UTF-8 decides what is written."""
     for path in HOUSE.rglob("*.py"):
-        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and _opens_text(call):
+        for call in nodes(path).calls:
+            if _opens_text(call):
                 assert any(word.arg == "encoding" for word in call.keywords), f"{path}:{call.lineno} names no encoding"
 
 

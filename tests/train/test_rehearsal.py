@@ -1,5 +1,6 @@
 """A step on a pretended GPU: what it counts, and that it stays there."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,6 @@ from elmwood.records import Recipe
 from elmwood.train.fit.allocator import CachingAllocator
 from elmwood.train.fit.formulas import anatomy, components
 from elmwood.train.fit.predict import fit
-from elmwood.train.fit.rehearsal import rehearse
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -30,14 +30,21 @@ METHODS = ("full", "lora", "qlora")
 LORA = RECIPE.model_copy(update={"method": "lora"})
 
 
+REHEARSE = "import sys; from pathlib import Path; from elmwood.train.fit.rehearsal import main; main(sys.stdin.read().splitlines(), Path(sys.argv[1]))"
+
+
 @pytest.fixture(scope="module")
-def rehearsals():
-    """All of them in one process, which takes seconds to start."""
+def rehearsals(forked, tmp_path_factory):
+    """All of them in one process."""
+    folder = tmp_path_factory.mktemp("rehearsals")
     runs = {(kind, method): (config(kind), RECIPE.model_copy(update={"method": method})) for kind in CONFIGS for method in METHODS}
     runs["lora", "checkpointing"] = config("llama"), LORA.model_copy(update={"checkpointing": True})
     runs["full", "8 bits"] = config("llama"), RECIPE.model_copy(update={"optimiser": "adamw8bit"})
     runs["a model that", "raises"] = SimpleNamespace(to_dict=lambda: {"model_type": "nobody"}), RECIPE
-    return dict(zip(runs, rehearse(*runs.values()), strict=True))
+    lines = [json.dumps([config.to_dict(), recipe.model_dump(mode="json")]) for config, recipe in runs.values()]
+    done = forked(REHEARSE, str(folder / "found"), cwd=folder, stdin="\n".join(lines))
+    assert not done.returncode, done.stderr
+    return dict(zip(runs, map(json.loads, (folder / "found").read_text().splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
