@@ -6,6 +6,7 @@ costs nothing.
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -35,7 +37,10 @@ Engine = Callable[[Task, Sequence[Any], int, bool, Progress], Iterator[tuple[int
 LEVEL = "%"  # the unit of an event that is a level, such as the use of a device; its `what` names what is measured
 NOTE = "note"  # the unit of an event that is said once
 DEVICE = "ELMWOOD_DEVICE"  # the variable that names where to compute, for this process and its workers
+AHEAD = "ELMWOOD_AHEAD"  # the variable that tells elmwood.ahead what to import
 RETRIES = 3  # of a Ray task whose worker died
+COPIES = sys.platform == "linux"  # whether workers are copies of a process that only imports; libraries of other systems do not bear it
+ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "dri/renderD*")  # device files
 TICK = 0.2  # seconds between polls of the progress of Ray tasks
 OBJECTS = 100_000_000  # bytes of a local Ray's object store: inputs and results are small records
 
@@ -94,15 +99,18 @@ def run(
     engine: str = "local",
     gpu: bool = False,
     what: str = "",
+    torch: Sequence[str] = (),
     progress: Progress = silent,
 ) -> list[Out]:
     """[task(x) for x in inputs], with `workers` tasks in parallel; results in the order of the inputs.
 
     `engine` is a row of ENGINES or a module:function. `gpu`: tasks can use a GPU, and parallel ones get one each. `what` names a
-    progress bar that counts finished tasks. The first error stops the other tasks and is raised; DoesNotFit if a worker was killed.
-    Raises UnknownName, MissingExtra.
+    progress bar that counts finished tasks. `torch`: modules of `prepare`. The first error stops the other tasks and is raised;
+    DoesNotFit if a worker was killed. Raises UnknownName, MissingExtra.
     """
     found: dict[int, Out] = {}
+    if engine == "local" and min(workers, len(inputs)) > 1:
+        prepare(task.__module__, torch=torch)
     if what:
         progress(what, 0, len(inputs), "tasks")
     for place, result in lookup(ENGINES, engine, "engine")(task, inputs, workers, gpu, progress):
@@ -128,7 +136,7 @@ def _local(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress:
         for place, item in enumerate(inputs):
             yield place, task(item, progress)
         return
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(_method())
     events: Any = context.Queue()
     relay = threading.Thread(target=_relay, args=(events, progress), daemon=True)
     relay.start()
@@ -136,10 +144,10 @@ def _local(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress:
     devices: Any = context.Queue()
     for number in range(workers if found else 0):
         devices.put(found[number % len(found)])
-    given = (events, devices if found else None, named_device())
+    given = (events, devices if found else None, named_device(), dict(os.environ))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=given)
     try:
-        with _hidden_main():
+        with _begin():
             places = {pool.submit(_call, task, item): place for place, item in enumerate(inputs)}
         for future in as_completed(places):
             yield places[future], future.result()
@@ -155,15 +163,54 @@ def _local(task: Task, inputs: Sequence[Any], workers: int, gpu: bool, progress:
         relay.join(timeout=1)  # a terminated worker may have left the queue locked
 
 
+_prepared = 0  # the process that has begun another whose copies its workers are
+_with_torch = False  # whether that one may have imported torch
+
+
+def prepare(*names: str, torch: Sequence[str] = ()) -> None:
+    """Begin to import modules in a process whose copies this one's workers will be; returns at once. Only the first call counts.
+
+    A worker has them from its start, and imports others itself. `module:function` calls a function too. `torch`: those that import torch;
+    they are left out where something other than the CPU may be used, which a copy could not.
+    """
+    global _prepared, _with_torch
+    if COPIES and not _prepared:
+        _prepared, _with_torch = os.getpid(), bool(torch) and _only_cpu()
+        multiprocessing.set_forkserver_preload(["elmwood.ahead"])
+        with _begin(**{AHEAD: " ".join([*names, *(torch if _with_torch else ())])}):
+            forkserver.ensure_running()
+
+
+def _method() -> str:
+    """How workers start. A process that was forked has no copies of its parent's."""
+    return "forkserver" if _prepared == os.getpid() and (_only_cpu() or not _with_torch) else "spawn"
+
+
+def _only_cpu() -> bool:
+    """Whether tasks are certain to compute on the CPU: told to, or there is nothing else."""
+    named = named_device()
+    return named == "cpu" or (named is None and not any(found for kind in ACCELERATORS for found in Path("/dev").glob(kind)))
+
+
 @contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Processes that are spawned meanwhile do not run the caller's script again, which may have no `if __name__ == "__main__"`."""
+def _begin(**variables: str) -> Iterator[None]:
+    """Processes that begin meanwhile import what this one does, and nothing from the working folder. They do not run the caller's script
+    again, which may have no `if __name__ == "__main__"`. Ctrl-C is for this process, which ends them."""
     main: dict[str, Any] = vars(sys.modules["__main__"])  # type: ignore[assignment]
     hidden: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
     main["__spec__"] = None
+    variables |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
         main.update(hidden)
 
 
@@ -174,10 +221,12 @@ def _killed(what: str) -> str:
 _events: Any = None  # in a worker process: the queue to the parent's progress bar
 
 
-def _initialise(events: Any, devices: Any, named: str | None) -> None:
+def _initialise(events: Any, devices: Any, named: str | None, environment: dict[str, str]) -> None:
     global _events
     _events = events
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.clear()  # that of the process it is a copy of
+    os.environ.update(environment)
     if named:
         os.environ[DEVICE] = named
     if devices is not None:

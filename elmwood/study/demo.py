@@ -22,7 +22,7 @@ from elmwood.study.demo_seed import Remade, compare_packaged, install_seed
 from elmwood.study.quality.evaluation import keep_comparison, measure_distances
 from elmwood.study.quality.scoring import Columns, ensure, open_columns
 from elmwood.study.seeds import llama
-from elmwood.study.tasks import TrainJob, default_threads, default_workers, found, label, train_job
+from elmwood.study.tasks import TORCH, TrainJob, default_threads, default_workers, found, label, train_job
 from elmwood.study.training import default_rate, shards
 from elmwood.train.task_names import seed_key, train_key
 from elmwood.units import parse_count
@@ -281,7 +281,7 @@ def train_and_score(
     jobs = [one for one in jobs if not one.finished(columns)]
     tokens = {one.label: one.train.recipe.tokens for one in jobs if one.train}
     tokens |= {f"score {one.label}": int(columns.held.windows.length_W.sum()) for one in jobs}
-    run(grow_job, jobs, workers=workers, progress=sum_progress("train and score", tokens, progress))
+    run(grow_job, jobs, workers=workers, torch=TORCH, progress=sum_progress("train and score", tokens, progress))
     return {name: [found(one, store)[0] for one in side] for name, side in sides.items()}
 
 

@@ -13,7 +13,7 @@ from elmwood.engine import Progress, run, silent
 from elmwood.errors import BadInput
 from elmwood.records import Corpus, Expert, Partition, Recipe, Seed
 from elmwood.store import Store
-from elmwood.study.tasks import TrainJob, default_threads, experts_job
+from elmwood.study.tasks import TORCH, TrainJob, default_threads, experts_job
 from elmwood.units import parse_count
 
 BATCH, RATE = 8, 3e-3  # of router LMs, which are small and begin with random weights
@@ -58,7 +58,7 @@ def _train(partition: Partition, seed: Seed, recipe: Recipe, store: Store, means
         )
         for place, domain in enumerate(partition.domains)
     ]  # fmt: skip
-    made = run(experts_job, jobs, workers=means.workers, engine=means.engine, gpu=True, progress=progress)
+    made = run(experts_job, jobs, workers=means.workers, engine=means.engine, gpu=True, torch=TORCH, progress=progress)
     return [store.load(digest, Expert) for digests in made for digest in digests]
 
 

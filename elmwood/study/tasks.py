@@ -12,6 +12,7 @@ from elmwood.train.task_names import together_keys, train_key
 
 SMALL = 20_000_000  # parameters below which one core per model is better used than two cores on one
 THREADS = 4  # of a model that is not small
+TORCH = ("elmwood.train.tasks", "elmwood.ensemble.mixture", "elmwood.lm.experts", "peft")  # what training and scoring import
 
 
 class TrainJob(Frozen):

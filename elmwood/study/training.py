@@ -12,12 +12,14 @@ from elmwood.ranges import Between, Count, checked
 from elmwood.records import Expert, Forest, Frozen, Partition, Recipe, Seed, Shard, Statistics
 from elmwood.store import AnyStore, Named, Store
 from elmwood.study.tasks import (
+    TORCH,
     StatisticsJob,
     TogetherJob,
     TrainJob,
     default_threads,
     default_workers,
     experts_job,
+    found,
     keys,
     label,
     statistics_job,
@@ -150,7 +152,9 @@ def run_plan(
 ) -> list[Expert]:  # fmt: skip
     """Train the experts of a plan. `name`: they are called NAME/0, NAME/1, ... after their domains."""
     store = open_store(store, name and f"{name}/0")
-    made = run(experts_job, plan.jobs(store), workers=plan.workers, engine=engine, gpu=True, progress=progress)
+    jobs = plan.jobs(store)
+    torch = () if all(found(job, store) for job in jobs) else TORCH
+    made = run(experts_job, jobs, workers=plan.workers, engine=engine, gpu=True, torch=torch, progress=progress)
     experts = [store.load(digest, Expert) for digests in made for digest in digests]
     return [keep_name(expert, expert_name(name, expert), store) for expert in experts]
 
@@ -295,5 +299,5 @@ def run_statistics(
     """As `compute_statistics`, of experts that are known."""
     workers = workers or default_workers(store.load(experts[0].seed, Seed), len(experts))
     jobs = [StatisticsJob(store=store.root, expert=expert.digest, rows=rows) for expert in experts]
-    made = run(statistics_job, jobs, workers=workers, engine=engine, gpu=True, progress=progress)
+    made = run(statistics_job, jobs, workers=workers, engine=engine, gpu=True, torch=TORCH, progress=progress)
     return [store.load(digest, Statistics) for digest in made]

@@ -16,7 +16,7 @@ HOUSE = Path(__file__).parents[2] / "elmwood"
 FLOORS = {
     "compiled": 1, "errors": 1, "ranges": 1, "records": 1, "registry": 1, "threads": 1, "units": 1,
     "store": 2, "engine": 2,
-    "corpus": 3, "domains": 3, "lm": 3, "outer": 3, "weights": 3,
+    "ahead": 3, "corpus": 3, "domains": 3, "lm": 3, "outer": 3, "weights": 3,
     "train": 4, "merge": 4, "ensemble": 4, "evaluate": 4, "report": 4,
     "study": 5,
     "hub": 6, "serve": 6,
@@ -28,7 +28,7 @@ NEIGHBOURS = {
     ("store", "engine"), ("domains", "corpus"), ("lm", "corpus"), ("weights", "lm"), ("outer", "weights"),
 }  # fmt: skip
 TORCH_FREE = {
-    "compiled", "errors", "ranges", "records", "registry", "threads", "units", "store", "engine",
+    "ahead", "compiled", "errors", "ranges", "records", "registry", "threads", "units", "store", "engine",
     "corpus", "domains", "outer", "evaluate", "report", "study", "hub", "serve", "cli",
 }  # fmt: skip
 LIGHT = (

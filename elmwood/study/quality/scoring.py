@@ -19,7 +19,7 @@ from elmwood.evaluate.holdout import Holdout, HoldoutSpec, open_holdout
 from elmwood.evaluate.partial import Partial
 from elmwood.records import Digest, Expert, Frozen, Partition, Record, Seed
 from elmwood.store import Store
-from elmwood.study.tasks import default_threads, named
+from elmwood.study.tasks import TORCH, default_threads, named
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -192,7 +192,7 @@ def ensure(
         mates = _find_mates([job.model for job in jobs], columns.store)
         jobs = [job.model_copy(update={"mates": mates.get(job.model, ())}) for job in jobs]
     spent = [_score(columns, job, progress) for job in jobs] if here else run(
-        score_job, jobs, workers=workers, engine=engine, progress=progress
+        score_job, jobs, workers=workers, engine=engine, torch=TORCH, progress=progress
     )  # fmt: skip
     if not (here and columns.stay):
         for job in jobs:
