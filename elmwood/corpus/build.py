@@ -10,6 +10,7 @@ N documents
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from elmwood.corpus.dedup import compile_loops
 from elmwood.corpus.read import Document, Part, Reading, parse_source, places
 from elmwood.corpus.resolve import Side, resolve, run_of
 from elmwood.corpus.stage import Run, Task, gather, pieces, side, stage
-from elmwood.engine import Progress, run, silent
+from elmwood.engine import Progress, prepare, run, silent
 from elmwood.errors import BadCorpus, BadInput
 from elmwood.records import Blob, Corpus, Shard, fingerprint
 from elmwood.store import Store, hash_file
@@ -34,7 +36,7 @@ SHARD = 64_000_000  # bytes of text in one shard, at most; a longer document has
 GROUP = 8_000_000  # bytes of text in memory while a shard is written
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("meta", pa.string())])
 RULES = 2  # increased when the same sources would make a different corpus
-HASHED_ALONE = 1_000_000_000  # bytes of files that are hashed sooner than processes start
+HASHED_ALONE = 2_000_000_000  # bytes of files that are hashed by the time that workers can start
 MEMORY = 2_000_000_000  # bytes, about, of all workers together
 SHARE = 8  # part of its memory that a worker fills with text: what is made of it takes a few times as much
 
@@ -72,6 +74,8 @@ def build(
         raise BadCorpus("a corpus needs a source, and there is none: name a file, a folder, 'sample' or 'datasets:NAME'")
     reading = reading or Reading(field)
     cut = list(pieces(sources, reading))
+    if means.engine == "local" and min(means.workers, len(cut)) > 1:
+        prepare("elmwood.corpus.build", "elmwood.corpus.dedup:compile_loops")  # while sources are hashed
     repeatable = all(parse_source(part.source).repeatable and (not part.url or bool(part.version)) for parts in cut for part in parts)
     key = fingerprint("corpus", RULES, _contents(cut, means, progress), holdout, *reading)
     with store.held(key, progress) as work:
@@ -94,10 +98,12 @@ def _build(
 ) -> Corpus:
     share = max(1, means.memory // max(1, means.workers) // SHARE)
     tasks = [Task(work / f"piece-{number}", parts, reading, share) for number, parts in enumerate(cut)]
+    if min(means.workers, len(tasks)) > 1:
+        threading.Thread(target=compile_loops, daemon=True).start()  # what they read is compared here
     run(stage, tasks, workers=means.workers, engine=means.engine, what="read", progress=progress)
     staged = gather(tasks)
     rejected = staged.rejected
-    train, held = resolve(staged.runs, holdout, means.memory, work, rejected, progress)
+    train, held = resolve(staged.runs, holdout, means.memory, work, rejected, progress, means.workers)
     if train.documents + held.documents < 2:
         raise BadCorpus(
             f"a corpus needs 2 different documents, one to train on and one to hold out, and this has {train.documents + held.documents}: "
@@ -165,9 +171,8 @@ def _contents(cut: Sequence[tuple[Part, ...]], means: Means, progress: Progress)
     """What names sources in a task: content and path of each file, the name of each data set and importer; sorted."""
     whole = {(part.source, part.path): part for parts in cut for part in parts}.values()
     read = [part for part in whole if part.name and not part.odd and not part.url]
-    hashes = run(
-        _hash, [str(part.path) for part in read], workers=means.workers, engine=means.engine, what="hash sources", progress=progress
-    )
+    by = ALONE if sum(part.size for part in read) <= HASHED_ALONE else means
+    hashes = run(_hash, [str(part.path) for part in read], workers=by.workers, engine=by.engine, what="hash sources", progress=progress)
     names = [f"{digest} {part.name}" for digest, part in zip(hashes, read, strict=True)]
     names += [f"{part.odd or part.version or part.url} {part.name} {part.size}" for part in whole if part.odd or part.url]
     return sorted([*names, *{part.source for part in whole if not parse_source(part.source).repeatable}])

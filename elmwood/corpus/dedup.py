@@ -48,6 +48,11 @@ def sketch(texts: Sequence[str]) -> np.ndarray:
     return sketch_NH
 
 
+def compile_loops() -> None:
+    """Compile what sketches and compares, or load it: most of a second, which is else spent by the first call of each process."""
+    near_duplicates(sketch(["a", "b"]), np.arange(2), np.zeros(2, np.int64))
+
+
 def bands(sketch_NH: np.ndarray) -> np.ndarray:
     """A hash of each band of each sketch: uint64 [B, N]. Documents are compared if they share one of these."""
     mixed_BN = np.zeros((BANDS, len(sketch_NH)), np.uint64)

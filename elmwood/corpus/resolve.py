@@ -5,6 +5,7 @@ Documents are numbered through all runs. N of them in all, M in one pass, C cand
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ import numpy as np
 
 from elmwood.corpus.dedup import BANDS, HASHES, near_duplicates, shared
 from elmwood.corpus.stage import Run
-from elmwood.engine import Progress
+from elmwood.engine import Progress, cores
 
 PER_DOCUMENT = 80  # bytes of memory for each document of a pass, about
+PER_THREAD = 40  # of each thread that looks for near-duplicates
 
 
 class Side(NamedTuple):
@@ -25,12 +27,15 @@ class Side(NamedTuple):
     bytes: int
 
 
-def resolve(runs: Sequence[Run], share: float, memory: int, work: Path, rejected: Counter[str], progress: Progress) -> tuple[Side, Side]:
+def resolve(
+    runs: Sequence[Run], share: float, memory: int, work: Path, rejected: Counter[str], progress: Progress, threads: int = 1
+) -> tuple[Side, Side]:
     """The documents to train on and to hold out. What is left out is counted."""
     start_R = np.cumsum([0, *(run.documents for run in runs)])
-    passes = int(-(-int(start_R[-1]) * PER_DOCUMENT // memory))
+    threads = max(1, min(threads, BANDS, cores()))
+    passes = int(-(-int(start_R[-1]) * max(PER_DOCUMENT, PER_THREAD * threads) // memory))
     keep_N = _unique(runs, start_R, passes, rejected, progress)
-    _drop_near(runs, start_R, passes, keep_N, work, rejected, progress)
+    _drop_near(runs, start_R, passes, keep_N, work, threads, rejected, progress)
     return _split(runs, start_R, passes, keep_N, share, work)
 
 
@@ -72,18 +77,23 @@ def _unique(runs: Sequence[Run], start_R: np.ndarray, passes: int, rejected: Cou
 
 
 def _drop_near(
-    runs: Sequence[Run], start_R: np.ndarray, passes: int, keep_N: np.ndarray, work: Path, rejected: Counter[str], progress: Progress
-) -> None:
+    runs: Sequence[Run], start_R: np.ndarray, passes: int, keep_N: np.ndarray, work: Path, threads: int, rejected: Counter[str],
+    progress: Progress,
+) -> None:  # fmt: skip
     """Without near-duplicates: the one with the smaller id is kept."""
+
+    def alike(place: int) -> tuple[np.ndarray, np.ndarray]:
+        number_M, hash_M = _hashes(runs, start_R, keep_N, *divmod(place, passes), passes)
+        place_E, group_E = shared(hash_M)
+        return number_M[place_E], group_E
+
     members, groups, count = [], [], 0
-    for band in range(BANDS):
-        for part in range(passes):
-            number_M, hash_M = _hashes(runs, start_R, keep_N, band, part, passes)
-            place_E, group_E = shared(hash_M)
-            members.append(number_M[place_E])
+    with ThreadPoolExecutor(threads) as pool:  # sorting leaves the interpreter free
+        for done, (number_E, group_E) in enumerate(pool.map(alike, range(BANDS * passes)), 1):
+            members.append(number_E)
             groups.append(group_E + count)
             count += int(group_E[-1]) + 1 if len(group_E) else 0
-        progress("find near-duplicates", band + 1, BANDS, "bands")
+            progress("find near-duplicates", done / passes, BANDS, "bands")
     number_E, group_E = np.concatenate(members), np.concatenate(groups)
     number_C = np.unique(number_E)
     if not len(number_C):
@@ -124,21 +134,19 @@ def _split(runs: Sequence[Run], start_R: np.ndarray, passes: int, keep_N: np.nda
     """Write the order of both sides. If one would be empty, the document nearest to the threshold moves there."""
     total = int(keep_N.sum())
     lowest, highest, held = np.inf, -np.inf, 0
-    for index_M, number_M in _slices(runs, start_R, passes):
-        side_M = index_M["side"][keep_N[number_M]] / 2**64
+    for r, run in enumerate(runs):
+        side_M = run.entries()["side"][keep_N[start_R[r] : start_R[r + 1]]] / 2**64
         held += int((side_M < share).sum())
         lowest, highest = min(lowest, side_M.min(initial=np.inf)), max(highest, side_M.max(initial=-np.inf))
-    sides = []
-    for held_out in (False, True):
-        path, documents, size = work / ("holdout" if held_out else "train"), 0, 0
-        with path.open("wb") as file:
-            for index_M, number_M in _slices(runs, start_R, passes):
-                side_M = index_M["side"] / 2**64
-                held_M = side_M <= lowest if not held else side_M < highest if held == total else side_M < share
-                chosen = np.flatnonzero(keep_N[number_M] & (held_M == held_out))
-                chosen = chosen[np.lexsort((index_M["low"][chosen], index_M["high"][chosen]))]
+    paths, documents, size = (work / "train", work / "holdout"), [0, 0], [0, 0]
+    with paths[0].open("wb") as train, paths[1].open("wb") as holdout:
+        for index_M, number_M in _slices(runs, start_R, passes):
+            kept = np.flatnonzero(keep_N[number_M])
+            kept = kept[np.lexsort((index_M["low"][kept], index_M["high"][kept]))]
+            side_M = index_M["side"][kept] / 2**64
+            held_M = side_M <= lowest if not held else side_M < highest if held == total else side_M < share
+            for place, (file, chosen) in enumerate(((train, kept[~held_M]), (holdout, kept[held_M]))):
                 number_M[chosen].astype("<i8").tofile(file)
-                documents += len(chosen)
-                size += int(index_M["bytes"][chosen].sum(dtype=np.int64))
-        sides.append(Side(path, documents, size))
-    return sides[0], sides[1]
+                documents[place] += len(chosen)
+                size[place] += int(index_M["bytes"][chosen].sum(dtype=np.int64))
+    return Side(paths[0], documents[0], size[0]), Side(paths[1], documents[1], size[1])
