@@ -66,13 +66,13 @@ def kmeans(
         return _in_groups(x_ND, k, rng_seed, progress)
     order_N = np.random.default_rng(rng_seed).permutation(n)
     if start_KD is None:
-        start_KD = _start(x_ND[np.sort(order_N[: max(SAMPLE, 8 * k)])], k, balanced, rng_seed)
+        start_KD = _start(x_ND[np.sort(order_N[: max(SAMPLE, 8 * k)])], k, balanced, rng_seed, progress)
     size = max(BLOCK // k * k, k)
     blocks = [np.sort(order_N[start : start + size]) for start in range(0, n, size)]
     if len(blocks[-1]) < k:
         blocks[-2:] = [np.sort(np.concatenate(blocks[-2:]))]
     soft = _passes(x_ND, blocks, start_KD, balanced, TOLERANCE, progress)
-    return _passes(x_ND, blocks, soft.centroid_KD, True, TOLERANCE, progress, exact=True) if balanced else soft
+    return _passes(x_ND, blocks, soft.centroid_KD, True, TOLERANCE, progress, exact=True, what="equal sizes") if balanced else soft
 
 
 def _in_groups(x_ND: Floats, k: int, rng_seed: int, progress: Progress) -> Clusters:
@@ -83,9 +83,9 @@ def _in_groups(x_ND: Floats, k: int, rng_seed: int, progress: Progress) -> Clust
     size_K = n // k + (np.arange(k) < n % k)
     size_G = np.add.reduceat(size_K, np.cumsum(domains_G) - domains_G)
     order_N = np.random.default_rng(rng_seed).permutation(n)
-    start_GD = _start(x_ND[np.sort(order_N[: max(SAMPLE, 8 * groups)])], groups, True, rng_seed)
-    outer = _passes(x_ND, [np.arange(n)], start_GD, True, TOLERANCE, silent, size_K=size_G)
-    outer = _passes(x_ND, [np.arange(n)], outer.centroid_KD, True, TOLERANCE, silent, exact=True, size_K=size_G)
+    start_GD = _start(x_ND[np.sort(order_N[: max(SAMPLE, 8 * groups)])], groups, True, rng_seed, progress)
+    outer = _passes(x_ND, [np.arange(n)], start_GD, True, TOLERANCE, progress, size_K=size_G, what="find groups")
+    outer = _passes(x_ND, [np.arange(n)], outer.centroid_KD, True, TOLERANCE, progress, exact=True, size_K=size_G, what="sizes of groups")
     parts, label_N, done = [], np.zeros(n, np.int64), 0
     for group, domains in enumerate(domains_G.tolist()):
         progress("cluster", group, groups, "groups")
@@ -108,7 +108,7 @@ def assign(x_ND: Floats, centroid_KD: Floats, *, balanced: bool = True) -> Clust
 
 def _passes(
     x_ND: Floats, blocks: Sequence[Ints], start_KD: Floats, balanced: bool, tolerance: float, progress: Progress, exact: bool = False,
-    size_K: Ints | None = None,
+    size_K: Ints | None = None, what: str = "cluster",
 ) -> Clusters:  # fmt: skip
     """Assign and average until the objective falls by less than the tolerance. If `exact`, sizes differ by at most one, or are those that
     are given, of one block."""
@@ -118,7 +118,7 @@ def _passes(
     price_K: Floats = np.zeros(k)
     objective = best = np.inf
     for done in range(PASSES):
-        progress("cluster", done, PASSES, "passes")
+        progress(what, done, PASSES, "passes")
         sum_KD, square = np.zeros_like(centroid_KD), 0.0
         for block in blocks:
             x_BD = np.asarray(x_ND[block])
@@ -135,7 +135,7 @@ def _passes(
         if objective > best * (1 - tolerance):
             break
         best = objective
-    progress("cluster", PASSES, PASSES, "passes")
+    progress(what, PASSES, PASSES, "passes")
     return Clusters(centroid_KD.astype(np.float32), label_N, objective)
 
 
@@ -294,11 +294,17 @@ def _cheapest_path(gap_KK: Floats, sources: NDArray[np.bool_], sinks: NDArray[np
     return path
 
 
-def _start(x_SD: Floats, k: int, balanced: bool, rng_seed: int) -> Floats:
+def _start(x_SD: Floats, k: int, balanced: bool, rng_seed: int, progress: Progress) -> Floats:
     """Centroids [K, D] of the best of a few runs on a sample, which start from k-means++."""
+    progress("try starts", 0, STARTS, "trials")
     from sklearn.cluster import kmeans_plusplus  # takes two seconds, needed only here
 
-    x_SD = np.asarray(x_SD, np.float32)
-    plus_KD = [kmeans_plusplus(x_SD, k, random_state=rng_seed + trial)[0] for trial in range(STARTS)]
-    trials = [_passes(x_SD, [np.arange(len(x_SD))], start, balanced, 10 * TOLERANCE, silent) for start in plus_KD]
+    x_SD, trials = np.asarray(x_SD, np.float32), []
+    for trial in range(STARTS):
+
+        def tell(_: str, done: float, total: float, __: str, trial: int = trial) -> None:
+            progress("try starts", trial + done / total, STARTS, "trials")
+
+        start_KD = kmeans_plusplus(x_SD, k, random_state=rng_seed + trial)[0]
+        trials.append(_passes(x_SD, [np.arange(len(x_SD))], start_KD, balanced, 10 * TOLERANCE, tell))
     return min(trials, key=lambda trial: trial.objective).centroid_KD

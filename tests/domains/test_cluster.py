@@ -103,3 +103,13 @@ def test_neither_blocks_nor_their_order_decide(balanced, monkeypatch, tmp_path):
         np.testing.assert_allclose(found.centroid_KD, start_KD, atol=0.1)
         assert found.objective == pytest.approx(whole.objective, rel=0.01)
         assert not balanced or max(found.sizes) - min(found.sizes) <= 1
+
+
+def test_progress_says_which_trial_runs_and_moves_within_it():
+    events: list[tuple[str, float]] = []
+    cluster.kmeans(np.random.default_rng(0).normal(size=(300, 5)), 4, progress=lambda what, done, *_: events.append((what, done)))
+    trials = [done for what, done in events if what == "try starts"]
+    assert trials == sorted(trials)
+    assert {*range(cluster.STARTS + 1)} <= {*trials}
+    assert len({*trials}) > 2 * cluster.STARTS
+    assert [what for what in dict(events)] == ["try starts", "cluster", "equal sizes"]
