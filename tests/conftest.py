@@ -44,10 +44,10 @@ def forked():
 @pytest.fixture
 def float32():
     """CPUs with AMX train in bf16: what compares sums more closely than that asks for float32."""
-    from elmwood.train import loop
+    from elmwood.train.card import precision
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "uses_bf16", lambda device: device.type != "cpu")
+        patch.setattr(precision, "uses_bf16", lambda device: device.type != "cpu")
         yield
 
 

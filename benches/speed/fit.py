@@ -29,7 +29,8 @@ from elmwood.merge.moe.shards import Shards
 from elmwood.merge.states import seed_places
 from elmwood.records import Gates, Mixture, Recipe
 from elmwood.store import Store
-from elmwood.train import adapter, loop
+from elmwood.train import adapter
+from elmwood.train.card import precision
 from elmwood.train.fit.formulas import anatomy, components, leaves_holes, speed
 from elmwood.train.fit.gpu_table import SEEDS
 from elmwood.train.fit.measure import measure, predict_peak, random_seed
@@ -143,7 +144,7 @@ def rehearsal() -> None:
     for pass_ in ("ours", "PEFT's under autocast"):
         if pass_ != "ours":  # as it was when it was measured
             adapter.fuse = lambda adapted: None
-            loop.narrow = lambda model: False
+            precision.is_narrow = lambda model: False
             CHUNK["gpu"] = 1 << 26
         for checkpointing, measured in ((False, 20_672), (True, 8_523)):
             recipe, began = Recipe(steps=2, **OPT, checkpointing=checkpointing), time.process_time()

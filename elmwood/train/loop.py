@@ -30,6 +30,7 @@ from elmwood.train.card.attention import find_cuts
 from elmwood.train.card.compiled import layers_of
 from elmwood.train.card.path import fast_path
 from elmwood.train.card.peak import find_share
+from elmwood.train.card.precision import autocast, uses_bf16
 from elmwood.train.card.processes import ALONE, CHECK, Group, Spread, spread_over
 from elmwood.train.checkpoint import Position, keep_best, load, load_best, save
 from elmwood.train.data import Batch, batches, count_scored, split_batch, split_validation
@@ -170,25 +171,6 @@ def update_weights(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) 
     clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], recipe.clip)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def uses_bf16(device: torch.device) -> bool:
-    """Whether to multiply in bf16: on GPUs, and on CPUs with matrix units for it (AMX).
-
-    bf16 instructions of AVX-512 are faster than fp32 too (docs/training.md) but not used: all predictions and measurements are for fp32.
-    """
-    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type != "cpu" or bool(able.get("amx_bf16"))
-
-
-def autocast(model: Any, device: torch.device) -> torch.autocast:
-    """Multiply float32 weights in bf16, where the device does that faster."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device) and not narrow(model))
-
-
-def narrow(model: Any) -> bool:
-    """Whether a model's frozen weights are in fewer bits than float32: its activations are then, and nothing needs autocast."""
-    return base_model(model).get_input_embeddings().weight.dtype != torch.float32
 
 
 # ---- the curve, and when to stop --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from elmwood.lm.devices import kind_of
 from elmwood.lm.products import linear, plain_head
-from elmwood.train.card.attention import by_document, can_choose
+from elmwood.train.card.attention import DOCUMENTS, attending, can_choose
 from elmwood.train.data import UNSCORED
 
 CHUNK = {"cpu": 1 << 20, "gpu": 1 << 24}  # logits at once: a few MB, which stay in the cache; on a GPU enough to fill it
@@ -136,7 +136,7 @@ def find_abilities(model: Any, size: int = 8) -> Abilities:
     ways: tuple[Way, ...] = ("positions",) if _has_windows(model.config) else ("mask", "positions")
     packed: Way = "no"
     if tokens_2L.device.type == "cuda" and can_choose(model):
-        with by_document(model):
+        with attending(model, DOCUMENTS):
             packed = "documents" if _keeps_documents_apart(model, "documents", tokens_2L) else "no"
     if packed == "no":
         packed = next((way for way in ways if _keeps_documents_apart(model, way, tokens_2L)), "no")

@@ -27,6 +27,7 @@ from elmwood.store import Store
 from elmwood.train import checkpoint, loop
 from elmwood.train.card.attention import find_cuts
 from elmwood.train.card.path import fast_path
+from elmwood.train.card.precision import autocast
 from elmwood.train.data import UNSCORED, Batch, batches, count_scored
 from elmwood.train.loop import rate
 from elmwood.train.loss import Abilities, ChunkedLoss, model_inputs
@@ -227,7 +228,7 @@ def _step(
     for piece in _passes(parts, recipe.accumulate):
         tokens_BL, targets_BL, positions_BL = (loop.send(part, flat_EP.device) for part in piece)
         cut_S = loop.send(find_cuts(piece.positions_BL), flat_EP.device) if several and able.packed == "documents" else None
-        with loop.autocast(model, flat_EP.device):
+        with autocast(model, flat_EP.device):
             part_E = expert_losses(model, able, tokens_BL, targets_BL, positions_BL if several else None, len(parts), cut_S)
         if recipe.accumulate > 1:
             part_E = part_E * (targets_BL.view(len(parts), -1) != UNSCORED).sum(1) / scored_E

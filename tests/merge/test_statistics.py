@@ -31,7 +31,7 @@ from elmwood.store import Store
 from elmwood.store.headers import read_header
 from elmwood.study.merging import merge as merge_verb
 from elmwood.study.quality.selection import by_columns, tune
-from elmwood.train import loop
+from elmwood.train.card import precision
 from elmwood.train.data import batches
 from elmwood.train.statistics import statistics
 from elmwood.train.tasks import train
@@ -51,7 +51,7 @@ def grown(tmp_path_factory):
     recipes = [Recipe(steps=3, length=32, batch=2), Recipe(method="lora", rank=4, learning_rate=0.05, steps=3, length=32, batch=2)]
     experts = [train(seed, corpus.train, recipe, store, device="cpu") for recipe in recipes]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "uses_bf16", lambda device: False)  # CPUs with AMX: the test works them out in float32
+        patch.setattr(precision, "uses_bf16", lambda device: False)  # CPUs with AMX: the test works them out in float32
         for expert in experts:
             statistics(expert, store, rows=ROWS, device="cpu")
     return store, seed, corpus, experts

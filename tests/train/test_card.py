@@ -5,11 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import LLAMA, LORA, MODELS, packed_of, tiny
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from elmwood.records import Recipe
 from elmwood.train import adapter, loop, together
 from elmwood.train.adapter import add_adapter, round_at_random
+from elmwood.train.card import precision
 from elmwood.train.card.attention import can_choose, find_cuts, within
 from elmwood.train.card.compiled import compile_layers, layers_of, narrow_residuals, pays
 from elmwood.train.card.path import fast_path
@@ -42,6 +44,41 @@ def test_attention_by_document_is_attention_with_a_mask(kind):
     assert model.config._attn_implementation == "sdpa"
     for one, two in zip(torch.autograd.grad(ours, trained(model)), torch.autograd.grad(plain, trained(model)), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+class Attended(TorchFunctionMode):
+    """Collects the dtypes that torch's attention is given and gives."""
+
+    def __init__(self):
+        self.dtypes = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function is scaled_dot_product_attention:
+            self.dtypes |= {args[0].dtype, found.dtype}
+        return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_cpu_that_multiplies_in_bf16_attends_in_float32(kind, masked, monkeypatch):
+    """But for narrow models, which are faster in float32 throughout, and for long rows."""
+    model, (tokens_BL, targets_BL, positions_BL), _ = tiny(kind, **MODELS[kind]), *given_batch()
+    rows, device = (tokens_BL, targets_BL, positions_BL if masked else None), torch.device("cpu")
+    plain = loss(model, MASK, *rows)
+    monkeypatch.setattr(precision, "uses_bf16", lambda device: True)
+    assert not precision.autocasts(model, device)
+    monkeypatch.setattr(precision, "NARROWEST", 1)
+    assert precision.autocasts(model, device)
+    with fast_path(model, ROWS, MASK), Attended() as attended:
+        assert torch.equal(loss(model, MASK, *rows), plain)
+        with precision.autocast(model, device):
+            torch.testing.assert_close(loss(model, MASK, *rows), plain, rtol=0.02, atol=0.02)
+    assert attended.dtypes == {torch.float32}
+    with fast_path(model, ROWS.model_copy(update={"length": 512}), MASK), Attended() as attended, precision.autocast(model, device):
+        loss(model, MASK, *rows)
+    assert torch.bfloat16 in attended.dtypes
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_models_with_their_own_attention_keep_it():

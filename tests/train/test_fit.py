@@ -220,6 +220,7 @@ from elmwood.corpus.tokens import Packed
 from elmwood.lm.load import new_model
 from elmwood.records import Recipe, Shape
 from elmwood.train import loop
+from elmwood.train.card import precision
 from elmwood.train.fit.formulas import anatomy, components
 shape, recipe = Shape.model_validate_json(sys.argv[1]), Recipe.model_validate_json(sys.argv[2])
 config = new_model(shape.model_copy(update={"layers": 1})).config
@@ -227,7 +228,7 @@ config.num_hidden_layers = shape.layers
 predicted = components(anatomy(config), recipe, "cpu")
 tokens = np.random.default_rng(0).integers(1, shape.vocabulary, 50_000).astype("u2")
 packed = Packed(tokens, np.arange(0, 50_000, 100), 0)
-loop.uses_bf16 = lambda device: False  # predictions for CPUs are of float32; one with AMX keeps less
+precision.uses_bf16 = lambda device: False  # predictions for CPUs are of float32; one with AMX keeps less
 loop.run(new_model(shape), packed, recipe, Path(tempfile.mkdtemp()), lambda **_: None)
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss would be the parent's
 print(json.dumps([sum(predicted.values()), peak * 1024]))

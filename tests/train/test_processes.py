@@ -8,7 +8,8 @@ import pytest
 from elmwood.lm.load import load_model
 from elmwood.records import Expert, Recipe, Seed
 from elmwood.store import Store
-from elmwood.train import loop, tasks
+from elmwood.train import tasks
+from elmwood.train.card import precision
 from elmwood.train.seeds.shapes import SHAPES
 
 SCRIPT = """
@@ -19,8 +20,9 @@ import torch, torch.distributed as dist
 from elmwood.records import Corpus, Recipe
 from elmwood.store import Store
 from elmwood.train import loop, tasks
+from elmwood.train.card import precision
 from elmwood.train.card.processes import join
-loop.uses_bf16 = lambda device: False
+precision.uses_bf16 = lambda device: False
 loop.EVERY, loop.SHARE, loop.CHECK = 0.0, 1e9, 1
 root, shape, recipe, sharded, dies, meet = sys.argv[1:]
 dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
@@ -57,7 +59,7 @@ def alone(place, tmp_path_factory):
     store = other_store(place, tmp_path_factory.mktemp("alone"))
     kept: list[Seed] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "uses_bf16", lambda device: False)
+        patch.setattr(precision, "uses_bf16", lambda device: False)
         seed = tasks.train_seed(store.load("corpus"), LIKE, RECIPE, store, keep_every=4, kept=kept.append)
     return store, seed, kept
 
@@ -93,7 +95,7 @@ def test_two_processes_train_as_one_and_resume(alone, place, forked, tmp_path, m
         expert = store.load(json.loads(done.stdout)["expert"], Expert)
         for blob in made.files.values():
             single.put(store.get(blob))
-        monkeypatch.setattr(loop, "uses_bf16", lambda device: False)
+        monkeypatch.setattr(precision, "uses_bf16", lambda device: False)
         same_one = tasks.train(store.load(expert.seed, Seed), single.load("corpus").train, expert.recipe, single)
         assert [point.loss for point in expert.curve] == pytest.approx([point.loss for point in same_one.curve], abs=1e-5)
     assert two(forked, torn, tmp_path, sharded, dies=True).returncode == 3

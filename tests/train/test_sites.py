@@ -13,7 +13,7 @@ from elmwood.lm.load import load_model
 from elmwood.records import Diloco, Recipe, Seed
 from elmwood.store import Store
 from elmwood.study.seeds import plan_diloco
-from elmwood.train import loop
+from elmwood.train.card import precision
 from elmwood.train.data import split_batch
 from elmwood.train.loop import adamw, add_gradients, update_weights
 from elmwood.train.loss import Abilities
@@ -32,8 +32,8 @@ from torchft.coordination import LighthouseServer
 from torchft.manager import Manager
 from elmwood.records import Diloco, fingerprint
 from elmwood.store import Store
-from elmwood.train import loop
-loop.uses_bf16 = lambda device: False
+from elmwood.train.card import precision
+precision.uses_bf16 = lambda device: False
 
 def fork(work):
     child = os.fork()
@@ -148,7 +148,7 @@ def test_it_is_diloco(runs, monkeypatch):
     """The same rounds written a second time: torch's SGD with Nesterov momentum on the mean of what two sites changed."""
     store, plans, made, _ = runs
     plan, seed = plans["two"], store.load(plans["two"].seed, Seed)
-    monkeypatch.setattr(loop, "uses_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "uses_bf16", lambda device: False)
     outer = load_model(seed, store, device="cpu", dtype=torch.float32)
     sites = [load_model(seed, store, device="cpu", dtype=torch.float32).train() for _ in range(2)]
     moments = [adamw(dict(site.named_parameters()), RECIPE) for site in sites]

@@ -1,4 +1,5 @@
-"""Attention inside each document of packed rows, without a mask: torch's flash kernel, under a name of ours in transformers.
+"""Attention functions under names of ours in transformers: inside each document of packed rows without a mask, by torch's flash kernel;
+and in float32 where a CPU multiplies in bf16.
 
 B rows, L tokens of a row, N = B·L positions, H heads of queries, K of keys and values, D width of a head, S documents
 """
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "elmwood_documents"
+DOCUMENTS = "elmwood_documents"
+FLOAT32 = "elmwood_float32"
 WIDEST = 256  # D that the kernel takes
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -85,7 +88,20 @@ def _one_by_one(
     return torch.cat(found)
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+def attend_in_float32(
+    module: Any, query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, attention_mask: Tensor | None, **named: Any
+) -> tuple[Tensor, None]:
+    """transformers' own attention [B, L, H, D], in float32 whatever autocast says."""
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask.float()
+    with torch.autocast(query_BHLD.device.type, enabled=False):
+        found_BLHD, _ = sdpa_attention_forward(module, query_BHLD.float(), key_BKLD.float(), value_BKLD.float(), attention_mask, **named)
+    return found_BLHD, None
+
+
+ALL_ATTENTION_FUNCTIONS.register(DOCUMENTS, attend)
+ALL_ATTENTION_FUNCTIONS.register(FLOAT32, attend_in_float32)
+ALL_MASK_ATTENTION_FUNCTIONS.register(FLOAT32, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def can_choose(model: Any) -> bool:
@@ -94,10 +110,10 @@ def can_choose(model: Any) -> bool:
 
 
 @contextmanager
-def by_document(model: Any) -> Iterator[None]:
-    """Let a transformers model attend by `attend` inside the block."""
+def attending(model: Any, name: str) -> Iterator[None]:
+    """Let a transformers model attend by the function of that name inside the block."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
