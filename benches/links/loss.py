@@ -30,7 +30,6 @@ from benches.common import integers, numbers, parser, say, words
 from benches.star.simulation import Place, held_out, open_place, run_alone
 from elmwood.lm.load import load_model
 from elmwood.records import Diloco, Recipe
-from elmwood.train import loop
 from elmwood.train.card.path import fast_path
 from elmwood.train.data import Batch, batches, split_batch
 from elmwood.train.inner.phase import set_weights
@@ -151,7 +150,6 @@ def main() -> None:
     if given.rounds % given.each:
         raise SystemExit(f"--each {given.each}: --rounds {given.rounds} is no multiple of it")
     torch.set_num_threads(1)
-    loop.uses_bf16 = lambda device: False  # where a CPU has AMX: at such widths bf16 takes longer than float32
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         root = given.folder or scratch / "kept"

@@ -26,7 +26,6 @@ from elmwood.study.quality.evaluation import measure_distances
 from elmwood.study.quality.scoring import Columns, Floats, ensure
 from elmwood.study.seeds import train_seed
 from elmwood.study.training import train
-from elmwood.train import loop
 from elmwood.units import parse_count
 
 PARTS = 100  # seeds that a run leaves on its way
@@ -173,8 +172,6 @@ def world_parser(doc: str | None) -> ArgumentParser:
 
 def open_world(asked: Namespace) -> World:
     """The world that was asked for; the corpus is read once."""
-    # with AMX a step of a model so small takes 1.5 times as long in bf16
-    loop.uses_bf16 = lambda device: False
     store, progress = Store(asked.folder), Lines()
     shape = {name: getattr(asked, name) for name in ("vocabulary", "length")}
     shape |= {"config": write_config(asked)} if asked.feed_forward else {"layers": asked.layers, "width": asked.width}

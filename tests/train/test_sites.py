@@ -216,7 +216,7 @@ def test_streaming_ends_with_the_weights_of_all(runs):
 def test_streaming_is_what_the_bench_computes_in_one_process(runs, monkeypatch):
     store, plans, made, _ = runs
     plan, seed = plans["streamed"], store.load(plans["streamed"].seed, Seed)
-    monkeypatch.setattr(loop, "uses_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "uses_bf16", lambda device: False)
     models = [load_model(seed, store, device="cpu", dtype=torch.float32) for _ in range(plan.sites)]
     rows = Stream([Source(store.load(plan.corpus))], tokenizer(seed, store), seed.separator, plan.recipe, store)(0)
     done: list[int] = []
