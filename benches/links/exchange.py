@@ -5,9 +5,10 @@
 
 `ddp`: gloo sums one gradient, in float32. `diloco`: `elmwood seed diloco`'s exchange (torchft: a quorum, a checksum, the sum). `star int8`
 and `star top`: a machine that has a version fetches the step to the next one and uploads its delta, over HTTP through the star's own server
-and client; the coordinator has a link of its own, of --coordinator Mbit/s. Nothing is trained. `seconds`: from the moment that all may begin to the end of
-the last one, the median of the repeats. `sent` and `received`: bytes of a worker's interface, headers included, per parameter. `ideal`:
-what the link takes for the bytes of the payload alone. `decision`: what the coordinator takes to check, sum and store.
+and client; the coordinator has a link of its own, of --coordinator Mbit/s. Nothing is trained. `seconds`: from the moment that all may
+begin to the end of the last one, the median of the repeats. `sent` and `received`: bytes of a worker's interface, headers included, per
+parameter. `ideal`: what the link takes for the bytes of the payload alone. `decision`: what the coordinator takes to check,
+sum and store.
 """
 
 import statistics

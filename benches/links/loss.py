@@ -11,8 +11,7 @@ repeated at each of --learning-rates, which are of AdamW after the warm start.
 
 One line for each point of a curve, after every --each rounds: `tokens` of all workers together since the warm start, `loss` on held-out
 rows in nats a token, bytes that one worker has `sent` and `received` in sums of float32 that go round a ring, and the tokens that the run
-was `planned` for. FOLDER keeps the text and the
-warm starts for further runs.
+was `planned` for. FOLDER keeps the text and the warm starts for further runs.
 """
 
 import tempfile
