@@ -123,14 +123,15 @@ class Runs:
         given, every = self.given, self.given.each * self.given.steps
         batch, times = given.batch * (self.workers if name == "ddp" else 1), self.workers if name == "one machine" else 1
 
-        def each(number: int, weights: Path, sent: int) -> None:
+        def each(number: int, weights: Path) -> None:
             self.told(name, number * every, weights, self.ring * number * every if name == "ddp" else 0)
 
-        each(0, self.place.store.get(self.start), 0)
-        run_alone(
-            self.place, Path(tempfile.mkdtemp(dir=self.scratch)), versions=given.rounds // given.each, steps=every * times, batch=batch,
-            length=given.length, learning_rate=learning_rate, rng_seed=self.rng_seed, start=self.start, each=each,
+        each(0, self.place.store.get(self.start))
+        recipe = Recipe(
+            steps=given.rounds // given.each * every * times, batch=batch, length=given.length, learning_rate=learning_rate,
+            rng_seed=self.rng_seed,
         )  # fmt: skip
+        run_alone(self.place, Path(tempfile.mkdtemp(dir=self.scratch)), recipe, every * times, self.start, each)
 
 
 def main() -> None:
@@ -155,10 +156,10 @@ def main() -> None:
         place = open_place(root / f"store-{given.width}", given.sources, given.width, 1024, given.length)
         judged, row = load_model(place.seed, place.store, device="cpu"), given.batch * given.length
         for rng_seed in given.seeds:
-            start = run_alone(
-                place, root / f"warm-{given.width}-{given.warm}-{rng_seed}", versions=1, steps=given.warm, batch=given.batch,
-                length=given.length, learning_rate=WARM, rng_seed=1000 + rng_seed, schedule="constant",
-            )  # fmt: skip
+            warm = Recipe(
+                steps=given.warm, batch=given.batch, length=given.length, learning_rate=WARM, rng_seed=1000 + rng_seed, schedule="constant"
+            )
+            start = run_alone(place, root / f"warm-{given.width}-{given.warm}-{rng_seed}", warm, given.warm)
             for workers, learning_rate, name in product(given.workers, given.learning_rates, given.runs):
 
                 def told(

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from benches.common import integers, parser, say, words
-from benches.star.simulation import Change, Ran, held_out, open_place, run_alone, run_star
+from benches.star.simulation import Change, Ran, held_out, make_star, open_place, run_alone, run_star
 from elmwood.lm.load import load_model
 from elmwood.outer.compress import open_delta
 from elmwood.outer.step import read_tensors
+from elmwood.records import Recipe
 
 
 def flip(delta: dict[str, np.ndarray], known: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -100,18 +101,17 @@ def main() -> None:
     found: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         place = open_place(Path(scratch) / "store", given.sources, given.width, 512, given.length)
-        plain: dict[str, Any] = {"batch": given.batch, "length": given.length, "learning_rate": 3e-3}
+        inner = Recipe(steps=given.warm, batch=given.batch, length=given.length, learning_rate=3e-3)
 
         def run(machines: int, hostile: dict[int, Change], gates: str, rng_seed: int) -> Ran:
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                return run_star(
-                    place, Path(folder), machines=machines, versions=given.versions, steps=given.steps, rng_seed=rng_seed, form=given.form,
-                    gates=gates == "losses", hostile=hostile, start=start, **plain,
-                )  # fmt: skip
+                recipe = inner.model_copy(update={"steps": given.versions * given.steps, "rng_seed": rng_seed})
+                star = make_star(place, recipe, given.steps, given.form)
+                return run_star(place, Path(folder), star, machines, start, gates=gates == "losses", hostile=hostile)
 
         for rng_seed in given.seeds:
-            warm = Path(scratch) / f"warm-{rng_seed}"
-            start = run_alone(place, warm, versions=1, steps=given.warm, rng_seed=1000 + rng_seed, schedule="constant", **plain)
+            warm = inner.model_copy(update={"rng_seed": 1000 + rng_seed, "schedule": "constant"})
+            start = run_alone(place, Path(scratch) / f"warm-{rng_seed}", warm, given.warm)
             before = held_out(place, load_model(place.seed, place.store, device="cpu"), place.store.get(start), given.length)
             say("star.attacks", attack="start", rng_seed=rng_seed, loss=before)
             for gates in given.gates:

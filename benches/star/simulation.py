@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from elmwood.train.inner.phase import Slice, open_local, run_phase, settle_phase
 
 TERMS = Terms(grace_s=0)
 Change = Callable[[dict[str, np.ndarray], dict[str, Any]], dict[str, np.ndarray]]
-Each = Callable[[int, Path, int], None]  # versions made, weights of the newest, bytes of deltas of all machines
+Each = Callable[[int, Path, int, int], None]  # versions made, weights of the newest, bytes that a machine sent and received
 
 
 class Place(NamedTuple):
@@ -50,6 +50,14 @@ def open_place(folder: Path, sources: list[str], width: int, vocabulary: int, le
     return Place(store, seed, train, holdout, corpus.digest)
 
 
+def make_star(place: Place, recipe: Recipe, steps: int, form: str = "int8", parts: int = 64, **outer: Any) -> Star:
+    """A plan: `recipe` has the steps of one machine over all versions, `steps` those of one version."""
+    return Star(
+        name="bench", seed=place.seed.digest, corpus=place.corpus, recipe=recipe, steps=steps, parts=parts, form=form,  # type: ignore[arg-type]
+        outer=OUTER.model_copy(update=outer),
+    )  # fmt: skip
+
+
 class Ran(NamedTuple):
     """What a run came to."""
 
@@ -59,43 +67,32 @@ class Ran(NamedTuple):
 
 
 def run_star(
-    place: Place, folder: Path, *, machines: int, versions: int, steps: int, batch: int, length: int, learning_rate: float,
-    rng_seed: int = 0, form: str = "int8", gates: bool = True, hostile: dict[int, Change] | None = None, start: str | None = None,
-    each: Each = lambda number, weights, sent: None, **outer: Any,
+    place: Place, folder: Path, star: Star, machines: int, start: str | None = None, *, gates: bool = True,
+    hostile: Mapping[int, Change] = {}, each: Each = lambda number, weights, sent, received: None,
 ) -> Ran:  # fmt: skip
-    """Train by a star. `hostile`: what a machine sends instead of its delta. `start`: blob of the weights, where not the seed's. `each` is
+    """Train by a star. `start`: blob of the weights, where not the seed's. `hostile`: what a machine sends instead of its delta. `each` is
     told of every version."""
-    recipe = Recipe(steps=versions * steps, batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed)
-    star = Star(
-        name="bench", seed=place.seed.digest, corpus=place.corpus, recipe=recipe, steps=steps, parts=64, form=form,
-        outer=OUTER.model_copy(update=outer),
-    )  # fmt: skip
     store, weights = place.store, start or place.seed.files["model.safetensors"]
     names = [f"ed25519:{n:064x}" for n in range(machines)]
     mine = {key: open_local(load_model(place.seed, store, device="cpu"), place.train, star, folder / key[-4:]) for key in names}
     judged = load_model(place.seed, store, device="cpu")
     version = Version(star=star.digest, number=0, weights=weights, how="start")
     state = State(head=version.digest, workers={key: Worker(name=key[-4:]) for key in names})
-    base, sent, told, memory = Base(version, store.get(weights), None), 0, [], dict[int, dict[str, Any]]()
+    base, sent, received, told, memory = Base(version, store.get(weights)), 0, 0, list[list[Any]](), dict[int, dict[str, Any]]()
     earlier: deque[list[Any]] = deque(maxlen=MEMORY)
-    shapes = shapes_of(base.weights)
-    for number in range(versions):
+    for number in range(round.last_version(star)):
         files: dict[str, Path] = {}
         for n, key in enumerate(names):
             state, held = round.grant(state, star, TERMS, key, 0.0)
             assert isinstance(held, round.Grant)
             path = run_phase(mine[key], Slice(held.id, held.base, held.part, held.first), base.weights)
-            if hostile and n in hostile:
-                honest = open_delta(path, shapes, form)
+            if n in hostile:
                 known = memory.setdefault(n, {})
-                known |= {"base": base, "others": dict(files), "shapes": shapes, "form": form, "number": number}
-                changed = hostile[n]({name: honest.values(name) for name in shapes}, known)
-                path = folder / f"hostile-{held.id}"
-                write_any(path, changed, shapes, form)
-            files[held.id], sent = path, sent + path.stat().st_size
-            size, blob = path.stat().st_size, store.put(path)
+                known |= {"base": base, "others": dict(files), "shapes": shapes_of(base.weights), "form": star.form, "number": number}
+                path = send_instead(hostile[n], path, known)
+            files[held.id], size, blob = path, path.stat().st_size, store.put(path)
             state = round.keep_part(round.begin_upload(state, key, held.id, size, size), key, held.id, 0, size, blob)
-            state = round.propose(state, star, key, held.id, held.base, blob)
+            state, sent = round.propose(state, star, key, held.id, held.base, blob), sent + size
         state = round.close(state, star, TERMS, 0.0)
         judge = LossJudge(judged, place.train, place.holdout, star, number, b"secret" * 4, base.weights) if gates else None
         out = folder / f"version-{number}"
@@ -111,29 +108,35 @@ def run_star(
             settle_phase(mine[fate.worker], fate.proposal, fate)
         if made.written:
             base = Base(version, *(file.path for file in made.written[:3]))
+            received += made.written.step.path.stat().st_size
         told.append([(fate.worker[-4:], fate.code) for fate in made.fates])
-        each(number + 1, base.weights, sent)
-    return Ran(held_out(place, judged, base.weights, length), told, sent)
+        each(number + 1, base.weights, sent // machines, received)
+    return Ran(held_out(place, judged, base.weights, star.recipe.length), told, sent)
+
+
+def send_instead(change: Change, path: Path, known: dict[str, Any]) -> Path:
+    """What a hostile machine sends: its delta, changed."""
+    honest = open_delta(path, known["shapes"], known["form"])
+    changed = change({name: honest.values(name) for name in known["shapes"]}, known)
+    made = path.with_name(f"hostile-{path.name}")
+    write_any(made, changed, known["shapes"], known["form"])
+    return made
 
 
 def run_alone(
-    place: Place, folder: Path, *, versions: int, steps: int, batch: int, length: int, learning_rate: float, rng_seed: int = 0,
-    start: str | None = None, schedule: str = "cosine", each: Each = lambda number, weights, sent: None,
-) -> str:  # fmt: skip
-    """Train in one process, in phases that go on where the last one ended; the blob of the weights."""
-    recipe = Recipe(
-        steps=versions * steps, batch=batch, length=length, learning_rate=learning_rate, rng_seed=rng_seed, schedule=schedule
-    )  # fmt: skip
-    star = Star(name="bench", seed=place.seed.digest, corpus=place.corpus, recipe=recipe, steps=steps, parts=1, form="int8", outer=OUTER)
-    local = open_local(load_model(place.seed, place.store, device="cpu"), place.train, star, folder)
+    place: Place, folder: Path, recipe: Recipe, steps: int, start: str | None = None, each: Callable[[int, Path], None] = lambda *_: None
+) -> str:
+    """Train in one process, in phases of `steps` steps that go on where the last one ended; the blob of the weights. `each` is told of
+    every phase."""
+    local = open_local(load_model(place.seed, place.store, device="cpu"), place.train, make_star(place, recipe, steps, parts=1), folder)
     blob = start or place.seed.files["model.safetensors"]
-    for number in range(versions):
+    for number in range(recipe.steps // steps):
         run_phase(local, Slice(f"{number:08d}", number, 0, number * steps), place.store.get(blob))
         for file in folder.glob("*-*.safetensors"):  # nobody applies a delta here
             file.unlink()
         tensors = {name: weight.detach().float().numpy() for name, weight in local.weights.items()}
         blob = place.store.put(safetensors.numpy.save(tensors, {"format": "pt"}))
-        each(number + 1, place.store.get(blob), 0)
+        each(number + 1, place.store.get(blob))
     return blob
 
 
@@ -149,8 +152,7 @@ def write_any(path: Path, delta: dict[str, np.ndarray], shapes: Any, form: str) 
 
 def held_out(place: Place, model: Any, weights: Path, length: int, rows: int = 200) -> float:
     """The loss of held-out rows that are the same for every run."""
-    recipe = Recipe(steps=1, batch=20, length=length)
-    star = Star(name="bench", seed=place.seed.digest, corpus=place.corpus, recipe=recipe, steps=1, parts=1, form="int8", outer=OUTER)
+    star = make_star(place, Recipe(steps=1, batch=20, length=length), 1)
     judge = LossJudge(model, place.train, place.holdout, star, 0, b"other", weights)
-    judge.secret = draw(place.holdout, recipe, rows, np.random.default_rng(7))
+    judge.secret = draw(place.holdout, star.recipe, rows, np.random.default_rng(7))
     return float(judge.losses(weights).mean())
