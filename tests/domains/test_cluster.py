@@ -112,4 +112,4 @@ def test_progress_says_which_trial_runs_and_moves_within_it():
     assert trials == sorted(trials)
     assert {*range(cluster.STARTS + 1)} <= {*trials}
     assert len({*trials}) > 2 * cluster.STARTS
-    assert [what for what in dict(events)] == ["try starts", "cluster", "equal sizes"]
+    assert list(dict(events)) == ["try starts", "cluster", "equal sizes"]

@@ -30,7 +30,12 @@ METHODS = ("full", "lora", "qlora")
 LORA = RECIPE.model_copy(update={"method": "lora"})
 
 
-REHEARSE = "import sys; from pathlib import Path; from elmwood.train.fit.rehearsal import main; main(sys.stdin.read().splitlines(), Path(sys.argv[1]))"
+REHEARSE = """
+import sys
+from pathlib import Path
+from elmwood.train.fit.rehearsal import main
+main(sys.stdin.read().splitlines(), Path(sys.argv[1]))
+"""
 
 
 @pytest.fixture(scope="module")
