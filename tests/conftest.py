@@ -14,12 +14,15 @@ os.environ.setdefault("ELMWOOD_DEVICE", "cpu")  # the same tests on a machine wi
 
 
 # the files that take longest, longest first: then those that run side by side end at about the same time
-LONGEST = ("test_story.py", "test_examples.py", "test_community.py", "test_package.py", "test_volunteer.py", "test_judge.py", "test_fit.py",
-           "test_machine.py", "test_demo.py", "test_merge_parts.py", "test_kills.py", "test_rehearsal.py", "test_tutorial.py")  # fmt: skip
+LONGEST = """
+    story package community tutorial replicas demo rehearsal train_verbs export comparison ensemble fit partition sites pull judge
+    house harness_parity seeds together examples harness volunteer merge_parts benches train importing follow kills pages serve_page
+    decode build gateway store mixture embed hub_races resume processes sequential sketch openapi machine_kills contest machine
+"""
 
 
 def pytest_collection_modifyitems(items):
-    place = {name: number for number, name in enumerate(LONGEST)}
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
