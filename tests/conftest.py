@@ -3,8 +3,8 @@
 import gc
 import os
 
+import forked as copies
 import pytest
-from forked import Forked
 
 from elmwood.store import Store
 
@@ -34,14 +34,14 @@ def pytest_xdist_setupnodes():
 def pytest_collection_finish():
     gc.freeze()  # libraries and tests stay: no later collection looks at them
     gc.enable()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # of many tests some need it
+        copies.prepare()
 
 
 @pytest.fixture(scope="session")
 def forked():
     """Runs a script in a process of its own, without the seconds that torch takes to import."""
-    server = Forked()
-    yield server
-    server.end()
+    return copies.Forked()
 
 
 @pytest.fixture
