@@ -14,9 +14,10 @@ import pytest
 from elmwood.store import Store
 
 SCRIPT = """
-import sys
+import signal, sys
 from dying import endless
 from elmwood import engine
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has its children ignore
 engine.run(endless, [sys.argv[1]] * 2, workers=2)
 """
 PATIENCE = 120  # seconds on a busy machine; nothing is waited for that long unless it fails
