@@ -236,13 +236,33 @@ class Logged:
             return await self.app(scope, receive, send)
         given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
         number = given if re.fullmatch(r"[\w.:-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
-        began, status, note = time.perf_counter(), 500, scope.setdefault("elmwood.note", {})
+        began, status, note, told = time.perf_counter(), 500, scope.setdefault("elmwood.note", {}), False
+
+        def tell() -> None:
+            nonlocal told
+            if told:
+                return
+            told = True
+            code = CLOSED if note.pop("gone", False) else status
+            path = getattr(scope.get("route"), "path", "none")
+            self.meter.request(path, code)
+            fields = {
+                "id": number,
+                "method": scope["method"],
+                "path": path,
+                "status": code,
+                "seconds": round(time.perf_counter() - began, 4),
+            }
+            level = logger.info if path.startswith(("/v1", "/tok", "/detok", "none")) else logger.debug
+            level("request", extra={"fields": fields | note})
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
+            elif not message.get("more_body", False):
+                tell()  # who has the whole reply finds it counted
             await send(message)
 
         try:
@@ -251,15 +271,4 @@ class Logged:
             logger.exception("error", extra={"fields": {"id": number}})
             raise
         finally:
-            status = CLOSED if note.pop("gone", False) else status
-            path = getattr(scope.get("route"), "path", "none")
-            self.meter.request(path, status)
-            fields = {
-                "id": number,
-                "method": scope["method"],
-                "path": path,
-                "status": status,
-                "seconds": round(time.perf_counter() - began, 4),
-            }
-            level = logger.info if path.startswith(("/v1", "/tok", "/detok", "none")) else logger.debug
-            level("request", extra={"fields": fields | note})
+            tell()
