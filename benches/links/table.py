@@ -270,7 +270,7 @@ def main() -> None:
     options.add_argument("--decision", type=float, default=1.0, help="share of the time of a star's coordinator that counts")
     options.add_argument("--methods", type=words, default=[], help="only these")
     options.add_argument("--markdown", action="store_true")
-    options.add_argument("--plot", type=Path, help="loss over hours, of the first of every setting")
+    options.add_argument("--plot", type=Path, help="loss over hours, of the first of every setting; choose at most eight --methods")
     given = options.parse_args()
     taken, drawn = read_exchanges(given.exchanges), False
     for workers, size, steps in product(given.workers, given.sizes, given.steps):
@@ -290,7 +290,7 @@ def main() -> None:
         if given.plot and not drawn:
             lines = [
                 Series(
-                    NAMES.get(form.method, form.method) + (f", H {form.steps}" if form.kind == "diloco" else ""),
+                    NAMES.get(form.method, form.method) + (f", {form.steps}" if form.kind == "diloco" else ""),
                     curve.share[curve.share > 0] * settings[0].seconds(form) / 3600,
                     curve.ratio[curve.share > 0],
                 )
