@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benches.common import integers, numbers, parser, say, words
-from benches.star.simulation import Place, held_out, open_place, run_alone
+from benches.star.simulation import WARM, Place, held_out, open_place, run_alone, warm_start
 from elmwood.lm.load import load_model
 from elmwood.records import Diloco, Recipe
 from elmwood.train.card.path import fast_path
@@ -36,7 +36,6 @@ from elmwood.train.loop import adamw, add_gradients, update_weights
 from elmwood.train.sites.site import divide, go_on_from, take_outer_step
 
 RUNS = ["ddp", "alone", "one machine", "diloco 0.7/0.9", "diloco 0.7/0.5", "diloco 1/0", "streaming 0.4/0.9"]
-WARM = 3e-3  # learning rate of the warm start
 
 
 def run_sites(
@@ -156,10 +155,8 @@ def main() -> None:
         place = open_place(root / f"store-{given.width}", given.sources, given.width, 1024, given.length)
         judged, row = load_model(place.seed, place.store, device="cpu"), given.batch * given.length
         for rng_seed in given.seeds:
-            warm = Recipe(
-                steps=given.warm, batch=given.batch, length=given.length, learning_rate=WARM, rng_seed=1000 + rng_seed, schedule="constant"
-            )
-            start = run_alone(place, root / f"warm-{given.width}-{given.warm}-{rng_seed}", warm, given.warm)
+            folder = root / f"warm-{given.width}-{given.warm}-{rng_seed}"
+            start = warm_start(place, folder, given.warm, given.batch, given.length, rng_seed)
             for workers, learning_rate, name in product(given.workers, given.learning_rates, given.runs):
 
                 def told(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benches.common import integers, parser, say, words
-from benches.star.simulation import Each, held_out, make_star, open_place, run_alone, run_star
+from benches.star.simulation import Each, held_out, make_star, open_place, run_alone, run_star, warm_start
 from elmwood.lm.load import load_model
 from elmwood.records import Recipe
 
@@ -64,14 +64,12 @@ def main() -> None:
                 )  # fmt: skip
                 return loss
 
-            warm = Recipe(
-                steps=given.warm, batch=given.batch, length=given.length, learning_rate=3e-3, rng_seed=1000 + rng_seed, schedule="constant"
-            )
-            start = run_alone(place, root / f"warm-{rng_seed}", warm, given.warm)
+            start = warm_start(place, root / f"warm-{rng_seed}", given.warm, given.batch, given.length, rng_seed)
             say("star.loss", run="warm", rng_seed=rng_seed, loss=held_out(place, model, place.store.get(start), given.length))
-            recipe = warm.model_copy(update={
-                "steps": given.versions * given.steps, "learning_rate": given.learning_rate, "rng_seed": rng_seed, "schedule": "cosine",
-            })  # fmt: skip
+            recipe = Recipe(
+                steps=given.versions * given.steps, batch=given.batch, length=given.length, learning_rate=given.learning_rate,
+                rng_seed=rng_seed,
+            )  # fmt: skip
             last: dict[str, float] = {}
             for name in given.runs:
                 machines, ring = 1 if name == "alone" else given.machines, 0

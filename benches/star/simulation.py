@@ -25,6 +25,7 @@ from elmwood.train.inner.judge import LossJudge, draw
 from elmwood.train.inner.phase import Slice, open_local, run_phase, settle_phase
 
 TERMS = Terms(grace_s=0)
+WARM = 3e-3  # learning rate of the warm start
 Change = Callable[[dict[str, np.ndarray], dict[str, Any]], dict[str, np.ndarray]]
 Each = Callable[[int, Path, int, int], None]  # versions made, weights of the newest, bytes that a machine sent and received
 
@@ -121,6 +122,12 @@ def send_instead(change: Change, path: Path, known: dict[str, Any]) -> Path:
     made = path.with_name(f"hostile-{path.name}")
     write_any(made, changed, known["shapes"], known["form"])
     return made
+
+
+def warm_start(place: Place, folder: Path, steps: int, batch: int, length: int, rng_seed: int) -> str:
+    """Train in one process before anything is spread, the same for every bench whose curves are compared; the blob of the weights."""
+    recipe = Recipe(steps=steps, batch=batch, length=length, learning_rate=WARM, rng_seed=1000 + rng_seed, schedule="constant")
+    return run_alone(place, folder, recipe, steps)
 
 
 def run_alone(

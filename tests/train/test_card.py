@@ -68,7 +68,7 @@ def test_a_cpu_that_multiplies_in_bf16_attends_in_float32(kind, masked, monkeypa
     plain = loss(model, MASK, *rows)
     monkeypatch.setattr(precision, "uses_bf16", lambda device: True)
     assert not precision.autocasts(model, device)
-    monkeypatch.setattr(precision, "NARROWEST", 1)
+    monkeypatch.setattr(precision, "LEAST_WIDTH", 1)
     assert precision.autocasts(model, device)
     with fast_path(model, ROWS, MASK), Attended() as attended:
         assert torch.equal(loss(model, MASK, *rows), plain)

@@ -6,7 +6,7 @@ import torch
 
 from elmwood.train.loss import base_model
 
-NARROWEST = 96  # width of a model from which a CPU with matrix units is faster in bf16 (docs/log/training.md)
+LEAST_WIDTH = 96  # width of a model from which a CPU with matrix units is faster in bf16 (docs/log/training.md)
 SHORT = 256  # tokens of a row up to which attention in bf16 is slower there than in float32
 
 
@@ -21,7 +21,7 @@ def uses_bf16(device: torch.device) -> bool:
 
 def autocasts(model: Any, device: torch.device) -> bool:
     """Whether float32 weights are multiplied in bf16."""
-    wide = device.type != "cpu" or base_model(model).get_input_embeddings().weight.shape[1] >= NARROWEST
+    wide = device.type != "cpu" or base_model(model).get_input_embeddings().weight.shape[1] >= LEAST_WIDTH
     return uses_bf16(device) and wide and not is_narrow(model)
 
 
